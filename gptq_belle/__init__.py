@@ -1,0 +1,30 @@
+"""gptq_belle: quantize BELLE models to 2, 3, 4 or 8 bits with GPTQ, and run them on a CPU or one GPU.
+
+The public names load on first use, so that ``import gptq_belle`` imports neither torch, triton nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptq_belle.config import QuantConfig
+    from gptq_belle.quantization.pipeline import quantize_checkpoint
+    from gptq_belle.runtime.engine import Model, load
+    from gptq_belle.runtime.loader import hf_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "QuantConfig": "gptq_belle.config",
+    "quantize_checkpoint": "gptq_belle.quantization.pipeline",
+    "load": "gptq_belle.runtime.engine",
+    "Model": "gptq_belle.runtime.engine",
+    "hf_model": "gptq_belle.runtime.loader",
+}
+__all__ = ["Model", "QuantConfig", "__version__", "hf_model", "load", "quantize_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gptq_belle' has no attribute {name!r}")

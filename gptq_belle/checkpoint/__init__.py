@@ -1,0 +1,1 @@
+"""Bytes on disk: the packed format, and the readers and writers of model directories."""

@@ -1,0 +1,188 @@
+"""Read a Hugging Face model directory tensor by tensor: safetensors shards, or .bin files through weights_only."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptq_belle.errors import InputError
+from gptq_belle.models.registry import HEAD, Architecture, architecture
+
+DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
+
+
+class _Shard(Protocol):
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class _SafetensorsShard:
+    """One .safetensors file; its header is read at once, its tensors when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read as safetensors: {error}", DAMAGED) from error
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path}: tensor {name} cannot be read: {error}", DAMAGED) from error
+
+
+class _PickleShard:
+    """One .bin file, memory-mapped; anything in it beside plain tensors is refused."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
+                             "Convert it to safetensors where you trust it, or fetch the original.") from error
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path} cannot be read as a PyTorch file: {reason}", DAMAGED) from error
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise InputError(f"{path} is not a flat dictionary of tensors", "Only state dictionaries can be read.")
+        self._state: dict[str, Tensor] = state
+
+    def names(self) -> list[str]:
+        return list(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+class CheckpointReader:
+    """A model directory: config.json and its tensors by name, each read from disk only when asked for.
+
+    Tensor names always carry the base model's prefix (``transformer.`` for BLOOM), also where the source lacks it.
+
+    Attributes:
+        path: the directory.
+        config: config.json as a dictionary.
+        arch: the row of the architecture table that ``model_type`` names.
+
+    Raises:
+        InputError: no such directory, no config.json, an unknown architecture, a missing or damaged file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is not a model directory", "Give the folder that holds config.json.")
+        self.config = read_json(self.path / "config.json")
+        self.arch: Architecture = architecture(self.config.get("model_type"))
+        self._shards = {file: _open(file) for file in weight_files(self.path)}
+        listed = [(name, file) for file, shard in self._shards.items() for name in shard.names()]
+        bare = not any(name.startswith(self.arch.prefix + ".") for name, _ in listed)
+        self._where = {self._with_prefix(name) if bare else name: (file, name) for name, file in listed}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header alone."""
+        file, stored = self._find(name)
+        return self._shards[file].shape(stored)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU, in the dtype of the file.
+
+        Raises:
+            InputError: it is not there, or its bytes cannot be read.
+        """
+        file, stored = self._find(name)
+        return self._shards[file].tensor(stored)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        return list(self._shards)
+
+    def bytes_on_disk(self) -> int:
+        """Size of the weight files together, in bytes."""
+        return sum(file.stat().st_size for file in self._shards)
+
+    def _with_prefix(self, name: str) -> str:
+        return name if name.startswith(HEAD + ".") else f"{self.arch.prefix}.{name}"
+
+    def _find(self, name: str) -> tuple[Path, str]:
+        if name not in self._where:
+            raise InputError(f"{self.path} lacks the tensor {name}",
+                             "A shard is missing, or config.json belongs to another model: fetch the directory again.")
+        return self._where[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold one object.
+
+    Raises:
+        InputError: it is not there, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing", "Give a complete Hugging Face model directory.") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}", DAMAGED) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object", DAMAGED)
+    return value
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weight files of a model directory: by index, else the one usual name, else the only one of its kind.
+
+    Raises:
+        InputError: none found, more than one without an index, or one that the index names is missing.
+    """
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        if (path / f"{kind}.index.json").is_file():
+            return _indexed_files(path / f"{kind}.index.json")
+        if (path / kind).is_file():
+            return [path / kind]
+    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    if len(found) != 1:
+        raise InputError(f"{path} holds {len(found)} weight files and no index",
+                         "Expected model.safetensors, shards with model.safetensors.index.json, or pytorch_model.bin.")
+    return found
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensor to file name", DAMAGED)
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"{index} names a file outside of its folder: {name!r}", "Do not use this directory.")
+        if not (index.parent / name).is_file():
+            raise InputError(f"shard {index.parent / name} is missing", f"{index.name} names it: fetch it again.")
+        files.append(index.parent / name)
+    return files
+
+
+def _open(path: Path) -> _Shard:
+    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)

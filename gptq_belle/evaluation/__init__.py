@@ -1,0 +1,1 @@
+"""What quantizing costs in quality: perplexity, KL divergence, scores by class."""

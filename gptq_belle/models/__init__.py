@@ -1,0 +1,1 @@
+"""What differs between architectures, as tables."""

@@ -1,0 +1,1 @@
+"""From a packed checkpoint to tokens."""
