@@ -23,7 +23,6 @@ class QuantConfig:
         act_order: solve columns by falling Hessian diagonal; groups follow that order (``desc_act`` on disk).
         damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
         method: "gptq", or "rtn" for rounding to nearest without calibration.
-        true_sequential: within a block, a linear is calibrated on the outputs of the already quantized ones.
 
     Raises:
         UsageError: a value is not among the allowed ones; the message names the option and lists them.
@@ -35,7 +34,6 @@ class QuantConfig:
     act_order: bool = False
     damp: float = 0.01
     method: str = "gptq"
-    true_sequential: bool = True
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, BITS)
@@ -64,7 +62,7 @@ class QuantConfig:
             "format": self.checkpoint_format,
             "pack_dtype": "int32",
             "lm_head": False,
-            "true_sequential": self.true_sequential,
+            "true_sequential": True,
             "static_groups": False,
             "damp_percent": self.damp,
             "meta": {"quantizer": [f"gptq_belle:{__version__}"], "settings": asdict(self)},

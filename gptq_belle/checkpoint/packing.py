@@ -62,7 +62,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if count % per_cycle:
         raise InputError(f"{count} codes of {bits} bits do not fill whole 32-bit words",
                          f"The layer's size must be a multiple of {per_cycle}; keep this layer in full precision.")
-    stream = codes.to(torch.int64).view(count // per_cycle, per_cycle, columns)
+    stream = codes.to(torch.int64).reshape(count // per_cycle, per_cycle, columns)
     words = torch.zeros(count // per_cycle, words_per_cycle + 1, columns, dtype=torch.int64, device=codes.device)
     for i in range(per_cycle):
         word, shift = divmod(i * bits, 32)
@@ -80,7 +80,7 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     if rows % words_per_cycle:
         raise InputError(f"{rows} rows of words are not a multiple of {words_per_cycle}, which {bits} bits need",
                          "The file is damaged or its configuration states wrong bits.")
-    unsigned = words.to(torch.int64).bitwise_and_(0xFFFFFFFF).view(rows // words_per_cycle, words_per_cycle, columns)
+    unsigned = (words.to(torch.int64) & 0xFFFFFFFF).reshape(rows // words_per_cycle, words_per_cycle, columns)
     codes = torch.empty(rows // words_per_cycle, per_cycle, columns, dtype=torch.uint8, device=words.device)
     for i in range(per_cycle):
         word, shift = divmod(i * bits, 32)

@@ -1,0 +1,57 @@
+"""The layer-wise Hessian H = X^T X / n of the inputs X, and the factor of its inverse that GPTQ walks along."""
+
+import torch
+from torch import Tensor
+
+from gptq_belle.errors import InputError
+
+LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done
+
+
+class HessianSum:
+    """The running mean of x x^T over calibration tokens, in float32.
+
+    Attributes:
+        value: (K, K) float32, symmetric.
+        tokens: how many inputs it has seen.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.value = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations x (..., K) of any float dtype."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        total = self.tokens + x.shape[0]
+        self.value.addmm_(x.t(), x, beta=self.tokens / total, alpha=1 / total)
+        self.tokens = total
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
+
+    Where the Cholesky factorization fails, damping is raised tenfold, up to 1; the value used is returned.
+    At most two further K x K matrices are alive beside `hessian`, which is left as it is.
+
+    Args:
+        hessian: (K, K) float32 or float64, symmetric, without zeros on the diagonal.
+        damp: first damping, as a share of the mean diagonal.
+    Raises:
+        InputError: not positive definite even with the largest damping.
+    """
+    mean = hessian.diagonal().mean()
+    while damp <= LARGEST_DAMP:
+        work = hessian.clone()
+        work.diagonal().add_(damp * mean)
+        factor, failed = torch.linalg.cholesky_ex(work)
+        del work
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper, damp
+        damp *= 10
+    raise InputError(f"the Hessian is not positive definite, even damped by {damp / 10:g} of its mean diagonal",
+                     "Use more or more varied calibration text, and check the model's weights for damage.")

@@ -1,0 +1,135 @@
+"""GPTQ: round a layer's weights one input at a time, and let the inputs not yet rounded make up for the error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323,
+Algorithm 1, in its names: W, H, Hinv (its upper Cholesky factor), Err, i1, i2. Inside, W is kept transposed, (K, N):
+a step touches one input, and its N weights are then contiguous.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptq_belle.checkpoint.packing import QuantizedWeight, dequantize
+from gptq_belle.config import QuantConfig
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.quantization.grid import min_max_grid, to_codes
+from gptq_belle.quantization.hessian import inverse_factor
+
+BLOCK = 128  # inputs a lazy block (GPTQ, section 3.3, step 2); every grouped size divides it
+
+
+class Solution(NamedTuple):
+    """A quantized layer and what it cost."""
+
+    weight: QuantizedWeight
+    error: float  # squared error of the layer's output as a share of the output's square
+    damp: float  # the damping that made the Hessian positive definite; 0 where there was none
+
+
+def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Solution:
+    """Quantize a layer against the inputs that its Hessian has seen.
+
+    Args:
+        weight: (N, K) float32 or float64, which is also the dtype of the arithmetic.
+        hessian: (K, K), the mean of x x^T; its scale does not matter.
+        config: bits, group_size, sym, act_order, damp.
+    Returns:
+        The solution; its error is tr(D H D^T) / tr(W H W^T) with D = W - Q and H undamped.
+    Raises:
+        InputError: NaN or infinity in an argument, or a Hessian that no allowed damping makes positive definite.
+        UsageError: group_size does not divide K.
+    """
+    group = _group_size(weight, config)
+    _check_finite(weight=weight, Hessian=hessian)
+    W = weight.t().clone(memory_format=torch.contiguous_format)
+    H = hessian.to(W.dtype)
+    dead = H.diagonal() == 0
+    if dead.any():
+        H = H.clone()
+        H.diagonal()[dead] = 1
+        W[dead] = 0
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if config.act_order else None
+    if order is not None:
+        W, H = W[order], H[order][:, order]
+    Hinv, damp = inverse_factor(H, config.damp)
+    del H
+    codes, scales, zeros = _solve(W, Hinv, group, config)
+    del Hinv
+    quantized = _finish(codes, scales, zeros, group, order)
+    return Solution(quantized, _output_error(weight, quantized, hessian), damp)
+
+
+def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
+    """Quantize a layer without looking at its inputs; the error is relative to the weights (H = I).
+
+    Args, Raises: as `gptq`.
+    """
+    group = _group_size(weight, config)
+    _check_finite(weight=weight)
+    W = weight.t()
+    grids = [min_max_grid(part, config.bits, config.sym) for part in W.split(group)]
+    codes = torch.cat([to_codes(part, *grid, config.bits) for part, grid in zip(W.split(group), grids, strict=True)])
+    scales, zeros = (torch.stack(rows) for rows in zip(*grids, strict=True))
+    quantized = _finish(codes.to(torch.uint8), scales, zeros, group, None)
+    return Solution(quantized, _output_error(weight, quantized, None), 0.0)
+
+
+def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1 on W (K, N), which is used up: codes (K, N) uint8, scales and zeros (G, N)."""
+    K, N = W.shape
+    codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)
+    scales = W.new_empty(K // group, N)
+    zeros = torch.empty_like(scales)
+    if group == K:
+        scales[0], zeros[0] = min_max_grid(W, config.bits, config.sym)
+    for i1 in range(0, K, BLOCK):
+        i2 = min(i1 + BLOCK, K)
+        Err = torch.empty_like(W[i1:i2])
+        for i in range(i1, i2):
+            if group != K and i % group == 0:
+                scales[i // group], zeros[i // group] = min_max_grid(W[i : i + group], config.bits, config.sym)
+            scale, zero = scales[i // group], zeros[i // group]
+            code = to_codes(W[i], scale, zero, config.bits)
+            codes[i] = code
+            torch.sub(W[i], (code - zero).mul_(scale), out=Err[i - i1]).div_(Hinv[i, i])
+            W[i + 1 : i2].addr_(Hinv[i, i + 1 : i2], Err[i - i1], alpha=-1)
+        W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
+    return codes, scales, zeros
+
+
+def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Tensor | None) -> QuantizedWeight:
+    """Back from (K, N) in order of solving to (N, K) in the layer's own order."""
+    g_idx = torch.arange(codes.shape[0], device=codes.device) // group
+    if order is not None:
+        position = torch.argsort(order)
+        codes, g_idx = codes[position], g_idx[position]
+    return QuantizedWeight(codes.t().contiguous(), scales.t().contiguous(), zeros.t().to(torch.int32).contiguous(),
+                           g_idx.to(torch.int32))
+
+
+def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
+    """tr(D H D^T) / tr(W H W^T), D = W - Q; H = I where there is none."""
+    difference = weight - dequantize(quantized)
+
+    def energy(matrix: Tensor) -> float:
+        image = matrix if hessian is None else matrix @ hessian.to(matrix.dtype)
+        return float(torch.sum(image.mul_(matrix) if hessian is not None else image * matrix, dtype=torch.float64))
+
+    whole = energy(weight)
+    return energy(difference) / whole if whole > 0 else 0.0
+
+
+def _group_size(weight: Tensor, config: QuantConfig) -> int:
+    K = weight.shape[1]
+    group = K if config.group_size == -1 else config.group_size
+    if K % group:
+        raise UsageError(f"group size {group} does not divide the layer's {K} inputs",
+                         "Choose 32, 64, 128 or -1 (one group for the whole row), such that it does.")
+    return group
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"the {name} holds NaN or infinity", "The source or the calibration is damaged.")
