@@ -1,0 +1,201 @@
+"""What every verb shares: where output goes, how an error looks, and the options that all of them take.
+
+Results go to stdout, progress and errors to stderr. On a terminal rich draws; elsewhere lines stay plain and whole.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+
+from gptq_belle.errors import GptqBelleError, HardwareError, InputError
+
+INTERRUPTED = 130
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator")
+_verbose = False
+
+
+def _set_verbose(value: bool) -> bool:
+    global _verbose
+    _verbose = value
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=True)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_set_verbose, help="With an error, print the traceback too.")
+]
+
+
+@cache
+def out() -> Console:
+    """The console of results: stdout."""
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+@cache
+def err() -> Console:
+    """The console of progress and errors: stderr."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line of results; never cut or folded where stdout is no terminal."""
+    out().print(text, style=style, soft_wrap=True)
+
+
+def note(text: str, style: str | None = "dim") -> None:
+    """One line of progress on stderr."""
+    err().print(text, style=style, soft_wrap=True)
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Show on stderr what is being done: a spinner on a terminal, one plain line elsewhere."""
+    if err().is_terminal:
+        with err().status(text):
+            yield
+    else:
+        note(text)
+        yield
+
+
+def print_json(value: Any) -> None:
+    """Write one value as JSON to stdout; dataclasses become objects, paths strings, NaN and infinities null."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of text cells on stdout, numbers to the right: drawn on a terminal, aligned plain lines elsewhere."""
+    right = [_numeric([row[i] for row in rows]) for i in range(len(columns))]
+    if not out().is_terminal:
+        _print_plain_table(title, columns, rows, right)
+        return
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    for name, is_right in zip(columns, right, strict=True):
+        table.add_column(name, justify="right" if is_right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out().print(table)
+
+
+def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
+    """Run a typer app and leave the process with its exit code; errors become one line of cause, one of remedy.
+
+    Args:
+        app: the typer app.
+        args: the command line without the program's name; None takes the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a latin-1 terminal shows \u4f60 in place of a crash
+    try:
+        app(args) if args is not None else app()
+        code: int | str | None = 0
+    except SystemExit as error:
+        code = error.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        code = report(error)
+    if code == INTERRUPTED:
+        note("Interrupted.", style=None)
+    sys.exit(code)
+
+
+def report(error: BaseException) -> int:
+    """Print an error for the user on stderr (with its traceback under -v) and give its exit code."""
+    shown = as_user_error(error)
+    if _verbose:
+        err().print("".join(traceback.format_exception(error)), soft_wrap=True, end="")
+    err().print(f"Error: {_one_line(shown.cause)}", style="bold red", soft_wrap=True)
+    if shown.remedy:
+        err().print(_one_line(shown.remedy), soft_wrap=True)
+    return shown.exit_code
+
+
+def as_user_error(error: BaseException) -> GptqBelleError:
+    """The error that a user should see for any exception: ours as they are, the system's translated."""
+    if isinstance(error, GptqBelleError):
+        return error
+    if isinstance(error, OSError) and (known := _from_system(error)):
+        return known
+    if _is_out_of_memory(error):
+        return HardwareError(f"out of memory: {_first_line(error) or 'an allocation failed'}",
+                             "Close other programs, or choose fewer bits, fewer calibration rows or a shorter context.")
+    text = f"unexpected {type(error).__name__}: {_first_line(error)}"
+    remedy = "Run it again with -v for the traceback, and report it with the output of `gptq-belle doctor`."
+    return GptqBelleError(text, remedy)
+
+
+def _from_system(error: OSError) -> GptqBelleError | None:
+    where = f"{error.filename}: " if error.filename else ""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return HardwareError(f"{where}the disk is full", "Free some space, or choose an output on another disk.")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return HardwareError(f"{where}permission denied", "Choose a place that you may read and write.")
+        case errno.ENOMEM:
+            return HardwareError(f"{where}out of memory", "Close other programs, or choose fewer bits.")
+        case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
+            return InputError(f"{where}{str(error.strerror).lower()}", "Check the path.")
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name and text: torch is not imported here, and its CPU allocator raises a bare RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _numeric(cells: Sequence[str]) -> bool:
+    return all(cell[:1].isdigit() or cell[:1] in "-+<" or not cell for cell in cells)
+
+
+def _print_plain_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]
+) -> None:
+    widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    if title:
+        say(title)
+    for row in (columns, *rows):
+        cells = []
+        for cell, width, is_right in zip(row, widths, right, strict=True):
+            space = " " * (width - cell_len(cell))
+            cells.append(space + cell if is_right else cell + space)
+        say("  ".join(cells).rstrip())
