@@ -1,0 +1,42 @@
+# make demo   sets up what is missing, then quantizes the demo models, measures them and answers a prompt
+# make test   sets up what is missing, then lints, checks types and runs the tests
+# make lint   the first half of it
+# make clean  removes the environment and everything that was built
+#
+# PYTHON names the interpreter that makes the environment (3.11 or newer). On Linux the default build of torch brings
+# the CUDA libraries along; where there is no GPU, point pip at PyTorch's CPU builds (PIP_EXTRA_INDEX_URL) beforehand.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(BIN)/gptq-belle demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,plot]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "gptq_belle needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install a newer one and name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "The environment could not be made. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV); the first time this downloads torch and takes some minutes."
