@@ -1,7 +1,7 @@
 """The source model with one block in memory at a time: load a block, run it on the calibration rows, drop it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class BlockStream:
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
         self.hidden: list[Tensor] = []
-        self._arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._arguments: dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
             raise InputError("this model mixes kinds of attention between its blocks",
                              "Only models whose blocks all attend alike can be quantized.")
@@ -56,29 +56,37 @@ class BlockStream:
         """Give a block's memory back."""
         block.to("meta")
 
-    def capture(self, rows: Tensor) -> None:
-        """Run everything that comes before the first block; fills `hidden`.
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """What comes before the first block is in memory inside of this context, and gone behind it."""
+        for name in self.arch.before:
+            self._fill(name)
+        yield
+        for name in self.arch.before:
+            self.model.get_submodule(name).to("meta")
+
+    def embed(self, rows: Tensor) -> list[Tensor]:
+        """Run everything that comes before the first block, inside of `embeddings`.
 
         Args:
             rows: (rows, T) int64 token ids without padding.
+        Returns:
+            The first block's inputs, one (batch, T, hidden_size) float32 tensor on the CPU a batch.
         """
-        for name in self.arch.before:
-            self._fill(name)
-        self.hidden = []
+        hidden: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states = args[0] if args else kwargs.pop("hidden_states")
-            self.hidden.append(states.cpu())
-            self._arguments[states.shape[0]] = args[1:], kwargs
+            hidden.append(states.cpu())
+            self._arguments[states.shape[:2]] = args[1:], kwargs
             raise _Stop
 
         first = self.blocks.get_submodule("0")
         with _hooked([first.register_forward_pre_hook(keep, with_kwargs=True)]), torch.inference_mode():
             for batch in rows.split(self._rows_a_batch(rows.shape[1])):
-                with _until_stop():
+                with suppress(_Stop):
                     self.model(input_ids=batch.to(self.device), use_cache=False)
-        for name in self.arch.before:
-            self.model.get_submodule(name).to("meta")
+        return hidden
 
     def hessian(self, block: nn.Module, stage: Sequence[str], advance: Callable[[], None]) -> Tensor:
         """The Hessian (K, K) float32 of the inputs that the linears of one stage share.
@@ -89,7 +97,7 @@ class BlockStream:
             advance: called once a batch, for progress.
         """
         linear = block.get_submodule(stage[0])
-        total = HessianSum(linear.weight.shape[1], self.device)  # type: ignore[union-attr, arg-type]
+        total = HessianSum(block.get_parameter(f"{stage[0]}.weight").shape[1], self.device)
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             total.add(inputs[0])
@@ -97,7 +105,7 @@ class BlockStream:
 
         with _hooked([linear.register_forward_pre_hook(add)]):
             for states in self.hidden:
-                with _until_stop():
+                with suppress(_Stop):
                     self.run(block, states)
                 advance()
         return total.value
@@ -111,7 +119,7 @@ class BlockStream:
     @torch.inference_mode()
     def run(self, block: nn.Module, states: Tensor) -> Tensor:
         """The block's output (batch, T, hidden_size) on `states` of the same shape."""
-        args, kwargs = self._arguments[states.shape[0]]
+        args, kwargs = self._arguments[states.shape[:2]]
         output = block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -130,7 +138,7 @@ class BlockStream:
         tensor = self.finite(name)
         rounded = tensor.to(torch.float16)
         if not torch.isfinite(rounded).all():
-            raise InputError(f"tensor {name} holds values up to {float(tensor.abs().max()):.3g}, beyond float16's 65504",
+            raise InputError(f"tensor {name} holds values up to {float(tensor.abs().max()):.3g}, more than 65504",
                              "The standard format holds float16 only; this model cannot be written in it.")
         return rounded
 
@@ -163,11 +171,3 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _until_stop() -> Iterator[None]:
-    try:
-        yield
-    except _Stop:
-        pass

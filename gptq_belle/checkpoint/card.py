@@ -1,0 +1,43 @@
+"""The model card that a quantized directory carries as README.md."""
+
+from huggingface_hub import ModelCardData
+
+from gptq_belle import __version__
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.config import QuantConfig
+
+CARD = """---
+{front}
+---
+
+# {name}, {bits} bits
+
+Quantized by gptq_belle {version} from `{name}` ({model_type}): {method}, {bits} bits, {group}, {sym}{order}.
+The linear layers of the blocks are packed in the GPTQ format (`{checkpoint_format}`); embeddings, norms, biases and
+the head are float16. `quantization_report.json` holds the error of every layer and the calibration's hash.
+
+## Use
+
+    gptq-belle chat .
+    python -c "import gptq_belle; print(gptq_belle.load('.').generate('你好'))"
+
+The files are standard: every reader of the GPTQ format takes them (for BLOOM, of those that know BLOOM).
+
+## Licence
+
+A quantized model stays under the licence of its source. BELLE's models are published for research only; those
+built on LLaMA carry Meta's terms as well.
+"""
+
+
+def model_card(source: CheckpointReader, config: QuantConfig) -> str:
+    """The card's text, front matter included."""
+    name = source.path.resolve().name
+    front = ModelCardData(language=["zh", "en"], library_name="transformers", pipeline_tag="text-generation",
+                          tags=["gptq", f"{config.bits}-bit", "belle", source.config["model_type"]])
+    return CARD.format(
+        front=front.to_yaml().strip(), name=name, version=__version__, model_type=source.config["model_type"],
+        method={"gptq": "GPTQ", "rtn": "round to nearest"}[config.method], bits=config.bits,
+        group="one scale a row" if config.group_size == -1 else f"groups of {config.group_size}",
+        sym="symmetric" if config.sym else "asymmetric", order=", act-order" if config.act_order else "",
+        checkpoint_format=config.checkpoint_format)

@@ -1,0 +1,179 @@
+"""Calibration text to packed rows of tokens: no padding, eos between documents, BELLE's prompt around chats.
+
+Accepted files: plain UTF-8 text (one document), JSON Lines, or a JSON array. A JSON row is one of
+
+    {"text": ...}                                    plain text, taken as it is
+    {"instruction": ..., "input": ..., "output": ...}   Alpaca's form; input may be missing or empty
+    {"input": ..., "target": ...}                    BELLE's train_*.json
+    {"question": ..., "std_answer": ...}             BELLE's evaluation set
+    {"conversations": [{"from": "human", "value": ...}, {"from": "assistant", "value": ...}, ...]}
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.runtime.chat import Turn, render
+
+BUILTIN = "builtin"
+TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
+
+
+class CalibrationRows(NamedTuple):
+    """What a job is calibrated on."""
+
+    tokens: Tensor  # (rows, T) int64, every position a real token
+    digest: str  # SHA-256 of the token ids, for the report
+    source: str  # file name, or "builtin"
+
+
+def calibration_rows(source: str | Path, tokenizer: Any, style: str, *, rows: int, seq_len: int,
+                     seed: int) -> CalibrationRows:
+    """Read, shuffle, tokenize and pack calibration documents.
+
+    Args:
+        source: a file (see above), or "builtin" for the rows that come with the package.
+        tokenizer: a transformers tokenizer with an eos token.
+        style: prompt style of the chat rows, a key of `gptq_belle.runtime.chat.STYLES`.
+        rows, seq_len: the most rows, and the tokens of each. Fewer rows come out where the text is short; where it
+            is shorter than one row, that row is cut to it.
+        seed: of the shuffling.
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, or holds a row of no known form; the line is named.
+        UsageError: rows or seq_len is not positive.
+    """
+    if rows < 1 or seq_len < 1:
+        raise UsageError(f"{rows} rows of {seq_len} tokens cannot be calibrated on", "Both must be at least 1.")
+    documents = read_documents(source)
+    random.Random(seed).shuffle(documents)
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer(_text(document, style, tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+        if len(stream) >= rows * seq_len:
+            break
+    if not stream:
+        raise InputError(f"calibration file {source} holds no text", "Give a file with text, or --calibration builtin.")
+    length = min(seq_len, len(stream))
+    count = min(rows, len(stream) // length)
+    tokens = torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return CalibrationRows(tokens, digest, BUILTIN if source == BUILTIN else Path(source).name)
+
+
+def check_enough(rows: CalibrationRows, features: int, name: str) -> None:
+    """Refuse calibration that is too short for the widest linear.
+
+    Args:
+        rows: what would be used.
+        features: inputs K of the widest linear.
+        name: that linear's name.
+    Raises:
+        InputError: fewer than 4 K tokens.
+    """
+    count = rows.tokens.numel()
+    if count < TOKENS_PER_INPUT * features:
+        raise InputError(
+            f"{count} calibration tokens are too few: {name} has {features} inputs and needs "
+            f"{TOKENS_PER_INPUT * features}",
+            "Give more text or more --rows, or insist with --allow-short.")
+
+
+def read_documents(source: str | Path) -> list[str | list[Turn]]:
+    """The documents of a calibration file: plain text, or the turns of a chat.
+
+    Raises:
+        InputError: as `calibration_rows`.
+    """
+    path = Path(str(files("gptq_belle") / "data" / "builtin.jsonl")) if source == BUILTIN else Path(source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
+    except OSError as error:
+        raise InputError(f"calibration file {path} cannot be read: {error.strerror}",
+                         "Give a text or JSONL file, or --calibration builtin.") from error
+    documents = list(_documents(path, text))
+    if not documents:
+        raise InputError(f"calibration file {path} is empty", "Give a file with text, or --calibration builtin.")
+    return documents
+
+
+def _documents(path: Path, text: str) -> Iterator[str | list[Turn]]:
+    if path.suffix not in (".json", ".jsonl"):
+        if text.strip():
+            yield text
+        return
+    for where, row in _json_rows(path, text):
+        document = _document(row)
+        if document is None:
+            raise InputError(f"{path}, {where}: no known kind of row",
+                             "A row has text, instruction/output, input/target, question/std_answer or conversations.")
+        yield document
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) for every row of a JSON array or of JSON Lines."""
+    try:
+        if text.lstrip().startswith("["):
+            yield from ((f"row {i}", row) for i, row in enumerate(json.loads(text), 1))
+            return
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}", "Mend the file, or use JSON Lines.") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number} is not valid JSON: {error}", "Mend or drop that line.") from error
+
+
+def _document(row: Any) -> str | list[Turn] | None:
+    """A row in one of the known forms, else None."""
+    if not isinstance(row, dict):
+        return None
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row.get("conversations"), list):
+        return _conversation(row["conversations"])
+    question, answer = _pair(row)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        return None
+    return [Turn(_bare(question), answer)]
+
+
+def _pair(row: dict[str, Any]) -> tuple[Any, Any]:
+    if isinstance(row.get("instruction"), str):
+        return _joined(row["instruction"], row.get("input")), row.get("output")
+    if "target" in row:
+        return row.get("input"), row["target"]
+    return row.get("question"), row.get("std_answer")
+
+
+def _bare(question: str) -> str:
+    """BELLE's first releases hold the prompt's frame in `input` already: take it off, it is put on again later."""
+    return question.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
+
+
+def _joined(instruction: str, given: Any) -> str:
+    return f"{instruction}\n{given}" if isinstance(given, str) and given else instruction
+
+
+def _conversation(messages: list[Any]) -> list[Turn] | None:
+    """Pairs of (human, assistant) values; an unanswered last question is left out."""
+    values = [m.get("value") for m in messages if isinstance(m, dict)]
+    if len(values) != len(messages) or not all(isinstance(value, str) for value in values):
+        return None
+    return [Turn(q, a) for q, a in zip(values[::2], values[1::2], strict=False)] or None
+
+
+def _text(document: str | list[Turn], style: str, eos: str) -> str:
+    return document + eos if isinstance(document, str) else render(document, style, eos)

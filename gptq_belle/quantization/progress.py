@@ -1,0 +1,91 @@
+"""What a running job shows: a bar on a terminal, one plain line a linear elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gptq_belle.quantization.report import LinearReport
+
+MIB = 1 << 20
+
+
+class JobProgress(Protocol):
+    """What the pipeline tells its caller."""
+
+    def start(self, blocks: int, steps: int) -> None:
+        """The job has `blocks` blocks, each of `steps` steps (forward batches and solutions)."""
+
+    def step(self) -> None:
+        """One step of the current block is done."""
+
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
+        """A linear is solved."""
+
+    def phase(self, text: str) -> None:
+        """Something outside of the blocks begins."""
+
+
+class Silent:
+    """Shows nothing: the library's default."""
+
+    def start(self, blocks: int, steps: int) -> None: ...
+    def step(self) -> None: ...
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None: ...
+    def phase(self, text: str) -> None: ...
+
+
+class ConsoleProgress:
+    """Progress on a rich console: a line for every linear with its error, seconds and the job's peak memory, and on a
+    terminal a bar with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.blocks = self.steps = self.done = 0
+        self.began = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("reading", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def start(self, blocks: int, steps: int) -> None:
+        self.blocks, self.steps, self.began = blocks, steps, time.monotonic()
+        self._bar.reset(self._task, total=blocks * steps, description="block 1")
+
+    def step(self) -> None:
+        self.done += 1
+        self._bar.update(self._task, completed=self.done)
+
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
+        self.step()
+        self._bar.update(self._task, description=f"block {block + 1}/{self.blocks}")
+        memory = f", peak {peak_memory / MIB:,.0f} MiB" if peak_memory is not None else ""
+        damp = f", damping {row.damp:g}" if row.damp > 0.01 else ""
+        left = "" if self.console.is_terminal else f", {self._left():.0f} s left"
+        self.console.print(f"block {block + 1}/{self.blocks} {_short(row.name):<32} error {row.error:.2e}, "
+                           f"{row.seconds:.2f} s{memory}{damp}{left}", soft_wrap=True)
+
+    def phase(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+        if not self.console.is_terminal:
+            self.console.print(text, soft_wrap=True)
+
+    def _left(self) -> float:
+        total = self.blocks * self.steps
+        return (time.monotonic() - self.began) * (total - self.done) / max(1, self.done)
+
+
+def _short(name: str) -> str:
+    """A linear's name inside its block: what follows the block's number."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[number + 1 :])

@@ -1,0 +1,63 @@
+"""Trust, then verify: one block's output from the written file must be the one that the solver left behind."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import GptqBelleError
+from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.reference import dequantize
+from gptq_belle.models.skeleton import assign
+from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.runtime.loader import read_quantization
+
+PROBED_BLOCK = 0
+LARGEST_DIFFERENCE = 1e-5  # of the output's largest value; the same floats in the same order give 0 on a CPU
+
+
+class Probe:
+    """A few tokens in front of the first block, and what they were behind it when that block was quantized."""
+
+    def __init__(self, hidden: list[Tensor]) -> None:
+        (self.states,) = hidden
+        self.expected: Tensor | None = None
+
+    def expect(self, stream: BlockStream, block: nn.Module) -> None:
+        """Note the output of the block as the solver left it."""
+        self.expected = stream.run(block, self.states).cpu()
+
+    def compare(self, directory: Path, stream: BlockStream) -> float:
+        """Read the block back, through the runtime's own reading of the words, and run the same tokens.
+
+        Returns:
+            The largest difference as a share of the output's largest value.
+        Raises:
+            GptqBelleError: it is larger than rounding explains; the written files are then not to be trusted.
+        """
+        assert self.expected is not None
+        reader = CheckpointReader(directory)
+        block = stream.blocks.get_submodule(str(PROBED_BLOCK))
+        for name, _ in list(block.named_parameters()):
+            full_name = f"{stream.arch.blocks}.{PROBED_BLOCK}.{name}"
+            assign(block, name, _read(reader, full_name).to(stream.device, torch.float32))
+        output = stream.run(block, self.states).cpu()
+        stream.drop(block)
+        difference = float((output - self.expected).abs().max() / self.expected.abs().max())
+        if not difference <= LARGEST_DIFFERENCE:
+            raise GptqBelleError(
+                f"block {PROBED_BLOCK} read back from the written file differs by {difference:.2e} of its output",
+                "The files were removed. Check disk and memory, and run it again; if it stays, report it.")
+        return difference
+
+
+def _read(reader: CheckpointReader, name: str) -> Tensor:
+    """A parameter of the written file in full precision; (N, K) where it is a packed weight."""
+    if name in reader:
+        return reader.tensor(name)
+    stem = name.removesuffix(".weight")
+    quantization = read_quantization(reader)
+    assert quantization is not None
+    words = (reader.tensor(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx"))
+    return dequantize(canonical(*words, quantization.bits, quantization.zero_offset)).t().contiguous()

@@ -1,0 +1,64 @@
+"""What a quantization job did, as it stands in quantization_report.json."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gptq_belle.config import QuantConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReport:
+    """One quantized linear.
+
+    Attributes:
+        name: full name in the model.
+        error: squared error of its output on the calibration rows as a share of the output's square; with method
+            rtn, which sees no inputs, of its weights.
+        damp: damping that was needed; 0 for rtn.
+        seconds: time of its solution.
+        inputs, outputs: K and N.
+    """
+
+    name: str
+    error: float
+    damp: float
+    seconds: float
+    inputs: int
+    outputs: int
+
+
+@dataclass(slots=True)
+class Report:
+    """The whole job.
+
+    Attributes:
+        source: the model that was quantized.
+        settings: the job's configuration.
+        calibration: source, rows, tokens a row, seed and SHA-256 of the token ids; None for rtn.
+        linears: one row a quantized linear, in the order of solving.
+        seconds: wall time of the job.
+        peak_memory: largest anonymous memory in bytes, None where the system does not tell.
+        bytes_on_disk: size of the weight files.
+        readback_error: largest difference between one block's output from the written file and from the solver, as a
+            share of the output's largest value.
+        versions: gptq_belle, torch, transformers.
+    """
+
+    source: str
+    settings: QuantConfig
+    calibration: dict[str, Any] | None = None
+    linears: list[LinearReport] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    bytes_on_disk: int = 0
+    readback_error: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mean_error(self) -> float:
+        """Mean of the linears' normalised errors."""
+        return sum(row.error for row in self.linears) / max(1, len(self.linears))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {**asdict(self), "mean_error": self.mean_error}

@@ -1,0 +1,61 @@
+"""The main job: quantize a model directory. Runs as ``gptq-belle quantize``, as ``python -m gptq_belle.quantize`` and
+by path."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+if not __package__:  # by path: this folder is first on sys.path, where its kernels/ would hide other packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import typer
+
+from gptq_belle import console
+from gptq_belle.config import QuantConfig
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Directory of the full-precision model, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; it appears only when it is complete.")],
+    bits: Annotated[int, typer.Option("--bits", "--wbits", help="Bits a weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option("--group-size", "--groupsize",
+                                            help="Inputs a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric, or a zero point a group.")] = True,
+    act_order: Annotated[bool, typer.Option("--act-order", help="Solve the most active inputs first.")] = False,
+    damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian's mean diagonal.")] = 0.01,
+    method: Annotated[str, typer.Option(help="gptq, or rtn: rounding without calibration.")] = "gptq",
+    calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
+    rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept less than 4 K calibration tokens.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the calibration rows' order.")] = 0,
+    device: console.Device = "auto",
+    as_json: console.Json = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Quantize MODEL to OUT: packed safetensors that every GPTQ reader takes, with a report of every layer's error."""
+    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    from gptq_belle.quantization.pipeline import quantize_checkpoint
+    from gptq_belle.quantization.progress import ConsoleProgress
+
+    with ConsoleProgress(console.err()) as progress:
+        report = quantize_checkpoint(
+            model, out, config, calibration=calibration, rows=rows, seq_len=seq_len, seed=seed,
+            allow_short=allow_short, device=device, progress=progress)
+    if as_json:
+        console.print_json(report.to_dict())
+        return
+    peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
+    console.say(f"{out}: {bits} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
+                f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
+
+
+def main() -> None:
+    """The command line of this one verb."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    console.run(app)
+
+
+if __name__ == "__main__":
+    main()
