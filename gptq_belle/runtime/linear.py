@@ -1,0 +1,68 @@
+"""QuantLinear: the packed buffers of one linear, and a forward pass that hands them to the kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gptq_belle.errors import UsageError
+from gptq_belle.kernels.dispatch import PreparedWeight, quant_matmul
+from gptq_belle.kernels.layout import CanonicalWeight
+
+
+class QuantLinear(nn.Module):
+    """A linear layer on a packed weight: x (..., in_features) to (..., out_features), in x's dtype.
+
+    Every tensor of the prepared weight is a buffer of its field's name, so a canonical weight's state dict is what
+    stands on disk. Moving the module moves them; no cast changes them (the bias excepted, which is rounded to the
+    activations' dtype at each call anyway).
+
+    Args:
+        prepared: from `kernels.dispatch.prepare`.
+        bias: (out_features,) of any floating dtype, or None; added inside.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, prepared: PreparedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = prepared.in_features, prepared.out_features
+        self._layout = type(prepared)
+        self._numbers: dict[str, int] = {}
+        for name, value in prepared._asdict().items():
+            if isinstance(value, int):
+                self._numbers[name] = value
+            else:
+                self.register_buffer(name, value)
+        self.register_buffer("bias", bias)
+
+    @property
+    def prepared(self) -> PreparedWeight:
+        """The weight as the kernels take it, from the buffers as they are now."""
+        tensors = {name: value for name, value in self._buffers.items() if name != "bias"}
+        return self._layout(**tensors, **self._numbers)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) times the weight, plus the bias: (..., out_features)."""
+        return quant_matmul(x, self.prepared, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and layout, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, {self._layout.__name__}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.device != tensor.device and self._layout is not CanonicalWeight:
+                raise UsageError(f"this model's weights are laid out for {tensor.device} and cannot move",
+                                 f"Load it again with device=\"{moved.device}\".")
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._layout is not CanonicalWeight:
+            raise UsageError("this model's words were replaced by a layout for the CPU, which is not a file format",
+                             "Copy the directory it came from, or load it with dtype=torch.float32 to save it.")
+        super()._save_to_state_dict(destination, prefix, keep_vars)

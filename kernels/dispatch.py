@@ -1,0 +1,68 @@
+"""Which kernel runs: chosen once when a weight is prepared, called through one function."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import reference, torch_int4
+from .layout import CanonicalWeight, canonical
+from .torch_int4 import Int4Weight
+
+PreparedWeight = CanonicalWeight | Int4Weight
+
+
+class Choice(NamedTuple):
+    """The kernel that a case takes, and why it is not a faster one (empty where there is none)."""
+
+    kernel: str  # "torch-int4", "dequantize+matmul" or "reference"
+    reason: str
+
+
+def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The kernel for one linear.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        g_idx: (K,) integers, the group of each input.
+        out_features: N.
+        device, dtype: where the weight lives, and of what type the activations will be.
+    """
+    if device.type == "cuda":
+        return Choice("dequantize+matmul", "no fused kernel for CUDA yet: weights are expanded for cuBLAS")
+    reason = torch_int4.refusal(bits, g_idx, out_features, device, dtype)
+    return Choice("torch-int4", "") if reason is None else Choice("reference", reason)
+
+
+def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int, *,
+            device: torch.device, dtype: torch.dtype) -> PreparedWeight:
+    """Check one packed weight and lay it out for its kernel; the arguments are left as they are.
+
+    Args:
+        qweight, qzeros, scales, g_idx, bits, zero_offset: see `layout.canonical`.
+        device: where the weight will live.
+        dtype: of the activations that it will meet. Others work too, only slower.
+    Returns:
+        the words copied to `device`, or another layout that replaces them.
+    Raises:
+        ValueError: tensors that do not fit together; the message says what is allowed.
+    """
+    weight = canonical(qweight, qzeros, scales, g_idx, bits, zero_offset)
+    choice = choose(bits, weight.g_idx, weight.out_features, device=device, dtype=dtype)
+    if choice.kernel == "torch-int4":
+        return torch_int4.prepare(weight)
+    return weight._replace(
+        qweight=qweight.to(device, copy=True), qzeros=qzeros.to(device, copy=True),
+        scales=scales.to(device, copy=True), g_idx=weight.g_idx.to(device, copy=True),
+    )
+
+
+def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, whichever kernel runs."""
+    if isinstance(weight, Int4Weight):
+        return torch_int4.quant_matmul(x, weight, bias)
+    if x.is_cuda:
+        bias = None if bias is None else bias.to(x.dtype)
+        return linear(x, reference.dequantize(weight).to(x.dtype).t(), bias)
+    return reference.quant_matmul(x, weight, bias)
