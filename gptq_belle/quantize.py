@@ -27,7 +27,7 @@ def command(
     calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
     rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
-    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept less than 4 K calibration tokens.")] = False,
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept under 4 K calibration tokens.")] = False,
     seed: Annotated[int, typer.Option(help="Of the calibration rows' order.")] = 0,
     device: console.Device = "auto",
     as_json: console.Json = False,

@@ -41,7 +41,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         InputError: not positive definite even with the largest damping.
     """
     mean = hessian.diagonal().mean()
-    while damp <= LARGEST_DAMP:
+    while True:
         work = hessian.clone()
         work.diagonal().add_(damp * mean)
         factor, failed = torch.linalg.cholesky_ex(work)
@@ -52,6 +52,7 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed and torch.isfinite(upper).all():
                 return upper, damp
-        damp *= 10
-    raise InputError(f"the Hessian is not positive definite, even damped by {damp / 10:g} of its mean diagonal",
-                     "Use more or more varied calibration text, and check the model's weights for damage.")
+        if damp >= LARGEST_DAMP:
+            raise InputError(f"the Hessian is not positive definite, even damped by {damp:g} of its mean diagonal",
+                             "Use more or more varied calibration text, and check the model's weights for damage.")
+        damp = min(10 * damp, LARGEST_DAMP)

@@ -104,7 +104,7 @@ def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Ten
     if order is not None:
         position = torch.argsort(order)
         codes, g_idx = codes[position], g_idx[position]
-    return QuantizedWeight(codes.t().contiguous(), scales.t().contiguous(), zeros.t().to(torch.int32).contiguous(),
+    return QuantizedWeight(codes.t().contiguous(), scales.t().float().contiguous(), zeros.t().to(torch.int32).contiguous(),
                            g_idx.to(torch.int32))
 
 
@@ -117,7 +117,7 @@ def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | 
         return float(torch.sum(image.mul_(matrix) if hessian is not None else image * matrix, dtype=torch.float64))
 
     whole = energy(weight)
-    return energy(difference) / whole if whole > 0 else 0.0
+    return max(0.0, energy(difference)) / whole if whole > 0 else 0.0
 
 
 def _group_size(weight: Tensor, config: QuantConfig) -> int:

@@ -1,0 +1,104 @@
+"""Files of every accepted kind become rows of real tokens; what cannot is refused with its line."""
+
+import json
+
+import pytest
+from conftest import tiny_tokenizer
+
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.quantization.calibration import BUILTIN, calibration_rows, check_enough, read_documents
+from gptq_belle.runtime.chat import Turn
+
+SETTINGS = {"rows": 4, "seq_len": 16, "seed": 0}
+
+
+def jsonl(tmp_path, *rows):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return file
+
+
+def test_every_kind_of_row_is_read(tmp_path):
+    file = jsonl(
+        tmp_path, {"text": "平文"}, {"instruction": "翻译", "input": "猫", "output": "cat"},
+        {"instruction": "写诗", "input": "", "output": "春风"}, {"input": "Human: 你好\n\nAssistant:", "target": "好"},
+        {"question": "一加一", "std_answer": "二", "class": "math"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "assistant", "value": "b"},
+                           {"from": "human", "value": "c"}, {"from": "assistant", "value": "d"}]})
+    assert read_documents(file) == [
+        "平文", [Turn("翻译\n猫", "cat")], [Turn("写诗", "春风")], [Turn("你好", "好")], [Turn("一加一", "二")],
+        [Turn("a", "b"), Turn("c", "d")]]
+
+
+def test_a_json_array_reads_like_lines(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"text": "a"}, {"text": "b"}]), encoding="utf-8")
+    assert read_documents(file) == ["a", "b"]
+
+
+def test_chats_wear_the_belle_prompt_and_plain_text_does_not(tmp_path):
+    tokenizer = tiny_tokenizer()
+    file = jsonl(tmp_path, {"instruction": "问", "output": "答"})
+    rows = calibration_rows(file, tokenizer, "bloom", **SETTINGS)
+    assert tokenizer.decode(rows.tokens.flatten()).startswith("Human: 问\n\nAssistant:")
+    text = tmp_path / "plain.txt"
+    text.write_text("只是文字" * 8, encoding="utf-8")
+    rows = calibration_rows(text, tokenizer, "bloom", **SETTINGS)
+    assert tokenizer.decode(rows.tokens.flatten()).startswith("只是文字")
+
+
+def test_rows_are_packed_whole_with_eos_between_documents(tmp_path):
+    tokenizer = tiny_tokenizer()
+    file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
+    rows = calibration_rows(file, tokenizer, "bloom", **SETTINGS)
+    assert rows.tokens.shape == (4, 16)
+    assert not (rows.tokens == tokenizer.pad_token_id).any()
+    assert (rows.tokens == tokenizer.eos_token_id).any()
+
+
+def test_the_seed_decides_the_order(tmp_path):
+    tokenizer = tiny_tokenizer()
+    file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
+    first, again = (calibration_rows(file, tokenizer, "bloom", **SETTINGS) for _ in range(2))
+    other = calibration_rows(file, tokenizer, "bloom", **(SETTINGS | {"seed": 1}))
+    assert first.digest == again.digest != other.digest
+
+
+def test_a_text_shorter_than_a_row_makes_one_shorter_row(tmp_path):
+    file = jsonl(tmp_path, {"text": "短"})
+    rows = calibration_rows(file, tiny_tokenizer(), "bloom", **SETTINGS)
+    assert rows.tokens.shape[0] == 1
+    assert rows.tokens.shape[1] < 16
+
+
+def test_too_few_tokens_are_refused_with_the_numbers(tmp_path):
+    file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
+    rows = calibration_rows(file, tiny_tokenizer(), "bloom", **SETTINGS)
+    check_enough(rows, 16, "mlp")
+    with pytest.raises(InputError, match=r"64 calibration tokens are too few: mlp has 17 inputs and needs 68"):
+        check_enough(rows, 17, "mlp")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("empty.txt", b" \n", "is empty"), ("empty.jsonl", b"\n\n", "is empty"), ("latin.txt", b"caf\xe9", "not UTF-8"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not valid JSON"),
+    ("kind.jsonl", b'{"text": "a"}\n{"prompt": "b"}', "line 2: no known kind of row"),
+    ("list.json", b"[1]", "row 1: no known kind"), ("chat.jsonl", b'{"conversations": [{"from": "human"}]}', "line 1"),
+    ("broken.json", b"[{]", "not valid JSON")])
+def test_bad_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        calibration_rows(tmp_path / name, tiny_tokenizer(), "bloom", **SETTINGS)
+
+
+def test_a_missing_file_and_impossible_sizes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_documents(tmp_path / "none.txt")
+    with pytest.raises(UsageError):
+        calibration_rows(BUILTIN, tiny_tokenizer(), "bloom", rows=0, seq_len=16, seed=0)
+
+
+def test_the_builtin_rows_are_enough_for_belle_7b():
+    characters = sum(len(d) if isinstance(d, str) else sum(len(t.question) + len(t.answer) for t in d)
+                     for d in read_documents(BUILTIN))
+    assert characters > 130_000  # 4 x 16,384 inputs of dense_4h_to_h is 65,536 tokens

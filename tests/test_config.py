@@ -1,0 +1,31 @@
+"""Settings: what is refused, and what stands in a checkpoint."""
+
+import pytest
+
+from gptq_belle.config import QuantConfig, written_by_us
+from gptq_belle.errors import UsageError
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("bits", 5), ("bits", True), ("group_size", 0), ("group_size", 48), ("method", "awq"), ("damp", 0), ("damp", 1.5)])
+def test_values_that_are_not_allowed_are_named_with_those_that_are(setting, value):
+    with pytest.raises(UsageError, match=str(value)) as caught:
+        QuantConfig(**{setting: value})
+    assert caught.value.exit_code == 2
+    assert "Choose" in caught.value.remedy
+
+
+def test_symmetric_is_written_as_v1_and_asymmetric_as_v2():
+    symmetric, asymmetric = QuantConfig().to_dict(), QuantConfig(sym=False).to_dict()
+    assert (symmetric["format"], symmetric["checkpoint_format"]) == ("gptq", "gptq")
+    assert (asymmetric["format"], asymmetric["checkpoint_format"]) == ("gptq_v2", "gptq_v2")
+
+
+def test_the_dictionary_has_what_other_readers_need():
+    stated = QuantConfig(bits=8, group_size=64, act_order=True).to_dict()
+    needed = {"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": True, "sym": True,
+              "pack_dtype": "int32", "lm_head": False}
+    assert needed.items() <= stated.items()
+    assert written_by_us(stated)
+    assert not written_by_us({"meta": {"quantizer": ["gptqmodel:7.0"]}})
+    assert not written_by_us({"meta": "gptq_belle:0.1.0"})

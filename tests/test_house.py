@@ -1,0 +1,59 @@
+"""The house stands as designed: the kernels link, imports that stay light, a wheel that carries real files."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = "import sys; sys.path.insert(0, {root!r}); import {module}; print([m for m in sys.modules if {ours}])"
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def test_kernels_is_a_plain_folder_behind_a_link():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "gptq_belle" / "kernels").is_symlink()
+    assert (ROOT / "gptq_belle" / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_nothing_in_the_package_hides_another_package():
+    # by path, `python gptq_belle/quantize.py` starts with that folder first on sys.path
+    names = {path.stem for path in (ROOT / "gptq_belle").iterdir()}
+    assert not names & {"datasets", "evaluate", "tokenizers", "triton", "safetensors", "types", "queue", "torch"}
+
+
+def test_transformers_imported_at_the_root_runs_no_code_of_ours():
+    code = QUIET.format(root=str(ROOT), module="transformers; from transformers import LlamaForCausalLM",
+                        ours="m.startswith(('gptq_belle', 'kernels.'))")
+    assert python(code).strip() == "[]"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = QUIET.format(root=str(ROOT), module="gptq_belle, gptq_belle.cli",
+                        ours="m in ('torch', 'triton', 'transformers', 'safetensors')")
+    assert python(code).strip() == "[]"
+
+
+def test_kernels_import_nothing_of_the_package():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert "gptq_belle" not in [word.split(".")[0] for line in path.read_text(encoding="utf-8").splitlines()
+                                    if line.lstrip().startswith(("import ", "from ")) for word in line.split()[1:2]]
+
+
+def test_a_wheel_installed_elsewhere_carries_kernels_and_data(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+                    "--no-index", "-w", str(tmp_path), str(ROOT)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    site = tmp_path / "site"
+    assert not (site / "gptq_belle" / "kernels").is_symlink()
+    code = (f"import sys; sys.path.insert(0, {str(site)!r});"
+            "import gptq_belle.kernels.dispatch as d; print(d.__file__);"
+            "from gptq_belle.quantization.calibration import read_documents; print(len(read_documents('builtin')))")
+    where, documents = python(code, cwd=tmp_path).split()
+    assert where.startswith(str(site))
+    assert int(documents) > 1000
