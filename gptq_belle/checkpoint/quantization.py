@@ -1,0 +1,117 @@
+"""What a checkpoint's configuration says about its packed weights, and whether the tensors bear it out."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gptq_belle.checkpoint.packing import V1, V2
+from gptq_belle.checkpoint.reader import CheckpointReader, read_json
+from gptq_belle.config import BITS
+from gptq_belle.errors import InputError
+
+WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the figure."
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What the configuration of a checkpoint says about its packed weights.
+
+    Attributes:
+        bits: bits a weight.
+        group_size: inputs that share a scale; -1 for all of a row.
+        sym: one fixed zero point; None where the file does not say.
+        desc_act: groups follow act-order (``g_idx`` says how in any case).
+        checkpoint_format: "gptq" (v1) or "gptq_v2".
+        producer: the program that wrote it, or "" where the file does not say.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool | None
+    desc_act: bool
+    checkpoint_format: str
+    producer: str
+
+    @property
+    def zero_offset(self) -> int:
+        """What is added to a stored zero point: 1 in v1, 0 in v2."""
+        return 1 if self.checkpoint_format == V1 else 0
+
+
+def stated_quantization(reader: CheckpointReader) -> dict[str, Any] | None:
+    """config.json's quantization_config as it stands there, else all of quantize_config.json, else None.
+
+    Raises:
+        InputError: it is not an object.
+    """
+    path = reader.path / "quantize_config.json"
+    stated = reader.config.get("quantization_config")
+    if stated is None and path.is_file():
+        stated = read_json(path)
+    if stated is not None and not isinstance(stated, dict):
+        raise InputError(f"{reader.path}: quantization_config is not an object", WRONG_CONFIG)
+    return stated
+
+
+def read_quantization(reader: CheckpointReader) -> Quantization | None:
+    """The quantization that config.json states, else quantize_config.json; None where neither does.
+
+    Raises:
+        InputError: another method than GPTQ, or a figure that is missing or not supported.
+    """
+    stated = stated_quantization(reader)
+    if stated is None:
+        return None
+    # AutoGPTQ's file has no quant_method; `format` wins over `checkpoint_format`; without either it is v1.
+    _expect(reader, "quant_method", stated.get("quant_method", "gptq"), ("gptq",))
+    _expect(reader, "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
+    checkpoint_format = stated.get("format") or stated.get("checkpoint_format") or V1
+    _expect(reader, "format", checkpoint_format, (V1, V2))
+    _expect(reader, "bits", stated.get("bits"), BITS)
+    group_size = stated.get("group_size")
+    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise InputError(f"{reader.path}: group_size {group_size!r} is not supported", "Expected -1 or a count.")
+    return Quantization(stated["bits"], group_size, stated.get("sym"), bool(stated.get("desc_act")), checkpoint_format,
+                        _producer(stated))
+
+
+def check_geometry(reader: CheckpointReader, name: str, quantization: Quantization, inputs: int, outputs: int) -> None:
+    """Hold the configuration's bits and group size against the shapes of one packed linear (headers only).
+
+    Args:
+        name: of the linear.
+        inputs, outputs: in_features and out_features that config.json gives it.
+    Raises:
+        InputError: they disagree; the message states both figures.
+    """
+    rows, columns = _matrix(reader, f"{name}.qweight")
+    groups, _ = _matrix(reader, f"{name}.scales")
+    if columns != outputs:
+        raise InputError(f"{name} has {columns} outputs, config.json gives it {outputs}", WRONG_CONFIG)
+    if rows * 32 != quantization.bits * inputs:
+        raise InputError(f"the configuration says {quantization.bits} bits, but {name} has {rows} rows of words for "
+                         f"{inputs} inputs: {rows * 32 / inputs:g} bits", WRONG_CONFIG)
+    size = inputs if quantization.group_size == -1 else quantization.group_size
+    if groups != math.ceil(inputs / size):
+        raise InputError(f"the configuration says group size {quantization.group_size}, but {name} has {groups} groups "
+                         f"for {inputs} inputs: group size {inputs / max(groups, 1):g}", WRONG_CONFIG)
+
+
+def _matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:
+    shape = reader.shape(name)
+    if len(shape) != 2:
+        raise InputError(f"tensor {name} of shape {shape} is not a matrix", "The file is damaged or of another kind.")
+    return shape[0], shape[1]
+
+
+def _expect(reader: CheckpointReader, key: str, value: object, allowed: tuple[object, ...]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise InputError(f"{reader.path}: {key} {value!r} of the quantization is not supported",
+                         f"It must be one of {', '.join(map(str, allowed))}.")
+
+
+def _producer(stated: dict[str, Any]) -> str:
+    meta = stated.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
+    names = quantizer if isinstance(quantizer, list) else [quantizer or ""]
+    return ", ".join(map(str, names))
