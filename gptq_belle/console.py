@@ -79,15 +79,22 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of text cells on stdout, numbers to the right: drawn on a terminal, aligned plain lines elsewhere."""
-    right = [_numeric([row[i] for row in rows]) for i in range(len(columns))]
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> None:
+    """A table of cells on stdout: drawn on a terminal, aligned plain lines elsewhere.
+
+    Args:
+        title: one line above it; may be empty.
+        columns: the head; one without any name is left out.
+        rows: a cell for every column.
+        text: the first so many columns hold text, to the left; the others numbers, to the right.
+    """
     if not out().is_terminal:
-        _print_plain_table(title, columns, rows, right)
+        _print_plain_table(title, columns, rows, text)
         return
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
-    for name, is_right in zip(columns, right, strict=True):
-        table.add_column(name, justify="right" if is_right else "left", overflow="fold")
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold",
+                  show_header=any(columns))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out().print(table)
@@ -183,19 +190,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _numeric(cells: Sequence[str]) -> bool:
-    return all(cell[:1].isdigit() or cell[:1] in "-+<" or not cell for cell in cells)
-
-
-def _print_plain_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]
-) -> None:
+def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> None:
     widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
     if title:
         say(title)
-    for row in (columns, *rows):
+    for row in ([columns] if any(columns) else []) + list(rows):
         cells = []
-        for cell, width, is_right in zip(row, widths, right, strict=True):
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
             space = " " * (width - cell_len(cell))
-            cells.append(space + cell if is_right else cell + space)
+            cells.append(cell + space if place < text else space + cell)
         say("  ".join(cells).rstrip())

@@ -1,0 +1,48 @@
+"""How fast this machine reads memory: the limit of decoding, where every token reads every weight once."""
+
+from pathlib import Path
+
+import torch
+
+from gptq_belle.measure.timing import Spread, seconds, spread
+
+MIB = 1 << 20
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: int | None = None) -> Spread:
+    """Bytes per second of a plain read (of a copy, read and write counted, on CUDA).
+
+    On a CPU a matrix meets a vector: of torch's operations the one that reads the fastest (measured on 2 cores:
+    31 GB/s, where a sum reaches 26 and numpy's maximum 14), and with all of torch's threads.
+
+    Args:
+        device: where the buffer lies.
+        repeats: how often it is read; one read before them does not count.
+        size: bytes of the buffer; left out, `buffer_bytes()`.
+    """
+    count = (size or buffer_bytes()) // 4
+    columns = min(4096, count)
+    matrix = torch.ones(count // columns, columns, device=device)
+    if matrix.is_cuda:
+        target, factor = torch.empty_like(matrix), 2
+        times = [seconds(lambda: target.copy_(matrix), device) for _ in range(repeats + 1)]
+    else:
+        vector, out, factor = torch.ones(columns), torch.empty(len(matrix)), 1
+        times = [seconds(lambda: torch.mv(matrix, vector, out=out), device) for _ in range(repeats + 1)]
+    return spread([factor * matrix.numel() * 4 / time for time in times[1:]])
+
+
+def buffer_bytes() -> int:
+    """Twice the last-level cache, so that little of a buffer stays there; 256 MiB to 1 GiB."""
+    return min(1024 * MIB, max(256 * MIB, 2 * last_level_cache()))
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first CPU core; 0 where the system does not tell.
+
+    A virtual machine is told of its host's whole cache, of which it has a share at best.
+    """
+    sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
+    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes if size[-1:] in _UNITS), default=0)

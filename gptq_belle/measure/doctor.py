@@ -1,0 +1,139 @@
+"""What this machine can run: versions, processor, memory, devices, and the kernel that each case takes, with why."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq_belle import __version__, console
+from gptq_belle.kernels.dispatch import choose
+
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
+FEATURES = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
+PRECISIONS = {"exact": torch.float32, "fast": torch.bfloat16}
+WIDTH = 4096  # inputs and outputs of the layer that the kernels are asked about: LLaMA-7B's and BLOOM-7B1's
+GROUP = 128
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` prints, as JSON-ready values; sizes in bytes, None where the system does not tell."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "versions": {"gptq_belle": __version__, "python": platform.python_version()} | installed(),
+        "system": platform.platform(),
+        "cpu": cpu(),
+        "memory": memory(),
+        "devices": devices(),
+        "compiler": compiler(),
+        "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
+    }
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of the packages that matter; None where one is absent."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name) if find_spec(name) else None
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def cpu() -> dict[str, Any]:
+    """Model, cores this process may use, torch's threads, and the instruction sets that kernels look for."""
+    info = _cpuinfo()
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "features": [name for name in FEATURES if name in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def memory() -> dict[str, int | None]:
+    """Main memory in bytes: in all, and to be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {"total": None, "available": None}
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return {"total": sizes.get("MemTotal"), "available": sizes.get("MemAvailable")}
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CUDA devices: name, compute capability, memory in bytes."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory,
+                      "capability": f"{properties.major}.{properties.minor}"})
+    return found
+
+
+def compiler() -> str | None:
+    """The C compiler that Triton would build its launcher with; None where there is none."""
+    found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
+    return next((path for path in found if path), None)
+
+
+def kernel_choices(device: torch.device) -> list[dict[str, str]]:
+    """For every kind of checkpoint and precision: the kernel that runs, and why no faster one does."""
+    in_order = torch.arange(WIDTH, dtype=torch.int32) // GROUP
+    mixed = torch.arange(WIDTH, dtype=torch.int32) % (WIDTH // GROUP)
+    cases = [(f"{bits} bit", bits, in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", 4, mixed)]
+    rows = []
+    for name, bits, g_idx in cases:
+        for precision, dtype in PRECISIONS.items():
+            choice = choose(bits, g_idx, WIDTH, device=device, dtype=dtype)
+            rows.append({"device": device.type, "case": name, "precision": precision, "kernel": choice.kernel,
+                         "why": choice.reason})
+    return rows
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what `examine` found."""
+    size = found["memory"]
+    console.print_table("", ["", ""], [
+        *((name, value or "not installed") for name, value in found["versions"].items()),
+        ("processor", f"{found['cpu']['model']}, {found['cpu']['cores']} cores, {found['cpu']['threads']} threads"),
+        ("instructions", " ".join(found["cpu"]["features"]) or "unknown"),
+        ("memory", f"{gib(size['total'])} in all, {gib(size['available'])} available"),
+        *((entry["device"], f"{entry['name']}, {gib(entry['memory'])}, compute capability {entry['capability']}")
+          for entry in found["devices"]),
+        *([] if found["devices"] else [("GPU", "no CUDA device, or a torch without CUDA")]),
+        ("C compiler", found["compiler"] or "none: Triton could not build its launcher"),
+    ], text=2)
+    console.say()
+    columns = ["device", "checkpoint", "--precision", "kernel", "why"]
+    rows = [(row["device"], row["case"], row["precision"], row["kernel"], row["why"]) for row in found["kernels"]]
+    console.print_table("Which kernel runs a quantized linear", columns, rows, text=5)
+
+
+def gib(size: int | None) -> str:
+    """A size for reading; "unknown" where there is none."""
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def machine() -> str:
+    """The machine in one line, for the head of a table of measurements."""
+    found = cpu()
+    names = ", ".join([f"{found['model']}, {found['threads']} threads", *(entry["name"] for entry in devices())])
+    return f"{names}; torch {torch.__version__}"
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
