@@ -1,0 +1,82 @@
+"""Scores of answers by class: exact match where there is one right answer, character F1 elsewhere. Pure functions."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+EXACT_CLASSES = ("extract", "closed_qa", "classification", "translation", "math", "open_qa")
+TARGET_CLASSES = EXACT_CLASSES[:5]  # the five that are averaged into one figure
+FINAL_ANSWER = re.compile(r"答案(?:是|为|[:：])\s*(-?\d+(?:\.\d+)?)")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class ClassScore(NamedTuple):
+    """The mean score of one class in percent, the number of answers, and what was measured: `exact` or `f1`."""
+
+    score: float
+    answers: int
+    metric: str
+
+
+def normalise(text: str) -> str:
+    """The text as compared: half-width (NFKC), lower case, single spaces, no space or full stop at the ends."""
+    folded = unicodedata.normalize("NFKC", text).lower().replace("。", ".")
+    return re.sub(r"\s+", " ", folded).strip(" .")
+
+
+def final_number(text: str) -> str | None:
+    """The number after the last `答案是`, else the last number of the text, else None."""
+    folded = unicodedata.normalize("NFKC", text)
+    found = FINAL_ANSWER.findall(folded) or NUMBER.findall(folded)
+    return found[-1] if found else None
+
+
+def exact_match(answer: str, expected: str, cls: str = "") -> float:
+    """1.0 where the answer is right, else 0.0; in `math` only the final number counts, however it was reached."""
+    if cls == "math":
+        wanted = final_number(expected)
+        return float(wanted is not None and final_number(answer) == wanted)
+    return float(normalise(answer) == normalise(expected))
+
+
+def character_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall over characters as multisets, spaces left out; 1.0 for two empty texts."""
+    given, wanted = (Counter(normalise(text).replace(" ", "")) for text in (answer, expected))
+    if not given or not wanted:
+        return float(given == wanted)
+    common = (given & wanted).total()
+    return 2 * common / (given.total() + wanted.total())
+
+
+def metric_of(cls: str) -> str:
+    """`exact` for the classes with one right answer, `f1` for all others."""
+    return "exact" if cls in EXACT_CLASSES else "f1"
+
+
+def score_answer(answer: str, expected: str, cls: str) -> float:
+    """The score of one answer, 0 to 1, by its class's metric."""
+    return exact_match(answer, expected, cls) if metric_of(cls) == "exact" else character_f1(answer, expected)
+
+
+def score_classes(rows: Iterable[tuple[str, str, str]]) -> dict[str, ClassScore]:
+    """Scores by class from (class, answer, expected) rows, in order of first appearance."""
+    scores: dict[str, list[float]] = {}
+    for cls, answer, expected in rows:
+        scores.setdefault(cls, []).append(score_answer(answer, expected, cls))
+    return {cls: ClassScore(100 * sum(s) / len(s), len(s), metric_of(cls)) for cls, s in scores.items()}
+
+
+def overall(scores: dict[str, ClassScore], classes: Sequence[str] = TARGET_CLASSES) -> float:
+    """Percent of right answers over the given classes together, each answer counting once.
+
+    Raises ValueError where none of the classes was scored.
+    """
+    present = [scores[cls] for cls in classes if cls in scores]
+    total = sum(s.answers for s in present)
+    if not total:
+        raise ValueError(f"no answers in the classes {', '.join(classes)}")
+    return sum(s.score * s.answers for s in present) / total

@@ -1,0 +1,77 @@
+"""Scores by class: what counts as the same answer, and how classes add up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptq_belle.evaluation import score
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(" 北京。", "北京"), ("１２３", "123"), ("The cat.", "the  cat"), ("你好，世界", "你好,世界"), ("", " ")],
+)
+def test_same_answer_in_other_clothes(answer: str, expected: str) -> None:
+    assert score.exact_match(answer, expected) == 1.0
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("北京市", "北京"), ("12 3", "123"), ("cat", "cats"), ("", "a")])
+def test_other_answer(answer: str, expected: str) -> None:
+    assert score.exact_match(answer, expected) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("23+48：个位3+8=11。答案是71", "71"),
+        ("答案是７１。", "71"),
+        ("答案为：", None),
+        ("一共 -5", "-5"),
+        ("答案是1，不对，答案是2。共3步", "2"),
+        ("没有", None),
+        ("答案：3.5元", "3.5"),
+    ],
+)
+def test_final_number(text: str, number: str | None) -> None:
+    assert score.final_number(text) == number
+
+
+def test_math_compares_the_final_answer_only() -> None:
+    assert score.exact_match("瞎写。答案是71", "3+8=11。答案是71", "math") == 1.0
+    assert score.exact_match("3+8=11。答案是72", "3+8=11。答案是71", "math") == 0.0
+    assert score.exact_match("不知道", "不知道", "math") == 0.0
+
+
+def test_character_f1_by_hand() -> None:
+    assert score.character_f1("abcd", "abxy") == pytest.approx(0.5)  # 2 common of 4 and 4
+    assert score.character_f1("aab", "ab") == pytest.approx(0.8)  # 2 common of 3 and 2
+    assert score.character_f1("", "ab") == 0.0
+    assert score.character_f1("", "") == 1.0
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_character_f1_is_symmetric_and_bounded(a: str, b: str) -> None:
+    value = score.character_f1(a, b)
+    assert 0.0 <= value <= 1.0
+    assert value == score.character_f1(b, a)
+    assert score.character_f1(a, a) == 1.0
+
+
+def test_classes_are_scored_by_their_metric() -> None:
+    rows = [
+        ("extract", "张伟", "张伟"),
+        ("extract", "张", "张伟"),
+        ("code", "abcd", "abxy"),
+        ("math", "答案是3", "答案是3"),
+    ]
+    scores = score.score_classes(rows)
+    assert scores["extract"] == score.ClassScore(50.0, 2, "exact")
+    assert scores["code"] == score.ClassScore(50.0, 1, "f1")
+    assert score.overall(scores) == pytest.approx(100 * 2 / 3)  # answers count, not classes; code is left out
+
+
+def test_overall_needs_answers() -> None:
+    with pytest.raises(ValueError, match="extract"):
+        score.overall({"code": score.ClassScore(50.0, 1, "f1")})
