@@ -1,0 +1,146 @@
+"""`eval belle`: greedy answers to questions in the model's own prompt style, scored by class."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.evaluation.score import TARGET_CLASSES, ClassScore, overall, score_classes
+from gptq_belle.runtime.chat import StopStrings, Turn, render, style_named
+from gptq_belle.runtime.engine import Model
+
+FIELDS = ("class", "question", "std_answer")
+
+
+class Row(NamedTuple):
+    """One question of a test set."""
+
+    cls: str
+    question: str
+    std_answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class BelleScores:
+    """Scores of one model.
+
+    Attributes:
+        classes: in percent, with count and metric.
+        exact: percent of right answers over the classes that have one right answer; None where none was asked.
+        answers: in the order of the rows.
+    """
+
+    classes: dict[str, ClassScore]
+    exact: float | None
+    answers: list[str]
+
+
+def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int = 32, style: str = "auto",
+             progress: Callable[[int, int], None] | None = None) -> BelleScores:
+    """Ask every question and score the answers.
+
+    Args:
+        model: from `gptq_belle.load`.
+        rows: see `read_rows`.
+        limit: the most tokens of an answer.
+        batch: questions answered at a time; the longest answer of a batch sets its time.
+        style: "auto" or a key of `runtime.chat.STYLES`.
+        progress: called with (answers given, answers in all).
+    """
+    found = [""] * len(rows)
+    done = 0
+    for members, answers in greedy_answers(model, [row.question for row in rows], limit, batch, style):
+        for index, answer in zip(members, answers, strict=True):
+            found[index] = answer
+        done += len(members)
+        if progress:
+            progress(done, len(rows))
+    scores = score_classes((row.cls, answer, row.std_answer) for row, answer in zip(rows, found, strict=True))
+    asked = any(cls in scores for cls in TARGET_CLASSES)
+    return BelleScores(scores, overall(scores) if asked else None, found)
+
+
+def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: int,
+                   style: str = "auto") -> Iterator[tuple[list[int], list[str]]]:
+    """Batches of (which questions, their answers), the shortest prompts first, so that batches pad little."""
+    name = model.prompt_style if style == "auto" else style
+    frame, tokenizer = style_named(name), model.tokenizer
+    texts = [render([Turn(question)], name, tokenizer.eos_token) for question in questions]
+    ids = [tokenizer(text, add_special_tokens=frame.special_tokens)["input_ids"] for text in texts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for members in (order[start : start + batch] for start in range(0, len(order), batch)):
+        rows = _generate(model, [ids[i] for i in members], limit)
+        yield members, [_shown(str(tokenizer.decode(row, skip_special_tokens=True)), frame.stops) for row in rows]
+
+
+def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> Tensor:
+    """Up to `limit` greedy tokens behind each prompt: (B, L), padded behind eos."""
+    width = max(map(len, prompts))
+    pad = next(iter(model.eos_ids), 0)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    if model.context is not None and width + limit > model.context:
+        raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
+                         "Lower --max-tokens, or leave the longest questions out.")
+    hf: Any = model.hf
+    output: Tensor = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
+                                 temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+                                 eos_token_id=list(model.eos_ids) or None)
+    return output[:, width:]
+
+
+def _shown(text: str, stops: Sequence[str]) -> str:
+    stream = StopStrings(stops)
+    return (stream.feed(text) + stream.finish()).strip()
+
+
+def read_rows(path: str | Path, per_class: int | None = None) -> list[Row]:
+    """The rows of a JSON Lines file with class, question and std_answer, as BELLE's evaluation set has them.
+
+    Args:
+        path: the file; other fields of a row are left alone.
+        per_class: keep the first so many of each class.
+    Raises:
+        InputError: it is not there, empty, not JSON, or a row lacks a field; the line is named.
+    """
+    path = Path(path)
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        row = _row(line)
+        if row is None:
+            raise InputError(f"{path}, line {number} is not a JSON object with {', '.join(FIELDS)} as texts",
+                             "Mend or drop that line.")
+        seen[row.cls] = seen.get(row.cls, 0) + 1
+        if per_class is None or seen[row.cls] <= per_class:
+            rows.append(row)
+    if not rows:
+        raise InputError(f"test file {path} holds no rows", f"Give a JSONL file with {', '.join(FIELDS)}.")
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
+    except OSError as error:
+        raise InputError(f"test file {path} cannot be read: {error.strerror}",
+                         f"Give a JSONL file with {', '.join(FIELDS)}.") from error
+
+
+def _row(line: str) -> Row | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(value.get(field), str) for field in FIELDS):
+        return None
+    return Row(*(value[field] for field in FIELDS))
