@@ -1,0 +1,147 @@
+"""Which kernel a case takes, what a weight must be like, and every kernel against the formula in float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TOLERANCES
+from oracle_format import formula, random_words
+
+from gptq_belle.kernels.dispatch import choose, prepare, quant_matmul
+from gptq_belle.kernels.layout import CanonicalWeight
+from gptq_belle.kernels.torch_int4 import Int4Weight, group_run
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+IN_ORDER = torch.arange(256) // 128
+
+
+def relative_error(y, exact):
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("zero_offset", [0, 1])
+@pytest.mark.parametrize(("inputs", "group_size"), [(128, 32), (128, 64), (256, 128), (512, 256), (320, -1), (160, 64)])
+def test_torch_int4(inputs, group_size, zero_offset, act_order):
+    words = random_words(4, inputs, 48, group_size, act_order=act_order)
+    weight = prepare(**words, bits=4, zero_offset=zero_offset, device=CPU, dtype=torch.bfloat16)
+    if not isinstance(weight, Int4Weight):
+        pytest.fail(f"not taken: {choose(4, words['g_idx'], 48, device=CPU, dtype=torch.bfloat16).reason}")
+    assert (weight.in_features, weight.out_features) == (inputs, 48)
+    exact = formula(**words, bits=4, v1=zero_offset == 1).t()
+    x, bias = torch.randn(2, 5, inputs).bfloat16(), torch.randn(48).half()
+    y = quant_matmul(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    expected = x.double() @ exact + bias
+    # torch on the expanded weight in bfloat16, which rounds every weight; ours rounds scales and shifts only.
+    peer = x @ exact.bfloat16() + bias.bfloat16()
+    assert relative_error(y, expected) < 2 * relative_error(peer, expected) < 0.02
+
+
+def test_torch_int4_with_other_activations_is_slow_but_right():
+    words = random_words(4, 128, 32, 32)
+    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.bfloat16)
+    x = torch.randn(3, 128)
+    assert relative_error(quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=True).t()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_bit_width_in_every_dtype(bits, dtype):
+    words = random_words(bits, 128, 32, 32, act_order=True)
+    weight = prepare(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
+    x = torch.randn(4, 128).to(dtype)
+    rtol, atol = TOLERANCES[dtype]
+    y, exact = quant_matmul(x, weight).double(), x.double() @ formula(**words, bits=bits, v1=True).t()
+    torch.testing.assert_close(y, exact, rtol=rtol, atol=atol * float(exact.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_cuda(bits, dtype):
+    words = random_words(bits, 256, 64, 64, act_order=True)
+    weight = prepare(**words, bits=bits, zero_offset=1, device=CUDA, dtype=dtype)
+    x, bias = torch.randn(2, 3, 256).to(CUDA, dtype), torch.randn(64, device=CUDA)
+    exact = x.double().cpu() @ formula(**words, bits=bits, v1=True).t() + bias.cpu()
+    peer = (x @ formula(**words, bits=bits, v1=True).t().to(CUDA, dtype) + bias.to(dtype)).cpu()
+    y = quant_matmul(x, weight, bias).cpu()
+    assert relative_error(y, exact) <= 2 * relative_error(peer, exact) + 1e-6
+
+
+@pytest.mark.parametrize(("case", "kernel", "reason"), [
+    ((4, IN_ORDER, 64, CPU, torch.bfloat16), "torch-int4", ""),
+    ((4, IN_ORDER.flip(0), 64, CPU, torch.bfloat16), "torch-int4", ""),
+    ((4, IN_ORDER, 64, CPU, torch.float32), "reference", "slow for torch.float32"),
+    ((4, IN_ORDER, 64, CPU, torch.float16), "reference", "slow for torch.float16"),
+    ((8, IN_ORDER, 64, CPU, torch.bfloat16), "reference", "takes 4 bits, not 8"),
+    ((4, IN_ORDER, 24, CPU, torch.bfloat16), "reference", "multiples of 16, not 24"),
+    ((4, torch.arange(256) // 8, 64, CPU, torch.bfloat16), "reference", "multiples of 32 inputs"),
+    ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no fused kernel"),
+])
+def test_choose(case, kernel, reason):
+    bits, g_idx, outputs, device, dtype = case
+    choice = choose(bits, g_idx, outputs, device=device, dtype=dtype)
+    assert choice.kernel == kernel
+    assert reason in choice.reason
+    assert bool(reason) == bool(choice.reason)
+
+
+def test_group_run():
+    assert group_run(torch.zeros(512)) == 256
+    assert group_run(torch.arange(192) // 64) == 64
+    assert group_run(torch.arange(160) // 128) == 32
+    assert group_run((torch.arange(128) >= 33).int()) is None
+    assert group_run(torch.arange(48)) is None
+
+
+def test_g_idx_left_out_means_equal_groups():
+    words = random_words(4, 128, 32, 32)
+    with_it = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    without = prepare(**words | {"g_idx": None}, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    assert isinstance(without, CanonicalWeight)
+    assert all(torch.equal(a, b) for a, b in zip(with_it[:4], without[:4], strict=True))
+
+
+def test_prepared_words_are_copies():
+    words = random_words(4, 64, 32, 32)
+    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    own = {tensor.data_ptr() for tensor in words.values()}
+    assert not any(tensor.data_ptr() in own for tensor in weight[:4])
+
+
+def broken(**changes):
+    return {**random_words(4, 64, 32, 32), "bits": 4, "zero_offset": 1, **changes}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (broken(bits=5), r"bits 5 is not one of \(2, 3, 4, 8\)"),
+    (broken(bits=3), "3 bits"),
+    (broken(zero_offset=2), "zero_offset 2"),
+    (broken(qweight=torch.zeros(8, 32)), "qweight is torch.float32, not torch.int32"),
+    (broken(qzeros=torch.zeros(2, 4).long()), "qzeros is torch.int64"),
+    (broken(qweight=torch.zeros(256).int()), "not a filled matrix"),
+    (broken(qweight=torch.zeros(8, 33).int()), "33 columns does not hold whole words"),
+    (broken(qzeros=torch.zeros(2, 3).int()), r"expected \(2, 4\)"),
+    (broken(qzeros=torch.zeros(1, 4).int()), r"expected \(2, 4\)"),
+    (broken(scales=torch.ones(2, 32).double()), "scales are torch.float64"),
+    (broken(scales=torch.ones(2, 16).half()), r"expected \(groups, 32\)"),
+    (broken(scales=torch.full((2, 32), float("nan")).half()), "NaN"),
+    (broken(g_idx=torch.zeros(64)), "g_idx is torch.float32"),
+    (broken(g_idx=torch.zeros(63).int()), "does not match"),
+    (broken(g_idx=torch.full((64,), 2).int()), r"2..2, not groups 0..1"),
+    (broken(g_idx=torch.full((64,), -1).int()), "-1..-1, not groups"),
+    (broken(g_idx=None, scales=torch.ones(3, 32).half(), qzeros=torch.zeros(3, 4).int()), "g_idx is needed"),
+])
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(**arguments, device=CPU, dtype=torch.float32)
+
+
+def test_importing_the_kernels_asks_for_no_device_and_no_triton():
+    code = ("import sys, gptq_belle.kernels.dispatch, torch;"
+            "assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules;"
+            "assert not [m for m in sys.modules if m == 'kernels' or m.startswith('kernels.')]")
+    subprocess.run([sys.executable, "-c", code], check=True)

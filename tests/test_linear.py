@@ -1,0 +1,95 @@
+"""QuantLinear: moving and casting leave words and scales alone; the state dict is what stands on disk."""
+
+import copy
+
+import pytest
+import torch
+from oracle_format import formula, random_words
+
+from gptq_belle.errors import UsageError
+from gptq_belle.kernels.dispatch import prepare
+from gptq_belle.runtime.linear import QuantLinear
+
+CPU = torch.device("cpu")
+
+
+def linear_and_weight(bits=4, dtype=torch.float32, bias=None):
+    words = random_words(bits, 64, 32, 32)
+    prepared = prepare(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
+    return QuantLinear(prepared, bias), words
+
+
+def buffers(module):
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def test_forward_adds_the_bias():
+    bias = torch.randn(32).half()
+    layer, words = linear_and_weight(bias=bias)
+    x = torch.randn(2, 3, 64)
+    expected = x.double() @ formula(**words, bits=4, v1=True).t() + bias
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_state_dict_is_what_stands_on_disk():
+    layer, words = linear_and_weight(bias=torch.zeros(32).half())
+    state = layer.state_dict()
+    assert set(state) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
+    assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in words.items())
+
+
+def test_state_dict_without_bias():
+    layer, _ = linear_and_weight()
+    assert set(layer.state_dict()) == {"qweight", "qzeros", "scales", "g_idx"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [
+    lambda m: m.half(), lambda m: m.float(), lambda m: m.double(), lambda m: m.bfloat16(),
+    lambda m: m.to(torch.bfloat16), lambda m: m.to(dtype=torch.float16), lambda m: m.to("cpu", torch.float16),
+    lambda m: m.half().to(torch.bfloat16).float(),
+])
+def test_casts_change_nothing(cast, dtype):
+    layer, _ = linear_and_weight(dtype=dtype, bias=torch.randn(32).half())
+    model = torch.nn.Sequential(layer, torch.nn.Linear(32, 32))
+    before = buffers(layer)
+    cast(model)
+    after = buffers(layer)
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_output_follows_the_activations(dtype):
+    layer, _ = linear_and_weight(bias=torch.randn(32).half())
+    assert layer(torch.randn(2, 64).to(dtype)).dtype == dtype
+
+
+def test_moving_goes_where_asked():
+    layer, _ = linear_and_weight(bias=torch.zeros(32).half())
+    assert all(buffer.is_meta for buffer in layer.to("meta").buffers())
+
+
+def test_a_layout_for_the_cpu_neither_moves_nor_saves():
+    layer, _ = linear_and_weight(dtype=torch.bfloat16)
+    with pytest.raises(UsageError, match="laid out for cpu"):
+        layer.to("meta")
+    with pytest.raises(UsageError, match="not a file format"):
+        layer.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deepcopy_is_whole_and_apart(dtype):
+    layer, _ = linear_and_weight(dtype=dtype)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(1, 64).to(dtype)
+    assert torch.equal(layer(x), twin(x))
+    for buffer in twin.buffers():
+        buffer.zero_()
+    assert not torch.equal(layer(x), twin(x))
+
+
+def test_print_tells_sizes_and_layout():
+    layer, _ = linear_and_weight()
+    assert repr(layer) == "QuantLinear(64, 32, CanonicalWeight)"
