@@ -95,6 +95,7 @@ def export(model: Any, tokenizer: Tokenizer, out: Path) -> None:
         bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=256
     )
     half.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype"] = config["dtype"] = "float16"
     if "rope_parameters" in config:
