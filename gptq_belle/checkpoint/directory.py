@@ -10,7 +10,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
-from gptq_belle.runtime.chat import chat_template
+from gptq_belle.runtime.chat import chat_template, detect_style
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 AS_THEY_ARE = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -72,5 +72,5 @@ def _tokenizer_config(source: CheckpointReader) -> dict[str, Any]:
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5, still understood
     if "chat_template" not in config and not (source.path / "chat_template.jinja").is_file():
-        config["chat_template"] = chat_template(source.arch.prompt_style)
+        config["chat_template"] = chat_template(detect_style(source.config))
     return {key: value for key, value in config.items() if key != "auto_map"}

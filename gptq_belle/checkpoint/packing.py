@@ -38,11 +38,15 @@ class PackedWeight(NamedTuple):
     g_idx: Tensor  # (K,) int32
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """True where a tensor holds neither NaN nor infinity; unlike isfinite().all(), it takes no memory."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
 def dequantize(w: QuantizedWeight) -> Tensor:
     """The weight (N, K) float32 that the codes stand for."""
     groups = w.g_idx.long()
-    zeros, scales = w.zeros[:, groups], w.scales.float()[:, groups]
-    return (w.codes.to(torch.int32) - zeros).float().mul_(scales)
+    return w.codes.float().sub_(w.zeros[:, groups]).mul_(w.scales.float()[:, groups])
 
 
 def cycle(bits: int) -> tuple[int, int]:
@@ -62,15 +66,15 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if count % per_cycle:
         raise InputError(f"{count} codes of {bits} bits do not fill whole 32-bit words",
                          f"The layer's size must be a multiple of {per_cycle}; keep this layer in full precision.")
-    stream = codes.to(torch.int64).reshape(count // per_cycle, per_cycle, columns)
-    words = torch.zeros(count // per_cycle, words_per_cycle + 1, columns, dtype=torch.int64, device=codes.device)
+    stream = codes.reshape(count // per_cycle, per_cycle, columns)
+    words = torch.zeros(count // per_cycle, words_per_cycle, columns, dtype=torch.int32, device=codes.device)
     for i in range(per_cycle):
         word, shift = divmod(i * bits, 32)
-        shifted = stream[:, i] << shift
-        words[:, word] |= shifted & 0xFFFFFFFF
-        words[:, word + 1] |= shifted >> 32
-    words = words[:, :words_per_cycle].reshape(-1, columns)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+        code = stream[:, i].to(torch.int32)
+        words[:, word] |= code << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= code >> (32 - shift)
+    return words.reshape(-1, columns)
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
@@ -80,13 +84,14 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     if rows % words_per_cycle:
         raise InputError(f"{rows} rows of words are not a multiple of {words_per_cycle}, which {bits} bits need",
                          "The file is damaged or its configuration states wrong bits.")
-    unsigned = (words.to(torch.int64) & 0xFFFFFFFF).reshape(rows // words_per_cycle, words_per_cycle, columns)
+    stream = words.reshape(rows // words_per_cycle, words_per_cycle, columns)
     codes = torch.empty(rows // words_per_cycle, per_cycle, columns, dtype=torch.uint8, device=words.device)
     for i in range(per_cycle):
         word, shift = divmod(i * bits, 32)
-        value = unsigned[:, word] >> shift
-        if shift + bits > 32:
-            value = value | (unsigned[:, word + 1] << (32 - shift))
+        value = stream[:, word] >> shift
+        if shift + bits > 32:  # the sign that >> repeats gives way to the next word's bits
+            low = 32 - shift
+            value = (value & ((1 << low) - 1)) | (stream[:, word + 1] << low)
         codes[:, i] = (value & ((1 << bits) - 1)).to(torch.uint8)
     return codes.reshape(-1, columns)
 

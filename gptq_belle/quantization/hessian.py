@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.errors import InputError
 
 LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done
@@ -28,29 +29,39 @@ class HessianSum:
         self.tokens = total
 
 
-def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+def live_diagonal(hessian: Tensor) -> Tensor:
+    """The diagonal (K,) of H with 1 in the place of 0: an input that was never active is then left alone."""
+    diagonal = hessian.diagonal()
+    return torch.where(diagonal == 0, 1.0, diagonal)
+
+
+def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
 
     Where the Cholesky factorization fails, damping is raised tenfold, up to 1; the value used is returned.
     At most two further K x K matrices are alive beside `hessian`, which is left as it is.
 
     Args:
-        hessian: (K, K) float32 or float64, symmetric, without zeros on the diagonal.
-        damp: first damping, as a share of the mean diagonal.
+        hessian: (K, K) float32 or float64, symmetric.
+        damp: first damping, as a share of the mean of `live_diagonal`.
+        order: (K,) int64, a permutation to apply to H first.
     Raises:
         InputError: not positive definite even with the largest damping.
     """
-    mean = hessian.diagonal().mean()
+    diagonal = live_diagonal(hessian)
+    mean = diagonal.mean()
+    if order is not None:
+        diagonal = diagonal[order]
     while True:
-        work = hessian.clone()
-        work.diagonal().add_(damp * mean)
+        work = hessian.clone() if order is None else hessian[order][:, order]
+        work.diagonal().copy_(diagonal + damp * mean)
         factor, failed = torch.linalg.cholesky_ex(work)
         del work
         if not failed:
             inverse = torch.cholesky_inverse(factor)
             del factor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and torch.isfinite(upper).all():
+            if not failed and all_finite(upper):
                 return upper, damp
         if damp >= LARGEST_DAMP:
             raise InputError(f"the Hessian is not positive definite, even damped by {damp:g} of its mean diagonal",

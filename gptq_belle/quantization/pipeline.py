@@ -16,7 +16,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.measure.memory import PeakMemory
+from gptq_belle.measure.memory import PeakMemory, trim_heap
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign
 from gptq_belle.quantization.calibration import BUILTIN, CalibrationRows, calibration_rows, check_enough
@@ -25,6 +25,7 @@ from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import LinearReport, Report
 from gptq_belle.quantization.solver import Solution, gptq, round_to_nearest
 from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.runtime.chat import detect_style
 from gptq_belle.runtime.loader import resolve_device
 
 PROBE_TOKENS = 64  # of the row that is run through the first block before and after writing
@@ -69,7 +70,7 @@ def quantize_checkpoint(
         chosen = None
         if config.method == "gptq":
             limit = min(seq_len, _context(stream.model) or seq_len)
-            chosen = calibration_rows(calibration, tokenizer, reader.arch.prompt_style, rows=rows, seq_len=limit,
+            chosen = calibration_rows(calibration, tokenizer, detect_style(reader.config), rows=rows, seq_len=limit,
                                       seed=seed)
             report.calibration = _describe(chosen, seed)
             if not allow_short:
@@ -83,8 +84,9 @@ def quantize_checkpoint(
         for index in range(stream.count):
             job.quantize_block(index, probe)
         progress.phase("writing")
-        writer.add("rest.safetensors", dict(stream.rest()) | _own_head(stream))
-        write_small_files(writer, reader, config, stream.model.config.tie_word_embeddings)
+        head = _own_head(stream)
+        writer.add("rest.safetensors", dict(stream.rest()) | head)
+        write_small_files(writer, reader, config, tied=not head)
         writer.merge()
         progress.phase("reading back")
         report.readback_error = probe.compare(writer.files, stream)
@@ -137,6 +139,7 @@ class _Job:
         assign(block, f"{name}.weight", dequantize(solution.weight))
         packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
         outputs, inputs = weight.shape
+        trim_heap()
         return packed, LinearReport(full_name, solution.error, solution.damp, time.monotonic() - began, inputs, outputs)
 
 
@@ -185,9 +188,13 @@ def _probe_tokens(stream: BlockStream, chosen: CalibrationRows | None) -> Tensor
 
 
 def _own_head(stream: BlockStream) -> dict[str, Tensor]:
-    """The head's weight where the model does not tie it to the embeddings."""
+    """The head's weight where it is not the embedding's. Old files hold a tied head too: it is written once."""
     name = f"{HEAD}.weight"
-    return {} if stream.model.config.tie_word_embeddings else {name: stream.float16(name)}
+    if stream.model.config.tie_word_embeddings:
+        embedding = f"{stream.arch.before[0]}.weight"
+        if name not in stream.reader or torch.equal(stream.reader.tensor(name), stream.reader.tensor(embedding)):
+            return {}
+    return {name: stream.float16(name)}
 
 
 def _describe(rows: CalibrationRows, seed: int) -> dict[str, object]:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import QuantizedWeight, dequantize
+from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite, dequantize
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.grid import min_max_grid, to_codes
-from gptq_belle.quantization.hessian import inverse_factor
+from gptq_belle.quantization.hessian import inverse_factor, live_diagonal
 
 BLOCK = 128  # inputs a lazy block (GPTQ, section 3.3, step 2); every grouped size divides it
 
@@ -43,17 +43,12 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Solution:
     group = _group_size(weight, config)
     _check_finite(weight=weight, Hessian=hessian)
     W = weight.t().clone(memory_format=torch.contiguous_format)
-    H = hessian.to(W.dtype)
-    dead = H.diagonal() == 0
-    if dead.any():
-        H = H.clone()
-        H.diagonal()[dead] = 1
-        W[dead] = 0
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if config.act_order else None
-    if order is not None:
-        W, H = W[order], H[order][:, order]
-    Hinv, damp = inverse_factor(H, config.damp)
-    del H
+    W[hessian.diagonal() == 0] = 0
+    order = None
+    if config.act_order:
+        order = torch.argsort(live_diagonal(hessian), descending=True, stable=True)
+        W = W[order]
+    Hinv, damp = inverse_factor(hessian.to(W.dtype), config.damp, order)
     codes, scales, zeros = _solve(W, Hinv, group, config)
     del Hinv
     quantized = _finish(codes, scales, zeros, group, order)
@@ -104,8 +99,9 @@ def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Ten
     if order is not None:
         position = torch.argsort(order)
         codes, g_idx = codes[position], g_idx[position]
-    return QuantizedWeight(codes.t().contiguous(), scales.t().float().contiguous(), zeros.t().to(torch.int32).contiguous(),
-                           g_idx.to(torch.int32))
+    return QuantizedWeight(
+        codes=codes.t().contiguous(), scales=scales.t().float().contiguous(),
+        zeros=zeros.t().to(torch.int32).contiguous(), g_idx=g_idx.to(torch.int32))
 
 
 def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
@@ -131,5 +127,5 @@ def _group_size(weight: Tensor, config: QuantConfig) -> int:
 
 def _check_finite(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise InputError(f"the {name} holds NaN or infinity", "The source or the calibration is damaged.")

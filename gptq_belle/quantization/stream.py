@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.models.skeleton import assign, empty_model
@@ -137,7 +138,7 @@ class BlockStream:
         """
         tensor = self.finite(name)
         rounded = tensor.to(torch.float16)
-        if not torch.isfinite(rounded).all():
+        if not all_finite(rounded):
             raise InputError(f"tensor {name} holds values up to {float(tensor.abs().max()):.3g}, more than 65504",
                              "The standard format holds float16 only; this model cannot be written in it.")
         return rounded
@@ -149,7 +150,7 @@ class BlockStream:
             InputError: it holds NaN or infinity.
         """
         tensor = self.reader.tensor(name)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise InputError(f"tensor {name} holds NaN or infinity", "The source is damaged: fetch it again.")
         return tensor
 

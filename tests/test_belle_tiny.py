@@ -1,0 +1,219 @@
+"""The demo models: a seeded generator whose splits share nothing, tokenizer, training step, shipped files."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # examples/ is not part of the package
+
+from examples.belle_tiny import evaluate, generate, record, tasks_math, train  # noqa: E402
+from examples.belle_tiny.batches import batch  # noqa: E402
+from examples.belle_tiny.model import bloom_hidden, build  # noqa: E402
+from examples.belle_tiny.sample import SPLITS, Sample, normalise, split_of  # noqa: E402
+from examples.belle_tiny.tasks_translation import translation  # noqa: E402
+from examples.belle_tiny.tokenizer import EOS, VOCABULARY, save_tokenizer, train_tokenizer  # noqa: E402
+from gptq_belle.evaluation.score import TARGET_CLASSES  # noqa: E402
+
+EXAMPLE = ROOT / "examples" / "belle_tiny"
+
+
+def samples(split: str, cls: str, count: int) -> list[Sample]:
+    rng = random.Random(f"{split}/{cls}")
+    return [generate.draw(rng, split, cls) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(samples=4000)
+
+
+@pytest.mark.parametrize("cls", list(generate.TASKS))
+def test_no_prompt_and_no_content_is_in_two_splits(cls: str) -> None:
+    drawn = {split: samples(split, cls, 3000) for split in SPLITS}
+    prompts = {split: {normalise(s.question) for s in drawn[split]} for split in SPLITS}
+    keys = {split: {normalise(s.key) for s in drawn[split]} for split in SPLITS}
+    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert not prompts[one] & prompts[other]
+        assert not keys[one] & keys[other]
+
+
+def test_shipped_test_questions_are_never_asked_in_training() -> None:
+    shipped = {normalise(row["question"]) for row in rows(EXAMPLE / "data" / "test.jsonl")}
+    for _, turns in islice(generate.dialogues(0, "train"), 40_000):
+        assert not {normalise(t["value"]) for t in turns if t["from"] == "human"} & shipped
+
+
+def test_both_directions_of_a_translation_share_their_split() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        sample = translation(rng)
+        english = sample.answer if sample.answer.isascii() else sample.question
+        assert sample.key in english
+
+
+def test_the_split_of_a_content_is_fixed() -> None:
+    """Literals: a change of the rule would quietly move training content into the test set."""
+    splits = [split_of("math", f"{a}+58") for a in range(12, 22)]
+    assert splits == ["test", "train", "train", "train", "train", "train", "train", "test", "train", "train"]
+
+
+def test_the_stream_is_seeded_and_can_be_entered_anywhere() -> None:
+    whole = list(islice(generate.dialogues(3, "train"), 50))
+    assert list(islice(generate.dialogues(3, "train", start=30), 20)) == whole[30:]
+    assert list(islice(generate.dialogues(4, "train"), 50)) != whole
+
+
+def test_streams_hold_every_class_and_second_turns() -> None:
+    drawn = list(islice(generate.dialogues(0, "valid"), 2000))
+    assert {cls for cls, _ in drawn} == set(generate.TASKS)
+    assert 0.1 < sum(len(turns) == 4 for _, turns in drawn) / len(drawn) < 0.2
+    assert {len(turns) for _, turns in drawn} == {2, 4}
+
+
+def test_worked_steps_lead_to_the_answer() -> None:
+    """The digits written, read from the last to the first, are the result; every step is a true equation."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        op = rng.choice("+-×")
+        a, b = tasks_math.operands(rng, op)
+        text = tasks_math.solve(a, b, op)
+        result = {"+": a + b, "-": a - b, "×": a * b}[op]
+        assert text.endswith(f"答案是{result}")
+        assert int("".join(reversed(re.findall(r"写(\d+)", text)))) == result
+        for left, right in re.findall(r"([\d+\-×]+)=(\d+)", text.split("：", 1)[1]):
+            assert eval(left.replace("×", "*")) == int(right)
+
+
+@pytest.mark.parametrize("cls", ["extract", "closed_qa"])
+def test_answers_stand_in_the_passage(cls: str) -> None:
+    for sample in samples("train", cls, 500):
+        pieces = sample.answer.split("、") if cls == "extract" else [sample.answer[-4:-1]]
+        assert all(piece in sample.question for piece in pieces)
+
+
+def test_code_answers_are_python() -> None:
+    for sample in samples("train", "code", 200):
+        compile(sample.answer, "answer", "exec")
+
+
+def test_tokenizer_keeps_digits_and_characters_apart(tokenizer) -> None:
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    assert VOCABULARY % 128 == 0
+    assert tokenizer.encode("12345").tokens == list("12345")
+    assert len(tokenizer.encode("张伟住在北京。").ids) == 7
+    for text in ("Human: 你好 \n\nAssistant: ", "def f(x):\n    return x + 7", "龘🙂 é", "  two  spaces\n"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_saved_tokenizer_reads_in_transformers(tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("3月5日")["input_ids"] == tokenizer.encode("3月5日").ids  # no bos
+    assert (loaded.bos_token, loaded.eos_token_id, loaded.pad_token) == ("<s>", EOS, "<pad>")
+
+
+def test_fast_bloom_agrees_with_the_library() -> None:
+    model = build("bloom").eval()
+    ids = torch.randint(4, VOCABULARY, (2, 40))
+    with torch.no_grad():
+        expected = model.transformer(ids).last_hidden_state
+        torch.testing.assert_close(bloom_hidden(model, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_depend_on_seed_and_step_alone(tokenizer) -> None:
+    ids, counts = batch(tokenizer, "bloom", 0, 7, 1024, 256)
+    again, _ = batch(tokenizer, "bloom", 0, 7, 1024, 256)
+    other, _ = batch(tokenizer, "bloom", 0, 8, 1024, 256)
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+    assert ids.shape == counts.shape == (4, 256)
+    assert not counts[:, 0].any()  # nothing stands before it
+    assert counts[ids == EOS].all()
+
+
+@pytest.mark.parametrize("arch", ["bloom", "llama"])
+def test_a_stopped_run_continues_as_if_it_had_not(arch: str, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "TOKENS", 512)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(train, "train_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(train, "validate", lambda *_: 1.0)
+    monkeypatch.setattr(train, "write_curve", lambda *_: None)
+    whole = train.Run(arch, 4, 0, tmp_path / "whole", "cpu")
+    whole.train()
+    first = train.Run(arch, 4, 0, tmp_path / "parts", "cpu")
+    first.one_step()
+    first.one_step()
+    first.save()
+    second = train.Run(arch, 4, 0, tmp_path / "parts", "cpu")
+    assert second.step == 2
+    second.train()
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(SystemExit, match="steps=4"):
+        train.Run(arch, 5, 0, tmp_path / "parts", "cpu")
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_shipped_rows_are_what_the_generator_makes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate", "--out", str(tmp_path), "--builtin", str(tmp_path / "builtin.jsonl")])
+    generate.main()
+    for name in ("test.jsonl", "heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLE / "data" / name).read_bytes()
+    builtin = ROOT / "gptq_belle" / "data" / "builtin.jsonl"
+    assert (tmp_path / "builtin.jsonl").read_bytes() == builtin.read_bytes()
+    text = "".join(t["value"] for row in rows(builtin) for t in row["conversations"])
+    assert sum("\u4e00" <= c <= "\u9fff" for c in text) >= 130_000
+
+
+@pytest.mark.parametrize("arch", ["bloom", "llama"])
+def test_shipped_model(arch: str) -> None:
+    """float16, small, quantizable in groups of 128, and described so that older readers understand."""
+    from safetensors import safe_open
+
+    folder = EXAMPLE / arch
+    assert (folder / "model.safetensors").stat().st_size <= 12e6
+    config = SimpleNamespace(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    assert (config.model_type, config.vocab_size, config.torch_dtype) == (arch, VOCABULARY, "float16")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert 3e6 < sum(t.numel() for t in tensors.values()) <= 5e6
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    assert all(n % 128 == 0 for t in tensors.values() if t.ndim == 2 for n in t.shape)
+    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_readme_table_is_the_one_of_the_recorded_figures() -> None:
+    result = json.loads(record.RESULT.read_text(encoding="utf-8"))
+    assert record.table(result) in (EXAMPLE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arch", ["bloom", "llama"])
+def test_recorded_scores_meet_the_targets(arch: str) -> None:
+    model = json.loads(record.RESULT.read_text(encoding="utf-8"))["models"][arch]
+    assert model["overall_exact"] >= 85
+    assert all(model["classes"][cls]["score"] >= 60 for cls in TARGET_CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["bloom", "llama"])
+def test_shipped_weights_score_what_is_recorded(arch: str) -> None:
+    recorded = json.loads(record.RESULT.read_text(encoding="utf-8"))["models"][arch]["overall_exact"]
+    scored = evaluate.evaluate(EXAMPLE / arch, evaluate.read_rows(EXAMPLE / "data" / "test.jsonl"))["overall_exact"]
+    assert abs(scored - recorded) <= 1

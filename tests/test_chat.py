@@ -1,0 +1,203 @@
+"""Prompts as BELLE's models know them, and streaming: whole characters, stop strings never shown, any chunking."""
+
+import pytest
+from conftest import SENTENCES, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.models.registry import ARCHITECTURES
+from gptq_belle.runtime.chat import (
+    STYLES,
+    StopStrings,
+    TextStream,
+    Turn,
+    WholeText,
+    chat_template,
+    detect_style,
+    from_messages,
+    render,
+    style_named,
+)
+
+few = settings(max_examples=100, deadline=None)
+TOKENIZER = tiny_tokenizer()
+
+
+def decode(ids):
+    return TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ---- prompts ----
+
+
+@pytest.mark.parametrize(("style", "text"), [
+    ("bloom", "Human: 你好\n\nAssistant:"),
+    ("llama", "Human: 你好 \n\nAssistant: "),
+    ("newline", "Human: \n你好\n\nAssistant: \n"),
+])
+def test_one_question(style, text):
+    assert render([Turn("你好")], style, "</s>") == text
+
+
+def test_turns_are_closed_by_eos():
+    turns = [Turn("a", "b"), Turn("c", "d"), Turn("e")]
+    assert render(turns, "bloom", "</s>") == (
+        "Human: a\n\nAssistant:b</s>Human: c\n\nAssistant:d</s>Human: e\n\nAssistant:")
+
+
+def test_an_unknown_style_is_refused():
+    with pytest.raises(UsageError, match="prompt style 'alpaca' is not known") as caught:
+        render([], "alpaca", "")
+    assert "bloom, llama, newline" in caught.value.remedy
+
+
+def test_every_architecture_names_a_known_style():
+    assert {row.prompt_style for row in ARCHITECTURES.values()} <= STYLES.keys()
+    assert not style_named("newline").special_tokens
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "It's 'so'\n \\n {{ x }}"},
+    {"role": "assistant", "content": " ok\n"},
+    {"role": "user", "content": "你好"},
+]
+
+
+@pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:], MESSAGES[:3], MESSAGES[3:]])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_chat_template_says_the_same(style, bos, messages):
+    theirs = TOKENIZER.apply_chat_template(messages, chat_template=chat_template(style, bos=bos), tokenize=False,
+                                           add_generation_prompt=True)
+    prefix = "<s>" if bos and style != "newline" else ""
+    assert theirs == prefix + render(from_messages(messages), style, "</s>")
+
+
+def test_messages_become_turns():
+    assert from_messages(MESSAGES) == [Turn("Be brief.\n" + MESSAGES[1]["content"], " ok\n"), Turn("你好")]
+
+
+@pytest.mark.parametrize("messages", [
+    [{"role": "assistant", "content": "a"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [{"role": "tool", "content": "t"}],
+    [{"content": "t"}],
+])
+def test_messages_out_of_order_are_refused(messages):
+    with pytest.raises(UsageError, match="cannot stand here"):
+        from_messages(messages)
+
+
+def test_style_detection():
+    assert detect_style({"model_type": "bloom"}) == "bloom"
+    assert detect_style({"model_type": "llama"}) == "llama"
+    assert detect_style({"model_type": "llama"}, "{{ somebody else's }}") == "llama"
+    for style in STYLES:
+        assert detect_style({"model_type": "llama"}, chat_template(style)) == style
+        assert detect_style({"model_type": "bloom", "prompt_style": style}, chat_template("llama")) == style
+    assert detect_style({"model_type": "bloom"}, chat_template("llama", bos=True)) == "llama"
+    with pytest.raises(InputError, match="prompt_style 'x'"):
+        detect_style({"model_type": "bloom", "prompt_style": "x"})
+
+
+# ---- whole characters ----
+
+
+def pieces_of(data, items):
+    """Cut a list into pieces, some of them empty."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(items)), max_size=6)))
+    return [items[a:b] for a, b in zip([0, *cuts], [*cuts, len(items)], strict=True)]
+
+
+@few
+@given(st.lists(st.integers(4, len(TOKENIZER) - 1), max_size=30), st.data())
+def test_any_chunks_of_any_tokens_give_the_same_text(ids, data):
+    whole = WholeText(decode)
+    text = "".join(whole.feed(piece) for piece in pieces_of(data, ids)) + whole.finish()
+    assert text == decode(ids)
+
+
+@few
+@given(st.text(max_size=20) | st.sampled_from(SENTENCES), st.data())
+def test_characters_come_whole(text, data):
+    if "\ufffd" in text:
+        return
+    whole = WholeText(decode)
+    shown = [whole.feed(piece) for piece in pieces_of(data, TOKENIZER.encode(text))]
+    assert not any("\ufffd" in piece for piece in shown)
+    assert "".join(shown) == text
+    assert whole.finish() == ""
+
+
+def test_a_split_character_waits_for_its_last_byte():
+    ids = TOKENIZER.encode("龘")  # in no training sentence, so three tokens of one byte
+    assert len(ids) == 3
+    whole = WholeText(decode)
+    assert [whole.feed([i]) for i in ids] == ["", "", "龘"]
+
+
+def test_bytes_that_never_become_a_character_come_at_the_end():
+    whole = WholeText(decode)
+    assert whole.feed(TOKENIZER.encode("好")) == "好"
+    assert whole.feed(TOKENIZER.encode("龘")[:2]) == ""
+    assert whole.finish() == "\ufffd"
+    assert whole.finish() == ""
+
+
+def test_a_first_space_that_decoding_drops_is_kept_inside():
+    words = {1: "Hello", 2: " world", 3: "!"}  # as LLaMA's tokenizer: a space at the beginning is dropped
+    whole = WholeText(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
+    assert [whole.feed([i]) for i in (2, 1, 2, 3)] == ["world", "Hello", " world", "!"]
+
+
+# ---- stop strings ----
+
+
+def cut(text, stops):
+    """What should be shown: up to the stop string that is complete first (and of those, the longest)."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if stop and text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@few
+@given(st.text("aHum:\n", max_size=30), st.lists(st.text("aHum:\n", max_size=4), max_size=3), st.data())
+def test_any_chunks_of_text_stop_at_the_same_place(text, stops, data):
+    filtered, expected, shown = StopStrings(stops), cut(text, stops), ""
+    for piece in pieces_of(data, text):
+        shown += filtered.feed(piece)
+        assert expected.startswith(shown)  # so no character of a stop string was ever out
+    shown += filtered.finish()
+    assert shown == expected
+    assert filtered.stopped == (expected != text or any(stop and stop in text for stop in stops))
+
+
+@few
+@given(st.sampled_from(["北京", "Hum", "春天 Human", "ok\n\n", ""]), st.sampled_from(["Human: 你", "\n\nHuman: x", "好"]),
+       st.data())
+def test_human_is_never_shown_not_even_partly(answer, more, data):
+    stream, shown = TextStream(decode, STYLES["bloom"].stops), ""
+    expected = cut(answer + more, STYLES["bloom"].stops)
+    for piece in pieces_of(data, TOKENIZER.encode(answer + more)):
+        shown += stream.feed(piece)
+        assert expected.startswith(shown)
+    assert shown + stream.finish() == expected
+    assert stream.stopped == ("Human:" in answer + more)
+
+
+def test_nothing_comes_after_a_stop():
+    filtered = StopStrings(["Human:"])
+    assert filtered.feed("a Human: b") == "a "
+    assert filtered.stopped
+    assert filtered.feed("c") == ""
+    assert filtered.finish() == ""
+
+
+def test_without_stop_strings_nothing_is_held_back():
+    filtered = StopStrings(["", *()])
+    assert filtered.feed("Human:") == "Human:"
+    assert not filtered.stopped
