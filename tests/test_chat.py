@@ -177,8 +177,8 @@ def test_any_chunks_of_text_stop_at_the_same_place(text, stops, data):
 
 
 @few
-@given(st.sampled_from(["北京", "Hum", "春天 Human", "ok\n\n", ""]), st.sampled_from(["Human: 你", "\n\nHuman: x", "好"]),
-       st.data())
+@given(st.sampled_from(["北京", "Hum", "春天 Human", "ok\n\n", ""]),
+       st.sampled_from(["Human: 你", "\n\nHuman: x", "好"]), st.data())
 def test_human_is_never_shown_not_even_partly(answer, more, data):
     stream, shown = TextStream(decode, STYLES["bloom"].stops), ""
     expected = cut(answer + more, STYLES["bloom"].stops)
