@@ -1,0 +1,195 @@
+"""The engine: cached decoding equals the whole forward pass, generation equals transformers', text and limits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import packed_checkpoint
+
+import gptq_belle
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.runtime.chat import STYLES, chat_template
+
+IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
+
+
+@pytest.fixture
+def model(tiny_model):
+    return gptq_belle.load(tiny_model, device="cpu")
+
+
+@pytest.fixture
+def packed(tiny_model, tmp_path):
+    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
+
+
+def test_attributes(model, tiny_model):
+    assert (model.path, model.device, model.dtype) == (tiny_model, torch.device("cpu"), torch.float32)
+    assert (model.context, model.eos_ids) == (256, {2})
+    assert model.prompt_style == model.config.model_type
+    assert model.tokenizer.eos_token == "</s>"
+
+
+def test_logits(packed):
+    logits = packed.logits(IDS)
+    assert (logits.shape, logits.dtype) == ((2, 9, 384), torch.float32)
+    torch.testing.assert_close(logits, packed.hf(IDS).logits)
+    torch.testing.assert_close(packed.logits(IDS[1:]), logits[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_float32_whatever_the_model_computes_in(tiny_model):
+    assert gptq_belle.load(tiny_model, device="cpu", dtype=torch.bfloat16).logits(IDS).dtype == torch.float32
+
+
+def test_prefill_and_decode_equal_one_forward_pass(packed):
+    whole = packed.logits(IDS)
+    logits, cache = packed.prefill(IDS[:, :4])
+    torch.testing.assert_close(logits, whole[:, 3], rtol=1e-4, atol=1e-4)
+    for t in range(4, 9):
+        logits = packed.decode(IDS[:, t], cache)
+        torch.testing.assert_close(logits, whole[:, t], rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 9
+
+
+def test_greedy_generation_equals_transformers(packed):
+    ids = packed.tokenizer("人工智能")["input_ids"]
+    theirs = packed.hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids):]
+    expected = packed.tokenizer.decode(theirs, skip_special_tokens=True)
+    assert packed.generate("人工智能", max_new_tokens=12) == expected
+    assert packed.generate(ids, max_new_tokens=12) == expected
+    assert packed.generate(torch.tensor(ids), max_new_tokens=12) == expected
+
+
+def test_stream_gives_generate_in_pieces(packed):
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_new_tokens": 30}
+    pieces = list(packed.stream("北京", **sampling))
+    assert len(pieces) > 2
+    assert all(pieces)
+    assert "".join(pieces) == packed.generate("北京", **sampling)
+
+
+class Scripted:
+    """Makes a model say given tokens: its logits are replaced, everything else runs."""
+
+    def __init__(self, model, monkeypatch, ids):
+        self.ids, self.prompts = list(ids), []
+        prefill, decode = model.prefill, model.decode
+        monkeypatch.setattr(model, "prefill", lambda ids: self.first(prefill(ids), ids))
+        monkeypatch.setattr(model, "decode", lambda token, cache: self.next(decode(token, cache)))
+
+    def first(self, result, prompt):
+        self.prompts.append(prompt[0].tolist())
+        return self.next(result[0]), result[1]
+
+    def next(self, logits):
+        return torch.nn.functional.one_hot(torch.tensor([self.ids.pop(0)]), logits.shape[-1]).float()
+
+
+def test_a_question_is_wrapped_and_the_next_question_is_not_shown(model, monkeypatch):
+    said = model.tokenizer.encode("春天。\n\nHuman: 再见")
+    script = Scripted(model, monkeypatch, said)
+    pieces = list(model.stream("你好", prompt_style="auto", max_new_tokens=50))
+    assert "".join(pieces) == "春天。"
+    assert script.ids  # it stopped as soon as "Human:" was there
+    style = STYLES[model.config.model_type]
+    assert model.tokenizer.decode(script.prompts[0]) == f"{style.before}你好{style.after}"
+
+
+def test_eos_ends_the_answer_and_is_not_shown(model, monkeypatch):
+    script = Scripted(model, monkeypatch, [*model.tokenizer.encode("好"), 2, 50])
+    assert model.generate("你好", max_new_tokens=9) == "好"
+    assert script.ids == [50]
+
+
+def test_eos_can_be_ignored(model, monkeypatch):
+    script = Scripted(model, monkeypatch, [2, *model.tokenizer.encode("好"), 2, 2])
+    assert model.generate("你好", max_new_tokens=len(script.ids), ignore_eos=True) == "好"
+    assert not script.ids
+
+
+def test_own_stop_strings(model, monkeypatch):
+    Scripted(model, monkeypatch, model.tokenizer.encode("春天。夏天。"))
+    assert model.generate("你好", max_new_tokens=50, stop=("。",)) == "春天"
+
+
+def test_max_new_tokens_is_kept(model, monkeypatch):
+    script = Scripted(model, monkeypatch, [50] * 9)
+    model.generate("你好", max_new_tokens=4)
+    assert len(script.ids) == 5
+
+
+def test_a_style_without_special_tokens_adds_none(model, monkeypatch):
+    model.tokenizer.backend_tokenizer.post_processor = _adds_bos()
+    script = Scripted(model, monkeypatch, [2, 2, 2])
+    for style in ("llama", "newline"):
+        model.generate("你好", prompt_style=style)
+    assert [prompt[0] == 1 for prompt in script.prompts] == [True, False]
+
+
+def _adds_bos():
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+
+
+def test_the_chat_template_decides_the_style(tiny_llama, tmp_path):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    (path / "chat_template.jinja").write_text(chat_template("newline"))
+    assert gptq_belle.load(path, device="cpu").prompt_style == "newline"
+
+
+def test_a_hint_in_the_configuration_decides_the_style(tiny_llama, tmp_path):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"prompt_style": "bloom"}))
+    assert gptq_belle.load(path, device="cpu").prompt_style == "bloom"
+
+
+@pytest.mark.parametrize(("length", "asked", "message"), [
+    (256, None, "a prompt of 256 tokens and an answer do not fit into this model's 256"),
+    (250, 7, "a prompt of 250 tokens and 7 new ones do not fit into this model's 256"),
+    (300, 1, "a prompt of 300 tokens and 1 new ones do not fit into this model's 256"),
+])
+def test_what_the_context_cannot_hold_is_refused_at_once(model, length, asked, message):
+    with pytest.raises(UsageError, match=message):
+        model.stream([5] * length, max_new_tokens=asked)
+
+
+def test_the_context_can_be_filled_to_the_end(model, monkeypatch):
+    script = Scripted(model, monkeypatch, [50] * 9)
+    model.generate([5] * 250)
+    assert len(script.ids) == 3  # six tokens of room
+
+
+@pytest.mark.parametrize(("ids", "message"), [
+    (torch.tensor([5]), r"shape \(1,\)"),
+    (torch.zeros(1, 0).long(), r"shape \(1, 0\)"),
+    (torch.zeros(1, 257).long(), "257 tokens are more than this model's context of 256"),
+    (torch.tensor([[384]]), "384..384 are not all in the vocabulary of 384"),
+    (torch.tensor([[-1, 3]]), "-1..3"),
+])
+def test_token_ids_that_cannot_be_run(model, ids, message):
+    with pytest.raises(UsageError, match=message):
+        model.logits(ids)
+    with pytest.raises(UsageError, match=message):
+        model.prefill(ids)
+
+
+def test_an_empty_prompt_and_wrong_options_are_refused(model):
+    with pytest.raises(UsageError, match="cannot be run"):
+        model.generate("")
+    with pytest.raises(UsageError, match="top_p"):
+        model.stream("a", top_p=2)
+    with pytest.raises(UsageError, match="prompt style 'x'"):
+        model.stream("a", prompt_style="x")
+
+
+def test_without_a_tokenizer_token_ids_work_and_text_is_refused(tiny_model, tmp_path):
+    path = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    model = gptq_belle.load(path, device="cpu")
+    assert model.logits(IDS).shape == (2, 9, 384)
+    logits, cache = model.prefill(IDS)
+    assert model.decode(logits.argmax(-1), cache).shape == (2, 384)
+    with pytest.raises(InputError, match="tokenizer"):
+        model.generate("text")
