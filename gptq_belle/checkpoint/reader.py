@@ -46,11 +46,13 @@ class _SafetensorsShard:
 
 
 class _PickleShard:
-    """One .bin file, memory-mapped; anything in it beside plain tensors is refused."""
+    """One .bin file, memory-mapped where it is a zip (torch 1.6 and later); all but plain tensors is refused."""
 
     def __init__(self, path: Path) -> None:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                zipped = file.read(2) == b"PK"
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
                              "Convert it to safetensors where you trust it, or fetch the original.") from error

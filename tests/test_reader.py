@@ -1,0 +1,193 @@
+"""Reading model directories: every layout of weight files, and each way in which one can be broken or hostile."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gptq_belle.checkpoint.reader import CheckpointReader, read_json, weight_files
+from gptq_belle.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def copy(tiny_bloom, tmp_path):
+    return shutil.copytree(tiny_bloom, tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tiny_bloom, tmp_path):
+    path = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_bloom).save_pretrained(path, max_shard_size="200KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def state_of(path):
+    return load_file(path / "model.safetensors")
+
+
+def as_bin(path, state):
+    (path / "model.safetensors").unlink()
+    torch.save(state, path / "pytorch_model.bin")
+    return path
+
+
+def assert_same(reader, state):
+    assert set(reader) == set(state)
+    for name, tensor in state.items():
+        assert name in reader
+        assert reader.shape(name) == tuple(tensor.shape)
+        assert reader.tensor(name).dtype == tensor.dtype
+        assert torch.equal(reader.tensor(name), tensor)
+
+
+def test_one_safetensors_file(tiny_bloom):
+    reader = CheckpointReader(tiny_bloom)
+    assert_same(reader, state_of(tiny_bloom))
+    assert reader.arch.blocks == "transformer.h"
+    assert reader.config["n_layer"] == 2
+    assert reader.files == [tiny_bloom / "model.safetensors"]
+    assert reader.bytes_on_disk() == (tiny_bloom / "model.safetensors").stat().st_size
+
+
+def test_shards(sharded, tiny_bloom):
+    assert_same(CheckpointReader(sharded), state_of(tiny_bloom))
+
+
+def test_a_bin_file(copy, tiny_bloom):
+    assert_same(CheckpointReader(as_bin(copy, state_of(copy))), state_of(tiny_bloom))
+
+
+def test_a_bin_file_of_before_torch_1_6(copy, tiny_bloom):
+    state = state_of(copy)
+    (copy / "model.safetensors").unlink()
+    torch.save(state, copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same(CheckpointReader(copy), state_of(tiny_bloom))
+
+
+def test_a_single_file_of_another_name(copy, tiny_bloom):
+    (copy / "model.safetensors").rename(copy / "gptq_model-4bit-128g.safetensors")
+    assert_same(CheckpointReader(copy), state_of(tiny_bloom))
+
+
+def test_bare_names_of_bloom_get_their_prefix(copy, tiny_bloom):
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state_of(copy).items()}
+    bare["lm_head.weight"] = torch.ones(2, 2)
+    save_file(bare, copy / "model.safetensors")
+    reader = CheckpointReader(copy)
+    assert "transformer.word_embeddings.weight" in reader
+    assert "word_embeddings.weight" not in reader
+    assert_same(reader, state_of(tiny_bloom) | {"lm_head.weight": torch.ones(2, 2)})
+
+
+def refused(path, message):
+    with pytest.raises(InputError, match=message) as caught:
+        CheckpointReader(path)
+    assert caught.value.remedy
+    assert caught.value.exit_code == 4
+
+
+def test_a_tensor_that_is_not_there(tiny_bloom):
+    for read in (CheckpointReader(tiny_bloom).tensor, CheckpointReader(tiny_bloom).shape):
+        with pytest.raises(InputError, match="lacks the tensor nothing.weight"):
+            read("nothing.weight")
+
+
+def test_no_directory(tmp_path):
+    refused(tmp_path / "nothing", "is not a model directory")
+
+
+def test_no_configuration(copy):
+    (copy / "config.json").unlink()
+    refused(copy, "config.json is missing")
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[]", b""])
+def test_a_damaged_configuration(copy, text):
+    (copy / "config.json").write_bytes(text)
+    refused(copy, r"config.json (cannot be read as JSON|does not hold a JSON object)")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, 7])
+def test_an_unknown_architecture(copy, model_type):
+    (copy / "config.json").write_text(json.dumps({"model_type": model_type}))
+    refused(copy, "architecture .* is not supported")
+
+
+def test_no_weights(copy):
+    (copy / "model.safetensors").unlink()
+    refused(copy, "holds 0 weight files")
+
+
+def test_several_files_and_no_index(sharded):
+    (sharded / INDEX).unlink()
+    refused(sharded, r"holds \d weight files and no index")
+
+
+def test_a_missing_shard(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(sharded, f"shard .*{shard.name} is missing")
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, -100])
+def test_a_truncated_shard(sharded, length):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:length])
+    refused(sharded, f"{shard.name} cannot be read as safetensors")
+
+
+def test_a_git_lfs_pointer_in_place_of_a_shard(copy):
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(copy, "cannot be read as safetensors")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors"])
+def test_an_index_that_leaves_its_folder(copy, name):
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(copy, "names a file outside of its folder")
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_without_a_map(copy, content):
+    (copy / INDEX).write_text(json.dumps(content))
+    refused(copy, "has no weight_map")
+
+
+class RunsCode:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
+    marker = tmp_path / "ran"
+    as_bin(copy, {"transformer.ln_f.weight": torch.ones(1), "extra": RunsCode(str(marker))})
+    refused(copy, "more than plain tensors")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("state", [[torch.ones(1)], {"a": {"b": torch.ones(1)}}, {"a": 1}])
+def test_a_bin_file_that_is_no_state_dictionary(copy, state):
+    refused(as_bin(copy, state), "not a flat dictionary of tensors")
+
+
+@pytest.mark.parametrize("length", [0, 10, -200])
+def test_a_truncated_bin_file(copy, length):
+    file = as_bin(copy, state_of(copy)) / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:length])
+    refused(copy, r"pytorch_model.bin (cannot be read|holds more than)")
+
+
+def test_helpers_say_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match="x.json is missing"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(InputError, match="holds 0 weight files"):
+        weight_files(tmp_path)
