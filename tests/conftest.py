@@ -148,3 +148,9 @@ def packed_checkpoint(source: Path, out: Path, *, bits: int = 4, group_size: int
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (out / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return out
+
+
+def cut_short(path: Path) -> None:
+    """Leave the first half of a file, as a broken download does."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])

@@ -7,12 +7,14 @@ header, and the tensors' bytes without gaps (github.com/huggingface/safetensors,
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,7 +71,13 @@ class CheckpointWriter:
 
     def add(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors on disk under the name of a part; they may be dropped from memory then."""
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, self.parts / part)
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, self.parts / part)
+        except SafetensorError as error:  # the library wraps the system's errors; a full disk should be called that
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.parts / part)) from error
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """One JSON file of the directory."""

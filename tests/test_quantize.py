@@ -1,0 +1,166 @@
+"""The verb `quantize` as a user runs it: three ways in, one line of cause and one of remedy for every failure."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import cut_short
+
+from gptq_belle import console, quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--group-size", "32", "--rows", "32", "--seq-len", "64"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def command(*args):
+        monkeypatch.setattr(sys, "argv", ["quantize", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            quantize.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    console.out.cache_clear()
+    console.err.cache_clear()
+    return command
+
+
+def test_a_job_prints_every_linear_and_one_line_of_result(run, tiny_model, tmp_path):
+    code, out, err = run(tiny_model, tmp_path / "out", *SHORT)
+    assert code == 0
+    assert "4 bits" in out
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert err.count(" error ") == len(report["linears"])
+    assert "peak" in err
+    assert "s left" in err
+
+
+def test_json_is_alone_on_stdout(run, tiny_bloom, tmp_path):
+    code, out, _ = run(tiny_bloom, tmp_path / "out", *SHORT, "--json", "--wbits", "8")
+    assert code == 0
+    assert json.loads(out)["settings"]["bits"] == 8
+
+
+@pytest.mark.parametrize("start", [["-m", "gptq_belle.quantize"], [str(ROOT / "gptq_belle" / "quantize.py")]])
+def test_module_and_path_are_the_same_program(start, tiny_bloom, tmp_path):
+    result = subprocess.run([sys.executable, *start, str(tiny_bloom), str(tmp_path / "out"), *SHORT, "--method", "rtn"],
+                            cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def edited(source, tmp_path, edit):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    edit(copy)
+    return copy
+
+
+def remove_shard(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[::2]}, path / "a.safetensors")
+    where = {n: ("a", "b")[i % 2] + ".safetensors" for i, n in enumerate(names)}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (path / "model.safetensors").unlink()
+
+
+def set_config(**values):
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | values))
+    return edit
+
+
+@pytest.mark.parametrize(("edit", "cause"), [
+    (remove_shard, "b.safetensors is missing"),
+    (lambda path: cut_short(path / "model.safetensors"), "cannot be read as safetensors"),
+    (set_config(model_type="gpt_neox"), "architecture 'gpt_neox' is not supported"),
+    (lambda path: (path / "config.json").unlink(), "config.json is missing"),
+    (lambda path: (path / "config.json").write_text("{"), "cannot be read as JSON"),
+    (lambda path: (path / "tokenizer.json").write_text("{}"), "no tokenizer that can be loaded"),
+    (lambda path: (path / "model.safetensors").unlink(), "holds 0 weight files")])
+def test_damaged_models_exit_4_with_cause_and_remedy(run, tiny_bloom, tmp_path, edit, cause):
+    code, out, err = run(edited(tiny_bloom, tmp_path, edit), tmp_path / "out", *SHORT)
+    assert (code, out) == (4, "")
+    lines = err.strip().splitlines()
+    assert cause in lines[-2]
+    assert lines[-2].startswith("Error: ")
+    assert len(lines[-1]) > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(("options", "code", "cause"), [
+    (["--bits", "5"], 2, "bits 5 is not allowed"),
+    (["--group-size", "100"], 2, "group size 100 is not allowed"),
+    (["--method", "awq"], 2, "method awq"),
+    (["--device", "cuda:7"], 3, "cuda:7 is not there"),
+    (["--device", "tpu"], 2, "'tpu' is not known"),
+    (["--calibration", "none.txt"], 4, "none.txt cannot be read"),
+    (["--calibration", "EMPTY"], 4, "is empty"),
+    (["--calibration", "LATIN"], 4, "is not UTF-8"),
+    (["--rows", "2"], 4, "are too few")])
+def test_wrong_options_say_what_is_allowed(run, tiny_bloom, tmp_path, options, code, cause):
+    files = {"EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt"}
+    files["EMPTY"].write_bytes(b"")
+    files["LATIN"].write_bytes("caf\xe9".encode("latin-1"))
+    options = [str(files.get(option, option)) for option in options]
+    got, _, err = run(tiny_bloom, tmp_path / "out", *SHORT, *options)
+    assert got == code
+    assert cause in err
+    assert len(err.strip().splitlines()[-1]) > 10
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_somebody_elses_directory_is_left_alone(run, tiny_bloom, tmp_path):
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter1.txt").write_text("precious")
+    code, _, err = run(tiny_bloom, other, *SHORT)
+    assert code == 2
+    assert "was not written by gptq_belle" in err
+    assert [path.name for path in other.iterdir()] == ["chapter1.txt"]
+
+
+def test_ctrl_c_leaves_nothing_and_exits_130(tiny_bloom, tmp_path):
+    job = subprocess.Popen([sys.executable, "-m", "gptq_belle.quantize", str(tiny_bloom), str(tmp_path / "out"),
+                            "--group-size", "32", "--rows", "4000", "--seq-len", "64"],
+                           stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert job.stderr is not None
+    while "block 1/" not in (line := job.stderr.readline()):
+        assert line, "the job ended before it was interrupted"
+    assert (tmp_path / "out.partial").is_dir()
+    job.send_signal(signal.SIGINT)
+    rest = job.stderr.read()
+    assert job.wait(timeout=60) == 130, rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB; skipped where this user may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_named_and_what_was_written_goes(run, tiny_llama, small_disk):
+    code, _, err = run(tiny_llama, small_disk / "out", *SHORT, "--bits", "8")
+    assert code == 3, err
+    assert "disk is full" in err
+    assert list(small_disk.iterdir()) == []
