@@ -53,8 +53,8 @@ def err() -> Console:
 
 
 def say(text: str = "", style: str | None = None) -> None:
-    """One line of results; never cut or folded where stdout is no terminal."""
-    out().print(text, style=style, soft_wrap=True)
+    """One line of results: folded between words on a terminal, left whole elsewhere."""
+    out().print(text, style=style, soft_wrap=not out().is_terminal)
 
 
 def note(text: str, style: str | None = "dim") -> None:

@@ -1,5 +1,6 @@
 """How fast this machine reads memory: the limit of decoding, where every token reads every weight once."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: i
 
 
 def buffer_bytes() -> int:
-    """Twice the last-level cache, so that little of a buffer stays there; 256 MiB to 1 GiB."""
-    return min(1024 * MIB, max(256 * MIB, 2 * last_level_cache()))
+    """Twice the last-level cache, so that little of a buffer stays there; 256 MiB to 1 GiB, or half of what is free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1024 * MIB
+    return min(1024 * MIB, max(256 * MIB, 2 * last_level_cache()), max(MIB, free // 2))
 
 
 def last_level_cache() -> int:

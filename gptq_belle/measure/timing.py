@@ -36,11 +36,3 @@ def synchronize(device: torch.device | str) -> None:
     """Wait until a CUDA device has done what it was given; nothing to wait for on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def call_seconds(repeats: int = 2000) -> float:
-    """What one small torch operation costs when called from Python, in seconds: the least that any layer pays."""
-    a, b = torch.ones(8), torch.ones(8)
-    with torch.inference_mode():
-        times = [seconds(lambda: [torch.add(a, b) for _ in range(repeats // 5)]) for _ in range(5)]
-    return min(times) / (repeats // 5)
