@@ -57,7 +57,7 @@ class _PickleShard:
             raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
                              "Convert it to safetensors where you trust it, or fetch the original.") from error
         except (OSError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or "it ends too early").splitlines()[0]
             raise InputError(f"{path} cannot be read as a PyTorch file: {reason}", DAMAGED) from error
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise InputError(f"{path} is not a flat dictionary of tensors", "Only state dictionaries can be read.")
