@@ -169,8 +169,8 @@ def _joined(instruction: str, given: Any) -> str:
 
 def _conversation(messages: list[Any]) -> list[Turn] | None:
     """Pairs of (human, assistant) values; an unanswered last question is left out."""
-    values = [m.get("value") for m in messages if isinstance(m, dict)]
-    if len(values) != len(messages) or not all(isinstance(value, str) for value in values):
+    values = [m["value"] for m in messages if isinstance(m, dict) and isinstance(m.get("value"), str)]
+    if len(values) != len(messages):
         return None
     return [Turn(q, a) for q, a in zip(values[::2], values[1::2], strict=False)] or None
 

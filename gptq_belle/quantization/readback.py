@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gptq_belle.checkpoint.packing import PackedWeight
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.kernels.layout import canonical
@@ -59,5 +60,6 @@ def _read(reader: CheckpointReader, name: str) -> Tensor:
     stem = name.removesuffix(".weight")
     quantization = read_quantization(reader)
     assert quantization is not None
-    words = (reader.tensor(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx"))
-    return dequantize(canonical(*words, quantization.bits, quantization.zero_offset)).t().contiguous()
+    qweight, qzeros, scales, g_idx = (reader.tensor(f"{stem}.{part}") for part in PackedWeight._fields)
+    words = canonical(qweight, qzeros, scales, g_idx, quantization.bits, quantization.zero_offset)
+    return dequantize(words).t().contiguous()

@@ -1,0 +1,83 @@
+"""What every way of quantizing costs the demo models: KL, perplexity, exact match by class.
+
+    python benchmarks/bench_quality.py            # both models, every test question; some minutes
+    python benchmarks/tables.py                   # the tables of the READMEs, from the JSON this leaves
+
+Perplexity and KL are over examples/belle_tiny/data/heldout.jsonl, scores over data/test.jsonl, greedy, in float32.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import records
+
+from gptq_belle import QuantConfig, load, quantize_checkpoint
+from gptq_belle.evaluation.belle import Row, evaluate, read_rows
+from gptq_belle.evaluation.divergence import divergence
+from gptq_belle.evaluation.perplexity import read_text
+from gptq_belle.runtime.engine import Model
+
+TINY = records.ROOT / "examples" / "belle_tiny"
+WINDOW = 256
+VARIANTS: dict[str, QuantConfig | None] = {
+    "full precision": None,
+    "8 bit GPTQ": QuantConfig(bits=8),
+    "4 bit GPTQ": QuantConfig(bits=4),
+    "4 bit nearest": QuantConfig(bits=4, method="rtn"),
+    "3 bit GPTQ": QuantConfig(bits=3),
+    "3 bit nearest": QuantConfig(bits=3, method="rtn"),
+}
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of a directory's weight files."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def measure(base: Model, model: Model, text: str, rows: list[Row]) -> dict[str, Any]:
+    """Figures of one variant; KL is to `base`."""
+    figures = divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW)
+    scores = evaluate(model, rows)
+    return {
+        "kl": figures.kl_mean, "kl_error": figures.kl_error, "same_top": figures.same_top,
+        "perplexity": figures.perplexity, "exact": scores.exact,
+        "classes": {name: score._asdict() for name, score in scores.classes.items()},
+    }
+
+
+def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, figures) for every variant of one model."""
+    base = load(source)
+    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, config in VARIANTS.items():
+            path, model = source, base
+            if config is not None:
+                path = Path(scratch) / name.replace(" ", "-")
+                quantize_checkpoint(source, path, config, seq_len=WINDOW)
+                model = load(path)
+            yield name, {"bytes": weight_bytes(path), **measure(base, model, text, rows)}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--per-class", type=int, help="only the first so many test questions of each class")
+    args = parser.parse_args()
+    rows = read_rows(TINY / "data" / "test.jsonl", args.per_class)
+    models: dict[str, dict[str, Any]] = {}
+    for architecture in ("bloom", "llama"):
+        models[architecture] = {}
+        for name, figures in variants(TINY / architecture, rows):
+            models[architecture][name] = figures
+            print(f"{architecture} {name:<15} KL {figures['kl']:.6f}  same top {100 * figures['same_top']:.2f} %  "
+                  f"perplexity {figures['perplexity']:.4f}  exact {figures['exact']:.1f} %", flush=True)
+    settings = {"group_size": 128, "calibration": "builtin, 128 rows of 256 tokens", "questions": len(rows)}
+    print(records.write("belle_tiny_quality", {"settings": settings, "models": models}))
+
+
+if __name__ == "__main__":
+    main()

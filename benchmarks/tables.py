@@ -1,0 +1,108 @@
+"""The tables of the READMEs, made from benchmarks/results/*.json.
+
+    python benchmarks/tables.py           # rewrite what stands between <!-- table: NAME --> and <!-- end -->
+    python benchmarks/tables.py --check   # exit 1 where a README is stale
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+READMES = (ROOT / "README.md", ROOT / "README_zh.md", ROOT / "examples" / "belle_tiny" / "README.md")
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
+VARIANTS_ZH = {"full precision": "全精度", "8 bit GPTQ": "8 位 GPTQ", "4 bit GPTQ": "4 位 GPTQ",
+               "4 bit nearest": "4 位就近舍入", "3 bit GPTQ": "3 位 GPTQ", "3 bit nearest": "3 位就近舍入"}
+CLASSES_ZH = {"open_qa": "开放问答", "closed_qa": "阅读问答", "extract": "信息抽取", "classification": "分类",
+              "summarization": "摘要", "rewrite": "改写", "translation": "翻译", "brainstorming": "头脑风暴",
+              "math": "数学", "code": "代码"}
+
+
+def result(name: str) -> dict[str, Any]:
+    """One recorded measurement."""
+    value: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return value
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, all columns but the first to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
+
+
+def quality(columns: list[str], names: dict[str, str]) -> str:
+    """A row a variant: size, KL, same top token, perplexity, exact match, for each architecture."""
+    rows = []
+    for architecture, variants in result("belle_tiny_quality")["models"].items():
+        rows += [[f"{ARCHITECTURES[architecture]}, {names.get(name, name)}", f"{v['bytes'] / 1e6:.1f}",
+                  f"{v['kl']:.5f}", f"{100 * v['same_top']:.1f}", f"{v['perplexity']:.3f}", f"{v['exact']:.1f}"]
+                 for name, v in variants.items()]
+    return markdown(columns, rows)
+
+
+def classes(first: str, variants: dict[str, str], names: dict[str, str]) -> str:
+    """A row a class, a column a model and variant."""
+    models = result("belle_tiny_quality")["models"]
+    chosen = [(a, v) for a in models for v in models[a] if v in variants]
+    columns = [first, *(f"{ARCHITECTURES[a]} {variants[v]}" for a, v in chosen)]
+    found = models[chosen[0][0]][chosen[0][1]]["classes"]
+    rows = []
+    for cls in found:
+        scores = (models[a][v]["classes"][cls]["score"] for a, v in chosen)
+        rows.append([names.get(cls, cls), *(f"{score:.1f}" for score in scores)])
+    return markdown(columns, rows)
+
+
+def training() -> str:
+    """What the training runs of the demo models took and reached."""
+    models = result("belle_tiny_training")["models"]
+    figures = (("steps", "{steps}"), ("tokens", "{tokens:,}"), ("minutes", "{minutes:.0f}"),
+               ("last training loss", "{final_loss:.4f}"), ("last validation loss", "{final_valid_loss:.4f}"))
+    runs = [m["training"] | {"minutes": m["training"]["wall_seconds"] / 60} for m in models.values()]
+    rows = [[name, *(text.format(**run) for run in runs)] for name, text in figures]
+    return markdown(["", *(ARCHITECTURES[a] for a in models)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": lambda: quality(["model", "MB", "KL to full precision", "same top token, %", "perplexity",
+                                "exact match, %"], {}),
+    "quality_zh": lambda: quality(["模型", "MB", "与全精度的 KL", "首选词相同 %", "困惑度", "完全匹配 %"], VARIANTS_ZH),
+    "classes": lambda: classes("class", {"full precision": "full", "8 bit GPTQ": "8 bit", "4 bit GPTQ": "4 bit",
+                                         "3 bit nearest": "3 bit nearest"}, {}),
+    "classes_zh": lambda: classes("类别", {"full precision": "全精度", "8 bit GPTQ": "8 位", "4 bit GPTQ": "4 位",
+                                         "3 bit nearest": "3 位就近舍入"}, CLASSES_ZH),
+    "training": training,
+}
+
+
+def filled(text: str) -> str:
+    """A README's text with every table made anew.
+
+    Raises:
+        KeyError: it names a table that TABLES does not know.
+    """
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]]() + "\n" + block[3], text)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a README is stale")
+    check = parser.parse_args().check
+    stale = [path for path in READMES if filled(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'stale' if check else 'rewritten'}")
+        if not check:
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
