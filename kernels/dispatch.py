@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import reference, torch_int4
-from .layout import CanonicalWeight, canonical
+from . import groupwise, reference, torch_int4
+from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
 
 PreparedWeight = CanonicalWeight | Int4Weight
@@ -16,7 +16,7 @@ PreparedWeight = CanonicalWeight | Int4Weight
 class Choice(NamedTuple):
     """The kernel that a case takes, and why it is not a faster one (empty where there is none)."""
 
-    kernel: str  # "torch-int4", "dequantize+matmul" or "reference"
+    kernel: str  # "torch-int4", "groupwise", "dequantize+matmul" or "reference"
     reason: str
 
 
@@ -32,7 +32,11 @@ def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device,
     if device.type == "cuda":
         return Choice("dequantize+matmul", "no fused kernel for CUDA yet: weights are expanded for cuBLAS")
     reason = torch_int4.refusal(bits, g_idx, out_features, device, dtype)
-    return Choice("torch-int4", "") if reason is None else Choice("reference", reason)
+    if reason is None:
+        return Choice("torch-int4", "")
+    if longest_run(g_idx):
+        return Choice("groupwise", reason)
+    return Choice("reference", f"{reason}; groupwise takes groups of neighbouring inputs, not act-order")
 
 
 def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int, *,
@@ -65,4 +69,6 @@ def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) 
     if x.is_cuda:
         bias = None if bias is None else bias.to(x.dtype)
         return linear(x, reference.dequantize(weight).to(x.dtype).t(), bias)
-    return reference.quant_matmul(x, weight, bias)
+    if weight.run and x.numel() <= groupwise.MOST_ROWS * weight.in_features:
+        return groupwise.quant_matmul(x, weight, bias)
+    return reference.quant_matmul(x, weight, bias)  # with many rows, expanding the weight is worth it

@@ -11,6 +11,7 @@ from torch import Tensor
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
+RUNS = (256, 128, 64, 32)  # lengths in which kernels take inputs of one group, best first
 
 
 class CanonicalWeight(NamedTuple):
@@ -22,6 +23,7 @@ class CanonicalWeight(NamedTuple):
     g_idx: Tensor  # (K,) int32: the group of each input
     bits: int  # 2, 3, 4 or 8
     zero_offset: int  # 1 in format "gptq" (v1), 0 in "gptq_v2"
+    run: int  # the longest of RUNS of neighbouring inputs that always share a group; 0 where act-order mixes them
 
     @property
     def in_features(self) -> int:
@@ -63,7 +65,15 @@ def canonical(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | N
     _require(tuple(qzeros.shape) == (groups, outputs * bits // 32),
              f"qzeros of shape {tuple(qzeros.shape)} do not match scales: expected {(groups, outputs * bits // 32)}")
     g_idx = _checked_groups(g_idx, inputs, groups).to(qweight.device)
-    return CanonicalWeight(qweight, qzeros, scales, g_idx, bits, zero_offset)
+    return CanonicalWeight(qweight, qzeros, scales, g_idx, bits, zero_offset, longest_run(g_idx))
+
+
+def longest_run(groups: Tensor) -> int:
+    """The longest of RUNS into which groups (K,) can be cut without mixing two of them in one; 0 for none."""
+    for run in RUNS:
+        if groups.numel() % run == 0 and bool((groups.view(-1, run) == groups.view(-1, run)[:, :1]).all()):
+            return run
+    return 0
 
 
 def _checked_groups(g_idx: Tensor | None, inputs: int, groups: int) -> Tensor:

@@ -11,20 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import CanonicalWeight
+from .layout import RUNS, CanonicalWeight, longest_run
 from .reference import unpack
 
-GROUP_SIZES = (256, 128, 64, 32)  # what the op takes, best first
-COLUMNS = 16  # N must be a multiple
+COLUMNS = 16  # N must be a multiple; the group size must be one of layout.RUNS
 
 
 class Int4Weight(NamedTuple):
-    """A weight in the op's own layout; K inputs, N outputs, runs of `group_size` inputs share a scale."""
+    """A weight in the op's own layout; K inputs, N outputs, `run` inputs share a scale."""
 
     packed: Tensor  # (N, K / 2) uint8, opaque
-    scale_and_shift: Tensor  # (K / group_size, N, 2) bfloat16
+    scale_and_shift: Tensor  # (K / run, N, 2) bfloat16
     order: Tensor | None  # (K,) int32: the input that stands at each place; None where they stand in order
-    group_size: int
+    run: int
 
     @property
     def in_features(self) -> int:
@@ -47,32 +46,24 @@ def refusal(bits: int, g_idx: Tensor, out_features: int, device: torch.device, d
         return f"torch's int4 kernel takes 4 bits, not {bits}"
     if out_features % COLUMNS:
         return f"torch's int4 kernel takes outputs in multiples of {COLUMNS}, not {out_features}"
-    if group_run(g_idx) is None:
-        return f"torch's int4 kernel takes groups that are multiples of {GROUP_SIZES[-1]} inputs"
-    return None
-
-
-def group_run(g_idx: Tensor) -> int | None:
-    """The longest run of GROUP_SIZES into which the inputs, sorted by group, fall without mixing groups."""
-    groups = g_idx.sort().values
-    for size in GROUP_SIZES:
-        if groups.numel() % size == 0 and bool((groups.view(-1, size) == groups.view(-1, size)[:, :1]).all()):
-            return size
+    if not longest_run(g_idx.sort().values):
+        return f"torch's int4 kernel takes groups that are multiples of {RUNS[-1]} inputs"
     return None
 
 
 def prepare(weight: CanonicalWeight) -> Int4Weight:
     """Repack a weight on the CPU that `refusal` lets through."""
     groups, order = weight.g_idx.sort(stable=True)
-    size = group_run(weight.g_idx)
-    assert size is not None
-    codes = unpack(weight.qweight, weight.bits)[order]
+    run = longest_run(groups)
+    codes = unpack(weight.qweight, weight.bits)
+    in_order = bool((order[1:] > order[:-1]).all())
+    if not in_order:
+        codes = codes[order]
     zeros = unpack(weight.qzeros.t(), weight.bits).t().float() + weight.zero_offset
     scales = weight.scales.float()
-    pairs = torch.stack((scales, scales * (8 - zeros)), dim=-1)[groups[::size]].to(torch.bfloat16)
+    pairs = torch.stack((scales, scales * (8 - zeros)), dim=-1)[groups[::run]].to(torch.bfloat16)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.t().contiguous(), 1)
-    in_order = bool((order[1:] > order[:-1]).all())
-    return Int4Weight(packed, pairs.contiguous(), None if in_order else order.int(), size)
+    return Int4Weight(packed, pairs.contiguous(), None if in_order else order.int(), run)
 
 
 def quant_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
@@ -81,7 +72,7 @@ def quant_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
     pairs = weight.scale_and_shift.to(x.dtype)
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight.packed, weight.group_size, pairs)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight.packed, weight.run, pairs)
     if bias is not None:
         y += bias.to(y.dtype)
     return y.view(*x.shape[:-1], weight.out_features)

@@ -8,9 +8,11 @@ import torch
 from conftest import TOLERANCES
 from oracle_format import formula, random_words
 
+from gptq_belle.kernels import groupwise, reference
 from gptq_belle.kernels.dispatch import choose, prepare, quant_matmul
-from gptq_belle.kernels.layout import CanonicalWeight
-from gptq_belle.kernels.torch_int4 import Int4Weight, group_run
+from gptq_belle.kernels.groupwise import MOST_ROWS
+from gptq_belle.kernels.layout import CanonicalWeight, canonical, longest_run
+from gptq_belle.kernels.torch_int4 import Int4Weight
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -58,6 +60,29 @@ def test_every_bit_width_in_every_dtype(bits, dtype):
     torch.testing.assert_close(y, exact, rtol=rtol, atol=atol * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize(("inputs", "group_size"), [(128, 32), (192, 64), (256, 128), (320, -1), (512, -1), (160, 64)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_groupwise(bits, inputs, group_size, dtype):
+    words = random_words(bits, inputs, 64, group_size)
+    weight = canonical(**words, bits=bits, zero_offset=1)
+    assert weight.run
+    x, bias = torch.randn(2, 3, inputs).to(dtype), torch.randn(64).half()
+    y = groupwise.quant_matmul(x, weight, bias)
+    exact = x.double() @ formula(**words, bits=bits, v1=True).t() + bias
+    assert (y.dtype, y.shape) == (dtype, exact.shape)
+    rtol, atol = TOLERANCES[dtype]
+    torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=atol * float(exact.abs().max()))
+
+
+def test_groupwise_up_to_128_rows_and_the_reference_above():
+    words = random_words(4, 64, 32, 32)
+    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    for rows, kernel in ((MOST_ROWS, groupwise), (MOST_ROWS + 1, reference)):
+        x = torch.randn(rows, 64)
+        assert torch.equal(quant_matmul(x, weight), kernel.quant_matmul(x, weight))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -74,11 +99,12 @@ def test_cuda(bits, dtype):
 @pytest.mark.parametrize(("case", "kernel", "reason"), [
     ((4, IN_ORDER, 64, CPU, torch.bfloat16), "torch-int4", ""),
     ((4, IN_ORDER.flip(0), 64, CPU, torch.bfloat16), "torch-int4", ""),
-    ((4, IN_ORDER, 64, CPU, torch.float32), "reference", "slow for torch.float32"),
-    ((4, IN_ORDER, 64, CPU, torch.float16), "reference", "slow for torch.float16"),
-    ((8, IN_ORDER, 64, CPU, torch.bfloat16), "reference", "takes 4 bits, not 8"),
-    ((4, IN_ORDER, 24, CPU, torch.bfloat16), "reference", "multiples of 16, not 24"),
+    ((4, IN_ORDER, 64, CPU, torch.float32), "groupwise", "slow for torch.float32"),
+    ((4, IN_ORDER, 64, CPU, torch.float16), "groupwise", "slow for torch.float16"),
+    ((8, IN_ORDER, 64, CPU, torch.bfloat16), "groupwise", "takes 4 bits, not 8"),
+    ((4, IN_ORDER, 24, CPU, torch.bfloat16), "groupwise", "multiples of 16, not 24"),
     ((4, torch.arange(256) // 8, 64, CPU, torch.bfloat16), "reference", "multiples of 32 inputs"),
+    ((8, torch.arange(256) % 2, 64, CPU, torch.float32), "reference", "not act-order"),
     ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no fused kernel"),
 ])
 def test_choose(case, kernel, reason):
@@ -89,12 +115,13 @@ def test_choose(case, kernel, reason):
     assert bool(reason) == bool(choice.reason)
 
 
-def test_group_run():
-    assert group_run(torch.zeros(512)) == 256
-    assert group_run(torch.arange(192) // 64) == 64
-    assert group_run(torch.arange(160) // 128) == 32
-    assert group_run((torch.arange(128) >= 33).int()) is None
-    assert group_run(torch.arange(48)) is None
+def test_longest_run():
+    assert longest_run(torch.zeros(512)) == 256
+    assert longest_run(torch.arange(192) // 64) == 64
+    assert longest_run(torch.arange(160) // 128) == 32
+    assert longest_run((torch.arange(128) >= 33).int()) == 0
+    assert longest_run(torch.arange(48)) == 0
+    assert longest_run((torch.arange(128) // 64).flip(0)) == 64
 
 
 def test_g_idx_left_out_means_equal_groups():
