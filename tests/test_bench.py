@@ -15,7 +15,8 @@ from gptq_belle import load
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.measure import bench_output, peak
 from gptq_belle.measure.bandwidth import buffer_bytes, read_bandwidth
-from gptq_belle.measure.bench import StepProfile, Workload, bench, bound, weight_bytes
+from gptq_belle.measure.bench import Workload, bench, fitted
+from gptq_belle.measure.bound import StepProfile, explain, weight_bytes
 from gptq_belle.measure.timing import seconds, spread
 
 MIB = 1 << 20
@@ -105,14 +106,17 @@ def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
 
 def test_what_bounds_a_step():
     busy = StepProfile(0.1, "mm", 0.7)
-    assert bound(8 * 10**9, 1.0, 10e9, busy).startswith("memory bandwidth: reading 8,000.0 MB of weights takes 80 %")
-    assert bound(10**6, 1.0, 10e9, busy).startswith("arithmetic and call overhead: mm takes 70 %")
-    assert bound(10**6, 1.0, 10e9, StepProfile(0.8, "mm", 0.1)).startswith("Python and call overhead (80 %")
+    assert explain(8 * 10**9, 1.0, 10e9, busy).startswith("memory bandwidth: reading 8,000.0 MB of weights takes 80 %")
+    assert explain(10**6, 1.0, 10e9, busy).startswith("arithmetic and call overhead: mm takes 70 %")
+    assert explain(10**6, 1.0, 10e9, StepProfile(0.8, "mm", 0.1)).startswith("Python and call overhead (80 %")
 
 
 def test_a_workload_beyond_the_context_or_empty_is_refused(tiny_llama):
     with pytest.raises(UsageError, match="context"):
         bench([tiny_llama], Workload(prompt=200, tokens=100), device="cpu")
+    with pytest.raises(UsageError, match="context"):
+        bench([tiny_llama], Workload(tokens=256), device="cpu")
+    assert fitted(Workload(tokens=56), [load(tiny_llama, device="cpu")]).prompt == 200
     with pytest.raises(UsageError, match="tokens 0"):
         Workload(tokens=0)
     with pytest.raises(UsageError, match="md, json"):

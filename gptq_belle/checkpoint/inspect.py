@@ -89,6 +89,35 @@ def inspect(path: str | Path) -> Inspection:
     return found
 
 
+def lines(found: Inspection) -> list[tuple[str, str]]:
+    """What was found as (name, value) pairs for reading; the problems are not among them."""
+    q = found.quantization
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(found.dtypes.items()))
+    rows = [
+        ("architecture", f"{found.architecture}, {found.blocks} blocks, hidden size {found.hidden_size}"),
+        ("vocabulary", f"{found.vocabulary} tokens, head {'tied to the embeddings' if found.tied else 'of its own'}"),
+        ("context", f"{found.context} tokens" if found.context else "no limit in the configuration"),
+        ("parameters", f"{found.parameters:,}"),
+        ("prompt style", found.prompt_style),
+    ]
+    if q is None:
+        rows.append(("quantization", "none"))
+    else:
+        group = "a whole row" if q.group_size == -1 else str(q.group_size)
+        order = {None: "unknown", True: "yes", False: "no"}
+        rows += [
+            ("quantization", f"{q.bits} bits, group size {group}, format {q.checkpoint_format}"),
+            ("symmetric", order[q.sym]),
+            ("act-order", order[found.act_order]),
+            ("written by", q.producer or "unknown"),
+        ]
+    rows.append(("size on disk", f"{found.bytes / 1e6:,.1f} MB in {kinds} tensors"))
+    share = max(1, sum(part.bytes for part in found.parts.values()))
+    for name, part in sorted(found.parts.items(), key=lambda item: -item[1].bytes):
+        rows.append((f"  {name}", f"{part.bytes / 1e6:,.1f} MB, {100 * part.bytes / share:.1f} %"))
+    return rows
+
+
 def _describe_config(found: Inspection, model: nn.Module) -> None:
     config: Any = model.config
     found.blocks, found.hidden_size = config.num_hidden_layers, config.hidden_size

@@ -65,6 +65,19 @@ def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int 
     return BelleScores(scores, overall(scores) if asked else None, found)
 
 
+def lines(scores: BelleScores) -> list[tuple[str, str, str, str]]:
+    """A row a class for reading: name, measure, score in percent, answers; at the end the exact classes together."""
+    rows = [(name, score.metric, f"{score.score:.1f}", str(score.count)) for name, score in scores.classes.items()]
+    if scores.exact is not None:
+        rows.append((" + ".join(exact_classes(scores)), "exact", f"{scores.exact:.1f}", ""))
+    return rows
+
+
+def exact_classes(scores: BelleScores) -> list[str]:
+    """The classes that `exact` is about."""
+    return [cls for cls in TARGET_CLASSES if cls in scores.classes]
+
+
 def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: int,
                    style: str = "auto") -> Iterator[tuple[list[int], list[str]]]:
     """Batches of (which questions, their answers), the shortest prompts first, so that batches pad little."""

@@ -127,6 +127,16 @@ def summarize(losses: Tensor, text: str, count: int) -> Perplexity:
     )
 
 
+def lines(figures: Perplexity) -> list[tuple[str, str]]:
+    """Figures as (name, value) pairs for reading."""
+    return [
+        ("perplexity", f"{figures.perplexity:.4f} ± {figures.standard_error:.4f}"),
+        ("per byte", f"{figures.per_byte:.4f}"),
+        ("per character", f"{figures.per_character:.4f}"),
+        ("tokens", f"{figures.tokens} in {figures.windows} windows"),
+    ]
+
+
 def standard_error(values: Tensor) -> float:
     """Standard error of the mean of values (S,); 0 for a single one."""
     return float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -12,6 +12,7 @@ import torch
 
 from gptq_belle import __version__, console
 from gptq_belle.kernels.dispatch import choose
+from gptq_belle.runtime.loader import resolve_device
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
 FEATURES = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
@@ -20,9 +21,16 @@ WIDTH = 4096  # inputs and outputs of the layer that the kernels are asked about
 GROUP = 128
 
 
-def examine() -> dict[str, Any]:
-    """Everything that `doctor` prints, as JSON-ready values; sizes in bytes, None where the system does not tell."""
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def examine(device: str = "auto") -> dict[str, Any]:
+    """Everything that `doctor` prints, as JSON-ready values; sizes in bytes, None where the system does not tell.
+
+    Args:
+        device: whose kernels to list; "auto" for those of every device there is.
+    Raises:
+        UsageError, HardwareError: no such device.
+    """
+    every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    kinds = every if device == "auto" else [resolve_device(device).type]
     return {
         "versions": {"gptq_belle": __version__, "python": platform.python_version()} | installed(),
         "system": platform.platform(),

@@ -1,0 +1,148 @@
+"""Variants of one model side by side: size, memory, quality, speed, and what each answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptq_belle import console
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.evaluation.belle import BelleScores, Row, evaluate, exact_classes
+from gptq_belle.evaluation.divergence import Divergence, divergence
+from gptq_belle.evaluation.perplexity import Perplexity, perplexity, read_text
+from gptq_belle.evaluation.score import TARGET_CLASSES
+from gptq_belle.measure import peak
+from gptq_belle.measure.bench import Workload, fitted, interleaved
+from gptq_belle.measure.peak import Footprint
+from gptq_belle.measure.timing import Spread, spread
+from gptq_belle.runtime.engine import Model, load
+
+TOKENS = 8192  # of held-out text that are scored
+WINDOW = 256
+ANSWER = 96  # tokens, at most
+BATCH = 128
+SPEED = Workload(prompt=64, tokens=32, repeats=3)
+
+
+@dataclass(slots=True)
+class Variant:
+    """What was measured of one variant.
+
+    Attributes:
+        name, path: of the variant.
+        bytes: of its weight files.
+        footprint: load time and memory in a process of its own.
+        perplexity: on the held-out text.
+        divergence: from the first variant; None for that one.
+        scores: of its answers by class.
+        decode: tokens per second in float32.
+        decode_fast: tokens per second in the device's fast dtype (bfloat16 on a CPU).
+        answer: to the prompt.
+    """
+
+    name: str
+    path: Path
+    bytes: int
+    footprint: Footprint
+    perplexity: Perplexity
+    divergence: Divergence | None
+    scores: BelleScores
+    decode: Spread
+    decode_fast: Spread
+    answer: str
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Variants of one model, the prompt that all answered, and the text they were scored on."""
+
+    variants: list[Variant]
+    prompt: str
+    text: Path
+
+
+def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: str, *,
+            device: str = "auto") -> Comparison:
+    """Measure variants of one model; the first is what the others are held against.
+
+    Args:
+        paths: model directories by name.
+        rows: test questions.
+        text: held-out text or JSONL, of which the first TOKENS tokens are used.
+        prompt: a question that all answer.
+        device: where they run.
+    Raises:
+        InputError, UsageError, HardwareError: a variant cannot be loaded or run; the text cannot be read.
+    """
+    models = {name: load(path, device=device, dtype=torch.float32) for name, path in paths.items()}
+    base = next(iter(models.values()))
+    words = read_text(text, base.prompt_style, base.tokenizer.eos_token)
+    with console.step("decode speed"):
+        exact = _decode(list(models.values()))
+        dtype = torch.float16 if base.device.type == "cuda" else torch.bfloat16
+        fast = _decode([load(path, device=device, dtype=dtype) for path in paths.values()])
+    variants = []
+    for place, (name, model) in enumerate(models.items()):
+        console.note(f"measuring {name}: held-out text, {len(rows)} questions, memory")
+        quality = _divergence(base, model, words) if model is not base else None
+        variants.append(Variant(
+            name=name,
+            path=paths[name],
+            bytes=CheckpointReader(paths[name]).bytes_on_disk(),
+            footprint=peak.fresh(paths[name], device=device, dtype=torch.float32),
+            perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
+            divergence=quality,
+            scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),
+            decode=exact[place],
+            decode_fast=fast[place],
+            answer=model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER).strip(),
+        ))
+    return Comparison(variants, prompt, text)
+
+
+def _divergence(base: Model, model: Model, words: str) -> Divergence:
+    return divergence(base.logits, model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS)
+
+
+def _decode(models: Sequence[Model]) -> list[Spread]:
+    workload = fitted(SPEED, models)
+    return [spread([workload.tokens / one.decode for one in times]) for times in interleaved(models, workload)]
+
+
+def show(comparison: Comparison, title: str) -> None:
+    """Print a comparison: a table of figures, then the answers side by side."""
+    variants = comparison.variants
+    names = [variant.name for variant in variants]
+    console.say()
+    console.print_table(title, ["", *names], rows_of(comparison))
+    console.say()
+    answers = [[variant.name, " ".join(variant.answer.split())] for variant in variants]
+    console.print_table(f"Prompt: {comparison.prompt}", ["", "answer"], answers, text=2)
+    console.say()
+
+
+def rows_of(comparison: Comparison) -> list[list[str]]:
+    """A line a figure, its name first, then a cell a variant."""
+    variants = comparison.variants
+    table = [
+        ["size on disk, MB", *(f"{v.bytes / 1e6:.1f}" for v in variants)],
+        ["peak memory, MB", *(_mb(v.footprint.peak_bytes) for v in variants)],
+        ["perplexity, held-out text", *(f"{v.perplexity.perplexity:.4f}" for v in variants)],
+        ["KL to full precision", *(f"{v.divergence.kl_mean:.6f}" if v.divergence else "-" for v in variants)],
+        ["same top token, %", *(f"{100 * v.divergence.same_top:.2f}" if v.divergence else "-" for v in variants)],
+        ["decode, tokens/s, float32", *(f"{v.decode.median:.1f}" for v in variants)],
+        ["decode, tokens/s, fast", *(f"{v.decode_fast.median:.1f}" for v in variants)],
+    ]
+    first = variants[0].scores
+    for cls, score in first.classes.items():
+        measure = "exact match, %" if score.metric == "exact" else "character F1, %"
+        table.append([f"{cls}: {measure}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
+    if first.exact is not None:
+        name = " + ".join(exact_classes(first)) if len(exact_classes(first)) < len(TARGET_CLASSES) else "these five"
+        table.append([f"{name} together: exact match, %", *(f"{v.scores.exact or 0:.1f}" for v in variants)])
+    return table
+
+
+def _mb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:.1f}"

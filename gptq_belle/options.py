@@ -1,0 +1,49 @@
+"""Options that several verbs share, and the loading that they lead to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptq_belle import console
+from gptq_belle.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_belle.runtime.engine import Model
+
+ModelPath = Annotated[Path, typer.Argument(metavar="PATH", help="Model directory, quantized or not.")]
+Precision = Annotated[str | None, typer.Option(
+    help="exact: float32. fast: bfloat16 on a CPU, float16 on a GPU. Left out: exact on a CPU, fast on a GPU.")]
+Style = Annotated[str, typer.Option(help="auto, bloom, llama, newline, or none: the text as it is.")]
+ChatStyle = Annotated[str, typer.Option("--prompt-style", help="auto, bloom, llama or newline.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens of an answer, at most; left out, up to 512.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")]
+TopK = Annotated[int, typer.Option(help="Draw from the so many likeliest tokens; 0 from all.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, repeated tokens become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Of the draw.", show_default=False)]
+
+
+def load_model(path: Path, device: str, precision: str | None) -> "Model":
+    """Load a model, and say so on stderr; raises what `gptq_belle.load` raises, and UsageError for the precision."""
+    dtype = dtype_of(precision, device)
+    with console.step(f"loading {path}"):
+        from gptq_belle.runtime.engine import load
+
+        return load(path, device=device, dtype=dtype)
+
+
+def dtype_of(precision: str | None, device: str) -> "torch.dtype | None":
+    """The dtype of --precision; None, the loader's own choice, where it is left out."""
+    if precision not in (None, "exact", "fast"):
+        raise UsageError(f"precision {precision!r} is not known", "Choose exact or fast.")
+    if precision is None:
+        return None
+    import torch
+
+    from gptq_belle.runtime.loader import resolve_device
+
+    fast: Any = torch.float16 if resolve_device(device).type == "cuda" else torch.bfloat16
+    return torch.float32 if precision == "exact" else fast
