@@ -1,0 +1,205 @@
+"""Matrix products on a CPU by the kernels in `native/`: any bits, groups, zeros and order of inputs, any M, one layout.
+
+Activations are split per row and group into two parts of 8 bits (16 bits in all: "exact", an error of about 3e-5 of the
+result's norm) or one ("fast", about 7e-3); codes are unpacked and multiplied as integers, whose sums are exact. So row m
+of y depends, to the bit, on row m of x alone: not on M, threads or the instruction set (but "portable", which rounds
+products before it adds them).
+"""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import CanonicalWeight
+from .library import ISAS, Library, WeightStruct, WordsStruct, library
+from .reference import unpack
+
+BLOCK = 16  # outputs of a block of codes
+PADDED = 32  # N is padded to multiples of it
+RUNS = (128, 64, 32)
+CONTAINERS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
+PARTS = {"exact": 2, "fast": 1}
+MOST_PADDING = 2  # times K
+
+
+class CpuWeight(NamedTuple):
+    """A weight in the layout of native/native.h: K inputs, N outputs, G runs of inputs that share a scale."""
+
+    codes: Tensor  # (N / 16, G, run * bits / 32, 64) uint8; N padded to 32
+    scales: Tensor  # (N / 16, G, 16) float16, or float32 where the checkpoint's are not float16
+    zeros: Tensor | None  # (N / 16, G, 16) int16; None where all are `zero`
+    order: Tensor | None  # (G * run,) int32: the input at each place, -1 for padding; None where they stand in order
+    in_features: int
+    out_features: int
+    run: int  # 32, 64 or 128 inputs
+    bits: int  # of a code in memory: 2, 4 or 8
+    zero: int
+    parts: int  # of the activations: 2 exact, 1 fast
+
+
+class Runs(NamedTuple):
+    """How inputs are cut into runs of one group."""
+
+    run: int
+    groups: Tensor  # (G,) int64: the checkpoint's group of each run
+    order: Tensor | None  # as in CpuWeight
+
+
+def refusal(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose`."""
+    if device.type != "cpu":
+        return f"the native kernels here are for CPUs, not {device.type}"
+    if dtype == torch.float64:
+        return "the native kernels keep 16 bits of an activation: too few for torch.float64"
+    if isinstance(found := library(), str):
+        return found
+    if _padded(g_idx, RUNS[-1]) > MOST_PADDING * max(g_idx.numel(), RUNS[-1]):
+        return f"the native kernels take groups that fill runs of {RUNS[-1]} inputs"
+    return None
+
+
+def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
+    """Lay out a weight that `refusal` lets through; its tensors are on the CPU.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in PARTS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PARTS)}")
+    runs = cut_runs(weight.g_idx)
+    bits, outputs = CONTAINERS[weight.bits], weight.out_features
+    blocks = -(-outputs // PADDED) * PADDED // BLOCK
+    zeros = unpack(weight.qzeros.t(), weight.bits).t() + weight.zero_offset
+    low, high = int(zeros.min()), int(zeros.max())
+    scales = weight.scales if weight.scales.dtype == torch.float16 else weight.scales.float()
+    codes = torch.empty(blocks, len(runs.groups), runs.run * bits // 32, 64, dtype=torch.uint8)
+    words = weight.qweight.contiguous()
+    _native().pack(
+        WordsStruct(words.data_ptr(), _pointer(runs.order), weight.in_features, outputs, len(runs.groups), weight.bits,
+                    runs.run, bits), codes.data_ptr(), torch.get_num_threads())
+    return CpuWeight(
+        codes=codes,
+        scales=_blocks(scales, runs.groups, blocks),
+        zeros=None if low == high else _blocks(zeros.to(torch.int16), runs.groups, blocks),
+        order=runs.order,
+        in_features=weight.in_features,
+        out_features=outputs,
+        run=runs.run,
+        bits=bits,
+        zero=low if low == high else 0,
+        parts=PARTS[precision],
+    )
+
+
+def cut_runs(g_idx: Tensor) -> Runs:
+    """Sort inputs by group, and fill every group up to whole runs, as long ones as cost no more padding than others."""
+    run = min(RUNS, key=lambda length: (_padded(g_idx, length), -length))
+    ordered, inputs = g_idx.sort(stable=True)
+    groups, counts = ordered.unique_consecutive(return_counts=True)
+    taken = -(-counts // run)
+    starts = torch.cat((counts.new_zeros(1), (taken * run).cumsum(0)[:-1]))
+    behind = torch.arange(len(inputs)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    places = torch.repeat_interleave(starts, counts) + behind
+    order: Tensor | None = None
+    if not torch.equal(inputs, places):
+        order = torch.full((int(taken.sum()) * run,), -1, dtype=torch.int32)
+        order[places] = inputs.int()
+    return Runs(run, torch.repeat_interleave(groups.long(), taken), order)
+
+
+def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:
+    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, through float32.
+
+    Args:
+        x, weight, bias: on the CPU.
+        isa: one of `library().usable`; left out, the fastest.
+    Raises:
+        ValueError: tensors that do not fit together; nothing was read or written.
+    """
+    native = _native()
+    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    _check(rows, weight, bias)
+    if isa is not None and isa not in native.usable:
+        raise ValueError(f"instruction set {isa!r} is not one of {', '.join(native.usable)}")
+    y = torch.empty(rows.shape[0], weight.out_features)
+    struct = WeightStruct(
+        weight.codes.data_ptr(), weight.scales.data_ptr(), _pointer(weight.zeros), _pointer(weight.order),
+        _pointer(bias), weight.in_features, weight.out_features, weight.codes.shape[1], weight.run, weight.bits,
+        weight.scales.dtype == torch.float16, weight.zero)
+    outcome = native.matmul(struct, rows.data_ptr(), rows.shape[0], weight.parts, y.data_ptr(),
+                            torch.get_num_threads(), ISAS.index(isa or native.isa))
+    if outcome:
+        raise ValueError(f"order holds inputs that are not -1..{weight.in_features - 1}") if outcome == 1 else (
+            MemoryError(f"no memory for the activations of {rows.shape[0]} rows"))
+    return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
+
+
+@torch.library.custom_op("gptq_belle::cpu_matmul", mutates_args=())
+def _op(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None, bias: Tensor | None,
+        in_features: int, out_features: int, run: int, bits: int, zero: int, parts: int) -> Tensor:
+    weight = CpuWeight(codes, scales, zeros, order, in_features, out_features, run, bits, zero, parts)
+    return quant_matmul(x, weight, bias)
+
+
+@_op.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None, bias: Tensor | None,
+      in_features: int, out_features: int, run: int, bits: int, zero: int, parts: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def op(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
+    """`quant_matmul` as an operation that torch.compile can put into its graphs; costs some microseconds more."""
+    result: Tensor = _op(x, weight.codes, weight.scales, weight.zeros, weight.order, bias, *weight[4:])
+    return result
+
+
+def _native() -> Library:
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def _padded(g_idx: Tensor, run: int) -> int:
+    return int((-(-g_idx.unique(return_counts=True)[1] // run)).sum()) * run
+
+
+def _blocks(table: Tensor, groups: Tensor, blocks: int) -> Tensor:
+    """A table (groups, N) as (blocks, G, 16), padded with zeros."""
+    padded = table.new_zeros(len(groups), blocks * BLOCK)
+    padded[:, : table.shape[1]] = table[groups]
+    return padded.view(len(groups), blocks, BLOCK).transpose(0, 1).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(rows: Tensor, weight: CpuWeight, bias: Tensor | None) -> None:
+    """Everything that the library takes for granted, except the range of `order`, which it checks itself."""
+    w = weight
+    if w.run not in RUNS or w.bits not in (2, 4, 8) or w.parts not in (1, 2):
+        raise ValueError(f"run {w.run}, bits {w.bits}, parts {w.parts}: not in {RUNS}, (2, 4, 8), (1, 2)")
+    if w.in_features < 1 or w.out_features < 1 or rows.shape[1] != w.in_features:
+        raise ValueError(f"x of {rows.shape[1]} columns, a weight of {w.in_features} inputs, {w.out_features} outputs")
+    blocks, groups = -(-w.out_features // PADDED) * PADDED // BLOCK, w.codes.shape[1] if w.codes.dim() == 4 else 0
+    grid = (blocks, groups, BLOCK)
+    _tensor("codes", w.codes, (blocks, groups, w.run * w.bits // 32, 64), (torch.uint8,))
+    _tensor("scales", w.scales, grid, (torch.float16, torch.float32))
+    if w.zeros is not None:
+        _tensor("zeros", w.zeros, grid, (torch.int16,))
+    if w.order is not None:
+        _tensor("order", w.order, (groups * w.run,), (torch.int32,))
+    elif not (groups - 1) * w.run < w.in_features <= groups * w.run:
+        raise ValueError(f"{groups} runs of {w.run} do not hold {w.in_features} inputs")
+    if bias is not None:
+        _tensor("bias", bias, (w.out_features,), (torch.float32,))
+
+
+def _tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not a contiguous "
+                         f"{' or '.join(map(str, dtypes))} {shape} on the CPU")

@@ -1,0 +1,96 @@
+"""The compiled CPU kernels (`native/`): finding and loading them, what they can use here, and why they are missing.
+
+The library is built when the package is installed (setup.py) and lies beside this file. It has a plain C interface and
+knows nothing of torch; `cpu.py` passes it pointers that it has checked.
+"""
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+ABI = 1  # of native/native.h
+ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
+FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
+CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
+MISSING = ("the native CPU kernels are not built: there was no C++17 compiler when the package was installed "
+           "(install one, then the package again)")
+
+
+class WeightStruct(ctypes.Structure):
+    """`BelleWeight` of native.h."""
+
+    _fields_ = [("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
+                ("order", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("inputs", ctypes.c_int64),
+                ("outputs", ctypes.c_int64), ("groups", ctypes.c_int64), ("run", ctypes.c_int32),
+                ("bits", ctypes.c_int32), ("half_scales", ctypes.c_int32), ("zero", ctypes.c_int32)]
+
+
+class WordsStruct(ctypes.Structure):
+    """`BelleWords` of native.h."""
+
+    _fields_ = [("words", ctypes.c_void_p), ("order", ctypes.c_void_p), ("inputs", ctypes.c_int64),
+                ("outputs", ctypes.c_int64), ("groups", ctypes.c_int64), ("bits", ctypes.c_int32),
+                ("run", ctypes.c_int32), ("container", ctypes.c_int32)]
+
+
+class Library:
+    """The loaded library, with the instruction set that it is to use."""
+
+    def __init__(self, path: Path) -> None:
+        """Load; OSError where the file cannot be used, its message says why."""
+        self._c = ctypes.CDLL(str(path))
+        abi = self._c.belle_abi()
+        if abi != ABI:
+            raise OSError(f"{path.name} was built from other sources (interface {abi}, not {ABI}): install again")
+        self.matmul = self._c.belle_matmul
+        self.matmul.argtypes = [ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
+                                ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+        self.pack = self._c.belle_pack
+        self.pack.argtypes = [ctypes.POINTER(WordsStruct), ctypes.c_void_p, ctypes.c_int]
+        self.pack.restype = None
+        self.usable = tuple(name for name in FASTEST if self._c.belle_usable(ISAS.index(name)))
+        wanted = os.environ.get(CHOICE, self.usable[0])
+        if wanted not in self.usable:
+            raise OSError(f"{CHOICE}={wanted} cannot be used here: choose one of {', '.join(self.usable)}")
+        self.isa = wanted
+        self._c.belle_use_openmp.argtypes = [ctypes.c_void_p]
+        self._c.belle_use_openmp(_openmp_entry())
+
+
+@cache
+def library() -> Library | str:
+    """The library, or why there is none."""
+    if sys.byteorder != "little":
+        return "the native CPU kernels are for little-endian processors"
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return MISSING
+    try:
+        return Library(built[-1])
+    except (OSError, AttributeError) as error:
+        return f"the native CPU kernels cannot be used: {error}"
+
+
+def _openmp_entry() -> int | None:
+    """GOMP_parallel of the OpenMP runtime that torch computes with, so that our work runs on the same threads.
+
+    Two runtimes side by side are slow: the threads of one spin at its barrier while those of the other have work.
+    None (threads started for each call) where torch has no OpenMP, or the system does not tell what is loaded.
+    """
+    import torch  # noqa: F401  (loads its runtime)
+
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps if "/lib" in line and line.count(" ") >= 5}
+    runtimes = sorted((path for path in paths if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))),
+                      key=lambda path: f"{os.sep}torch{os.sep}" not in path)
+    for path in runtimes:
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None

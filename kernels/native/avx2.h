@@ -1,0 +1,46 @@
+// Registers of 256 bits: what AVX2 and AVX-VNNI share.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace belle {
+namespace {
+
+struct Registers256 {
+  static constexpr int kLanes = 8;    // outputs of a register
+  static constexpr int kColumns = 2;  // registers of outputs of a tile
+  static constexpr int kTileRows = 4;
+
+  using Int = __m256i;
+  using Float = __m256;
+
+  static inline Int set(int32_t v) { return _mm256_set1_epi32(v); }
+  static inline Float set_float(float v) { return _mm256_set1_ps(v); }
+  static inline Int load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(p)); }
+  static inline void store(uint8_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), v); }
+  static inline Float load_float(const float* p) { return _mm256_loadu_ps(p); }
+  static inline void store_float(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static inline Float load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline Int load_short(const int16_t* p) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <int SHIFT, uint32_t MASK>
+  static inline Int field(Int v) {
+    if constexpr (SHIFT > 0) v = _mm256_srli_epi16(v, SHIFT);
+    if constexpr (MASK != 0xFFFFFFFFu) v = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int32_t>(MASK)));
+    return v;
+  }
+  static inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static inline Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static inline Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  template <int BY>
+  static inline Int shift_left(Int a) { return _mm256_slli_epi32(a, BY); }
+  static inline Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
+  static inline Float times(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static inline Float fused(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+};
+
+}  // namespace
+}  // namespace belle

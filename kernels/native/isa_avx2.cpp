@@ -1,0 +1,20 @@
+// AVX2 and FMA: products of words of 16 bits. `vpmaddubsw` would saturate with codes of 8 bits, and needs as many
+// instructions for two parts of 8 bits as `vpmaddwd` does for one of 16.
+#include "avx2.h"
+
+namespace belle {
+namespace {
+
+struct Isa : Registers256 {
+  static constexpr int kInputs = 2;
+  static inline Int dot(Int sum, Int code, int32_t x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(code, _mm256_set1_epi32(x)));
+  }
+};
+
+}  // namespace
+}  // namespace belle
+
+#include "tile.h"
+
+const belle::Kernel belle::kAvx2 = {2, split, multiply};

@@ -1,0 +1,19 @@
+// AVX-512 F and BW, before VNNI: products of words of 16 bits.
+#include "avx512.h"
+
+namespace belle {
+namespace {
+
+struct Isa : Registers512 {
+  static constexpr int kInputs = 2;
+  static inline Int dot(Int sum, Int code, int32_t x) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(code, _mm512_set1_epi32(x)));
+  }
+};
+
+}  // namespace
+}  // namespace belle
+
+#include "tile.h"
+
+const belle::Kernel belle::kAvx512 = {2, split, multiply};

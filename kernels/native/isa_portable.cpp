@@ -1,0 +1,80 @@
+// Any processor: plain loops over 16 lanes, which compilers turn into whatever vectors there are.
+#include <cstdint>
+#include <cstring>
+
+namespace belle {
+namespace {
+
+struct Isa {
+  static constexpr int kLanes = 16;    // outputs of a register
+  static constexpr int kInputs = 2;    // inputs a lane and product: words of 16 bits
+  static constexpr int kColumns = 1;   // registers of outputs of a tile
+  static constexpr int kTileRows = 2;  // rows of a tile
+
+  struct Int { int32_t lane[kLanes]; };
+  struct Float { float lane[kLanes]; };
+
+  template <class To, class F>
+  static inline To each_lane(F f) {
+    To result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = f(i);
+    return result;
+  }
+
+  static inline Int set(int32_t v) { return each_lane<Int>([=](int) { return v; }); }
+  static inline Float set_float(float v) { return each_lane<Float>([=](int) { return v; }); }
+  static inline Int load(const uint8_t* p) { Int v; std::memcpy(&v, p, sizeof v); return v; }
+  static inline void store(uint8_t* p, Int v) { std::memcpy(p, &v, sizeof v); }
+  static inline Float load_float(const float* p) { Float v; std::memcpy(&v, p, sizeof v); return v; }
+  static inline void store_float(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
+  static inline Int load_short(const int16_t* p) { return each_lane<Int>([=](int i) { return p[i]; }); }
+  static inline Float load_half(const uint16_t* p) { return each_lane<Float>([=](int i) { return half(p[i]); }); }
+
+  template <int SHIFT, uint32_t MASK>
+  static inline Int field(const Int& v) {
+    return each_lane<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) >> SHIFT & MASK); });
+  }
+
+  static inline Int dot(const Int& sum, const Int& code, int32_t x) {
+    const int32_t first = static_cast<int16_t>(x), second = x >> 16;
+    return each_lane<Int>([&](int i) {
+      return sum.lane[i] + (code.lane[i] & 0xFFFF) * first + (code.lane[i] >> 16) * second;
+    });
+  }
+
+  static inline Int add(const Int& a, const Int& b) { return each_lane<Int>([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static inline Int subtract(const Int& a, const Int& b) {
+    return each_lane<Int>([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static inline Int multiply(const Int& a, const Int& b) {
+    return each_lane<Int>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  template <int BY>
+  static inline Int shift_left(const Int& a) { return each_lane<Int>([&](int i) { return a.lane[i] * (1 << BY); }); }
+  static inline Float to_float(const Int& a) {
+    return each_lane<Float>([&](int i) { return static_cast<float>(a.lane[i]); });
+  }
+  static inline Float times(const Float& a, const Float& b) {
+    return each_lane<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  // Rounded twice: a fused multiplication is a slow function where the processor has none.
+  static inline Float fused(const Float& a, const Float& b, const Float& c) {
+    return each_lane<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+
+ private:
+  static inline float half(uint16_t bits) {  // exact, subnormal numbers included
+    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 5.192296858534828e33f;  // 2^112: the difference of the exponents' offsets
+    return bits & 0x8000 ? -value : value;
+  }
+};
+
+}  // namespace
+}  // namespace belle
+
+#include "tile.h"
+
+const belle::Kernel belle::kPortable = {2, split, multiply};

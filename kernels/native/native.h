@@ -1,0 +1,84 @@
+// What the library offers and what its files share. The C ABI below is mirrored by kernels/cpu.py; raise kAbi with it.
+//
+// K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one
+// scale and zero an output; longer groups of a checkpoint are several of them. Inputs stand in the order of the groups,
+// each group padded to whole runs.
+//
+// codes   (N / 16, G, run * bits / 32, 16, 4) bytes: 16 outputs by one group are contiguous. In a vector of 64 bytes,
+//         lane r of 16 holds output r; with n = 8 / bits, bit field j of its byte i is the code of input 4 (n v + j) + i
+//         of vector v. N is padded to 32.
+// scales  (N / 16, G, 16) float16 or float32
+// zeros   (N / 16, G, 16) int16, or none where all are equal
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define BELLE_API extern "C" __attribute__((visibility("default")))
+
+extern "C" {
+
+struct BelleWeight {
+  const uint8_t* codes;
+  const void* scales;
+  const int16_t* zeros;   // may be null: `zero` for all
+  const int32_t* order;   // (G * run): the input that stands at each place, -1 for padding; null: 0, 1, 2, ...
+  const float* bias;      // (N), may be null
+  int64_t inputs;         // K
+  int64_t outputs;        // N, without padding
+  int64_t groups;         // G
+  int32_t run;            // inputs a group: 32, 64 or 128
+  int32_t bits;           // of a code in its container: 2, 4 or 8
+  int32_t half_scales;    // 1: scales are float16, 0: float32
+  int32_t zero;
+};
+
+struct BelleWords {        // a weight as GPTQ files hold it
+  const int32_t* words;    // (K * bits / 32, N): codes of `bits` bits along K, the lowest input in the lowest bits
+  const int32_t* order;    // (G * run), as above
+  int64_t inputs, outputs, groups;
+  int32_t bits;            // 2, 3, 4 or 8
+  int32_t run, container;  // of the layout to make
+};
+
+}  // extern "C"
+
+namespace belle {
+
+constexpr int kAbi = 1;
+constexpr int kBlock = 16;              // outputs of one vector of codes
+constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
+constexpr int kMostRun = 128;
+constexpr int kMostRows = 256;          // rows of x that a unit of work takes at most
+constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
+
+// One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
+// scale * high alone, with `high` and `low` of 8 signed bits. Instruction sets that multiply bytes get them apart, the
+// others as one number of 16 bits. `data[part]` is (G, M, run), `scale` and `sum` (of the integers) are (G, M).
+struct Task {
+  BelleWeight w;
+  const float* x;  // (M, K)
+  float* y;        // (M, N)
+  int64_t rows;    // M
+  int parts;       // 2: exact, 1: fast
+  uint8_t* data[2];
+  float* scale;
+  int32_t* sum;
+};
+
+// One instruction set. Every result is a function of one row of x alone: integer sums are exact, and each group's sum
+// is scaled and added in the order of the groups, whatever the shape of the tile that computed it.
+struct Kernel {
+  int input_bytes;  // of an activation in `data`: 1 (high and low apart) or 2
+  void (*split)(const Task&, int64_t row_begin, int64_t row_end);
+  void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
+};
+
+extern const Kernel kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;
+
+// Calls work(context) from `threads` threads at once, the caller among them, and returns when all have.
+void parallel(int threads, void (*work)(void*), void* context);
+
+bool amx_usable();  // asks the kernel for the tiles' state
+
+}  // namespace belle

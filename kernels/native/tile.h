@@ -1,0 +1,381 @@
+// The matrix product for any instruction set. A file isa_*.cpp defines `struct Isa` and includes this file; everything
+// is in an anonymous namespace, so that the linker never takes one instruction set's code for another's.
+//
+// Two ways, one arithmetic. Up to 4 rows of x, codes are unpacked on their way from memory ("stream": what counts is
+// that each thread reads long runs). More rows meet each group's codes unpacked once to the first-level cache ("block").
+#include "native.h"
+
+#include <cstring>
+
+namespace belle {
+namespace {
+
+constexpr int kVectors = kBlock / Isa::kLanes;  // registers of one block
+constexpr int kStreamRows = 4;
+
+inline int32_t load32(const uint8_t* p) {
+  int32_t value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <int I>
+struct Constant {
+  static constexpr int value = I;
+};
+
+// f(Constant<0>), f(Constant<1>), ... f(Constant<COUNT - 1>): a loop over numbers that are part of a type.
+template <int COUNT, int I = 0, class F>
+inline __attribute__((always_inline)) void each(F&& f) {
+  if constexpr (I < COUNT) {
+    f(Constant<I>{});
+    each<COUNT, I + 1>(f);
+  }
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- activations ----
+
+struct Split {
+  float scale;
+  int32_t sum;
+};
+
+// Split one group of one row. Rounding is to nearest, through the bits of 1.5 * 2^23 + x. The largest magnitude is found
+// among bit patterns, where NaN and infinity stand above all numbers: they make the whole row NaN.
+template <int PARTS>
+inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1) {
+  constexpr float kRound = 12582912.0f;
+  constexpr int32_t kRoundBits = 0x4B400000, kInfinity = 0x7F800000, kTiny = 0x0C000000;  // 2^-103: 127 / x is finite
+  int32_t most = 0;
+  for (int i = 0; i < run; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, v + i, 4);
+    bits &= 0x7FFFFFFF;
+    most = bits > most ? bits : most;
+  }
+  float largest, inverse = 0.0f, scale = 0.0f;
+  std::memcpy(&largest, &most, 4);
+  if (most >= kInfinity) {
+    scale = __builtin_nanf("");
+  } else if (most >= kTiny) {
+    inverse = 127.0f / largest;
+    scale = largest / 127.0f;
+  }
+  int32_t both[kMostRun], sum = 0;
+  for (int i = 0; i < run; ++i) {
+    const float t = (most >= kInfinity ? 0.0f : v[i]) * inverse, shifted = t + kRound;
+    int32_t high, low = 0;
+    std::memcpy(&high, &shifted, 4);
+    high -= kRoundBits;
+    if (PARTS == 2) {
+      const float rest = (t - (shifted - kRound)) * 256.0f + kRound;
+      std::memcpy(&low, &rest, 4);
+      low -= kRoundBits;
+      low = low > 127 ? 127 : low;
+      high = high * 256 + low;
+    }
+    both[i] = high;
+    sum += high;
+  }
+  if (Isa::kInputs == 4) {
+    for (int i = 0; i < run; ++i) {
+      const int8_t low = static_cast<int8_t>(both[i]);
+      if (PARTS == 2) data1[i] = static_cast<uint8_t>(low);
+      data0[i] = static_cast<uint8_t>(PARTS == 2 ? (both[i] - low) >> 8 : low);
+    }
+  } else {
+    // Pairs of 16 bits meet the codes of bytes 0 and 2, then 1 and 3, of every four.
+    int16_t* words = reinterpret_cast<int16_t*>(data0);
+    for (int i = 0; i < run; i += 4) {
+      words[i] = static_cast<int16_t>(both[i]);
+      words[i + 1] = static_cast<int16_t>(both[i + 2]);
+      words[i + 2] = static_cast<int16_t>(both[i + 1]);
+      words[i + 3] = static_cast<int16_t>(both[i + 3]);
+    }
+  }
+  return {PARTS == 2 ? scale / 256.0f : scale, sum};
+}
+
+void split(const Task& t, int64_t row_begin, int64_t row_end) {
+  const int run = t.w.run;
+  for (int64_t m = row_begin; m < row_end; ++m) {
+    const float* row = t.x + m * t.w.inputs;
+    for (int64_t g = 0; g < t.w.groups; ++g) {
+      float gathered[kMostRun];
+      const float* v = gathered;
+      const int64_t first = g * run;
+      if (t.w.order != nullptr) {
+        for (int i = 0; i < run; ++i) {
+          const int32_t input = t.w.order[first + i];
+          gathered[i] = input < 0 ? 0.0f : row[input];
+        }
+      } else if (first + run <= t.w.inputs) {
+        v = row + first;
+      } else {
+        for (int i = 0; i < run; ++i) gathered[i] = first + i < t.w.inputs ? row[first + i] : 0.0f;
+      }
+      const int64_t place = g * t.rows + m;
+      const int64_t offset = place * run * (4 / Isa::kInputs);
+      const Split s = t.parts == 2 ? split_group<2>(v, run, t.data[0] + offset, t.data[1] + offset)
+                                   : split_group<1>(v, run, t.data[0] + offset, nullptr);
+      t.scale[place] = s.scale;
+      t.sum[place] = s.sum;
+    }
+  }
+}
+
+// ---- codes ----
+
+// Codes of slice S of a packed register: kInputs neighbours (or every second of four) a lane, one step of `dot`.
+template <int BITS, int S>
+inline typename Isa::Int slice(typename Isa::Int packed) {
+  if constexpr (Isa::kInputs == 4) {
+    return Isa::template field<BITS * S, 0x01010101u * ((1u << BITS) - 1)>(packed);
+  } else {
+    return Isa::template field<BITS * (S / 2) + 8 * (S % 2), 0x00010001u * ((1u << BITS) - 1)>(packed);
+  }
+}
+
+template <int BITS>
+constexpr int kSlices = 32 / BITS / Isa::kInputs;
+
+// The scales and zeros of one block and group.
+struct Grid {
+  typename Isa::Float scale[kVectors];
+  typename Isa::Int zero[kVectors];
+};
+
+inline Grid load_grid(const BelleWeight& w, int64_t block, int64_t group) {
+  Grid grid;
+  const int64_t first = (block * w.groups + group) * kBlock;
+  for (int h = 0; h < kVectors; ++h) {
+    const int64_t at = first + h * Isa::kLanes;
+    grid.scale[h] = w.half_scales ? Isa::load_half(static_cast<const uint16_t*>(w.scales) + at)
+                                  : Isa::load_float(static_cast<const float*>(w.scales) + at);
+    grid.zero[h] = w.zeros != nullptr ? Isa::load_short(w.zeros + at) : Isa::set(w.zero);
+  }
+  return grid;
+}
+
+// One group's integer sums, scaled and added to what the groups before it gave.
+template <int PARTS>
+inline typename Isa::Float scaled(const typename Isa::Int* sums, typename Isa::Int zero, typename Isa::Float scale,
+                                  int32_t sum, float row_scale, typename Isa::Float before) {
+  typename Isa::Int whole = sums[0];
+  if constexpr (PARTS == 2) whole = Isa::add(Isa::template shift_left<8>(whole), sums[1]);
+  whole = Isa::subtract(whole, Isa::multiply(zero, Isa::set(sum)));
+  return Isa::fused(Isa::times(Isa::to_float(whole), scale), Isa::set_float(row_scale), before);
+}
+
+inline void write_block(const Task& t, int64_t m, int64_t block, const float* values) {
+  const int64_t first = block * kBlock, count = least(kBlock, t.w.outputs - first);
+  float* y = t.y + m * t.w.outputs + first;
+  for (int64_t i = 0; i < count; ++i) y[i] = t.w.bias == nullptr ? values[i] : values[i] + t.w.bias[first + i];
+}
+
+// ---- few rows: R rows by 16 outputs, all groups ----
+
+template <int BITS, int R, int PARTS>
+void stream(const Task& t, int64_t m, int64_t block) {
+  constexpr int kS = kSlices<BITS>;
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums in flight: a product takes 5 cycles, two start in each
+  const BelleWeight& w = t.w;
+  const int vectors = w.run * BITS / 32;
+  const int64_t row_bytes = w.run * (4 / Isa::kInputs);
+  const uint8_t* codes = w.codes + block * w.groups * vectors * 64;
+  typename Isa::Float y[R][kVectors];
+  for (int r = 0; r < R; ++r)
+    for (int h = 0; h < kVectors; ++h) y[r][h] = Isa::set_float(0.0f);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const uint8_t* x[PARTS];
+    for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + (g * t.rows + m) * row_bytes;
+    typename Isa::Int sums[R][kVectors][kChains][PARTS];
+    for (int r = 0; r < R; ++r)
+      for (int h = 0; h < kVectors; ++h)
+        for (int c = 0; c < kChains; ++c)
+          for (int p = 0; p < PARTS; ++p) sums[r][h][c][p] = Isa::set(0);
+    for (int v = 0; v < vectors; v += 2) {
+#pragma GCC unroll 2
+      for (int u = 0; u < 2; ++u) {
+#pragma GCC unroll 2
+        for (int h = 0; h < kVectors; ++h) {
+          const typename Isa::Int packed = Isa::load(codes + u * 64 + h * Isa::kLanes * 4);
+          auto meet = [&](auto s) {
+            constexpr int kSlice = decltype(s)::value;
+            const typename Isa::Int code = slice<BITS, kSlice>(packed);
+            const int c = (u * kS + kSlice) % kChains;
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+              for (int p = 0; p < PARTS; ++p)
+                sums[r][h][c][p] =
+                    Isa::dot(sums[r][h][c][p], code, load32(x[p] + r * row_bytes + (u * kS + kSlice) * 4));
+          };
+          each<kS>(meet);
+        }
+      }
+      codes += 128;
+      for (int p = 0; p < PARTS; ++p) x[p] += 2 * kS * 4;
+    }
+    const Grid grid = load_grid(w, block, g);
+    for (int r = 0; r < R; ++r) {
+      for (int h = 0; h < kVectors; ++h) {
+        typename Isa::Int total[PARTS];
+        for (int p = 0; p < PARTS; ++p) {
+          total[p] = sums[r][h][0][p];
+          for (int c = 1; c < kChains; ++c) total[p] = Isa::add(total[p], sums[r][h][c][p]);
+        }
+        const int64_t place = g * t.rows + m + r;
+        y[r][h] = scaled<PARTS>(total, grid.zero[h], grid.scale[h], t.sum[place], t.scale[place], y[r][h]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float values[kBlock];
+    for (int h = 0; h < kVectors; ++h) Isa::store_float(values + h * Isa::kLanes, y[r][h]);
+    write_block(t, m + r, block, values);
+  }
+}
+
+// ---- many rows: a group's codes of 32 outputs unpacked, then R rows at a time ----
+
+struct Scratch {
+  alignas(64) uint8_t codes[kMostRun / Isa::kInputs * 128];  // (steps, 32 outputs, 4 bytes)
+  alignas(64) float y[kMostRows * kPair];                    // what the groups so far gave
+};
+
+template <int BITS>
+void unpack(const BelleWeight& w, int64_t pair, int64_t group, uint8_t* out) {
+  constexpr int kS = kSlices<BITS>;
+  const int vectors = w.run * BITS / 32;
+  for (int b = 0; b < 2; ++b) {
+    const uint8_t* codes = w.codes + ((2 * pair + b) * w.groups + group) * vectors * 64;
+    for (int v = 0; v < vectors; ++v) {
+      for (int h = 0; h < kVectors; ++h) {
+        const int lane = h * Isa::kLanes * 4;
+        const typename Isa::Int packed = Isa::load(codes + v * 64 + lane);
+        each<kS>([&](auto s) {
+          Isa::store(out + (v * kS + s.value) * 128 + b * 64 + lane, slice<BITS, s.value>(packed));
+        });
+      }
+    }
+  }
+}
+
+// R rows by Isa::kColumns registers of outputs, one group.
+template <int R, int PARTS>
+inline void tile(const Task& t, int64_t group, int64_t m, const uint8_t* codes, const typename Isa::Float* scale,
+                 const typename Isa::Int* zero, float* y) {
+  constexpr int kC = Isa::kColumns;
+  const int64_t row_bytes = t.w.run * (4 / Isa::kInputs), place = group * t.rows + m;
+  const int steps = t.w.run / Isa::kInputs;
+  const uint8_t* x[PARTS];
+  for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + place * row_bytes;
+  typename Isa::Int sums[R][kC][PARTS];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kC; ++c)
+      for (int p = 0; p < PARTS; ++p) sums[r][c][p] = Isa::set(0);
+  for (int k = 0; k < steps; ++k) {
+    typename Isa::Int code[kC];
+    for (int c = 0; c < kC; ++c) code[c] = Isa::load(codes + k * 128 + c * Isa::kLanes * 4);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int p = 0; p < PARTS; ++p) {
+        const int32_t value = load32(x[p] + r * row_bytes + k * 4);
+#pragma GCC unroll 4
+        for (int c = 0; c < kC; ++c) sums[r][c][p] = Isa::dot(sums[r][c][p], code[c], value);
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kC; ++c) {
+      float* to = y + r * kPair + c * Isa::kLanes;
+      Isa::store_float(to, scaled<PARTS>(sums[r][c], zero[c], scale[c], t.sum[place + r], t.scale[place + r],
+                                         Isa::load_float(to)));
+    }
+}
+
+template <int R, int PARTS>
+inline void tiles(const Task& t, int64_t group, int64_t m, int count, const uint8_t* codes,
+                  const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
+  if (count == R) {
+    tile<R, PARTS>(t, group, m, codes, scale, zero, y);
+  } else if constexpr (R > 1) {
+    tiles<R - 1, PARTS>(t, group, m, count, codes, scale, zero, y);
+  }
+}
+
+template <int BITS, int PARTS>
+void block(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair, Scratch& scratch) {
+  constexpr int kRows = PARTS == 2 ? Isa::kTileRows / 2 : Isa::kTileRows;
+  const int64_t rows = row_end - row_begin;
+  for (int64_t i = 0; i < rows * kPair; ++i) scratch.y[i] = 0.0f;
+  for (int64_t g = 0; g < t.w.groups; ++g) {
+    unpack<BITS>(t.w, pair, g, scratch.codes);
+    const Grid grids[2] = {load_grid(t.w, 2 * pair, g), load_grid(t.w, 2 * pair + 1, g)};
+    typename Isa::Float scale[2 * kVectors];
+    typename Isa::Int zero[2 * kVectors];
+    for (int c = 0; c < 2 * kVectors; ++c) {
+      scale[c] = grids[c / kVectors].scale[c % kVectors];
+      zero[c] = grids[c / kVectors].zero[c % kVectors];
+    }
+    for (int c = 0; c < 2 * kVectors; c += Isa::kColumns) {
+      const int lane = c * Isa::kLanes;
+      for (int64_t m = 0; m < rows; m += kRows) {
+        tiles<kRows, PARTS>(t, g, row_begin + m, static_cast<int>(least(kRows, rows - m)), scratch.codes + lane * 4,
+                            scale + c, zero + c, scratch.y + m * kPair + lane);
+      }
+    }
+  }
+  for (int64_t m = 0; m < rows; ++m)
+    for (int b = 0; b < 2; ++b)
+      if ((2 * pair + b) * kBlock < t.w.outputs)
+        write_block(t, row_begin + m, 2 * pair + b, scratch.y + m * kPair + b * kBlock);
+}
+
+// ---- the choice among them ----
+
+template <int BITS, int PARTS>
+void stream_rows(const Task& t, int64_t m, int64_t rows, int64_t block) {
+  switch (rows) {
+    case 1: return stream<BITS, 1, PARTS>(t, m, block);
+    case 2: return stream<BITS, 2, PARTS>(t, m, block);
+    case 3: return stream<BITS, 3, PARTS>(t, m, block);
+    default: return stream<BITS, 4, PARTS>(t, m, block);
+  }
+}
+
+template <int BITS, int PARTS>
+void multiply_parts(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+  if (row_end - row_begin <= kStreamRows) {
+    const int64_t blocks = (t.w.outputs + kBlock - 1) / kBlock;
+    for (int64_t b = 2 * pair_begin; b < least(2 * pair_end, blocks); ++b)
+      stream_rows<BITS, PARTS>(t, row_begin, row_end - row_begin, b);
+  } else {
+    Scratch scratch;
+    for (int64_t pair = pair_begin; pair < pair_end; ++pair) block<BITS, PARTS>(t, row_begin, row_end, pair, scratch);
+  }
+}
+
+// Where activations are words of 16 bits, both parts are in one.
+template <int BITS>
+void multiply_bits(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+  if (Isa::kInputs == 4 && t.parts == 2) {
+    multiply_parts<BITS, Isa::kInputs == 4 ? 2 : 1>(t, row_begin, row_end, pair_begin, pair_end);
+  } else {
+    multiply_parts<BITS, 1>(t, row_begin, row_end, pair_begin, pair_end);
+  }
+}
+
+void multiply(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+  switch (t.w.bits) {
+    case 2: return multiply_bits<2>(t, row_begin, row_end, pair_begin, pair_end);
+    case 4: return multiply_bits<4>(t, row_begin, row_end, pair_begin, pair_end);
+    default: return multiply_bits<8>(t, row_begin, row_end, pair_begin, pair_end);
+  }
+}
+
+}  // namespace
+}  // namespace belle
