@@ -119,7 +119,7 @@ def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, is
         ValueError: tensors that do not fit together; nothing was read or written.
     """
     native = _native()
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    rows = x.reshape(-1, weight.in_features).to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     _check(rows, weight, bias)
     if isa is not None and isa not in native.usable:
@@ -181,6 +181,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _check(rows: Tensor, weight: CpuWeight, bias: Tensor | None) -> None:
     """Everything that the library takes for granted, except the range of `order`, which it checks itself."""
     w = weight
+    if not rows.is_cpu:
+        raise ValueError(f"x is on {rows.device}, the weight is laid out for the CPU")
     if w.run not in RUNS or w.bits not in (2, 4, 8) or w.parts not in (1, 2):
         raise ValueError(f"run {w.run}, bits {w.bits}, parts {w.parts}: not in {RUNS}, (2, 4, 8), (1, 2)")
     if w.in_features < 1 or w.out_features < 1 or rows.shape[1] != w.in_features:

@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import groupwise, reference, torch_int4
+from . import cpu, groupwise, reference, torch_int4
+from .cpu import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
 
-PreparedWeight = CanonicalWeight | Int4Weight
+PreparedWeight = CanonicalWeight | Int4Weight | CpuWeight
 
 
 class Choice(NamedTuple):
     """The kernel that a case takes, and why it is not a faster one (empty where there is none)."""
 
-    kernel: str  # "torch-int4", "groupwise", "dequantize+matmul" or "reference"
+    kernel: str  # "native", "torch-int4", "groupwise", "dequantize+matmul" or "reference"
     reason: str
 
 
-def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device, dtype: torch.dtype,
+           precision: str = "exact") -> Choice:
     """The kernel for one linear.
 
     Args:
@@ -28,32 +30,40 @@ def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device,
         g_idx: (K,) integers, the group of each input.
         out_features: N.
         device, dtype: where the weight lives, and of what type the activations will be.
+        precision: "exact", or "fast" where fewer bits of the activations will do.
     """
     if device.type == "cuda":
         return Choice("dequantize+matmul", "no fused kernel for CUDA yet: weights are expanded for cuBLAS")
-    reason = torch_int4.refusal(bits, g_idx, out_features, device, dtype)
+    reason = cpu.refusal(g_idx, device, dtype)
     if reason is None:
-        return Choice("torch-int4", "")
+        return Choice("native", "")
+    other = torch_int4.refusal(bits, g_idx, out_features, device, dtype, precision)
+    if other is None:
+        return Choice("torch-int4", reason)
+    reason = f"{reason}; {other}"
     if longest_run(g_idx):
         return Choice("groupwise", reason)
     return Choice("reference", f"{reason}; groupwise takes groups of neighbouring inputs, not act-order")
 
 
 def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int, *,
-            device: torch.device, dtype: torch.dtype) -> PreparedWeight:
+            device: torch.device, dtype: torch.dtype, precision: str = "exact") -> PreparedWeight:
     """Check one packed weight and lay it out for its kernel; the arguments are left as they are.
 
     Args:
         qweight, qzeros, scales, g_idx, bits, zero_offset: see `layout.canonical`.
         device: where the weight will live.
-        dtype: of the activations that it will meet. Others work too, only slower.
+        dtype: of the activations that it will meet. Others work too, only slower or less exactly.
+        precision: on a CPU, "exact" (16 bits of each activation) or "fast" (8 bits). CUDA has one precision a dtype.
     Returns:
         the words copied to `device`, or another layout that replaces them.
     Raises:
         ValueError: tensors that do not fit together; the message says what is allowed.
     """
     weight = canonical(qweight, qzeros, scales, g_idx, bits, zero_offset)
-    choice = choose(bits, weight.g_idx, weight.out_features, device=device, dtype=dtype)
+    choice = choose(bits, weight.g_idx, weight.out_features, device=device, dtype=dtype, precision=precision)
+    if choice.kernel == "native":
+        return cpu.prepare(weight, precision)
     if choice.kernel == "torch-int4":
         return torch_int4.prepare(weight)
     return weight._replace(
@@ -64,6 +74,9 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | Non
 
 def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, whichever kernel runs."""
+    if isinstance(weight, CpuWeight):
+        # As an operation of torch only where a graph is made: calling one from Python takes 20 microseconds more.
+        return (cpu.op if torch.compiler.is_compiling() else cpu.quant_matmul)(x, weight, bias)
     if isinstance(weight, Int4Weight):
         return torch_int4.quant_matmul(x, weight, bias)
     if x.is_cuda:

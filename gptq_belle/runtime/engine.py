@@ -19,17 +19,18 @@ MOST_NEW_TOKENS = 512  # where the caller sets no limit
 CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions")  # LLaMA's name, then BLOOM's
 
 
-def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> "Model":
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None,
+         precision: str | None = None) -> "Model":
     """Load a model directory, quantized or not.
 
     Args:
         path: a Hugging Face directory; without a tokenizer, everything that takes token ids still works.
         device: "auto", "cpu" or "cuda:0".
-        dtype: of activations and unquantized weights; float32 on a CPU and float16 on CUDA where left out.
+        dtype, precision: as `runtime.loader.hf_model`.
     Raises:
         InputError, UsageError, HardwareError: as `runtime.loader.hf_model`.
     """
-    return Model(hf_model(path, device=device, dtype=dtype), Path(path))
+    return Model(hf_model(path, device=device, dtype=dtype, precision=precision), Path(path))
 
 
 class Model:

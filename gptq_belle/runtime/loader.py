@@ -22,6 +22,7 @@ from gptq_belle.models.skeleton import assign, empty_model
 from gptq_belle.runtime.linear import QuantLinear
 
 COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; transformers computes it
+PRECISIONS = ("exact", "fast")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -43,7 +44,8 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(index or 0))
 
 
-def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
+def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None,
+             precision: str | None = None) -> PreTrainedModel:
     """Load a model directory, quantized (standard GPTQ, of any producer) or not, for inference with transformers.
 
     Weights are read one by one; a packed linear becomes a `QuantLinear` and is never expanded in memory.
@@ -51,18 +53,23 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     Args:
         path: a Hugging Face directory.
         device: "auto", "cpu" or "cuda:0".
-        dtype: of activations and unquantized weights; float32 on a CPU and float16 on CUDA where left out.
+        dtype: of activations and unquantized weights; left out, float32 on a CPU, and on CUDA what precision asks.
+        precision: "exact" or "fast"; left out, exact on a CPU and fast on CUDA. On a CPU, packed linears take 16 or 8
+            bits of each activation; on CUDA, dtype is float32 or float16.
     Raises:
         InputError: files that are missing, damaged, or do not fit together; the tensor or the key is named.
-        UsageError, HardwareError: see `resolve_device`; a dtype that models do not run in.
+        UsageError, HardwareError: see `resolve_device`; a dtype that models do not run in; an unknown precision.
     """
     target = resolve_device(device)
-    dtype = dtype or (torch.float16 if target.type == "cuda" else torch.float32)
+    precision = precision or ("fast" if target.type == "cuda" else "exact")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not known", f"Choose {' or '.join(PRECISIONS)}.")
+    dtype = dtype or (torch.float16 if (target.type, precision) == ("cuda", "fast") else torch.float32)
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype} is not supported", f"Choose one of {', '.join(map(str, DTYPES))}.")
     reader = CheckpointReader(path)
     model = empty_model(reader.path)
-    _Filling(reader, model, target, dtype).run()
+    _Filling(reader, model, target, dtype, precision).run()
     model.config.dtype = dtype
     model.config.use_cache = True
     if (stated := stated_quantization(reader)) is not None:
@@ -75,8 +82,8 @@ class _Filling:
     """One pass over an empty model; remembers which tensors of the checkpoint were used."""
 
     def __init__(self, reader: CheckpointReader, model: PreTrainedModel, device: torch.device,
-                 dtype: torch.dtype) -> None:
-        self.reader, self.model, self.device, self.dtype = reader, model, device, dtype
+                 dtype: torch.dtype, precision: str) -> None:
+        self.reader, self.model, self.device, self.dtype, self.precision = reader, model, device, dtype, precision
         self.used: set[str] = set()
 
     def run(self) -> None:
@@ -111,7 +118,7 @@ class _Filling:
         bias = self._read(f"{name}.bias") if f"{name}.bias" in self.reader or linear.bias is not None else None
         try:
             prepared = prepare(words[0], words[1], words[2], g_idx, quantization.bits, quantization.zero_offset,
-                               device=self.device, dtype=self.dtype)
+                               device=self.device, dtype=self.dtype, precision=self.precision)
         except ValueError as error:
             raise InputError(f"{self.reader.path}: {name}: {error}",
                              "The file is damaged, or was not written in the GPTQ format.") from error

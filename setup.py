@@ -1,0 +1,81 @@
+"""Builds the CPU kernels (kernels/native) into the package; everything else stands in pyproject.toml.
+
+They are a shared library with a C interface, not a Python module: one file an instruction set, each compiled with its
+own flags. Where there is no C++17 compiler, or one that is too old for an instruction set, the installation goes on
+without: gptq_belle runs through torch then, and `gptq-belle doctor` says so.
+"""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
+
+NATIVE = Path("kernels/native")
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-rtti",
+         "-ffp-contract=off",  # the arithmetic is the same with every compiler and instruction set
+         "-fno-math-errno", "-fno-trapping-math",  # let plain loops become vectors
+         "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw"]
+# In the order of native/cpu_features.h.
+ISAS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
+    "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
+}
+COMMON = ["cpu_features", "parallel", "pack", "matmul"]
+
+
+class BuildNative(build_ext):
+    """Compiles the library, or leaves it out with a warning."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        newest = max(path.stat().st_mtime for path in [Path(__file__), *NATIVE.iterdir()])
+        if not self.force and target.is_file() and target.stat().st_mtime > newest:
+            return
+        try:
+            self.build_library(target)
+        except (CompileError, ExecError, LinkError, PlatformError) as error:
+            target.unlink(missing_ok=True)
+            self.warn(f"the CPU kernels are left out, torch serves instead: {error}")
+
+    def build_library(self, target: Path) -> None:
+        """Compile every file with its flags, two at a time or as many as there are processors, and link them."""
+        sets = list(ISAS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
+        with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+            tried = {name: pool.submit(self.compile, f"isa_{name}", ISAS[name]) for name in sets}
+            built = {}
+            for name, job in tried.items():
+                try:
+                    built[name] = job.result()
+                except CompileError:
+                    if name == "portable":
+                        raise
+                    self.warn(f"this compiler does not know {' '.join(ISAS[name])}: no kernels for {name}")
+            mask = sum(1 << place for place, name in enumerate(ISAS) if name in built)
+            common = [job.result() for job in
+                      [pool.submit(self.compile, name, [f"-DBELLE_ISAS={mask}"]) for name in COMMON]]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object([*built.values(), *common], str(target), target_lang="c++",
+                                         extra_postargs=["-pthread"], build_temp=self.build_temp)
+
+    def compile(self, name: str, flags: list[str]) -> str:
+        """One file to an object file."""
+        (compiled,) = self.compiler.compile([str(NATIVE / f"{name}.cpp")], output_dir=self.build_temp,
+                                            extra_postargs=[*FLAGS, *flags], depends=[])
+        return compiled
+
+
+setup(
+    ext_modules=[Extension("gptq_belle.kernels._native", [str(path) for path in sorted(NATIVE.glob("*.cpp"))],
+                           depends=[str(path) for path in sorted(NATIVE.glob("*.h"))], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
