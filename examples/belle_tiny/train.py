@@ -8,7 +8,6 @@ falls linearly to zero at the last step.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
@@ -206,14 +205,6 @@ class Run:
                 self.save()
 
 
-def keep_memory() -> None:
-    """Asks glibc to keep freed memory: large activations are else mapped and cleared anew each step."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**30)
-        libc.mallopt(-1, 2**31 - 1)
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="train a belle_tiny model from scratch")
@@ -227,7 +218,6 @@ def main() -> None:
     parser.add_argument("--export-only", action="store_true", help="write the model of the last checkpoint")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_memory()
     work = args.work or args.out.with_suffix(".work")
     run = Run(args.arch, args.steps or STEPS[args.arch], args.seed, work, args.device)
     if not args.export_only:
