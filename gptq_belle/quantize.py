@@ -35,13 +35,13 @@ def command(
 ) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader takes, with a report of every layer's error."""
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import ConsoleProgress
 
+    text = Calibration(calibration, rows, seq_len, seed, allow_short)
     with ConsoleProgress(console.err()) as progress:
-        report = quantize_checkpoint(
-            model, out, config, calibration=calibration, rows=rows, seq_len=seq_len, seed=seed,
-            allow_short=allow_short, device=device, progress=progress)
+        report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress)
     if as_json:
         console.print_json(report.to_dict())
         return
