@@ -16,7 +16,7 @@ from gptq_belle.config import QuantConfig
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when it is complete.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; appears only when complete.")],
     bits: Annotated[int, typer.Option("--bits", "--wbits", help="Bits a weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option("--group-size", "--groupsize",
                                             help="Inputs a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
