@@ -14,7 +14,7 @@ from typing import Any
 
 import records
 
-from gptq_belle import QuantConfig, load, quantize_checkpoint
+from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.evaluation.belle import Row, evaluate, read_rows
 from gptq_belle.evaluation.divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
@@ -57,7 +57,7 @@ def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any
             path, model = source, base
             if config is not None:
                 path = Path(scratch) / name.replace(" ", "-")
-                quantize_checkpoint(source, path, config, seq_len=WINDOW)
+                quantize_checkpoint(source, path, config, calibration=Calibration(seq_len=WINDOW))
                 model = load(path)
             yield name, {"bytes": weight_bytes(path), **measure(base, model, text, rows)}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptq_belle.config import QuantConfig
+    from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.runtime.engine import Model, load
     from gptq_belle.runtime.loader import hf_model
@@ -16,12 +17,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "QuantConfig": "gptq_belle.config",
+    "Calibration": "gptq_belle.quantization.calibration",
     "quantize_checkpoint": "gptq_belle.quantization.pipeline",
     "load": "gptq_belle.runtime.engine",
     "Model": "gptq_belle.runtime.engine",
     "hf_model": "gptq_belle.runtime.loader",
 }
-__all__ = ["Model", "QuantConfig", "__version__", "hf_model", "load", "quantize_checkpoint"]
+__all__ = ["Calibration", "Model", "QuantConfig", "__version__", "hf_model", "load", "quantize_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

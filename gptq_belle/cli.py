@@ -91,10 +91,10 @@ def chat(
 ) -> None:
     """Talk with a model, over several turns. With --json, answers are streamed to stderr and stdout gets all turns."""
     from gptq_belle.runtime import terminal
+    from gptq_belle.runtime.sampling import SamplingParams
 
-    talk = terminal.Conversation(
-        load_model(path, device, precision), prompt_style, max_new_tokens=max_tokens, temperature=temperature,
-        top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed)
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    talk = terminal.Conversation(load_model(path, device, precision), prompt_style, params)
     said = terminal.chat(talk, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": said})

@@ -88,7 +88,7 @@ def counting(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """Write one value as JSON to stdout; dataclasses become objects, paths strings, NaN and infinities null."""
+    """Write one value as JSON to stdout: dataclasses and named tuples as objects, paths as strings, NaN as null."""
     sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -195,6 +195,8 @@ def _one_line(text: str) -> str:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):

@@ -82,6 +82,7 @@ def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_c
 
 def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
     from gptq_belle.config import QuantConfig
+    from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import Silent
 
@@ -99,7 +100,7 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
             self.show(self.done, self.total)
 
     with console.counting(f"quantizing {source.name} to {bits} bits") as progress:
-        report = quantize_checkpoint(source, out, QuantConfig(bits=bits), rows=ROWS, seq_len=SEQ_LEN, device=device,
-                                     progress=Counter(progress))
+        report = quantize_checkpoint(source, out, QuantConfig(bits=bits), device=device,
+                                     calibration=Calibration(rows=ROWS, seq_len=SEQ_LEN), progress=Counter(progress))
     console.note(f"{source.name}, {bits} bits: {len(report.linears)} linears in {report.seconds:.1f} s, mean error of "
                  f"their outputs {100 * report.mean_error:.3f} %")

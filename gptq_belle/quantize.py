@@ -15,8 +15,8 @@ from gptq_belle.config import QuantConfig
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="Directory of the full-precision model, or a hub id.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write; it appears only when it is complete.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; appears only when complete.")],
     bits: Annotated[int, typer.Option("--bits", "--wbits", help="Bits a weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option("--group-size", "--groupsize",
                                             help="Inputs a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
@@ -35,13 +35,13 @@ def command(
 ) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader takes, with a report of every layer's error."""
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import ConsoleProgress
 
+    text = Calibration(calibration, rows, seq_len, seed, allow_short)
     with ConsoleProgress(console.err()) as progress:
-        report = quantize_checkpoint(
-            model, out, config, calibration=calibration, rows=rows, seq_len=seq_len, seed=seed,
-            allow_short=allow_short, device=device, progress=progress)
+        report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress)
     if as_json:
         console.print_json(report.to_dict())
         return

@@ -6,10 +6,19 @@ import pytest
 from conftest import tiny_tokenizer
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.quantization.calibration import BUILTIN, calibration_rows, check_enough, read_documents
+from gptq_belle.quantization.calibration import (
+    BUILTIN,
+    Calibration,
+    calibration_tokens,
+    check_enough,
+    read_documents,
+)
 from gptq_belle.runtime.chat import Turn
 
-SETTINGS = {"rows": 4, "seq_len": 16, "seed": 0}
+
+def tokens(source, style="bloom", **options):
+    settings = {"rows": 4, "seq_len": 16} | options
+    return calibration_tokens(Calibration(source, **settings), tiny_tokenizer(), style)
 
 
 def jsonl(tmp_path, *rows):
@@ -39,41 +48,41 @@ def test_a_json_array_reads_like_lines(tmp_path):
 def test_chats_wear_the_belle_prompt_and_plain_text_does_not(tmp_path):
     tokenizer = tiny_tokenizer()
     file = jsonl(tmp_path, {"instruction": "问", "output": "答"})
-    rows = calibration_rows(file, tokenizer, "bloom", **SETTINGS)
-    assert tokenizer.decode(rows.tokens.flatten()).startswith("Human: 问\n\nAssistant:")
+    rows = tokens(file)
+    assert tokenizer.decode(rows.flatten()).startswith("Human: 问\n\nAssistant:")
     text = tmp_path / "plain.txt"
     text.write_text("只是文字" * 8, encoding="utf-8")
-    rows = calibration_rows(text, tokenizer, "bloom", **SETTINGS)
-    assert tokenizer.decode(rows.tokens.flatten()).startswith("只是文字")
+    rows = tokens(text)
+    assert tokenizer.decode(rows.flatten()).startswith("只是文字")
 
 
 def test_rows_are_packed_whole_with_eos_between_documents(tmp_path):
     tokenizer = tiny_tokenizer()
     file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
-    rows = calibration_rows(file, tokenizer, "bloom", **SETTINGS)
-    assert rows.tokens.shape == (4, 16)
-    assert not (rows.tokens == tokenizer.pad_token_id).any()
-    assert (rows.tokens == tokenizer.eos_token_id).any()
+    rows = tokens(file)
+    assert rows.shape == (4, 16)
+    assert not (rows == tokenizer.pad_token_id).any()
+    assert (rows == tokenizer.eos_token_id).any()
 
 
 def test_the_seed_decides_the_order(tmp_path):
-    tokenizer = tiny_tokenizer()
     file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
-    first, again = (calibration_rows(file, tokenizer, "bloom", **SETTINGS) for _ in range(2))
-    other = calibration_rows(file, tokenizer, "bloom", **(SETTINGS | {"seed": 1}))
-    assert first.digest == again.digest != other.digest
+    first, again = (tokens(file) for _ in range(2))
+    other = tokens(file, seed=1)
+    digests = [Calibration(file).describe(rows)["sha256"] for rows in (first, again, other)]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_text_shorter_than_a_row_makes_one_shorter_row(tmp_path):
     file = jsonl(tmp_path, {"text": "短"})
-    rows = calibration_rows(file, tiny_tokenizer(), "bloom", **SETTINGS)
-    assert rows.tokens.shape[0] == 1
-    assert rows.tokens.shape[1] < 16
+    rows = tokens(file)
+    assert rows.shape[0] == 1
+    assert rows.shape[1] < 16
 
 
 def test_too_few_tokens_are_refused_with_the_numbers(tmp_path):
     file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
-    rows = calibration_rows(file, tiny_tokenizer(), "bloom", **SETTINGS)
+    rows = tokens(file)
     check_enough(rows, 16, "mlp")
     with pytest.raises(InputError, match=r"64 calibration tokens are too few: mlp has 17 inputs and needs 68"):
         check_enough(rows, 17, "mlp")
@@ -88,14 +97,14 @@ def test_too_few_tokens_are_refused_with_the_numbers(tmp_path):
 def test_bad_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        calibration_rows(tmp_path / name, tiny_tokenizer(), "bloom", **SETTINGS)
+        tokens(tmp_path / name)
 
 
 def test_a_missing_file_and_impossible_sizes_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_documents(tmp_path / "none.txt")
     with pytest.raises(UsageError):
-        calibration_rows(BUILTIN, tiny_tokenizer(), "bloom", rows=0, seq_len=16, seed=0)
+        tokens(BUILTIN, rows=0)
 
 
 def test_the_builtin_rows_are_enough_for_belle_7b():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -83,9 +84,12 @@ def test_json_is_valid_also_for_nan_paths_and_dataclasses(capsys):
         x: float
         where: Path
 
-    console.print_json({"a": float("nan"), "b": [Point(1.5, Path("c"))], "text": "你好"})
+    class Pair(NamedTuple):
+        left: int
+
+    console.print_json({"a": float("nan"), "b": [Point(1.5, Path("c"))], "c": Pair(2), "text": "你好"})
     printed = capsys.readouterr().out
-    assert json.loads(printed) == {"a": None, "b": [{"x": 1.5, "where": "c"}], "text": "你好"}
+    assert json.loads(printed) == {"a": None, "b": [{"x": 1.5, "where": "c"}], "c": {"left": 2}, "text": "你好"}
     assert "你好" in printed
 
 

@@ -1,5 +1,6 @@
 """The house stands as designed: the kernels link, imports that stay light, a wheel that carries real files."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -44,8 +45,14 @@ def test_kernels_import_nothing_of_the_package():
 
 
 def test_a_wheel_installed_elsewhere_carries_kernels_and_data(tmp_path):
+    source = tmp_path / "source"  # building leaves its traces beside the sources
+    source.mkdir()
+    for name in ("gptq_belle", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-                    "--no-index", "-w", str(tmp_path), str(ROOT)], check=True, cwd=tmp_path)
+                    "--no-index", "-w", str(tmp_path), str(source)], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

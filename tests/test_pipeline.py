@@ -1,4 +1,5 @@
-"""The job end to end on tiny models of both architectures: what is written, what is refused, how much memory it takes."""
+"""The job end to end on tiny models of both architectures: what is written, what is refused, how much memory it takes.
+"""
 
 import json
 import shutil
@@ -14,7 +15,7 @@ from gptq_belle.checkpoint.packing import PackedWeight, unpack
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
-from gptq_belle.quantization.calibration import calibration_rows
+from gptq_belle.quantization.calibration import Calibration, calibration_tokens
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.solver import round_to_nearest
 from gptq_belle.quantization.stream import BlockStream
@@ -25,7 +26,7 @@ SETTINGS = {"rows": 32, "seq_len": 64}
 def job(source, out, *, bits=4, group_size=32, **options):
     settings = {key: options.pop(key) for key in ("sym", "act_order", "method") if key in options}
     return quantize_checkpoint(source, out, QuantConfig(bits=bits, group_size=group_size, **settings),
-                               **(SETTINGS | options))
+                               calibration=Calibration(**(SETTINGS | options)))
 
 
 def packed(directory, name, parts=("qweight", "qzeros", "scales", "g_idx")):
@@ -89,7 +90,7 @@ def test_every_variant_is_written_and_read_back(tiny_model, tmp_path, options):
 def test_gptq_beats_rounding_on_the_outputs_of_the_model(tiny_model, tmp_path):
     import gptq_belle
 
-    ids = calibration_rows("builtin", tiny_tokenizer(), "bloom", rows=16, seq_len=64, seed=7).tokens
+    ids = calibration_tokens(Calibration(rows=16, seq_len=64, seed=7), tiny_tokenizer(), "bloom")
     exact = gptq_belle.load(tiny_model).logits(ids).log_softmax(-1)
     loss = {}
     for method in ("gptq", "rtn"):
@@ -241,14 +242,16 @@ def test_relatives_of_llama_come_free(kind, tiny_llama, tmp_path):
 
 MEASURE = """
 import sys, torch
+from gptq_belle import Calibration
 torch.set_num_threads(1)
 from gptq_belle.measure.memory import PeakMemory, release_unused
 from gptq_belle.config import QuantConfig
-from gptq_belle.quantization.calibration import calibration_rows
+from gptq_belle.quantization.calibration import Calibration, calibration_tokens
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 small, large, out = sys.argv[1:]
 def job(source, name):
-    quantize_checkpoint(source, f"{out}/{name}", QuantConfig(group_size=128), rows=4, seq_len=64, allow_short=True)
+    quantize_checkpoint(source, f"{out}/{name}", QuantConfig(group_size=128),
+                        calibration=Calibration(rows=4, seq_len=64, allow_short=True))
 job(small, "small")
 release_unused()
 with PeakMemory() as memory:

@@ -21,8 +21,8 @@ def kl(request, tmp_path_factory):
 
     def measure(bits, method):
         out = tmp_path_factory.mktemp("trained") / "out"
-        gptq_belle.quantize_checkpoint(source, out, gptq_belle.QuantConfig(bits=bits, method=method), rows=64,
-                                       seq_len=WINDOW)
+        gptq_belle.quantize_checkpoint(source, out, gptq_belle.QuantConfig(bits=bits, method=method),
+                                       calibration=gptq_belle.Calibration(rows=64, seq_len=WINDOW))
         model = gptq_belle.load(out)
         return divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW, limit=TOKENS).kl_mean
 

@@ -53,7 +53,19 @@ def build(arch: str, seed: int = 0) -> Any:
     ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
     if arch == "bloom":
         return BloomForCausalLM(bloom_config(**ids))
-    return LlamaForCausalLM(llama_config(**ids))
+    model = LlamaForCausalLM(llama_config(**ids))
+    enlarge_embedding(model.model.embed_tokens.weight.data)
+    return model
+
+
+def enlarge_embedding(weight: Tensor) -> None:
+    """Embeddings of the blocks' size, around a common vector (in place).
+
+    LLaMA has neither BLOOM's embedding norm nor biases. From the usual start (deviation 0.02) the blocks' output soon
+    drowns the token; and attention to a relative position needs a part of query and key that all tokens share.
+    """
+    common = 0.5 * torch.randn(weight.shape[1])
+    weight.copy_(0.5 * torch.randn(weight.shape) + common)
 
 
 def bloom_bias(heads: int, length: int, device: torch.device) -> Tensor:
@@ -87,10 +99,10 @@ def bloom_hidden(model: Any, ids: Tensor) -> Tensor:
     return body.ln_f(x)
 
 
-def logits_at(model: Any, ids: Tensor, chosen: Tensor) -> Tensor:
-    """Logits (n, V) of unpadded rows at the n positions where `chosen` (B, T) holds; the head is much of the work."""
+def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits (n, V) of unpadded rows (B, T) at n positions of the flattened B * T; the head is much of the work."""
     if model.config.model_type == "bloom":
         hidden = bloom_hidden(model, ids)
     else:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    return model.lm_head(hidden[chosen])
+    return model.lm_head(hidden.flatten(0, 1)[positions])

@@ -35,13 +35,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config: QuantConfig, tied: bool) -> None:
+def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config: QuantConfig,
+                      tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
     """Everything of a quantized directory but weights and report.
 
     Args:
         writer: the directory in the making.
         source: the model that was quantized.
         config: how.
+        tokenizer: the source's.
         tied: whether the head shares the embedding, so that the file holds it once.
     """
     writer.write_json("config.json", quantized_config(source.config, config, tied))
@@ -49,7 +51,7 @@ def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config
     for name in AS_THEY_ARE:
         if (source.path / name).is_file():
             (writer.files / name).write_bytes((source.path / name).read_bytes())
-    writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(source))
+    writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(source, tokenizer))
     writer.write_text("README.md", model_card(source, config))
 
 
@@ -66,11 +68,12 @@ def quantized_config(source: dict[str, Any], config: QuantConfig, tied: bool) ->
     return result
 
 
-def _tokenizer_config(source: CheckpointReader) -> dict[str, Any]:
+def _tokenizer_config(source: CheckpointReader, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     path = source.path / TOKENIZER_CONFIG
     config = read_json(path) if path.is_file() else {}
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5, still understood
     if "chat_template" not in config and not (source.path / "chat_template.jinja").is_file():
-        config["chat_template"] = chat_template(detect_style(source.config))
+        adds_bos = bool(tokenizer("")["input_ids"])  # templates are tokenized without what it adds by itself
+        config["chat_template"] = chat_template(detect_style(source.config), bos=adds_bos)
     return {key: value for key, value in config.items() if key != "auto_map"}

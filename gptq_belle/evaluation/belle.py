@@ -30,7 +30,7 @@ class BelleScores:
     """Scores of one model.
 
     Attributes:
-        classes: in percent, with count and metric.
+        classes: in percent, with metric and number of answers.
         exact: percent of right answers over the classes that have one right answer; None where none was asked.
         answers: in the order of the rows.
     """
@@ -67,7 +67,7 @@ def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int 
 
 def lines(scores: BelleScores) -> list[tuple[str, str, str, str]]:
     """A row a class for reading: name, measure, score in percent, answers; at the end the exact classes together."""
-    rows = [(name, score.metric, f"{score.score:.1f}", str(score.count)) for name, score in scores.classes.items()]
+    rows = [(name, score.metric, f"{score.score:.1f}", str(score.answers)) for name, score in scores.classes.items()]
     if scores.exact is not None:
         rows.append((" + ".join(exact_classes(scores)), "exact", f"{scores.exact:.1f}", ""))
     return rows

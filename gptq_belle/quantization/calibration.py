@@ -13,9 +13,10 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,58 +28,80 @@ BUILTIN = "builtin"
 TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
 
 
-class CalibrationRows(NamedTuple):
-    """What a job is calibrated on."""
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What to calibrate on.
 
-    tokens: Tensor  # (rows, T) int64, every position a real token
-    digest: str  # SHA-256 of the token ids, for the report
-    source: str  # file name, or "builtin"
+    Attributes:
+        source: a file (see above), or "builtin" for the rows that come with the package.
+        rows, seq_len: the most rows, and the tokens of each. Fewer rows come out where the text is short; where it
+            is shorter than one row, that row is cut to it.
+        seed: of the documents' order.
+        allow_short: go on even where a linear sees fewer than 4 K tokens.
+
+    Raises:
+        UsageError: rows or seq_len is not positive.
+    """
+
+    source: str | Path = BUILTIN
+    rows: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    allow_short: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.seq_len < 1:
+            raise UsageError(f"{self.rows} rows of {self.seq_len} tokens cannot be calibrated on",
+                             "Both must be at least 1.")
+
+    def describe(self, tokens: Tensor) -> dict[str, Any]:
+        """What the report says of the rows (rows, T) that came of it: source, sizes, seed, SHA-256 of the ids."""
+        count, length = tokens.shape
+        source = BUILTIN if self.source == BUILTIN else Path(self.source).name
+        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        return {"source": source, "rows": count, "seq_len": length, "seed": self.seed, "sha256": digest}
 
 
-def calibration_rows(source: str | Path, tokenizer: Any, style: str, *, rows: int, seq_len: int,
-                     seed: int) -> CalibrationRows:
+def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, context: int | None = None) -> Tensor:
     """Read, shuffle, tokenize and pack calibration documents.
 
     Args:
-        source: a file (see above), or "builtin" for the rows that come with the package.
+        calibration: what and how much.
         tokenizer: a transformers tokenizer with an eos token.
         style: prompt style of the chat rows, a key of `gptq_belle.runtime.chat.STYLES`.
-        rows, seq_len: the most rows, and the tokens of each. Fewer rows come out where the text is short; where it
-            is shorter than one row, that row is cut to it.
-        seed: of the shuffling.
+        context: the most tokens that the model takes; None where there is no limit.
+    Returns:
+        (rows, T) int64, every position a real token.
     Raises:
         InputError: the file is missing, empty, not UTF-8, or holds a row of no known form; the line is named.
-        UsageError: rows or seq_len is not positive.
     """
-    if rows < 1 or seq_len < 1:
-        raise UsageError(f"{rows} rows of {seq_len} tokens cannot be calibrated on", "Both must be at least 1.")
-    documents = read_documents(source)
-    random.Random(seed).shuffle(documents)
+    rows, seq_len = calibration.rows, min(calibration.seq_len, context or calibration.seq_len)
+    documents = read_documents(calibration.source)
+    random.Random(calibration.seed).shuffle(documents)
     stream: list[int] = []
     for document in documents:
         stream += tokenizer(_text(document, style, tokenizer.eos_token), add_special_tokens=False)["input_ids"]
         if len(stream) >= rows * seq_len:
             break
     if not stream:
-        raise InputError(f"calibration file {source} holds no text", "Give a file with text, or --calibration builtin.")
+        raise InputError(f"calibration file {calibration.source} holds no text",
+                         "Give a file with text, or --calibration builtin.")
     length = min(seq_len, len(stream))
     count = min(rows, len(stream) // length)
-    tokens = torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return CalibrationRows(tokens, digest, BUILTIN if source == BUILTIN else Path(source).name)
+    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
 
 
-def check_enough(rows: CalibrationRows, features: int, name: str) -> None:
+def check_enough(tokens: Tensor, features: int, name: str) -> None:
     """Refuse calibration that is too short for the widest linear.
 
     Args:
-        rows: what would be used.
+        tokens: (rows, T), what would be used.
         features: inputs K of the widest linear.
         name: that linear's name.
     Raises:
         InputError: fewer than 4 K tokens.
     """
-    count = rows.tokens.numel()
+    count = tokens.numel()
     if count < TOKENS_PER_INPUT * features:
         raise InputError(
             f"{count} calibration tokens are too few: {name} has {features} inputs and needs "
@@ -90,7 +113,7 @@ def read_documents(source: str | Path) -> list[str | list[Turn]]:
     """The documents of a calibration file: plain text, or the turns of a chat.
 
     Raises:
-        InputError: as `calibration_rows`.
+        InputError: as `calibration_tokens`.
     """
     path = Path(str(files("gptq_belle") / "data" / "builtin.jsonl")) if source == BUILTIN else Path(source)
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.directory import load_tokenizer, write_small_files
@@ -15,11 +16,11 @@ from gptq_belle.checkpoint.packing import PackedWeight, dequantize, pack
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.config import QuantConfig
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import InputError
 from gptq_belle.measure.memory import PeakMemory, trim_heap
-from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign
-from gptq_belle.quantization.calibration import BUILTIN, CalibrationRows, calibration_rows, check_enough
+from gptq_belle.quantization.calibration import Calibration, calibration_tokens, check_enough
+from gptq_belle.quantization.checks import check_sizes, check_source, widest
 from gptq_belle.quantization.progress import JobProgress, Silent
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import LinearReport, Report
@@ -32,9 +33,8 @@ PROBE_TOKENS = 64  # of the row that is run through the first block before and a
 
 
 def quantize_checkpoint(
-    source: str | Path, out: str | Path, config: QuantConfig, *, calibration: str | Path = BUILTIN, rows: int = 128,
-    seq_len: int = 2048, seed: int = 0, allow_short: bool = False, device: str = "auto",
-    progress: JobProgress | None = None,
+    source: str | Path, out: str | Path, config: QuantConfig, *, calibration: Calibration | None = None,
+    device: str = "auto", progress: JobProgress | None = None,
 ) -> Report:
     """Quantize a model directory into a new one that any GPTQ reader takes.
 
@@ -45,9 +45,7 @@ def quantize_checkpoint(
         source: a Hugging Face directory or hub id, in float32, float16 or bfloat16.
         out: the directory to write; it appears only when everything in it is complete and was read back.
         config: how to quantize.
-        calibration: a text or JSON file (see quantization/calibration.py), or "builtin". Unused by method rtn.
-        rows, seq_len, seed: at most this many calibration rows of this many tokens, after a seeded shuffle.
-        allow_short: quantize even where a linear sees fewer than 4 K tokens.
+        calibration: what to calibrate on; left out, the built-in rows. Unused by method rtn.
         device: "auto", "cpu" or "cuda:N", where forwards and solutions run.
         progress: told about every step.
     Returns:
@@ -62,31 +60,26 @@ def quantize_checkpoint(
     check_output(Path(out))
     reader = CheckpointReader(model_directory(source))
     with PeakMemory() as memory, CheckpointWriter(out) as writer:
-        _check_source(reader)
+        check_source(reader)
         stream = BlockStream(reader, resolve_device(device))
-        _check_groups(stream, config)
+        check_sizes(stream, config)
         tokenizer = load_tokenizer(reader.path)
         report = Report(str(source), config, versions=_versions())
-        chosen = None
+        tokens = None
         if config.method == "gptq":
-            limit = min(seq_len, _context(stream.model) or seq_len)
-            chosen = calibration_rows(calibration, tokenizer, detect_style(reader.config), rows=rows, seq_len=limit,
-                                      seed=seed)
-            report.calibration = _describe(chosen, seed)
-            if not allow_short:
-                check_enough(chosen, *_widest(stream))
+            tokens = _calibration_tokens(calibration or Calibration(), tokenizer, stream, report)
         progress.phase("embedding the calibration rows")
         with stream.embeddings():
-            probe = Probe(stream.embed(_probe_tokens(stream, chosen)))
-            stream.hidden = stream.embed(chosen.tokens) if chosen is not None else []
+            probe = Probe(stream.embed(_probe_tokens(stream, tokens)))
+            stream.hidden = [] if tokens is None else stream.embed(tokens)
         job = _Job(stream, writer, config, report, memory, progress)
         progress.start(stream.count, job.steps_a_block())
         for index in range(stream.count):
             job.quantize_block(index, probe)
         progress.phase("writing")
-        head = _own_head(stream)
+        head = stream.own_head()
         writer.add("rest.safetensors", dict(stream.rest()) | head)
-        write_small_files(writer, reader, config, tied=not head)
+        write_small_files(writer, reader, config, tokenizer, tied=not head)
         writer.merge()
         progress.phase("reading back")
         report.readback_error = probe.compare(writer.files, stream)
@@ -151,55 +144,19 @@ def _named(name: str, weight: Tensor, hessian: Tensor | None, config: QuantConfi
         raise InputError(f"{name}: {error.cause}", error.remedy) from error
 
 
-def _check_source(reader: CheckpointReader) -> None:
-    if "quantization_config" in reader.config or any(name.endswith(".qweight") for name in reader):
-        raise InputError(f"{reader.path} is quantized already", "Give the full-precision model.")
+def _calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stream: BlockStream,
+                        report: Report) -> Tensor:
+    tokens = calibration_tokens(calibration, tokenizer, detect_style(stream.reader.config), stream.context)
+    report.calibration = calibration.describe(tokens)
+    if not calibration.allow_short:
+        check_enough(tokens, *widest(stream))
+    return tokens
 
 
-def _check_groups(stream: BlockStream, config: QuantConfig) -> None:
-    """Refuse sizes that no word or group can hold before any time is lost."""
-    for name, (outputs, inputs) in _shapes(stream).items():
-        if config.group_size != -1 and inputs % config.group_size:
-            raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of {name}",
-                             "Choose 32, 64, 128 or -1 (one group for the whole row), such that it does.")
-        if inputs % 32 or outputs % 32:
-            raise InputError(f"{name} is {outputs} x {inputs}, and packing needs multiples of 32",
-                             "Models of such sizes have no form in the GPTQ format.")
-
-
-def _shapes(stream: BlockStream) -> dict[str, torch.Size]:
-    block = stream.blocks.get_submodule("0")
-    return {name: block.get_parameter(f"{name}.weight").shape for name in stream.arch.linears}
-
-
-def _widest(stream: BlockStream) -> tuple[int, str]:
-    return max((shape[1], name) for name, shape in _shapes(stream).items())
-
-
-def _context(model: nn.Module) -> int | None:
-    """Tokens that the model's positions allow; None for ALiBi, which knows no limit."""
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def _probe_tokens(stream: BlockStream, chosen: CalibrationRows | None) -> Tensor:
-    if chosen is not None:
-        return chosen.tokens[:1, :PROBE_TOKENS]
+def _probe_tokens(stream: BlockStream, tokens: Tensor | None) -> Tensor:
+    if tokens is not None:
+        return tokens[:1, :PROBE_TOKENS]
     return torch.arange(PROBE_TOKENS).unsqueeze(0) % stream.model.config.vocab_size
-
-
-def _own_head(stream: BlockStream) -> dict[str, Tensor]:
-    """The head's weight where it is not the embedding's. Old files hold a tied head too: it is written once."""
-    name = f"{HEAD}.weight"
-    if stream.model.config.tie_word_embeddings:
-        embedding = f"{stream.arch.before[0]}.weight"
-        if name not in stream.reader or torch.equal(stream.reader.tensor(name), stream.reader.tensor(embedding)):
-            return {}
-    return {name: stream.float16(name)}
-
-
-def _describe(rows: CalibrationRows, seed: int) -> dict[str, object]:
-    count, length = rows.tokens.shape
-    return {"source": rows.source, "rows": count, "seq_len": length, "seed": seed, "sha256": rows.digest}
 
 
 def _versions() -> dict[str, str]:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from gptq_belle.checkpoint.packing import PackedWeight
+from gptq_belle.checkpoint.quantization import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.reference import dequantize
 from gptq_belle.models.skeleton import assign
 from gptq_belle.quantization.stream import BlockStream
-from gptq_belle.runtime.loader import read_quantization
 
 PROBED_BLOCK = 0
 LARGEST_DIFFERENCE = 1e-5  # of the output's largest value; the same floats in the same order give 0 on a CPU

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
+from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign, empty_model
 from gptq_belle.quantization.hessian import HessianSum
 
@@ -129,6 +130,19 @@ class BlockStream:
         for root in (*self.arch.before, *self.arch.after):
             for name, _ in self.model.get_submodule(root).named_parameters():
                 yield f"{root}.{name}", self.float16(f"{root}.{name}")
+
+    def own_head(self) -> dict[str, Tensor]:
+        """The head's weight where it is not the embedding's. Old files hold a tied head too: it is written once."""
+        name, embedding = f"{HEAD}.weight", f"{self.arch.before[0]}.weight"
+        tied = self.model.config.tie_word_embeddings
+        if tied and (name not in self.reader or torch.equal(self.reader.tensor(name), self.reader.tensor(embedding))):
+            return {}
+        return {name: self.float16(name)}
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model's positions allow; None for ALiBi, which knows no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
 
     def float16(self, name: str) -> Tensor:
         """A source tensor as the file will hold it.

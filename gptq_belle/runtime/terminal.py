@@ -8,20 +8,21 @@ import time
 from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from gptq_belle import console
 from gptq_belle.errors import UsageError
-from gptq_belle.runtime.chat import Turn, render, style_named
-from gptq_belle.runtime.engine import Model
+from gptq_belle.runtime.chat import TextStream, Turn, render, style_named
+from gptq_belle.runtime.engine import MOST_NEW_TOKENS, Model
+from gptq_belle.runtime.sampling import SamplingParams
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
-ANSWER_ROOM = 128  # tokens kept free for an answer where its length has no limit
+ANSWER_ROOM = 128  # tokens that are kept free for an answer before old turns stay
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One turn as it was shown: `tokens` counts those of the answer's text, `seconds` its whole time."""
+    """One turn as it was shown; `seconds` is from the question to the last token."""
 
     question: str
     answer: str = ""
@@ -36,43 +37,63 @@ class Conversation:
     Args:
         model: from `gptq_belle.load`.
         style: "auto" or a key of `runtime.chat.STYLES`.
-        sampling: fields of `runtime.sampling.SamplingParams`.
+        params: how answers are drawn.
+    Attributes:
+        turns: what was said, the answer that is being given excepted.
+        tokens: of the last answer, those of a stop string included.
     Raises:
         UsageError: no such style.
     """
 
-    def __init__(self, model: Model, style: str = "auto", **sampling: Any) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(self, model: Model, style: str, params: SamplingParams) -> None:
+        self.model, self.params = model, params
         self.name = model.prompt_style if style == "auto" else style
         self.style = style_named(self.name)
         self.turns: list[Turn] = []
+        self.tokens = 0
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer in pieces. Closed early, what came so far counts as the answer; a turn without any is forgotten.
 
         Raises:
-            UsageError: the question alone does not fit into the context.
+            UsageError: the question leaves no room for an answer in the context.
         """
-        self.turns.append(Turn(question))
-        answer = ""
+        ids, room = self._prompt(question)
+        tokenizer = self.model.tokenizer
+        text = TextStream(lambda new: str(tokenizer.decode(
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.style.stops)
+        answer, self.tokens = "", 0
         try:
-            for piece in self.model.stream(self._prompt(), **self.sampling, stop=self.style.stops):
+            for token in self.model.tokens(ids, room, self.params):
+                self.tokens += 1
+                if piece := text.feed([token]):
+                    answer += piece
+                    yield piece
+                if text.stopped:
+                    break
+            if piece := text.finish():
                 answer += piece
                 yield piece
         finally:
-            self.turns[-1:] = [Turn(question, answer)] if answer else []
+            if answer:
+                self.turns.append(Turn(question, answer))
 
-    def _prompt(self) -> list[int]:
-        """Token ids of the turns; old ones are dropped until an answer has room."""
-        tokenizer = self.model.tokenizer
-        room = self.sampling.get("max_new_tokens") or ANSWER_ROOM
+    def _prompt(self, question: str) -> tuple[list[int], int]:
+        """Token ids of the turns and the question, and the room for the answer; old turns go until it is enough."""
+        tokenizer, context = self.model.tokenizer, self.model.context
+        asked = self.params.max_new_tokens or MOST_NEW_TOKENS
+        enough = min(asked, ANSWER_ROOM)
         while True:
-            text = render(self.turns, self.name, tokenizer.eos_token)
+            text = render([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
             ids: list[int] = tokenizer(text, add_special_tokens=self.style.special_tokens)["input_ids"]
-            limit = self.model.context
-            if limit is None or len(ids) + room <= limit or len(self.turns) == 1:
-                return ids
+            room = asked if context is None else min(asked, context - len(ids))
+            if room >= enough or not self.turns:
+                break
             del self.turns[0]
+        if room < 1:
+            raise UsageError(f"a question of {len(ids)} tokens does not fit into this model's {context}",
+                             "Ask a shorter one.")
+        return ids, room
 
 
 def chat(conversation: Conversation, answers: TextIO, questions: TextIO | None = None) -> list[Exchange]:
@@ -91,35 +112,39 @@ def chat(conversation: Conversation, answers: TextIO, questions: TextIO | None =
             import readline  # noqa: F401  (line editing and history for input())
         console.note(f"{conversation.model.path}, prompt style {conversation.name}. {HELP}")
     said: list[Exchange] = []
-    while (line := _next_line(interactive, questions or sys.stdin)) is not None:
-        match line.strip():
-            case "":
-                continue
-            case "/exit" | "/quit":
-                break
-            case "/reset":
-                conversation.turns.clear()
-                console.note("The conversation is forgotten.")
-            case command if command.startswith("/"):
-                console.note(f"There is no command {command.split()[0]}. {HELP}")
-            case question:
-                said.append(_answer(conversation, question, answers))
-    return said
+    while True:
+        try:
+            line = _next_line(interactive, questions or sys.stdin)
+            if line is None or line.strip() in ("/exit", "/quit"):
+                return said
+            _obey(conversation, line.strip(), answers, said)
+        except KeyboardInterrupt:  # while typing, or in the moment after an answer
+            if not interactive:
+                raise
+            print()
+            console.note(HELP)
+
+
+def _obey(conversation: Conversation, line: str, answers: TextIO, said: list[Exchange]) -> None:
+    """Answer a question, or do what a command says; an empty line does nothing."""
+    if line == "/reset":
+        conversation.turns.clear()
+        console.note("The conversation is forgotten.")
+    elif line.startswith("/"):
+        console.note(f"There is no command {line.split()[0]}. {HELP}")
+    elif line:
+        said.append(_answer(conversation, line, answers))
 
 
 def _next_line(interactive: bool, questions: TextIO) -> str | None:
-    """The next line; None at the end of input. Ctrl-C gives up the line that is being typed."""
+    """The next line; None at the end of input."""
     if not interactive:
         return questions.readline() or None
-    while True:
-        try:
-            return input("> ")
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print()
-            console.note(HELP)
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
 
 
 def _answer(conversation: Conversation, question: str, answers: TextIO) -> Exchange:
@@ -136,11 +161,9 @@ def _answer(conversation: Conversation, question: str, answers: TextIO) -> Excha
     except UsageError as error:
         console.note(str(error), style=None)
         return exchange
-    exchange.seconds = time.perf_counter() - began
+    exchange.seconds, exchange.tokens = time.perf_counter() - began, conversation.tokens
     answers.write("\n")
     answers.flush()
-    tokenizer = conversation.model.tokenizer
-    exchange.tokens = len(tokenizer(exchange.answer, add_special_tokens=False)["input_ids"])
     speed = f"{exchange.tokens} tokens, {exchange.tokens / max(exchange.seconds, 1e-9):.1f} tokens/s"
     console.note(f"[stopped; {speed}]" if exchange.stopped else f"[{speed}]")
     return exchange

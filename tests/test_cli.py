@@ -1,0 +1,192 @@
+"""The command line as a script sees it: exit codes, stdout that holds the result alone, errors in two lines."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import packed_checkpoint
+
+from gptq_belle import __version__, cli, console
+
+VERBS = ("demo", "quantize", "generate", "chat", "inspect", "eval", "bench", "doctor")
+TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama, tmp_path_factory):
+    return packed_checkpoint(tiny_llama, tmp_path_factory.mktemp("cli") / "packed", bits=4, group_size=32)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def belle(capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as left:
+            console.run(cli.app, [str(arg) for arg in args])
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def process(*args):
+    """Runs it in a process of its own."""
+    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "gptq_belle.cli", *map(str, args)], capture_output=True, text=True,
+                          env=environment)
+
+
+def test_help_names_every_verb_and_imports_no_torch():
+    code = "import sys, gptq_belle.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = process("--help")
+    assert done.returncode == 0
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_version(belle):
+    assert belle("--version") == (0, f"gptq-belle {__version__}\n", "")
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "eval ppl", "eval kl", "eval belle"])
+def test_every_verb_has_help_and_takes_the_common_options(belle, verb):
+    code, out, _ = belle(*verb.split(), "--help")
+    assert code == 0
+    if verb != "eval":
+        assert "--json" in out
+        assert "-v" in out
+        assert ("--device" in out) == (verb != "inspect")  # accepted there too, but of no effect
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("nonsense",), ("inspect",), ("generate", "x"), ("bench", "x", "-o", "xml"), ("bench", "x", "-n", "0"),
+     ("generate", "x", "--prompt", "a", "--precision", "half"), ("demo", "--model", "gpt"),
+     ("doctor", "--device", "tpu"), ("eval", "ppl", "x", "--text", "y", "--gate", "kl<1")],
+)
+def test_wrong_usage_is_2(belle, args):
+    code, out, err = belle(*args)
+    assert (code, out) == (2, "")
+    assert err
+
+
+@pytest.mark.parametrize("verb", [("inspect",), ("generate", "--prompt", "a"), ("bench",), ("chat",)])
+def test_a_missing_model_is_4_with_cause_and_remedy(belle, tmp_path, verb):
+    code, out, err = belle(verb[0], tmp_path / "absent", *verb[1:])
+    assert (code, out) == (4, "")
+    assert "Error: " in err
+    assert "is not a model directory" in err
+    assert err.rstrip().splitlines()[-1].startswith("Give the folder")
+    assert "Traceback" not in err
+
+
+def test_a_missing_device_is_3(belle, packed):
+    code, _, err = belle("generate", packed, "--prompt", "a", "--device", "cuda:99")
+    assert code == 3
+    assert "cuda:99" in err
+
+
+def test_generate_is_reproducible(belle, packed):
+    args = ("generate", packed, "--prompt", "一加一等于几?", "--max-tokens", 8, "--temperature", 1, "--seed", 3)
+    done = process(*args)
+    assert done.returncode == 0
+    assert done.stdout.endswith("\n")
+    assert belle(*args)[:2] == (0, done.stdout)
+
+
+def test_generate_json(belle, packed):
+    code, out, _ = belle("generate", packed, "--prompt", "你好", "--max-tokens", 4, "--json")
+    _, plain, _ = belle("generate", packed, "--prompt", "你好", "--max-tokens", 4)
+    found = json.loads(out)
+    assert code == 0
+    assert found["prompt"] == "你好"
+    assert found["answer"] + "\n" == plain
+
+
+def test_prompt_styles(belle, packed):
+    answers = {style: belle("generate", packed, "--prompt", "你好", "--max-tokens", 6, "--prompt-style", style)
+               for style in ("auto", "llama", "bloom", "none")}
+    assert all(code == 0 for code, _, _ in answers.values())
+    assert answers["auto"] == answers["llama"]
+    assert answers["none"] != answers["llama"]
+    code, _, err = belle("generate", packed, "--prompt", "你好", "--prompt-style", "alpaca")
+    assert code == 2
+    assert "bloom" in err
+
+
+def test_inspect(belle, packed):
+    code, out, err = belle("inspect", packed)
+    assert (code, err) == (0, "")
+    assert "4 bits, group size 32, format gptq" in out
+    code, out, _ = belle("inspect", packed, "--json")
+    assert code == 0
+    assert json.loads(out)["quantization"]["bits"] == 4
+
+
+def test_inspect_of_a_damaged_model_is_4(belle, tiny_llama, tmp_path):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    (path / "tokenizer.json").unlink()
+    code, out, _ = belle("inspect", path, "--json")
+    assert code == 4
+    assert json.loads(out)["problems"]
+
+
+def test_eval_ppl(belle, packed, text):
+    code, out, _ = belle("eval", "ppl", packed, "--text", text, "--window", 64, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["perplexity"] > 1
+    code, out, err = belle("eval", "ppl", packed, "--text", text, "--window", 64, "--gate", "ppl<1.5")
+    assert code == 5
+    assert f"{found['perplexity']:.4f}" in out
+    assert "ppl<1.5" in err
+
+
+def test_eval_kl(belle, packed, tiny_llama, text):
+    code, out, _ = belle("eval", "kl", packed, "--base", tiny_llama, "--text", text, "--json", "--gate", "kl<99")
+    found = json.loads(out)
+    assert code == 0
+    assert found["kl_mean"] > 0
+    assert set(found["kl_quantiles"]) == {"50%", "90%", "95%", "99%", "99.9%"}
+    code, out, _ = belle("eval", "kl", tiny_llama, "--base", tiny_llama, "--text", text)
+    assert code == 0
+    assert "KL mean                      0.000000 ± 0.000000" in out
+
+
+def test_eval_belle(belle, packed, tmp_path):
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"class": "math", "question": "1+1?", "std_answer": "2"}\n')
+    code, out, _ = belle("eval", "belle", packed, "--test", test, "--max-tokens", 4, "--json")
+    assert code == 0
+    assert json.loads(out)["classes"]["math"]["answers"] == 1
+    code, out, _ = belle("eval", "belle", packed, "--test", test, "--max-tokens", 4, "--gate", "exact>100")
+    assert code == 5
+    assert "math" in out
+
+
+def test_bench_json(belle, packed, monkeypatch):
+    monkeypatch.setattr("gptq_belle.measure.bandwidth.buffer_bytes", lambda: 1 << 22)
+    code, out, _ = belle("bench", packed, "-p", 8, "-n", 2, "-r", 1, "--json", "--precision", "fast")
+    assert code == 0
+    assert json.loads(out)["results"][0]["dtype"] == "bfloat16"
+
+
+def test_doctor(belle):
+    code, out, err = belle("doctor")
+    assert (code, err) == (0, "")
+    assert "torch" in out
+    code, out, _ = belle("doctor", "--json", "--device", "cpu")
+    found = json.loads(out)
+    assert code == 0
+    assert {row["device"] for row in found["kernels"]} == {"cpu"}
+    assert {row["precision"] for row in found["kernels"]} == {"exact", "fast"}

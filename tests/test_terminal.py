@@ -1,0 +1,183 @@
+"""chat as somebody at a keyboard meets it, through a pseudo-terminal, and with lines piped in."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptq_belle import load
+from gptq_belle.errors import UsageError
+from gptq_belle.runtime.chat import Turn
+from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.runtime.terminal import Conversation, chat
+
+
+class Scripted:
+    """Stands in for a model: answers come from a list; remembers what it was asked."""
+
+    def __init__(self, model, answers, context=None, pause=None):
+        self.tokenizer, self.prompt_style, self.path = model.tokenizer, "bloom", model.path
+        self.answers, self.context, self.pause, self.prompts, self.rooms = iter(answers), context, pause, [], []
+
+    def tokens(self, ids, count, params):
+        self.prompts.append(self.tokenizer.decode(ids))
+        self.rooms.append(count)
+        for place, token in enumerate(self.tokenizer(next(self.answers))["input_ids"][:count]):
+            if place == self.pause:
+                raise KeyboardInterrupt
+            yield token
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bloom):
+    return load(tiny_bloom, device="cpu")
+
+
+def talk_with(model, **params):
+    return Conversation(model, "auto", SamplingParams(**params))
+
+
+def run(talk, *lines):
+    out = io.StringIO()
+    return chat(talk, out, io.StringIO("".join(f"{line}\n" for line in lines))), out.getvalue()
+
+
+def test_turns_are_put_behind_each_other_with_eos(model):
+    scripted = Scripted(model, ["你好。", "二"])
+    talk = talk_with(scripted)
+    said, shown = run(talk, "你是谁?", "", "一加一?")
+    assert shown == "你好。\n二\n"
+    assert [(one.question, one.answer) for one in said] == [("你是谁?", "你好。"), ("一加一?", "二")]
+    assert scripted.prompts[1] == "Human: 你是谁?\n\nAssistant:你好。</s>Human: 一加一?\n\nAssistant:"
+    assert said[1].tokens == len(model.tokenizer("二")["input_ids"])
+
+
+def test_reset_forgets_exit_leaves_and_other_commands_are_named(model, capsys):
+    scripted = Scripted(model, ["a", "b", "c"])
+    said, shown = run(talk_with(scripted), "one", "/reset", "two", "/nonsense", "/exit", "three")
+    assert shown == "a\nb\n"
+    assert scripted.prompts[1] == "Human: two\n\nAssistant:"
+    assert "/nonsense" in capsys.readouterr().err
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_what_came(model, capsys):
+    talk = talk_with(Scripted(model, ["!?!?!?", "x"], pause=3))
+    said, shown = run(talk, "one", "two")
+    assert said[0].stopped
+    assert shown == "!?!\nx\n"
+    assert talk.turns == [Turn("one", "!?!"), Turn("two", "x")]
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_a_question_beyond_the_context_is_refused_and_forgotten(model, capsys):
+    talk = talk_with(Scripted(model, ["x"], context=40))
+    said, shown = run(talk, "字" * 100, "b")
+    assert shown == "x\n"
+    assert talk.turns == [Turn("b", "x")]
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(model):
+    scripted = Scripted(model, ["a"] * 20, context=120)
+    talk = talk_with(scripted, max_new_tokens=20)
+    run(talk, *(f"question number {i}" for i in range(12)))
+    assert 1 <= len(talk.turns) < 12
+    assert talk.turns[-1].question == "question number 11"
+    assert all(len(model.tokenizer(prompt)["input_ids"]) <= 100 for prompt in scripted.prompts)
+    assert set(scripted.rooms) == {20}
+
+
+def test_the_models_own_next_question_is_not_shown(model):
+    said, shown = run(talk_with(Scripted(model, ["好的。\n\nHuman: 再来一个\n\nAssistant: 不"])), "一")
+    assert shown == "好的。\n"
+    assert said[0].answer == "好的。"
+
+
+def test_styles(model):
+    assert talk_with(model).name == "bloom"
+    with pytest.raises(UsageError, match="alpaca"):
+        Conversation(model, "alpaca", SamplingParams())
+
+
+def test_a_real_model_runs_several_turns(model):
+    said, shown = run(talk_with(model, max_new_tokens=6), "你好", "再见")
+    assert [one.tokens <= 6 for one in said] == [True, True]
+    assert "Human:" not in shown
+
+
+class Keyboard:
+    """A program on a pseudo-terminal."""
+
+    def __init__(self, *args):
+        self.master, slave = pty.openpty()
+        self.seen = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gptq_belle.cli", *map(str, args)], stdin=slave, stdout=slave, stderr=slave,
+            env=os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
+        os.close(slave)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def wait(self, pattern, seconds=30):
+        """Read until the pattern comes; what came before it is dropped."""
+        until = time.monotonic() + seconds
+        while (found := re.search(pattern, self.seen)) is None:
+            assert time.monotonic() < until, f"no {pattern!r} in {self.seen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.master, 4096).decode(errors="replace")
+                except OSError:
+                    pytest.fail(f"the program ended with {self.process.wait()}: {self.seen!r}")
+        shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return shown
+
+    def leave(self):
+        code = self.process.wait(20)
+        os.close(self.master)
+        return code
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a controlling terminal")
+def test_at_a_keyboard(tiny_bloom, tmp_path):
+    endless = shutil.copytree(tiny_bloom, tmp_path / "endless")  # 256 tokens are said before anybody can stop them
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(config | {"seq_length": 10**6}))
+    screen = Keyboard("chat", endless, "--max-tokens", 10**5, "--device", "cpu")
+    try:
+        assert "/reset" in screen.wait("> ")
+        screen.type("hello\n")
+        screen.wait("hello\r\n")
+        time.sleep(1)
+        screen.type("\x03")
+        assert "Human:" not in screen.wait(r"\[stopped; \d+ tokens, .* tokens/s\]")
+        screen.type("/reset\n")
+        screen.wait("forgotten")
+        screen.wait("> ")
+        time.sleep(0.5)  # readline loses a signal that comes before it waits for keys
+        screen.type("\x03")
+        screen.wait("Ctrl-D leaves")
+        screen.wait("> ")
+        screen.type("\x04")
+        assert screen.leave() == 0
+    finally:
+        screen.process.kill()
+
+
+def test_json_gives_all_turns_at_the_end(tiny_bloom):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptq_belle.cli", "chat", str(tiny_bloom), "--json", "--max-tokens", "4"],
+        input="你好\n/exit\n", capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0
+    turns = json.loads(done.stdout)["turns"]
+    assert [turn["question"] for turn in turns] == ["你好"]
+    assert turns[0]["answer"].strip() in done.stderr
