@@ -20,7 +20,6 @@ from gptq_belle.options import (
     Temperature,
     TopK,
     TopP,
-    dtype_of,
     load_model,
 )
 
@@ -140,7 +139,7 @@ def bench(
     if plot is not None:
         bench_output.check_plot(plot)
     workload = benchmark.Workload(prompt, tokens, batch, repeats)
-    found = benchmark.bench(paths, workload, device=device, dtype=dtype_of(precision, device), progress=console.note)
+    found = benchmark.bench(paths, workload, device=device, precision=precision, progress=console.note)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         bench_output.plot(found, plot)

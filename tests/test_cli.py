@@ -178,7 +178,7 @@ def test_bench_json(belle, packed, monkeypatch):
     monkeypatch.setattr("gptq_belle.measure.bandwidth.buffer_bytes", lambda: 1 << 22)
     code, out, _ = belle("bench", packed, "-p", 8, "-n", 2, "-r", 1, "--json", "--precision", "fast")
     assert code == 0
-    assert json.loads(out)["results"][0]["dtype"] == "bfloat16"
+    assert json.loads(out)["results"][0]["precision"] == "fast"
 
 
 def test_doctor(belle):

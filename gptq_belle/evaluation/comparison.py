@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 
 from gptq_belle import console
 from gptq_belle.checkpoint.reader import CheckpointReader
@@ -37,7 +36,7 @@ class Variant:
         divergence: from the first variant; None for that one.
         scores: of its answers by class.
         decode: tokens per second in float32.
-        decode_fast: tokens per second in the device's fast dtype (bfloat16 on a CPU).
+        decode_fast: tokens per second with precision "fast".
         answer: to the prompt.
     """
 
@@ -75,13 +74,12 @@ def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: 
     Raises:
         InputError, UsageError, HardwareError: a variant cannot be loaded or run; the text cannot be read.
     """
-    models = {name: load(path, device=device, dtype=torch.float32) for name, path in paths.items()}
+    models = {name: load(path, device=device, precision="exact") for name, path in paths.items()}
     base = next(iter(models.values()))
     words = read_text(text, base.prompt_style, base.tokenizer.eos_token)
     with console.step("decode speed"):
         exact = _decode(list(models.values()))
-        dtype = torch.float16 if base.device.type == "cuda" else torch.bfloat16
-        fast = _decode([load(path, device=device, dtype=dtype) for path in paths.values()])
+        fast = _decode([load(path, device=device, precision="fast") for path in paths.values()])
     variants = []
     for place, (name, model) in enumerate(models.items()):
         console.note(f"measuring {name}: held-out text, {len(rows)} questions, memory")
@@ -90,7 +88,7 @@ def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: 
             name=name,
             path=paths[name],
             bytes=CheckpointReader(paths[name]).bytes_on_disk(),
-            footprint=peak.fresh(paths[name], device=device, dtype=torch.float32),
+            footprint=peak.fresh(paths[name], device=device, precision="exact"),
             perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
             divergence=quality,
             scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),

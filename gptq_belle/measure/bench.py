@@ -19,6 +19,7 @@ from gptq_belle.measure.bound import explain, profile_step, weight_bytes
 from gptq_belle.measure.peak import Footprint
 from gptq_belle.measure.timing import Spread, spread, synchronize
 from gptq_belle.runtime.engine import Model, load
+from gptq_belle.runtime.loader import resolve_precision
 
 DEFAULT_PROMPT = 512
 
@@ -49,7 +50,7 @@ class BenchResult:
     Attributes:
         path: its directory.
         bits: of its packed weights; None for a full-precision model.
-        dtype, device: of its activations, and where it ran.
+        dtype, precision, device: of its activations, and where it ran.
         footprint: load time and memory.
         first_token: seconds from the prompt to the first token.
         prefill, decode: tokens per second, all rows of the batch together.
@@ -62,6 +63,7 @@ class BenchResult:
     path: Path
     bits: int | None
     dtype: str
+    precision: str
     device: str
     footprint: Footprint
     first_token: Spread
@@ -88,14 +90,14 @@ class Pass(NamedTuple):
     decode: float  # of the tokens behind it
 
 
-def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", dtype: torch.dtype | None = None,
+def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", precision: str | None = None,
           progress: Callable[[str], None] = lambda text: None) -> Bench:
     """Measure models side by side.
 
     Args:
         paths: model directories, quantized or not.
         workload: what they do.
-        device, dtype: as for `gptq_belle.load`.
+        device, precision: as for `gptq_belle.load`.
         progress: told what begins.
     Raises:
         UsageError: prompt and answer do not fit into a model's context.
@@ -104,7 +106,7 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     models = []
     for path in paths:
         progress(f"loading {path}")
-        models.append(load(path, device=device, dtype=dtype))
+        models.append(load(path, device=device, precision=precision))
     workload = fitted(workload, models)
     passes = interleaved(models, workload, progress)
     progress("reading memory")
@@ -112,9 +114,9 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     results = []
     for model, times in zip(models, passes, strict=True):
         progress(f"memory and load time of {model.path}, in a process of its own")
-        footprint = peak.fresh(model.path, device=device, dtype=dtype, prompt=workload.prompt or 1,
+        footprint = peak.fresh(model.path, device=device, precision=precision, prompt=workload.prompt or 1,
                                batch=workload.batch)
-        results.append(_result(model, workload, times, footprint, bandwidth.median))
+        results.append(_result(model, workload, times, footprint, bandwidth.median, precision))
     return Bench(workload, bandwidth, results)
 
 
@@ -171,7 +173,7 @@ def _run(model: Model, workload: Workload) -> Pass:
 
 
 def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: Footprint,
-            bandwidth: float) -> BenchResult:
+            bandwidth: float, precision: str | None) -> BenchResult:
     read = workload.batch * (workload.prompt or 1)
     decode = spread([workload.batch * workload.tokens / t.decode for t in times])
     step = workload.batch / decode.median
@@ -181,6 +183,7 @@ def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: 
         path=model.path,
         bits=stated.get("bits") if isinstance(stated, dict) else None,
         dtype=str(model.dtype).removeprefix("torch."),
+        precision=resolve_precision(precision, model.device),
         device=str(model.device),
         footprint=footprint,
         first_token=spread([t.prefill for t in times]),

@@ -45,7 +45,8 @@ def flat(bench: Bench) -> list[dict[str, Any]]:
     """A row a model, of plain values in SI units; the names are the columns of the CSV."""
     work = asdict(bench.workload)
     return [{
-        "path": str(r.path), "bits": r.bits, "dtype": r.dtype, "device": r.device, **work,
+        "path": str(r.path), "bits": r.bits, "dtype": r.dtype, "precision": r.precision,
+        "device": r.device, **work,
         "load_s": r.footprint.load_seconds, "first_token_s": r.first_token.median,
         **_spread("prefill_tps", r.prefill), **_spread("decode_tps", r.decode),
         "peak_bytes": r.footprint.peak_bytes, "process_peak_bytes": r.footprint.process_bytes,
@@ -122,7 +123,7 @@ def _show_table(bench: Bench) -> None:
         rows = [row for row in rows if not row[0].startswith("GPU")]
     columns = ["", *labels(results)]
     cells = [[name, *(cell(result) for result in results)] for name, cell in rows]
-    title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {results[0].dtype}: medians of "
+    title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {results[0].dtype} {results[0].precision}: medians of "
              f"{work.repeats} (lowest to highest)")
     if console.out().is_terminal:
         console.print_table(title, columns, cells)

@@ -12,11 +12,11 @@ import torch
 
 from gptq_belle import __version__, console
 from gptq_belle.kernels.dispatch import choose
-from gptq_belle.runtime.loader import resolve_device
+from gptq_belle.kernels.library import Library, library
+from gptq_belle.runtime.loader import PRECISIONS, resolve_device
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
 FEATURES = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
-PRECISIONS = {"exact": torch.float32, "fast": torch.bfloat16}
 WIDTH = 4096  # inputs and outputs of the layer that the kernels are asked about: LLaMA-7B's and BLOOM-7B1's
 GROUP = 128
 
@@ -38,6 +38,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "memory": memory(),
         "devices": devices(),
         "compiler": compiler(),
+        "native": native(),
         "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
     }
 
@@ -93,6 +94,14 @@ def compiler() -> str | None:
     return next((path for path in found if path), None)
 
 
+def native() -> dict[str, Any]:
+    """The compiled CPU kernels: the instruction set they take here, all they could take, and why they are missing."""
+    found = library()
+    if isinstance(found, Library):
+        return {"isa": found.isa, "usable": list(found.usable), "why_not": None}
+    return {"isa": None, "usable": [], "why_not": found}
+
+
 def kernel_choices(device: torch.device) -> list[dict[str, str]]:
     """For every kind of checkpoint and precision: the kernel that runs, and why no faster one does."""
     in_order = torch.arange(WIDTH, dtype=torch.int32) // GROUP
@@ -100,8 +109,9 @@ def kernel_choices(device: torch.device) -> list[dict[str, str]]:
     cases = [(f"{bits} bit", bits, in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", 4, mixed)]
     rows = []
     for name, bits, g_idx in cases:
-        for precision, dtype in PRECISIONS.items():
-            choice = choose(bits, g_idx, WIDTH, device=device, dtype=dtype)
+        for precision in PRECISIONS:
+            dtype = torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32
+            choice = choose(bits, g_idx, WIDTH, device=device, dtype=dtype, precision=precision)
             rows.append({"device": device.type, "case": name, "precision": precision, "kernel": choice.kernel,
                          "why": choice.reason})
     return rows
@@ -118,12 +128,19 @@ def show(found: dict[str, Any]) -> None:
         *((entry["device"], f"{entry['name']}, {gib(entry['memory'])}, compute capability {entry['capability']}")
           for entry in found["devices"]),
         *([] if found["devices"] else [("GPU", "no CUDA device, or a torch without CUDA")]),
+        ("CPU kernels", native_line(found["native"])),
         ("C compiler", found["compiler"] or "none: Triton could not build its launcher"),
     ], text=2)
     console.say()
     columns = ["device", "checkpoint", "--precision", "kernel", "why"]
     rows = [(row["device"], row["case"], row["precision"], row["kernel"], row["why"]) for row in found["kernels"]]
     console.print_table("Which kernel runs a quantized linear", columns, rows, text=5)
+
+
+def native_line(found: dict[str, Any]) -> str:
+    """`native` in one line."""
+    others = ", ".join(name for name in found["usable"] if name != found["isa"])
+    return found["why_not"] or f"{found['isa']} (GPTQ_BELLE_CPU_ISA chooses another: {others})"
 
 
 def gib(size: int | None) -> str:

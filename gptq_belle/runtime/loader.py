@@ -44,6 +44,17 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(index or 0))
 
 
+def resolve_precision(name: str | None, device: torch.device) -> str:
+    """The precision of an option; left out (None), "exact" on a CPU and "fast" on CUDA.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if name not in (None, *PRECISIONS):
+        raise UsageError(f"precision {name!r} is not known", f"Choose {' or '.join(PRECISIONS)}.")
+    return name or ("fast" if device.type == "cuda" else "exact")
+
+
 def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None,
              precision: str | None = None) -> PreTrainedModel:
     """Load a model directory, quantized (standard GPTQ, of any producer) or not, for inference with transformers.
@@ -61,9 +72,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
         UsageError, HardwareError: see `resolve_device`; a dtype that models do not run in; an unknown precision.
     """
     target = resolve_device(device)
-    precision = precision or ("fast" if target.type == "cuda" else "exact")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r} is not known", f"Choose {' or '.join(PRECISIONS)}.")
+    precision = resolve_precision(precision, target)
     dtype = dtype or (torch.float16 if (target.type, precision) == ("cuda", "fast") else torch.float32)
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype} is not supported", f"Choose one of {', '.join(map(str, DTYPES))}.")

@@ -119,8 +119,10 @@ enum Outcome { kOk = 0, kBadOrder = 1, kNoMemory = 2 };
 }  // namespace
 
 // y (M, N) = x (M, K) times the weight, plus the bias. `parts`: 2 exact, 1 fast. The caller has checked every size.
-BELLE_API int belle_matmul(const BelleWeight* weight, const float* x, int64_t rows, int parts, float* y, int threads, int isa) {
+BELLE_API int belle_matmul(const BelleWeight* weight, const float* x, int64_t rows, int parts, float* y, int threads,
+                           int isa) {
   using namespace belle;
+  if (rows == 0) return kOk;
   if (!order_fits(*weight)) return kBadOrder;
   const Kernel* chosen = kernel(isa);
   const int64_t padded = weight->groups * weight->run;

@@ -1,0 +1,297 @@
+"""The native CPU kernels: every instruction set against the formula in float64, the same bits whatever M and threads."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle_format import formula, random_words
+
+from gptq_belle.kernels import cpu, dispatch
+from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.library import FASTEST, Library, library
+
+CPU = torch.device("cpu")
+FOUND = library()
+ISAS = FOUND.usable if isinstance(FOUND, Library) else ()
+BITS = (2, 3, 4, 8)
+ROWS = 17
+# K, N and group size: whole tiles, neither a multiple of its tile, groups of two lengths, one group for all.
+SHAPES = [(128, 64, 128), (96, 40, 32), (192, 72, 64), (160, 104, 128), (320, 8, -1), (1024, 136, 128), (64, 32, 32)]
+ERROR = {"exact": 2e-4, "fast": 3e-2}  # of the result's norm; measured on these: 8e-5 and 1.1e-2
+
+pytestmark = pytest.mark.skipif(not ISAS, reason=str(FOUND))
+
+
+def case(bits, inputs, outputs, group_size, *, act_order=False, symmetric=False, precision="exact"):
+    """A prepared weight and W (K, N) in float64."""
+    outputs = -(-outputs * bits // 32) * 32 // bits if bits != 3 else -(-outputs // 32) * 32
+    words = random_words(bits, inputs, outputs, group_size, act_order=act_order)
+    if symmetric:
+        word = {2: 0x55555555, 3: None, 4: 0x77777777, 8: 0x7F7F7F7F}[bits]
+        words["qzeros"] = torch.full_like(words["qzeros"], word)
+    weight = cpu.prepare(canonical(**words, bits=bits, zero_offset=1), precision)
+    return weight, formula(**words, bits=bits, v1=True).t()
+
+
+def error(y, exact):
+    return float((y.double() - exact).norm() / exact.norm())
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_shape_and_every_number_of_rows(bits, act_order, precision, isa):
+    for inputs, outputs, group_size in SHAPES:
+        weight, w = case(bits, inputs, outputs, group_size, act_order=act_order, precision=precision)
+        x, bias = torch.randn(ROWS, inputs), torch.randn(weight.out_features)
+        exact = x.double() @ w + bias
+        alone = torch.cat([cpu.quant_matmul(row[None], weight, bias, isa=isa) for row in x])
+        assert error(alone, exact) < ERROR[precision]
+        for rows in range(2, ROWS + 1):
+            assert torch.equal(cpu.quant_matmul(x[:rows], weight, bias, isa=isa), alone[:rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_symmetric_zeros_are_one_number(bits, isa):
+    weight, w = case(bits, 256, 64, 128, symmetric=True)
+    assert weight.zeros is None
+    assert weight.zero == {2: 2, 4: 8, 8: 128}[bits]
+    x = torch.randn(ROWS, 256)
+    assert error(cpu.quant_matmul(x, weight, isa=isa), x.double() @ w) < ERROR["exact"]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_instruction_sets_agree_to_the_bit(bits):
+    weight, _ = case(bits, 320, 96, 64, act_order=True)
+    x = torch.randn(40, 320)
+    results = [cpu.quant_matmul(x, weight, isa=isa) for isa in ISAS if isa != "portable"]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_and_repetition_change_no_bit(isa, threads):
+    # More rows than one unit of work takes, and enough work that threads are woken at every number of rows.
+    weight, w = case(4, 2048, 224, 128)
+    x = torch.randn(300, 2048)
+    first = cpu.quant_matmul(x, weight, isa=isa)
+    assert error(first, x.double() @ w) < ERROR["exact"]
+    for count, rows in itertools.product((1, 2, 3, 5, 8), (1, 3, 16, 129, 300)):
+        threads(count)
+        assert torch.equal(cpu.quant_matmul(x[:rows], weight, isa=isa), first[:rows])
+
+
+def test_calls_from_several_threads_at_once(threads):
+    from concurrent.futures import ThreadPoolExecutor
+
+    threads(2)
+    weight, _ = case(4, 1024, 256, 128)
+    x = torch.randn(5, 1024)
+    expected = cpu.quant_matmul(x, weight)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, expected) for y in pool.map(lambda _: cpu.quant_matmul(x, weight), range(64)))
+
+
+def test_threads_of_its_own_where_torch_has_no_openmp():
+    code = ("import torch\nfrom gptq_belle.kernels import cpu, library\nlibrary._openmp_entry = lambda: None\n"
+            "import sys; sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
+            "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
+            "torch.set_num_threads(1); one = cpu.quant_matmul(x, weight)\n"
+            "torch.set_num_threads(3); assert torch.equal(cpu.quant_matmul(x, weight), one)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_in_its_row(value, isa):
+    weight, w = case(4, 256, 64, 128)
+    x = torch.randn(6, 256)
+    x[2, 200] = value
+    y = cpu.quant_matmul(x, weight, isa=isa)
+    assert y[2].isnan().all()
+    keep = [0, 1, 3, 4, 5]
+    assert error(y[keep], x[keep].double() @ w) < ERROR["exact"]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_activations_of_every_size(scale):
+    weight, w = case(4, 256, 64, 64)
+    x = torch.randn(5, 256) * scale
+    assert error(cpu.quant_matmul(x, weight), x.double() @ w) < ERROR["exact"]
+
+
+def test_outliers_do_not_spoil_other_groups():
+    weight, w = case(4, 256, 64, 64)
+    x = torch.randn(5, 256)
+    x[:, 70] = 3000.0
+    w[70] = 0  # so that only its group's rounding is left of it
+    y = cpu.quant_matmul(x, weight) - 3000.0 * cpu.quant_matmul(torch.eye(256)[70:71], weight)
+    assert float((y.double() - (x.double() @ w)).abs().max()) < 0.1
+
+
+def test_zero_activations_give_the_bias():
+    weight, _ = case(8, 128, 32, 32)
+    bias = torch.randn(weight.out_features)
+    assert torch.equal(cpu.quant_matmul(torch.zeros(3, 128), weight, bias), bias.expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_result_follows_the_activations(dtype):
+    weight, w = case(4, 128, 64, 32)
+    x, bias = torch.randn(2, 3, 128).to(dtype), torch.randn(64).half()
+    y = cpu.quant_matmul(x, weight, bias)
+    assert (y.dtype, y.shape) == (dtype, (2, 3, 64))
+    assert error(y, x.double() @ w + bias) < max(ERROR["exact"], torch.finfo(dtype).eps)
+
+
+def test_strided_activations_and_no_rows():
+    weight, w = case(4, 128, 64, 32)
+    x = torch.randn(128, 5).t()
+    assert error(cpu.quant_matmul(x, weight), x.double() @ w) < ERROR["exact"]
+    assert cpu.quant_matmul(torch.empty(0, 128), weight).shape == (0, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_that_are_not_float16(dtype):
+    words = random_words(4, 128, 64, 32)
+    words["scales"] = (words["scales"].float() * 1e6).to(dtype)  # beyond float16
+    weight = cpu.prepare(canonical(**words, bits=4, zero_offset=0))
+    assert weight.scales.dtype == torch.float32
+    x = torch.randn(5, 128)
+    assert error(cpu.quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=False).t()) < ERROR["exact"]
+
+
+def test_groups_of_unequal_lengths_are_padded_to_runs():
+    words = random_words(4, 256, 32, 64)
+    words["g_idx"] = torch.tensor([0] * 33 + [1] * 100 + [2] * 90 + [3] * 33, dtype=torch.int32)[torch.randperm(256)]
+    weight = cpu.prepare(canonical(**words, bits=4, zero_offset=1))
+    assert (weight.run, weight.codes.shape[1]) == (32, 2 + 4 + 3 + 2)
+    assert int((weight.order >= 0).sum()) == 256
+    x = torch.randn(5, 256)
+    assert error(cpu.quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=True).t()) < ERROR["exact"]
+
+
+@pytest.mark.parametrize(("inputs", "group_size", "run", "groups"), [
+    (256, 128, 128, 2), (256, 64, 64, 4), (96, 32, 32, 3), (11008, -1, 128, 86), (320, -1, 64, 5), (160, 128, 32, 5)])
+def test_runs(inputs, group_size, run, groups):
+    found = cpu.cut_runs(random_words(4, inputs, 8, group_size)["g_idx"])
+    assert (found.run, len(found.groups), found.order) == (run, groups, None)
+
+
+def test_codes_in_memory():
+    """One golden vector: lane r is output r; its byte i holds input i in the low bits and input 4 + i in the high."""
+    words = random_words(4, 32, 16, 32)
+    words["qweight"][0, 3] = 0x76543210
+    weight = cpu.prepare(canonical(**words, bits=4, zero_offset=1))
+    assert weight.codes.shape == (2, 1, 4, 64)
+    assert weight.codes[0, 0, 0, 12:16].tolist() == [0x40, 0x51, 0x62, 0x73]
+    assert not weight.codes[1].any()  # padding of N
+
+
+def broken(**changes):
+    weight, _ = case(4, 128, 64, 32, act_order=True)
+    return weight._replace(**changes)
+
+
+def changed_order(place, value):
+    weight = broken()
+    order = weight.order.clone()
+    order[place] = value
+    return weight._replace(order=order)
+
+
+@pytest.mark.parametrize(("weight", "message"), [
+    (lambda: broken(codes=broken().codes[:, :, :, :32]), "codes"),
+    (lambda: broken(codes=broken().codes[:2]), "codes"),
+    (lambda: broken(codes=broken().codes[:, :3]), "codes|scales"),
+    (lambda: broken(codes=broken().codes.int()), "codes"),
+    (lambda: broken(codes=broken().codes.flatten()), "codes"),
+    (lambda: broken(codes=broken().codes.transpose(0, 1).contiguous().transpose(0, 1)), "contiguous"),
+    (lambda: broken(codes=broken().codes.to("meta")), "on meta"),
+    (lambda: broken(scales=broken().scales[:1]), "scales"),
+    (lambda: broken(scales=broken().scales.double()), "scales"),
+    (lambda: broken(zeros=broken().zeros[..., :8]), "zeros"),
+    (lambda: broken(zeros=broken().zeros.int()), "zeros"),
+    (lambda: broken(order=broken().order[:-1]), "order"),
+    (lambda: broken(order=broken().order.long()), "order"),
+    (lambda: broken(order=None, in_features=96), "x of 128|do not hold|invalid"),
+    (lambda: broken(order=None, in_features=300), "invalid|do not hold|x of"),
+    (lambda: changed_order(5, 128), "order holds inputs"),
+    (lambda: changed_order(0, -2), "order holds inputs"),
+    (lambda: changed_order(127, 2**31 - 1), "order holds inputs"),
+    (lambda: broken(run=16), "run 16"),
+    (lambda: broken(run=64), "codes"),
+    (lambda: broken(bits=3), "bits 3"),
+    (lambda: broken(bits=8), "codes"),
+    (lambda: broken(parts=3), "parts 3"),
+    (lambda: broken(out_features=0), "0 outputs"),
+    (lambda: broken(out_features=65), "codes"),
+])
+def test_malformed_layouts_are_refused(weight, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        cpu.quant_matmul(torch.randn(2, 128), weight())
+
+
+@pytest.mark.parametrize(("x", "bias"), [
+    (torch.randn(2, 127), None), (torch.randn(2, 128), torch.randn(63)), (torch.randn(2, 128), torch.randn(1, 64)),
+    (torch.randn(2, 128, device="meta"), None), (torch.randn(2, 128), torch.randn(64, device="meta")),
+])
+def test_what_does_not_fit_the_weight_is_refused(x, bias):
+    with pytest.raises((ValueError, RuntimeError)):
+        cpu.quant_matmul(x, broken(), bias)
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ValueError, match="instruction set 'sse9'"):
+        cpu.quant_matmul(torch.randn(2, 128), broken(), isa="sse9")
+    with pytest.raises(ValueError, match="precision 'half' is not one of exact, fast"):
+        cpu.prepare(canonical(**random_words(4, 64, 32, 32), bits=4, zero_offset=1), "half")
+
+
+def test_dispatch_takes_it():
+    words = random_words(4, 256, 64, 128, act_order=True)
+    weight = dispatch.prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32, precision="fast")
+    assert isinstance(weight, cpu.CpuWeight)
+    assert weight.parts == 1
+    x = torch.randn(3, 256)
+    assert torch.equal(dispatch.quant_matmul(x, weight), cpu.quant_matmul(x, weight))
+
+
+def test_the_operation_of_torch():
+    weight, _ = case(4, 128, 64, 32, act_order=True)
+    x, bias = torch.randn(3, 128), torch.randn(64)
+    expected = cpu.quant_matmul(x, weight, bias)
+    assert torch.equal(cpu.op(x, weight, bias), expected)
+    arguments = (x, *weight[:4], bias, *weight[4:])
+    torch.library.opcheck(torch.ops.gptq_belle.cpu_matmul.default, arguments)
+    compiled = torch.compile(lambda v: dispatch.quant_matmul(v, weight, bias) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected + 1)
+    assert torch.equal(compiled(torch.cat((x, x, x))), torch.cat((expected,) * 3) + 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_chooses_an_instruction_set(isa):
+    code = "from gptq_belle.kernels.library import library; print(library().isa)"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GPTQ_BELLE_CPU_ISA": isa}, check=True,
+                         capture_output=True, text=True)
+    assert run.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_named():
+    code = "from gptq_belle.kernels.library import library; print(library())"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GPTQ_BELLE_CPU_ISA": "sse9"}, check=True,
+                         capture_output=True, text=True)
+    assert "GPTQ_BELLE_CPU_ISA=sse9 cannot be used here: choose one of" in run.stdout
+    assert FASTEST[-1] in run.stdout
