@@ -82,45 +82,40 @@ inline void scale_rows(const Task& t, const Workspace& from, const int32_t (*hig
   }
 }
 
-// What one set of sums stands for: with two parts, sums are (block, part); with one, (block, tile of rows).
+// A set of four tiles of sums that waits to be scaled.
+struct Pending {
+  int set;
+  int64_t group, m;
+};
+
+// Scale one quarter of a set. With two parts, sums are (block, part), and a quarter is half of a block's rows; with one,
+// they are (block, tile of rows), and a quarter is one of them.
 template <int PARTS, bool LACK>
-inline void scale_set(const Task& t, Workspace& s, int set, int64_t group, int64_t row_begin, int64_t m, int64_t rows,
-                      int tile_rows) {
-  const int64_t place = group * t.rows + row_begin + m;
-  for (int b = 0; b < 2; ++b) {
-    const auto* sums = s.sums[set] + 2 * b;
-    if constexpr (PARTS == 2) {
-      scale_rows<2, LACK>(t, s, sums[0], sums[1], b, place, least(tile_rows, rows - m), s.y + m * kPair);
-    } else {
-      for (int i = 0; i < 2; ++i) {
-        const int64_t first = m + i * tile_rows;
-        scale_rows<1, LACK>(t, s, sums[i], nullptr, b, place + i * tile_rows, least(tile_rows, rows - first),
-                            s.y + first * kPair);
-      }
-    }
+inline void scale_quarter(const Task& t, Workspace& s, const Pending& p, int quarter, int64_t row_begin, int64_t rows,
+                          int tile_rows) {
+  const int b = quarter / 2, second = quarter % 2;
+  const auto* sums = s.sums[p.set] + 2 * b;
+  const int64_t place = p.group * t.rows + row_begin;
+  if constexpr (PARTS == 2) {
+    const int first = second * (kTileMost / 2);
+    const int64_t count = least(least(tile_rows, rows - p.m) - first, kTileMost / 2), m = p.m + first;
+    scale_rows<2, LACK>(t, s, sums[0] + first, sums[1] + first, b, place + m, count, s.y + m * kPair);
+  } else {
+    const int64_t m = p.m + second * tile_rows;
+    scale_rows<1, LACK>(t, s, sums[second], nullptr, b, place + m, least(tile_rows, rows - m), s.y + m * kPair);
   }
 }
 
-// The sums of one group: two tiles of activations at `first` and `second` by two columns of codes.
-inline void multiply_tiles(const uint8_t* first, const uint8_t* second, int run, Workspace& s, int set) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int k = 0; k < run; k += 64) {
-    _tile_loadd(4, first + k, run);
-    _tile_loadd(6, s.codes[0][k / 64], 64);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, second + k, run);
-    _tile_dpbssd(1, 5, 6);
-    _tile_loadd(7, s.codes[1][k / 64], 64);
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 5, 7);
-  }
-  _tile_stored(0, s.sums[set][0], 64);
-  _tile_stored(1, s.sums[set][1], 64);
-  _tile_stored(2, s.sums[set][2], 64);
-  _tile_stored(3, s.sums[set][3], 64);
+// 64 inputs of two tiles of activations by two columns of codes.
+inline void multiply_step(const uint8_t* first, const uint8_t* second, int run, const Workspace& s, int step) {
+  _tile_loadd(4, first + step * 64, run);
+  _tile_loadd(6, s.codes[0][step], 64);
+  _tile_dpbssd(0, 4, 6);
+  _tile_loadd(5, second + step * 64, run);
+  _tile_dpbssd(1, 5, 6);
+  _tile_loadd(7, s.codes[1][step], 64);
+  _tile_dpbssd(2, 4, 7);
+  _tile_dpbssd(3, 5, 7);
 }
 
 template <int BITS, int PARTS, bool LACK>
@@ -131,12 +126,31 @@ void tile_pair(const Task& t, int64_t row_begin, int64_t rows, int tile_rows, in
     unpack_signed<BITS>(t.w, pair, g, s);
     const uint8_t* high = t.data[0] + (g * t.rows + row_begin) * run;
     const uint8_t* second = PARTS == 2 ? t.data[1] + (g * t.rows + row_begin) * run : high + tile_rows * run;
-    int set = 0;
-    for (int64_t m = 0; m < rows; m += step, set ^= 1) {
-      multiply_tiles(high + m * run, second + m * run, run, s, set);
-      if (m > 0) scale_set<PARTS, LACK>(t, s, set ^ 1, g, row_begin, m - step, rows, tile_rows);
+    Pending before{0, g, -1};
+    // In this order, one tile's products run while the sums of the tile before are scaled: the processor looks ahead by
+    // some hundred instructions only.
+    auto scale = [&](int quarter) {
+      if (before.m >= 0) scale_quarter<PARTS, LACK>(t, s, before, quarter, row_begin, rows, tile_rows);
+    };
+    for (int64_t m = 0; m < rows; m += step) {
+      const int set = before.set ^ 1;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      multiply_step(high + m * run, second + m * run, run, s, 0);
+      scale(0);
+      if (run > 64) multiply_step(high + m * run, second + m * run, run, s, 1);
+      scale(1);
+      _tile_stored(0, s.sums[set][0], 64);
+      _tile_stored(1, s.sums[set][1], 64);
+      scale(2);
+      _tile_stored(2, s.sums[set][2], 64);
+      _tile_stored(3, s.sums[set][3], 64);
+      scale(3);
+      before = {set, g, m};
     }
-    scale_set<PARTS, LACK>(t, s, set ^ 1, g, row_begin, (rows - 1) / step * step, rows, tile_rows);
+    for (int quarter = 0; quarter < 4; ++quarter) scale(quarter);
   }
   for (int64_t m = 0; m < rows; ++m)
     for (int b = 0; b < 2; ++b)
