@@ -140,7 +140,9 @@ def bench(
     if plot is not None:
         bench_output.check_plot(plot)
     workload = benchmark.Workload(prompt, tokens, batch, repeats)
-    found = benchmark.bench(paths, workload, device=device, dtype=dtype_of(precision, device), progress=console.note)
+    dtype = dtype_of(precision, device)
+    with console.stepping() as progress:
+        found = benchmark.bench(paths, workload, device=device, dtype=dtype, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         bench_output.plot(found, plot)
