@@ -139,7 +139,8 @@ def bench(
     if plot is not None:
         bench_output.check_plot(plot)
     workload = benchmark.Workload(prompt, tokens, batch, repeats)
-    found = benchmark.bench(paths, workload, device=device, precision=precision, progress=console.note)
+    with console.stepping() as progress:
+        found = benchmark.bench(paths, workload, device=device, precision=precision, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         bench_output.plot(found, plot)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,12 +67,19 @@ def note(text: str, style: str | None = "dim") -> None:
 @contextmanager
 def step(text: str) -> Iterator[None]:
     """Show on stderr what is being done: a spinner on a terminal, one plain line elsewhere."""
-    if err().is_terminal:
-        with err().status(text):
-            yield
-    else:
-        note(text)
+    with stepping() as show:
+        show(text)
         yield
+
+
+@contextmanager
+def stepping() -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, one thing after the other: on a terminal in one line, elsewhere in many."""
+    if err().is_terminal:
+        with err().status("") as status:
+            yield status.update
+    else:
+        yield note
 
 
 @contextmanager
@@ -102,11 +110,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         rows: a cell for every column.
         text: the first so many columns hold text, to the left; the others numbers, to the right.
     """
+    if title:
+        say(title, style="bold")
     if not out().is_terminal:
-        _print_plain_table(title, columns, rows, text)
+        _print_plain_table(columns, rows, text)
         return
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold",
-                  show_header=any(columns))
+    table = Table(show_header=any(columns), header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for place, name in enumerate(columns):
         table.add_column(name, justify="left" if place < text else "right", overflow="fold")
     for row in rows:
@@ -206,10 +215,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> None:
+def _print_plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> None:
     widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
-    if title:
-        say(title)
     for row in ([columns] if any(columns) else []) + list(rows):
         cells = []
         for place, (cell, width) in enumerate(zip(row, widths, strict=True)):

@@ -31,12 +31,16 @@ class CpuWeight(NamedTuple):
     scales: Tensor  # (N / 16, G, 16) float16, or float32 where the checkpoint's are not float16
     zeros: Tensor | None  # (N / 16, G, 16) int16; None where all are `zero`
     order: Tensor | None  # (G * run,) int32: the input at each place, -1 for padding; None where they stand in order
+    g_idx: Tensor  # (K,) int32, as in CanonicalWeight; the product does not read it
     in_features: int
     out_features: int
     run: int  # 32, 64 or 128 inputs
     bits: int  # of a code in memory: 2, 4 or 8
     zero: int
     parts: int  # of the activations: 2 exact, 1 fast
+    source: int  # bits of a code in the checkpoint: 2, 3, 4 or 8
+    source_groups: int  # groups of the checkpoint
+    zero_offset: int  # as in CanonicalWeight
 
 
 class Runs(NamedTuple):
@@ -84,13 +88,37 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
         scales=_blocks(scales, runs.groups, blocks),
         zeros=None if low == high else _blocks(zeros.to(torch.int16), runs.groups, blocks),
         order=runs.order,
+        g_idx=weight.g_idx.clone(),
         in_features=weight.in_features,
         out_features=outputs,
         run=runs.run,
         bits=bits,
         zero=low if low == high else 0,
         parts=PARTS[precision],
+        source=weight.bits,
+        source_groups=weight.scales.shape[0],
+        zero_offset=weight.zero_offset,
     )
+
+
+def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
+    runs, mask = cut_runs(weight.g_idx), 2**weight.bits - 1
+    blocks, groups, vectors, _ = weight.codes.shape
+    fields = torch.stack([weight.codes >> shift & mask for shift in range(0, 8, weight.bits)])
+    places = fields.view(-1, blocks, groups, vectors, BLOCK, 4).permute(2, 3, 0, 5, 1, 4).reshape(-1, blocks * BLOCK)
+    codes = places[: weight.in_features]
+    if weight.order is not None:
+        filled = weight.order >= 0
+        codes = torch.empty_like(codes)
+        codes[weight.order[filled].long()] = places[filled]
+    zeros = weight.zeros if weight.zeros is not None else torch.full(weight.scales.shape, weight.zero)
+    tables = []
+    for table in (zeros.int(), weight.scales):  # a group without inputs keeps zeros: they mean nothing
+        whole = table.new_zeros(weight.source_groups, blocks * BLOCK)
+        whole[runs.groups] = table.transpose(0, 1).reshape(groups, -1)
+        tables.append(whole[:, : weight.out_features].contiguous())
+    return codes[:, : weight.out_features].contiguous(), *tables
 
 
 def cut_runs(g_idx: Tensor) -> Runs:
@@ -140,8 +168,9 @@ def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, is
 @torch.library.custom_op("gptq_belle::cpu_matmul", mutates_args=())
 def _op(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None, bias: Tensor | None,
         in_features: int, out_features: int, run: int, bits: int, zero: int, parts: int) -> Tensor:
-    weight = CpuWeight(codes, scales, zeros, order, in_features, out_features, run, bits, zero, parts)
-    return quant_matmul(x, weight, bias)
+    unread = torch.empty(0, dtype=torch.int32)
+    return quant_matmul(x, CpuWeight(codes, scales, zeros, order, unread, in_features, out_features, run, bits, zero,
+                                     parts, bits, 0, 0), bias)
 
 
 @_op.register_fake
@@ -152,7 +181,9 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Ten
 
 def op(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     """`quant_matmul` as an operation that torch.compile can put into its graphs; costs some microseconds more."""
-    result: Tensor = _op(x, weight.codes, weight.scales, weight.zeros, weight.order, bias, *weight[4:])
+    w = weight
+    result: Tensor = _op(x, w.codes, w.scales, w.zeros, w.order, bias, w.in_features, w.out_features, w.run, w.bits,
+                         w.zero, w.parts)
     return result
 
 

@@ -12,6 +12,7 @@ from oracle_format import formula, random_words
 from gptq_belle.kernels import cpu, dispatch
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import FASTEST, Library, library
+from gptq_belle.kernels.reference import unpack
 
 CPU = torch.device("cpu")
 FOUND = library()
@@ -200,6 +201,17 @@ def test_codes_in_memory():
     assert not weight.codes[1].any()  # padding of N
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_restore_gives_back_what_prepare_took(bits, act_order):
+    words = random_words(bits, 160, 96, 64, act_order=act_order)
+    weight = canonical(**words, bits=bits, zero_offset=1)
+    codes, zeros, scales = cpu.restore(cpu.prepare(weight))
+    assert torch.equal(codes.int(), unpack(weight.qweight, bits))
+    assert torch.equal(zeros, unpack(weight.qzeros.t(), bits).t() + 1)
+    assert torch.equal(scales, weight.scales)
+
+
 def broken(**changes):
     weight, _ = case(4, 128, 64, 32, act_order=True)
     return weight._replace(**changes)
@@ -274,7 +286,7 @@ def test_the_operation_of_torch():
     x, bias = torch.randn(3, 128), torch.randn(64)
     expected = cpu.quant_matmul(x, weight, bias)
     assert torch.equal(cpu.op(x, weight, bias), expected)
-    arguments = (x, *weight[:4], bias, *weight[4:])
+    arguments = (x, *weight[:4], bias, *weight[5:11])
     torch.library.opcheck(torch.ops.gptq_belle.cpu_matmul.default, arguments)
     compiled = torch.compile(lambda v: dispatch.quant_matmul(v, weight, bias) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), expected + 1)

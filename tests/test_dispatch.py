@@ -12,11 +12,18 @@ from gptq_belle.kernels import groupwise, reference
 from gptq_belle.kernels.dispatch import choose, prepare, quant_matmul
 from gptq_belle.kernels.groupwise import MOST_ROWS
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, longest_run
+from gptq_belle.kernels.library import library
 from gptq_belle.kernels.torch_int4 import Int4Weight
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 IN_ORDER = torch.arange(256) // 128
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine that had no compiler."""
+    monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
 
 
 def relative_error(y, exact):
@@ -26,6 +33,7 @@ def relative_error(y, exact):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("zero_offset", [0, 1])
 @pytest.mark.parametrize(("inputs", "group_size"), [(128, 32), (128, 64), (256, 128), (512, 256), (320, -1), (160, 64)])
+@pytest.mark.usefixtures("without_native")
 def test_torch_int4(inputs, group_size, zero_offset, act_order):
     words = random_words(4, inputs, 48, group_size, act_order=act_order)
     weight = prepare(**words, bits=4, zero_offset=zero_offset, device=CPU, dtype=torch.bfloat16)
@@ -42,15 +50,19 @@ def test_torch_int4(inputs, group_size, zero_offset, act_order):
     assert relative_error(y, expected) < 2 * relative_error(peer, expected) < 0.02
 
 
-def test_torch_int4_with_other_activations_is_slow_but_right():
+@pytest.mark.usefixtures("without_native")
+def test_torch_int4_serves_fast_in_float32():
     words = random_words(4, 128, 32, 32)
-    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.bfloat16)
+    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32, precision="fast")
+    assert isinstance(weight, Int4Weight)
     x = torch.randn(3, 128)
+    assert quant_matmul(x, weight).dtype == torch.float32
     assert relative_error(quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=True).t()) < 0.01
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.usefixtures("without_native")
 def test_every_bit_width_in_every_dtype(bits, dtype):
     words = random_words(bits, 128, 32, 32, act_order=True)
     weight = prepare(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
@@ -75,6 +87,7 @@ def test_groupwise(bits, inputs, group_size, dtype):
     torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=atol * float(exact.abs().max()))
 
 
+@pytest.mark.usefixtures("without_native")
 def test_groupwise_up_to_128_rows_and_the_reference_above():
     words = random_words(4, 64, 32, 32)
     weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
@@ -97,14 +110,31 @@ def test_cuda(bits, dtype):
 
 
 @pytest.mark.parametrize(("case", "kernel", "reason"), [
-    ((4, IN_ORDER, 64, CPU, torch.bfloat16), "torch-int4", ""),
-    ((4, IN_ORDER.flip(0), 64, CPU, torch.bfloat16), "torch-int4", ""),
-    ((4, IN_ORDER, 64, CPU, torch.float32), "groupwise", "slow for torch.float32"),
-    ((4, IN_ORDER, 64, CPU, torch.float16), "groupwise", "slow for torch.float16"),
+    ((4, IN_ORDER, 64, CPU, torch.bfloat16), "torch-int4", "no compiler"),
+    ((4, IN_ORDER.flip(0), 64, CPU, torch.bfloat16), "torch-int4", "no compiler"),
+    ((4, IN_ORDER, 64, CPU, torch.float32), "groupwise", "no compiler; torch's int4 kernel computes in bfloat16"),
+    ((4, IN_ORDER, 64, CPU, torch.float16), "groupwise", "instead of torch.float16"),
     ((8, IN_ORDER, 64, CPU, torch.bfloat16), "groupwise", "takes 4 bits, not 8"),
     ((4, IN_ORDER, 24, CPU, torch.bfloat16), "groupwise", "multiples of 16, not 24"),
     ((4, torch.arange(256) // 8, 64, CPU, torch.bfloat16), "reference", "multiples of 32 inputs"),
     ((8, torch.arange(256) % 2, 64, CPU, torch.float32), "reference", "not act-order"),
+    ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no fused kernel"),
+])
+@pytest.mark.usefixtures("without_native")
+def test_choose_without_the_native_kernels(case, kernel, reason):
+    bits, g_idx, outputs, device, dtype = case
+    choice = choose(bits, g_idx, outputs, device=device, dtype=dtype)
+    assert choice.kernel == kernel
+    assert reason in choice.reason
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
+@pytest.mark.parametrize(("case", "kernel", "reason"), [
+    ((4, IN_ORDER, 64, CPU, torch.bfloat16), "native", ""),
+    ((3, IN_ORDER.flip(0), 8, CPU, torch.float32), "native", ""),
+    ((8, torch.arange(256) % 2, 4, CPU, torch.float16), "native", ""),
+    ((4, torch.arange(256) // 8, 64, CPU, torch.float32), "reference", "fill runs of 32 inputs"),
+    ((4, IN_ORDER, 64, CPU, torch.float64), "groupwise", "too few for torch.float64"),
     ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no fused kernel"),
 ])
 def test_choose(case, kernel, reason):
@@ -124,6 +154,7 @@ def test_longest_run():
     assert longest_run((torch.arange(128) // 64).flip(0)) == 64
 
 
+@pytest.mark.usefixtures("without_native")
 def test_g_idx_left_out_means_equal_groups():
     words = random_words(4, 128, 32, 32)
     with_it = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
@@ -132,6 +163,7 @@ def test_g_idx_left_out_means_equal_groups():
     assert all(torch.equal(a, b) for a, b in zip(with_it[:4], without[:4], strict=True))
 
 
+@pytest.mark.usefixtures("without_native")
 def test_prepared_words_are_copies():
     words = random_words(4, 64, 32, 32)
     weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)

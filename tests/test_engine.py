@@ -35,7 +35,7 @@ def test_logits(packed):
     logits = packed.logits(IDS)
     assert (logits.shape, logits.dtype) == ((2, 9, 384), torch.float32)
     torch.testing.assert_close(logits, packed.hf(IDS).logits)
-    torch.testing.assert_close(packed.logits(IDS[1:]), logits[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed.logits(IDS[1:]), logits[1:], rtol=1e-3, atol=2e-3)
 
 
 def test_logits_are_float32_whatever_the_model_computes_in(tiny_model):
@@ -45,10 +45,10 @@ def test_logits_are_float32_whatever_the_model_computes_in(tiny_model):
 def test_prefill_and_decode_equal_one_forward_pass(packed):
     whole = packed.logits(IDS)
     logits, cache = packed.prefill(IDS[:, :4])
-    torch.testing.assert_close(logits, whole[:, 3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, whole[:, 3], rtol=1e-3, atol=2e-3)
     for t in range(4, 9):
         logits = packed.decode(IDS[:, t], cache)
-        torch.testing.assert_close(logits, whole[:, t], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, whole[:, t], rtol=1e-3, atol=2e-3)
     assert cache.get_seq_length() == 9
 
 

@@ -40,7 +40,7 @@ def test_a_full_precision_model(tiny_model):
     assert (found.blocks, found.hidden_size, found.vocabulary) == (2, 128, VOCABULARY)
     assert found.prompt_style == found.architecture
     assert found.tied == ("head" not in found.parts) == (found.architecture == "bloom")
-    assert found.context == (None if found.architecture == "bloom" else 256)
+    assert found.context == 256
 
 
 @pytest.mark.parametrize(("bits", "sym", "act_order"), [(4, True, False), (3, False, True), (8, True, True)])

@@ -28,11 +28,13 @@ def test_forward_adds_the_bias():
     layer, words = linear_and_weight(bias=bias)
     x = torch.randn(2, 3, 64)
     expected = x.double() @ formula(**words, bits=4, v1=True).t() + bias
-    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert float((layer(x).double() - expected).norm() / expected.norm()) < 2e-4
 
 
-def test_state_dict_is_what_stands_on_disk():
-    layer, words = linear_and_weight(bias=torch.zeros(32).half())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the native layout, and the words as they are
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_state_dict_is_what_stands_on_disk(bits, dtype):
+    layer, words = linear_and_weight(bits, dtype, bias=torch.zeros(32).half())
     state = layer.state_dict()
     assert set(state) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
     assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in words.items())
@@ -67,11 +69,18 @@ def test_output_follows_the_activations(dtype):
 
 
 def test_moving_goes_where_asked():
-    layer, _ = linear_and_weight(bias=torch.zeros(32).half())
+    layer, _ = linear_and_weight(dtype=torch.float64, bias=torch.zeros(32).half())
     assert all(buffer.is_meta for buffer in layer.to("meta").buffers())
 
 
-def test_a_layout_for_the_cpu_neither_moves_nor_saves():
+def test_a_layout_for_the_cpu_does_not_move():
+    layer, _ = linear_and_weight(dtype=torch.bfloat16)
+    with pytest.raises(UsageError, match="laid out for cpu"):
+        layer.to("meta")
+
+
+def test_the_layout_of_torch_neither_moves_nor_saves(monkeypatch):
+    monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
     layer, _ = linear_and_weight(dtype=torch.bfloat16)
     with pytest.raises(UsageError, match="laid out for cpu"):
         layer.to("meta")
@@ -91,5 +100,5 @@ def test_deepcopy_is_whole_and_apart(dtype):
 
 
 def test_print_tells_sizes_and_layout():
-    layer, _ = linear_and_weight()
+    layer, _ = linear_and_weight(dtype=torch.float64)
     assert repr(layer) == "QuantLinear(64, 32, CanonicalWeight)"

@@ -65,11 +65,14 @@ def test_logits_of_every_variant(tiny_model, tmp_path, variant):
     packed = packed_checkpoint(tiny_model, tmp_path / "packed", **variant)
     expected = expected_logits(tiny_model, packed)
     assert expected.std() > 0.1
-    torch.testing.assert_close(logits(hf_model(packed, device="cpu")).double(), expected, rtol=1e-3, atol=2e-4)
+    found = logits(hf_model(packed, device="cpu")).double()
+    assert float((found - expected).norm() / expected.norm()) < 2e-4
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("variant", [{}, {"sym": False, "act_order": True}], ids=name_of)
-def test_logits_in_bfloat16_use_the_int4_kernel(tiny_model, tmp_path, variant):
+def test_logits_in_bfloat16_without_native_kernels_use_the_int4_kernel(tiny_model, tmp_path, monkeypatch, variant):
+    monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
     packed = packed_checkpoint(tiny_model, tmp_path / "packed", **variant)
     model = hf_model(packed, device="cpu", dtype=torch.bfloat16)
     assert all(repr(m).endswith("Int4Weight)") for m in model.modules() if isinstance(m, QuantLinear))

@@ -17,6 +17,7 @@ from gptq_belle.errors import GptqBelleError
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import empty_model
 from gptq_belle.runtime.chat import detect_style
+from gptq_belle.runtime.engine import CONTEXT_KEYS
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 MANY = 5  # problems of one kind that are named; the rest is counted
@@ -37,7 +38,7 @@ class Inspection:
 
     Attributes:
         path: the directory.
-        architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None for ALiBi.
+        architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None where it says none.
         parameters: of the model, packed weights counted as the weights they stand for.
         dtypes: tensors by their type in the file.
         quantization: what the configuration states; None for a full-precision model.
@@ -111,10 +112,10 @@ def lines(found: Inspection) -> list[tuple[str, str]]:
             ("act-order", order[found.act_order]),
             ("written by", q.producer or "unknown"),
         ]
-    rows.append(("size on disk", f"{found.bytes / 1e6:,.1f} MB in {kinds} tensors"))
+    rows.append(("size on disk", f"{found.bytes / 1e6:,.2f} MB in {kinds} tensors"))
     share = max(1, sum(part.bytes for part in found.parts.values()))
     for name, part in sorted(found.parts.items(), key=lambda item: -item[1].bytes):
-        rows.append((f"  {name}", f"{part.bytes / 1e6:,.1f} MB, {100 * part.bytes / share:.1f} %"))
+        rows.append((f"  {name}", f"{part.bytes / 1e6:,.2f} MB, {100 * part.bytes / share:.1f} %"))
     return rows
 
 
@@ -122,7 +123,7 @@ def _describe_config(found: Inspection, model: nn.Module) -> None:
     config: Any = model.config
     found.blocks, found.hidden_size = config.num_hidden_layers, config.hidden_size
     found.vocabulary = config.vocab_size
-    found.context = getattr(config, "max_position_embeddings", None)
+    found.context = next((limit for key in CONTEXT_KEYS if (limit := getattr(config, key, None))), None)
     found.tied = bool(config.tie_word_embeddings)
 
 

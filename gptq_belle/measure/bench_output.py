@@ -123,8 +123,9 @@ def _show_table(bench: Bench) -> None:
         rows = [row for row in rows if not row[0].startswith("GPU")]
     columns = ["", *labels(results)]
     cells = [[name, *(cell(result) for result in results)] for name, cell in rows]
-    title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {results[0].dtype} {results[0].precision}: medians of "
-             f"{work.repeats} (lowest to highest)")
+    first = results[0]
+    title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {first.dtype} {first.precision}: "
+             f"medians of {work.repeats}, ± half of their range")
     if console.out().is_terminal:
         console.print_table(title, columns, cells)
     else:
@@ -139,10 +140,10 @@ def _show_table(bench: Bench) -> None:
 
 
 def ranged(values: Spread, factor: float = 1.0) -> str:
-    """A median with the lowest and the highest, for reading."""
-    digits = 0 if factor * values.median >= 1000 else 1
-    middle, low, high = (f"{factor * value:,.{digits}f}" for value in (values.median, values.low, values.high))
-    return f"{middle} ({low} to {high})"
+    """A median with half of the range as a share of it, for reading."""
+    middle = factor * values.median
+    half = 50 * (values.high - values.low) / values.median
+    return f"{middle:,.{0 if middle >= 1000 else 1}f} ±{half:.0f} %"
 
 
 def megabytes(size: int | None) -> str:

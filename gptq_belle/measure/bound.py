@@ -79,5 +79,5 @@ def explain(size: int, step: float, bandwidth: float, where: StepProfile) -> str
         return f"memory bandwidth: {read}{kept}"
     if where.outside >= 0.5:
         return f"Python and call overhead ({100 * where.outside:.0f} % of the time is outside of operations); {read}"
-    return (f"arithmetic and call overhead: {where.operation} takes {100 * where.share:.0f} %, Python "
-            f"{100 * where.outside:.0f} %; {read}")
+    python = f", Python {100 * where.outside:.0f} %" if where.outside >= 0.05 else ""
+    return f"arithmetic and call overhead: {where.operation} takes {100 * where.share:.0f} %{python}; {read}"

@@ -122,7 +122,7 @@ def show(found: dict[str, Any]) -> None:
     size = found["memory"]
     console.print_table("", ["", ""], [
         *((name, value or "not installed") for name, value in found["versions"].items()),
-        ("processor", f"{found['cpu']['model']}, {found['cpu']['cores']} cores, {found['cpu']['threads']} threads"),
+        ("processor", f"{found['cpu']['model']}, cores: {found['cpu']['cores']}, threads: {found['cpu']['threads']}"),
         ("instructions", " ".join(found["cpu"]["features"]) or "unknown"),
         ("memory", f"{gib(size['total'])} in all, {gib(size['available'])} available"),
         *((entry["device"], f"{entry['name']}, {gib(entry['memory'])}, compute capability {entry['capability']}")
@@ -151,7 +151,7 @@ def gib(size: int | None) -> str:
 def machine() -> str:
     """The machine in one line, for the head of a table of measurements."""
     found = cpu()
-    names = ", ".join([f"{found['model']}, {found['threads']} threads", *(entry["name"] for entry in devices())])
+    names = ", ".join([f"{found['model']}, threads: {found['threads']}", *(entry["name"] for entry in devices())])
     return f"{names}; torch {torch.__version__}"
 
 

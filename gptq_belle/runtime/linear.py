@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_belle.checkpoint.packing import pack_rows
 from gptq_belle.errors import UsageError
+from gptq_belle.kernels.cpu import CpuWeight, restore
 from gptq_belle.kernels.dispatch import PreparedWeight, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
 
@@ -13,9 +15,9 @@ from gptq_belle.kernels.layout import CanonicalWeight
 class QuantLinear(nn.Module):
     """A linear layer on a packed weight: x (..., in_features) to (..., out_features), in x's dtype.
 
-    Every tensor of the prepared weight is a buffer of its field's name, so a canonical weight's state dict is what
-    stands on disk. Moving the module moves them; no cast changes them (the bias excepted, which is rounded to the
-    activations' dtype at each call anyway).
+    Every tensor of the prepared weight is a buffer of its field's name; the state dict is what stands on disk, made
+    anew where the native layout replaced the words. Moving the module moves them; no cast changes them (the bias
+    excepted, which is rounded to the activations' dtype at each call anyway).
 
     Args:
         prepared: from `kernels.dispatch.prepare`.
@@ -62,7 +64,20 @@ class QuantLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._layout is not CanonicalWeight:
-            raise UsageError("this model's words were replaced by a layout for the CPU, which is not a file format",
-                             "Copy the directory it came from, or load it with dtype=torch.float32 to save it.")
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        prepared = self.prepared
+        if isinstance(prepared, CanonicalWeight):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        elif isinstance(prepared, CpuWeight):
+            state = words(prepared) | ({} if self.bias is None else {"bias": self.bias})
+            destination |= {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        else:
+            raise UsageError("this model's words were replaced by a layout of torch, which is not a file format",
+                             "Copy the directory it came from, or load it with precision \"exact\" to save it.")
+
+
+def words(weight: CpuWeight) -> dict[str, Tensor]:
+    """qweight, qzeros, scales and g_idx of the checkpoint that a weight was made from."""
+    codes, zeros, scales = restore(weight)
+    stored = zeros - weight.zero_offset
+    return {"qweight": pack_rows(codes, weight.source),
+            "qzeros": pack_rows(stored.t(), weight.source).t().contiguous(), "scales": scales, "g_idx": weight.g_idx}
