@@ -1,6 +1,7 @@
 # make demo   sets up what is missing, then quantizes the demo models, measures them and answers a prompt
 # make test   sets up what is missing, then lints, checks types and runs the tests
 # make lint   the first half of it
+# make sanitize  runs the tests of the CPU kernels with address and undefined-behaviour sanitizers
 # make clean  removes the environment and everything that was built
 #
 # PYTHON names the interpreter that makes the environment (3.11 or newer). On Linux the default build of torch brings
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -25,10 +26,19 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The library goes to a folder of its own; Python itself leaks on purpose, so leaks are not looked for.
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	GPTQ_BELLE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY="$$(ls $(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native*.so)" \
+	  $(BIN)/python -m pytest tests/test_cpu.py
+
 clean:
+	rm -f kernels/_native*.so
 	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(READY): pyproject.toml constraints.txt | $(BIN)/python
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*) | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,plot]'
 	@touch $@

@@ -19,6 +19,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-rtti",
          "-ffp-contract=off",  # the arithmetic is the same with every compiler and instruction set
          "-fno-math-errno", "-fno-trapping-math",  # let plain loops become vectors
          "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
+SANITIZED = bool(os.environ.get("GPTQ_BELLE_SANITIZE"))  # for `make sanitize`
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw"]
 # In the order of native/cpu_features.h.
@@ -30,7 +32,7 @@ ISAS = {
     "avx512vnni": [*AVX512, "-mavx512vnni"],
     "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-COMMON = ["cpu_features", "parallel", "pack", "matmul"]
+COMMON = ["cpu_features", "parallel", "pack", "matmul", "read"]
 
 
 class BuildNative(build_ext):
@@ -65,12 +67,13 @@ class BuildNative(build_ext):
                       [pool.submit(self.compile, name, [f"-DBELLE_ISAS={mask}"]) for name in COMMON]]
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object([*built.values(), *common], str(target), target_lang="c++",
-                                         extra_postargs=["-pthread"], build_temp=self.build_temp)
+                                         extra_postargs=["-pthread", *(SANITIZE if SANITIZED else [])],
+                                         build_temp=self.build_temp)
 
     def compile(self, name: str, flags: list[str]) -> str:
         """One file to an object file."""
         (compiled,) = self.compiler.compile([str(NATIVE / f"{name}.cpp")], output_dir=self.build_temp,
-                                            extra_postargs=[*FLAGS, *flags], depends=[])
+                                            extra_postargs=[*FLAGS, *(SANITIZE if SANITIZED else []), *flags])
         return compiled
 
 

@@ -1,12 +1,11 @@
 """Matrix products on a CPU by the kernels in `native/`: any bits, groups, zeros and order of inputs, any M, one layout.
 
-Activations are split per row and group into two parts of 8 bits (16 bits in all: "exact", an error of about 3e-5 of the
-result's norm) or one ("fast", about 7e-3); codes are unpacked and multiplied as integers, whose sums are exact. So row m
-of y depends, to the bit, on row m of x alone: not on M, threads or the instruction set (but "portable", which rounds
-products before it adds them).
+Activations are split per row and group into two parts of 8 bits (16 bits in all: "exact", an error of about 3e-5 of
+the result's norm) or one ("fast", about 7e-3); codes are unpacked and multiplied as integers, whose sums are exact. So
+row m of y depends, to the bit, on row m of x alone: not on M, threads or the instruction set (but "portable", which
+rounds products before it adds them).
 """
 
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -113,12 +112,13 @@ def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
         codes = torch.empty_like(codes)
         codes[weight.order[filled].long()] = places[filled]
     zeros = weight.zeros if weight.zeros is not None else torch.full(weight.scales.shape, weight.zero)
-    tables = []
-    for table in (zeros.int(), weight.scales):  # a group without inputs keeps zeros: they mean nothing
-        whole = table.new_zeros(weight.source_groups, blocks * BLOCK)
-        whole[runs.groups] = table.transpose(0, 1).reshape(groups, -1)
-        tables.append(whole[:, : weight.out_features].contiguous())
-    return codes[:, : weight.out_features].contiguous(), *tables
+
+    def table(values: Tensor) -> Tensor:
+        whole = values.new_zeros(weight.source_groups, blocks * BLOCK)  # a group without inputs keeps zeros
+        whole[runs.groups] = values.transpose(0, 1).reshape(groups, -1)
+        return whole[:, : weight.out_features].contiguous()
+
+    return codes[:, : weight.out_features].contiguous(), table(zeros.int()), table(weight.scales)
 
 
 def cut_runs(g_idx: Tensor) -> Runs:
@@ -163,6 +163,13 @@ def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, is
         raise ValueError(f"order holds inputs that are not -1..{weight.in_features - 1}") if outcome == 1 else (
             MemoryError(f"no memory for the activations of {rows.shape[0]} rows"))
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
+
+
+def read(tensor: Tensor) -> int:
+    """Read a contiguous tensor on the CPU with all threads, and do nothing else: the sum of its words of 8 bytes."""
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        raise ValueError("only a contiguous tensor on the CPU can be read")
+    return int(_native().read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads()))
 
 
 @torch.library.custom_op("gptq_belle::cpu_matmul", mutates_args=())

@@ -10,10 +10,11 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ABI = 1  # of native/native.h
+ABI = 2  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
+PLACE = "GPTQ_BELLE_CPU_LIBRARY"  # an environment variable: the library's file, instead of the one beside this
 MISSING = ("the native CPU kernels are not built: there was no C++17 compiler when the package was installed "
            "(install one, then the package again)")
 
@@ -50,6 +51,9 @@ class Library:
         self.pack = self._c.belle_pack
         self.pack.argtypes = [ctypes.POINTER(WordsStruct), ctypes.c_void_p, ctypes.c_int]
         self.pack.restype = None
+        self.read = self._c.belle_read
+        self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self.read.restype = ctypes.c_uint64
         self.usable = tuple(name for name in FASTEST if self._c.belle_usable(ISAS.index(name)))
         wanted = os.environ.get(CHOICE, self.usable[0])
         if wanted not in self.usable:
@@ -64,7 +68,8 @@ def library() -> Library | str:
     """The library, or why there is none."""
     if sys.byteorder != "little":
         return "the native CPU kernels are for little-endian processors"
-    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    elsewhere = os.environ.get(PLACE)
+    built = [Path(elsewhere)] if elsewhere else sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
         return MISSING
     try:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from gptq_belle import console
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.evaluation.belle import BelleScores, Row, evaluate, exact_classes

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from gptq_belle.kernels.cpu import read
+from gptq_belle.kernels.library import library
 from gptq_belle.measure.timing import Spread, seconds, spread
 
 MIB = 1 << 20
@@ -15,8 +17,9 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: int | None = None) -> Spread:
     """Bytes per second of a plain read (of a copy, read and write counted, on CUDA).
 
-    On a CPU a matrix meets a vector: of torch's operations the one that reads the fastest (measured on 2 cores:
-    31 GB/s, where a sum reaches 26 and numpy's maximum 14), and with all of torch's threads.
+    On a CPU it is the native kernels' plain read, with all of torch's threads. Where they are missing, a matrix meets a
+    vector: of torch's operations the one that reads the fastest (measured on 2 cores: 31 GB/s, where a sum reaches 26
+    and numpy's maximum 14).
 
     Args:
         device: where the buffer lies.
@@ -29,6 +32,8 @@ def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: i
     if matrix.is_cuda:
         target, factor = torch.empty_like(matrix), 2
         times = [seconds(lambda: target.copy_(matrix), device) for _ in range(repeats + 1)]
+    elif not isinstance(library(), str):
+        factor, times = 1, [seconds(lambda: read(matrix), device) for _ in range(repeats + 1)]
     else:
         vector, out, factor = torch.ones(columns), torch.empty(len(matrix)), 1
         times = [seconds(lambda: torch.mv(matrix, vector, out=out), device) for _ in range(repeats + 1)]

@@ -1,0 +1,301 @@
+"""Products with packed weights on a CPU, against torch's int4 op, dense matrices and llama.cpp, in one run.
+
+    python benchmarks/bench_matmul.py                      # shapes of BELLE-7B and LLaMA, M = 1 to 512; minutes
+    python benchmarks/bench_matmul.py --set llama-7b --rows 1 512 --repeats 5
+    python benchmarks/bench_matmul.py --stack              # 8 blocks of LLaMA-7B and a head, token by token
+
+Variants take turns within each repeat, each with the next of its copies of the weight, so that all of them meet the
+same disturbances and none finds its weight in the cache. Figures are medians; ratios are of medians of the same run.
+llama.cpp has no entry for one product: with --stack it runs a random Q4_0 model of the same shape, whole tokens, where
+llama-cpp-python and gguf are installed (the `peers` extra). The result is benchmarks/results/cpu_matmul.json (or
+cpu_stack.json); --name names another.
+"""
+
+import argparse
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import records
+import torch
+from torch import Tensor
+
+from gptq_belle.kernels import cpu, torch_int4
+from gptq_belle.kernels.library import library
+from gptq_belle.measure.bandwidth import MIB, read_bandwidth
+from gptq_belle.measure.timing import seconds, spread
+
+GROUP = 128
+SETS = {  # inputs, outputs of every linear
+    "belle-7b": {"query_key_value": (4096, 12288), "dense": (4096, 4096), "h_to_4h": (4096, 16384),
+                 "4h_to_h": (16384, 4096), "head": (4096, 250880)},
+    "llama-7b": {"attention": (4096, 4096), "gate, up": (4096, 11008), "down": (11008, 4096), "head": (4096, 32000)},
+    "llama-13b": {"attention": (5120, 5120), "gate, up": (5120, 13824), "down": (13824, 5120)},
+}
+ROTATED = 1024 * MIB  # bytes of copies that a variant goes through: twice the largest cache that we have met
+MOST_COPIES = 64
+PORTION = 64 * MIB  # of the plain read
+READ, OURS = "plain read", "4 bit exact"
+BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # LLaMA-7B
+BLOCKS, HEAD, CONTEXT = 8, (4096, 32000), 8
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Variant(NamedTuple):
+    """One way to multiply: copies of a weight as functions of x (M, K), and the bytes of one copy."""
+
+    copies: list[Product]
+    bytes: int
+
+
+def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) -> Variant:
+    """Random symmetric weights in groups of 128, in the layout of our kernels."""
+    groups, blocks = math.ceil(inputs / GROUP), math.ceil(outputs / cpu.PADDED) * 2
+    zero = 2 ** (bits - 1)
+
+    def weight() -> cpu.CpuWeight:
+        codes = torch.randint(0, 256, (blocks, groups, GROUP * bits // 32, 64), dtype=torch.uint8)
+        scales = (torch.rand(blocks, groups, cpu.BLOCK) * 0.01).half()
+        g_idx = torch.arange(inputs, dtype=torch.int32) // GROUP
+        return cpu.CpuWeight(codes, scales, None, None, g_idx, inputs, outputs, GROUP, bits, zero,
+                             cpu.PARTS[precision], bits, groups, 1)
+
+    weights = [weight() for _ in range(copies)]
+    return Variant([lambda x, w=w: cpu.quant_matmul(x, w) for w in weights],  # type: ignore[misc]
+                   weights[0].codes.nbytes + weights[0].scales.nbytes)
+
+
+def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
+    """torch's own 4-bit op on bfloat16 activations."""
+    def weight() -> torch_int4.Int4Weight:
+        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        return torch_int4.Int4Weight(packed, torch.rand(inputs // GROUP, outputs, 2).bfloat16(), None, GROUP)
+
+    first = weight()
+    weights = [first, *(first._replace(packed=first.packed.clone()) for _ in range(copies - 1))]
+    return Variant([lambda x, w=w: torch_int4.quant_matmul(x, w) for w in weights],  # type: ignore[misc]
+                   first.packed.nbytes + first.scale_and_shift.nbytes)
+
+
+def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> Variant:
+    """oneDNN or MKL on the expanded weight."""
+    first = torch.empty(outputs, inputs, dtype=dtype).uniform_(-1, 1)
+    weights = [first, *(first.clone() for _ in range(copies - 1))]
+    return Variant([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights],  # type: ignore[misc]
+                   first.nbytes)
+
+
+def plain_read() -> Variant:
+    """Portions of a buffer, read and no more."""
+    buffer = torch.zeros(ROTATED, dtype=torch.uint8)
+    parts = buffer.split(PORTION)
+    return Variant([lambda x, part=part: torch.tensor(cpu.read(part)) for part in parts], PORTION)  # type: ignore[misc]
+
+
+def copies_of(size: float) -> int:
+    """How many copies of `size` bytes fill ROTATED."""
+    return max(2, min(MOST_COPIES, math.ceil(ROTATED / size)))
+
+
+def activations(name: str, rows: int, inputs: int) -> Tensor:
+    """x for a variant: bfloat16 where it computes in bfloat16."""
+    x = torch.randn(rows, inputs)
+    return x.bfloat16() if "bfloat16" in name or "int4" in name else x
+
+
+def variants_of(inputs: int, outputs: int) -> Iterator[dict[str, Variant]]:
+    """All variants of one shape, in sets that fit in memory together; each is interleaved with ours at 4 bits."""
+    weights = inputs * outputs
+    packed, full = copies_of(weights / 2), copies_of(weights * 2)
+    exact, read = native(inputs, outputs, 4, packed, "exact"), plain_read()
+    fast = native(inputs, outputs, 4, packed, "fast")
+    yield {READ: read, OURS: exact, "4 bit fast": fast,
+           "8 bit exact": native(inputs, outputs, 8, copies_of(weights), "exact"),
+           "torch int4": int4_of_torch(inputs, outputs, packed),
+           "dense bfloat16": dense(inputs, outputs, torch.bfloat16, full)}
+    if weights < 2**28:
+        yield {READ: read, OURS: exact, "dense float32": dense(inputs, outputs, torch.float32, copies_of(weights * 4))}
+
+
+def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: int) -> dict[str, float]:
+    """Median seconds of each variant at M = rows."""
+    x = {name: activations(name, rows, inputs) for name in variants}
+    turns = {name: itertools.cycle(variant.copies) for name, variant in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        for name in variants:
+            product, argument = next(turns[name]), x[name]
+            taken = seconds(lambda p=product, a=argument: p(a))  # type: ignore[misc]
+            if repeat:
+                times[name].append(taken)
+    return {name: spread(values).median for name, values in times.items()}
+
+
+def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """A row of figures for each M and variant; ours and the plain read are measured again with each set."""
+    found: list[dict[str, Any]] = []
+    for variants in variants_of(inputs, outputs):
+        for m in rows:
+            seen = {row["variant"] for row in found if row["rows"] == m}
+            medians = interleaved(variants, m, inputs, max(5, repeats if m <= 16 else repeats // 2))
+            speeds = {name: variants[name].bytes / taken for name, taken in medians.items()}
+            for name, taken in medians.items():
+                operations = 0 if name == READ else 2 * m * inputs * outputs / taken
+                found += [] if name in seen else [{
+                    "inputs": inputs, "outputs": outputs, "rows": m, "variant": name, "seconds": taken,
+                    "bytes": variants[name].bytes, "Bps": speeds[name], "share_of_read": speeds[name] / speeds[READ],
+                    "operations_per_s": operations, "time_of_ours": taken / medians[OURS]}]
+                print(f"{inputs} x {outputs}, M = {m}: {name:14} {1e3 * taken:8.3f} ms {speeds[name] / 1e9:6.1f} GB/s, "
+                      f"{speeds[name] / speeds[READ]:.2f} of a read, {operations / 1e9:6.0f} GOP/s, "
+                      f"{taken / medians[OURS]:5.2f} of ours", flush=True)
+    return found
+
+
+def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Product]], int]:
+    """The linears of 8 blocks and a head with their inputs, and the bytes of all."""
+    shapes = [*BLOCK * BLOCKS, HEAD]
+    made = [make(inputs, outputs) for inputs, outputs in shapes]
+    products = [(inputs, variant.copies[0]) for (inputs, _), variant in zip(shapes, made, strict=True)]
+    return products, sum(variant.bytes for variant in made)
+
+
+def run_stack(linears: Sequence[tuple[int, Product]], x: dict[int, Tensor]) -> None:
+    """One pass through all linears."""
+    for inputs, product in linears:
+        product(x[inputs])
+
+
+def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Tokens per second of the linears of 8 blocks of LLaMA-7B and a 4-bit head; whole tokens in llama.cpp."""
+    makers: dict[str, Callable[[int, int], Variant]] = {
+        "4 bit exact": lambda k, n: native(k, n, 4, 1, "exact"),
+        "4 bit fast": lambda k, n: native(k, n, 4, 1, "fast"),
+        "8 bit exact": lambda k, n: native(k, n, 8, 1, "exact"),
+        "torch int4": lambda k, n: int4_of_torch(k, n, 1),
+        "dense bfloat16": lambda k, n: dense(k, n, torch.bfloat16, 1),
+    }
+    stacks = {name: stack(make) for name, make in makers.items()}
+    peer = llama_cpp()
+    found = []
+    for m in rows:
+        times: dict[str, list[float]] = {name: [] for name in [*stacks, *(["llama.cpp Q4_0"] if peer else [])]}
+        for _ in range(repeats + 1):
+            for name, (linears, _) in stacks.items():
+                x = {inputs: activations(name, m, inputs) for inputs in {k for k, _ in linears}}
+                taken = seconds(lambda linears=linears, x=x: run_stack(linears, x))  # type: ignore[misc]
+                times[name].append(taken)
+            if peer:
+                times["llama.cpp Q4_0"].append(peer(m))
+        read = read_bandwidth(repeats=3).median
+        ours = spread(times[OURS][1:]).median
+        for name, values in times.items():
+            taken = spread(values[1:]).median
+            size = stacks[name][1] if name in stacks else None
+            found.append({"rows": m, "variant": name, "seconds": taken, "tokens_per_s": m / taken, "bytes": size,
+                          "read_Bps": read, "time_of_ours": taken / ours,
+                          "what": "linears alone" if size else f"whole tokens behind {CONTEXT}"})
+            speed = f"{size / taken / 1e9:5.1f} GB/s of {read / 1e9:.1f}" if size else ""
+            print(f"stack, M = {m}: {name:14} {1e3 * taken:8.2f} ms {m / taken:8.1f} tokens/s, {taken / ours:5.2f} of "
+                  f"ours {speed}", flush=True)
+    return found
+
+
+def llama_cpp() -> Callable[[int], float] | None:
+    """Seconds of M tokens in llama.cpp behind CONTEXT others, on a random Q4_0 model; None where it is missing."""
+    try:
+        import gguf
+        import llama_cpp
+    except ImportError as error:
+        print(f"llama.cpp is left out: {error}")
+        return None
+    path = Path(tempfile.mkdtemp()) / "random.gguf"
+    _write_gguf(gguf, path)
+    threads = torch.get_num_threads()
+    model = llama_cpp.Llama(str(path), n_ctx=2048, n_batch=2048, n_ubatch=512, n_threads=threads,
+                            n_threads_batch=threads, verbose=False)
+    path.unlink()
+
+    def run(rows: int) -> float:
+        model.reset()
+        model.eval([1] * CONTEXT)
+        return seconds(lambda: model.eval([2] * rows))
+
+    return run
+
+
+def _write_gguf(gguf: Any, path: Path) -> None:
+    """8 blocks of LLaMA-7B, Q4_0 throughout, head and embedding too."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    width, inner, vocabulary = HEAD[0], BLOCK[-1][0], HEAD[1]
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_block_count(BLOCKS)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(128)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{i}" for i in range(vocabulary)])
+    writer.add_token_scores([0.0] * vocabulary)
+    writer.add_token_types([1] * vocabulary)
+
+    def packed(name: str, inputs: int, outputs: int) -> None:
+        blocks = np.empty((outputs, inputs // 32, 18), np.uint8)
+        blocks[..., :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+        blocks[..., 2:] = generator.integers(0, 256, blocks[..., 2:].shape, dtype=np.uint8)
+        writer.add_tensor(name, blocks.reshape(outputs, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    packed("token_embd.weight", width, vocabulary)
+    packed("output.weight", width, vocabulary)
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for i in range(BLOCKS):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            packed(f"blk.{i}.{name}.weight", width, width)
+        packed(f"blk.{i}.ffn_gate.weight", width, inner)
+        packed(f"blk.{i}.ffn_up.weight", width, inner)
+        packed(f"blk.{i}.ffn_down.weight", inner, width)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="whose shapes")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 128, 512], help="values of M")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stack", action="store_true", help="8 blocks of LLaMA-7B instead of single products")
+    parser.add_argument("--name", help="of the file in benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    kernels = library()
+    if isinstance(kernels, str):
+        raise SystemExit(kernels)
+    found: list[dict[str, Any]] = []
+    if options.stack:
+        found = measure_stack(options.rows, options.repeats)
+    else:
+        shapes = {shape for name in options.set for shape in SETS[name].values()}
+        for inputs, outputs in sorted(shapes):
+            found += measure_shape(inputs, outputs, options.rows, options.repeats)
+    name = options.name or ("cpu_stack" if options.stack else "cpu_matmul")
+    print(records.write(name, {"threads": options.threads, "isa": kernels.isa, "results": found}))
+
+
+if __name__ == "__main__":
+    main()
