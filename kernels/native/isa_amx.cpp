@@ -1,10 +1,12 @@
 // AMX: tiles of 16 rows by 64 bytes. Few rows take the VNNI code, whose results are the same to the bit: sums of
 // integers are exact, and the same operations scale and add them in the same order.
 //
-// A group's codes of 32 outputs, minus their zeros, are two columns of tiles of 16 outputs by 64 inputs, in just the
-// order in which they lie in memory. Two tiles of activations meet them at a time, which makes four tiles of sums: the
-// two parts of the same rows, or two tiles of rows. While the tile unit multiplies, the vector units scale the sums of
-// the tiles before.
+// A group's codes of 16 outputs, minus their zeros, are up to two tiles of 64 inputs, in just the order in which they
+// lie in memory; they stay in tile registers while rows of x pass. Two tiles of activations meet them at a time: the two
+// parts of the same rows, or two tiles of rows. Their sums are one of two sets: while one set is multiplied, the other is
+// written to memory and the one before it is scaled. Measured for 16 rows by 32 outputs by 128 inputs in two parts: 290
+// cycles, of which products alone take 142; with all sums of 32 outputs in one set it was 350.
+
 #include "avx512vnni.h"
 
 #include <sys/syscall.h>
@@ -15,12 +17,25 @@ namespace {
 
 constexpr int kTileMost = 16;  // rows of a tile
 
+constexpr int kStrip = 64;     // rows whose activations of one group stay in the first-level cache for both blocks
+
+// Two tiles of sums: of two parts, or of two tiles of rows.
+struct Job {
+  int64_t place;  // of the first row, in t.scale and t.sum
+  int64_t rows;   // from the first row on that there are
+  float* y;       // (rows, kPair), at the block's first output
+  __m512 scale;
+  __m512i zero;   // that the codes still lack: of 8 bits only, whose difference to a zero has 9
+};
+
 struct Workspace {
   alignas(64) int8_t codes[2][kMostRun / 64][16][64];  // (blocks, steps of 64 inputs, 4 inputs each, 16 outputs by 4)
-  alignas(64) int32_t sums[2][4][kTileMost][kBlock];   // two sets: one is filled while the other is scaled
-  alignas(64) float y[(kMostRows + kTileMost) * kPair];
-  __m512i zero[2];   // that the codes still lack: of 8 bits only, whose difference to a zero has 9
+  alignas(64) int32_t sums[2][2][kTileMost][kBlock];   // (sets, tiles)
+  alignas(64) float y[kMostRows * kPair];
+  __m512i zero[2];
   __m512 scale[2];
+  Job jobs[2];  // what the sets hold
+  int64_t pushed;
 };
 
 struct alignas(64) TileConfig {
@@ -29,7 +44,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0..3 are sums, 4 and 5 activations, 6 and 7 codes.
+// Tiles 0..3 are sums (two a set), 4 and 5 activations, 6 and 7 codes.
 void configure(int rows, int run) {
   const int inputs = run < 64 ? run : 64;
   TileConfig config;
@@ -69,53 +84,97 @@ void unpack_signed(const BelleWeight& w, int64_t pair, int64_t group, Workspace&
 
 // Scale `count` rows of sums and add them to y; LACK: the codes lack a zero.
 template <int PARTS, bool LACK>
-inline void scale_rows(const Task& t, const Workspace& from, const int32_t (*high)[kBlock],
-                       const int32_t (*low)[kBlock], int b, int64_t place, int64_t count, float* y) {
-  for (int64_t r = 0; r < count; ++r) {
+inline void scale_rows(const Task& t, const Job& job, const int32_t (*high)[kBlock], const int32_t (*low)[kBlock],
+                       int first, int count) {
+  const __m512 scale = job.scale;
+  const float* row_scale = t.scale + job.place + first;
+  const int32_t* sum = t.sum + job.place + first;
+  float* y = job.y + first * kPair;
+  for (int r = 0; r < count; ++r) {
     __m512i whole = _mm512_load_si512(high[r]);
     if constexpr (PARTS == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), _mm512_load_si512(low[r]));
-    if constexpr (LACK)
-      whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(from.zero[b], _mm512_set1_epi32(t.sum[place + r])));
-    float* to = y + r * kPair + b * kBlock;
-    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), from.scale[b]);
-    _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(t.scale[place + r]), _mm512_load_ps(to)));
+    if constexpr (LACK) whole = _mm512_sub_epi32(whole, _mm512_mullo_epi32(job.zero, _mm512_set1_epi32(sum[r])));
+    const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale);
+    float* to = y + r * kPair;
+    _mm512_store_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(row_scale[r]), _mm512_load_ps(to)));
   }
 }
 
-// A set of four tiles of sums that waits to be scaled.
-struct Pending {
-  int set;
-  int64_t group, m;
-};
-
-// Scale one quarter of a set. With two parts, sums are (block, part), and a quarter is half of a block's rows; with one,
-// they are (block, tile of rows), and a quarter is one of them.
 template <int PARTS, bool LACK>
-inline void scale_quarter(const Task& t, Workspace& s, const Pending& p, int quarter, int64_t row_begin, int64_t rows,
-                          int tile_rows) {
-  const int b = quarter / 2, second = quarter % 2;
-  const auto* sums = s.sums[p.set] + 2 * b;
-  const int64_t place = p.group * t.rows + row_begin;
+inline void scale_job(const Task& t, const Workspace& s, int set, int tile_rows) {
+  const Job& job = s.jobs[set];
+  const auto* sums = s.sums[set];
   if constexpr (PARTS == 2) {
-    const int first = second * (kTileMost / 2);
-    const int64_t count = least(least(tile_rows, rows - p.m) - first, kTileMost / 2), m = p.m + first;
-    scale_rows<2, LACK>(t, s, sums[0] + first, sums[1] + first, b, place + m, count, s.y + m * kPair);
+    scale_rows<2, LACK>(t, job, sums[0], sums[1], 0, static_cast<int>(least(tile_rows, job.rows)));
   } else {
-    const int64_t m = p.m + second * tile_rows;
-    scale_rows<1, LACK>(t, s, sums[second], nullptr, b, place + m, least(tile_rows, rows - m), s.y + m * kPair);
+    scale_rows<1, LACK>(t, job, sums[0], nullptr, 0, static_cast<int>(least(tile_rows, job.rows)));
+    scale_rows<1, LACK>(t, job, sums[1], nullptr, tile_rows, static_cast<int>(least(tile_rows, job.rows - tile_rows)));
   }
 }
 
-// 64 inputs of two tiles of activations by two columns of codes.
-inline void multiply_step(const uint8_t* first, const uint8_t* second, int run, const Workspace& s, int step) {
-  _tile_loadd(4, first + step * 64, run);
-  _tile_loadd(6, s.codes[0][step], 64);
-  _tile_dpbssd(0, 4, 6);
-  _tile_loadd(5, second + step * 64, run);
-  _tile_dpbssd(1, 5, 6);
-  _tile_loadd(7, s.codes[1][step], 64);
-  _tile_dpbssd(2, 4, 7);
-  _tile_dpbssd(3, 5, 7);
+// The compiler takes tile numbers as literals only: hence both sets spelt out.
+template <int SET>
+inline void clear_set() {
+  if constexpr (SET == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+template <int SET>
+inline void store_set(Workspace& s) {
+  if constexpr (SET == 0) {
+    _tile_stored(0, s.sums[0][0], 64);
+    _tile_stored(1, s.sums[0][1], 64);
+  } else {
+    _tile_stored(2, s.sums[1][0], 64);
+    _tile_stored(3, s.sums[1][1], 64);
+  }
+}
+
+// 64 inputs of two tiles of activations, `run` bytes a row, by step STEP of the codes.
+template <int SET, int STEP>
+inline void multiply_step(const uint8_t* first, const uint8_t* second, int run) {
+  _tile_loadd(4, first + 64 * STEP, run);
+  if constexpr (SET == 0 && STEP == 0) _tile_dpbssd(0, 4, 6);
+  if constexpr (SET == 0 && STEP == 1) _tile_dpbssd(0, 4, 7);
+  if constexpr (SET == 1 && STEP == 0) _tile_dpbssd(2, 4, 6);
+  if constexpr (SET == 1 && STEP == 1) _tile_dpbssd(2, 4, 7);
+  _tile_loadd(5, second + 64 * STEP, run);
+  if constexpr (SET == 0 && STEP == 0) _tile_dpbssd(1, 5, 6);
+  if constexpr (SET == 0 && STEP == 1) _tile_dpbssd(1, 5, 7);
+  if constexpr (SET == 1 && STEP == 0) _tile_dpbssd(3, 5, 6);
+  if constexpr (SET == 1 && STEP == 1) _tile_dpbssd(3, 5, 7);
+}
+
+// Multiply into set SET, scale what it held two jobs ago, and write the other set to memory.
+template <int PARTS, bool LACK, int SET>
+inline void push(const Task& t, Workspace& s, const uint8_t* first, const uint8_t* second, const Job& job,
+                 int tile_rows) {
+  clear_set<SET>();
+  multiply_step<SET, 0>(first, second, t.w.run);
+  if (t.w.run > 64) multiply_step<SET, 1>(first, second, t.w.run);
+  if (s.pushed >= 2) scale_job<PARTS, LACK>(t, s, SET, tile_rows);
+  if (s.pushed >= 1) store_set<1 - SET>(s);
+  s.jobs[SET] = job;
+  ++s.pushed;
+}
+
+// Write and scale what is still under way.
+template <int PARTS, bool LACK>
+inline void flush(const Task& t, Workspace& s, int tile_rows) {
+  const int last = (s.pushed - 1) & 1;
+  if (s.pushed >= 2) scale_job<PARTS, LACK>(t, s, 1 - last, tile_rows);
+  if (last == 0) {
+    store_set<0>(s);
+  } else {
+    store_set<1>(s);
+  }
+  scale_job<PARTS, LACK>(t, s, last, tile_rows);
+  s.pushed = 0;
 }
 
 template <int BITS, int PARTS, bool LACK>
@@ -124,34 +183,26 @@ void tile_pair(const Task& t, int64_t row_begin, int64_t rows, int tile_rows, in
   std::memset(s.y, 0, sizeof(float) * static_cast<size_t>(rows) * kPair);
   for (int64_t g = 0; g < t.w.groups; ++g) {
     unpack_signed<BITS>(t.w, pair, g, s);
-    const uint8_t* high = t.data[0] + (g * t.rows + row_begin) * run;
-    const uint8_t* second = PARTS == 2 ? t.data[1] + (g * t.rows + row_begin) * run : high + tile_rows * run;
-    Pending before{0, g, -1};
-    // In this order, one tile's products run while the sums of the tile before are scaled: the processor looks ahead by
-    // some hundred instructions only.
-    auto scale = [&](int quarter) {
-      if (before.m >= 0) scale_quarter<PARTS, LACK>(t, s, before, quarter, row_begin, rows, tile_rows);
-    };
-    for (int64_t m = 0; m < rows; m += step) {
-      const int set = before.set ^ 1;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      multiply_step(high + m * run, second + m * run, run, s, 0);
-      scale(0);
-      if (run > 64) multiply_step(high + m * run, second + m * run, run, s, 1);
-      scale(1);
-      _tile_stored(0, s.sums[set][0], 64);
-      _tile_stored(1, s.sums[set][1], 64);
-      scale(2);
-      _tile_stored(2, s.sums[set][2], 64);
-      _tile_stored(3, s.sums[set][3], 64);
-      scale(3);
-      before = {set, g, m};
+    const int64_t place = place_of(t, row_begin) + g * t.unit_rows;
+    const uint8_t* first = t.data[0] + place * run;
+    const uint8_t* second = PARTS == 2 ? t.data[1] + place * run : first + tile_rows * run;
+    for (int64_t strip = 0; strip < rows; strip += kStrip / step * step) {
+      const int64_t end = least(rows, strip + kStrip / step * step);
+      for (int b = 0; b < 2; ++b) {
+        _tile_loadd(6, s.codes[b][0], 64);
+        if (run > 64) _tile_loadd(7, s.codes[b][1], 64);
+        for (int64_t m = strip; m < end; m += step) {
+          const Job job{place + m, rows - m, s.y + m * kPair + b * kBlock, s.scale[b], s.zero[b]};
+          if (s.pushed & 1) {
+            push<PARTS, LACK, 1>(t, s, first + m * run, second + m * run, job, tile_rows);
+          } else {
+            push<PARTS, LACK, 0>(t, s, first + m * run, second + m * run, job, tile_rows);
+          }
+        }
+      }
     }
-    for (int quarter = 0; quarter < 4; ++quarter) scale(quarter);
   }
+  flush<PARTS, LACK>(t, s, tile_rows);
   for (int64_t m = 0; m < rows; ++m)
     for (int b = 0; b < 2; ++b)
       if ((2 * pair + b) * kBlock < t.w.outputs)
@@ -166,6 +217,7 @@ void tile_pairs(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_
   const int tile_rows = static_cast<int>((rows + count - 1) / count);
   const bool lack = BITS == 8 && (t.w.zeros != nullptr || t.w.zero != 128);
   Workspace s;
+  s.pushed = 0;
   configure(tile_rows, t.w.run);
   for (int64_t pair = pair_begin; pair < pair_end; ++pair) {
     if (lack) {

@@ -49,7 +49,7 @@ constexpr int64_t kSplitInline = 1 << 15;     // activations that one thread spl
 struct Plan {
   Task task;
   const Kernel* kernel;
-  int64_t pairs, row_units, unit_rows, unit_pairs;  // units of work: rows (unit_rows) by pairs of blocks (unit_pairs)
+  int64_t pairs, row_units, unit_pairs;  // units of work: rows (task.unit_rows) by pairs of blocks (unit_pairs)
   std::atomic<int64_t> next{0};
 };
 
@@ -66,8 +66,8 @@ void multiply_units(void* context) {
   Plan& plan = *static_cast<Plan*>(context);
   const int64_t columns = divided_up(plan.pairs, plan.unit_pairs);
   for (int64_t unit; (unit = plan.next++) < plan.row_units * columns;) {
-    const int64_t row = unit / columns * plan.unit_rows, pair = unit % columns * plan.unit_pairs;
-    const int64_t row_end = row + plan.unit_rows < plan.task.rows ? row + plan.unit_rows : plan.task.rows;
+    const int64_t rows = plan.task.unit_rows, row = unit / columns * rows, pair = unit % columns * plan.unit_pairs;
+    const int64_t row_end = row + rows < plan.task.rows ? row + rows : plan.task.rows;
     const int64_t pair_end = pair + plan.unit_pairs < plan.pairs ? pair + plan.unit_pairs : plan.pairs;
     plan.kernel->multiply(plan.task, row, row_end, pair, pair_end);
   }
@@ -75,13 +75,13 @@ void multiply_units(void* context) {
 
 // Rows in equal portions whose activations stay in a thread's cache; outputs in portions that keep all threads busy.
 void cut(Plan& plan, int threads) {
-  const Task& t = plan.task;
+  Task& t = plan.task;
   const int64_t row_bytes = t.w.groups * t.w.run * (plan.kernel->input_bytes == 2 ? 2 : t.parts);
   int64_t most = kCacheBytes / row_bytes / 32 * 32;
   most = most < 32 ? 32 : most > kMostRows ? kMostRows : most;
   plan.row_units = divided_up(t.rows, most);
-  plan.unit_rows = divided_up(t.rows, plan.row_units);
-  plan.row_units = divided_up(t.rows, plan.unit_rows);
+  t.unit_rows = divided_up(t.rows, plan.row_units);
+  plan.row_units = divided_up(t.rows, t.unit_rows);
   plan.pairs = divided_up(t.w.outputs, kPair);
   plan.unit_pairs = divided_up(plan.pairs, 8 * threads);
 }
@@ -125,16 +125,17 @@ BELLE_API int belle_matmul(const BelleWeight* weight, const float* x, int64_t ro
   if (rows == 0) return kOk;
   if (!order_fits(*weight)) return kBadOrder;
   const Kernel* chosen = kernel(isa);
-  const int64_t padded = weight->groups * weight->run;
-  const size_t part = static_cast<size_t>(padded * (rows + kOverhang)) * chosen->input_bytes;
-  const size_t figures = static_cast<size_t>(weight->groups * rows) * 4;
-  Buffer data(2 * part + 64), numbers(2 * figures);
-  if (data.at == nullptr || numbers.at == nullptr) return kNoMemory;
-  Plan plan{{*weight, x, y, rows, parts, {data.at, data.at + (part + 63) / 64 * 64},
-             reinterpret_cast<float*>(numbers.at), reinterpret_cast<int32_t*>(numbers.at + figures)},
-            chosen, 0, 0, 0, 0, {}};
+  Plan plan{{*weight, x, y, rows, 0, parts, {}, nullptr, nullptr}, chosen, 0, 0, 0, {}};
   if (rows * weight->inputs * weight->outputs < kInlineProducts) threads = 1;
   cut(plan, threads);
+  const int64_t places = plan.row_units * plan.task.unit_rows * weight->groups;
+  const size_t part = static_cast<size_t>((places + kOverhang) * weight->run * chosen->input_bytes + 63) / 64 * 64;
+  Buffer data(2 * part), numbers(static_cast<size_t>(places) * 8);
+  if (data.at == nullptr || numbers.at == nullptr) return kNoMemory;
+  plan.task.data[0] = data.at;
+  plan.task.data[1] = data.at + part;
+  plan.task.scale = reinterpret_cast<float*>(numbers.at);
+  plan.task.sum = reinterpret_cast<int32_t*>(numbers.at + places * 4);
   parallel(rows * weight->inputs < kSplitInline ? 1 : threads, split_rows, &plan);
   plan.next = 0;
   parallel(threads, multiply_units, &plan);

@@ -54,17 +54,24 @@ constexpr int kOverhang = 16;           // rows behind the split activations tha
 
 // One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
 // scale * high alone, with `high` and `low` of 8 signed bits. Instruction sets that multiply bytes get them apart, the
-// others as one number of 16 bits. `data[part]` is (G, M, run), `scale` and `sum` (of the integers) are (G, M).
+// others as one number of 16 bits. Rows come in units of `unit_rows`, which one thread multiplies at a time: `data[part]`
+// is (units, G, unit_rows, run), `scale` and `sum` (of the integers) are (units, G, unit_rows).
 struct Task {
   BelleWeight w;
   const float* x;  // (M, K)
   float* y;        // (M, N)
   int64_t rows;    // M
+  int64_t unit_rows;
   int parts;       // 2: exact, 1: fast
   uint8_t* data[2];
   float* scale;
   int32_t* sum;
 };
+
+// Where row m stands in group 0, counted in rows; group g follows unit_rows * g later.
+inline int64_t place_of(const Task& t, int64_t m) {
+  return m / t.unit_rows * t.w.groups * t.unit_rows + m % t.unit_rows;
+}
 
 // One instruction set. Every result is a function of one row of x alone: integer sums are exact, and each group's sum
 // is scaled and added in the order of the groups, whatever the shape of the tile that computed it.

@@ -102,6 +102,7 @@ void split(const Task& t, int64_t row_begin, int64_t row_end) {
   const int run = t.w.run;
   for (int64_t m = row_begin; m < row_end; ++m) {
     const float* row = t.x + m * t.w.inputs;
+    const int64_t first_place = place_of(t, m);
     for (int64_t g = 0; g < t.w.groups; ++g) {
       float gathered[kMostRun];
       const float* v = gathered;
@@ -116,7 +117,7 @@ void split(const Task& t, int64_t row_begin, int64_t row_end) {
       } else {
         for (int i = 0; i < run; ++i) gathered[i] = first + i < t.w.inputs ? row[first + i] : 0.0f;
       }
-      const int64_t place = g * t.rows + m;
+      const int64_t place = first_place + g * t.unit_rows;
       const int64_t offset = place * run * (4 / Isa::kInputs);
       const Split s = t.parts == 2 ? split_group<2>(v, run, t.data[0] + offset, t.data[1] + offset)
                                    : split_group<1>(v, run, t.data[0] + offset, nullptr);
@@ -184,13 +185,15 @@ void stream(const Task& t, int64_t m, int64_t block) {
   const BelleWeight& w = t.w;
   const int vectors = w.run * BITS / 32;
   const int64_t row_bytes = w.run * (4 / Isa::kInputs);
+  const int64_t first_place = place_of(t, m);
   const uint8_t* codes = w.codes + block * w.groups * vectors * 64;
   typename Isa::Float y[R][kVectors];
   for (int r = 0; r < R; ++r)
     for (int h = 0; h < kVectors; ++h) y[r][h] = Isa::set_float(0.0f);
   for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t place = first_place + g * t.unit_rows;
     const uint8_t* x[PARTS];
-    for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + (g * t.rows + m) * row_bytes;
+    for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + place * row_bytes;
     typename Isa::Int sums[R][kVectors][kChains][PARTS];
     for (int r = 0; r < R; ++r)
       for (int h = 0; h < kVectors; ++h)
@@ -227,8 +230,7 @@ void stream(const Task& t, int64_t m, int64_t block) {
           total[p] = sums[r][h][0][p];
           for (int c = 1; c < kChains; ++c) total[p] = Isa::add(total[p], sums[r][h][c][p]);
         }
-        const int64_t place = g * t.rows + m + r;
-        y[r][h] = scaled<PARTS>(total, grid.zero[h], grid.scale[h], t.sum[place], t.scale[place], y[r][h]);
+        y[r][h] = scaled<PARTS>(total, grid.zero[h], grid.scale[h], t.sum[place + r], t.scale[place + r], y[r][h]);
       }
     }
   }
@@ -264,12 +266,12 @@ void unpack(const BelleWeight& w, int64_t pair, int64_t group, uint8_t* out) {
   }
 }
 
-// R rows by Isa::kColumns registers of outputs, one group.
+// R rows from `place` on by Isa::kColumns registers of outputs, one group.
 template <int R, int PARTS>
-inline void tile(const Task& t, int64_t group, int64_t m, const uint8_t* codes, const typename Isa::Float* scale,
+inline void tile(const Task& t, int64_t place, const uint8_t* codes, const typename Isa::Float* scale,
                  const typename Isa::Int* zero, float* y) {
   constexpr int kC = Isa::kColumns;
-  const int64_t row_bytes = t.w.run * (4 / Isa::kInputs), place = group * t.rows + m;
+  const int64_t row_bytes = t.w.run * (4 / Isa::kInputs);
   const int steps = t.w.run / Isa::kInputs;
   const uint8_t* x[PARTS];
   for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + place * row_bytes;
@@ -298,19 +300,19 @@ inline void tile(const Task& t, int64_t group, int64_t m, const uint8_t* codes, 
 }
 
 template <int R, int PARTS>
-inline void tiles(const Task& t, int64_t group, int64_t m, int count, const uint8_t* codes,
+inline void tiles(const Task& t, int64_t place, int count, const uint8_t* codes,
                   const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
   if (count == R) {
-    tile<R, PARTS>(t, group, m, codes, scale, zero, y);
+    tile<R, PARTS>(t, place, codes, scale, zero, y);
   } else if constexpr (R > 1) {
-    tiles<R - 1, PARTS>(t, group, m, count, codes, scale, zero, y);
+    tiles<R - 1, PARTS>(t, place, count, codes, scale, zero, y);
   }
 }
 
 template <int BITS, int PARTS>
 void block(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair, Scratch& scratch) {
   constexpr int kRows = PARTS == 2 ? Isa::kTileRows / 2 : Isa::kTileRows;
-  const int64_t rows = row_end - row_begin;
+  const int64_t rows = row_end - row_begin, first_place = place_of(t, row_begin);
   for (int64_t i = 0; i < rows * kPair; ++i) scratch.y[i] = 0.0f;
   for (int64_t g = 0; g < t.w.groups; ++g) {
     unpack<BITS>(t.w, pair, g, scratch.codes);
@@ -324,8 +326,8 @@ void block(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair, Scra
     for (int c = 0; c < 2 * kVectors; c += Isa::kColumns) {
       const int lane = c * Isa::kLanes;
       for (int64_t m = 0; m < rows; m += kRows) {
-        tiles<kRows, PARTS>(t, g, row_begin + m, static_cast<int>(least(kRows, rows - m)), scratch.codes + lane * 4,
-                            scale + c, zero + c, scratch.y + m * kPair + lane);
+        tiles<kRows, PARTS>(t, first_place + g * t.unit_rows + m, static_cast<int>(least(kRows, rows - m)),
+                            scratch.codes + lane * 4, scale + c, zero + c, scratch.y + m * kPair + lane);
       }
     }
   }
