@@ -34,8 +34,8 @@ struct Workspace {
   alignas(64) float y[kMostRows * kPair];
   __m512i zero[2];
   __m512 scale[2];
-  Job jobs[2];  // what the sets hold
-  int64_t pushed;
+  Job jobs[4];     // the latest ones, job j at j % 4; its sums are in set j % 2
+  int64_t pushed;  // so many so far
 };
 
 struct alignas(64) TileConfig {
@@ -84,12 +84,13 @@ void unpack_signed(const BelleWeight& w, int64_t pair, int64_t group, Workspace&
 
 // Scale `count` rows of sums and add them to y; LACK: the codes lack a zero.
 template <int PARTS, bool LACK>
-inline void scale_rows(const Task& t, const Job& job, const int32_t (*high)[kBlock], const int32_t (*low)[kBlock],
-                       int first, int count) {
+inline __attribute__((always_inline)) void scale_rows(const Task& t, const Job& job, const int32_t (*high)[kBlock],
+                                                      const int32_t (*low)[kBlock], int first, int count) {
   const __m512 scale = job.scale;
   const float* row_scale = t.scale + job.place + first;
   const int32_t* sum = t.sum + job.place + first;
   float* y = job.y + first * kPair;
+#pragma GCC unroll 16
   for (int r = 0; r < count; ++r) {
     __m512i whole = _mm512_load_si512(high[r]);
     if constexpr (PARTS == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), _mm512_load_si512(low[r]));
@@ -101,14 +102,18 @@ inline void scale_rows(const Task& t, const Job& job, const int32_t (*high)[kBlo
 }
 
 template <int PARTS, bool LACK>
-inline void scale_job(const Task& t, const Workspace& s, int set, int tile_rows) {
-  const Job& job = s.jobs[set];
-  const auto* sums = s.sums[set];
-  if constexpr (PARTS == 2) {
-    scale_rows<2, LACK>(t, job, sums[0], sums[1], 0, static_cast<int>(least(tile_rows, job.rows)));
+inline void scale_job(const Task& t, const Workspace& s, int64_t index, int tile_rows) {
+  const Job& job = s.jobs[index % 4];
+  const auto* sums = s.sums[index % 2];
+  const int rows = static_cast<int>(least(PARTS == 2 ? tile_rows : 2 * tile_rows, job.rows));
+  if (tile_rows == kTileMost && rows == (PARTS == 2 ? kTileMost : 2 * kTileMost)) {  // whole tiles, loops unrolled
+    scale_rows<PARTS, LACK>(t, job, sums[0], sums[1], 0, kTileMost);
+    if constexpr (PARTS == 1) scale_rows<1, LACK>(t, job, sums[1], nullptr, kTileMost, kTileMost);
+  } else if (PARTS == 2) {
+    scale_rows<PARTS, LACK>(t, job, sums[0], sums[1], 0, rows);
   } else {
-    scale_rows<1, LACK>(t, job, sums[0], nullptr, 0, static_cast<int>(least(tile_rows, job.rows)));
-    scale_rows<1, LACK>(t, job, sums[1], nullptr, tile_rows, static_cast<int>(least(tile_rows, job.rows - tile_rows)));
+    scale_rows<1, LACK>(t, job, sums[0], nullptr, 0, static_cast<int>(least(tile_rows, rows)));
+    scale_rows<1, LACK>(t, job, sums[1], nullptr, tile_rows, rows - tile_rows);
   }
 }
 
@@ -150,25 +155,26 @@ inline void multiply_step(const uint8_t* first, const uint8_t* second, int run) 
   if constexpr (SET == 1 && STEP == 1) _tile_dpbssd(3, 5, 7);
 }
 
-// Multiply into set SET, scale what it held two jobs ago, and write the other set to memory.
+// Multiply into set SET, and write the other set, job j - 1, to where job j - 3 is scaled before. Scaling what was just
+// written would wait until all products before have retired: 40 cycles a tile more.
 template <int PARTS, bool LACK, int SET>
 inline void push(const Task& t, Workspace& s, const uint8_t* first, const uint8_t* second, const Job& job,
                  int tile_rows) {
   clear_set<SET>();
   multiply_step<SET, 0>(first, second, t.w.run);
   if (t.w.run > 64) multiply_step<SET, 1>(first, second, t.w.run);
-  if (s.pushed >= 2) scale_job<PARTS, LACK>(t, s, SET, tile_rows);
+  if (s.pushed >= 3) scale_job<PARTS, LACK>(t, s, s.pushed - 3, tile_rows);
   if (s.pushed >= 1) store_set<1 - SET>(s);
-  s.jobs[SET] = job;
+  s.jobs[s.pushed % 4] = job;
   ++s.pushed;
 }
 
 // Write and scale what is still under way.
 template <int PARTS, bool LACK>
 inline void flush(const Task& t, Workspace& s, int tile_rows) {
-  const int last = (s.pushed - 1) & 1;
-  if (s.pushed >= 2) scale_job<PARTS, LACK>(t, s, 1 - last, tile_rows);
-  if (last == 0) {
+  const int64_t last = s.pushed - 1;
+  for (int64_t j = last > 2 ? last - 2 : 0; j < last; ++j) scale_job<PARTS, LACK>(t, s, j, tile_rows);
+  if (last % 2 == 0) {
     store_set<0>(s);
   } else {
     store_set<1>(s);
