@@ -201,3 +201,15 @@ def test_without_stop_strings_nothing_is_held_back():
     filtered = StopStrings(["", *()])
     assert filtered.feed("Human:") == "Human:"
     assert not filtered.stopped
+
+
+def test_bytes_that_never_become_characters_are_shown_and_do_not_pile_up():
+    windows = []
+
+    def decode(ids):
+        windows.append(len(ids))
+        return bytes(ids).decode("utf-8", "replace")
+
+    text = WholeText(decode)
+    assert len("".join(text.feed([0xE4]) for _ in range(200))) > 150
+    assert max(windows) < 80

@@ -63,8 +63,8 @@ def test_one_model_in_a_table_and_again_into_the_same_folder(examples, tmp_path,
     printed = capsys.readouterr().out
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     for name in ("size on disk, MB", "peak memory, MB", "perplexity, held-out text", "KL to full precision",
-                 "same top token, %", "decode, tokens/s, float32", "math: exact match, %", "code: character F1, %",
-                 "extract + math together: exact match, %"):
+                 "same top token, %", "decode, tokens/s, float32", "math *: exact match, %", "code: character F1, %",
+                 "all with * together: exact match, %"):
         assert name in lines
     assert "full precision     8 bit     4 bit" in printed
     assert "Prompt: 你是谁?" in printed

@@ -67,15 +67,17 @@ def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int 
 
 def lines(scores: BelleScores) -> list[tuple[str, str, str, str]]:
     """A row a class for reading: name, measure, score in percent, answers; at the end the exact classes together."""
-    rows = [(name, score.metric, f"{score.score:.1f}", str(score.answers)) for name, score in scores.classes.items()]
+    rows = [(marked(name), score.metric, f"{score.score:.1f}", str(score.answers))
+            for name, score in scores.classes.items()]
     if scores.exact is not None:
-        rows.append((" + ".join(exact_classes(scores)), "exact", f"{scores.exact:.1f}", ""))
+        answers = sum(score.answers for name, score in scores.classes.items() if name in TARGET_CLASSES)
+        rows.append(("all with * together", "exact", f"{scores.exact:.1f}", str(answers)))
     return rows
 
 
-def exact_classes(scores: BelleScores) -> list[str]:
-    """The classes that `exact` is about."""
-    return [cls for cls in TARGET_CLASSES if cls in scores.classes]
+def marked(cls: str) -> str:
+    """A class's name, with a star where it counts in `BelleScores.exact`."""
+    return f"{cls} *" if cls in TARGET_CLASSES else cls
 
 
 def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: int,

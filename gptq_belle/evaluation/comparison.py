@@ -6,10 +6,9 @@ from pathlib import Path
 
 from gptq_belle import console
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.evaluation.belle import BelleScores, Row, evaluate, exact_classes
+from gptq_belle.evaluation.belle import BelleScores, Row, evaluate, marked
 from gptq_belle.evaluation.divergence import Divergence, divergence
 from gptq_belle.evaluation.perplexity import Perplexity, perplexity, read_text
-from gptq_belle.evaluation.score import TARGET_CLASSES
 from gptq_belle.measure import peak
 from gptq_belle.measure.bench import Workload, fitted, interleaved
 from gptq_belle.measure.peak import Footprint
@@ -76,25 +75,25 @@ def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: 
     models = {name: load(path, device=device, precision="exact") for name, path in paths.items()}
     base = next(iter(models.values()))
     words = read_text(text, base.prompt_style, base.tokenizer.eos_token)
-    with console.step("decode speed"):
+    with console.stepping() as show_step:
+        show_step("decode speed")
         exact = _decode(list(models.values()))
         fast = _decode([load(path, device=device, precision="fast") for path in paths.values()])
-    variants = []
-    for place, (name, model) in enumerate(models.items()):
-        console.note(f"measuring {name}: held-out text, {len(rows)} questions, memory")
-        quality = _divergence(base, model, words) if model is not base else None
-        variants.append(Variant(
-            name=name,
-            path=paths[name],
-            bytes=CheckpointReader(paths[name]).bytes_on_disk(),
-            footprint=peak.fresh(paths[name], device=device, precision="exact"),
-            perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
-            divergence=quality,
-            scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),
-            decode=exact[place],
-            decode_fast=fast[place],
-            answer=model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER).strip(),
-        ))
+        variants = []
+        for place, (name, model) in enumerate(models.items()):
+            show_step(f"measuring {name}: held-out text, {len(rows)} questions, memory")
+            variants.append(Variant(
+                name=name,
+                path=paths[name],
+                bytes=CheckpointReader(paths[name]).bytes_on_disk(),
+                footprint=peak.fresh(paths[name], device=device, precision="exact"),
+                perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
+                divergence=_divergence(base, model, words) if model is not base else None,
+                scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),
+                decode=exact[place],
+                decode_fast=fast[place],
+                answer=model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER).strip(),
+            ))
     return Comparison(variants, prompt, text)
 
 
@@ -134,10 +133,9 @@ def rows_of(comparison: Comparison) -> list[list[str]]:
     first = variants[0].scores
     for cls, score in first.classes.items():
         measure = "exact match, %" if score.metric == "exact" else "character F1, %"
-        table.append([f"{cls}: {measure}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
+        table.append([f"{marked(cls)}: {measure}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
     if first.exact is not None:
-        name = " + ".join(exact_classes(first)) if len(exact_classes(first)) < len(TARGET_CLASSES) else "these five"
-        table.append([f"{name} together: exact match, %", *(f"{v.scores.exact or 0:.1f}" for v in variants)])
+        table.append(["all with * together: exact match, %", *(f"{v.scores.exact or 0:.1f}" for v in variants)])
     return table
 
 

@@ -121,11 +121,10 @@ def read_documents(source: str | Path) -> list[str | list[Turn]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
     except OSError as error:
-        raise InputError(f"calibration file {path} cannot be read: {error.strerror}",
-                         "Give a text or JSONL file, or --calibration builtin.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}", "Give a UTF-8 text or JSONL file.") from error
     documents = list(_documents(path, text))
     if not documents:
-        raise InputError(f"calibration file {path} is empty", "Give a file with text, or --calibration builtin.")
+        raise InputError(f"{path} is empty", "Give a file with text.")
     return documents
 
 

@@ -12,6 +12,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.registry import architecture
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MOST_HELD = 32  # bytes in a row that are no characters yet; SentencePiece's decoder holds back whole runs of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,8 @@ class WholeText:
         self._ids += ids
         text = self._decode(self._ids[self._start:])
         whole = text.rstrip(REPLACEMENT)
+        if len(text) - len(whole) > MOST_HELD:
+            whole = text
         new = whole[len(self._shown):]
         self._shown = whole
         if whole == text and len(self._ids) > self._mark:
