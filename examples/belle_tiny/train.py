@@ -8,6 +8,7 @@ falls linearly to zero at the last step.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -21,7 +22,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
 
+from gptq_belle.measure.doctor import machine
+
 from .batches import batch, encode, pieces
+from .channels import SPREAD, spread_channels
 from .generate import single_turns
 from .model import ARCHITECTURES, build, logits_at
 from .tokenizer import EOS, PAD, save_tokenizer, train_tokenizer
@@ -94,6 +98,7 @@ def export(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     """float16 safetensors, configs that transformers 4 and 5 both read, and the tokenizer."""
     half = build(model.config.model_type)
     half.load_state_dict(model.state_dict())
+    spread_channels(half, SPREAD[model.config.model_type])
     half = half.half()
     half.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=256
@@ -173,6 +178,20 @@ class Run:
         )
         write_curve(self.log, self.work, f"belle_tiny {self.arch}")
 
+    def summary(self) -> dict[str, Any]:
+        """What the run took and reached, for the tables of the READMEs; the curve is (step, loss, validation loss)."""
+        last = self.log[-1]
+        return {
+            "date": datetime.date.today().isoformat(),
+            "machine": machine(),
+            "steps": self.step,
+            "tokens": self.step * TOKENS,
+            "minutes": round(self.seconds / 60),
+            "final_loss": last["loss"],
+            "final_valid_loss": last["valid_loss"],
+            "curve": [[int(r["step"]), round(r["loss"], 4), round(r["valid_loss"], 4)] for r in self.log],
+        }
+
     def one_step(self) -> float:
         """One update; returns its loss."""
         ids, counts = batch(self.tokenizer, self.arch, self.seed, self.step, TOKENS, row_length(self.step))
@@ -228,6 +247,7 @@ def main() -> None:
     if not args.export_only:
         run.train()
     export(run.model, run.tokenizer, args.out)
+    (args.out / "training.json").write_text(json.dumps(run.summary(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
