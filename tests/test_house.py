@@ -1,6 +1,5 @@
 """The house stands as designed: the kernels link, imports that stay light, a wheel that carries real files."""
 
-import shutil
 import os
 import shutil
 import subprocess

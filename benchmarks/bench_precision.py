@@ -1,0 +1,89 @@
+"""What the CPU kernels' precision costs: KL of the 4-bit and 8-bit demo models with `exact` and `fast` activations.
+
+    python benchmarks/bench_precision.py          # both models; a few minutes
+
+KL is over examples/belle_tiny/data/heldout.jsonl: of the quantized model to the full-precision one with each
+precision, and of `exact` and `fast` to the same packed weights expanded and multiplied by torch in float32.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import records
+from torch import Tensor, nn
+
+from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
+from gptq_belle.evaluation.divergence import divergence
+from gptq_belle.evaluation.perplexity import read_text
+from gptq_belle.kernels import reference
+from gptq_belle.kernels.cpu import CpuWeight
+from gptq_belle.kernels.layout import canonical
+from gptq_belle.runtime.engine import Model
+from gptq_belle.runtime.linear import QuantLinear
+
+TINY = records.ROOT / "examples" / "belle_tiny"
+WINDOW = 256
+LIMIT = 20_000  # tokens
+
+
+class Expanded(nn.Module):
+    """A packed linear, multiplied by torch in float32."""
+
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        state, prepared = linear.state_dict(), linear.prepared
+        assert isinstance(prepared, CpuWeight)
+        words = canonical(state["qweight"], state["qzeros"], state["scales"], state["g_idx"], prepared.source,
+                          prepared.zero_offset)
+        self.weight = reference.dequantize(words).t().contiguous()
+        self.bias = None if linear.bias is None else linear.bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) to (..., N)."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def expanded(path: Path) -> Model:
+    """The packed model with every linear expanded."""
+    model = load(path, device="cpu")
+    for name, module in list(model.hf.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.hf.set_submodule(name, Expanded(module))
+    return model
+
+
+def measure(source: Path, bits: int) -> dict[str, Any]:
+    """Figures of one model quantized to `bits`."""
+    base = load(source, device="cpu")
+    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
+
+    def kl(one: Model, other: Model) -> dict[str, float]:
+        found = divergence(one.logits, other.logits, base.tokenizer, text, length=WINDOW, limit=LIMIT)
+        return {"kl": found.kl_mean, "same_top": found.same_top, "perplexity": found.perplexity}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model"
+        quantize_checkpoint(source, path, QuantConfig(bits=bits), calibration=Calibration(seq_len=WINDOW))
+        models = {"float32": expanded(path)} | {name: load(path, device="cpu", precision=name)
+                                                for name in ("exact", "fast")}
+    figures: dict[str, Any] = {f"{name} to full precision": kl(base, model) for name, model in models.items()}
+    return figures | {f"{name} to float32": kl(models["float32"], models[name]) for name in ("exact", "fast")}
+
+
+def main() -> None:
+    """The command line."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    models: dict[str, Any] = {}
+    for architecture in ("bloom", "llama"):
+        for bits in (4, 8):
+            found = models[f"{architecture} {bits} bit"] = measure(TINY / architecture, bits)
+            for name, figures in found.items():
+                print(f"{architecture} {bits} bit, {name:24} KL {figures['kl']:.3e}  same top "
+                      f"{100 * figures['same_top']:.2f} %  perplexity {figures['perplexity']:.4f}", flush=True)
+    print(records.write("cpu_precision", {"tokens": LIMIT, "models": models}))
+
+
+if __name__ == "__main__":
+    main()
