@@ -138,7 +138,7 @@ def cut_runs(g_idx: Tensor) -> Runs:
 
 
 def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:
-    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, through float32.
+    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, through float32. Has no gradient.
 
     Args:
         x, weight, bias: on the CPU.

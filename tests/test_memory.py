@@ -21,6 +21,7 @@ def test_an_allocation_shows_and_stays_in_the_peak():
         time.sleep(0.02)
         del block
     assert 60 * MIB < peak.bytes - peak.start < 160 * MIB
+    release_unused()  # a heap with a hole of that size may have held the block, and keeps it
     assert anonymous_bytes() < peak.bytes - 50 * MIB
 
 
