@@ -85,6 +85,14 @@ def test_a_directory_of_ours_is_replaced_and_another_is_refused(tmp_path):
     assert (other / "thesis.txt").read_text() == "precious"
 
 
+def test_two_jobs_do_not_write_one_directory(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as first:
+        with pytest.raises(UsageError, match="another job is writing"), CheckpointWriter(tmp_path / "out"):
+            pass
+        assert first.parts.is_dir()
+    write(tmp_path / "out")
+
+
 def test_a_leftover_of_a_killed_job_is_cleared_and_anything_else_of_that_name_is_not(tmp_path):
     (tmp_path / "out.partial" / "parts").mkdir(parents=True)
     (tmp_path / "out.partial" / "parts" / "old.safetensors").write_text("half")

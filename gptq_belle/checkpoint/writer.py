@@ -5,6 +5,7 @@ copied, header first, into files of at most 5 GB. The safetensors format is an 8
 header, and the tensors' bytes without gaps (github.com/huggingface/safetensors, "Format").
 """
 
+import fcntl
 import json
 import os
 import re
@@ -61,13 +62,16 @@ class CheckpointWriter:
         if self.partial.exists():
             if not self.parts.is_dir():
                 raise UsageError(f"{self.partial} exists and was not left by a quantization job", "Move it away.")
+            os.close(_locked(self.partial))
             shutil.rmtree(self.partial)
         self.parts.mkdir(parents=True)
         self.files.mkdir()
+        self._lock = _locked(self.partial)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+        os.close(self._lock)
 
     def add(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors on disk under the name of a part; they may be dropped from memory then."""
@@ -109,6 +113,21 @@ class CheckpointWriter:
             self.out.rename(old)
         self.files.rename(self.out)
         _sync(self.out.parent)
+
+
+def _locked(folder: Path) -> int:
+    """An open handle of a folder that only this process holds; the system lets it go when the process ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UsageError(f"another job is writing {folder}", "Wait for it, or choose another output.") from error
+    return handle
 
 
 def check_output(out: Path) -> None:
