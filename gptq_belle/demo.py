@@ -66,7 +66,7 @@ def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_c
         source: the full-precision model.
         data: a folder with test.jsonl (class, question, std_answer) and heldout.jsonl (text).
         out: quantized models go to `<out>/<name>-8bit` and `-4bit`.
-        prompt: asked at the end; left out, the first test question of the class math.
+        prompt: asked at the end; left out, the first test question of the class translation.
         per_class, device: as the options.
     """
     from gptq_belle.evaluation.belle import read_rows
@@ -76,7 +76,7 @@ def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_c
     for bits, path in zip(BITS, quantized.values(), strict=True):
         _quantize(source, path, bits, device)
     rows = read_rows(data / "test.jsonl", per_class)
-    question = prompt or next((row.question for row in rows if row.cls == "math"), rows[0].question)
+    question = prompt or next((row.question for row in rows if row.cls == "translation"), rows[0].question)
     return compare({"full precision": source, **quantized}, rows, data / "heldout.jsonl", question, device=device)
 
 
