@@ -58,7 +58,7 @@ def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) ->
     zero = 2 ** (bits - 1)
 
     def weight() -> cpu.CpuWeight:
-        codes = torch.randint(0, 256, (blocks, groups, GROUP * bits // 32, 64), dtype=torch.uint8)
+        codes = cpu.empty_codes(blocks, groups, GROUP * bits // 32).random_()
         scales = (torch.rand(blocks, groups, cpu.BLOCK) * 0.01).half()
         g_idx = torch.arange(inputs, dtype=torch.int32) // GROUP
         return cpu.CpuWeight(codes, scales, None, None, g_idx, inputs, outputs, GROUP, bits, zero,
@@ -92,7 +92,7 @@ def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> Variant
 
 def plain_read() -> Variant:
     """Portions of a buffer, read and no more."""
-    buffer = torch.zeros(ROTATED, dtype=torch.uint8)
+    buffer = cpu.empty_codes(1, 1, ROTATED // 64).flatten().random_()
     parts = buffer.split(PORTION)
     return Variant([lambda x, part=part: torch.tensor(cpu.read(part)) for part in parts], PORTION)  # type: ignore[misc]
 

@@ -20,6 +20,7 @@ PADDED = 32  # N is padded to multiples of it
 RUNS = (128, 64, 32)
 CONTAINERS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
 PARTS = {"exact": 2, "fast": 1}
+HUGE_PAGE = 1 << 21  # bytes
 MOST_PADDING = 2  # times K
 
 
@@ -77,7 +78,7 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
     zeros = unpack(weight.qzeros.t(), weight.bits).t() + weight.zero_offset
     low, high = int(zeros.min()), int(zeros.max())
     scales = weight.scales if weight.scales.dtype == torch.float16 else weight.scales.float()
-    codes = torch.empty(blocks, len(runs.groups), runs.run * bits // 32, 64, dtype=torch.uint8)
+    codes = empty_codes(blocks, len(runs.groups), runs.run * bits // 32)
     words = weight.qweight.contiguous()
     _native().pack(
         WordsStruct(words.data_ptr(), _pointer(runs.order), weight.in_features, outputs, len(runs.groups), weight.bits,
@@ -119,6 +120,18 @@ def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
         return whole[:, : weight.out_features].contiguous()
 
     return codes[:, : weight.out_features].contiguous(), table(zeros.int()), table(weight.scales)
+
+
+def empty_codes(blocks: int, groups: int, vectors: int) -> Tensor:
+    """Memory for codes (blocks, groups, vectors, 64), in huge pages where the system has them.
+
+    The whole pages begin at the first code; what is allocated in front of it is never touched.
+    """
+    size = blocks * groups * vectors * 64
+    memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE
+    _native().advise(memory.data_ptr() + start, size)
+    return memory[start : start + size].view(blocks, groups, vectors, 64)
 
 
 def cut_runs(g_idx: Tensor) -> Runs:
@@ -166,10 +179,14 @@ def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, is
 
 
 def read(tensor: Tensor) -> int:
-    """Read a contiguous tensor on the CPU with all threads, and do nothing else: the sum of its words of 8 bytes."""
+    """Read a contiguous tensor on the CPU with all threads and do nothing else: the sum of its words of 4 bytes.
+
+    Behind the last whole 256 KiB nothing is read.
+    """
     if not (tensor.is_cpu and tensor.is_contiguous()):
         raise ValueError("only a contiguous tensor on the CPU can be read")
-    return int(_native().read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads()))
+    native = _native()
+    return int(native.read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads(), ISAS.index(native.isa)))
 
 
 @torch.library.custom_op("gptq_belle::cpu_matmul", mutates_args=())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from gptq_belle.kernels.cpu import read
+from gptq_belle.kernels import cpu
 from gptq_belle.kernels.library import library
 from gptq_belle.measure.timing import Spread, seconds, spread
 
@@ -17,23 +17,25 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: int | None = None) -> Spread:
     """Bytes per second of a plain read (of a copy, read and write counted, on CUDA).
 
-    On a CPU it is the native kernels' plain read, with all of torch's threads. Where they are missing, a matrix meets a
-    vector: of torch's operations the one that reads the fastest (measured on 2 cores: 31 GB/s, where a sum reaches 26
-    and numpy's maximum 14).
+    On a CPU it is the native kernels' plain read, with all of torch's threads and in huge pages (with pages of 4 KiB
+    it is a third slower). Where they are missing, a matrix meets a vector: of torch's operations the one that reads the
+    fastest (measured on 2 cores: 31 GB/s, where a sum reaches 26 and numpy's maximum 14).
 
     Args:
         device: where the buffer lies.
         repeats: how often it is read; one read before them does not count.
         size: bytes of the buffer; left out, `buffer_bytes()`.
     """
-    count = (size or buffer_bytes()) // 4
-    columns = min(4096, count)
-    matrix = torch.ones(count // columns, columns, device=device)
+    bytes_ = size or buffer_bytes()
+    if torch.device(device).type == "cpu" and not isinstance(library(), str):
+        codes = cpu.empty_codes(1, 1, -(-bytes_ // 64)).fill_(1)
+        times = [seconds(lambda: cpu.read(codes)) for _ in range(repeats + 1)]
+        return spread([codes.nbytes / time for time in times[1:]])
+    columns = min(4096, bytes_ // 4)
+    matrix = torch.ones(bytes_ // 4 // columns, columns, device=device)
     if matrix.is_cuda:
         target, factor = torch.empty_like(matrix), 2
         times = [seconds(lambda: target.copy_(matrix), device) for _ in range(repeats + 1)]
-    elif not isinstance(library(), str):
-        factor, times = 1, [seconds(lambda: read(matrix), device) for _ in range(repeats + 1)]
     else:
         vector, out, factor = torch.ones(columns), torch.empty(len(matrix)), 1
         times = [seconds(lambda: torch.mv(matrix, vector, out=out), device) for _ in range(repeats + 1)]

@@ -77,4 +77,4 @@ struct Isa {
 
 #include "tile.h"
 
-const belle::Kernel belle::kPortable = {2, split, multiply};
+const belle::Kernel belle::kPortable = {2, split, multiply, read};

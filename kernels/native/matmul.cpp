@@ -43,8 +43,8 @@ bool usable(int isa) {
 }
 
 constexpr int64_t kCacheBytes = 1 << 20;     // of split activations that a unit of work meets: half of a level 2 cache
-constexpr int64_t kInlineProducts = 1 << 16;  // below, waking threads takes longer than the work
-constexpr int64_t kSplitInline = 1 << 15;     // activations that one thread splits while others would still wake
+constexpr int64_t kInlineProducts = 1 << 20;  // below, waking threads takes longer than the work
+constexpr int64_t kSplitInline = 1 << 17;     // activations split by one thread: 50 microseconds, but one barrier less
 
 struct Plan {
   Task task;
@@ -140,4 +140,30 @@ BELLE_API int belle_matmul(const BelleWeight* weight, const float* x, int64_t ro
   plan.next = 0;
   parallel(threads, multiply_units, &plan);
   return kOk;
+}
+
+namespace {
+
+struct ReadTask {
+  const uint8_t* bytes;
+  int64_t portions;
+  const belle::Kernel* kernel;
+  std::atomic<int64_t> next{0};
+  std::atomic<uint32_t> sum{0};
+};
+
+constexpr int64_t kPortion = 1 << 18;
+
+void read_portions(void* context) {
+  ReadTask& task = *static_cast<ReadTask*>(context);
+  for (int64_t i; (i = task.next++) < task.portions;) task.sum += task.kernel->read(task.bytes + i * kPortion, kPortion);
+}
+
+}  // namespace
+
+// Read whole portions of 256 KiB and do nothing else; the sum of their words of 4 bytes, so that nothing is left out.
+BELLE_API uint32_t belle_read(const uint8_t* bytes, int64_t size, int threads, int isa) {
+  ReadTask task{bytes, size / kPortion, belle::kernel(isa), {}, {}};
+  belle::parallel(threads, read_portions, &task);
+  return task.sum;
 }

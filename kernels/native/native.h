@@ -45,7 +45,7 @@ struct BelleWords {        // a weight as GPTQ files hold it
 
 namespace belle {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
@@ -79,6 +79,7 @@ struct Kernel {
   int input_bytes;  // of an activation in `data`: 1 (high and low apart) or 2
   void (*split)(const Task&, int64_t row_begin, int64_t row_end);
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
+  uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
 };
 
 extern const Kernel kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;

@@ -379,5 +379,23 @@ void multiply(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_be
   }
 }
 
+// ---- a plain read: the bound of every product with few rows ----
+
+uint32_t read(const uint8_t* bytes, int64_t size) {
+  constexpr int kSums = 8, kStep = kSums * Isa::kLanes * 4;
+  typename Isa::Int sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = Isa::set(0);
+  for (int64_t at = 0; at < size; at += kStep) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) sums[i] = Isa::add(sums[i], Isa::load(bytes + at + i * Isa::kLanes * 4));
+  }
+  for (int i = 1; i < kSums; ++i) sums[0] = Isa::add(sums[0], sums[i]);
+  uint8_t lanes[Isa::kLanes * 4];
+  Isa::store(lanes, sums[0]);
+  uint32_t sum = 0;
+  for (int i = 0; i < Isa::kLanes; ++i) sum += static_cast<uint32_t>(load32(lanes + 4 * i));
+  return sum;
+}
+
 }  // namespace
 }  // namespace belle
