@@ -71,8 +71,9 @@ def plan(case: Case, arch: int, processors: int) -> Plan:
 def rule(case: Case, arch: int, processors: int) -> Plan:
     """What is taken where nobody measured: reasoned from the sizes of memories, not from times.
 
-    Expanding the weight costs 2.5 to 5 bytes of traffic for each of its values, which many rows share; where tensor cores
-    are fast for the memory (8.0, 9.0, 10.0), unpacking in front of them would hold them up, so it pays from 1024 rows.
+    Expanding the weight costs 2.5 to 5 bytes of traffic for each of its values, which many rows share; where tensor
+    cores are fast for the memory (8.0, 9.0, 10.0), unpacking in front of them would hold them up: there it pays from
+    1024 rows.
     """
     if case.rows <= MOST_SKINNY:
         stages = 3 if case.rows == MOST_SKINNY else 4

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_unpack import unpack
+from .triton_unpack import unpack, zero_points
 
 
 @triton.jit
@@ -36,10 +36,7 @@ def dequant_kernel(
     for run in tl.static_range(RUNS):
         at = (block * RUNS + run) * columns + n
         scale = tl.load(scales + at).to(tl.float32)[:, None]
-        if ZERO >= 0:
-            zero = tl.full((BN, 1), ZERO, tl.float32)
-        else:
-            zero = tl.load(zeros + at).to(tl.float32)[:, None]
+        zero = zero_points(zeros, at, ZERO)[:, None]
         slices = unpack(w, zero, BITS, tl.float16, ASM)
         for place in tl.static_range(run * SLICES // RUNS, (run + 1) * SLICES // RUNS):
             value = slices[place].to(tl.float32) * scale

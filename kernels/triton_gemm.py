@@ -1,15 +1,15 @@
 """Many rows: M of 65 and more, where the tensor cores are what takes the time.
 
-The weight is the first operand of the dot here too, so that every value is unpacked once for all rows of a tile, in the
-registers, and never written to shared memory. The scale is put on the weight, in x's dtype, as expanding the weight would
-do: the sums then run through the whole of K in float32 accumulators. Tiles are walked in narrow columns, so that the
-programs which run at one time share words and rows of x in the L2 cache.
+The weight is the first operand of the dot here too, so that every value is unpacked once for all rows of a tile, in
+the registers, and never written to shared memory. The scale is put on the weight, in x's dtype, as expanding the weight
+would do: the sums then run through the whole of K in float32 accumulators. Tiles are walked in narrow columns, so that
+the programs which run at one time share words and rows of x in the L2 cache.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_unpack import unpack
+from .triton_unpack import unpack, zero_points
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,10 +61,7 @@ def gemm_kernel(
         for run in tl.static_range(RUNS):
             row = (block * RUNS + run) * columns + n
             scale = tl.load(scales + row).to(x.dtype.element_ty)[:, None]
-            if ZERO >= 0:
-                zero = tl.full((BN, 1), ZERO, tl.float32)
-            else:
-                zero = tl.load(zeros + row).to(tl.float32)[:, None]
+            zero = zero_points(zeros, row, ZERO)[:, None]
             slices = unpack(w, zero, BITS, x.dtype.element_ty, ASM)
             for place in tl.static_range(run * SLICES // RUNS, (run + 1) * SLICES // RUNS):
                 rows = tl.load(x_at + block * BLOCK + place * STRIDE + part, mask=live, other=0.0)

@@ -1,9 +1,10 @@
 """The layout that the Triton kernels read at every M: "slices", made once at loading, by torch on any device.
 
-Inputs are sorted by group and padded to whole blocks of 128 (or 64). A block of one output is 64 bytes in a row (128 bytes
+Inputs are sorted by group and padded to whole blocks of 128 (or 64). A block of one output is 64 bytes in a row (128
 with 8 bits): word i, 16 bits, holds the codes of inputs i, S + i, 2 S + i, ... of the block, the first in the lowest
 bits, where S is the length of a slice. So the bits at one place of all words multiply S neighbouring inputs: nothing is
-shuffled after unpacking, copies are 16 bytes wide, and the tile of 64 outputs that a program loads is one piece of memory.
+shuffled after unpacking, copies are 16 bytes wide, and the tile of 64 outputs that a program loads is one piece of
+memory.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ CHUNK = 1 << 24  # codes unpacked at a time, 64 MiB
 
 
 class SlicedWeight(NamedTuple):
-    """A weight in slices: K inputs at K' places, N outputs padded to N', runs of 32, 64 or 128 places that share a scale."""
+    """A weight in slices: K inputs at K' places, N outputs padded to N', runs of places that share a scale."""
 
     words: Tensor  # (K' / block, N', S) int16, S = block * bits / 16
     scales: Tensor  # (K' / run, N') of the checkpoint's dtype; 0 in padding

@@ -1,7 +1,7 @@
 """Few rows: M up to 64, where reading the weight is what takes the time.
 
-The weight is the first operand of the dot ("transposed"): what was unpacked stays in the registers where the tensor cores
-want it, and 8 rows of x cost the narrowest instruction there is. Sums within a run of inputs meet the run's scale in
+The weight is the first operand of the dot ("transposed"): what was unpacked stays in the registers where the tensor
+cores want it, and 8 rows of x cost the narrowest instruction there is. Sums within a run of inputs meet the run's scale in
 float32, once. K may be split among programs: each writes its float32 sums to a workspace of its own, which
 `triton_reduce.reduce_kernel` adds in a fixed order: the same input gives the same output, to the bit.
 """
@@ -9,7 +9,7 @@ float32, once. K may be split among programs: each writes its float32 sums to a 
 import triton
 import triton.language as tl
 
-from .triton_unpack import unpack
+from .triton_unpack import unpack, zero_points
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,10 +59,7 @@ def skinny_kernel(
         for run in tl.static_range(RUNS):
             row = (block * RUNS + run) * columns + n
             scale = tl.load(scales + row).to(tl.float32)[:, None]
-            if ZERO >= 0:
-                zero = tl.full((BN, 1), ZERO, tl.float32)
-            else:
-                zero = tl.load(zeros + row).to(tl.float32)[:, None]
+            zero = zero_points(zeros, row, ZERO)[:, None]
             slices = unpack(w, zero, BITS, x.dtype.element_ty, ASM)
             total = tl.zeros((BN, BM), tl.float32)
             for place in tl.static_range(run * SLICES // RUNS, (run + 1) * SLICES // RUNS):

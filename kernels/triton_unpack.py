@@ -1,9 +1,11 @@
 """From words of codes to what tensor cores multiply: code - zero, exactly, in float16 or bfloat16.
 
-A code that is put into the mantissa of a power of two is that power plus the code: one `lop3` masks and merges two codes of
-a 32-bit register, one addition takes the power and the zero point away. Nothing is converted, nothing is rounded. The
-assembly takes two neighbouring words (a register) at a time; pure Triton does the same for the interpreter and for what is
-not NVIDIA's, with half as many instructions again.
+A code that is put into the mantissa of a power of two is that power plus the code: one `lop3` masks and merges two
+codes of a 32-bit register, one addition takes the power and the zero point away. Nothing is converted, nothing is
+rounded. The assembly takes two neighbouring words (a register) at a time; pure Triton does the same for the interpreter
+and for what is not NVIDIA's, with half as many instructions again.
+
+Functions return from every branch of an if: Triton would compile what follows one, too.
 
 Operands: $0.. results in the order of slices, then the words, then what is subtracted, negative where it is added.
 """
@@ -55,8 +57,8 @@ fma.rn.bf16x2 $2, code2, one, $5;
 fma.rn.bf16x2 $3, code3, one, $5;
 }""")
 
-# 8 bits do not fit beside the 7 of bfloat16: each byte goes into the mantissa of 2**23 in float32. The difference, at most
-# 256 in size, is exact in bfloat16. Arguments: words, then 2**23 + zero for the first and for the second of them.
+# 8 bits do not fit into 7: each byte goes into the mantissa of 2**23 in float32. The difference, at most 256 in size, is
+# exact in bfloat16. Arguments: words, then 2**23 + zero for the first and for the second of them.
 UNPACK8_BFLOAT16 = tl.constexpr("""{
 .reg .b32 magic, byte0, byte1, byte2, byte3;
 .reg .f32 code0, code1, code2, code3;
@@ -90,10 +92,19 @@ def unpack(words, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constex
     if ASM:
         if DTYPE == tl.float16:
             return _float16_asm(words, zero, BITS)
-        else:  # noqa: RET505 - Triton compiles what follows a return
+        else:
             return _bfloat16_asm(words, zero, BITS)
-    else:  # noqa: RET505
+    else:
         return _pure(words, zero, BITS, DTYPE)
+
+
+@triton.jit
+def zero_points(zeros, at, ZERO: tl.constexpr):
+    """Zero points (rows,) float32: those at offsets (rows,) from zeros, or ZERO where that is not -1."""
+    if ZERO >= 0:
+        return tl.full(at.shape, ZERO, tl.float32)
+    else:
+        return tl.load(zeros + at).to(tl.float32)
 
 
 @triton.jit
@@ -102,7 +113,7 @@ def _float16_asm(words, zero, BITS: tl.constexpr):
     if BITS == 8:
         return tl.inline_asm_elementwise(UNPACK8_FLOAT16, "=r,=r,r,r", [words, low],
                                          dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
-    else:  # noqa: RET505
+    else:
         return tl.inline_asm_elementwise(UNPACK4_FLOAT16, "=r,=r,=r,=r,r,r,r",
                                          [words, low, (-64 - zero).to(tl.float16)],
                                          dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2)
@@ -113,7 +124,7 @@ def _bfloat16_asm(words, zero, BITS: tl.constexpr):
     if BITS == 8:
         return tl.inline_asm_elementwise(UNPACK8_BFLOAT16, "=r,=r,r,f,f", [words, 8388608 + zero],
                                          dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2)
-    else:  # noqa: RET505
+    else:
         return tl.inline_asm_elementwise(UNPACK4_BFLOAT16, "=r,=r,=r,=r,r,r", [words, (-128 - zero).to(tl.bfloat16)],
                                          dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True,
                                          pack=2)
@@ -125,7 +136,7 @@ def _pure(words, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
     high = low >> 8
     if BITS == 8:
         return _code8(low, zero, DTYPE), _code8(high, zero, DTYPE)
-    elif DTYPE == tl.float16:  # noqa: RET505
+    elif DTYPE == tl.float16:
         return _low4(low, zero), _up4(low, zero), _low4(high, zero), _up4(high, zero)
     else:
         return _bfloat4(low, zero), _bfloat4(low >> 4, zero), _bfloat4(high, zero), _bfloat4(high >> 4, zero)
@@ -151,6 +162,6 @@ def _bfloat4(words, zero):
 def _code8(words, zero, DTYPE: tl.constexpr):
     if DTYPE == tl.float16:
         return ((words & 0x00FF) | 0x6400).to(tl.float16, bitcast=True) - (1024 + zero).to(tl.float16)
-    else:  # noqa: RET505
+    else:
         magic = ((words & 0x00FF).to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
         return (magic - (8388608 + zero)).to(tl.bfloat16)

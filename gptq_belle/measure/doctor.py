@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from gptq_belle import __version__, console
 from gptq_belle.kernels.dispatch import choose
 from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.triton_matmul import c_compiler
 from gptq_belle.runtime.loader import PRECISIONS, resolve_device
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
@@ -37,7 +37,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "cpu": cpu(),
         "memory": memory(),
         "devices": devices(),
-        "compiler": compiler(),
+        "compiler": c_compiler(),
         "native": native(),
         "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
     }
@@ -86,12 +86,6 @@ def devices() -> list[dict[str, Any]]:
         found.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory,
                       "capability": f"{properties.major}.{properties.minor}"})
     return found
-
-
-def compiler() -> str | None:
-    """The C compiler that Triton would build its launcher with; None where there is none."""
-    found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
-    return next((path for path in found if path), None)
 
 
 def native() -> dict[str, Any]:
