@@ -28,10 +28,8 @@ def _rounded(x):
 def _grid(low, high, LEVELS: tl.constexpr, SYM: tl.constexpr):
     """Scales and zeros of groups that reach from low <= 0 to high >= 0, as the solver's min_max_grid has them."""
     levels = tl.full(low.shape, LEVELS, tl.float32)
-    if SYM:
-        scale = tl.math.div_rn(tl.maximum(-low, high) * 2, levels)
-    else:
-        scale = tl.math.div_rn(high - low, levels)
+    span = tl.maximum(-low, high) * 2 if SYM else high - low
+    scale = tl.math.div_rn(span, levels)
     scale = scale.to(tl.float16).to(tl.float32)  # what the file will hold
     scale = tl.where(scale < 1e-7, 1.0, scale)  # a group of zeros
     if SYM:

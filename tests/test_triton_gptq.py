@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ import torch
 from test_solver import problem
 
 from gptq_belle.config import QuantConfig
-from gptq_belle.kernels import triton_ready
 from gptq_belle.quantization import solver
 
 BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
@@ -104,15 +104,14 @@ def edges(inputs, outputs):
     return weight, factor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torch_serves_on_a_cpu(dtype):
-    assert solver._block_solver(torch.empty(1, 1, dtype=dtype)) is solver._solve_block
-
-
-def test_the_kernel_serves_where_triton_does(monkeypatch):
-    monkeypatch.setattr(triton_ready, "refusal", lambda device, capability: None)
-    assert solver._block_solver(torch.empty(1, 1)).__module__ == "gptq_belle.kernels.triton_gptq"
-    assert solver._block_solver(torch.empty(1, 1, dtype=torch.float64)) is solver._solve_block
+@pytest.mark.parametrize(("device", "dtype", "lacking", "kernel"), [
+    ("cuda", torch.float32, None, True), ("cuda", torch.float64, None, False),
+    ("cuda", torch.float32, "no compiler", False), ("cpu", torch.float32, None, False)])
+def test_when_the_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable", lambda device: lacking)
+    W = SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
+    assert (solver._block_solver(W) is not solver._solve_block) == kernel
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite, dequantize
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.kernels import triton_ready
+from gptq_belle.kernels import triton_matmul
 from gptq_belle.quantization.grid import check_storable, min_max_grid, to_codes
 from gptq_belle.quantization.hessian import inverse_factor, live_diagonal
 
@@ -95,7 +95,7 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig) -> tuple[Te
 
 def _block_solver(W: Tensor) -> Callable[..., None]:
     """What walks through a block: one kernel where Triton serves, else torch, a few operations a step."""
-    if W.dtype != torch.float32 or triton_ready.refusal(W.device, triton_ready.OLDEST):
+    if not W.is_cuda or W.dtype != torch.float32 or triton_matmul.unavailable(W.device):
         return _solve_block
     from gptq_belle.kernels import triton_gptq
 
