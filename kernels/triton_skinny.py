@@ -1,15 +1,15 @@
 """Few rows: M up to 64, where reading the weight is what takes the time.
 
 The weight is the first operand of the dot ("transposed"): what was unpacked stays in the registers where the tensor
-cores want it, and 8 rows of x cost the narrowest instruction there is. Sums within a run of inputs meet the run's scale in
-float32, once. K may be split among programs: each writes its float32 sums to a workspace of its own, which
+cores want it, and 8 rows of x cost the narrowest instruction there is. Sums within a run of inputs meet the run's scale
+in float32, once. K may be split among programs: each writes its float32 sums to a workspace of its own, which
 `triton_reduce.reduce_kernel` adds in a fixed order: the same input gives the same output, to the bit.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_unpack import unpack, zero_points
+from .triton_unpack import load_runs, unpack, zero_points
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -52,20 +52,25 @@ def skinny_kernel(
     first = split * share
     last = tl.minimum(first + share, blocks)
     acc = tl.zeros((BN, BM), tl.float32)
+    scales_at = scales + n
+    ahead = load_runs(scales_at + first * RUNS * columns, columns, RUNS)
     for step in range(first * STEPS, last * STEPS):
         block = step // STEPS
+        # Scales are too narrow to be copied asynchronously: they are loaded a step before they are needed.
+        scale = ahead
+        following = tl.minimum((step + 1) // STEPS, blocks - 1)
+        ahead = load_runs(scales_at + following * RUNS * columns, columns, RUNS)
         part = step % STEPS * WIDTH
         w = tl.load(words_at + block * columns * STRIDE + part, eviction_policy="evict_first")
         for run in tl.static_range(RUNS):
             row = (block * RUNS + run) * columns + n
-            scale = tl.load(scales + row).to(tl.float32)[:, None]
             zero = zero_points(zeros, row, ZERO)[:, None]
             slices = unpack(w, zero, BITS, x.dtype.element_ty, ASM)
             total = tl.zeros((BN, BM), tl.float32)
             for place in tl.static_range(run * SLICES // RUNS, (run + 1) * SLICES // RUNS):
                 rows = tl.load(x_at + block * BLOCK + place * STRIDE + part, mask=live, other=0.0)
                 total = tl.dot(slices[place], rows, total)
-            acc += total * scale
+            acc += total * scale[run].to(tl.float32)[:, None]
     if HAS_BIAS and SPLIT_K == 1:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     out_at = out + (split * M + m[None, :]) * N + n[:, None]

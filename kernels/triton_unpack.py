@@ -57,8 +57,8 @@ fma.rn.bf16x2 $2, code2, one, $5;
 fma.rn.bf16x2 $3, code3, one, $5;
 }""")
 
-# 8 bits do not fit into 7: each byte goes into the mantissa of 2**23 in float32. The difference, at most 256 in size, is
-# exact in bfloat16. Arguments: words, then 2**23 + zero for the first and for the second of them.
+# 8 bits do not fit into 7: each byte goes into the mantissa of 2**23 in float32. The difference, at most 256 in size,
+# is exact in bfloat16. Arguments: words, then 2**23 + zero for the first and for the second of them.
 UNPACK8_BFLOAT16 = tl.constexpr("""{
 .reg .b32 magic, byte0, byte1, byte2, byte3;
 .reg .f32 code0, code1, code2, code3;
@@ -105,6 +105,17 @@ def zero_points(zeros, at, ZERO: tl.constexpr):
         return tl.full(at.shape, ZERO, tl.float32)
     else:
         return tl.load(zeros + at).to(tl.float32)
+
+
+@triton.jit
+def load_runs(at, columns, RUNS: tl.constexpr):
+    """A tuple of RUNS rows that stand `columns` apart, the first at pointers `at`."""
+    if RUNS == 1:
+        return (tl.load(at),)
+    elif RUNS == 2:
+        return tl.load(at), tl.load(at + columns)
+    else:
+        return tl.load(at), tl.load(at + columns), tl.load(at + 2 * columns), tl.load(at + 3 * columns)
 
 
 @triton.jit
