@@ -53,12 +53,12 @@ class Job(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """How a kernel is compiled: the function, the types of its arguments and its constants for a job."""
+    """How a kernel is compiled: the function, and for a job the types of its arguments and its constants."""
 
     function: Any
     types: Callable[[Job], dict[str, str]]
     constants: Callable[[Job], dict[str, Any]]
-    options: dict[str, Any]
+    options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def _weight(job: Job) -> dict[str, Any]:
@@ -97,12 +97,11 @@ ARRANGE = {"x": "*fp16", "order": "*i32", "out": "*fp16", "M": "i32", "inputs": 
 GPTQ = {"weight": "*fp32", "factor": "*fp32", "codes": "*u8", "errors": "*fp32", "scales": "*fp32", "zeros": "*fp32",
         "inputs": "i32", "N": "i32", "stride": "i32"}
 KERNELS = {
-    "skinny": Kernel(skinny_kernel, _product, _tile, {"enable_fp_fusion": True}),
-    "gemm": Kernel(gemm_kernel, _product, lambda job: _tile(job) | {"SWIZZLE": 8}, {"enable_fp_fusion": True}),
-    "dequant": Kernel(dequant_kernel, _dequant, lambda job: _weight(job) | {"BN": 64}, {"num_warps": 4}),
-    "reduce": Kernel(reduce_kernel, lambda job: REDUCE, lambda job: {"HAS_BIAS": True, "SPLIT_K": 4, "WIDTH": 256},
-                     {"num_warps": 4}),
-    "arrange": Kernel(arrange_kernel, lambda job: ARRANGE, lambda job: {"WIDTH": 1024}, {"num_warps": 4}),
+    "skinny": Kernel(skinny_kernel, _product, _tile),
+    "gemm": Kernel(gemm_kernel, _product, lambda job: _tile(job) | {"SWIZZLE": 8}),
+    "dequant": Kernel(dequant_kernel, _dequant, lambda job: _weight(job) | {"BN": 64}),
+    "reduce": Kernel(reduce_kernel, lambda job: REDUCE, lambda job: {"HAS_BIAS": True, "SPLIT_K": 4, "WIDTH": 256}),
+    "arrange": Kernel(arrange_kernel, lambda job: ARRANGE, lambda job: {"WIDTH": 1024}),
     "gptq": Kernel(triton_gptq.gptq_block, lambda job: GPTQ, lambda job: {
         "GROUP": job.run, "LEVELS": 2 ** (job.bits or 4) - 1, "SYM": job.zero == SAME,
         "BLOCK": triton_gptq.BLOCK, "OUTPUTS": triton_gptq.OUTPUTS}, triton_gptq.OPTIONS),
