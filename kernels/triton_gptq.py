@@ -1,10 +1,10 @@
 """GPTQ's walk through one block of inputs as one Triton kernel: 128 steps without a return to Python.
 
-Frantar et al., arXiv 2210.17323, Algorithm 1, the inner loop. Outputs never meet there, so each thread holds one
-output's weights of the block in registers and no sum crosses threads. Operations and their order are those of the
-solver in torch. No multiplication is fused with an addition, so that every float32 operation rounds as it does in NumPy
-and a block comes out the same to the bit wherever it is solved. (torch's `addr_` fuses them in most places, and in some
-not: there a last bit may differ, and once in a great many codes a code.)
+Frantar et al., arXiv 2210.17323, Algorithm 1, the inner loop. Outputs never meet there: a program takes some, and holds
+their weights of the block in registers. Operations and their order are those of the solver in torch. No multiplication
+is fused with an addition, so that every float32 operation rounds as it does in NumPy and a block comes out the same to
+the bit wherever it is solved. (torch's `addr_` fuses them in most places, and in some not: there a last bit may differ,
+and once in a great many codes a code.)
 """
 
 import torch
@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # most inputs of a block
-OUTPUTS = 32  # of a program: one for each thread of its warp
-OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+OUTPUTS = 32  # of a program: one for each thread of a warp
+# Four warps share the inputs, 32 a thread. With one warp, which no sum would have to leave, ptxas spills for sm_120.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit
