@@ -75,8 +75,12 @@ def processor(device: torch.device) -> tuple[int, int]:
 
 def planned(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Plan:
     """The kernel and tiles that products of `rows` rows take on the device where the weight is."""
-    case = Case(bucket(rows), weight.out_features, weight.places, weight.bits, weight.run, str(dtype).split(".")[1])
-    return plan(case, *processor(weight.words.device))
+    return plan(case_of(weight, rows, dtype), *processor(weight.words.device))
+
+
+def case_of(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Case:
+    """What a plan for products of `rows` rows depends on."""
+    return Case(bucket(rows), weight.out_features, weight.places, weight.bits, weight.run, str(dtype).split(".")[1])
 
 
 def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None, by: Plan | None = None) -> Tensor:
