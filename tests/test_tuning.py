@@ -10,8 +10,8 @@ from gptq_belle import cli, console
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import Case, Config, Plan, rule
+from gptq_belle.measure import plan_timer, tuning
 from gptq_belle.measure import tune as tuner
-from gptq_belle.measure import tuning
 
 CASE = Case(16, 4096, 4096, 4, 128, "float16")
 MANY = CASE._replace(rows=512)
@@ -175,7 +175,7 @@ def test_wrong_products_are_an_error(monkeypatch):
     weight = weight._replace(words=weight.words.cuda(), scales=weight.scales.cuda(),
                              zeros=None if weight.zeros is None else weight.zeros.cuda())
     case = triton_matmul.case_of(weight, 8, torch.float16)
-    timer = tuner.device_timer(case, [weight])
+    timer = plan_timer.device_timer(case, [weight])
     plan = rule(case, *triton_matmul.processor(weight.words.device))
     assert 0 < timer(plan) < 1e-2
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, by: torch.zeros(8, 128, device="cuda"))

@@ -7,19 +7,14 @@ from typing import Any
 import torch
 
 from gptq_belle import console
-from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
+from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_matmul
-from gptq_belle.kernels.triton_config import BUCKETS, Case, Plan, bucket
+from gptq_belle.kernels.triton_config import BUCKETS, Case, bucket
 from gptq_belle.kernels.triton_layout import SlicedWeight
-from gptq_belle.measure import cuda
-from gptq_belle.measure.tuning import Timer, entry, tune, write
+from gptq_belle.measure.plan_timer import describe, device_timer
+from gptq_belle.measure.tuning import entry, tune, write
 from gptq_belle.runtime.linear import QuantLinear
 from gptq_belle.runtime.loader import hf_model, resolve_device
-
-EXPANDED = Plan("expand", None)
-# Relative error of the whole result against the expanded weight, which rounds it to x's dtype as many rows do.
-AGREEMENT = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
 
 def require_gpu(device: torch.device) -> None:
     """Refuse what cannot be tuned.
@@ -87,45 +82,6 @@ def alike(weights: Sequence[SlicedWeight], rows: Sequence[int], dtype: torch.dty
         for number in rows:
             found.setdefault(triton_matmul.case_of(weight, number, dtype), []).append(weight)
     return found
-
-
-def device_timer(case: Case, weights: Sequence[SlicedWeight]) -> Timer:
-    """Times plans of a case on the device, its weights taking turns; wrong results are an error, not a time."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    turns = rotation(weights)
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    x = torch.randn(case.rows, turns[0].in_features, device=turns[0].words.device).to(dtype)
-    expected = triton_matmul.quant_matmul(x, turns[0], by=EXPANDED).float()
-
-    def time(plan: Plan) -> float:
-        try:
-            y = triton_matmul.quant_matmul(x, turns[0], by=plan).float()
-            error = float((y - expected).norm() / expected.norm())
-            if not error < AGREEMENT[dtype]:
-                raise GptqBelleError(f"{plan} multiplies wrongly here: relative error {error:.1e}, {describe(case)}",
-                                     "Please report it, with the output of `gptq-belle doctor --json`.")
-            actions = [lambda weight=weight: triton_matmul.quant_matmul(x, weight, by=plan) for weight in turns]
-            return cuda.device_seconds(actions).median
-        except (OutOfResources, PTXASError):  # too many stages for this part's shared memory, too many registers
-            return float("inf")
-
-    return time
-
-
-def rotation(weights: Sequence[SlicedWeight]) -> list[SlicedWeight]:
-    """So many weights of one shape, copied where they are too few, that none stays in the L2 cache."""
-    first = weights[0]
-    wanted = cuda.copies(first.words.nbytes + first.scales.nbytes, first.words.device)
-    turns = list(weights[:wanted])
-    turns += [first._replace(words=first.words.clone(), scales=first.scales.clone())
-              for _ in range(wanted - len(turns))]
-    return turns
-
-
-def describe(case: Case) -> str:
-    """A case in words."""
-    return f"{case.rows} rows, {case.inputs} x {case.outputs}, {case.bits} bits, runs of {case.run}, {case.dtype}"
 
 
 def show(found: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import datetime
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,6 @@ from gptq_belle import __version__
 from gptq_belle.errors import HardwareError, InputError
 from gptq_belle.kernels import triton_config
 from gptq_belle.kernels.triton_config import KERNELS, MOST_SKINNY, Case, Config, Plan, rule
-from gptq_belle.measure.doctor import installed
 
 SHIPPED = Path(triton_config.__file__).parent / "tuning"
 VARIED = {  # in the order in which they are varied
@@ -121,7 +122,8 @@ def write(results: Sequence[Tuned], arch: int, device_name: str, folder: Path | 
     content = {
         "device": device_name,
         "date": datetime.date.today().isoformat(),
-        "versions": {"gptq_belle": __version__, "torch": torch.__version__, "triton": installed()["triton"]},
+        "versions": {"gptq_belle": __version__, "torch": torch.__version__,
+                     "triton": version("triton") if find_spec("triton") else None},
         "entries": [lines[case] for case in sorted(lines)],
     }
     try:
