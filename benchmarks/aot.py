@@ -19,7 +19,7 @@ import triton
 from machine_code import MachineCode
 
 from gptq_belle.kernels import triton_gptq
-from gptq_belle.kernels.triton_config import BUCKETS, SHARED, Case, Config, Plan, rule, table
+from gptq_belle.kernels.triton_config import BUCKETS, REGISTERS, SHARED, Case, Config, Plan, rule, table
 from gptq_belle.kernels.triton_dequant import dequant_kernel
 from gptq_belle.kernels.triton_gemm import gemm_kernel
 from gptq_belle.kernels.triton_layout import block_inputs
@@ -151,6 +151,8 @@ def compiled(job: Job) -> MachineCode:
     options = dict(kernel.options)
     if job.config is not None:
         options |= {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
+    if job.kernel == "skinny" and job.config is not None:
+        options["maxnreg"] = REGISTERS.get(job.config.BM)
     return machine_code.compile_kernel(kernel.function, kernel.types(job), kernel.constants(job), job.arch, options)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .runs import RUNS, wasteful
-from .triton_config import BUCKETS, Case, Config, Plan, bucket, plan
+from .triton_config import BUCKETS, REGISTERS, Case, Config, Plan, bucket, plan
 from .triton_layout import COLUMNS, SlicedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -132,7 +132,7 @@ def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: s
         "BK": max(min(config.BK, weight.block), weight.block // 2), "HAS_BIAS": bias is not None,
         "enable_fp_fusion": True}
     if kernel == "skinny":
-        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants)
+        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants, maxnreg=REGISTERS.get(config.BM))
     else:
         gemm_kernel[tiles_n * tiles_m, parts](*arguments, **constants, SWIZZLE=8)
     if parts > 1:

@@ -16,6 +16,7 @@ from gptq_belle.measure.tuning import entry, tune, write
 from gptq_belle.runtime.linear import QuantLinear
 from gptq_belle.runtime.loader import hf_model, resolve_device
 
+
 def require_gpu(device: torch.device) -> None:
     """Refuse what cannot be tuned.
 
