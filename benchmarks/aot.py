@@ -1,13 +1,16 @@
 """Every Triton kernel in every config that is planned or tuned, compiled for GPUs that are not here, held to limits.
 
-    python benchmarks/aot.py                 # all parts; writes benchmarks/results/triton_aot.json
-    python benchmarks/aot.py --archs 86 90   # some, without writing
+    python benchmarks/aot.py                    # all parts, everything: an hour on two cores
+    python benchmarks/aot.py --archs 86 90      # some parts
+    python benchmarks/aot.py --usual            # what most checkpoints are: 4 bits, float16, one zero point
 
-The record keeps a table for each version of Triton: what was compiled with another one stays in it. A split of K is
-compiled as a split in two, which differs from the others in one constant.
+Writes benchmarks/results/triton_aot.json: a table for each version of Triton and part, of which only those that were
+compiled are replaced. A split of K is compiled as a split in two, which differs from the others in one constant.
 """
 
 import argparse
+import datetime
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +35,7 @@ SHAPES = [(4096, 4096), (4096, 12288), (4096, 16384), (16384, 4096), (4096, 1100
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 RUNS = (128, 64, 32)
 SAME, EACH = "one", "each"  # zero point
+VARIANTS = list(itertools.product((4, 8), DTYPES, RUNS))
 COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "registers", "spilled",
            "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
 # Instructions of the main loop for each weight and thread, at most: 4 bits, float16, one zero point, runs of 128.
@@ -120,19 +124,23 @@ def split_in_two(config: Config) -> Config:
     return config._replace(SPLIT_K=min(config.SPLIT_K, 2))
 
 
+def usual(arch: int) -> list[Job]:
+    """The jobs of 4 bits in float16 with one zero point, which is what most checkpoints are, and the solver's."""
+    return [*(Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))),
+            Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME)]
+
+
 def jobs(arch: int) -> Iterator[Job]:
     """Everything that is compiled for a part."""
-    for kernel, config in sorted(configs(arch)):
-        for bits in (4, 8):
-            for dtype in DTYPES:
-                for run in RUNS:
-                    yield from (Job(arch, kernel, bits, dtype, run, zero, config) for zero in (SAME, EACH))
+    yield from usual(arch)
+    whole = {(kernel, config._replace(SPLIT_K=1)): config for kernel, config in sorted(configs(arch))}
+    for (kernel, _), config in whole.items():
+        for bits, dtype, run in VARIANTS:
+            yield from (Job(arch, kernel, bits, dtype, run, zero, config) for zero in (SAME, EACH))
     for case, plan in table(arch).items():
         yield from _tuned(arch, case, plan)
-    for bits in (4, 8):
-        for dtype in DTYPES:
-            for run in RUNS:
-                yield from (Job(arch, "dequant", bits, dtype, run, zero) for zero in (SAME, EACH))
+    for bits, dtype, run in VARIANTS:
+        yield from (Job(arch, "dequant", bits, dtype, run, zero) for zero in (SAME, EACH))
     yield Job(arch, "reduce")
     yield Job(arch, "arrange")
     for group in (32, 64, 128, 0):
@@ -201,29 +209,37 @@ def row(job: Job, code: MachineCode) -> str:
     return " ".join("-" if value is None else str(value) for value in values)
 
 
+def check(arch: int, every: bool) -> dict[str, Any]:
+    """Compile for a part: what broke a limit, and the rows of the record."""
+    rows, broken = [], []
+    for job in dict.fromkeys(jobs(arch) if every else usual(arch)):
+        try:
+            code = compiled(job)
+        except Exception as error:  # of any of the compiler's stages: told beside the others, not instead of them
+            broken.append(f"{job}: {type(error).__name__}: {error}")
+            continue
+        rows.append(row(job, code))
+        broken += [f"{job}: {problem}" for problem in problems(job, code)]
+        print(rows[-1], flush=True)
+    print(*broken, sep="\n")
+    return {"date": datetime.date.today().isoformat(), "everything": every, "broken": broken, "rows": rows}
+
+
 def main() -> None:
     """The command line; exit code 1 where a limit is broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--archs", nargs="+", type=int, choices=PROCESSORS, help="only these; nothing is written")
+    parser.add_argument("--archs", nargs="+", type=int, choices=PROCESSORS, default=list(PROCESSORS))
+    parser.add_argument("--usual", action="store_true", help="only what most checkpoints are")
     args = parser.parse_args()
-    rows, broken = [], []
-    for arch in args.archs or PROCESSORS:
-        for job in dict.fromkeys(jobs(arch)):
-            try:
-                code = compiled(job)
-            except Exception as error:  # of any of the compiler's stages: told beside the others, not instead of them
-                broken.append(f"{job}: {type(error).__name__}: {error}")
-                continue
-            rows.append(row(job, code))
-            broken += [f"{job}: {problem}" for problem in problems(job, code)]
-            print(rows[-1], flush=True)
-    print(*broken, sep="\n")
-    if not args.archs:
-        path = records.RESULTS / "triton_aot.json"
-        tables = json.loads(path.read_text(encoding="utf-8"))["tables"] if path.is_file() else {}
-        tables[triton.__version__] = {"broken": broken, "rows": rows}
-        print(records.write("triton_aot", {"columns": " ".join(COLUMNS), "tables": tables}))
-    sys.exit(bool(broken))
+    path = records.RESULTS / "triton_aot.json"
+    tables = json.loads(path.read_text(encoding="utf-8"))["tables"] if path.is_file() else {}
+    mine = tables.setdefault(triton.__version__, {})
+    broken = False
+    for arch in args.archs:
+        mine[f"sm_{arch}"] = found = check(arch, not args.usual)
+        broken = broken or bool(found["broken"])
+        records.write("triton_aot", {"columns": " ".join(COLUMNS), "tables": tables})
+    sys.exit(broken)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,7 @@ def label(job):
     return "-".join(str(value).replace(" ", "") for value in job if value is not None)
 
 
-def plain(arch):
-    """The jobs of 4 bits in float16 with one zero point, which is what most checkpoints are."""
-    return [Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(aot.configs(arch))
-            if config.SPLIT_K == 2 or kernel == "gemm"]
-
-
-@pytest.mark.parametrize("job", [job for arch in aot.PROCESSORS for job in plain(arch)], ids=label)
+@pytest.mark.parametrize("job", [job for arch in aot.PROCESSORS for job in aot.usual(arch)], ids=label)
 def test_the_usual_checkpoint(job):
     check(job)
 
