@@ -78,4 +78,4 @@ struct Isa {
 
 #include "tile.h"
 
-const belle::Kernel belle::kPortable = {2, split, multiply, read};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read};
