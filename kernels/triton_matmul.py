@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .runs import RUNS, wasteful
-from .triton_config import BUCKETS, Case, Config, Plan, bucket, plan
+from .triton_config import BUCKETS, REGISTERS, Case, Config, Plan, bucket, plan
 from .triton_layout import COLUMNS, SlicedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -75,8 +75,12 @@ def processor(device: torch.device) -> tuple[int, int]:
 
 def planned(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Plan:
     """The kernel and tiles that products of `rows` rows take on the device where the weight is."""
-    case = Case(bucket(rows), weight.out_features, weight.places, weight.bits, weight.run, str(dtype).split(".")[1])
-    return plan(case, *processor(weight.words.device))
+    return plan(case_of(weight, rows, dtype), *processor(weight.words.device))
+
+
+def case_of(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Case:
+    """What a plan for products of `rows` rows depends on."""
+    return Case(bucket(rows), weight.out_features, weight.places, weight.bits, weight.run, str(dtype).split(".")[1])
 
 
 def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None, by: Plan | None = None) -> Tensor:
@@ -128,7 +132,7 @@ def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: s
         "BK": max(min(config.BK, weight.block), weight.block // 2), "HAS_BIAS": bias is not None,
         "enable_fp_fusion": True}
     if kernel == "skinny":
-        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants)
+        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants, maxnreg=REGISTERS.get(config.BM))
     else:
         gemm_kernel[tiles_n * tiles_m, parts](*arguments, **constants, SWIZZLE=8)
     if parts > 1:

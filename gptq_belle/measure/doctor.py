@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from gptq_belle import __version__, console
+from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.dispatch import choose
 from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.triton_config import tables
 from gptq_belle.kernels.triton_matmul import c_compiler
 from gptq_belle.runtime.loader import PRECISIONS, resolve_device
 
@@ -39,6 +41,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "devices": devices(),
         "compiler": c_compiler(),
         "native": native(),
+        "gpu": gpu(),
         "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
     }
 
@@ -96,6 +99,18 @@ def native() -> dict[str, Any]:
     return {"isa": None, "usable": [], "why_not": found}
 
 
+def gpu() -> dict[str, Any]:
+    """The kernel that serves packed weights on the first GPU, why no better one does, and its tables of tuned tiles."""
+    device = torch.device("cuda", 0)
+    lacking = triton_matmul.unavailable(device)
+    there = torch.cuda.is_available()
+    return {
+        "kernel": "triton" if lacking is None else "dequantize+matmul" if there else None,
+        "why_not": lacking,
+        "tables": [str(path) for path in tables(triton_matmul.processor(device)[0])] if there else [],
+    }
+
+
 def kernel_choices(device: torch.device) -> list[dict[str, str]]:
     """For every kind of checkpoint and precision: the kernel that runs, and why no faster one does."""
     in_order = torch.arange(WIDTH, dtype=torch.int32) // GROUP
@@ -123,6 +138,7 @@ def show(found: dict[str, Any]) -> None:
           for entry in found["devices"]),
         *([] if found["devices"] else [("GPU", "no CUDA device, or a torch without CUDA")]),
         ("CPU kernels", native_line(found["native"])),
+        ("GPU kernels", gpu_line(found["gpu"])),
         ("C compiler", found["compiler"] or "none: Triton could not build its launcher"),
     ], text=2)
     console.say()
@@ -135,6 +151,15 @@ def native_line(found: dict[str, Any]) -> str:
     """`native` in one line."""
     others = ", ".join(name for name in found["usable"] if name != found["isa"])
     return found["why_not"] or f"{found['isa']} (GPTQ_BELLE_CPU_ISA chooses another: {others})"
+
+
+def gpu_line(found: dict[str, Any]) -> str:
+    """`gpu` in one line."""
+    if found["why_not"] is None:
+        tuned = found["tables"]
+        return f"triton; tiles {f'as measured in {tuned[-1]}' if tuned else 'by rule (see gptq-belle tune)'}"
+    instead = "" if found["kernel"] is None else "; weights are expanded for cuBLAS instead"
+    return f"not Triton's: {found['why_not']}{instead}"
 
 
 def gib(size: int | None) -> str:
