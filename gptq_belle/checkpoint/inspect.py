@@ -1,5 +1,6 @@
 """What a model directory is, from its headers and its small tensors: the words of the weights stay unread."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -130,16 +131,16 @@ def _describe_config(found: Inspection, model: nn.Module) -> None:
 def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
     dtypes: Counter[str] = Counter()
     for name in reader:
-        tensor = reader.tensor(name)  # mapped: its bytes are read only where they are looked at
+        shape, dtype = reader.shape(name), reader.dtype(name)
         kind, leaf = _part(name, reader), name.rsplit(".", 1)[-1]
         part = found.parts.setdefault(kind, Part())
         part.tensors += 1
-        part.bytes += tensor.nbytes
+        part.bytes += reader.nbytes(name)
         if leaf == "qweight" and found.quantization:
-            part.parameters += tensor.numel() * 32 // found.quantization.bits
+            part.parameters += math.prod(shape) * 32 // found.quantization.bits
         elif leaf not in PACKED:
-            part.parameters += tensor.numel()
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+            part.parameters += math.prod(shape)
+        dtypes[str(dtype).removeprefix("torch.")] += 1
     found.parameters = sum(part.parameters for part in found.parts.values())
     found.dtypes = dict(dtypes)
 

@@ -43,12 +43,17 @@ def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
     module = root.get_submodule(owner)
     present = getattr(module, leaf)
     if present.shape != tensor.shape:
-        raise InputError(f"tensor {name} has shape {tuple(tensor.shape)}, config.json needs {tuple(present.shape)}",
-                         "config.json belongs to another model, or the file is damaged: fetch the directory again.")
+        raise wrong_shape(name, tuple(tensor.shape), tuple(present.shape))
     if isinstance(present, nn.Parameter):
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         setattr(module, leaf, tensor)
+
+
+def wrong_shape(name: str, found: tuple[int, ...], needed: tuple[int, ...]) -> InputError:
+    """The error for a tensor of another shape than the configuration's."""
+    return InputError(f"tensor {name} has shape {found}, config.json needs {needed}",
+                      "config.json belongs to another model, or the file is damaged: fetch the directory again.")
 
 
 def _rebuild_computed_buffers(model: PreTrainedModel, config: Any) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite, dequantize
+from gptq_belle.checkpoint.packing import ROWS_AT_A_TIME, QuantizedWeight, all_finite, dequantize
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.grid import min_max_grid, to_codes
@@ -105,15 +105,21 @@ def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Ten
 
 
 def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
-    """tr(D H D^T) / tr(W H W^T), D = W - Q; H = I where there is none."""
-    difference = weight - dequantize(quantized)
+    """tr(D H D^T) / tr(W H W^T), D = W - Q; H = I where there is none. Summed over some rows at a time."""
+    if hessian is not None:
+        hessian = hessian.to(weight.dtype)
+    whole = lost = 0.0
+    for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        codes, scales, zeros = (tensor[part] for tensor in quantized[:3])
+        lost += _energy(weight[part] - dequantize(QuantizedWeight(codes, scales, zeros, quantized.g_idx)), hessian)
+        whole += _energy(weight[part], hessian)
+    return max(0.0, lost) / whole if whole > 0 else 0.0
 
-    def energy(matrix: Tensor) -> float:
-        image = matrix if hessian is None else matrix @ hessian.to(matrix.dtype)
-        return float(torch.sum(image.mul_(matrix) if hessian is not None else image * matrix, dtype=torch.float64))
 
-    whole = energy(weight)
-    return max(0.0, energy(difference)) / whole if whole > 0 else 0.0
+def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    image = matrix if hessian is None else matrix @ hessian
+    return float(torch.sum(image * matrix, dtype=torch.float64))
 
 
 def _group_size(weight: Tensor, config: QuantConfig) -> int:
