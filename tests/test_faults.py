@@ -1,5 +1,5 @@
-"""Whole jobs that are killed, run out of disk, lose what was not synchronised, or cannot read or write: each is resumed,
-and ends with the bytes of an undisturbed one."""
+"""Whole jobs that are killed, run out of disk, lose what was not synchronised, or cannot read or write: each is
+resumed, and ends with the bytes of an undisturbed one."""
 
 import errno
 import json
@@ -106,7 +106,7 @@ def survive(log, partial):
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
         (folders if "names" in entry else files)[entry["inode"]] = entry
-    for folder, names, found in list(os.walk(partial)):
+    for folder, _, found in list(os.walk(partial)):
         safe = folders.get(os.stat(folder).st_ino, {"names": []})["names"]
         for name in found:
             path = Path(folder, name)

@@ -2,7 +2,9 @@
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,15 @@ from gptq_belle.quantization.journal import Journal, Record, activations_name
 from gptq_belle.quantization.progress import JobProgress
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import LinearReport
-from gptq_belle.quantization.solver import Solution, gptq, round_to_nearest
+from gptq_belle.quantization.solver import Factor, factorize, gptq, round_to_nearest
 from gptq_belle.quantization.stream import BlockStream
+
+
+class Inputs(NamedTuple):
+    """Of the linears of one stage: the Hessian, and what follows from it alone."""
+
+    hessian: Tensor
+    factor: Factor
 
 
 class BlockJob:
@@ -105,37 +114,43 @@ class BlockJob:
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            hessian = None
-            if len(activations):
-                hessian = self.stream.hessian(block, stage, activations, self.progress.step)
+            inputs = self._inputs(block, stage, prefix, activations) if len(activations) else None
             for name in stage:
-                packed, row = self._linear(block, name, f"{prefix}.{name}", hessian)
+                packed, row = self._linear(block, name, f"{prefix}.{name}", inputs)
                 tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
         return tensors | {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in
                           block.named_parameters() if name.removesuffix(".weight") not in arch.linears}
 
+    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Activations) -> Inputs:
+        """What the solver knows of the inputs that the linears of a stage share."""
+        hessian = self.stream.hessian(block, stage, activations, self.progress.step)
+        with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
+            return Inputs(hessian, factorize(hessian, self.config))
+
     def _linear(self, block: nn.Module, name: str, full_name: str,
-                hessian: Tensor | None) -> tuple[PackedWeight, LinearReport]:
+                inputs: Inputs | None) -> tuple[PackedWeight, LinearReport]:
         """Quantize one linear in place."""
         began = time.perf_counter()
         weight = block.get_parameter(f"{name}.weight")
-        outputs, inputs = weight.shape
-        with self.clock("solving"):
-            solution = _named(full_name, weight, hessian, self.config)
+        N, K = weight.shape
+        with self.clock("solving"), _naming(full_name):
+            solution = round_to_nearest(weight, self.config) if inputs is None else gptq(
+                weight, inputs.hessian, self.config, inputs.factor)
         with self.clock("packing"):
             assign(block, f"{name}.weight", dequantize(solution.weight, out=weight.detach()))
             packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
             trim_heap()
         seconds = time.perf_counter() - began
-        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, inputs, outputs)
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N)
 
 
-def _named(name: str, weight: Tensor, hessian: Tensor | None, config: QuantConfig) -> Solution:
-    """Solve, and say which layer it was where that fails."""
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """An error inside says which layer it was."""
     try:
-        return round_to_nearest(weight, config) if hessian is None else gptq(weight, hessian, config)
+        yield
     except InputError as error:
         raise InputError(f"{name}: {error.cause}", error.remedy) from error
 

@@ -2,9 +2,7 @@
 but the last bits of floating point."""
 
 import platform
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,17 +56,6 @@ def differences(begun: dict[str, Any], now: dict[str, Any]) -> str:
     """What of `environment` changed since the job was begun, threads excepted; "" where nothing did."""
     return ", ".join(f"{name} {begun.get(name)} then, {value} now" for name, value in now.items()
                      if name != "threads" and begun.get(name) != value)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run with so many threads, and go back to the former number behind it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _digest(path: Path) -> str:

@@ -20,12 +20,13 @@ from gptq_belle.quantization.activations import Activations
 from gptq_belle.quantization.block import BlockJob
 from gptq_belle.quantization.calibration import Calibration, calibration_tokens, check_enough
 from gptq_belle.quantization.checks import check_sizes, check_source, widest
-from gptq_belle.quantization.fingerprint import differences, environment, fingerprint, threads
+from gptq_belle.quantization.fingerprint import differences, environment, fingerprint
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.progress import JobProgress, Silent
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import Report
 from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.quantization.threads import threads
 from gptq_belle.runtime.chat import detect_style
 from gptq_belle.runtime.loader import resolve_device
 

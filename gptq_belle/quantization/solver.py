@@ -15,8 +15,11 @@ from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.grid import min_max_grid, to_codes
 from gptq_belle.quantization.hessian import inverse_factor, live_diagonal
+from gptq_belle.quantization.threads import threads
 
 BLOCK = 128  # inputs a lazy block (GPTQ, section 3.3, step 2); every grouped size divides it
+INNER = 32  # inputs a lazy block inside of that, so that a step touches what the cache holds; divides every group size
+COLUMNS_AT_A_TIME = 512
 
 
 class Solution(NamedTuple):
@@ -27,13 +30,36 @@ class Solution(NamedTuple):
     damp: float  # the damping that made the Hessian positive definite; 0 where there was none
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Solution:
+class Factor(NamedTuple):
+    """What layers that see the same inputs share: the factor of the inverse Hessian, and the order of solving."""
+
+    upper: Tensor  # (K, K), Hinv in the order of solving
+    damp: float
+    order: Tensor | None  # (K,) int64; None for the layer's own
+
+
+def factorize(hessian: Tensor, config: QuantConfig) -> Factor:
+    """The part of the work that depends on the inputs only.
+
+    Args:
+        hessian: (K, K) float32 or float64, the mean of x x^T.
+        config: damp, act_order.
+    Raises:
+        InputError: NaN or infinity, or a Hessian that no allowed damping makes positive definite.
+    """
+    _check_finite(Hessian=hessian)
+    order = torch.argsort(live_diagonal(hessian), descending=True, stable=True) if config.act_order else None
+    return Factor(*inverse_factor(hessian, config.damp, order), order)
+
+
+def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | None = None) -> Solution:
     """Quantize a layer against the inputs that its Hessian has seen.
 
     Args:
         weight: (N, K) float32 or float64, which is also the dtype of the arithmetic.
         hessian: (K, K), the mean of x x^T; its scale does not matter.
         config: bits, group_size, sym, act_order, damp.
+        factor: of the same Hessian and config, where it is known already.
     Returns:
         The solution; its error is tr(D H D^T) / tr(W H W^T) with D = W - Q and H undamped.
     Raises:
@@ -41,16 +67,13 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Solution:
         UsageError: group_size does not divide K.
     """
     group = _group_size(weight, config)
-    _check_finite(weight=weight, Hessian=hessian)
-    W = weight.t().clone(memory_format=torch.contiguous_format)
-    W[hessian.diagonal() == 0] = 0
-    order = None
-    if config.act_order:
-        order = torch.argsort(live_diagonal(hessian), descending=True, stable=True)
-        W = W[order]
-    Hinv, damp = inverse_factor(hessian.to(W.dtype), config.damp, order)
+    _check_finite(weight=weight)
+    Hinv, damp, order = factorize(hessian.to(weight.dtype), config) if factor is None else factor
+    W = weight.t().clone(memory_format=torch.contiguous_format) if order is None else weight.t()[order].contiguous()
+    dead = hessian.diagonal() == 0
+    W[dead if order is None else dead[order]] = 0
     codes, scales, zeros = _solve(W, Hinv, group, config)
-    del Hinv
+    del W
     quantized = _finish(codes, scales, zeros, group, order)
     return Solution(quantized, _output_error(weight, quantized, hessian), damp)
 
@@ -81,14 +104,18 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig) -> tuple[Te
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty_like(W[i1:i2])
-        for i in range(i1, i2):
-            if group != K and i % group == 0:
-                scales[i // group], zeros[i // group] = min_max_grid(W[i : i + group], config.bits, config.sym)
-            scale, zero = scales[i // group], zeros[i // group]
-            code = to_codes(W[i], scale, zero, config.bits)
-            codes[i] = code
-            torch.sub(W[i], (code - zero).mul_(scale), out=Err[i - i1]).div_(Hinv[i, i])
-            W[i + 1 : i2].addr_(Hinv[i, i + 1 : i2], Err[i - i1], alpha=-1)
+        for j1 in range(i1, i2, INNER):
+            j2 = min(j1 + INNER, i2)
+            with threads(1):  # steps of microseconds: others would spend longer waiting for each other
+                for i in range(j1, j2):
+                    if group != K and i % group == 0:
+                        scales[i // group], zeros[i // group] = min_max_grid(W[i : i + group], config.bits, config.sym)
+                    scale, zero = scales[i // group], zeros[i // group]
+                    code = to_codes(W[i], scale, zero, config.bits)
+                    codes[i] = code
+                    torch.sub(W[i], (code - zero).mul_(scale), out=Err[i - i1]).div_(Hinv[i, i])
+                    W[i + 1 : j2].addr_(Hinv[i, i + 1 : j2], Err[i - i1], alpha=-1)
+            W[j2:i2].addmm_(Hinv[j1:j2, j2:i2].t(), Err[j1 - i1 : j2 - i1], alpha=-1)
         W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
     return codes, scales, zeros
 
@@ -118,8 +145,15 @@ def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | 
 
 
 def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    image = matrix if hessian is None else matrix @ hessian
-    return float(torch.sum(image * matrix, dtype=torch.float64))
+    """tr(M H M^T), of whose two equal triangles one is computed."""
+    if hessian is None:
+        return float(torch.sum(matrix * matrix, dtype=torch.float64))
+    total, K = 0.0, matrix.shape[1]
+    for k1 in range(0, K, COLUMNS_AT_A_TIME):
+        k2 = min(k1 + COLUMNS_AT_A_TIME, K)
+        image = (matrix[:, k1:k2] @ hessian[k1:k2, k1:]).mul_(matrix[:, k1:])
+        total += 2 * float(image.sum(dtype=torch.float64)) - float(image[:, : k2 - k1].sum(dtype=torch.float64))
+    return total
 
 
 def _group_size(weight: Tensor, config: QuantConfig) -> int:
