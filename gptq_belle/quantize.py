@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 if not __package__:  # by path: this folder is first on sys.path, where its kernels/ would hide other packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -16,6 +16,9 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.config import QuantConfig
+
+if TYPE_CHECKING:
+    from gptq_belle.quantization.calibration import Calibration
 
 
 def command(
@@ -33,6 +36,10 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept under 4 K calibration tokens.")] = False,
     seed: Annotated[int, typer.Option(help="Of the calibration rows' order.")] = 0,
+    memory: Annotated[str | None, typer.Option(
+        metavar="SIZE", show_default=False, help="Anonymous memory to keep to, such as 8GiB: calibration activations "
+        "stay on disk where they do not fit. Left out, what is free.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job will take, and write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with what an earlier job of the same source "
                                          "and settings has finished in OUT.partial, or begin anew.")] = True,
     device: console.Device = "auto",
@@ -44,20 +51,45 @@ def command(
     Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import ConsoleProgress
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
+    limit = None if memory is None else parse_bytes(memory)
+    if dry_run:
+        _say_what_it_takes(model, config, text, device, limit, as_json)
+        return
     with resumable(out), ConsoleProgress(console.err()) as progress:
         report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
-                                     resume=resume)
+                                     resume=resume, memory=limit)
     if as_json:
         console.print_json(report.to_dict())
         return
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
     console.say(f"{out}: {bits} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
+
+
+def _say_what_it_takes(model: str, config: QuantConfig, text: "Calibration", device: str, limit: int | None,
+                       as_json: bool) -> None:
+    """The dry run: time, memory and disk."""
+    from gptq_belle.measure.memory import steady_heap
+    from gptq_belle.quantization.estimate import estimate
+    from gptq_belle.quantization.setup import set_up
+
+    with console.step("working through one block"):
+        steady_heap()
+        found = estimate(set_up(model, config, text, device), limit)
+    if as_json:
+        console.print_json(found)
+        return
+    where = "on disk" if found.spilled else "in memory"
+    console.say(f"{found.blocks} blocks, {found.linears} linears, {found.tokens:,} calibration tokens")
+    console.say(f"time    {found.seconds:,.0f} s on this machine")
+    console.say(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
+    console.say(f"disk    {found.disk / 1e6:,.1f} MB at the fullest, {found.output / 1e6:,.1f} MB of them the output")
 
 
 @contextmanager

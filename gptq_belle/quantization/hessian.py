@@ -61,7 +61,7 @@ def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) ->
         if not failed:
             torch.cholesky_inverse(work, out=work)
             torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
-            if not failed and all_finite(work):
+            if not failed and all_finite(work.t()):  # by rows, it would be copied
                 return work, damp
         del work
         if damp >= LARGEST_DAMP:
