@@ -158,11 +158,15 @@ def _part(name: str, reader: CheckpointReader) -> str:
 
 
 def _missing(found: Inspection, reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         packed = leaf == "weight" and f"{module}.qweight" in reader
         if name not in reader and not packed and not (module == HEAD and found.tied):
             yield f"tensor {name} is missing"
+        elif name in reader and (reader.shape(name) != tuple(parameter.shape) or
+                                 not reader.dtype(name).is_floating_point):
+            yield (f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating point "
+                   f"{tuple(parameter.shape)}")
 
 
 def _packed_problems(found: Inspection, reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
