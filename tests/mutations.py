@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60  # for one directory; the slowest takes well below one
 ADDRESS_SPACE = 12 << 30  # a size that is believed and allocated shows as a failed allocation
 VALUES = (None, True, False, -1, 0, 1, 3, 7, 1 << 16, 1 << 31, (1 << 63) - 1, 1 << 64, 10**30, -1.5, 1e308,
-          float("nan"), float("inf"), "", "x", "../../etc/passwd", "/dev/zero", "\0", "\ud800", "gptq", "true", "os.system", [], [[]],
+          float("nan"), float("inf"),
+          "", "x", "../../etc/passwd", "/dev/zero", "\0", "\ud800", "gptq", "true", "os.system", [], [[]],
           [0], ["x"], {}, {"": {}}, [1 << 62] * 3, "F16", "I32", "attacker/kernel")
 
 

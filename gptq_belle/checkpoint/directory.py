@@ -25,7 +25,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} holds no tokenizer that can be loaded: {reason}",
                          "Copy tokenizer.json and tokenizer_config.json of the model into the folder.") from error

@@ -106,7 +106,7 @@ class PickleFile:
         storage: Any = self._state[name].untyped_storage()
         try:
             with self.path.open("rb", buffering=0) as file:
-                if skip + len(view) > self._records[storage._checkpoint_offset]:
+                if skip + len(view) > self._records.get(storage._checkpoint_offset, 0):
                     raise self._unreadable(f"tensor {name[:100]} is larger than what is stored of it")
                 file.seek(storage._checkpoint_offset + skip)
                 while view:

@@ -14,6 +14,8 @@ LARGEST = {"num_hidden_layers": 1024, "hidden_size": 1 << 17, "intermediate_size
            "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1 << 14,
            "max_position_embeddings": 1 << 30}
 
+DROPOUTS = ("attention_dropout", "hidden_dropout")
+
 
 def empty_model(path: Path) -> PreTrainedModel:
     """The causal model that config.json describes, without memory for weights; computed buffers (RoPE's) are real.
@@ -29,6 +31,8 @@ def empty_model(path: Path) -> PreTrainedModel:
             del config.quantization_config  # the words are ours to read; transformers must not look for a quantizer
         config.use_cache = False
         config._attn_implementation = None  # a file may name code on the hub there; the model's usual one is taken
+        for name in DROPOUTS:
+            setattr(config, name, 0.0)  # a matter of training; one out of 0..1 would fail in the middle of a forward
         _check_sizes(config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
