@@ -15,6 +15,7 @@ import argparse
 import itertools
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ SETS = {  # inputs, outputs of every linear
 ROTATED = 1024 * MIB  # bytes of copies that a variant goes through: twice the largest cache that we have met
 MOST_COPIES = 64
 PORTION = 64 * MIB  # of the plain read
+WARM_UP = 0.5  # seconds of each case: the first products after a pause take up to twice as long
 READ, OURS = "plain read", "4 bit exact"
 BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # LLaMA-7B
 BLOCKS, HEAD, CONTEXT = 8, (4096, 32000), 8
@@ -123,17 +125,18 @@ def variants_of(inputs: int, outputs: int) -> Iterator[dict[str, Variant]]:
 
 
 def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each variant at M = rows."""
+    """Median seconds of each variant at M = rows, after WARM_UP seconds of turns that do not count."""
     x = {name: activations(name, rows, inputs) for name in variants}
     turns = {name: itertools.cycle(variant.copies) for name, variant in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 1):
-        for name in variants:
-            product, argument = next(turns[name]), x[name]
-            taken = seconds(lambda p=product, a=argument: p(a))  # type: ignore[misc]
-            if repeat:
-                times[name].append(taken)
-    return {name: spread(values).median for name, values in times.items()}
+
+    def turn() -> dict[str, float]:
+        return {name: seconds(lambda n=name: next(turns[n])(x[n])) for name in variants}  # type: ignore[misc]
+
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_UP:
+        turn()
+    times = [turn() for _ in range(repeats)]
+    return {name: spread([each[name] for each in times]).median for name in variants}
 
 
 def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
@@ -142,7 +145,7 @@ def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) 
     for variants in variants_of(inputs, outputs):
         for m in rows:
             seen = {row["variant"] for row in found if row["rows"] == m}
-            medians = interleaved(variants, m, inputs, max(5, repeats if m <= 16 else repeats // 2))
+            medians = interleaved(variants, m, inputs, max(5, 2 * repeats if m <= 16 else repeats // 2))
             speeds = {name: variants[name].bytes / taken for name, taken in medians.items()}
             for name, taken in medians.items():
                 operations = 0 if name == READ else 2 * m * inputs * outputs / taken

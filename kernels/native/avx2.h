@@ -10,6 +10,7 @@ struct Registers256 {
   static constexpr int kLanes = 8;    // outputs of a register
   static constexpr int kColumns = 2;  // registers of outputs of a tile
   static constexpr int kTileRows = 4;
+  static constexpr int kStreamBlocks = 1;
 
   using Int = __m256i;
   using Float = __m256;

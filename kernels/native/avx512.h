@@ -10,6 +10,7 @@ struct Registers512 {
   static constexpr int kLanes = 16;   // outputs of a register
   static constexpr int kColumns = 2;  // registers of outputs of a tile
   static constexpr int kTileRows = 8;
+  static constexpr int kStreamBlocks = 2;
 
   using Int = __m512i;
   using Float = __m512;

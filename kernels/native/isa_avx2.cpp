@@ -17,4 +17,4 @@ struct Isa : Registers256 {
 
 #include "tile.h"
 
-const belle::Kernel belle::kAvx2 = {2, split, multiply, read};
+const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read};

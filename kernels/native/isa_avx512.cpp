@@ -16,4 +16,4 @@ struct Isa : Registers512 {
 
 #include "tile.h"
 
-const belle::Kernel belle::kAvx512 = {2, split, multiply, read};
+const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read};

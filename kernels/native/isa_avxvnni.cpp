@@ -16,4 +16,4 @@ struct Isa : Registers256 {
 
 #include "tile.h"
 
-const belle::Kernel belle::kAvxVnni = {1, split, multiply, read};
+const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read};

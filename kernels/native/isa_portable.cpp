@@ -10,6 +10,7 @@ struct Isa {
   static constexpr int kInputs = 2;    // inputs a lane and product: words of 16 bits
   static constexpr int kColumns = 1;   // registers of outputs of a tile
   static constexpr int kTileRows = 2;  // rows of a tile
+  static constexpr int kStreamBlocks = 1;
 
   struct Int { int32_t lane[kLanes]; };
   struct Float { float lane[kLanes]; };
@@ -77,4 +78,4 @@ struct Isa {
 
 #include "tile.h"
 
-const belle::Kernel belle::kPortable = {2, split, multiply, read};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read};

@@ -76,14 +76,15 @@ void multiply_units(void* context) {
 // Rows in equal portions whose activations stay in a thread's cache; outputs in portions that keep all threads busy.
 void cut(Plan& plan, int threads) {
   Task& t = plan.task;
-  const int64_t row_bytes = t.w.groups * t.w.run * (plan.kernel->input_bytes == 2 ? 2 : t.parts);
+  const int64_t all = t.w.groups * t.w.run, chunk = plan.kernel->chunk;
+  const int64_t row_bytes = (chunk > 0 && chunk < all ? chunk : all) * (plan.kernel->input_bytes == 2 ? 2 : t.parts);
   int64_t most = kCacheBytes / row_bytes / 32 * 32;
   most = most < 32 ? 32 : most > kMostRows ? kMostRows : most;
   plan.row_units = divided_up(t.rows, most);
   t.unit_rows = divided_up(t.rows, plan.row_units);
   plan.row_units = divided_up(t.rows, t.unit_rows);
   plan.pairs = divided_up(t.w.outputs, kPair);
-  plan.unit_pairs = divided_up(plan.pairs, 8 * threads);
+  plan.unit_pairs = divided_up(plan.pairs * plan.row_units, 8 * threads);
 }
 
 bool order_fits(const BelleWeight& w) {

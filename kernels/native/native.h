@@ -77,6 +77,7 @@ inline int64_t place_of(const Task& t, int64_t m) {
 // is scaled and added in the order of the groups, whatever the shape of the tile that computed it.
 struct Kernel {
   int input_bytes;  // of an activation in `data`: 1 (high and low apart) or 2
+  int chunk;        // inputs whose activations a unit of work meets again and again; 0: all
   void (*split)(const Task&, int64_t row_begin, int64_t row_end);
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
