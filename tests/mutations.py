@@ -147,7 +147,8 @@ class Worker:
         self.process.stdin.flush()
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            line = self.process.stdout.readline() if selector.select(SECONDS) else ""
+            # Twice: where both processes were stopped for a while, the first time is over when they go on.
+            line = self.process.stdout.readline() if selector.select(SECONDS) or selector.select(SECONDS) else ""
         if not line:
             self.process.kill()
             code = self.process.wait()
