@@ -1,7 +1,7 @@
 # make demo   sets up what is missing, then quantizes the demo models, measures them and answers a prompt
 # make test   sets up what is missing, then lints, checks types and runs the tests
 # make lint   the first half of it
-# make sanitize  runs the tests of the CPU kernels with address and undefined-behaviour sanitizers
+# make sanitize  runs the tests of the CPU kernels and of hostile files with address and undefined-behaviour sanitizers
 # make clean  removes the environment and everything that was built
 #
 # PYTHON names the interpreter that makes the environment (3.11 or newer). On Linux the default build of torch brings
@@ -32,7 +32,7 @@ sanitize: $(READY)
 	GPTQ_BELLE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY="$$(ls $(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native*.so)" \
-	  $(BIN)/python -m pytest tests/test_cpu.py
+	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_hostile.py
 
 clean:
 	rm -f kernels/_native*.so

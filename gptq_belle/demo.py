@@ -101,6 +101,7 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
 
     with console.counting(f"quantizing {source.name} to {bits} bits") as progress:
         report = quantize_checkpoint(source, out, QuantConfig(bits=bits), device=device,
-                                     calibration=Calibration(rows=ROWS, seq_len=SEQ_LEN), progress=Counter(progress))
+                                     calibration=Calibration(rows=ROWS, seq_len=SEQ_LEN), progress=Counter(progress),
+                                     resume=False)
     console.note(f"{source.name}, {bits} bits: {len(report.linears)} linears in {report.seconds:.1f} s, mean error of "
                  f"their outputs {100 * report.mean_error:.3f} %")

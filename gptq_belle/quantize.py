@@ -1,9 +1,13 @@
 """The main job: quantize a model directory. Runs as ``gptq-belle quantize``, as ``python -m gptq_belle.quantize`` and
 by path."""
 
+import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 if not __package__:  # by path: this folder is first on sys.path, where its kernels/ would hide other packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -12,6 +16,9 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.config import QuantConfig
+
+if TYPE_CHECKING:
+    from gptq_belle.quantization.calibration import Calibration
 
 
 def command(
@@ -29,25 +36,87 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept under 4 K calibration tokens.")] = False,
     seed: Annotated[int, typer.Option(help="Of the calibration rows' order.")] = 0,
+    memory: Annotated[str | None, typer.Option(
+        metavar="SIZE", show_default=False, help="Anonymous memory to keep to, such as 8GiB: calibration activations "
+        "stay on disk where they do not fit. Left out, what is free.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job will take, and write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with what an earlier job of the same source "
+                                         "and settings has finished in OUT.partial, or begin anew.")] = True,
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Quantize MODEL to OUT: packed safetensors that every GPTQ reader takes, with a report of every layer's error."""
+    """Quantize MODEL to OUT: packed safetensors that every GPTQ reader takes, with a report of every layer's error.
+
+    Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
+    """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import ConsoleProgress
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
-    with ConsoleProgress(console.err()) as progress:
-        report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress)
+    limit = None if memory is None else parse_bytes(memory)
+    if dry_run:
+        _say_what_it_takes(model, config, text, device, limit, as_json)
+        return
+    with resumable(out), ConsoleProgress(console.err()) as progress:
+        report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
+                                     resume=resume, memory=limit)
     if as_json:
         console.print_json(report.to_dict())
         return
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
     console.say(f"{out}: {bits} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
+
+
+def _say_what_it_takes(model: str, config: QuantConfig, text: "Calibration", device: str, limit: int | None,
+                       as_json: bool) -> None:
+    """The dry run: time, memory and disk."""
+    from gptq_belle.measure.memory import steady_heap
+    from gptq_belle.quantization.estimate import estimate
+    from gptq_belle.quantization.setup import set_up
+
+    with console.step("working through one block"):
+        steady_heap()
+        found = estimate(set_up(model, config, text, device), limit)
+    if as_json:
+        console.print_json(found)
+        return
+    where = "on disk" if found.spilled else "in memory"
+    console.say(f"{found.blocks} blocks, {found.linears} linears, {found.tokens:,} calibration tokens")
+    console.say(f"time    {found.seconds:,.0f} s on this machine")
+    console.say(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
+    console.say(f"disk    {found.disk / 1e6:,.1f} MB at the fullest, {found.output / 1e6:,.1f} MB of them the output")
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """SIGTERM ends what is inside like Ctrl-C; whatever ends it, the line that goes on with it is printed."""
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except BaseException:
+        from gptq_belle.checkpoint.writer import partial_of
+        from gptq_belle.quantization.journal import finished_blocks
+
+        if finished := finished_blocks(partial_of(out.absolute())):
+            console.note(f"{finished} finished blocks are kept. Go on with: {_this_command()}", style=None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _this_command() -> str:
+    """The command line of this process, as it goes on with what it has begun."""
+    program = Path(sys.argv[0])
+    start = ["python", "-m", f"gptq_belle.{program.stem}"] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *(word for word in sys.argv[1:] if word != "--restart")])
 
 
 def main() -> None:

@@ -150,6 +150,17 @@ def packed_checkpoint(source: Path, out: Path, *, bits: int = 4, group_size: int
     return out
 
 
+MEASURED = ("seconds", "phases", "peak_memory", "resumed")  # of a report: no two runs agree on them
+
+
+def job_output(directory: Path) -> tuple[dict[str, bytes], dict]:
+    """Every file of a quantized directory, and the report without what no two runs agree on."""
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    report = json.loads(files.pop("quantization_report.json"))
+    linears = [{key: value for key, value in row.items() if key != "seconds"} for row in report["linears"]]
+    return files, {key: value for key, value in report.items() if key not in MEASURED} | {"linears": linears}
+
+
 def cut_short(path: Path) -> None:
     """Leave the first half of a file, as a broken download does."""
     data = path.read_bytes()

@@ -184,11 +184,11 @@ def with_huge_bias(tensors):
     (dict, {"hidden_size": 256}, "has shape"),
     (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
     (dict, {"n_head": "four"}, "no model that can be built")])
-def test_bad_sources_are_refused_by_name_and_nothing_is_left(tiny_bloom, tmp_path, edit, config, message):
+def test_bad_sources_are_refused_by_name_and_nothing_is_written(tiny_bloom, tmp_path, edit, config, message):
     source = changed(tiny_bloom, tmp_path, edit, config)
     with pytest.raises(InputError, match=message):
         job(source, tmp_path / "out", method="rtn")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_path):
@@ -218,7 +218,10 @@ def test_damaged_output_is_noticed_by_reading_it_back(tiny_bloom, tmp_path, monk
     monkeypatch.setattr(writer, "_copy", damaging)
     with pytest.raises(GptqBelleError, match="read back"):
         job(tiny_bloom, tmp_path / "out", method="rtn")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not (tmp_path / "out.partial" / "files").exists()
+    monkeypatch.undo()
+    assert job(tiny_bloom, tmp_path / "out", method="rtn").readback_error == 0
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])

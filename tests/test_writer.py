@@ -93,11 +93,30 @@ def test_two_jobs_do_not_write_one_directory(tmp_path):
     write(tmp_path / "out")
 
 
-def test_a_leftover_of_a_killed_job_is_cleared_and_anything_else_of_that_name_is_not(tmp_path):
-    (tmp_path / "out.partial" / "parts").mkdir(parents=True)
-    (tmp_path / "out.partial" / "parts" / "old.safetensors").write_text("half")
-    write(tmp_path / "out")
+def test_a_leftover_of_a_killed_job_is_gone_on_with_and_anything_else_of_that_name_is_refused(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("a.safetensors", PARTS["a.safetensors"])
+        writer.write_text("half", "written")
+        writer.keep = True
+    assert not (tmp_path / "out.partial" / "files").exists()
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add("b.safetensors", PARTS["b.safetensors"])
+        writer.merge()
+        writer.publish()
     check(read(tmp_path / "out" / "model.safetensors"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="not left by a quantization job"):
         write(tmp_path / "new")
+    (tmp_path / "link.partial").symlink_to(tmp_path / "new.partial")
+    with pytest.raises(UsageError, match="not left by a quantization job"):
+        write(tmp_path / "link")
+
+
+def test_what_stood_there_comes_back_when_a_job_dies_between_the_two_renames(tmp_path):
+    write(tmp_path / "out")
+    (tmp_path / "out.partial" / "parts").mkdir(parents=True)
+    (tmp_path / "out").rename(tmp_path / "out.partial" / "replaced")
+    with CheckpointWriter(tmp_path / "out"):
+        check(read(tmp_path / "out" / "model.safetensors"))

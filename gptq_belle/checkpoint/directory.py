@@ -25,7 +25,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} holds no tokenizer that can be loaded: {reason}",
                          "Copy tokenizer.json and tokenizer_config.json of the model into the folder.") from error
@@ -50,9 +52,22 @@ def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config
     writer.write_json("quantize_config.json", config.to_dict())
     for name in AS_THEY_ARE:
         if (source.path / name).is_file():
-            (writer.files / name).write_bytes((source.path / name).read_bytes())
+            (writer.files / name).write_bytes(_own_file(source.path / name).read_bytes())
     writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(source, tokenizer))
     writer.write_text("README.md", model_card(source, config))
+
+
+def _own_file(path: Path) -> Path:
+    """A file that may be copied: of the folder itself, or of the hub's cache that the folder belongs to.
+
+    Raises:
+        InputError: a link that leads elsewhere; what it leads to might not be meant for others.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    if not any(target.is_relative_to(place) for place in (folder, *cache)):
+        raise InputError(f"{path} leads out of its folder", "Put the file itself there.")
+    return path
 
 
 def quantized_config(source: dict[str, Any], config: QuantConfig, tied: bool) -> dict[str, Any]:

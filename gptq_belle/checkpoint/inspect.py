@@ -1,5 +1,6 @@
 """What a model directory is, from its headers and its small tensors: the words of the weights stay unread."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -130,16 +131,16 @@ def _describe_config(found: Inspection, model: nn.Module) -> None:
 def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
     dtypes: Counter[str] = Counter()
     for name in reader:
-        tensor = reader.tensor(name)  # mapped: its bytes are read only where they are looked at
+        shape, dtype = reader.shape(name), reader.dtype(name)
         kind, leaf = _part(name, reader), name.rsplit(".", 1)[-1]
         part = found.parts.setdefault(kind, Part())
         part.tensors += 1
-        part.bytes += tensor.nbytes
+        part.bytes += reader.nbytes(name)
         if leaf == "qweight" and found.quantization:
-            part.parameters += tensor.numel() * 32 // found.quantization.bits
+            part.parameters += math.prod(shape) * 32 // found.quantization.bits
         elif leaf not in PACKED:
-            part.parameters += tensor.numel()
-        dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+            part.parameters += math.prod(shape)
+        dtypes[str(dtype).removeprefix("torch.")] += 1
     found.parameters = sum(part.parameters for part in found.parts.values())
     found.dtypes = dict(dtypes)
 
@@ -157,11 +158,15 @@ def _part(name: str, reader: CheckpointReader) -> str:
 
 
 def _missing(found: Inspection, reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         packed = leaf == "weight" and f"{module}.qweight" in reader
         if name not in reader and not packed and not (module == HEAD and found.tied):
             yield f"tensor {name} is missing"
+        elif name in reader and (reader.shape(name) != tuple(parameter.shape) or
+                                 not reader.dtype(name).is_floating_point):
+            yield (f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating point "
+                   f"{tuple(parameter.shape)}")
 
 
 def _packed_problems(found: Inspection, reader: CheckpointReader, model: nn.Module) -> Iterator[str]:

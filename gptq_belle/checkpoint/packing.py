@@ -18,6 +18,7 @@ from torch import Tensor
 from gptq_belle.errors import InputError
 
 V1, V2 = "gptq", "gptq_v2"
+ROWS_AT_A_TIME = 256  # bounds what expanding a weight takes beside it
 
 
 class QuantizedWeight(NamedTuple):
@@ -43,10 +44,15 @@ def all_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
-def dequantize(w: QuantizedWeight) -> Tensor:
-    """The weight (N, K) float32 that the codes stand for."""
+def dequantize(w: QuantizedWeight, out: Tensor | None = None) -> Tensor:
+    """The weight (N, K) float32 that the codes stand for, in `out` where it is given; some rows at a time."""
+    out = torch.empty(w.codes.shape, dtype=torch.float32, device=w.codes.device) if out is None else out
     groups = w.g_idx.long()
-    return w.codes.float().sub_(w.zeros[:, groups]).mul_(w.scales.float()[:, groups])
+    for rows in torch.arange(w.codes.shape[0], device=w.codes.device).split(ROWS_AT_A_TIME):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        torch.mul(w.codes[part].float().sub_(w.zeros[part][:, groups]), w.scales[part].float()[:, groups],
+                  out=out[part])
+    return out
 
 
 def cycle(bits: int) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """What a checkpoint's configuration says about its packed weights, and whether the tensors bear it out."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from gptq_belle.checkpoint.packing import V1, V2
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.config import BITS
 from gptq_belle.errors import InputError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_GROUP = 1 << 24  # more inputs than any linear has
 WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the figure."
 
 
@@ -69,8 +72,9 @@ def read_quantization(reader: CheckpointReader) -> Quantization | None:
     _expect(reader, "format", checkpoint_format, (V1, V2))
     _expect(reader, "bits", stated.get("bits"), BITS)
     group_size = stated.get("group_size")
-    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-        raise InputError(f"{reader.path}: group_size {group_size!r} is not supported", "Expected -1 or a count.")
+    if type(group_size) is not int or not (group_size == -1 or 1 <= group_size <= LARGEST_GROUP):
+        raise InputError(f"{reader.path}: group_size {str(group_size)[:40]!r} is not supported",
+                         "Expected -1 or a count.")
     return Quantization(stated["bits"], group_size, stated.get("sym"), bool(stated.get("desc_act")), checkpoint_format,
                         _producer(stated))
 
@@ -92,9 +96,25 @@ def check_geometry(reader: CheckpointReader, name: str, quantization: Quantizati
         raise InputError(f"the configuration says {quantization.bits} bits, but {name} has {rows} rows of words for "
                          f"{inputs} inputs: {rows * 32 / inputs:g} bits", WRONG_CONFIG)
     size = inputs if quantization.group_size == -1 else quantization.group_size
-    if groups != math.ceil(inputs / size):
+    if groups != -(-inputs // size):
         raise InputError(f"the configuration says group size {quantization.group_size}, but {name} has {groups} groups "
                          f"for {inputs} inputs: group size {inputs / max(groups, 1):g}", WRONG_CONFIG)
+    for part, (shape, dtypes) in _parts(quantization.bits, inputs, outputs, groups).items():
+        if f"{name}.{part}" not in reader and part in ("g_idx", "bias"):
+            continue
+        found, dtype = reader.shape(f"{name}.{part}"), reader.dtype(f"{name}.{part}")
+        if found != shape or dtype not in dtypes:
+            raise InputError(f"{name}.{part} is {dtype} {found}, expected {dtypes[0]} {shape}", WRONG_CONFIG)
+
+
+def _parts(bits: int, inputs: int, outputs: int,
+           groups: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Shape and allowed dtypes of each tensor of a packed linear."""
+    return {"qweight": ((inputs * bits // 32, outputs), (torch.int32,)),
+            "qzeros": ((groups, outputs * bits // 32), (torch.int32,)),
+            "scales": ((groups, outputs), FLOATS),
+            "g_idx": ((inputs,), (torch.int32, torch.int64)),
+            "bias": ((outputs,), FLOATS)}
 
 
 def _matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:

@@ -1,76 +1,21 @@
 """Read a Hugging Face model directory tensor by tensor: safetensors shards, or .bin files through weights_only."""
 
 import json
-import pickle
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptq_belle.checkpoint.pickle_file import PickleFile
+from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, DAMAGED, TensorFile
 from gptq_belle.errors import InputError
 from gptq_belle.models.registry import HEAD, Architecture, architecture
 
-DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
-
-
-class _Shard(Protocol):
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def tensor(self, name: str) -> Tensor: ...
-
-
-class _SafetensorsShard:
-    """One .safetensors file; its header is read at once, its tensors when asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = safe_open(str(path), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} cannot be read as safetensors: {error}", DAMAGED) from error
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        try:
-            return self._file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.path}: tensor {name} cannot be read: {error}", DAMAGED) from error
-
-
-class _PickleShard:
-    """One .bin file, memory-mapped where it is a zip (torch 1.6 and later); all but plain tensors is refused."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                zipped = file.read(2) == b"PK"
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except pickle.UnpicklingError as error:
-            raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
-                             "Convert it to safetensors where you trust it, or fetch the original.") from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            reason = (str(error) or "it ends too early").splitlines()[0]
-            raise InputError(f"{path} cannot be read as a PyTorch file: {reason}", DAMAGED) from error
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise InputError(f"{path} is not a flat dictionary of tensors", "Only state dictionaries can be read.")
-        self._state: dict[str, Tensor] = state
-
-    def names(self) -> list[str]:
-        return list(self._state)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._state[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._state[name]
+MOST_JSON_BYTES = 64 << 20  # the largest real one, an index of a model of a thousand shards, is below 20 MB
 
 
 class CheckpointReader:
@@ -118,6 +63,48 @@ class CheckpointReader:
         file, stored = self._find(name)
         return self._shards[file].tensor(stored)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the file, from the header alone."""
+        file, stored = self._find(name)
+        return self._shards[file].dtype(stored)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the file, from the header alone."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def rows(self, name: str, indices: Iterable[int]) -> Tensor:
+        """Some rows of a matrix, without the others in memory.
+
+        Raises:
+            InputError: as `tensor`; a row that the matrix does not have.
+        """
+        file, stored = self._find(name)
+        try:
+            return self._shards[file].rows(stored, indices)
+        except IndexError as error:
+            raise InputError(f"{self.path}: token ids outside of the {self.shape(name)[:1]} rows of {name}",
+                             "The tokenizer belongs to another model: fetch the directory again.") from error
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """One tensor in pieces of some rows each, none of which is large.
+
+        Raises:
+            InputError: as `tensor`.
+        """
+        if not self.shape(name):
+            yield self.tensor(name)
+            return
+        count, *rest = self.shape(name)
+        step = max(1, CHUNK_BYTES // (max(1, math.prod(rest)) * self.dtype(name).itemsize))
+        for begin in range(0, count, step):
+            yield self.rows(name, range(begin, min(begin + step, count)))
+
+    def read_ahead(self, name: str) -> None:
+        """Bring a tensor's bytes into the system's cache; one that cannot be read is left for `tensor` to name."""
+        file, stored = self._find(name)
+        with suppress(OSError):
+            self._shards[file].read_ahead(stored)
+
     @property
     def files(self) -> list[Path]:
         """The weight files, in order."""
@@ -141,13 +128,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that must hold one object.
 
     Raises:
-        InputError: it is not there, not UTF-8, not JSON, or not an object.
+        InputError: it is not there, not a plain file of sensible size, not UTF-8, not JSON, or not an object.
     """
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MOST_JSON_BYTES):
+            raise InputError(f"{path} is not a plain file of at most {MOST_JSON_BYTES >> 20} MiB", DAMAGED)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", "Give a complete Hugging Face model directory.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}", DAMAGED) from error
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object", DAMAGED)
@@ -186,5 +175,5 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _open(path: Path) -> _Shard:
-    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)
+def _open(path: Path) -> TensorFile | PickleFile:
+    return TensorFile(path) if path.suffix == ".safetensors" else PickleFile(path)

@@ -1,87 +1,96 @@
 """Write a model directory so that it appears whole or not at all: parts as they come, one merge, one rename.
 
 Tensors arrive block by block and are kept as small safetensors files under ``OUT.partial/parts``; at the end they are
-copied, header first, into files of at most 5 GB. The safetensors format is an 8-byte length, that many bytes of JSON
-header, and the tensors' bytes without gaps (github.com/huggingface/safetensors, "Format").
+copied, header first, into files of at most 5 GB. A job that ends early leaves its parts where it has said that somebody
+will go on with them (`keep`), else nothing.
 """
 
 import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_belle.checkpoint.durable import Stamp, sync
 from gptq_belle.checkpoint.reader import read_json
+from gptq_belle.checkpoint.tensor_file import (
+    CHUNK_BYTES,
+    DTYPES,
+    TensorEntry,
+    TensorFile,
+    header_bytes,
+    write_rows,
+    write_tensors,
+)
 from gptq_belle.config import written_by_us
 from gptq_belle.errors import InputError, UsageError
 
 SHARD_BYTES = 5_000_000_000
-COPY_BYTES = 16 << 20
-ELEMENT_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 class _Entry(NamedTuple):
-    """Where one tensor lies in a part."""
+    """A tensor of a part."""
 
     name: str
-    dtype: str
-    shape: list[int]
     file: Path
-    begin: int
-    end: int
+    at: TensorEntry
 
 
 class CheckpointWriter:
-    """A context in which a checkpoint directory comes into being; leaving it early removes what was written.
+    """A context in which a checkpoint directory comes into being.
 
     Args:
         out: the final directory. It may exist when it is empty or was written by gptq_belle; it is then replaced.
         shard_bytes: largest weight file, in bytes.
 
+    Attributes:
+        partial: ``OUT.partial``, which only one process at a time may hold; parts of an earlier job may lie there.
+        parts: the folder of the parts in it.
+        files: the folder that becomes `out`; empty on entering.
+        keep: whether `partial` stays when the context is left without publishing.
+
     Raises:
-        UsageError: `out` exists and is not ours.
+        UsageError: `out` exists and is not ours; `partial` exists and is not ours, or another job holds it.
     """
 
     def __init__(self, out: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.out = Path(out).absolute()
         self.shard_bytes = shard_bytes
         check_output(self.out)
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = partial_of(self.out)
         self.parts = self.partial / "parts"
         self.files = self.partial / "files"
+        self.keep = False
+        self._replaced = self.partial / "replaced"
 
     def __enter__(self) -> Self:
-        if self.partial.exists():
-            if not self.parts.is_dir():
-                raise UsageError(f"{self.partial} exists and was not left by a quantization job", "Move it away.")
-            os.close(_locked(self.partial))
-            shutil.rmtree(self.partial)
-        self.parts.mkdir(parents=True)
-        self.files.mkdir()
+        if self.partial.is_symlink() or (self.partial.exists() and not _is_leftover(self.partial)):
+            raise UsageError(f"{self.partial} exists and was not left by a quantization job", "Move it away.")
+        self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.partial)
+        if self._replaced.exists() and not self.out.exists():
+            self._replaced.rename(self.out)  # killed between the two renames of `publish`
+        for folder in (self.files, self._replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.files.mkdir()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.files if self.keep else self.partial, ignore_errors=True)
         os.close(self._lock)
 
-    def add(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+    def add(self, part: str, tensors: Mapping[str, Tensor]) -> Stamp:
         """Put tensors on disk under the name of a part; they may be dropped from memory then."""
-        try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, self.parts / part)
-        except SafetensorError as error:  # the library wraps the system's errors; a full disk should be called that
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.parts / part)) from error
+        return write_tensors(self.parts / part, tensors)
+
+    def add_rows(self, part: str, name: str, shape: tuple[int, ...], rows: Iterable[Tensor]) -> Stamp:
+        """Put one tensor on disk that is too large for memory and comes in pieces of some rows each, as float16."""
+        return write_rows(self.parts / part, name, shape, rows)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """One JSON file of the directory."""
@@ -101,18 +110,28 @@ class CheckpointWriter:
             _write_shard(self.files / name, entries)
         if len(shards) > 1:
             where = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
-            total = sum(entry.end - entry.begin for entries in shards for entry in entries)
+            total = sum(_size(entry) for entries in shards for entry in entries)
             self.write_json("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
     def publish(self) -> None:
         """Give the finished directory its final name; what stood there before goes only now."""
         for file in self.files.iterdir():
-            _sync(file)
+            sync(file)
+        sync(self.files)
         if self.out.exists():
-            old = self.partial / "replaced"
-            self.out.rename(old)
+            self.out.rename(self._replaced)
         self.files.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
+        self.keep = False
+
+
+def partial_of(out: Path) -> Path:
+    """Where a job that writes `out` keeps what is not finished."""
+    return out.with_name(out.name + ".partial")
+
+
+def _is_leftover(partial: Path) -> bool:
+    return partial.is_dir() and ((partial / "parts").is_dir() or not any(partial.iterdir()))
 
 
 def _locked(folder: Path) -> int:
@@ -146,16 +165,11 @@ def check_output(out: Path) -> None:
 
 
 def _entries(parts: Path) -> list[_Entry]:
-    entries = []
-    for file in sorted(parts.iterdir()):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-        for name, value in header.items():
-            if name != "__metadata__":
-                begin, end = (8 + size + offset for offset in value["data_offsets"])
-                entries.append(_Entry(name, value["dtype"], value["shape"], file, begin, end))
-    return entries
+    return [_Entry(name, file, at) for file in sorted(parts.iterdir()) for name, at in TensorFile(file).entries.items()]
+
+
+def _size(entry: _Entry) -> int:
+    return entry.at.end - entry.at.begin
 
 
 def _shards(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
@@ -163,45 +177,28 @@ def _shards(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
     shards: list[list[_Entry]] = [[]]
     used = 0
     for entry in entries:
-        size = entry.end - entry.begin
-        if shards[-1] and used + size > limit:
+        if shards[-1] and used + _size(entry) > limit:
             shards.append([])
             used = 0
         shards[-1].append(entry)
-        used += size
-    return [sorted(shard, key=lambda entry: -ELEMENT_BYTES[entry.dtype]) for shard in shards]
+        used += _size(entry)
+    return [sorted(shard, key=lambda entry: -DTYPES[entry.at.dtype].itemsize) for shard in shards]
 
 
 def _write_shard(path: Path, entries: list[_Entry]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        size = entry.end - entry.begin
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(header_bytes({entry.name: (entry.at.dtype, entry.at.shape, _size(entry)) for entry in entries}))
         for entry in entries:
             _copy(entry, out)
 
 
 def _copy(entry: _Entry, out: Any) -> None:
     with entry.file.open("rb") as source:
-        source.seek(entry.begin)
-        left = entry.end - entry.begin
+        source.seek(entry.at.begin)
+        left = _size(entry)
         while left:
-            chunk = source.read(min(left, COPY_BYTES))
+            chunk = source.read(min(left, CHUNK_BYTES))
             if not chunk:
                 raise InputError(f"{entry.file} shrank while it was read", "Something else writes there; run it again.")
             out.write(chunk)
             left -= len(chunk)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

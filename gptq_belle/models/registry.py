@@ -15,6 +15,8 @@ class Architecture:
         before: modules that run before the first block.
         after: modules that run behind the last one, the head excepted.
         stages: linears of a block by the order in which they run; those of one stage see the same input.
+        inner_copies: tensors of the feed-forward's inner size alive at a time in a forward pass, as measured.
+        score_copies: tensors of attention scores (heads x T x T a row) alive at a time; 0 where they are never whole.
         prompt_style: the usual prompt style of BELLE models with this architecture (see runtime/chat.py).
     """
 
@@ -23,6 +25,8 @@ class Architecture:
     before: tuple[str, ...]
     after: tuple[str, ...]
     stages: tuple[tuple[str, ...], ...]
+    inner_copies: int
+    score_copies: int
     prompt_style: str
 
     @property
@@ -42,6 +46,8 @@ _LLAMA = Architecture(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    inner_copies=4,
+    score_copies=0,
     prompt_style="llama",
 )
 
@@ -57,6 +63,8 @@ ARCHITECTURES = {
             ("mlp.dense_h_to_4h",),
             ("mlp.dense_4h_to_h",),
         ),
+        inner_copies=6,
+        score_copies=4,
         prompt_style="bloom",
     ),
     "llama": _LLAMA,

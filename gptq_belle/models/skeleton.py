@@ -9,6 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gptq_belle.errors import InputError
 
+# Beyond any model's; a figure within them makes no table larger than some MB (weights are on meta until read).
+LARGEST = {"num_hidden_layers": 1024, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "vocab_size": 1 << 24,
+           "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1 << 14,
+           "max_position_embeddings": 1 << 30}
+
+DROPOUTS = ("attention_dropout", "hidden_dropout")
+
 
 def empty_model(path: Path) -> PreTrainedModel:
     """The causal model that config.json describes, without memory for weights; computed buffers (RoPE's) are real.
@@ -23,6 +30,10 @@ def empty_model(path: Path) -> PreTrainedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the words are ours to read; transformers must not look for a quantizer
         config.use_cache = False
+        config._attn_implementation = None  # a file may name code on the hub there; the model's usual one is taken
+        for name in DROPOUTS:
+            setattr(config, name, 0.0)  # a matter of training; one out of 0..1 would fail in the middle of a forward
+        _check_sizes(config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever a model's own code trips over when a figure is of the wrong type
@@ -31,6 +42,18 @@ def empty_model(path: Path) -> PreTrainedModel:
                          "The configuration is damaged or of a newer kind than transformers knows.") from error
     _rebuild_computed_buffers(model, config)
     return model.eval().requires_grad_(False)
+
+
+def _check_sizes(config: Any) -> None:
+    """Refuse figures that no model of these architectures has, before modules and tables are made of them.
+
+    Raises:
+        ValueError: one is no whole number within bounds.
+    """
+    for name, most in LARGEST.items():
+        value = getattr(config, name, None)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"{name} {str(value)[:40]} is not a whole number from 1 to {most}")
 
 
 def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -43,12 +66,17 @@ def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
     module = root.get_submodule(owner)
     present = getattr(module, leaf)
     if present.shape != tensor.shape:
-        raise InputError(f"tensor {name} has shape {tuple(tensor.shape)}, config.json needs {tuple(present.shape)}",
-                         "config.json belongs to another model, or the file is damaged: fetch the directory again.")
+        raise wrong_shape(name, tuple(tensor.shape), tuple(present.shape))
     if isinstance(present, nn.Parameter):
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         setattr(module, leaf, tensor)
+
+
+def wrong_shape(name: str, found: tuple[int, ...], needed: tuple[int, ...]) -> InputError:
+    """The error for a tensor of another shape than the configuration's."""
+    return InputError(f"tensor {name} has shape {found}, config.json needs {needed}",
+                      "config.json belongs to another model, or the file is damaged: fetch the directory again.")
 
 
 def _rebuild_computed_buffers(model: PreTrainedModel, config: Any) -> None:

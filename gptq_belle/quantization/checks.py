@@ -25,7 +25,7 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
         UsageError: the group size does not divide a layer's inputs.
         InputError: a layer's sizes do not fill whole words.
     """
-    for name, (outputs, inputs) in _shapes(stream).items():
+    for name, (outputs, inputs) in linear_shapes(stream).items():
         if config.group_size != -1 and inputs % config.group_size:
             raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of {name}",
                              "Choose 32, 64, 128 or -1 (one group for the whole row), such that it does.")
@@ -36,9 +36,10 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
 
 def widest(stream: BlockStream) -> tuple[int, str]:
     """Inputs and name of the linear with the most inputs."""
-    return max((shape[1], name) for name, shape in _shapes(stream).items())
+    return max((shape[1], name) for name, shape in linear_shapes(stream).items())
 
 
-def _shapes(stream: BlockStream) -> dict[str, torch.Size]:
+def linear_shapes(stream: BlockStream) -> dict[str, torch.Size]:
+    """(N, K) of the linears of a block, by their path inside it."""
     block = stream.blocks.get_submodule("0")
     return {name: block.get_parameter(f"{name}.weight").shape for name in stream.arch.linears}

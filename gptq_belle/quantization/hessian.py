@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import all_finite
+from gptq_belle.checkpoint.packing import ROWS_AT_A_TIME, all_finite
 from gptq_belle.errors import InputError
 
 LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done
@@ -39,7 +39,8 @@ def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) ->
     """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
 
     Where the Cholesky factorization fails, damping is raised tenfold, up to 1; the value used is returned.
-    At most two further K x K matrices are alive beside `hessian`, which is left as it is.
+    One further K x K matrix is alive beside `hessian`, which is left as it is: LAPACK works in place on a matrix that
+    lies column by column, as does torch where result and argument are the same such matrix.
 
     Args:
         hessian: (K, K) float32 or float64, symmetric.
@@ -52,18 +53,28 @@ def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) ->
     mean = diagonal.mean()
     if order is not None:
         diagonal = diagonal[order]
+    failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
     while True:
-        work = hessian.clone() if order is None else hessian[order][:, order]
+        work = _by_columns(hessian, order)
         work.diagonal().copy_(diagonal + damp * mean)
-        factor, failed = torch.linalg.cholesky_ex(work)
-        del work
+        torch.linalg.cholesky_ex(work, out=(work, failed))
         if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and all_finite(upper):
-                return upper, damp
+            torch.cholesky_inverse(work, out=work)
+            torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
+            if not failed and all_finite(work.t()):  # by rows, it would be copied
+                return work, damp
+        del work
         if damp >= LARGEST_DAMP:
             raise InputError(f"the Hessian is not positive definite, even damped by {damp:g} of its mean diagonal",
                              "Use more or more varied calibration text, and check the model's weights for damage.")
         damp = min(10 * damp, LARGEST_DAMP)
+
+
+def _by_columns(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """A copy that lies column by column, its rows and columns in another order where one is given."""
+    copy = torch.empty_like(matrix, memory_format=torch.contiguous_format).t()
+    if order is None:
+        return copy.copy_(matrix)
+    for place, part in zip(torch.arange(len(order)).split(ROWS_AT_A_TIME), order.split(ROWS_AT_A_TIME), strict=True):
+        copy[place[0] : place[-1] + 1] = matrix[part][:, order]
+    return copy

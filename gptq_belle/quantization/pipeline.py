@@ -6,40 +6,39 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.directory import load_tokenizer, write_small_files
-from gptq_belle.checkpoint.hub import model_directory
-from gptq_belle.checkpoint.packing import PackedWeight, dequantize, pack
-from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.directory import write_small_files
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.config import QuantConfig
-from gptq_belle.errors import InputError
-from gptq_belle.measure.memory import PeakMemory, trim_heap
-from gptq_belle.models.skeleton import assign
-from gptq_belle.quantization.calibration import Calibration, calibration_tokens, check_enough
-from gptq_belle.quantization.checks import check_sizes, check_source, widest
+from gptq_belle.measure.memory import PeakMemory, steady_heap
+from gptq_belle.quantization.activations import Activations
+from gptq_belle.quantization.block import BlockJob
+from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.estimate import spills
+from gptq_belle.quantization.fingerprint import differences, environment, fingerprint
+from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.progress import JobProgress, Silent
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
-from gptq_belle.quantization.report import LinearReport, Report
-from gptq_belle.quantization.solver import Solution, gptq, round_to_nearest
-from gptq_belle.quantization.stream import BlockStream
-from gptq_belle.runtime.chat import detect_style
-from gptq_belle.runtime.loader import resolve_device
+from gptq_belle.quantization.report import Report
+from gptq_belle.quantization.setup import Setup, set_up
+from gptq_belle.quantization.threads import threads
 
 PROBE_TOKENS = 64  # of the row that is run through the first block before and after writing
 
 
 def quantize_checkpoint(
     source: str | Path, out: str | Path, config: QuantConfig, *, calibration: Calibration | None = None,
-    device: str = "auto", progress: JobProgress | None = None,
+    device: str = "auto", progress: JobProgress | None = None, resume: bool = True, memory: int | None = None,
 ) -> Report:
     """Quantize a model directory into a new one that any GPTQ reader takes.
 
-    In memory at a time: the embeddings, one block in float32, three float32 matrices of K x K of the largest linear,
-    and the activations of the calibration rows.
+    In memory at a time: one block in float32, two float32 matrices of K x K of the largest linear or what a forward
+    pass of one batch takes, and the activations of the calibration rows where there is room. What is finished is kept
+    in ``OUT.partial``; a job that was ended in any way goes on behind its last finished block, and ends bit for bit
+    where it would have ended: with the number of threads it was begun with, and on the same kind of processor (see
+    `fingerprint.environment`).
 
     Args:
         source: a Hugging Face directory or hub id, in float32, float16 or bfloat16.
@@ -48,115 +47,96 @@ def quantize_checkpoint(
         calibration: what to calibrate on; left out, the built-in rows. Unused by method rtn.
         device: "auto", "cpu" or "cuda:N", where forwards and solutions run.
         progress: told about every step.
+        resume: go on with what an earlier job of the same source and settings has finished; else begin anew.
+        memory: bytes of anonymous memory to keep to, by leaving the activations on disk; left out, what is free.
     Returns:
         What stands in the output's quantization_report.json.
     Raises:
-        UsageError: an option's value; an output that is not ours; a group size that does not divide a layer.
+        UsageError: an option's value; an output that is not ours; a group size that does not divide a layer; an
+            unfinished job of another source or other settings, which are named.
         InputError: source or calibration missing, damaged or unsuitable; the tensor or line is named.
-        HardwareError: no such device.
+        HardwareError: no such device; memory that does not suffice for one block.
     """
-    began = time.monotonic()
+    began = time.perf_counter()
     progress = progress or Silent()
     check_output(Path(out))
-    reader = CheckpointReader(model_directory(source))
-    with PeakMemory() as memory, CheckpointWriter(out) as writer:
-        check_source(reader)
-        stream = BlockStream(reader, resolve_device(device))
-        check_sizes(stream, config)
-        tokenizer = load_tokenizer(reader.path)
-        report = Report(str(source), config, versions=_versions())
-        tokens = None
-        if config.method == "gptq":
-            tokens = _calibration_tokens(calibration or Calibration(), tokenizer, stream, report)
-        progress.phase("embedding the calibration rows")
-        with stream.embeddings():
-            probe = Probe(stream.embed(_probe_tokens(stream, tokens)))
-            stream.hidden = [] if tokens is None else stream.embed(tokens)
-        job = _Job(stream, writer, config, report, memory, progress)
-        progress.start(stream.count, job.steps_a_block())
-        for index in range(stream.count):
-            job.quantize_block(index, probe)
-        progress.phase("writing")
-        head = stream.own_head()
-        writer.add("rest.safetensors", dict(stream.rest()) | head)
-        write_small_files(writer, reader, config, tokenizer, tied=not head)
-        writer.merge()
-        progress.phase("reading back")
-        report.readback_error = probe.compare(writer.files, stream)
-        report.bytes_on_disk = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
-        report.seconds, report.peak_memory = time.monotonic() - began, memory.bytes
-        writer.write_json("quantization_report.json", report.to_dict())
+    setup = set_up(source, config, calibration or Calibration(), device)
+    steady_heap()
+    spill = spills(setup, memory)
+    report = Report(str(source), config, setup.calibration, versions=_versions())
+    with PeakMemory() as peak, CheckpointWriter(out) as writer:
+        journal = _journal(writer, setup, report, progress, restart=not resume)
+        with threads(journal.environment["threads"]):
+            probe = _quantize_blocks(setup, writer, journal, Activations(writer.partial, setup.shapes, spill=spill),
+                                     peak, progress)
+            progress.phase("writing")
+            stream = setup.stream
+            write_small_files(writer, stream.reader, config, setup.tokenizer, tied=stream.tied())
+            writer.merge()
+            progress.phase("reading back")
+            report.readback_error = probe.compare(writer.files, stream, journal.tensors(PROBED_BLOCK))
+        _complete(report, journal, writer, peak, time.perf_counter() - began)
         writer.publish()
     return report
 
 
-class _Job:
-    """The loop's body and what it shares from block to block."""
-
-    def __init__(self, stream: BlockStream, writer: CheckpointWriter, config: QuantConfig, report: Report,
-                 memory: PeakMemory, progress: JobProgress) -> None:
-        self.stream, self.writer, self.config = stream, writer, config
-        self.report, self.memory, self.progress = report, memory, progress
-
-    def steps_a_block(self) -> int:
-        """Solutions, and the batches that run once a stage and once more behind the block."""
-        arch = self.stream.arch
-        return len(arch.linears) + len(self.stream.hidden) * (len(arch.stages) + 1)
-
-    def quantize_block(self, index: int, probe: Probe) -> None:
-        """Solve the linears of a block in the order in which they run, write them, and move the activations on."""
-        block = self.stream.block(index)
-        prefix = f"{self.stream.arch.blocks}.{index}"
-        tensors: dict[str, Tensor] = {}
-        for stage in self.stream.arch.stages:
-            hessian = self.stream.hessian(block, stage, self.progress.step) if self.stream.hidden else None
-            for name in stage:
-                packed, row = self._linear(block, name, f"{prefix}.{name}", hessian)
-                tensors |= {f"{prefix}.{name}.{part}": value for part, value in packed._asdict().items()}
-                self.report.linears.append(row)
-                self.progress.linear(index, row, self.memory.bytes)
-        tensors |= {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in block.named_parameters()
-                    if name.removesuffix(".weight") not in self.stream.arch.linears}
-        self.writer.add(f"block-{index:05d}.safetensors", tensors)
-        if index == PROBED_BLOCK:
-            probe.expect(self.stream, block)
-        self.stream.propagate(block, self.progress.step)
-        self.stream.drop(block)
-
-    def _linear(self, block: nn.Module, name: str, full_name: str,
-                hessian: Tensor | None) -> tuple[PackedWeight, LinearReport]:
-        """Quantize one linear in place."""
-        began = time.monotonic()
-        weight = block.get_parameter(f"{name}.weight")
-        solution = _named(full_name, weight, hessian, self.config)
-        assign(block, f"{name}.weight", dequantize(solution.weight))
-        packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
-        outputs, inputs = weight.shape
-        trim_heap()
-        return packed, LinearReport(full_name, solution.error, solution.damp, time.monotonic() - began, inputs, outputs)
+def _journal(writer: CheckpointWriter, setup: Setup, report: Report, progress: JobProgress, *,
+             restart: bool) -> Journal:
+    """The journal of this job, or of the one that it goes on with."""
+    progress.phase("reading the source for its fingerprint")
+    now = environment(setup.stream.device)
+    writer.keep = True  # a refusal leaves what is there
+    journal = Journal(writer.partial, fingerprint(setup.stream.reader, setup.config, setup.calibration), now,
+                      restart=restart)
+    writer.keep = bool(journal.records)
+    if journal.records:
+        at = len(journal.records)
+        report.resumed = [at]
+        progress.phase(f"going on behind block {at} of {setup.stream.count}")
+        if changed := differences(journal.environment, now):
+            report.notes.append(f"from block {at} on, the last bits may differ from an undisturbed job's: {changed}")
+            progress.phase(report.notes[-1])
+    return journal
 
 
-def _named(name: str, weight: Tensor, hessian: Tensor | None, config: QuantConfig) -> Solution:
-    """Solve, and say which layer it was where that fails."""
-    try:
-        return round_to_nearest(weight, config) if hessian is None else gptq(weight, hessian, config)
-    except InputError as error:
-        raise InputError(f"{name}: {error.cause}", error.remedy) from error
+def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, activations: Activations,
+                     peak: PeakMemory, progress: JobProgress) -> Probe:
+    """Every part of the written file: what stays as it is, and the blocks that are not finished yet."""
+    stream, done = setup.stream, len(journal.records)
+    for number, name in enumerate(stream.rest()):
+        rows = (stream.float16(name, chunk) for chunk in stream.reader.chunks(name))
+        writer.add_rows(f"rest-{number}.safetensors", name, stream.shape(name), rows)
+    progress.phase("embedding the calibration rows")
+    probe = Probe(stream.embed(_probe_tokens(setup)))
+    if setup.tokens is not None and done == 0:
+        activations.write(0, stream.embed(setup.tokens))
+    elif setup.tokens is not None and done < stream.count:
+        activations.load(done)
+    job = BlockJob(stream, writer, journal, setup.config, peak, progress)
+    progress.start(stream.count - done, job.steps(len(activations)))
+    for index in range(done, stream.count):
+        job.run(index, activations, probe)
+        writer.keep = True
+    return probe
 
 
-def _calibration_tokens(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, stream: BlockStream,
-                        report: Report) -> Tensor:
-    tokens = calibration_tokens(calibration, tokenizer, detect_style(stream.reader.config), stream.context)
-    report.calibration = calibration.describe(tokens)
-    if not calibration.allow_short:
-        check_enough(tokens, *widest(stream))
-    return tokens
+def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: PeakMemory, seconds: float) -> None:
+    """Fill in the report and write it; earlier jobs' blocks count."""
+    report.linears = [row for record in journal.records for row in record.linears]
+    report.phases = [record.phases for record in journal.records]
+    report.notes += [note for record in journal.records for note in record.notes]
+    earlier = journal.records[: report.resumed[0]] if report.resumed else []
+    report.seconds = seconds + sum(record.phases["total"] for record in earlier)
+    peaks = [record.peak_memory for record in journal.records] + [peak.bytes]
+    report.peak_memory = max((count for count in peaks if count is not None), default=None)
+    report.bytes_on_disk = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
+    writer.write_json("quantization_report.json", report.to_dict())
 
 
-def _probe_tokens(stream: BlockStream, tokens: Tensor | None) -> Tensor:
-    if tokens is not None:
-        return tokens[:1, :PROBE_TOKENS]
-    return torch.arange(PROBE_TOKENS).unsqueeze(0) % stream.model.config.vocab_size
+def _probe_tokens(setup: Setup) -> Tensor:
+    if setup.tokens is not None:
+        return setup.tokens[:1, :PROBE_TOKENS]
+    return torch.arange(PROBE_TOKENS).unsqueeze(0) % setup.stream.model.config.vocab_size
 
 
 def _versions() -> dict[str, str]:

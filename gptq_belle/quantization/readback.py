@@ -1,5 +1,6 @@
 """Trust, then verify: one block's output from the written file must be the one that the solver left behind."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,21 +16,21 @@ from gptq_belle.models.skeleton import assign
 from gptq_belle.quantization.stream import BlockStream
 
 PROBED_BLOCK = 0
+EXPECTED = "probe.expected"
 LARGEST_DIFFERENCE = 1e-5  # of the output's largest value; the same floats in the same order give 0 on a CPU
 
 
 class Probe:
     """A few tokens in front of the first block, and what they were behind it when that block was quantized."""
 
-    def __init__(self, hidden: list[Tensor]) -> None:
+    def __init__(self, hidden: Iterable[Tensor]) -> None:
         (self.states,) = hidden
-        self.expected: Tensor | None = None
 
-    def expect(self, stream: BlockStream, block: nn.Module) -> None:
-        """Note the output of the block as the solver left it."""
-        self.expected = stream.run(block, self.states).cpu()
+    def expect(self, stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
+        """The output of the block as the solver left it, to be kept until `compare`."""
+        return {EXPECTED: stream.run(block, self.states)}
 
-    def compare(self, directory: Path, stream: BlockStream) -> float:
+    def compare(self, directory: Path, stream: BlockStream, kept: Mapping[str, Tensor]) -> float:
         """Read the block back, through the runtime's own reading of the words, and run the same tokens.
 
         Returns:
@@ -37,19 +38,19 @@ class Probe:
         Raises:
             GptqBelleError: it is larger than rounding explains; the written files are then not to be trusted.
         """
-        assert self.expected is not None
+        expected = kept[EXPECTED]
         reader = CheckpointReader(directory)
         block = stream.blocks.get_submodule(str(PROBED_BLOCK))
         for name, _ in list(block.named_parameters()):
             full_name = f"{stream.arch.blocks}.{PROBED_BLOCK}.{name}"
             assign(block, name, _read(reader, full_name).to(stream.device, torch.float32))
-        output = stream.run(block, self.states).cpu()
+        output = stream.run(block, self.states)
         stream.drop(block)
-        difference = float((output - self.expected).abs().max() / self.expected.abs().max())
+        difference = float((output - expected).abs().max() / expected.abs().max())
         if not difference <= LARGEST_DIFFERENCE:
             raise GptqBelleError(
                 f"block {PROBED_BLOCK} read back from the written file differs by {difference:.2e} of its output",
-                "The files were removed. Check disk and memory, and run it again; if it stays, report it.")
+                "The files were removed. Check disk and memory, and run it with --restart; if it stays, report it.")
         return difference
 
 

@@ -36,7 +36,10 @@ class Report:
         settings: the job's configuration.
         calibration: source, rows, tokens a row, seed and SHA-256 of the token ids; None for rtn.
         linears: one row a quantized linear, in the order of solving.
-        seconds: wall time of the job.
+        phases: seconds of every block by what they went into; "total" is all of the block.
+        notes: what went otherwise than planned, such as a block that fell back to the CPU.
+        resumed: the blocks that restarts went on with.
+        seconds: working time of the job, without blocks that were begun and not finished.
         peak_memory: largest anonymous memory in bytes, None where the system does not tell.
         bytes_on_disk: size of the weight files.
         readback_error: largest difference between one block's output from the written file and from the solver, as a
@@ -48,6 +51,9 @@ class Report:
     settings: QuantConfig
     calibration: dict[str, Any] | None = None
     linears: list[LinearReport] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int | None = None
     bytes_on_disk: int = 0

@@ -1,6 +1,7 @@
 """The source model with one block in memory at a time: load a block, run it on the calibration rows, drop it."""
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
+from gptq_belle.measure.phases import PhaseClock
 from gptq_belle.models.registry import HEAD
-from gptq_belle.models.skeleton import assign, empty_model
+from gptq_belle.models.skeleton import assign, empty_model, wrong_shape
 from gptq_belle.quantization.hessian import HessianSum
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKENS_A_BATCH = 4096
 ATTENTION_SCORES_A_BATCH = 1 << 27  # eager attention holds batch * heads * T * T float32 values: 512 MiB
 
@@ -23,23 +26,27 @@ class _Stop(Exception):
 
 
 class BlockStream:
-    """Blocks of a checkpoint in float32, one at a time, and the calibration activations between them.
+    """Blocks of a checkpoint in float32, one at a time, and what the calibration rows are in front of them.
 
     What the written file will hold in float16 (everything but the quantized weights) is rounded to float16 here, so
     that calibration sees what the user's model computes.
 
     Attributes:
         count: number of blocks.
-        hidden: the activations in front of the next block, one (batch, T, hidden_size) float32 tensor a batch.
+        device: where blocks run.
+        most_rows: rows that go through a block at a time; None for whole batches.
+        clock: told what time goes into: "reading", "forwards", "hessians".
     """
 
-    def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
+    def __init__(self, reader: CheckpointReader, device: torch.device, clock: PhaseClock | None = None) -> None:
         self.reader, self.arch, self.device = reader, reader.arch, device
+        self.clock = clock or PhaseClock()
+        self.most_rows: int | None = None
         self.model = empty_model(reader.path)
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
-        self.hidden: list[Tensor] = []
-        self._arguments: dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
+        self._arguments: dict[tuple[torch.device, torch.Size], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
             raise InputError("this model mixes kinds of attention between its blocks",
                              "Only models whose blocks all attend alike can be quantized.")
@@ -51,119 +58,132 @@ class BlockStream:
             InputError: a tensor is missing, misshapen, or holds NaN or infinity; it is named.
         """
         block = self.blocks.get_submodule(str(index))
-        self._fill(f"{self.arch.blocks}.{index}", [f"{name}.weight" for name in self.arch.linears])
+        with self.clock("reading"):
+            self._fill(f"{self.arch.blocks}.{index}", [f"{name}.weight" for name in self.arch.linears])
         return block
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to bring block `index` from the disk into the system's cache, while something else goes on."""
+        names = [f"{self.arch.blocks}.{index}.{name}" for name, _ in
+                 self.blocks.get_submodule(str(index)).named_parameters()] if index < self.count else []
+
+        def read() -> None:
+            for name in names:
+                with suppress(InputError):  # whoever needs the tensor says what is wrong with it
+                    self.reader.read_ahead(name)
+
+        threading.Thread(target=read, name="read-ahead", daemon=True).start()
 
     def drop(self, block: nn.Module) -> None:
         """Give a block's memory back."""
         block.to("meta")
 
-    @contextmanager
-    def embeddings(self) -> Iterator[None]:
-        """What comes before the first block is in memory inside of this context, and gone behind it."""
-        for name in self.arch.before:
-            self._fill(name)
-        yield
-        for name in self.arch.before:
-            self.model.get_submodule(name).to("meta")
+    def batches(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Token ids (rows, T) in batches of the size in which they run."""
+        return rows.split(self._rows_a_batch(rows.shape[1]))
 
-    def embed(self, rows: Tensor) -> list[Tensor]:
-        """Run everything that comes before the first block, inside of `embeddings`.
+    def embed(self, rows: Tensor) -> Iterator[Tensor]:
+        """Run everything that comes before the first block; only the embeddings of tokens that occur are in memory.
 
         Args:
             rows: (rows, T) int64 token ids without padding.
         Returns:
             The first block's inputs, one (batch, T, hidden_size) float32 tensor on the CPU a batch.
         """
-        hidden: list[Tensor] = []
+        tokens, places = rows.unique(return_inverse=True)
+        self._fill_embedding(tokens.tolist())
+        for name in self.arch.before[1:]:
+            self._fill(name)
+        for batch in self.batches(places):
+            yield self._embed(batch)
+        for name in self.arch.before:
+            self.model.get_submodule(name).to("meta")
 
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states = args[0] if args else kwargs.pop("hidden_states")
-            hidden.append(states.cpu())
-            self._arguments[states.shape[:2]] = args[1:], kwargs
-            raise _Stop
-
-        first = self.blocks.get_submodule("0")
-        with _hooked([first.register_forward_pre_hook(keep, with_kwargs=True)]), torch.inference_mode():
-            for batch in rows.split(self._rows_a_batch(rows.shape[1])):
-                with suppress(_Stop):
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
-        return hidden
-
-    def hessian(self, block: nn.Module, stage: Sequence[str], advance: Callable[[], None]) -> Tensor:
+    def hessian(self, block: nn.Module, stage: Sequence[str], batches: Iterable[Tensor],
+                advance: Callable[[], None]) -> Tensor:
         """The Hessian (K, K) float32 of the inputs that the linears of one stage share.
 
         Args:
-            block: the block in front of which `hidden` stands.
+            block: the block that `batches` (batch, T, hidden_size) stand in front of.
             stage: names of linears inside the block that see the same input.
+            batches: the calibration rows.
             advance: called once a batch, for progress.
         """
         linear = block.get_submodule(stage[0])
         total = HessianSum(block.get_parameter(f"{stage[0]}.weight").shape[1], self.device)
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            total.add(inputs[0])
+            with self.clock("hessians"):
+                total.add(inputs[0])
             raise _Stop
 
         with _hooked([linear.register_forward_pre_hook(add)]):
-            for states in self.hidden:
-                with suppress(_Stop):
-                    self.run(block, states)
+            for states in batches:
+                for piece in states.split(self.most_rows or len(states)):
+                    with suppress(_Stop):
+                        self._run(block, piece)
                 advance()
         return total.value
 
-    def propagate(self, block: nn.Module, advance: Callable[[], None]) -> None:
-        """Move `hidden` behind the block."""
-        for i, states in enumerate(self.hidden):
-            self.hidden[i] = self.run(block, states).cpu()
-            advance()
-
-    @torch.inference_mode()
     def run(self, block: nn.Module, states: Tensor) -> Tensor:
-        """The block's output (batch, T, hidden_size) on `states` of the same shape."""
-        args, kwargs = self._arguments[states.shape[:2]]
-        output = block(states.to(self.device), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        """The block's output (batch, T, hidden_size) on the CPU, on `states` of the same shape."""
+        pieces = [self._run(block, piece).cpu() for piece in states.split(self.most_rows or len(states))]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """Embeddings, final norm, and the head where it is its own: what goes into the file unquantized."""
-        for root in (*self.arch.before, *self.arch.after):
-            for name, _ in self.model.get_submodule(root).named_parameters():
-                yield f"{root}.{name}", self.float16(f"{root}.{name}")
+    def rest(self) -> list[str]:
+        """Names of what goes into the file unquantized beside the blocks: embeddings, norms, the head where it is one
+        of its own. Old files hold a tied head too: it is written once."""
+        names = [f"{root}.{name}" for root in (*self.arch.before, *self.arch.after)
+                 for name, _ in self.model.get_submodule(root).named_parameters()]
+        return names if self.tied() else [*names, f"{HEAD}.weight"]
 
-    def own_head(self) -> dict[str, Tensor]:
-        """The head's weight where it is not the embedding's. Old files hold a tied head too: it is written once."""
-        name, embedding = f"{HEAD}.weight", f"{self.arch.before[0]}.weight"
-        tied = self.model.config.tie_word_embeddings
-        if tied and (name not in self.reader or torch.equal(self.reader.tensor(name), self.reader.tensor(embedding))):
-            return {}
-        return {name: self.float16(name)}
+    def tied(self) -> bool:
+        """Whether the head is the embedding; where the configuration says so and the file does not, believe the file.
+        """
+        head, embedding = f"{HEAD}.weight", f"{self.arch.before[0]}.weight"
+        if not self.model.config.tie_word_embeddings or head not in self.reader:
+            return bool(self.model.config.tie_word_embeddings)
+        return self.reader.shape(head) == self.reader.shape(embedding) and all(
+            torch.equal(ours, theirs) for ours, theirs in
+            zip(self.reader.chunks(head), self.reader.chunks(embedding), strict=True))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that config.json gives a tensor.
+
+        Raises:
+            InputError: the file's is another one.
+        """
+        embedding = name == f"{self.arch.before[0]}.weight"
+        shape = self.embedding_shape if embedding else tuple(self.model.get_parameter(name).shape)
+        if self.reader.shape(name) != shape:
+            raise wrong_shape(name, self.reader.shape(name), shape)
+        return shape
 
     @property
     def context(self) -> int | None:
         """Tokens that the model's positions allow; None for ALiBi, which knows no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def float16(self, name: str) -> Tensor:
-        """A source tensor as the file will hold it.
+    def float16(self, name: str, tensor: Tensor) -> Tensor:
+        """All or a part of the source's tensor `name` as the file will hold it.
 
         Raises:
             InputError: it holds NaN or infinity, or values beyond float16.
         """
-        tensor = self.finite(name)
-        rounded = tensor.to(torch.float16)
+        rounded = self.finite(name, tensor).to(torch.float16)
         if not all_finite(rounded):
             raise InputError(f"tensor {name} holds values up to {float(tensor.abs().max()):.3g}, more than 65504",
                              "The standard format holds float16 only; this model cannot be written in it.")
         return rounded
 
-    def finite(self, name: str) -> Tensor:
-        """A source tensor as it is.
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """All or a part of the source's tensor `name` as it is.
 
         Raises:
-            InputError: it holds NaN or infinity.
+            InputError: it holds NaN or infinity, or no floating point numbers.
         """
-        tensor = self.reader.tensor(name)
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"tensor {name} is {tensor.dtype}, not floating point", "Give the full-precision model.")
         if not all_finite(tensor):
             raise InputError(f"tensor {name} holds NaN or infinity", "The source is damaged: fetch it again.")
         return tensor
@@ -171,8 +191,45 @@ class BlockStream:
     def _fill(self, root: str, as_they_are: Sequence[str] = ()) -> None:
         module = self.model.get_submodule(root)
         for name, _ in list(module.named_parameters()):
-            read = self.finite if name in as_they_are else self.float16
-            assign(module, name, read(f"{root}.{name}").to(self.device, torch.float32))
+            full_name = f"{root}.{name}"
+            rounded = self.finite if name in as_they_are else self.float16
+            tensor = rounded(full_name, self.reader.tensor(full_name))
+            assign(module, name, tensor.to(self.device, torch.float32))
+
+    def _fill_embedding(self, tokens: Sequence[int]) -> None:
+        """The embeddings of these tokens, in this order, in the place of all."""
+        name = f"{self.arch.before[0]}.weight"
+        embedding: Any = self.model.get_submodule(self.arch.before[0])
+        self.shape(name)
+        rows = self.float16(name, self.reader.rows(name, tokens)).to(self.device, torch.float32)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None  # a matter of gradients only, and checked against the rows that are there
+
+    def _embed(self, places: Tensor) -> Tensor:
+        """One batch, places (batch, T) among the embeddings; notes what the blocks get beside the hidden states."""
+        hidden: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs.pop("hidden_states")
+            hidden.append(states.cpu())
+            self._arguments[self.device, states.shape[:2]] = args[1:], kwargs
+            raise _Stop
+
+        first = self.blocks.get_submodule("0")
+        hook = first.register_forward_pre_hook(keep, with_kwargs=True)
+        with _hooked([hook]), torch.inference_mode(), suppress(_Stop):
+            self.model(input_ids=places.to(self.device), use_cache=False)
+        return hidden[0]
+
+    @torch.inference_mode()
+    def _run(self, block: nn.Module, states: Tensor) -> Tensor:
+        shape = states.shape[:2]
+        if (self.device, shape) not in self._arguments:  # they follow from the shape alone
+            list(self.embed(torch.zeros(shape, dtype=torch.int64)))
+        args, kwargs = self._arguments[self.device, shape]
+        with self.clock("forwards"):
+            output = block(states.to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     def _rows_a_batch(self, length: int) -> int:
         heads = self.model.config.num_attention_heads

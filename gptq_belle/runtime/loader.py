@@ -181,5 +181,8 @@ def _same_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _generation_config(reader: CheckpointReader, model: PreTrainedModel) -> GenerationConfig:
     path = reader.path / "generation_config.json"
     if path.is_file():
-        return GenerationConfig.from_dict(read_json(path))
+        try:
+            return GenerationConfig.from_dict(read_json(path))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is not understood: {str(error).splitlines()[0][:200]}", WRONG_CONFIG) from error
     return GenerationConfig.from_model_config(model.config)

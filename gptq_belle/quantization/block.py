@@ -1,0 +1,161 @@
+"""One block of a job: capture, solve, pack, write, propagate; and what is tried where a GPU's memory does not suffice.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gptq_belle.checkpoint.durable import Stamp
+from gptq_belle.checkpoint.packing import PackedWeight, dequantize, pack
+from gptq_belle.checkpoint.writer import CheckpointWriter
+from gptq_belle.config import QuantConfig
+from gptq_belle.errors import InputError
+from gptq_belle.measure.memory import PeakMemory, trim_heap
+from gptq_belle.models.skeleton import assign
+from gptq_belle.quantization.activations import Activations, mapped
+from gptq_belle.quantization.journal import Journal, Record, activations_name
+from gptq_belle.quantization.progress import JobProgress
+from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
+from gptq_belle.quantization.report import LinearReport
+from gptq_belle.quantization.solver import Factor, factorize, gptq, round_to_nearest
+from gptq_belle.quantization.stream import BlockStream
+
+
+class Inputs(NamedTuple):
+    """Of the linears of one stage: the Hessian, and what follows from it alone."""
+
+    hessian: Tensor
+    factor: Factor
+
+
+class BlockJob:
+    """What is done to every block, and what that shares from block to block."""
+
+    def __init__(self, stream: BlockStream, writer: CheckpointWriter, journal: Journal, config: QuantConfig,
+                 memory: PeakMemory, progress: JobProgress) -> None:
+        self.stream, self.writer, self.journal, self.config = stream, writer, journal, config
+        self.memory, self.progress, self.clock = memory, progress, stream.clock
+
+    def steps(self, batches: int) -> int:
+        """Solutions, and the batches that run once a stage and once more behind the block (but not the last one)."""
+        arch = self.stream.arch
+        return len(arch.linears) + batches * (len(arch.stages) + 1)
+
+    def run(self, index: int, activations: Activations, probe: Probe) -> None:
+        """Quantize a block, move the activations behind it, and commit both.
+
+        Where a GPU runs out of memory, the block is begun again with half as many rows at a time, at last on the CPU;
+        the record says so. Rows at a time stay halved, for the next block is as large; the device does not.
+
+        Raises:
+            OutOfMemoryError: on the CPU too.
+        """
+        notes: list[str] = []
+        device, failed = self.stream.device, torch.OutOfMemoryError()
+        for way in self._ways(activations):
+            self.clock.restart()
+            began = time.perf_counter()
+            try:
+                record, files, tensors = self._attempt(index, activations, probe)
+                break
+            except torch.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # whose frames hold what is to be freed
+                notes.append(f"block {index}: out of memory {way}")
+                self.progress.phase(notes[-1])
+        else:
+            raise failed
+        self.stream.device = device
+        record.notes = notes
+        record.phases = self.clock.restart() | {"total": time.perf_counter() - began}
+        self.journal.commit(record, files, tensors)
+        activations.forget(index)
+
+    def _ways(self, activations: Activations) -> Iterator[str]:
+        """What is tried one after the other, each in words once it is set."""
+        stream = self.stream
+        rows = stream.most_rows or max((shape[0] for shape in activations.shapes), default=1)
+        yield f"on {stream.device} with {rows} rows at a time"
+        while rows > 1:
+            rows //= 2
+            stream.most_rows = rows
+            _release(stream.device)
+            yield f"on {stream.device} with {rows} rows at a time"
+        _release(stream.device)
+        stream.device = torch.device("cpu")
+        yield "on the CPU"
+
+    def _attempt(self, index: int, activations: Activations,
+                 probe: Probe) -> tuple[Record, dict[str, Stamp], dict[str, Tensor]]:
+        """Everything about a block but the record's last lines."""
+        stream, record = self.stream, Record()
+        block = stream.block(index)
+        stream.read_ahead(index + 1)
+        try:
+            packed = self._solve(index, block, activations, record)
+            with self.clock("writing"):
+                part = f"block-{index:05d}.safetensors"
+                files = {f"parts/{part}": self.writer.add(part, packed)}
+            tensors = probe.expect(stream, block) if index == PROBED_BLOCK else {}
+            if len(activations) and index + 1 < stream.count:
+                outputs = mapped(lambda states: stream.run(block, states), activations, self.progress.step)
+                with self.clock("writing"):
+                    files[activations_name(index + 1)] = activations.write(index + 1, outputs)
+        finally:
+            stream.drop(block)
+        record.peak_memory = self.memory.bytes
+        return record, files, tensors
+
+    def _solve(self, index: int, block: nn.Module, activations: Activations, record: Record) -> dict[str, Tensor]:
+        """Solve the linears in the order in which they run; the tensors that the file holds of the block."""
+        arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
+        tensors: dict[str, Tensor] = {}
+        for stage in arch.stages:
+            inputs = self._inputs(block, stage, prefix, activations) if len(activations) else None
+            for name in stage:
+                packed, row = self._linear(block, name, f"{prefix}.{name}", inputs)
+                tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
+                record.linears.append(row)
+                self.progress.linear(index, row, self.memory.bytes)
+        return tensors | {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in
+                          block.named_parameters() if name.removesuffix(".weight") not in arch.linears}
+
+    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Activations) -> Inputs:
+        """What the solver knows of the inputs that the linears of a stage share."""
+        hessian = self.stream.hessian(block, stage, activations, self.progress.step)
+        with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
+            return Inputs(hessian, factorize(hessian, self.config))
+
+    def _linear(self, block: nn.Module, name: str, full_name: str,
+                inputs: Inputs | None) -> tuple[PackedWeight, LinearReport]:
+        """Quantize one linear in place."""
+        began = time.perf_counter()
+        weight = block.get_parameter(f"{name}.weight")
+        N, K = weight.shape
+        with self.clock("solving"), _naming(full_name):
+            solution = round_to_nearest(weight, self.config) if inputs is None else gptq(
+                weight, inputs.hessian, self.config, inputs.factor)
+        with self.clock("packing"):
+            assign(block, f"{name}.weight", dequantize(solution.weight, out=weight.detach()))
+            packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
+            trim_heap()
+        seconds = time.perf_counter() - began
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """An error inside says which layer it was."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error.cause}", error.remedy) from error
+
+
+def _release(device: torch.device) -> None:
+    """Hand the memory that torch keeps for later back to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

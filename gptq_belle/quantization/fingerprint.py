@@ -1,0 +1,62 @@
+"""What the result of a job follows from: the source's bytes, the calibration tokens and the settings, and nothing else
+but the last bits of floating point."""
+
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gptq_belle import __version__
+from gptq_belle.checkpoint.directory import AS_THEY_ARE, TOKENIZER_CONFIG
+from gptq_belle.checkpoint.durable import stamp_of
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.config import QuantConfig
+
+
+def fingerprint(reader: CheckpointReader, config: QuantConfig,
+                calibration: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What a resumed job must have in common with the one that was begun.
+
+    Every weight file is read through once, which leaves it in the system's cache for the job.
+
+    Args:
+        reader: the source.
+        config: the settings.
+        calibration: `Calibration.describe` of the tokens; None for rtn.
+    """
+    small = [reader.path / name for name in ("config.json", TOKENIZER_CONFIG, *AS_THEY_ARE)]
+    files = [*reader.files, *(file for file in small if file.is_file())]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(_digest, files))
+    return {
+        "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
+        "calibration": calibration or {},
+        "settings": asdict(config),
+        "program": {"gptq_belle": __version__},
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What sums of floating point follow from beside the fingerprint.
+
+    MKL's products and Cholesky factors differ in their last bits between numbers of threads and between kinds of
+    processors, and CUDA's from both: a resumed job therefore keeps the number of threads, and says so where it runs
+    elsewhere. The number of CUDA devices has no influence: one is used.
+    """
+    return {"device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
+
+
+def differences(begun: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of `environment` changed since the job was begun, threads excepted; "" where nothing did."""
+    return ", ".join(f"{name} {begun.get(name)} then, {value} now" for name, value in now.items()
+                     if name != "threads" and begun.get(name) != value)
+
+
+def _digest(path: Path) -> str:
+    return stamp_of(path).sha256

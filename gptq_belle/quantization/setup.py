@@ -1,0 +1,64 @@
+"""What a job begins with: the source held against the settings, and the calibration rows; nothing is written yet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gptq_belle.checkpoint.directory import load_tokenizer
+from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.config import QuantConfig
+from gptq_belle.quantization.calibration import Calibration, calibration_tokens, check_enough
+from gptq_belle.quantization.checks import check_sizes, check_source, widest
+from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.runtime.chat import detect_style
+from gptq_belle.runtime.loader import resolve_device
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A job that could begin.
+
+    Attributes:
+        stream: the source's blocks.
+        config: the settings.
+        tokenizer: the source's.
+        tokens: (rows, T) int64 to calibrate on; None for rtn.
+        calibration: what the report says of them.
+    """
+
+    stream: BlockStream
+    config: QuantConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokens: Tensor | None = None
+    calibration: dict[str, Any] | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Of the activations (batch, T, hidden_size), batch by batch."""
+        if self.tokens is None:
+            return []
+        size = self.stream.model.config.hidden_size
+        return [(*batch.shape, size) for batch in self.stream.batches(self.tokens)]
+
+
+def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> Setup:
+    """Read and check everything that a job needs, but the weights.
+
+    Raises:
+        UsageError, InputError, HardwareError: as `quantize_checkpoint`.
+    """
+    reader = CheckpointReader(model_directory(source))
+    check_source(reader)
+    stream = BlockStream(reader, resolve_device(device))
+    check_sizes(stream, config)
+    tokenizer = load_tokenizer(reader.path)
+    if config.method == "rtn":
+        return Setup(stream, config, tokenizer)
+    tokens = calibration_tokens(calibration, tokenizer, detect_style(reader.config), stream.context)
+    if not calibration.allow_short:
+        check_enough(tokens, *widest(stream))
+    return Setup(stream, config, tokenizer, tokens, calibration.describe(tokens))

@@ -1,0 +1,262 @@
+"""Files that cannot hurt: mutated checkpoints through `inspect` and `load`, and by hand what a mutator rarely finds."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import VALUES, Worker, bases, mutant
+from safetensors.torch import load_file, save_file
+
+from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import InputError
+from gptq_belle.runtime.loader import hf_model
+
+PIECE = 1000
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return bases(tmp_path_factory.mktemp("bases"))
+
+
+def run(worker, small, seeds, folder):
+    """Outcomes by kind; anything but a clean refusal or a valid load fails, with its seed."""
+    counts = {"valid": 0, "refused": 0}
+    for seed in seeds:
+        outcome, said = worker(mutant(seed, small[seed % len(small)], folder / "mutant"))
+        assert outcome in counts, f"seed {seed}: {said}"
+        counts[outcome] += 1
+    return counts
+
+
+def test_the_bases_are_valid(worker, small):
+    assert [worker(base) for base in small] == [("valid", "")] * 3
+
+
+def test_mutated_checkpoints_are_refused_or_load(worker, small, tmp_path):
+    counts = run(worker, small, range(200), tmp_path)
+    assert counts["refused"] > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", range(20))
+def test_twenty_thousand_mutated_checkpoints(worker, small, tmp_path, piece):
+    counts = run(worker, small, range(PIECE * (piece + 1), PIECE * (piece + 2)), tmp_path)
+    print(f"piece {piece}: {counts}")
+
+
+JSON = st.recursive(st.sampled_from(VALUES) | st.integers() | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+                    max_leaves=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_value_in_any_key_is_refused_or_loads(worker, small, tmp_path, data):
+    base = data.draw(st.sampled_from(small))
+    name = data.draw(st.sampled_from([name for name in ("config.json", "quantize_config.json", "generation_config.json",
+                                                        "tokenizer_config.json") if (base / name).is_file()]))
+    content = json.loads((base / name).read_text(encoding="utf-8"))
+    place = content.get("quantization_config", content) if data.draw(st.booleans()) else content
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)
+    folder = shutil.copytree(base, tmp_path / "mutant", dirs_exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    outcome, said = worker(folder)
+    shutil.rmtree(folder)
+    assert outcome != "failed", said
+
+
+@pytest.fixture
+def model(small, tmp_path):
+    """A copy of the packed BLOOM."""
+    return shutil.copytree(small[0], tmp_path / "model")
+
+
+def with_header(path, edit):
+    """Change the header of the weights; `edit` changes it in place, or gives another one."""
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    content = json.loads(data[8 : 8 + size])
+    text = json.dumps(edit(content) or content).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def by_place(header):
+    """Names of the tensors as they lie in the file."""
+    return sorted((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+
+
+def set_first(**values):
+    return lambda header: header[by_place(header)[0]].update(values)
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    (set_first(data_offsets=[0, 1 << 40]), "its shape needs"),
+    (set_first(data_offsets=[1 << 40, 0]), "its shape needs"),
+    (set_first(data_offsets=[0]), "no proper shape"),
+    (set_first(shape=[1 << 61, 1 << 61]), "its shape needs"),
+    (set_first(shape=[-1, -1]), "no proper shape"),
+    (set_first(shape=["4"]), "no proper shape"),
+    (set_first(shape=[True]), "no proper shape"),
+    (set_first(dtype="F13"), "'F13', which is not supported"),
+    (set_first(dtype=16), "has no dtype"),
+    (lambda header: header.update(twin=dict(header[by_place(header)[-1]])), "where .* was due"),
+    (lambda header: header.pop(by_place(header)[1]) and None, "where .* was due"),
+    (lambda header: header.pop(by_place(header)[-1]) and None, "its tensors end at byte"),
+    (lambda header: {"x": 3}, "has no dtype"),
+    (lambda header: [header], "not a JSON object")])
+def test_safetensors_headers_that_lie(model, edit, message):
+    with_header(model, edit)
+    with pytest.raises(InputError, match=message):
+        CheckpointReader(model)
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"", "states a header"), (b"\xff" * 8, "states a header of 18446744073709551615"),
+    ((1 << 40).to_bytes(8, "little") + b"{}", "states a header"),
+    ((2).to_bytes(8, "little") + b"\xff\xfe", "not JSON"),
+    ((100_000).to_bytes(8, "little") + b"[" * 100_000, "not JSON"),
+    ((25).to_bytes(8, "little") + b'{"a":{},"a":{},"__m__":{}}'[:25], "not JSON")])
+def test_files_that_are_no_safetensors(model, data, message):
+    (model / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        CheckpointReader(model)
+
+
+def test_a_gigantic_header_is_not_read(model):
+    with (model / "model.safetensors").open("wb") as file:
+        file.write((200 << 20).to_bytes(8, "little"))
+        file.truncate(1 << 30)
+    with pytest.raises(InputError, match="states a header of 209715200 bytes"):
+        CheckpointReader(model)
+
+
+def test_a_gigantic_json_is_not_read(model):
+    with (model / "config.json").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(InputError, match="not a plain file of at most 64 MiB"):
+        CheckpointReader(model)
+
+
+def test_no_device_or_pipe_is_opened(model):
+    for name in ("config.json", "model.safetensors"):
+        (model / name).rename(model / "kept")
+        os.mkfifo(model / name)
+        with pytest.raises(InputError, match="not a plain file|0 weight files"):
+            CheckpointReader(model)
+        (model / name).unlink()
+        (model / "kept").rename(model / name)
+    CheckpointReader(model)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_that_shrinks_while_it_is_read(model, kind):
+    file = model / "model.safetensors"
+    if kind == "bin":
+        torch.save(load_file(file), model / "pytorch_model.bin")
+        file.unlink()
+        file = model / "pytorch_model.bin"
+    reader = CheckpointReader(model)
+    os.truncate(file, 3000)
+    with pytest.raises(InputError, match="it ends inside of tensor .* it shrank while it was read"):
+        [reader.tensor(name) for name in reader]
+
+
+class Payload:
+    """Pickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_execute_nothing(model, tmp_path, zipped):
+    (model / "model.safetensors").unlink()
+    payload = {"transformer.ln_f.weight": torch.zeros(2), "x": Payload(tmp_path / "executed")}
+    if zipped:
+        torch.save(payload, model / "pytorch_model.bin")
+    else:
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(payload))
+    with pytest.raises(InputError, match="more than plain tensors|cannot be read as a PyTorch file"):
+        CheckpointReader(model)
+    assert not (tmp_path / "executed").exists()
+
+
+def edited(model, name, change):
+    tensors = load_file(model / "model.safetensors")
+    (name,) = [n for n in tensors if n.endswith(name)][:1]
+    tensors[name] = change(tensors[name])
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t.fill_(4), "groups|group"),
+    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t.fill_(-1), "groups|group"),
+    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t[:-1].clone(), "g_idx"),
+    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t.float(), "g_idx"),
+    ("h.0.mlp.dense_4h_to_h.scales", lambda t: t.fill_(float("nan")), "NaN"),
+    ("h.0.mlp.dense_4h_to_h.scales", lambda t: t.fill_(float("inf")), "NaN or infinity"),
+    ("h.0.mlp.dense_4h_to_h.scales", lambda t: t.to(torch.int32), "scales"),
+    ("h.0.mlp.dense_4h_to_h.qweight", lambda t: t.to(torch.int64), "qweight"),
+    ("h.0.mlp.dense_4h_to_h.qweight", lambda t: t[:-1].clone(), "bits"),
+    ("h.0.mlp.dense_4h_to_h.qzeros", lambda t: t[:, :-1].clone(), "qzeros"),
+    ("h.0.mlp.dense_4h_to_h.bias", lambda t: t[:-1].clone(), "bias")])
+def test_packed_tensors_that_lie(model, name, change, message):
+    edited(model, name, change)
+    with pytest.raises(InputError, match=message):
+        hf_model(model)
+    assert inspect(model).problems
+
+
+def configured(model, **values):
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | values))
+
+
+@pytest.mark.parametrize("values", [
+    {"n_layer": 10**9}, {"hidden_size": 1 << 40}, {"n_head": 0}, {"vocab_size": -5}, {"n_layer": "2"},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 10**30}},
+    {"quantization_config": {"quant_method": "gptq", "bits": True, "group_size": 32}},
+    {"quantization_config": [4]}], ids=str)
+def test_configurations_that_lie(model, values):
+    configured(model, **values)
+    with pytest.raises(InputError):
+        hf_model(model)
+    with contextlib.suppress(InputError):
+        assert inspect(model).problems
+
+
+def test_a_configuration_chooses_no_code(model):
+    configured(model, _attn_implementation="attacker/kernel", attn_implementation="attacker/kernel",
+               auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
+    (model / "evil.py").write_text("raise SystemExit('executed')")
+    assert hf_model(model).config._attn_implementation in ("eager", "sdpa")
+
+
+def test_small_files_are_not_copied_from_elsewhere(tiny_bloom, tmp_path):
+    from gptq_belle.config import QuantConfig
+    from gptq_belle.quantization.pipeline import quantize_checkpoint
+
+    (tmp_path / "secret").write_text("secret")
+    source = shutil.copytree(tiny_bloom, tmp_path / "source")
+    (source / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"merges.txt leads out of its folder"):
+        quantize_checkpoint(source, tmp_path / "out", QuantConfig(group_size=32, method="rtn"))

@@ -1,0 +1,224 @@
+"""What is kept of an unfinished job: records that are whole or do not count, differences that are named, an end that is
+the undisturbed one's."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import job_output
+
+from gptq_belle.config import QuantConfig
+from gptq_belle.errors import UsageError
+from gptq_belle.quantization import block as block_module
+from gptq_belle.quantization.activations import Activations
+from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.journal import Journal, Record, finished_blocks
+from gptq_belle.quantization.pipeline import quantize_checkpoint
+from gptq_belle.quantization.progress import Silent
+from gptq_belle.quantization.report import LinearReport
+from gptq_belle.quantization.stream import BlockStream
+
+ROOT = Path(__file__).resolve().parent.parent
+FINGERPRINT = {"source": {"config.json": "a" * 64}, "settings": {"bits": 4}, "calibration": {"rows": 8}}
+ENVIRONMENT = {"threads": 1}
+ROW = LinearReport("h.0.dense", 0.5, 0.01, 1.5, 64, 32)
+
+
+def journal(folder, *, restart=False, **changes):
+    return Journal(folder, {topic: values | changes.get(topic, {}) for topic, values in FINGERPRINT.items()},
+                   ENVIRONMENT, restart=restart)
+
+
+def commit(book, tensors=None):
+    """A finished block with one part and activations behind it."""
+    index = len(book.records)
+    (book.partial / "parts").mkdir(exist_ok=True)
+    from gptq_belle.checkpoint.tensor_file import write_tensors
+
+    part = f"parts/block-{index:05d}.safetensors"
+    files = {part: write_tensors(book.partial / part, {"w": torch.full((4,), index)})}
+    activations = Activations(book.partial, [(2, 3)])
+    files[f"journal/hidden-{index + 1:05d}.f32"] = activations.write(index + 1, [torch.randn(2, 3)])
+    book.commit(Record(linears=[ROW], phases={"total": 2.0}, state={"preset": {"clip": [1, 2]}}), files, tensors)
+    activations.forget(index)
+
+
+def test_records_come_back_with_their_state_and_tensors(tmp_path):
+    book = journal(tmp_path)
+    commit(book, {"clip": torch.arange(3)})
+    commit(book)
+    again = journal(tmp_path)
+    assert again.records == book.records
+    assert again.records[0].linears == [ROW]
+    assert again.records[1].state == {"preset": {"clip": [1, 2]}}
+    assert torch.equal(again.tensors(0)["clip"], torch.arange(3))
+    assert again.tensors(1) == {}
+
+
+@pytest.mark.parametrize(("damage", "left"), [
+    (lambda p: (p / "parts" / "block-00001.safetensors").unlink(), 0),
+    (lambda p: spoil(p / "parts" / "block-00000.safetensors"), 0),
+    (lambda p: spoil(p / "journal" / "hidden-00003.f32"), 0),
+    (lambda p: spoil(p / "journal" / "block-00000.json"), 0),
+    (lambda p: (p / "parts" / "block-00009.safetensors").write_bytes(b"unfinished"), 3),
+    (lambda p: (p / "journal" / "block-00003.json.unfinished").write_bytes(b"{"), 3)], ids=range(6))
+def test_what_is_not_whole_does_not_count(tmp_path, damage, left):
+    book = journal(tmp_path)
+    for _ in range(3):
+        commit(book)
+    damage(tmp_path)
+    again = journal(tmp_path)
+    assert len(again.records) == left
+    kept = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert kept == {f"block-{i:05d}.safetensors" for i in range(left)}
+
+
+def spoil(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_other_settings_are_refused_with_the_differences_and_restart_begins_anew(tmp_path):
+    commit(journal(tmp_path))
+    with pytest.raises(UsageError, match=r"settings bits 4 then, 8 now; calibration rows 8 then, 9 now") as caught:
+        journal(tmp_path, settings={"bits": 8}, calibration={"rows": 9})
+    assert "--restart" in caught.value.remedy
+    with pytest.raises(UsageError, match=r"source config.json aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
+        journal(tmp_path, source={"config.json": "b" * 64})
+    assert len(journal(tmp_path).records) == 1
+    assert journal(tmp_path, settings={"bits": 8}, restart=True).records == []
+    assert not list((tmp_path / "parts").iterdir())
+
+
+class StopBehind(Silent):
+    """Interrupts a job in the middle of a block."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def linear(self, block, row, peak_memory):
+        if block == self.block:
+            raise KeyboardInterrupt
+
+
+def quantize(source, out, *, block=None, **options):
+    config = {key: options.pop(key) for key in ("bits", "act_order", "method") if key in options}
+    return quantize_checkpoint(source, out, QuantConfig(group_size=32, **config),
+                               calibration=Calibration(rows=32, seq_len=64, allow_short=True),
+                               progress=None if block is None else StopBehind(block), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True, "bits": 3}, {"method": "rtn"}], ids=str)
+def test_an_interrupted_job_ends_as_an_undisturbed_one(tiny_model, tmp_path, options):
+    quantize(tiny_model, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_model, tmp_path / "out", block=1, **options)
+    assert finished_blocks(tmp_path / "out.partial") == 1
+    report = quantize(tiny_model, tmp_path / "out", **options)
+    assert report.resumed == [1]
+    assert len(report.phases) == 2
+    assert job_output(tmp_path / "out") == job_output(tmp_path / "whole")
+
+
+def test_an_interrupted_job_keeps_its_threads(tiny_bloom, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        quantize(tiny_bloom, tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_bloom, tmp_path / "out", block=1)
+        torch.set_num_threads(1)
+        quantize(tiny_bloom, tmp_path / "out")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+    assert job_output(tmp_path / "out") == job_output(tmp_path / "whole")
+
+
+def test_a_job_that_goes_on_elsewhere_says_so(tiny_bloom, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_bloom, tmp_path / "out", block=1)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
+    report = quantize(tiny_bloom, tmp_path / "out")
+    assert "processor" in report.notes[0]
+    assert "ABACUS now" in report.notes[0]
+
+
+def test_a_changed_source_is_refused_by_file(tiny_bloom, tmp_path):
+    source = shutil.copytree(tiny_bloom, tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", block=1)
+    spoil(source / "model.safetensors")
+    with pytest.raises(UsageError, match=r"differs: source model.safetensors \w{12} then, \w{12} now"):
+        quantize(source, tmp_path / "out")
+    assert finished_blocks(tmp_path / "out.partial") == 1
+    assert quantize(source, tmp_path / "out", resume=False).resumed == []
+
+
+def out_of_memory_above(rows, monkeypatch):
+    plain = BlockStream._run
+
+    def run(self, block, states):
+        if len(states) > rows and self.device.type == "cpu" and not getattr(self, "elsewhere", False):
+            raise torch.OutOfMemoryError
+        return plain(self, block, states)
+
+    monkeypatch.setattr(BlockStream, "_run", run)
+
+
+def test_out_of_memory_halves_the_batch(tiny_model, tmp_path, monkeypatch):
+    quantize(tiny_model, tmp_path / "whole")
+    out_of_memory_above(9, monkeypatch)
+    report = quantize(tiny_model, tmp_path / "out")
+    assert report.notes == ["block 0: out of memory on cpu with 32 rows at a time",
+                            "block 0: out of memory on cpu with 16 rows at a time"]
+    whole = json.loads((tmp_path / "whole" / "quantization_report.json").read_text())
+    assert report.mean_error == pytest.approx(whole["mean_error"], rel=0.01)
+
+
+def test_out_of_memory_everywhere_but_on_the_cpu(tiny_bloom, tmp_path, monkeypatch):
+    out_of_memory_above(0, monkeypatch)
+    ways = block_module.BlockJob._ways
+
+    def told(self, activations):
+        for way in ways(self, activations):
+            self.stream.elsewhere = way == "on the CPU"  # the only device here plays both
+            yield way
+
+    monkeypatch.setattr(block_module.BlockJob, "_ways", told)
+    report = quantize(tiny_bloom, tmp_path / "out")
+    assert [note.split(":")[0] for note in report.notes] == ["block 0"] * 6 + ["block 1"]
+    assert report.readback_error == 0
+
+
+def test_out_of_memory_on_the_cpu_too_is_an_error(tiny_bloom, tmp_path, monkeypatch):
+    out_of_memory_above(0, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        quantize(tiny_bloom, tmp_path / "out")
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_signals_exit_130_with_the_line_that_resumes(end, tmp_path):
+    source = ROOT / "examples" / "belle_tiny" / "llama"
+    command = ["-m", "gptq_belle.quantize", str(source), str(tmp_path / "out"), "--rows", "32", "--seq-len", "256"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    job = subprocess.Popen([sys.executable, *command, "--restart"], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                           env=environment)
+    while "block 2/" not in (line := job.stderr.readline()):
+        assert line, "the job ended before it was interrupted"
+    job.send_signal(end)
+    rest = job.stderr.read()
+    assert job.wait(timeout=60) == 130, rest
+    assert "Traceback" not in rest
+    (said,) = [line for line in rest.splitlines() if "Go on with: " in line]
+    words = said.split("Go on with: ")[1].split()
+    assert words[1:] == command
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["resumed"] == [1]
