@@ -102,7 +102,7 @@ def test_limits_can_be_missed():
     assert "conversions from integers" in found
     assert "no asynchronous copies of 16 bytes" in found
     assert "instructions a weight" in found
-    assert "registers spill" in " ".join(broken(1, 512, 64))
+    assert "registers spill" in " ".join(broken(1, 256, 64))
 
 
 def test_other_limits():
