@@ -66,6 +66,7 @@ class ConsoleProgress:
         self._bar.update(self._task, completed=self.done)
 
     def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
+        """A line for a finished linear, and a step of the bar."""
         self.step()
         self._bar.update(self._task, description=f"block {block + 1}/{self.blocks}")
         memory = f", peak {peak_memory / MIB:,.0f} MiB" if peak_memory is not None else ""
