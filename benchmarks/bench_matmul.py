@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.kernels import cpu, torch_int4
+from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import library
 from gptq_belle.measure.bandwidth import MIB, read_bandwidth
 from gptq_belle.measure.timing import seconds, spread
@@ -39,6 +40,7 @@ SETS = {  # inputs, outputs of every linear
 ROTATED = 1024 * MIB  # bytes of copies that a variant goes through: twice the largest cache that we have met
 MOST_COPIES = 64
 PORTION = 64 * MIB  # of the plain read
+FEW = 16  # rows: their passes are so short that what ran before shows
 WARM_UP = 0.5  # seconds of each case: the first products after a pause take up to twice as long
 READ, OURS = "plain read", "4 bit exact"
 BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # LLaMA-7B
@@ -139,10 +141,19 @@ def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: i
     return {name: spread([each[name] for each in times]).median for name in variants}
 
 
+def once(variants: dict[str, Variant], inputs: int) -> None:
+    """Use every copy once: while what was just written leaves the caches, reading takes up to twice as long."""
+    for name, variant in variants.items():
+        x = activations(name, 1, inputs)
+        for product in variant.copies:
+            product(x)
+
+
 def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A row of figures for each M and variant; ours and the plain read are measured again with each set."""
     found: list[dict[str, Any]] = []
     for variants in variants_of(inputs, outputs):
+        once(variants, inputs)
         for m in rows:
             seen = {row["variant"] for row in found if row["rows"] == m}
             medians = interleaved(variants, m, inputs, max(5, 2 * repeats if m <= 16 else repeats // 2))
@@ -159,6 +170,21 @@ def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) 
     return found
 
 
+def measure_prepare(shapes: Sequence[tuple[int, int]], repeats: int) -> dict[str, float]:
+    """Median seconds to lay out 4-bit weights of these shapes, one after the other, and the bytes of their codes."""
+    weights = []
+    for inputs, outputs in shapes:
+        words = torch.randint(-(2**31), 2**31 - 1, (inputs // 8, outputs), dtype=torch.int32)
+        zeros = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
+        scales = torch.rand(inputs // GROUP, outputs).half()
+        weights.append(canonical(words, zeros, scales, torch.arange(inputs, dtype=torch.int32) // GROUP, 4, 1))
+    times = [seconds(lambda: [cpu.prepare(weight) for weight in weights]) for _ in range(repeats + 1)]
+    size = sum(weight.qweight.nbytes for weight in weights)
+    taken = spread(times[1:]).median
+    print(f"laid out {size / 1e6:.0f} MB in {taken:.3f} s: {size / taken / 1e9:.2f} GB/s", flush=True)
+    return {"seconds": taken, "bytes": size}
+
+
 def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Product]], int]:
     """The linears of 8 blocks and a head with their inputs, and the bytes of all."""
     shapes = [*BLOCK * BLOCKS, HEAD]
@@ -171,6 +197,13 @@ def run_stack(linears: Sequence[tuple[int, Product]], x: dict[int, Tensor]) -> N
     """One pass through all linears."""
     for inputs, product in linears:
         product(x[inputs])
+
+
+def settled(rows: int, measure: Callable[[], float]) -> float:
+    """Seconds of a pass; with few rows, of the second in a row, when threads of the one before have gone to sleep."""
+    if rows <= FEW:
+        measure()
+    return measure()
 
 
 def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
@@ -190,10 +223,9 @@ def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
         for _ in range(repeats + 1):
             for name, (linears, _) in stacks.items():
                 x = {inputs: activations(name, m, inputs) for inputs in {k for k, _ in linears}}
-                taken = seconds(lambda linears=linears, x=x: run_stack(linears, x))  # type: ignore[misc]
-                times[name].append(taken)
+                times[name].append(settled(m, lambda n=linears, x=x: seconds(lambda: run_stack(n, x))))  # type: ignore[misc]
             if peer:
-                times["llama.cpp Q4_0"].append(peer(m))
+                times["llama.cpp Q4_0"].append(settled(m, lambda m=m: peer(m)))  # type: ignore[misc]
         read = read_bandwidth(repeats=3).median
         ours = spread(times[OURS][1:]).median
         for name, values in times.items():
@@ -289,15 +321,14 @@ def main() -> None:
     kernels = library()
     if isinstance(kernels, str):
         raise SystemExit(kernels)
-    found: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"threads": options.threads, "isa": kernels.isa}
     if options.stack:
-        found = measure_stack(options.rows, options.repeats)
+        result["results"] = measure_stack(options.rows, options.repeats)
     else:
-        shapes = {shape for name in options.set for shape in SETS[name].values()}
-        for inputs, outputs in sorted(shapes):
-            found += measure_shape(inputs, outputs, options.rows, options.repeats)
-    name = options.name or ("cpu_stack" if options.stack else "cpu_matmul")
-    print(records.write(name, {"threads": options.threads, "isa": kernels.isa, "results": found}))
+        shapes = sorted({shape for name in options.set for shape in SETS[name].values()})
+        result["prepare"] = measure_prepare([shape for shape in shapes if shape[1] < 2**15], options.repeats)
+        result["results"] = [row for shape in shapes for row in measure_shape(*shape, options.rows, options.repeats)]
+    print(records.write(options.name or ("cpu_stack" if options.stack else "cpu_matmul"), result))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
 VARIANTS_ZH = {"full precision": "全精度", "8 bit GPTQ": "8 位 GPTQ", "4 bit GPTQ": "4 位 GPTQ",
                "4 bit nearest": "4 位就近舍入", "3 bit GPTQ": "3 位 GPTQ", "3 bit nearest": "3 位就近舍入"}
+STACKS_ZH = {"4 bit exact": "4 位 exact", "4 bit fast": "4 位 fast", "8 bit exact": "8 位 exact",
+             "dense bfloat16": "bfloat16 全矩阵", "llama.cpp Q4_0": "llama.cpp Q4_0（整词）"}
 CLASSES_ZH = {"open_qa": "开放问答", "closed_qa": "阅读问答", "extract": "信息抽取", "classification": "分类",
               "summarization": "摘要", "rewrite": "改写", "translation": "翻译", "brainstorming": "头脑风暴",
               "math": "数学", "code": "代码"}
@@ -70,6 +72,14 @@ def training() -> str:
                                                     for name, text in figures])
 
 
+def stack(columns: list[str], names: dict[str, str]) -> str:
+    """A row a variant: tokens per second at the M that were measured, 8 blocks of LLaMA-7B and a head."""
+    found = {(row["variant"], row["rows"]): row["tokens_per_s"] for row in result("cpu_stack")["results"]}
+    variants, rows = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    return markdown([columns[0], *(columns[1].format(m) for m in rows)],
+                    [[names.get(str(v), str(v)), *(f"{found[v, m]:.1f}" for m in rows)] for v in variants])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": lambda: quality(["model", "MB", "KL to full precision", "same top token, %", "perplexity",
                                 "exact match, %"], {}),
@@ -78,6 +88,8 @@ TABLES: dict[str, Callable[[], str]] = {
                                          "3 bit nearest": "3 bit nearest"}, {}),
     "classes_zh": lambda: classes("类别", {"full precision": "全精度", "8 bit GPTQ": "8 位", "4 bit GPTQ": "4 位",
                                          "3 bit nearest": "3 位就近舍入"}, CLASSES_ZH),
+    "cpu": lambda: stack(["linears of 8 blocks and head", "M = {}, tokens/s"], {}),
+    "cpu_zh": lambda: stack(["8 层的线性层和输出层", "M = {}，词/秒"], STACKS_ZH),
     "training": training,
 }
 

@@ -148,6 +148,29 @@ def bench(
 
 
 @app.command()
+def tune(
+    path: ModelPath,
+    rows: Annotated[list[int] | None, typer.Option(
+        help="Rows of activations (tokens at a time) to tune for, repeatable; left out, 1 to 2048.")] = None,
+    out: Annotated[Path | None, typer.Option(
+        help="Folder of the table, to be named in GPTQ_BELLE_TUNING; left out, the installed kernels' own.",
+        show_default=False)] = None,
+    device: console.Device = "auto",
+    as_json: console.Json = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """On a GPU: measure which tiles of the kernels are fastest for a model, and write them down for the next runs."""
+    from gptq_belle.measure import tune as tuner
+
+    with console.stepping() as progress:
+        found = tuner.tune_model(path, device=device, rows=rows or (), out=out, progress=progress)
+    if as_json:
+        console.print_json(found)
+    else:
+        tuner.show(found)
+
+
+@app.command()
 def doctor(device: console.Device = "auto", as_json: console.Json = False, verbose: console.Verbose = False) -> None:
     """Say what this machine can run, and which kernel each case takes and why."""
     from gptq_belle.measure import doctor as examination

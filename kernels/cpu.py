@@ -6,6 +6,8 @@ row m of y depends, to the bit, on row m of x alone: not on M, threads or the in
 rounds products before it adds them).
 """
 
+import contextlib
+import mmap
 from typing import NamedTuple
 
 import torch
@@ -14,14 +16,13 @@ from torch import Tensor
 from .layout import CanonicalWeight
 from .library import ISAS, Library, WeightStruct, WordsStruct, library
 from .reference import unpack
+from .runs import RUNS, cut_runs, wasteful
 
 BLOCK = 16  # outputs of a block of codes
 PADDED = 32  # N is padded to multiples of it
-RUNS = (128, 64, 32)
 CONTAINERS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
 PARTS = {"exact": 2, "fast": 1}
 HUGE_PAGE = 1 << 21  # bytes
-MOST_PADDING = 2  # times K
 
 
 class CpuWeight(NamedTuple):
@@ -43,14 +44,6 @@ class CpuWeight(NamedTuple):
     zero_offset: int  # as in CanonicalWeight
 
 
-class Runs(NamedTuple):
-    """How inputs are cut into runs of one group."""
-
-    run: int
-    groups: Tensor  # (G,) int64: the checkpoint's group of each run
-    order: Tensor | None  # as in CpuWeight
-
-
 def refusal(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose`."""
     if device.type != "cpu":
@@ -59,7 +52,7 @@ def refusal(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | No
         return "the native kernels keep 16 bits of an activation: too few for torch.float64"
     if isinstance(found := library(), str):
         return found
-    if _padded(g_idx, RUNS[-1]) > MOST_PADDING * max(g_idx.numel(), RUNS[-1]):
+    if wasteful(g_idx):
         return f"the native kernels take groups that fill runs of {RUNS[-1]} inputs"
     return None
 
@@ -125,29 +118,18 @@ def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
 def empty_codes(blocks: int, groups: int, vectors: int) -> Tensor:
     """Memory for codes (blocks, groups, vectors, 64), in huge pages where the system has them.
 
-    The whole pages begin at the first code; what is allocated in front of it is never touched.
+    With pages of 4 KiB, a product with one row of x spends a third of its time on translating addresses. The memory is
+    mapped anew: what an allocator gives may have been touched before, in small pages, which stay small.
     """
     size = blocks * groups * vectors * 64
-    memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
-    start = -memory.data_ptr() % HUGE_PAGE
-    _native().advise(memory.data_ptr() + start, size)
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(blocks, groups, vectors, 64, dtype=torch.uint8)
+    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapped, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE  # what lies in front is never touched
     return memory[start : start + size].view(blocks, groups, vectors, 64)
-
-
-def cut_runs(g_idx: Tensor) -> Runs:
-    """Sort inputs by group, and fill every group up to whole runs, as long ones as cost no more padding than others."""
-    run = min(RUNS, key=lambda length: (_padded(g_idx, length), -length))
-    ordered, inputs = g_idx.sort(stable=True)
-    groups, counts = ordered.unique_consecutive(return_counts=True)
-    taken = -(-counts // run)
-    starts = torch.cat((counts.new_zeros(1), (taken * run).cumsum(0)[:-1]))
-    behind = torch.arange(len(inputs)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    places = torch.repeat_interleave(starts, counts) + behind
-    order: Tensor | None = None
-    if not torch.equal(inputs, places):
-        order = torch.full((int(taken.sum()) * run,), -1, dtype=torch.int32)
-        order[places] = inputs.int()
-    return Runs(run, torch.repeat_interleave(groups.long(), taken), order)
 
 
 def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:
@@ -216,10 +198,6 @@ def _native() -> Library:
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
-
-
-def _padded(g_idx: Tensor, run: int) -> int:
-    return int((-(-g_idx.unique(return_counts=True)[1] // run)).sum()) * run
 
 
 def _blocks(table: Tensor, groups: Tensor, blocks: int) -> Tensor:

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import cpu, groupwise, reference, torch_int4
+from . import cpu, groupwise, reference, torch_int4, triton_layout, triton_matmul
 from .cpu import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
+from .triton_layout import SlicedWeight
 
-PreparedWeight = CanonicalWeight | Int4Weight | CpuWeight
+PreparedWeight = CanonicalWeight | Int4Weight | CpuWeight | SlicedWeight
 
 
 class Choice(NamedTuple):
     """The kernel that a case takes, and why it is not a faster one (empty where there is none)."""
 
-    kernel: str  # "native", "torch-int4", "groupwise", "dequantize+matmul" or "reference"
+    kernel: str  # "native", "torch-int4", "groupwise", "triton", "dequantize+matmul" or "reference"
     reason: str
 
 
@@ -33,7 +34,8 @@ def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device,
         precision: "exact", or "fast" where fewer bits of the activations will do.
     """
     if device.type == "cuda":
-        return Choice("dequantize+matmul", "no fused kernel for CUDA yet: weights are expanded for cuBLAS")
+        reason = triton_matmul.refusal(g_idx, device, dtype)
+        return Choice("triton", "") if reason is None else Choice("dequantize+matmul", reason)
     reason = cpu.refusal(g_idx, device, dtype)
     if reason is None:
         return Choice("native", "")
@@ -66,10 +68,11 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | Non
         return cpu.prepare(weight, precision)
     if choice.kernel == "torch-int4":
         return torch_int4.prepare(weight)
-    return weight._replace(
+    there = weight._replace(
         qweight=qweight.to(device, copy=True), qzeros=qzeros.to(device, copy=True),
         scales=scales.to(device, copy=True), g_idx=weight.g_idx.to(device, copy=True),
     )
+    return triton_layout.prepare(there) if choice.kernel == "triton" else there
 
 
 def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -77,6 +80,8 @@ def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) 
     if isinstance(weight, CpuWeight):
         # As an operation of torch only where a graph is made: calling one from Python takes 20 microseconds more.
         return (cpu.op if torch.compiler.is_compiling() else cpu.quant_matmul)(x, weight, bias)
+    if isinstance(weight, SlicedWeight):
+        return (triton_matmul.op if torch.compiler.is_compiling() else triton_matmul.quant_matmul)(x, weight, bias)
     if isinstance(weight, Int4Weight):
         return torch_int4.quant_matmul(x, weight, bias)
     if x.is_cuda:

@@ -3,6 +3,7 @@
 K = in_features, N = out_features, G = groups. `kernels/README.md` describes every layout.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,27 @@ def canonical(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | N
              f"qzeros of shape {tuple(qzeros.shape)} do not match scales: expected {(groups, outputs * bits // 32)}")
     g_idx = _checked_groups(g_idx, inputs, groups).to(qweight.device)
     return CanonicalWeight(qweight, qzeros, scales, g_idx, bits, zero_offset, longest_run(g_idx))
+
+
+def fuse(weights: Sequence[CanonicalWeight]) -> CanonicalWeight:
+    """Weights that meet the same activations (query, key, value; gate, up) as one: their outputs one after another.
+
+    Raises:
+        ValueError: they differ in bits, in format, in the dtype of scales, or in the groups of inputs.
+    """
+    first = weights[0]
+    for name in ("bits", "zero_offset"):
+        found = [getattr(weight, name) for weight in weights]
+        _require(len(set(found)) == 1, f"weights with {name} of {found} cannot be fused")
+    dtypes = [weight.scales.dtype for weight in weights]
+    _require(len(set(dtypes)) == 1, f"weights with scales of {dtypes} cannot be fused")
+    _require(all(torch.equal(weight.g_idx, first.g_idx) for weight in weights),
+             "weights whose inputs stand in different groups (g_idx) cannot be fused")
+    return first._replace(
+        qweight=torch.cat([weight.qweight for weight in weights], 1),
+        qzeros=torch.cat([weight.qzeros for weight in weights], 1),
+        scales=torch.cat([weight.scales for weight in weights], 1),
+    )
 
 
 def longest_run(groups: Tensor) -> int:

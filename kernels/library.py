@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ABI = 3  # of native/native.h
+ABI = 4  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
@@ -51,9 +51,6 @@ class Library:
         self.pack = self._c.belle_pack
         self.pack.argtypes = [ctypes.POINTER(WordsStruct), ctypes.c_void_p, ctypes.c_int]
         self.pack.restype = None
-        self.advise = self._c.belle_advise
-        self.advise.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        self.advise.restype = None
         self.read = self._c.belle_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
         self.read.restype = ctypes.c_uint32

@@ -13,6 +13,7 @@ from gptq_belle.kernels import cpu, dispatch
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import FASTEST, PLACE, Library, library
 from gptq_belle.kernels.reference import unpack
+from gptq_belle.kernels.runs import cut_runs
 
 CPU = torch.device("cpu")
 FOUND = library()
@@ -188,7 +189,7 @@ def test_groups_of_unequal_lengths_are_padded_to_runs():
 @pytest.mark.parametrize(("inputs", "group_size", "run", "groups"), [
     (256, 128, 128, 2), (256, 64, 64, 4), (96, 32, 32, 3), (11008, -1, 128, 86), (320, -1, 64, 5), (160, 128, 32, 5)])
 def test_runs(inputs, group_size, run, groups):
-    found = cpu.cut_runs(random_words(4, inputs, 8, group_size)["g_idx"])
+    found = cut_runs(random_words(4, inputs, 8, group_size)["g_idx"])
     assert (found.run, len(found.groups), found.order) == (run, groups, None)
 
 

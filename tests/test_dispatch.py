@@ -118,7 +118,7 @@ def test_cuda(bits, dtype):
     ((4, IN_ORDER, 24, CPU, torch.bfloat16), "groupwise", "multiples of 16, not 24"),
     ((4, torch.arange(256) // 8, 64, CPU, torch.bfloat16), "reference", "multiples of 32 inputs"),
     ((8, torch.arange(256) % 2, 64, CPU, torch.float32), "reference", "not act-order"),
-    ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no fused kernel"),
+    ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no CUDA"),
 ])
 @pytest.mark.usefixtures("without_native")
 def test_choose_without_the_native_kernels(case, kernel, reason):
@@ -135,7 +135,7 @@ def test_choose_without_the_native_kernels(case, kernel, reason):
     ((8, torch.arange(256) % 2, 4, CPU, torch.float16), "native", ""),
     ((4, torch.arange(256) // 8, 64, CPU, torch.float32), "reference", "fill runs of 32 inputs"),
     ((4, IN_ORDER, 64, CPU, torch.float64), "groupwise", "too few for torch.float64"),
-    ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no fused kernel"),
+    ((4, IN_ORDER, 64, CUDA, torch.float16), "dequantize+matmul", "no CUDA"),
 ])
 def test_choose(case, kernel, reason):
     bits, g_idx, outputs, device, dtype = case

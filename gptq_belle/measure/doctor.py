@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import Any
 import torch
 
 from gptq_belle import __version__, console
+from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.dispatch import choose
 from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.triton_config import tables
+from gptq_belle.kernels.triton_matmul import c_compiler
 from gptq_belle.runtime.loader import PRECISIONS, resolve_device
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
@@ -37,8 +39,9 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "cpu": cpu(),
         "memory": memory(),
         "devices": devices(),
-        "compiler": compiler(),
+        "compiler": c_compiler(),
         "native": native(),
+        "gpu": gpu(),
         "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
     }
 
@@ -88,18 +91,24 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-def compiler() -> str | None:
-    """The C compiler that Triton would build its launcher with; None where there is none."""
-    found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
-    return next((path for path in found if path), None)
-
-
 def native() -> dict[str, Any]:
     """The compiled CPU kernels: the instruction set they take here, all they could take, and why they are missing."""
     found = library()
     if isinstance(found, Library):
         return {"isa": found.isa, "usable": list(found.usable), "why_not": None}
     return {"isa": None, "usable": [], "why_not": found}
+
+
+def gpu() -> dict[str, Any]:
+    """The kernel that serves packed weights on the first GPU, why no better one does, and its tables of tuned tiles."""
+    device = torch.device("cuda", 0)
+    lacking = triton_matmul.unavailable(device)
+    there = torch.cuda.is_available()
+    return {
+        "kernel": "triton" if lacking is None else "dequantize+matmul" if there else None,
+        "why_not": lacking,
+        "tables": [str(path) for path in tables(triton_matmul.processor(device)[0])] if there else [],
+    }
 
 
 def kernel_choices(device: torch.device) -> list[dict[str, str]]:
@@ -129,6 +138,7 @@ def show(found: dict[str, Any]) -> None:
           for entry in found["devices"]),
         *([] if found["devices"] else [("GPU", "no CUDA device, or a torch without CUDA")]),
         ("CPU kernels", native_line(found["native"])),
+        ("GPU kernels", gpu_line(found["gpu"])),
         ("C compiler", found["compiler"] or "none: Triton could not build its launcher"),
     ], text=2)
     console.say()
@@ -141,6 +151,15 @@ def native_line(found: dict[str, Any]) -> str:
     """`native` in one line."""
     others = ", ".join(name for name in found["usable"] if name != found["isa"])
     return found["why_not"] or f"{found['isa']} (GPTQ_BELLE_CPU_ISA chooses another: {others})"
+
+
+def gpu_line(found: dict[str, Any]) -> str:
+    """`gpu` in one line."""
+    if found["why_not"] is None:
+        tuned = found["tables"]
+        return f"triton; tiles {f'as measured in {tuned[-1]}' if tuned else 'by rule (see gptq-belle tune)'}"
+    instead = "" if found["kernel"] is None else "; weights are expanded for cuBLAS instead"
+    return f"not Triton's: {found['why_not']}{instead}"
 
 
 def gib(size: int | None) -> str:

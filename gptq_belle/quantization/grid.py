@@ -39,10 +39,19 @@ def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor
     return (weight / scales).round_().add_(zeros).clamp_(0, (1 << bits) - 1)
 
 
-def _float16_exact(scales: Tensor) -> Tensor:
-    """Round to float16 and back, so that codes are chosen for the scale that the file will hold."""
-    rounded = scales.to(torch.float16).to(scales.dtype)
-    if not torch.isfinite(rounded).all():
+def check_storable(scales: Tensor) -> None:
+    """Refuse scales that float16 does not hold, infinite ones included.
+
+    Raises:
+        InputError: one is too large.
+    """
+    if not torch.isfinite(scales.to(torch.float16)).all():
         raise InputError(f"a group's scale {float(scales.max()):.3g} is too large for float16",
                          "The weights of this layer are not those of a trained model; check the source.")
+
+
+def _float16_exact(scales: Tensor) -> Tensor:
+    """Round to float16 and back, so that codes are chosen for the scale that the file will hold."""
+    check_storable(scales)
+    rounded = scales.to(torch.float16).to(scales.dtype)
     return torch.where(rounded < SMALLEST_SCALE, 1.0, rounded)

@@ -5,6 +5,7 @@ Algorithm 1, in its names: W, H, Hinv (its upper Cholesky factor), Err, i1, i2. 
 a step touches one input, and its N weights are then contiguous.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from gptq_belle.checkpoint.packing import ROWS_AT_A_TIME, QuantizedWeight, all_finite, dequantize
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.quantization.grid import min_max_grid, to_codes
+from gptq_belle.kernels import triton_matmul
+from gptq_belle.quantization.grid import check_storable, min_max_grid, to_codes
 from gptq_belle.quantization.hessian import inverse_factor, live_diagonal
 from gptq_belle.quantization.threads import threads
 
@@ -96,28 +98,49 @@ def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
 def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1 on W (K, N), which is used up: codes (K, N) uint8, scales and zeros (G, N)."""
     K, N = W.shape
+    whole = group == K
     codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)
     scales = W.new_empty(K // group, N)
     zeros = torch.empty_like(scales)
-    if group == K:
+    if whole:
         scales[0], zeros[0] = min_max_grid(W, config.bits, config.sym)
+    solve_block = _block_solver(W)
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty_like(W[i1:i2])
-        for j1 in range(i1, i2, INNER):
-            j2 = min(j1 + INNER, i2)
-            with threads(1):  # steps of microseconds: others would spend longer waiting for each other
-                for i in range(j1, j2):
-                    if group != K and i % group == 0:
-                        scales[i // group], zeros[i // group] = min_max_grid(W[i : i + group], config.bits, config.sym)
-                    scale, zero = scales[i // group], zeros[i // group]
-                    code = to_codes(W[i], scale, zero, config.bits)
-                    codes[i] = code
-                    torch.sub(W[i], (code - zero).mul_(scale), out=Err[i - i1]).div_(Hinv[i, i])
-                    W[i + 1 : j2].addr_(Hinv[i, i + 1 : j2], Err[i - i1], alpha=-1)
-            W[j2:i2].addmm_(Hinv[j1:j2, j2:i2].t(), Err[j1 - i1 : j2 - i1], alpha=-1)
+        groups = slice(None) if whole else slice(i1 // group, i2 // group)
+        solve_block(W[i1:i2], Hinv[i1:i2, i1:i2], codes[i1:i2], Err, scales[groups], zeros[groups],
+                    group=0 if whole else group, bits=config.bits, sym=config.sym)
         W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
+    check_storable(scales)
     return codes, scales, zeros
+
+
+def _block_solver(W: Tensor) -> Callable[..., None]:
+    """What walks through a block: one kernel where Triton serves, else torch, a few operations a step."""
+    if not W.is_cuda or W.dtype != torch.float32 or triton_matmul.unavailable(W.device):
+        return _solve_block
+    from gptq_belle.kernels import triton_gptq
+
+    return triton_gptq.solve_block
+
+
+def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
+                 bits: int, sym: bool) -> None:
+    """The inner loop on the block's inputs W (B, N), which are used up; arguments as of `triton_gptq.solve_block`."""
+    for j1 in range(0, len(W), INNER):
+        j2 = min(j1 + INNER, len(W))
+        with threads(1):  # steps of microseconds: others would spend longer waiting for each other
+            for i in range(j1, j2):
+                own = i // group if group else 0
+                if group and i % group == 0:
+                    scales[own], zeros[own] = min_max_grid(W[i : i + group], bits, sym)
+                scale, zero = scales[own], zeros[own]
+                code = to_codes(W[i], scale, zero, bits)
+                codes[i] = code
+                torch.sub(W[i], (code - zero).mul_(scale), out=Err[i]).div_(Hinv[i, i])
+                W[i + 1 : j2].addr_(Hinv[i, i + 1 : j2], Err[i], alpha=-1)
+        W[j2:].addmm_(Hinv[j1:j2, j2:].t(), Err[j1:j2], alpha=-1)
 
 
 def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Tensor | None) -> QuantizedWeight:

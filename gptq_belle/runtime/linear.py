@@ -7,16 +7,18 @@ from torch import Tensor, nn
 
 from gptq_belle.checkpoint.packing import pack_rows
 from gptq_belle.errors import UsageError
-from gptq_belle.kernels.cpu import CpuWeight, restore
+from gptq_belle.kernels import cpu, triton_layout
+from gptq_belle.kernels.cpu import CpuWeight
 from gptq_belle.kernels.dispatch import PreparedWeight, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
+from gptq_belle.kernels.triton_layout import SlicedWeight
 
 
 class QuantLinear(nn.Module):
     """A linear layer on a packed weight: x (..., in_features) to (..., out_features), in x's dtype.
 
     Every tensor of the prepared weight is a buffer of its field's name; the state dict is what stands on disk, made
-    anew where the native layout replaced the words. Moving the module moves them; no cast changes them (the bias
+    anew where a layout of the kernels replaced the words. Moving the module moves them; no cast changes them (the bias
     excepted, which is rounded to the activations' dtype at each call anyway).
 
     Args:
@@ -67,7 +69,7 @@ class QuantLinear(nn.Module):
         prepared = self.prepared
         if isinstance(prepared, CanonicalWeight):
             super()._save_to_state_dict(destination, prefix, keep_vars)
-        elif isinstance(prepared, CpuWeight):
+        elif isinstance(prepared, CpuWeight | SlicedWeight):
             state = words(prepared) | ({} if self.bias is None else {"bias": self.bias})
             destination |= {f"{prefix}{name}": tensor for name, tensor in state.items()}
         else:
@@ -75,9 +77,9 @@ class QuantLinear(nn.Module):
                              "Copy the directory it came from, or load it with precision \"exact\" to save it.")
 
 
-def words(weight: CpuWeight) -> dict[str, Tensor]:
+def words(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
     """qweight, qzeros, scales and g_idx of the checkpoint that a weight was made from."""
-    codes, zeros, scales = restore(weight)
+    codes, zeros, scales = cpu.restore(weight) if isinstance(weight, CpuWeight) else triton_layout.restore(weight)
     stored = zeros - weight.zero_offset
     return {"qweight": pack_rows(codes, weight.source),
             "qzeros": pack_rows(stored.t(), weight.source).t().contiguous(), "scales": scales, "g_idx": weight.g_idx}

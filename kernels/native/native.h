@@ -45,7 +45,7 @@ struct BelleWords {        // a weight as GPTQ files hold it
 
 namespace belle {
 
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;

@@ -4,10 +4,6 @@
 #include <atomic>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace belle {
 namespace {
 
@@ -72,17 +68,4 @@ void pack_strips(void* context) {
 BELLE_API void belle_pack(const BelleWords* words, uint8_t* out, int threads) {
   belle::PackTask task{*words, out, {}};
   belle::parallel(threads, belle::pack_strips, &task);
-}
-
-// Ask for huge pages where `bytes` bytes from `at` on, not yet touched, fill them. With pages of 4 KiB, a product with one
-// row of x spends a third of its time on translating addresses.
-BELLE_API void belle_advise(uint8_t* at, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 1 << 21;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(at), begin = (first + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (first + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)at, (void)bytes;
-#endif
 }

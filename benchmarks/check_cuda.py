@@ -1,0 +1,144 @@
+"""Every GPU kernel, in every config of the search, against the reference in float32, on the device.
+
+    python benchmarks/check_cuda.py --budget 100 --out FOLDER
+
+First every format (bits, runs, zero points, act-order, dtypes) by the plans that are taken for it, then every variation
+of every plan on the usual format. What the time limit leaves out is counted. Writes cuda_check.json; exit code 1 where
+a product is wrong.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cuda_common import Deadline, head, require_device, write
+
+from gptq_belle.kernels import reference, triton_layout, triton_matmul
+from gptq_belle.kernels.layout import CanonicalWeight, canonical
+from gptq_belle.kernels.triton_config import BUCKETS, Case, Plan, rule
+from gptq_belle.measure.tuning import VARIED, starts, variations
+
+INPUTS, OUTPUTS = 1024, 352  # outputs end inside a tile
+MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}
+# Relative error of a result as a whole: roundings of the result, the weight and (bfloat16) the scales, each 2**-12 or
+# 2**-9 at most on average, with room for one more; float32 expands the weight exactly.
+AGREEMENT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
+
+
+class Product(NamedTuple):
+    """One thing to check."""
+
+    bits: int
+    group: int
+    sym: bool
+    act_order: bool
+    dtype: torch.dtype
+    rows: int
+    bias: bool
+    plan: Plan | None  # None: the one that is taken
+
+
+def formats() -> Iterator[Product]:
+    """Every format at every number of rows that takes another plan, by that plan."""
+    for rows, group, bits, dtype in itertools.product((1, 11, 33, 64, 129, 1030), (128, 64, 32), (4, 8, 3, 2),
+                                                      (torch.float16, torch.bfloat16)):
+        for sym, act_order in ((True, False), (False, True)):
+            yield Product(bits, group, sym, act_order, dtype, rows, not sym, None)
+    yield Product(4, 128, False, True, torch.float32, 5, True, None)
+
+
+def configs(arch: int, processors: int) -> Iterator[Product]:
+    """Every plan that the search may look at, on 4 bits in float16 and 8 bits in bfloat16."""
+    plans: dict[Plan, None] = {}
+    for most in BUCKETS:
+        case = Case(most, OUTPUTS, INPUTS, 4, 128, "float16")
+        for first in starts(case, rule(case, arch, processors)):
+            plans |= dict.fromkeys([first, *(plan for name in VARIED for plan in variations(first, name))])
+    for plan in plans:
+        rows = MOST_ROWS[plan.kernel] if plan.config is None or plan.kernel != "skinny" else plan.config.BM - 1
+        for bits, dtype in ((4, torch.float16), (8, torch.bfloat16)):
+            yield Product(bits, 128, bits == 4, False, dtype, rows, False, plan)
+
+
+def random_words(product: Product, device: torch.device) -> CanonicalWeight:
+    """A random packed weight in the checkpoint's own layout."""
+    bits, groups = product.bits, INPUTS // product.group
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, device=device).to(torch.int32)
+
+    g_idx = torch.arange(INPUTS, device=device, dtype=torch.int32) // product.group
+    if product.act_order:
+        g_idx = g_idx[torch.randperm(INPUTS, device=device)]
+    zeros = words(groups, OUTPUTS * bits // 32)
+    if product.sym:  # the same for all: 2**(bits - 1), one less in storage; 1 for 3 bits, which words do not divide
+        stored = 0 if bits == 3 else sum((2 ** (bits - 1) - 1) << place for place in range(0, 32, bits))
+        zeros = torch.full_like(zeros, stored)
+    scales = (torch.rand(groups, OUTPUTS, device=device) * 0.01 + 0.005).half()
+    return canonical(words(INPUTS * bits // 32, OUTPUTS), zeros, scales, g_idx, bits, 1)
+
+
+def relative_error(product: Product, weight: CanonicalWeight, sliced: triton_layout.SlicedWeight) -> float:
+    """Of one product against the reference; infinite where two runs of it differ."""
+    device = weight.qweight.device
+    x = torch.randn(product.rows, INPUTS, device=device).to(product.dtype)
+    bias = torch.randn(OUTPUTS, device=device).half() if product.bias else None
+    y, again = (triton_matmul.quant_matmul(x, sliced, bias, by=product.plan) for _ in range(2))
+    if not torch.equal(y, again):
+        return float("inf")
+    exact = reference.quant_matmul(x.float(), weight, bias)
+    return float((y.float() - exact).norm() / exact.norm())
+
+
+def does_not_fit(error: Exception) -> bool:
+    """Whether a config asks for more than this part has, which the search passes over too."""
+    return type(error).__name__ in ("OutOfResources", "PTXASError")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--budget", type=float, default=600, help="seconds")
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the record")
+    args = parser.parse_args()
+    device, deadline = require_device(), Deadline(args.budget)
+    torch.manual_seed(0)
+    products = [*formats(), *configs(*triton_matmul.processor(device))]
+    wrong: list[str] = []
+    too_large: list[str] = []
+    largest: dict[str, float] = {}
+    laid_out: dict[tuple[Any, ...], tuple[CanonicalWeight, triton_layout.SlicedWeight]] = {}
+    checked = 0
+    for product in products:
+        if deadline.over():
+            break
+        key = product[:4]
+        if key not in laid_out:
+            weight = random_words(product, device)
+            laid_out[key] = (weight, triton_layout.prepare(weight))
+        try:
+            error = relative_error(product, *laid_out[key])
+        except Exception as failure:  # one config's failure is a finding, not the end
+            (too_large if does_not_fit(failure) else wrong).append(f"{product}: {type(failure).__name__}: {failure}")
+            continue
+        finally:
+            checked += 1
+        name = str(product.dtype).split(".")[1]
+        largest[name] = max(error, largest.get(name, 0.0))
+        if not error < AGREEMENT[product.dtype]:
+            wrong.append(f"{product}: relative error {error:.2e}")
+    print(f"{checked} of {len(products)} products checked, wrong: {len(wrong)}, too large here: {len(too_large)}, "
+          f"largest errors {largest}")
+    print(*wrong, sep="\n")
+    write(args.out, "cuda_check", head(device) | {
+        "products": len(products), "checked": checked, "wrong": wrong, "too_large": too_large,
+        "largest_errors": largest})
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Other products with 4-bit weights on a GPU: of torch, and of gemlite and GPTQModel where they are installed.
+
+Each maker takes codes (K, N) uint8, scales (K / 128, N) float16 and the one zero point 8, and returns a product: a
+function of x (M, K). Their results are compared with ours before they are timed, so that an interface that has changed
+shows as a wrong result or an error, which are recorded as such.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from cuda_common import GROUP
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Peer(NamedTuple):
+    """A way to multiply."""
+
+    make: Callable[[Tensor, Tensor], Product]
+    dtype: torch.dtype  # of activations
+    bits: float  # a weight, scales included
+
+
+def cublas(codes: Tensor, scales: Tensor) -> Product:
+    """The expanded weight in float16."""
+    weight = ((codes.float() - 8) * scales.float().repeat_interleave(GROUP, 0)).half().t().contiguous()
+    return lambda x: torch.nn.functional.linear(x, weight)
+
+
+def torch_int4(codes: Tensor, scales: Tensor) -> Product:
+    """torch's own op (tinygemm), in bfloat16; of two codes in a byte the first is the upper one."""
+    across = codes.t()
+    packed = torch.ops.aten._convert_weight_to_int4pack((across[:, ::2] << 4 | across[:, 1::2]).contiguous(), 8)
+    table = torch.stack([scales.bfloat16(), torch.zeros_like(scales, dtype=torch.bfloat16)], -1).contiguous()
+    product: Product = lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, table)  # noqa: E731
+    return product
+
+
+def gemlite(codes: Tensor, scales: Tensor) -> Product:
+    """gemlite's Triton kernels, without its autotuning beyond what it does by itself."""
+    core = import_module("gemlite.core")
+    inputs, outputs = codes.shape
+    linear = core.GemLiteLinear(4, group_size=GROUP, in_features=inputs, out_features=outputs,
+                                input_dtype=core.DType.FP16, output_dtype=core.DType.FP16)
+    flat = scales.t().reshape(-1, 1).contiguous()
+    linear.pack(codes.t().contiguous(), flat, torch.full_like(flat, 8), None)
+    product: Product = linear
+    return product
+
+
+def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor], Product]:
+    """A kernel of GPTQModel by its module and the names its class has had."""
+    def make(codes: Tensor, scales: Tensor) -> Product:
+        found = import_module(f"gptqmodel.nn_modules.qlinear.{module}")
+        kind: Any = next(getattr(found, name) for name in names if hasattr(found, name))
+        inputs, outputs = codes.shape
+        linear = kind(bits=4, group_size=GROUP, desc_act=False, sym=True, in_features=inputs, out_features=outputs,
+                      bias=False, pack_dtype=torch.int32, register_buffers=True).to(codes.device)
+        groups = inputs // GROUP
+        shifts = torch.arange(0, 32, 4, device=codes.device)
+        linear.qweight.data = (codes.view(-1, 8, outputs).long() << shifts[:, None]).sum(1).to(torch.int32)
+        linear.qzeros.data = torch.full((groups, outputs // 8), 0x77777777, dtype=torch.int32, device=codes.device)
+        linear.scales.data = scales.contiguous()
+        linear.g_idx.data = torch.arange(inputs, dtype=torch.int32, device=codes.device) // GROUP
+        linear.post_init()
+        product: Product = linear.eval()
+        return product
+
+    return make
+
+
+PACKED = 4 + 16 / GROUP
+PEERS = {
+    "cuBLAS float16": Peer(cublas, torch.float16, 16),
+    "torch int4": Peer(torch_int4, torch.bfloat16, 4 + 32 / GROUP),
+    "gemlite": Peer(gemlite, torch.float16, PACKED),
+    "GPTQModel Marlin": Peer(gptqmodel("marlin", ("MarlinLinear", "MarlinQuantLinear")), torch.float16, PACKED),
+    "GPTQModel Triton": Peer(gptqmodel("tritonv2", ("TritonV2Linear", "TritonV2QuantLinear")), torch.float16, PACKED),
+}

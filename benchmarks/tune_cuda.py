@@ -1,0 +1,46 @@
+"""Tiles for the layers of BELLE-7B, LLaMA-7B and 13B on this GPU, without a model: random weights of 4 bits.
+
+    python benchmarks/tune_cuda.py --budget 70 --out FOLDER
+
+Few rows first, since they decide how fast a model answers. Writes FOLDER/sm_NN.json as `gptq-belle tune` does; name the
+folder in GPTQ_BELLE_TUNING, or move the file to kernels/tuning.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+from cuda_common import SHAPES, Deadline, random_weight, require_device
+
+from gptq_belle.kernels import triton_matmul
+from gptq_belle.kernels.triton_config import BUCKETS
+from gptq_belle.measure.plan_timer import describe, device_timer
+from gptq_belle.measure.tuning import tune, write
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--budget", type=float, default=1800, help="seconds, after which no case is begun")
+    parser.add_argument("--rows", nargs="+", type=int, choices=BUCKETS, default=BUCKETS)
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the table")
+    args = parser.parse_args()
+    device, deadline = require_device(), Deadline(args.budget)
+    arch, processors = triton_matmul.processor(device)
+    results = []
+    for rows, (inputs, outputs) in itertools.product(args.rows, dict.fromkeys(itertools.chain(*SHAPES.values()))):
+        if deadline.over():
+            break
+        weight = random_weight(inputs, outputs, 4, device)
+        case = triton_matmul.case_of(weight, rows, torch.float16)
+        found = tune(case, arch, processors, device_timer(case, [weight]))
+        results.append(found)
+        print(f"{describe(case)}: {1e6 * found.seconds:.1f} us, {found.rule_seconds / found.seconds:.2f} times the "
+              f"rule's speed, {found.tried} tried: {found.plan}", flush=True)
+        write(results, arch, torch.cuda.get_device_name(device), args.out)
+    print(f"{len(results)} cases tuned")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Many rows: M of 65 and more, where the tensor cores are what takes the time.
+
+The weight is the first operand of the dot here too, so that every value is unpacked once for all rows of a tile, in
+the registers, and never written to shared memory. The scale is put on the weight, in x's dtype, as expanding the weight
+would do: the sums then run through the whole of K in float32 accumulators. Tiles are walked in narrow columns, so that
+the programs which run at one time share words and rows of x in the L2 cache.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_unpack import unpack, zero_points
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x,  # (M, K) float16 or bfloat16, contiguous; inputs at their places
+    words,  # (K / BLOCK, N', BLOCK * BITS / 16) int16, N' = N padded to 128
+    scales,  # (K / RUN, N')
+    zeros,  # (K / RUN, N') float16; not read where ZERO >= 0
+    bias,  # (N,); not read unless HAS_BIAS
+    out,  # (M, N) of any floating dtype where SPLIT_K is 1, else float32 (SPLIT_K, M, N)
+    M,
+    N,
+    K,  # a multiple of BLOCK
+    BITS: tl.constexpr,  # 4 or 8
+    RUN: tl.constexpr,  # inputs that share a scale: 32, 64 or 128
+    BLOCK: tl.constexpr,  # triton_layout.block_inputs(BITS, RUN)
+    ZERO: tl.constexpr,  # the zero point of all, or -1: read them
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,  # rows of x of a program: 64 or 128
+    BN: tl.constexpr,  # outputs of a program: 64 or 128
+    BK: tl.constexpr,  # inputs of a step: BLOCK or BLOCK / 2
+    SPLIT_K: tl.constexpr,
+    SWIZZLE: tl.constexpr,  # tiles of rows that are walked together
+    ASM: tl.constexpr,
+):
+    SLICES: tl.constexpr = 16 // BITS
+    STRIDE: tl.constexpr = BLOCK // SLICES  # words of a column in a block, and the length of a slice
+    WIDTH: tl.constexpr = BK // SLICES  # words of a column in a step
+    STEPS: tl.constexpr = BLOCK // BK
+    RUNS: tl.constexpr = BLOCK // RUN
+    columns = tl.cdiv(N, 128) * 128
+    tile_n, tile_m = _swizzled(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), SWIZZLE)
+    n = tile_n * BN + tl.arange(0, BN)
+    m = tile_m * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    i = tl.arange(0, WIDTH)
+    live = m[None, :] < M
+    x_at = x + m.to(tl.int64)[None, :] * K + i[:, None]
+    words_at = words + n[:, None] * STRIDE + i[None, :]
+    blocks = K // BLOCK
+    share = tl.cdiv(blocks, SPLIT_K)
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(first * STEPS, last * STEPS):
+        block = step // STEPS
+        part = step % STEPS * WIDTH
+        w = tl.load(words_at + block * columns * STRIDE + part)
+        for run in tl.static_range(RUNS):
+            row = (block * RUNS + run) * columns + n
+            scale = tl.load(scales + row).to(x.dtype.element_ty)[:, None]
+            zero = zero_points(zeros, row, ZERO)[:, None]
+            slices = unpack(w, zero, BITS, x.dtype.element_ty, ASM)
+            for place in tl.static_range(run * SLICES // RUNS, (run + 1) * SLICES // RUNS):
+                rows = tl.load(x_at + block * BLOCK + place * STRIDE + part, mask=live, other=0.0)
+                acc = tl.dot(slices[place] * scale, rows, acc)
+    if HAS_BIAS and SPLIT_K == 1:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=live & (n[:, None] < N))
+
+
+@triton.jit
+def _swizzled(program, tiles_n, tiles_m, SWIZZLE: tl.constexpr):
+    """The tile of a program: SWIZZLE tiles of rows are walked for one tile of outputs before the next."""
+    strip = program // (SWIZZLE * tiles_n)
+    start = strip * SWIZZLE
+    height = tl.minimum(tiles_m - start, SWIZZLE)
+    within = program % (SWIZZLE * tiles_n)
+    return within // height, start + within % height

@@ -1,0 +1,149 @@
+"""The layout that the Triton kernels read at every M: "slices", made once at loading, by torch on any device.
+
+Inputs are sorted by group and padded to whole blocks of 128 (or 64). A block of one output is 64 bytes in a row (128
+with 8 bits): word i, 16 bits, holds the codes of inputs i, S + i, 2 S + i, ... of the block, the first in the lowest
+bits, where S is the length of a slice. So the bits at one place of all words multiply S neighbouring inputs: nothing is
+shuffled after unpacking, copies are 16 bytes wide, and the tile of 64 outputs that a program loads is one piece of
+memory.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import CanonicalWeight
+from .reference import unpack
+from .runs import Runs, cut_runs
+
+COLUMNS = 128  # N is padded to multiples of it, so that no load of words or scales needs a mask
+CONTAINERS = {2: 4, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
+WORD = 16  # bits
+BLOCK = 128  # inputs of a block; 64 where codes of 8 bits have a scale for every 32 inputs
+CHUNK = 1 << 24  # codes unpacked at a time, 64 MiB
+
+
+class SlicedWeight(NamedTuple):
+    """A weight in slices: K inputs at K' places, N outputs padded to N', runs of places that share a scale."""
+
+    words: Tensor  # (K' / block, N', S) int16, S = block * bits / 16
+    scales: Tensor  # (K' / run, N') of the checkpoint's dtype; 0 in padding
+    zeros: Tensor | None  # (K' / run, N') float16, whole numbers 0..256; None where all are `zero`
+    order: Tensor | None  # (K',) int32: the input at each place, -1 for padding; None where they stand in order
+    g_idx: Tensor  # (K,) int32, as in CanonicalWeight; the product does not read it
+    in_features: int
+    out_features: int
+    run: int  # 32, 64 or 128
+    bits: int  # of a code in memory: 4 or 8
+    zero: int  # where all zeros are the same; else -1
+    source: int  # bits of a code in the checkpoint: 2, 3, 4 or 8
+    source_groups: int  # groups of the checkpoint
+    zero_offset: int  # as in CanonicalWeight
+
+    @property
+    def block(self) -> int:
+        """Inputs of a block."""
+        return block_inputs(self.bits, self.run)
+
+    @property
+    def places(self) -> int:
+        """K': inputs and padding."""
+        return self.words.shape[0] * self.block
+
+
+def block_inputs(bits: int, run: int) -> int:
+    """Inputs of a block: a slice of it must not mix runs, so two slices of 8 bits are 32 long where runs are."""
+    return min(BLOCK, run * WORD // bits)
+
+
+def prepare(weight: CanonicalWeight) -> SlicedWeight:
+    """Lay out a weight on the device where it is; its tensors are left as they are."""
+    bits, outputs = CONTAINERS[weight.bits], weight.out_features
+    runs = cut_runs(weight.g_idx, BLOCK)
+    block, columns = block_inputs(bits, runs.run), -(-outputs // COLUMNS) * COLUMNS
+    blocks = -(-len(runs.groups) * runs.run // block)
+    order = _whole(runs, weight.in_features, blocks * block)
+    words = weight.qweight.new_zeros(blocks, columns, block * bits // WORD, dtype=torch.int16)
+    step = max(1, CHUNK // weight.in_features)
+    for start in range(0, outputs, step):
+        codes = unpack(weight.qweight[:, start : start + step], weight.bits)
+        words[:, start : start + codes.shape[1]] = pack_slices(_placed(codes, order, blocks * block), bits, block)
+    zeros = unpack(weight.qzeros.t(), weight.bits).t() + weight.zero_offset
+    low, high = int(zeros.min()), int(zeros.max())
+    return SlicedWeight(
+        words=words,
+        scales=_table(weight.scales, runs, blocks * block, columns),
+        zeros=None if low == high else _table(zeros.to(torch.float16), runs, blocks * block, columns),
+        order=order,
+        g_idx=weight.g_idx.clone(),
+        in_features=weight.in_features,
+        out_features=outputs,
+        run=runs.run,
+        bits=bits,
+        zero=low if low == high else -1,
+        source=weight.bits,
+        source_groups=weight.scales.shape[0],
+        zero_offset=weight.zero_offset,
+    )
+
+
+def pack_slices(codes: Tensor, bits: int, block: int) -> Tensor:
+    """Codes (K', N) of any integer dtype, K' a multiple of block: words (K' / block, N, block * bits / 16) int16."""
+    slices = WORD // bits
+    parts = codes.view(-1, slices, block // slices, codes.shape[1]).to(torch.int32)
+    words = parts[:, 0].clone()
+    for place in range(1, slices):
+        words |= parts[:, place] << place * bits
+    return words.to(torch.int16).transpose(1, 2).contiguous()
+
+
+def unpack_slices(words: Tensor, bits: int) -> Tensor:
+    """The way back: codes (K', N) uint8 of words (K' / block, N, block * bits / 16)."""
+    slices = [(words >> place * bits).bitwise_and_(2**bits - 1) for place in range(WORD // bits)]
+    return torch.stack(slices, 1).transpose(2, 3).reshape(-1, words.shape[1]).to(torch.uint8)
+
+
+def restore(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
+    runs, outputs = cut_runs(weight.g_idx, BLOCK), weight.out_features
+    places = unpack_slices(weight.words[:, :outputs], weight.bits)
+    codes = places[: weight.in_features]
+    if weight.order is not None:
+        filled = weight.order >= 0
+        codes = torch.empty_like(codes)
+        codes[weight.order[filled].long()] = places[filled]
+
+    def table(values: Tensor) -> Tensor:
+        whole = values.new_zeros(weight.source_groups, outputs)  # a group without inputs keeps zeros
+        whole[runs.groups] = values[: len(runs.groups), :outputs]
+        return whole
+
+    zeros = torch.full_like(weight.scales, weight.zero) if weight.zeros is None else weight.zeros
+    return codes.contiguous(), table(zeros).int(), table(weight.scales)
+
+
+def _whole(runs: Runs, inputs: int, places: int) -> Tensor | None:
+    """The order with the padding of the last block; none where inputs stand in order and fill the blocks."""
+    order = runs.order
+    if order is None:
+        if inputs == places:
+            return None
+        order = torch.arange(inputs, dtype=torch.int32, device=runs.groups.device)
+    return torch.nn.functional.pad(order, (0, places - len(order)), value=-1)
+
+
+def _placed(codes: Tensor, order: Tensor | None, places: int) -> Tensor:
+    """Codes (K, N) at their places (K', N), 0 in padding."""
+    if order is None:
+        return codes
+    filled = order >= 0
+    placed = codes.new_zeros(places, codes.shape[1])
+    placed[filled] = codes[order[filled].long()]
+    return placed
+
+
+def _table(values: Tensor, runs: Runs, places: int, columns: int) -> Tensor:
+    """Values (groups, N) by run: (K' / run, N'), 0 in padding."""
+    table = values.new_zeros(places // runs.run, columns)
+    table[: len(runs.groups), : values.shape[1]] = values[runs.groups]
+    return table

@@ -1,0 +1,224 @@
+"""Matrix products on NVIDIA's GPUs by the Triton kernels: whether they serve, and the plan carried out.
+
+This file imports torch only; Triton and the kernels are imported when the first product is asked for.
+"""
+
+import os
+import shutil
+import sysconfig
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .runs import RUNS, wasteful
+from .triton_config import BUCKETS, REGISTERS, Case, Config, Plan, bucket, plan
+from .triton_layout import COLUMNS, SlicedWeight
+
+DTYPES = (torch.float16, torch.bfloat16)
+OLDEST = 80  # compute capability: older tensor cores are not used by Triton
+SCRATCH = 64 << 20  # bytes of expanded weight at a time
+INTERPRETER = (80, 8)  # compute capability and multiprocessors that plans are made for where Triton is interpreted
+
+
+def refusal(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose`."""
+    if device.type != "cuda":
+        return f"the Triton kernels are for GPUs, not {device.type}"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take float16 and bfloat16, not {dtype}"
+    if missing := unavailable(device):
+        return missing
+    if wasteful(g_idx):
+        return f"the Triton kernels take groups that fill runs of {RUNS[-1]} inputs"
+    return None
+
+
+@lru_cache(maxsize=16)
+def unavailable(device: torch.device) -> str | None:
+    """What Triton lacks on this machine; None where it is complete."""
+    if torch.version.hip is not None:
+        return "the Triton kernels have only been built for NVIDIA's GPUs"
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if c_compiler() is None:
+        return "triton needs a C compiler to build its launcher: install gcc, or name one in CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "triton needs Python.h to build its launcher: install the headers of Python (python3-dev)"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    arch, _ = processor(device)
+    return None if arch >= OLDEST else f"the Triton kernels need compute capability 8.0 or newer, not {arch / 10}"
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would take; None where there is none."""
+    found = (shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
+    return next((path for path in found if path), None)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on tensors of the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=16)
+def processor(device: torch.device) -> tuple[int, int]:
+    """Compute capability as one number (86 for 8.6), and multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def planned(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Plan:
+    """The kernel and tiles that products of `rows` rows take on the device where the weight is."""
+    return plan(case_of(weight, rows, dtype), *processor(weight.words.device))
+
+
+def case_of(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Case:
+    """What a plan for products of `rows` rows depends on."""
+    return Case(bucket(rows), weight.out_features, weight.places, weight.bits, weight.run, str(dtype).split(".")[1])
+
+
+def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None, by: Plan | None = None) -> Tensor:
+    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype. Has no gradient.
+
+    The same x gives the same y, to the bit. Another number of rows may be summed in another order. In float32 the
+    weight is expanded, whatever is planned.
+
+    Args:
+        x: float16, bfloat16 or float32, on the weight's device.
+        by: a plan to carry out; left out, `planned`.
+    Raises:
+        ValueError: tensors that do not fit together.
+    """
+    _check(x, weight, bias)
+    rows = x.detach().reshape(-1, weight.in_features)
+    if not rows.numel():
+        return x.new_empty(*x.shape[:-1], weight.out_features)
+    if by is None:
+        by = planned(weight, rows.shape[0], x.dtype)
+    with torch.cuda.device_of(x):
+        rows = _arrange(rows.contiguous(), weight)
+        if by.config is None or x.dtype not in DTYPES:
+            y = _expand(rows, weight, bias)
+        else:
+            y = _multiply(rows, weight, bias, by.kernel, by.config)
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+def warm_up(weight: SlicedWeight, dtype: torch.dtype, bias: Tensor | None = None, rows: int = BUCKETS[-1]) -> None:
+    """Compile every kernel that products of up to `rows` rows with this weight, or one of its shape, will take."""
+    for most in BUCKETS[: BUCKETS.index(bucket(rows)) + 1]:
+        x = torch.zeros(most, weight.in_features, dtype=dtype, device=weight.words.device)
+        quant_matmul(x, weight, bias)
+
+
+def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: str, config: Config) -> Tensor:
+    """rows (M, K') by the skinny kernel or the one for many rows."""
+    from .triton_gemm import gemm_kernel
+    from .triton_reduce import reduce_kernel
+    from .triton_skinny import skinny_kernel
+
+    m, n, parts = rows.shape[0], weight.out_features, config.SPLIT_K
+    y = rows.new_empty(m, n)
+    out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=y.device)
+    tiles_m, tiles_n = -(-m // config.BM), -(-n // config.BN)
+    arguments = (rows, weight.words, weight.scales, weight.zeros, bias, out, m, n, weight.places)
+    constants = _constants(weight) | config._asdict() | {
+        "BK": max(min(config.BK, weight.block), weight.block // 2), "HAS_BIAS": bias is not None,
+        "enable_fp_fusion": True}
+    if kernel == "skinny":
+        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants, maxnreg=REGISTERS.get(config.BM))
+    else:
+        gemm_kernel[tiles_n * tiles_m, parts](*arguments, **constants, SWIZZLE=8)
+    if parts > 1:
+        reduce_kernel[(-(-m * n // 256),)](out, bias, y, m, n, HAS_BIAS=bias is not None, SPLIT_K=parts, WIDTH=256)
+    return y
+
+
+def _expand(rows: Tensor, weight: SlicedWeight, bias: Tensor | None) -> Tensor:
+    """rows (M, K') times the weight, expanded some outputs at a time into one scratch; cuBLAS multiplies."""
+    n, k = weight.out_features, weight.places
+    step = max(COLUMNS, SCRATCH // (k * rows.itemsize) // COLUMNS * COLUMNS)
+    scratch = rows.new_empty(min(step, weight.words.shape[1]), k)
+    y = rows.new_empty(rows.shape[0], n)
+    for start in range(0, n, step):
+        part = scratch[: min(step, n - start)]
+        dequantize(weight, start, scratch)
+        stop = start + part.shape[0]
+        if bias is None:
+            torch.mm(rows, part.t(), out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop].to(rows.dtype), rows, part.t(), out=y[:, start:stop])
+    return y
+
+
+def dequantize(weight: SlicedWeight, start: int, out: Tensor) -> None:
+    """Fill out (outputs, K') with the weight of outputs start, start + 1, ..., their inputs at their places.
+
+    Args:
+        start: a multiple of 128.
+        out: float16, bfloat16 or float32, contiguous; its first axis a multiple of 128. What lies beyond the weight's
+            last padded output is left as it is.
+    """
+    from .triton_dequant import dequant_kernel
+
+    columns = min(out.shape[0], weight.words.shape[1] - start)
+    dequant_kernel[columns // 64, weight.words.shape[0]](
+        weight.words, weight.scales, weight.zeros, out, start, weight.out_features, weight.places,
+        **_constants(weight), BN=64)
+
+
+def _arrange(rows: Tensor, weight: SlicedWeight) -> Tensor:
+    """Activations (M, K) at the places of the weight (M, K'), zeros in padding; themselves where they are there."""
+    if weight.order is None:
+        return rows
+    from .triton_reduce import arrange_kernel
+
+    arranged = rows.new_empty(rows.shape[0], weight.places)
+    arrange_kernel[rows.shape[0], -(-weight.places // 1024)](
+        rows, weight.order, arranged, rows.shape[0], weight.in_features, weight.places, WIDTH=1024)
+    return arranged
+
+
+def _constants(weight: SlicedWeight) -> dict[str, int | bool]:
+    return {"BITS": weight.bits, "RUN": weight.run, "BLOCK": weight.block, "ZERO": weight.zero,
+            "ASM": not interpreted()}
+
+
+def _check(x: Tensor, weight: SlicedWeight, bias: Tensor | None) -> None:
+    """What the kernels take for granted of the tensors that a caller brings."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x of {x.shape[-1]} columns, a weight of {weight.in_features} inputs")
+    if x.dtype not in (*DTYPES, torch.float32):
+        raise ValueError(f"x is {x.dtype}, not float16, bfloat16 or float32")
+    if x.device != weight.words.device or (bias is not None and bias.device != x.device):
+        raise ValueError(f"x is on {x.device}, the weight is laid out on {weight.words.device}")
+    if bias is not None and (tuple(bias.shape) != (weight.out_features,) or not bias.is_contiguous()):
+        raise ValueError(f"bias of shape {tuple(bias.shape)} is not a contiguous ({weight.out_features},)")
+
+
+@torch.library.custom_op("gptq_belle::triton_matmul", mutates_args=())
+def _op(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None, bias: Tensor | None,
+        in_features: int, out_features: int, run: int, bits: int, zero: int) -> Tensor:
+    unread = torch.empty(0, dtype=torch.int32)
+    return quant_matmul(x, SlicedWeight(words, scales, zeros, order, unread, in_features, out_features, run, bits,
+                                        zero, bits, 0, 0), bias)
+
+
+@_op.register_fake
+def _(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None, bias: Tensor | None,
+      in_features: int, out_features: int, run: int, bits: int, zero: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def op(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None) -> Tensor:
+    """`quant_matmul` as an operation that torch.compile can put into its graphs; costs some microseconds more."""
+    w = weight
+    result: Tensor = _op(x, w.words, w.scales, w.zeros, w.order, bias, w.in_features, w.out_features, w.run, w.bits,
+                         w.zero)
+    return result

@@ -1,0 +1,135 @@
+"""What Triton makes of the kernels for GPUs that are not here: they compile, nothing spills, loops are short.
+
+All of them take minutes and are marked slow; benchmarks/results/triton_aot.json is their record.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import aot  # noqa: E402
+import machine_code  # noqa: E402
+from aot import EACH, SAME, Job  # noqa: E402
+
+GEFORCE, HOPPER = 86, 90  # one with HMMA, one with HGMMA: the others go without saying in the fast tests
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Compiled now, not found from before; once for all tests of a run."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+def check(job):
+    code = aot.compiled(job)
+    assert aot.problems(job, code) == [], aot.row(job, code)
+    assert code.registers <= 255
+    return code
+
+
+def label(job):
+    return "-".join(str(value).replace(" ", "") for value in job if value is not None)
+
+
+USUAL = [job for arch in aot.PROCESSORS for job in aot.usual(arch) if job.config is None or job.config.SPLIT_K == 2]
+
+
+@pytest.mark.parametrize("job", USUAL, ids=label)
+def test_the_usual_checkpoint(job):
+    check(job)
+
+
+def variants(arch):
+    """For one config of each kernel, what else a checkpoint may be."""
+    by_kernel = {kernel: config for kernel, config in sorted(aot.configs(arch))}
+    for kernel, config in by_kernel.items():
+        yield from (Job(arch, kernel, bits, dtype, run, zero, config) for bits, dtype, run, zero in (
+            (4, "bfloat16", 128, SAME), (4, "float16", 32, EACH), (8, "float16", 64, EACH), (8, "bfloat16", 32, EACH)))
+    yield Job(arch, "dequant", 4, "float16", 64, EACH)
+    yield Job(arch, "dequant", 8, "bfloat16", 32, SAME)
+    yield Job(arch, "reduce")
+    yield Job(arch, "arrange")
+    yield Job(arch, "gptq", 4, run=64, zero=EACH)
+    yield Job(arch, "gptq", 4, run=0, zero=SAME)
+
+
+@pytest.mark.parametrize("job", [job for arch in (GEFORCE, HOPPER) for job in variants(arch)], ids=label)
+def test_other_checkpoints(job):
+    check(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.PROCESSORS)
+def test_everything(arch):
+    for job in dict.fromkeys(aot.jobs(arch)):
+        check(job)
+
+
+def test_matrix_instructions_are_those_of_the_part():
+    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, dict(aot.configs(GEFORCE))["skinny"])
+    assert check(job).loop["HMMA"]
+    assert check(job._replace(arch=HOPPER)).loop["HGMMA"]
+
+
+# The tool itself: each limit is missed by something.
+
+
+@triton.jit
+def careless(x, words, out, K, BM: tl.constexpr, BN: tl.constexpr):
+    """Converts codes, copies nothing ahead (the load depends on another), and multiplies."""
+    n, i, m = tl.arange(0, BN), tl.arange(0, 64), tl.arange(0, BM)
+    total = tl.zeros((BN, BM), tl.float32)
+    for k in range(K):
+        w = tl.load(words + tl.load(words + k) + n[:, None] * 64 + i[None, :])
+        total = tl.dot(w.to(tl.float16), tl.load(x + k * 64 + i[:, None] + m[None, :]), total)
+    tl.store(out + n[:, None] * BM + m[None, :], total)
+
+
+def broken(warps, BN, BM=16):
+    code = machine_code.compile_kernel(careless, {"x": "*fp16", "words": "*i32", "out": "*fp32", "K": "i32"},
+                                       {"BM": BM, "BN": BN}, GEFORCE, {"num_warps": warps, "num_stages": 3})
+    config = aot.Config(BM, BN, 64, 1, warps, 3)
+    return aot.problems(Job(GEFORCE, "skinny", 4, "float16", 128, SAME, config), code)
+
+
+def test_limits_can_be_missed():
+    found = " ".join(broken(4, 64))
+    assert "conversions from integers" in found
+    assert "no asynchronous copies of 16 bytes" in found
+    assert "instructions a weight" in found
+    assert "registers spill" in " ".join(broken(1, 512, 64))
+
+
+def test_other_limits():
+    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, aot.Config(8, 64, 128, 1, 4, 4))
+    code = machine_code.MachineCode(50, 0, 0, 100 * 1024, machine_code.Counter({"LDGSTS.128": 1}), 0)
+    assert aot.problems(job, code) == ["102400 bytes shared, a program has 99 KiB", "no matrix instructions in a loop"]
+    assert aot.problems(job._replace(arch=80), code) == ["no matrix instructions in a loop"]
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00000a0000017a02 */
+        /*0010*/              @!P0 BRA 0x70 ;                      /* 0x... */
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R2], [R4.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.LTC128B.64 [R2], [R4.64] ;
+        /*0040*/                   HMMA.16816.F32 R4, R4, R8, RZ ;
+        /*0050*/                   HGMMA.64x16x16.F32 R24, R32, gdesc[UR20], RZ, !UPT ;
+        /*0060*/          @!UP1    BRA.U UP0, 0x20 ;
+        /*0070*/                   I2FP.F32.S32 R2, R3 ;
+        /*0080*/               @P1 BRA 0x70 ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_reading_machine_code():
+    code = machine_code.instructions(SASS)
+    assert " ".join(one.kind for one in code) == "MOV BRA LDGSTS.128 LDGSTS.64 HMMA HGMMA BRA I2FP BRA BRA"
+    loop = machine_code.main_loop(code)
+    assert [one.address for one in loop] == [0x20, 0x30, 0x40, 0x50, 0x60]
+    assert machine_code.products(loop, 8) == 8 * 16 * 8 * 16 + 2 * 64 * 16 * 16
+    assert machine_code.main_loop(code[7:]) == []

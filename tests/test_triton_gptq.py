@@ -1,0 +1,136 @@
+"""The Triton kernel of GPTQ's inner loop: when it serves, and code for code what the solver in torch does."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_solver import problem
+
+from gptq_belle.config import QuantConfig
+from gptq_belle.quantization import solver
+
+BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_in_the_interpreter():
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "gptq_interpreted.py"],
+                         cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def block(inputs, outputs, seed):
+    """Weights (inputs, outputs) and factor (inputs, inputs) of a block, float32."""
+    weight, hessian = problem(outputs, inputs, seed)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian + 0.01 * torch.eye(inputs)), upper=True)
+    return weight.t().float().contiguous(), factor.float()
+
+
+def block_oracle(weight, factor, group, bits, sym, scale, zero):
+    """The inner loop in float32, each operation rounded once: codes, errors, scales, zeros."""
+    w, factor, levels = weight.numpy().copy(), factor.numpy(), np.float32(2**bits - 1)
+    codes, errors, scales, zeros = np.empty_like(w, np.uint8), np.empty_like(w), [], []
+    scale, zero = scale.numpy(), zero.numpy()
+    for i in range(len(w)):
+        if group and i % group == 0:
+            own = np.concatenate([w[i : i + group], np.zeros_like(w[:1])])
+            low, high = own.min(0), own.max(0)
+            span = 2 * np.maximum(-low, high) if sym else high - low
+            scale = (span / levels).astype(np.float16).astype(np.float32)
+            scale[scale < 1e-7] = 1
+            zero = np.full_like(scale, 2 ** (bits - 1)) if sym else np.clip(np.rint(-low / scale), 0, levels)
+        if i % (group or len(w)) == 0:
+            scales.append(scale)
+            zeros.append(zero)
+        codes[i] = code = np.clip(np.rint(w[i] / scale) + zero, 0, levels)
+        errors[i] = (w[i] - (code - zero) * scale) / factor[i, i]
+        w[i + 1 :] -= factor[i, i + 1 :, None] * errors[i]
+    return tuple(torch.from_numpy(np.stack(part)) for part in (codes, errors, scales, zeros))
+
+
+def solved(solve_block, weight, factor, group, bits, sym, scale, zero):
+    """The same from a solver in torch or Triton."""
+    inputs, outputs = weight.shape
+    scales = weight.new_full((inputs // group if group else 1, outputs), torch.nan)
+    zeros = torch.full_like(scales, torch.nan)
+    if not group:
+        scales[0], zeros[0] = scale, zero
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    solve_block(weight.clone(), factor, codes, errors, scales, zeros, group=group, bits=bits, sym=sym)
+    return tuple(tensor.cpu() for tensor in (codes, errors, scales, zeros))
+
+
+def check_block(solve_block, weight, factor, group, bits, sym, device="cpu"):
+    """To the bit what NumPy finds; but for ties, also the codes that the solver in torch finds."""
+    scale, zero = solver.min_max_grid(1.2 * weight, bits, sym)  # of a larger group, where `group` is 0
+    found = solved(solve_block, weight.to(device), factor.to(device), group, bits, sym, scale, zero)
+    oracle = block_oracle(weight, factor, group, bits, sym, scale, zero)
+    for name, ours, exact in zip(("codes", "errors", "scales", "zeros"), found, oracle, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+    others = solved(solver._solve_block, weight, factor, group, bits, sym, scale, zero)
+    for output in (found[0] != others[0]).any(0).nonzero().flatten():
+        assert_tie(found, others, factor, group, int(output))
+
+
+def assert_tie(found, others, factor, group, output):
+    """Codes of an output part where a weight lies midway between two of them, to the last bits of float32."""
+    i = int((found[0][:, output] != others[0][:, output]).nonzero()[0])
+    own = i // group if group else 0
+    for codes, errors, scales, zeros in (found, others):
+        assert scales[own, output] == found[2][own, output]
+        assert zeros[own, output] == found[3][own, output]
+        assert abs(int(codes[i, output]) - int(found[0][i, output])) <= 1
+        assert float(abs(errors[i, output] * factor[i, i] / scales[own, output])) == pytest.approx(0.5, abs=1e-4)
+
+
+def edges(inputs, outputs):
+    """A block whose outputs are at the edges of the grid."""
+    weight, factor = block(inputs, outputs, seed=5)
+    weight[:, 0] = weight[:, 0].abs() + 1.0  # nothing below zero
+    weight[:, 1] = -weight[:, 1].abs() - 1.0  # nothing above zero
+    weight[:, 2] = 0.0
+    weight[32:64, 3] = 0.0
+    weight[:, 4] *= 1e-9  # float16 has no such scale
+    weight[:, 5] *= 1e-5  # a subnormal scale at 8 bits
+    weight[1:, 6] = 0.0
+    weight[:, 7] *= 1e4
+    return weight, factor
+
+
+@pytest.mark.parametrize(("device", "dtype", "lacking", "kernel"), [
+    ("cuda", torch.float32, None, True), ("cuda", torch.float64, None, False),
+    ("cuda", torch.float32, "no compiler", False), ("cpu", torch.float32, None, False)])
+def test_when_the_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable", lambda device: lacking)
+    W = SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
+    assert (solver._block_solver(W) is not solver._solve_block) == kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", BITS)
+def test_on_a_device(bits, group, sym):
+    from gptq_belle.kernels.triton_gptq import solve_block
+
+    check_block(solve_block, *block(128, 1000, seed=bits), group, bits, sym, "cuda")
+    check_block(solve_block, *edges(128, 8), group, 8, sym, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_layer_on_a_device(act_order):
+    """Factor and products behind a block are rounded differently there, so some codes differ; the error hardly."""
+    weight, hessian = (t.float() for t in problem(256, 512, seed=3))
+    config = QuantConfig(group_size=64, act_order=act_order)
+    ours, torchs = solver.gptq(weight.cuda(), hessian.cuda(), config), solver.gptq(weight, hessian, config)
+    assert ours.error == pytest.approx(torchs.error, rel=0.01)
+    assert (ours.weight.codes.cpu() != torchs.weight.codes).float().mean() < 0.02

@@ -1,0 +1,183 @@
+"""Tuning without a GPU: the search on made-up times, the table it writes, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import packed_checkpoint
+
+from gptq_belle import cli, console
+from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
+from gptq_belle.kernels import triton_config, triton_matmul
+from gptq_belle.kernels.triton_config import Case, Config, Plan, rule
+from gptq_belle.measure import plan_timer, tuning
+from gptq_belle.measure import tune as tuner
+
+CASE = Case(16, 4096, 4096, 4, 128, "float16")
+MANY = CASE._replace(rows=512)
+BEST = {"SPLIT_K": 4, "num_stages": 5, "BN": 128, "num_warps": 8, "BK": 64, "BM": 64}
+
+
+def distance(plan):
+    """Times whose one minimum is BEST; the kernel for many rows is 3 times slower, expanding 10 times."""
+    if plan.config is None:
+        return 10.0
+    wrong = sum(getattr(plan.config, name) != value for name, value in BEST.items())
+    return (1.0 if plan.kernel == "skinny" else 3.0) + wrong
+
+
+@pytest.fixture
+def own_tables(tmp_path, monkeypatch):
+    """A folder of tables that only this test reads."""
+    monkeypatch.setenv("GPTQ_BELLE_TUNING", str(tmp_path))
+    triton_config.table.cache_clear()
+    triton_config.plan.cache_clear()
+    yield tmp_path
+    triton_config.table.cache_clear()
+    triton_config.plan.cache_clear()
+
+
+def test_the_search_finds_the_minimum_and_asks_once():
+    asked = []
+
+    def timer(plan):
+        asked.append(plan)
+        return distance(plan)
+
+    found = tuning.tune(CASE, 86, 82, timer)
+    assert found.plan == Plan("skinny", Config(16, **{name: BEST[name] for name in Config._fields if name != "BM"}))
+    assert found.seconds == distance(found.plan)
+    assert found.rule_seconds == distance(rule(CASE, 86, 82)) > found.seconds
+    assert found.tried == len(asked) == len(set(asked)) < 60
+
+
+def test_many_rows_may_take_another_kernel():
+    found = tuning.tune(MANY, 86, 82, distance)
+    assert found.plan == Plan("gemm", Config(**BEST))
+    cheap = tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else distance(plan))
+    assert cheap.plan == Plan("expand", None)
+
+
+def test_noise_changes_nothing():
+    """A plan that is one percent faster than the rule's does not replace it."""
+    first = rule(CASE, 86, 82)
+    assert tuning.tune(CASE, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
+
+
+def test_a_config_that_does_not_run_is_passed_over():
+    first = rule(CASE, 86, 82)
+    found = tuning.tune(CASE, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
+    assert found.plan.config.SPLIT_K == 4
+    assert tuning.entry(found)["rule_seconds"] is None
+
+
+def test_the_table_is_what_the_kernels_read(own_tables):
+    assert triton_config.plan(CASE, 86, 82) == rule(CASE, 86, 82)
+    best = tuning.tune(CASE, 86, 82, distance)
+    path = tuning.write([best], 86, "a card", own_tables / "made" / "here")
+    assert path == own_tables / "made" / "here" / "sm_86.json"
+    path = tuning.write([best], 86, "a card", own_tables)
+    assert triton_config.plan(CASE, 86, 82) == best.plan != rule(CASE, 86, 82)
+    assert triton_config.plan(CASE, 90, 82) == rule(CASE, 90, 82)
+    more = tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else 1.0)
+    again = best._replace(plan=best.plan._replace(config=best.plan.config._replace(SPLIT_K=8)))
+    tuning.write([more, again], 86, "a card", own_tables)
+    assert triton_config.plan(CASE, 86, 82).config.SPLIT_K == 8
+    assert triton_config.plan(MANY, 86, 82) == Plan("expand", None)
+    content = json.loads(path.read_text())
+    assert content["device"] == "a card"
+    assert content["versions"]["torch"] == torch.__version__
+    assert len(content["entries"]) == 2
+
+
+@pytest.mark.parametrize("text", ["no JSON", "{}", '{"entries": [{"kernel": "magic"}]}',
+                                  '{"entries": [{"kernel": "gemm"}]}'])
+def test_a_damaged_table_is_kept_and_named(own_tables, text):
+    path = own_tables / "sm_86.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"sm_86\.json is not a table"):
+        tuning.write([tuning.tune(CASE, 86, 82, distance)], 86, "a card", own_tables)
+    assert path.read_text() == text
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HardwareError, match="cannot be written") as error:
+        tuning.write([tuning.tune(CASE, 86, 82, distance)], 86, "a card", tmp_path / "file")
+    assert "--out" in error.value.remedy
+
+
+def test_rows_become_buckets():
+    assert tuner.chosen_buckets([]) == list(triton_config.BUCKETS)
+    assert tuner.chosen_buckets([1, 5, 9, 4000]) == [8, 16, 2048]
+    with pytest.raises(UsageError):
+        tuner.chosen_buckets([4, 0])
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(HardwareError, match="this is a CPU"):
+        tuner.require_gpu(torch.device("cpu"))
+    monkeypatch.setattr(triton_matmul, "unavailable", lambda device: "triton is not installed")
+    with pytest.raises(HardwareError, match="triton is not installed"):
+        tuner.require_gpu(torch.device("cuda", 0))
+    monkeypatch.setattr(triton_matmul, "unavailable", lambda device: None)
+    tuner.require_gpu(torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_verb_refuses_a_cpu(capsys, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        console.run(cli.app, ["tune", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert left.value.code == 3
+    assert printed.out == ""
+    assert "this is a CPU" in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """tune_model as on a card, on CPU tensors, with made-up times."""
+    monkeypatch.setattr(tuner, "require_gpu", lambda device: None)
+    monkeypatch.setattr(tuner, "device_timer", lambda case, weights: distance)
+    monkeypatch.setattr(triton_matmul, "processor", lambda device: (86, 82))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    from gptq_belle.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "choose", lambda *args, **kwargs: dispatch.Choice("triton", ""))
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_a_model_is_tuned_case_by_case(tiny_llama, tmp_path, own_tables, capsys):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed", bits=4, group_size=32)
+    told = []
+    found = tuner.tune_model(path, device="cpu", rows=[3, 700], out=own_tables, progress=told.append)
+    shapes = {(line["inputs"], line["outputs"]) for line in found["entries"]}
+    assert shapes == {(128, 128), (128, 64), (128, 256), (256, 128)}  # q and o; k and v; gate and up; down
+    assert len(found["entries"]) == 2 * len(shapes) == len(told) - 1
+    assert triton_config.table(86)
+    tuner.show(found)
+    assert "skinny" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_a_model_without_packed_linears_is_refused(tiny_llama, own_tables):
+    with pytest.raises(InputError, match="no linears"):
+        tuner.tune_model(tiny_llama, device="cpu", out=own_tables, progress=lambda text: None)
+
+
+@pytest.mark.gpu
+def test_wrong_products_are_an_error(monkeypatch):
+    from oracle_format import random_words
+    from test_triton import laid_out
+
+    weight = laid_out(random_words(4, 256, 128, 128), 4)
+    weight = weight._replace(words=weight.words.cuda(), scales=weight.scales.cuda(),
+                             zeros=None if weight.zeros is None else weight.zeros.cuda())
+    case = triton_matmul.case_of(weight, 8, torch.float16)
+    timer = plan_timer.device_timer(case, [weight])
+    plan = rule(case, *triton_matmul.processor(weight.words.device))
+    assert 0 < timer(plan) < 1e-2
+    monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, by: torch.zeros(8, 128, device="cuda"))
+    with pytest.raises(GptqBelleError, match="multiplies wrongly"):
+        timer(plan)
