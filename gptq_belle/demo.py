@@ -92,8 +92,8 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
         def __init__(self, show: Callable[[int, int], None]) -> None:
             self.show, self.done, self.total = show, 0, 0
 
-        def start(self, blocks: int, steps: int) -> None:
-            self.total = blocks * steps
+        def start(self, blocks: int, steps: int, finished: int) -> None:
+            self.total = (blocks - finished) * steps
 
         def step(self) -> None:
             self.done += 1

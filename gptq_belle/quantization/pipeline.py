@@ -113,7 +113,7 @@ def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, a
     elif setup.tokens is not None and done < stream.count:
         activations.load(done)
     job = BlockJob(stream, writer, journal, setup.config, peak, progress)
-    progress.start(stream.count - done, job.steps(len(activations)))
+    progress.start(stream.count, job.steps(len(activations)), done)
     for index in range(done, stream.count):
         job.run(index, activations, probe)
         writer.keep = True

@@ -15,8 +15,9 @@ MIB = 1 << 20
 class JobProgress(Protocol):
     """What the pipeline tells its caller."""
 
-    def start(self, blocks: int, steps: int) -> None:
-        """The job has `blocks` blocks, each of `steps` steps (forward batches and solutions)."""
+    def start(self, blocks: int, steps: int, finished: int) -> None:
+        """The job has `blocks` blocks, `finished` of them by an earlier one, each of `steps` steps (forward batches and
+        solutions)."""
 
     def step(self) -> None:
         """One step of the current block is done."""
@@ -31,7 +32,7 @@ class JobProgress(Protocol):
 class Silent:
     """Shows nothing: the library's default."""
 
-    def start(self, blocks: int, steps: int) -> None: ...
+    def start(self, blocks: int, steps: int, finished: int) -> None: ...
     def step(self) -> None: ...
     def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None: ...
     def phase(self, text: str) -> None: ...
@@ -43,7 +44,7 @@ class ConsoleProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.blocks = self.steps = self.done = 0
+        self.blocks = self.left = self.done = 0
         self.began = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"),
@@ -57,9 +58,9 @@ class ConsoleProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
 
-    def start(self, blocks: int, steps: int) -> None:
-        self.blocks, self.steps, self.began = blocks, steps, time.monotonic()
-        self._bar.reset(self._task, total=blocks * steps, description="block 1")
+    def start(self, blocks: int, steps: int, finished: int) -> None:
+        self.blocks, self.left, self.began = blocks, (blocks - finished) * steps, time.monotonic()
+        self._bar.reset(self._task, total=self.left, description=f"block {finished + 1}")
 
     def step(self) -> None:
         self.done += 1
@@ -81,8 +82,7 @@ class ConsoleProgress:
             self.console.print(text, soft_wrap=True)
 
     def _left(self) -> float:
-        total = self.blocks * self.steps
-        return (time.monotonic() - self.began) * (total - self.done) / max(1, self.done)
+        return (time.monotonic() - self.began) * max(0, self.left - self.done) / max(1, self.done)
 
 
 def _short(name: str) -> str:

@@ -38,7 +38,7 @@ class Report:
         linears: one row a quantized linear, in the order of solving.
         phases: seconds of every block by what they went into; "total" is all of the block.
         notes: what went otherwise than planned, such as a block that fell back to the CPU.
-        resumed: the blocks that restarts went on with.
+        resumed: the first block of this run, where it went on with an earlier one; else empty.
         seconds: working time of the job, without blocks that were begun and not finished.
         peak_memory: largest anonymous memory in bytes, None where the system does not tell.
         bytes_on_disk: size of the weight files.
