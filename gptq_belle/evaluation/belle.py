@@ -4,10 +4,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.evaluation.score import TARGET_CLASSES, ClassScore, overall, score_classes
@@ -93,20 +92,29 @@ def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: in
         yield members, [_shown(str(tokenizer.decode(row, skip_special_tokens=True)), frame.stops) for row in rows]
 
 
-def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> Tensor:
-    """Up to `limit` greedy tokens behind each prompt: (B, L), padded behind eos."""
+@torch.inference_mode()
+def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    """Up to `limit` greedy tokens behind each prompt, eos included."""
     width = max(map(len, prompts))
-    pad = next(iter(model.eos_ids), 0)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     if model.context is not None and width + limit > model.context:
         raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
                          "Lower --max-tokens, or leave the longest questions out.")
-    hf: Any = model.hf
-    output: Tensor = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-                                 temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-                                 eos_token_id=list(model.eos_ids) or None)
-    return output[:, width:]
+    cache = model.new_cache(len(prompts), width + limit)
+    logits = torch.cat([model.read(torch.tensor(list(prompt), device=model.device), cache, slot)
+                        for slot, prompt in enumerate(prompts)])
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    while going:
+        tokens = logits.argmax(-1)
+        for slot, token in zip(going, tokens.tolist(), strict=True):
+            answers[slot].append(token)
+        kept = [i for i, slot in enumerate(going)
+                if answers[slot][-1] not in model.eos_ids and len(answers[slot]) < limit]
+        going = [going[i] for i in kept]
+        if going:
+            lengths = [len(prompts[slot]) + len(answers[slot]) - 1 for slot in going]
+            logits = model.step(tokens[kept], cache, going, lengths)
+    return answers
 
 
 def _shown(text: str, stops: Sequence[str]) -> str:
