@@ -12,7 +12,7 @@ from torch import nn
 
 from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.packing import V1, unpack_rows
-from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
+from gptq_belle.checkpoint.quantization import Quantization, average_bits, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.models.registry import HEAD
@@ -43,6 +43,8 @@ class Inspection:
         parameters: of the model, packed weights counted as the weights they stand for.
         dtypes: tensors by their type in the file.
         quantization: what the configuration states; None for a full-precision model.
+        average_bits: a weight, over all linears of the blocks; None where nothing is packed.
+        mixture: where linears differ, how many of a kind have which bits: {"mlp.down_proj": {"4 bits": 2}}.
         act_order: whether a group index is really out of order; None where nothing is packed.
         tied: the head is the embedding.
         bytes: size of the weight files.
@@ -60,6 +62,8 @@ class Inspection:
     parameters: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
     quantization: Quantization | None = None
+    average_bits: float | None = None
+    mixture: dict[str, dict[str, int]] = field(default_factory=dict)
     act_order: bool | None = None
     tied: bool = False
     bytes: int = 0
@@ -80,11 +84,12 @@ def inspect(path: str | Path) -> Inspection:
         found.quantization = read_quantization(reader)
         found.prompt_style = detect_style(reader.config)
         model = empty_model(reader.path)
+        _describe_config(found, model)
+        _describe_tensors(found, reader)
+        _describe_mixture(found, reader)
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found
-    _describe_config(found, model)
-    _describe_tensors(found, reader)
     found.problems += _few(_missing(found, reader, model))
     found.problems += _few(_packed_problems(found, reader, model))
     found.problems += _tokenizer_problems(reader.path, found.vocabulary)
@@ -109,6 +114,7 @@ def lines(found: Inspection) -> list[tuple[str, str]]:
         order = {None: "unknown", True: "yes", False: "no"}
         rows += [
             ("quantization", f"{q.bits} bits, group size {group}, format {q.checkpoint_format}"),
+            *_mixture(found),
             ("symmetric", order[q.sym]),
             ("act-order", order[found.act_order]),
             ("written by", q.producer or "unknown"),
@@ -137,12 +143,39 @@ def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
         part.tensors += 1
         part.bytes += reader.nbytes(name)
         if leaf == "qweight" and found.quantization:
-            part.parameters += math.prod(shape) * 32 // found.quantization.bits
+            part.parameters += math.prod(shape) * 32 // (found.quantization.of(name.removesuffix(".qweight"))
+                                                         or found.quantization).bits
         elif leaf not in PACKED:
             part.parameters += math.prod(shape)
         dtypes[str(dtype).removeprefix("torch.")] += 1
     found.parameters = sum(part.parameters for part in found.parts.values())
     found.dtypes = dict(dtypes)
+
+
+def _describe_mixture(found: Inspection, reader: CheckpointReader) -> None:
+    stated = found.quantization
+    if stated is None:
+        return
+    kinds: dict[str, Counter[str]] = {name: Counter() for name in reader.arch.linears}
+    for name, kind in ((name, kind) for name in reader for kind in kinds):
+        stem, _, leaf = name.rpartition(".")
+        if stem.endswith(f".{kind}") and leaf == "qweight":
+            own = stated.of(stem) or stated
+            group = "" if own.group_size == stated.group_size else f", group size {own.group_size}"
+            kinds[kind][f"{own.bits} bits{group}"] += 1
+        elif stem.endswith(f".{kind}") and leaf == "weight":
+            kinds[kind][str(reader.dtype(name)).removeprefix("torch.")] += 1
+    if len({text for counts in kinds.values() for text in counts}) > 1:
+        found.mixture = {kind: dict(counts) for kind, counts in kinds.items()}
+    found.average_bits = average_bits(reader, stated)
+
+
+def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:
+    """Lines for linears that differ."""
+    if found.mixture:
+        yield "bits on average", f"{found.average_bits:.2f}"
+    for kind, counts in found.mixture.items():
+        yield f"  {kind}", "; ".join(f"{count} of {text}" for text, count in sorted(counts.items()))
 
 
 def _part(name: str, reader: CheckpointReader) -> str:
@@ -183,11 +216,15 @@ def _packed_problems(found: Inspection, reader: CheckpointReader, model: nn.Modu
         try:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            check_geometry(reader, name, found.quantization, linear.in_features, linear.out_features)
+            own = found.quantization.of(name)
+            if own is None:
+                yield f"{name}: packed, although dynamic leaves it unquantized"
+                continue
+            check_geometry(reader, name, own, linear.in_features, linear.out_features)
         except (GptqBelleError, AttributeError, AssertionError) as error:
             yield error.cause if isinstance(error, GptqBelleError) else f"the model has no linear {name}"
             continue
-        yield from _values(found, found.quantization, reader, name)
+        yield from _values(found, own, reader, name)
 
 
 def _values(found: Inspection, stated: Quantization, reader: CheckpointReader, name: str) -> Iterator[str]:
