@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
 from gptq_belle.checkpoint.inspect import inspect, lines
-from gptq_belle.checkpoint.quantization import average_bits, read_quantization
+from gptq_belle.checkpoint.mixture import average_bits
+from gptq_belle.checkpoint.quantization import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.config import Override
 from gptq_belle.errors import InputError, UsageError

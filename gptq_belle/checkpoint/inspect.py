@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from gptq_belle.checkpoint.directory import load_tokenizer
+from gptq_belle.checkpoint.mixture import average_bits, mixture
 from gptq_belle.checkpoint.packing import V1, unpack_rows
-from gptq_belle.checkpoint.quantization import Quantization, average_bits, check_geometry, read_quantization
+from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.models.registry import HEAD
@@ -86,7 +87,9 @@ def inspect(path: str | Path) -> Inspection:
         model = empty_model(reader.path)
         _describe_config(found, model)
         _describe_tensors(found, reader)
-        _describe_mixture(found, reader)
+        if found.quantization is not None:
+            found.average_bits = average_bits(reader, found.quantization)
+            found.mixture = mixture(reader, found.quantization)
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found
@@ -150,24 +153,6 @@ def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
         dtypes[str(dtype).removeprefix("torch.")] += 1
     found.parameters = sum(part.parameters for part in found.parts.values())
     found.dtypes = dict(dtypes)
-
-
-def _describe_mixture(found: Inspection, reader: CheckpointReader) -> None:
-    stated = found.quantization
-    if stated is None:
-        return
-    kinds: dict[str, Counter[str]] = {name: Counter() for name in reader.arch.linears}
-    for name, kind in ((name, kind) for name in reader for kind in kinds):
-        stem, _, leaf = name.rpartition(".")
-        if stem.endswith(f".{kind}") and leaf == "qweight":
-            own = stated.of(stem) or stated
-            group = "" if own.group_size == stated.group_size else f", group size {own.group_size}"
-            kinds[kind][f"{own.bits} bits{group}"] += 1
-        elif stem.endswith(f".{kind}") and leaf == "weight":
-            kinds[kind][str(reader.dtype(name)).removeprefix("torch.")] += 1
-    if len({text for counts in kinds.values() for text in counts}) > 1:
-        found.mixture = {kind: dict(counts) for kind, counts in kinds.items()}
-    found.average_bits = average_bits(reader, stated)
 
 
 def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """What a checkpoint's configuration says about its packed weights, and whether the tensors bear it out."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,21 +90,6 @@ def read_quantization(reader: CheckpointReader) -> Quantization | None:
     _expect_group(reader, stated.get("group_size"))
     return Quantization(stated["bits"], stated["group_size"], stated.get("sym"), bool(stated.get("desc_act")),
                         checkpoint_format, _producer(stated), _rules(reader, stated.get("dynamic")))
-
-
-def average_bits(reader: CheckpointReader, quantization: Quantization) -> float | None:
-    """Bits a weight of the blocks' linears on average, scales and zero points not counted, those that are not packed
-    with the bits of their type (headers only); None where nothing is packed."""
-    bits = weights = 0
-    for name in reader:
-        stem, _, leaf = name.rpartition(".")
-        if leaf == "qweight" and (own := quantization.of(stem)) is not None:
-            bits += 32 * math.prod(reader.shape(name))
-            weights += 32 * math.prod(reader.shape(name)) // own.bits
-        elif leaf == "weight" and stem.endswith(reader.arch.linears):
-            bits += 8 * reader.nbytes(name)
-            weights += math.prod(reader.shape(name))
-    return bits / weights if weights else None
 
 
 def check_geometry(reader: CheckpointReader, name: str, quantization: Quantization, inputs: int, outputs: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptq_belle.checkpoint.quantization import average_bits, read_quantization
+from gptq_belle.checkpoint.mixture import average_bits
+from gptq_belle.checkpoint.quantization import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.measure import peak

@@ -115,7 +115,7 @@ class BlockJob:
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
             own = self.config.of(f"{prefix}.{stage[0]}")  # and of all the stage, see overrides.resolve
-            inputs = self._inputs(block, stage, prefix, activations) if len(activations) and own else None
+            inputs = self._inputs(block, stage, prefix, activations, own) if len(activations) and own else None
             for name in stage:
                 if own is None:
                     row = self._leave(block, name, f"{prefix}.{name}")
@@ -135,11 +135,12 @@ class BlockJob:
         assign(block, f"{name}.weight", rounded)
         return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
 
-    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Activations) -> Inputs:
+    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Activations,
+                config: QuantConfig) -> Inputs:
         """What the solver knows of the inputs that the linears of a stage share."""
         hessian = self.stream.hessian(block, stage, activations, self.progress.step)
         with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
-            return Inputs(hessian, factorize(hessian, self.config))
+            return Inputs(hessian, factorize(hessian, config))
 
     def _linear(self, block: nn.Module, name: str, full_name: str,
                 inputs: Inputs | None, config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
