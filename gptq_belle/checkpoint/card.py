@@ -29,6 +29,8 @@ A quantized model stays under the licence of its source. BELLE's models are publ
 built on LLaMA carry Meta's terms as well.
 """
 
+RESULTS = ("<!-- results -->", "<!-- end of results -->")
+
 
 def model_card(source: CheckpointReader, config: QuantConfig) -> str:
     """The card's text, front matter included."""
@@ -41,3 +43,13 @@ def model_card(source: CheckpointReader, config: QuantConfig) -> str:
         group="one scale a row" if config.group_size == -1 else f"groups of {config.group_size}",
         sym="symmetric" if config.sym else "asymmetric", order=", act-order" if config.act_order else "",
         checkpoint_format=config.checkpoint_format)
+
+
+def with_results(card: str, results: str) -> str:
+    """A card with a section of results: in place of an earlier one, else in front of "Use", else at the end."""
+    section = f"{RESULTS[0]}\n{results}\n{RESULTS[1]}\n"
+    start, end = (card.find(mark) for mark in RESULTS)
+    if 0 <= start < end:
+        return card[:start] + section + card[end + len(RESULTS[1]) :].removeprefix("\n")
+    place = card.find("\n## Use\n") + 1 or len(card)
+    return card[:place] + ("" if card[:place].endswith("\n") else "\n") + section + "\n" + card[place:]
