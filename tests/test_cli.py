@@ -10,7 +10,7 @@ from conftest import packed_checkpoint
 
 from gptq_belle import __version__, cli, console
 
-VERBS = ("demo", "quantize", "decrypt", "generate", "chat", "inspect", "eval", "bench", "tune", "doctor")
+VERBS = ("demo", "quantize", "decrypt", "generate", "chat", "inspect", "eval", "report", "bench", "tune", "doctor")
 FILES_ONLY = ("inspect", "decrypt")  # they take --device as every verb does, and have no use for it
 TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
 

@@ -33,6 +33,8 @@ UNIFORM = "The files are standard: every reader of the GPTQ format takes them (f
 MIXED = """Linears have different settings, stated in the `dynamic` of `quantize_config.json`: GPTQModel and vLLM read
 it (vLLM takes symmetric 4 and 8 bits only), AutoGPTQ and transformers by itself do not."""
 
+RESULTS = ("<!-- results -->", "<!-- end of results -->")
+
 
 def model_card(source: CheckpointReader, config: QuantConfig) -> str:
     """The card's text, front matter included."""
@@ -58,3 +60,13 @@ def _overrides(config: QuantConfig) -> str:
         told = "float16" if override.skip else ", ".join(f"{key} {value}" for key, value in override.values().items())
         rows.append(f"| `{override.pattern.replace('|', '&#124;')}` | {told} |")
     return "\n".join(["", "| linears | have instead |", "|---|---|", *rows, ""])
+
+
+def with_results(card: str, results: str) -> str:
+    """A card with a section of results: in place of an earlier one, else in front of "Use", else at the end."""
+    section = f"{RESULTS[0]}\n{results}\n{RESULTS[1]}\n"
+    start, end = (card.find(mark) for mark in RESULTS)
+    if 0 <= start < end:
+        return card[:start] + section + card[end + len(RESULTS[1]) :].removeprefix("\n")
+    place = card.find("\n## Use\n") + 1 or len(card)
+    return card[:place] + ("" if card[:place].endswith("\n") else "\n") + section + "\n" + card[place:]
