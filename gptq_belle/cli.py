@@ -10,7 +10,9 @@ import typer
 from gptq_belle import __version__, console, demo, quantize
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.options import (
+    Cache,
     ChatStyle,
+    HeadBits,
     MaxTokens,
     ModelPath,
     Penalty,
@@ -53,12 +55,14 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
-    model = load_model(path, device, precision)
+    model = load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     began, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,
@@ -84,6 +88,8 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -93,7 +99,7 @@ def chat(
     from gptq_belle.runtime.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    talk = terminal.Conversation(load_model(path, device, precision), prompt_style, params)
+    talk = terminal.Conversation(load_model(path, device, precision, head_bits, cache), prompt_style, params)
     said = terminal.chat(talk, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": said})
@@ -127,6 +133,8 @@ def bench(
     output: Annotated[str, typer.Option("-o", "--output", help="md, json, jsonl or csv.")] = "md",
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds into a picture.", show_default=False)] = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -140,7 +148,8 @@ def bench(
         bench_output.check_plot(plot)
     workload = benchmark.Workload(prompt, tokens, batch, repeats)
     with console.stepping() as progress:
-        found = benchmark.bench(paths, workload, device=device, precision=precision, progress=progress)
+        found = benchmark.bench(paths, workload, device=device, precision=precision, head_bits=head_bits,
+                                cache=cache, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         bench_output.plot(found, plot)

@@ -30,11 +30,6 @@ def test_answers_come_in_the_order_of_the_questions(model):
     assert all(1 <= len(one.ids) <= 6 for one in found)
 
 
-def test_an_answer_ends_with_eos():
-    assert answers._to_eos([5, 2, 2, 2], frozenset({2})) == [5, 2]
-    assert answers._to_eos([5, 6], frozenset({2})) == [5, 6]
-
-
 def test_a_question_beyond_the_context_is_refused(model):
     with pytest.raises(UsageError, match="context"):
         list(greedy_answers(model, ["字" * 300], 8, 1))
