@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gptq_belle import __version__, console, demo, quantize
+from gptq_belle.checkpoint import verbs as files
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.measure import verbs as measure
 from gptq_belle.options import (
@@ -28,7 +29,7 @@ app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True,
 app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, divergence from the base, answers.")
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
-for verb in (measure.bench, measure.plan, measure.tune, measure.doctor):
+for verb in (files.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
     app.command()(verb)
 
 
