@@ -11,7 +11,9 @@ from gptq_belle.checkpoint import verbs as files
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.measure import verbs as measure
 from gptq_belle.options import (
+    Cache,
     ChatStyle,
+    HeadBits,
     MaxTokens,
     ModelPath,
     Penalty,
@@ -57,12 +59,14 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
-    model = load_model(path, device, precision)
+    model = load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     began, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,
@@ -88,6 +92,8 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -97,7 +103,7 @@ def chat(
     from gptq_belle.runtime.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    talk = terminal.Conversation(load_model(path, device, precision), prompt_style, params)
+    talk = terminal.Conversation(load_model(path, device, precision, head_bits, cache), prompt_style, params)
     said = terminal.chat(talk, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": said})

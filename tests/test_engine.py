@@ -21,7 +21,8 @@ def model(tiny_model):
 
 @pytest.fixture
 def packed(tiny_model, tmp_path):
-    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache="float32")
+    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache="float32",
+                           head_bits=16)
 
 
 def test_attributes(model, tiny_model):

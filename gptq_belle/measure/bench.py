@@ -91,13 +91,14 @@ class Pass(NamedTuple):
 
 
 def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", precision: str | None = None,
+          head_bits: int | None = None, cache: str = "float16",
           progress: Callable[[str], None] = lambda text: None) -> Bench:
     """Measure models side by side.
 
     Args:
         paths: model directories, quantized or not.
         workload: what they do.
-        device, precision: as for `gptq_belle.load`.
+        device, precision, head_bits, cache: as for `gptq_belle.load`.
         progress: told what begins.
     Raises:
         UsageError: prompt and answer do not fit into a model's context.
@@ -106,7 +107,7 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     models = []
     for path in paths:
         progress(f"loading {path}")
-        models.append(load(path, device=device, precision=precision))
+        models.append(load(path, device=device, precision=precision, head_bits=head_bits, cache=cache))
     workload = fitted(workload, models)
     passes = interleaved(models, workload, progress)
     progress("reading memory")
@@ -114,8 +115,8 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     results = []
     for model, times in zip(models, passes, strict=True):
         progress(f"memory and load time of {model.path}, in a process of its own")
-        footprint = peak.fresh(model.path, device=device, precision=precision, prompt=workload.prompt or 1,
-                               batch=workload.batch)
+        footprint = peak.fresh(model.path, device=device, precision=precision, head_bits=head_bits, cache=cache,
+                               prompt=workload.prompt or 1, batch=workload.batch)
         results.append(_result(model, workload, times, footprint, bandwidth.median, precision))
     return Bench(workload, bandwidth, results)
 

@@ -18,6 +18,7 @@ from gptq_belle.models.settings import Settings, read_settings, token_ids
 from gptq_belle.runtime.attention import Decode, Prefill, Whole
 from gptq_belle.runtime.cache import Cache, check_kind
 from gptq_belle.runtime.chat import TextStream, Turn, detect_style, render, style_named
+from gptq_belle.runtime.head import check_head_bits
 from gptq_belle.runtime.loader import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.runtime.sampling import Sampler, SamplingParams
 from gptq_belle.runtime.weights import Weights
@@ -28,7 +29,7 @@ DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
-         cache: str = "float16") -> "Model":
+         cache: str = "float16", head_bits: int | None = None) -> "Model":
     """Load a model directory, quantized (standard GPTQ, of any producer) or not.
 
     Weights are read one by one, straight to their device and layout; no full-precision model is built.
@@ -38,10 +39,13 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         device: "auto", "cpu" or "cuda:0".
         dtype, precision: as `runtime.loader.hf_model`.
         cache: what keys and values are kept in: "float16", "float32", "bfloat16" or "int8".
+        head_bits: of the head, and of the embedding where the two are tied: 16, 8 or 4, rounded while loading. Left
+            out, 8 where they are tied and the model is quantized, else 16: the dtype of activations.
     Raises:
         InputError: files that are missing, damaged, or do not fit together; the tensor or the key is named.
-        UsageError, HardwareError: as `runtime.loader.hf_model`; an unknown kind of cache.
+        UsageError, HardwareError: as `runtime.loader.hf_model`; an unknown kind of cache, or number of bits.
     """
+    check_head_bits(head_bits)
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
@@ -49,7 +53,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     reader = CheckpointReader(path)
     settings = read_settings(reader.config)
     eos = settings.eos | _generation_eos(reader)
-    weights = Weights(reader, target, dtype, precision)
+    weights = Weights(reader, target, dtype, precision, head_bits)
     decoder = DECODERS[settings.sizes.model_type](weights, settings)
     weights.check_all_used()
     return Model(decoder, settings, reader, weights, cache, eos)
