@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gptq_belle import __version__, console, demo, quantize
-from gptq_belle.checkpoint import verbs as files
+from gptq_belle.conversion import verbs as conversion
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.options import (
     ChatStyle,
@@ -29,7 +29,8 @@ app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True,
 app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, divergence from the base, answers.")
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
-app.command("decrypt")(files.decrypt)
+app.command("convert")(conversion.convert)
+app.command("decrypt")(conversion.decrypt)
 
 def _version(wanted: bool) -> None:
     if wanted:
