@@ -103,8 +103,7 @@ class StandIn(Tensor):
 
     def __new__(cls, outputs: int, inputs: int, device: torch.device) -> Self:
         """Without memory."""
-        made: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, (outputs, inputs), dtype=torch.float32, device=device)
+        made: Self = Tensor._make_wrapper_subclass(cls, (outputs, inputs), dtype=torch.float32, device=device)
         return made
 
     @classmethod
@@ -112,7 +111,7 @@ class StandIn(Tensor):
         raise UsageError(f"{func} asked for the values of a packed weight, which cannot be read or changed in place",
                          "To merge adapters into a model, give them with --lora when quantizing its source.")
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"StandIn({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
 
 
