@@ -111,7 +111,7 @@ class StandIn(Tensor):
         raise UsageError(f"{func} asked for the values of a packed weight, which cannot be read or changed in place",
                          "To merge adapters into a model, give them with --lora when quantizing its source.")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StandIn({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
 
 
