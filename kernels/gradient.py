@@ -16,8 +16,8 @@ from .layout import CanonicalWeight
 from .torch_int4 import Int4Weight
 from .triton_layout import SlicedWeight
 
-# Bytes of expanded weight at a time. 512 rows through 4096 x 11008 of 4 bits on two cores take 288 ms with 16 MiB, 341
-# with 64, 392 with the whole weight at once; the dense product alone takes 261.
+# Bytes of expanded weight at a time. 512 rows through 4 bits, 4096 x 11008, on two cores: 288 ms with 16 MiB, 341 with
+# 64, 392 with the whole weight; the dense product alone takes 261.
 SCRATCH = 16 << 20
 STEP = 256  # inputs come in multiples of it, which every layout can be cut at
 

@@ -18,9 +18,9 @@ from gptq_belle.errors import GptqBelleError
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import empty_model
 from gptq_belle.runtime.chat import detect_style
-from gptq_belle.runtime.engine import CONTEXT_KEYS
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
+CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions")  # LLaMA's name, then BLOOM's
 MANY = 5  # problems of one kind that are named; the rest is counted
 
 

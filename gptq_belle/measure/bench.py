@@ -15,7 +15,7 @@ import torch
 from gptq_belle.errors import UsageError
 from gptq_belle.measure import peak
 from gptq_belle.measure.bandwidth import read_bandwidth
-from gptq_belle.measure.bound import explain, profile_step, weight_bytes
+from gptq_belle.measure.bound import explain, profile_step
 from gptq_belle.measure.peak import Footprint
 from gptq_belle.measure.timing import Spread, spread, synchronize
 from gptq_belle.runtime.engine import Model, load
@@ -159,10 +159,10 @@ def interleaved(models: Sequence[Model], workload: Workload,
 def _run(model: Model, workload: Workload) -> Pass:
     """One repeat; the tokens' values do not matter to its time, and eos does not end it."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (workload.batch, workload.prompt or 1), generator=generator)
+    ids = torch.randint(model.settings.sizes.vocabulary, (workload.batch, workload.prompt or 1), generator=generator)
     synchronize(model.device)
     began = time.perf_counter()
-    logits, cache = model.prefill(ids)
+    logits, cache = model.prefill(ids, workload.tokens)
     tokens = logits.argmax(-1)
     synchronize(model.device)
     middle = time.perf_counter()
@@ -177,8 +177,8 @@ def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: 
     read = workload.batch * (workload.prompt or 1)
     decode = spread([workload.batch * workload.tokens / t.decode for t in times])
     step = workload.batch / decode.median
-    size = weight_bytes(model.hf)
-    stated: Any = getattr(model.config, "quantization_config", None)
+    size = model.step_bytes
+    stated: Any = model.config.get("quantization_config")
     return BenchResult(
         path=model.path,
         bits=stated.get("bits") if isinstance(stated, dict) else None,

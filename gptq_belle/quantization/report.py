@@ -5,6 +5,8 @@ from typing import Any
 
 from gptq_belle.config import QuantConfig
 
+REPORT = "quantization_report.json"
+
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
@@ -34,7 +36,8 @@ class Report:
     Attributes:
         source: the model that was quantized.
         settings: the job's configuration.
-        calibration: source, rows, tokens a row, seed and SHA-256 of the token ids; None for rtn.
+        calibration: source, rows, tokens a row, seed, SHA-256 of the token ids, and keys of the documents (see
+            `overlap`); None for rtn.
         linears: one row a quantized linear, in the order of solving.
         phases: seconds of every block by what they went into; "total" is all of the block.
         notes: what went otherwise than planned, such as a block that fell back to the CPU.

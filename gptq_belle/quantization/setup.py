@@ -11,7 +11,7 @@ from gptq_belle.checkpoint.adapter import open_source
 from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.hub import model_directory
 from gptq_belle.config import QuantConfig
-from gptq_belle.quantization.calibration import Calibration, calibration_tokens, check_enough
+from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
 from gptq_belle.quantization.checks import check_sizes, check_source, widest
 from gptq_belle.quantization.stream import BlockStream
 from gptq_belle.runtime.chat import detect_style
@@ -59,7 +59,7 @@ def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, de
     tokenizer = load_tokenizer(reader.path)
     if config.method == "rtn":
         return Setup(stream, config, tokenizer)
-    tokens = calibration_tokens(calibration, tokenizer, detect_style(reader.config), stream.context)
+    tokens, used = calibration_rows(calibration, tokenizer, detect_style(reader.config), stream.context)
     if not calibration.allow_short:
         check_enough(tokens, *widest(stream))
-    return Setup(stream, config, tokenizer, tokens, calibration.describe(tokens))
+    return Setup(stream, config, tokenizer, tokens, calibration.describe(tokens, used))

@@ -103,15 +103,17 @@ class StandIn(Tensor):
 
     def __new__(cls, outputs: int, inputs: int, device: torch.device) -> Self:
         """Without memory."""
-        made: Self = Tensor._make_wrapper_subclass(cls, (outputs, inputs), dtype=torch.float32, device=device)
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, (outputs, inputs), dtype=torch.float32, device=device)
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         raise UsageError(f"{func} asked for the values of a packed weight, which cannot be read or changed in place",
                          "To merge adapters into a model, give them with --lora when quantizing its source.")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StandIn({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
 
 
