@@ -1,0 +1,33 @@
+"""The verb `decrypt`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptq_belle import console
+
+
+def decrypt(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The download: a directory, or one .enc file of it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write to.")],
+    key: Annotated[Path, typer.Option(help="Meta's consolidated.00.pth of the same size of LLaMA.")],
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="The inverse: make .enc files to publish.")] = False,
+    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
+    as_json: console.Json = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Decrypt BELLE-LLaMA's .enc files, and print MD5 and SHA-256 for comparison with the published ones.
+
+    After Ctrl-C, a crash or a power cut, the same command goes on where it was.
+    """
+    from gptq_belle.checkpoint import decrypt as decryption
+
+    job = decryption.encrypt if encrypt else decryption.decrypt
+    with console.counting("encrypting" if encrypt else "decrypting", is_bytes=True) as progress:
+        found = job(source, out, key, progress=progress)
+    if as_json:
+        console.print_json(found)
+        return
+    console.print_table(str(out), ["file", "", "MD5 of the plain file", "SHA-256", "bytes"],
+                        [(row.name, row.how, row.md5, row.sha256, f"{row.bytes:,}") for row in found], text=4)
