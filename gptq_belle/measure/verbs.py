@@ -95,7 +95,8 @@ def tune(
 
 
 def doctor(device: console.Device = "auto", as_json: console.Json = False, verbose: console.Verbose = False) -> None:
-    """Say what this machine can run, and which kernel each case takes and why."""
+    """Say what this machine can run, which kernel each case takes and why, and test them; exit code 3 if one is wrong.
+    """
     from gptq_belle.measure import doctor as examination
 
     found = examination.examine(device)
@@ -103,3 +104,5 @@ def doctor(device: console.Device = "auto", as_json: console.Json = False, verbo
         console.print_json(found)
     else:
         examination.show(found)
+    if examination.failures(found):
+        raise typer.Exit(3)
