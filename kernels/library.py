@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ABI = 4  # of native/native.h
+ABI = 5  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
@@ -36,6 +36,18 @@ class WordsStruct(ctypes.Structure):
                 ("run", ctypes.c_int32), ("container", ctypes.c_int32)]
 
 
+class AttentionStruct(ctypes.Structure):
+    """`BelleAttention` of native.h."""
+
+    _fields_ = [("query", ctypes.c_void_p), ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
+                ("key_scales", ctypes.c_void_p), ("value_scales", ctypes.c_void_p), ("slots", ctypes.c_void_p),
+                ("lengths", ctypes.c_void_p), ("slopes", ctypes.c_void_p), ("out", ctypes.c_void_p),
+                ("rows", ctypes.c_int64), ("heads", ctypes.c_int64), ("kv_heads", ctypes.c_int64),
+                ("head_dim", ctypes.c_int64), ("capacity", ctypes.c_int64), ("slot_count", ctypes.c_int64),
+                ("query_row", ctypes.c_int64), ("query_head", ctypes.c_int64), ("scale", ctypes.c_float),
+                ("kind", ctypes.c_int32)]
+
+
 class Library:
     """The loaded library, with the instruction set that it is to use."""
 
@@ -54,6 +66,8 @@ class Library:
         self.read = self._c.belle_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
         self.read.restype = ctypes.c_uint32
+        self.attend = self._c.belle_attend
+        self.attend.argtypes = [ctypes.POINTER(AttentionStruct), ctypes.c_int, ctypes.c_int]
         self.usable = tuple(name for name in FASTEST if self._c.belle_usable(ISAS.index(name)))
         wanted = os.environ.get(CHOICE, self.usable[0])
         if wanted not in self.usable:

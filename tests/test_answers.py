@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from gptq_belle import load
 from gptq_belle.errors import UsageError
 from gptq_belle.evaluation import answers
-from gptq_belle.evaluation.answers import ask, given_answers, greedy_answers, prompt_ids, reference_ids
+from gptq_belle.evaluation.answers import ask, given_answers, prompt_ids, reference_ids
 
 QUESTIONS = ["一加一等于几?", "What is the capital of France?", "写一首关于春天的诗。", "a", "北京" * 8]
 
@@ -18,7 +18,7 @@ def model(request):
 
 
 def test_batches_answer_as_one_by_one(model):
-    together = dict(zip(*next(greedy_answers(model, QUESTIONS, 12, 8)), strict=True))
+    together = ask(model, QUESTIONS, 12, 8)
     for index, question in enumerate(QUESTIONS):
         alone = model.generate(question, prompt_style="auto", max_new_tokens=12)
         assert together[index].text == alone.strip()
@@ -41,7 +41,7 @@ def test_an_answer_ends_with_eos(model, monkeypatch):
 
 def test_a_question_beyond_the_context_is_refused(model):
     with pytest.raises(UsageError, match="context"):
-        list(greedy_answers(model, ["字" * 300], 8, 1))
+        ask(model, ["字" * 300], 8, 1)
 
 
 def test_given_answers_against_the_loss_of_transformers(model, monkeypatch):

@@ -1,6 +1,6 @@
 """What a model answers, and what it thinks of an answer that it is given: prompts in its own style, in batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from gptq_belle.errors import UsageError
 from gptq_belle.evaluation.perplexity import finite, negative_log_likelihood
 from gptq_belle.runtime.chat import StopStrings, Turn, render, style_named
 from gptq_belle.runtime.engine import Model
+from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.runtime.slots import Engine
 
 LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
 
@@ -33,23 +35,21 @@ class Given(NamedTuple):
 def ask(model: Model, questions: Sequence[str], limit: int, batch: int, style: str = "auto",
         progress: Progress | None = None) -> list[Answer]:
     """The greedy answers to questions, in their order; arguments as for `belle.evaluate`."""
-    found: dict[int, Answer] = {}
-    for members, answers in greedy_answers(model, questions, limit, batch, style):
-        found |= zip(members, answers, strict=True)
-        if progress:
-            progress(len(found), len(questions))
-    return [found[index] for index in range(len(questions))]
-
-
-def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: int,
-                   style: str = "auto") -> Iterator[tuple[list[int], list[Answer]]]:
-    """Batches of (which questions, their answers), the shortest prompts first, so that batches pad little."""
-    ids, tokenizer, stops = prompt_ids(model, questions, style), model.tokenizer, _frame(model, style).stops
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for members in (order[start : start + batch] for start in range(0, len(order), batch)):
-        rows = _generate(model, [ids[i] for i in members], limit)
-        texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
-        yield members, [Answer(_shown(text, stops), row) for text, row in zip(texts, rows, strict=True)]
+    prompts, stops, limited = prompt_ids(model, questions, style), _frame(model, style).stops, SamplingParams(limit)
+    if not prompts:
+        return []
+    width = max(map(len, prompts))
+    if model.context is not None and width + limit > model.context:
+        raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
+                         "Lower --max-tokens, or leave the longest questions out.")
+    engine = Engine(model, min(batch, len(prompts)), width + limit)
+    requests = [engine.submit(ids, limited) for ids in prompts]
+    while not engine.idle:
+        if any(event.finished for event in engine.step()) and progress:
+            progress(sum(request.finished is not None for request in requests), len(requests))
+    rows = [request.answer + ([] if request.end is None else [request.end]) for request in requests]
+    texts = (str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+    return [Answer(_shown(text, stops), row) for text, row in zip(texts, rows, strict=True)]
 
 
 def prompt_ids(model: Model, questions: Sequence[str], style: str = "auto") -> list[list[int]]:
@@ -105,31 +105,6 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def _frame(model: Model, style: str) -> Any:
     return style_named(model.prompt_style if style == "auto" else style)
-
-
-@torch.inference_mode()
-def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
-    """Up to `limit` greedy tokens behind each prompt, eos included."""
-    width = max(map(len, prompts))
-    if model.context is not None and width + limit > model.context:
-        raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
-                         "Lower --max-tokens, or leave the longest questions out.")
-    cache = model.new_cache(len(prompts), width + limit)
-    logits = torch.cat([model.read(torch.tensor(list(prompt), device=model.device), cache, slot)
-                        for slot, prompt in enumerate(prompts)])
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
-    while going:
-        tokens = logits.argmax(-1)
-        for slot, token in zip(going, tokens.tolist(), strict=True):
-            answers[slot].append(token)
-        kept = [i for i, slot in enumerate(going)
-                if answers[slot][-1] not in model.eos_ids and len(answers[slot]) < limit]
-        going = [going[i] for i in kept]
-        if going:
-            lengths = [len(prompts[slot]) + len(answers[slot]) - 1 for slot in going]
-            logits = model.step(tokens[kept], cache, going, lengths)
-    return answers
 
 
 def _shown(text: str, stops: Sequence[str]) -> str:

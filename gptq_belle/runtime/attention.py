@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from gptq_belle.kernels import cpu_attention
 from gptq_belle.runtime.cache import Cache
 
 QUERIES = 64
@@ -124,14 +125,20 @@ class Decode:
 
     def __init__(self, heads: Heads, cache: Cache, slots: Sequence[int], lengths: Sequence[int],
                  dtype: torch.dtype) -> None:
-        self.cache, self.slots, self.lengths = cache, slots, lengths
-        self.rotation = heads.rotation(torch.tensor(lengths, device=cache.device), dtype)
-        self.pieces = [Piece(heads, length, length + 1, cache.device, dtype) for length in lengths]
+        self.cache, self.heads, self.slots, self.lengths = cache, heads, slots, lengths
+        self.places, self.positions = (torch.tensor(list(n), device=cache.device) for n in (slots, lengths))
+        self.rotation = heads.rotation(self.positions, dtype)
+        self.native = cpu_attention.refusal(heads.head_dim, cache.keys[0].dtype, cache.device) is None
+        self.stops = self.positions + 1
+        self.pieces = [] if self.native else [Piece(heads, n, n + 1, cache.device, dtype) for n in lengths]
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key = rotated(query, self.rotation), rotated(key, self.rotation)
-        outputs = []
-        for i, (slot, length, piece) in enumerate(zip(self.slots, self.lengths, self.pieces, strict=True)):
-            self.cache.write(block, slot, length, key[i : i + 1], value[i : i + 1])
-            outputs.append(piece(query[i : i + 1], *self.cache.read(block, slot, length + 1, query.dtype)))
+        query, cache = rotated(query, self.rotation), self.cache
+        cache.append(block, self.places, self.positions, rotated(key, self.rotation), value)
+        if self.native:
+            found = cpu_attention.attend(query.float(), cache.keys[block], cache.values[block], self.places, self.stops,
+                                         scales=cache.scales(block), slopes=self.heads.slopes)
+            return found.flatten(1).to(query.dtype)
+        outputs = [piece(query[i : i + 1], *cache.read(block, slot, length + 1, query.dtype))
+                   for i, (slot, length, piece) in enumerate(zip(self.slots, self.lengths, self.pieces, strict=True))]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

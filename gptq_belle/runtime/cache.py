@@ -65,6 +65,18 @@ class Cache:
             else:
                 tables[block][place] = new.transpose(0, 1)
 
+    def append(self, block: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values (n, heads, head_dim), one position of each of some slots, given by int64 (n,)."""
+        for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
+            if scales:
+                new, scale = quantized(new)
+                scales[block][slots, :, positions] = scale
+            tables[block][slots, :, positions] = new.to(tables[block].dtype)
+
+    def scales(self, block: int) -> tuple[Tensor, Tensor] | None:
+        """Scales of keys and values; none where they are kept as they are."""
+        return (self.key_scales[block], self.value_scales[block]) if self.key_scales else None
+
     def read(self, block: int, slot: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values (heads, stop, head_dim) of the first positions of a slot in the dtype of activations."""
         place = (slot, slice(None), slice(stop))

@@ -28,6 +28,7 @@ class Request:
         params: how the answer is drawn.
         room: the most tokens of the answer.
         answer: token ids so far; eos is not among them.
+        end: the eos that ended it, if one did.
         finished: why it ended: "stop" (eos), "length", "cancelled"; None while it goes on.
         reused: tokens of the prompt that a slot held already.
     """
@@ -36,6 +37,7 @@ class Request:
     params: SamplingParams
     room: int
     answer: list[int] = field(default_factory=list)
+    end: int | None = None
     finished: str | None = None
     reused: int = 0
 
@@ -174,7 +176,7 @@ class Engine:
         request = slot.request
         assert request is not None
         if token in self.model.eos_ids and not request.params.ignore_eos:
-            request.finished, slot.request = "stop", None
+            request.end, request.finished, slot.request = token, "stop", None
             return Event(request, None, "stop")
         request.answer.append(token)
         if len(request.answer) == request.room:

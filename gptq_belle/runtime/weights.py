@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
+from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import PreparedWeight, prepare, quant_matmul
@@ -167,7 +167,10 @@ class Weights:
         if self.quantization is None:
             raise InputError(f"{self.reader.path} holds packed weights, but no configuration says how",
                              "Add the quantize_config.json that belongs to it.")
-        return self.quantization
+        own = self.quantization.of(name)
+        if own is None:
+            raise InputError(f"{self.reader.path}: dynamic leaves {name} unquantized, but it is packed", WRONG_CONFIG)
+        return own
 
     def _packed(self, name: str, words: CanonicalWeight, bias: Tensor | None) -> Packed:
         try:

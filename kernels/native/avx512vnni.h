@@ -15,3 +15,4 @@ struct Isa : Registers512 {
 }  // namespace belle
 
 #include "tile.h"
+#include "attend.h"

@@ -16,5 +16,6 @@ struct Isa : Registers256 {
 }  // namespace belle
 
 #include "tile.h"
+#include "attend.h"
 
-const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read};
+const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend};

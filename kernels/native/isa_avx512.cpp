@@ -15,5 +15,6 @@ struct Isa : Registers512 {
 }  // namespace belle
 
 #include "tile.h"
+#include "attend.h"
 
-const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read};
+const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend};

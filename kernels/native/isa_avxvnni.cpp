@@ -15,5 +15,6 @@ struct Isa : Registers256 {
 }  // namespace belle
 
 #include "tile.h"
+#include "attend.h"
 
-const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read};
+const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend};

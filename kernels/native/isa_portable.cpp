@@ -28,6 +28,14 @@ struct Isa {
   static inline void store(uint8_t* p, Int v) { std::memcpy(p, &v, sizeof v); }
   static inline Float load_float(const float* p) { Float v; std::memcpy(&v, p, sizeof v); return v; }
   static inline void store_float(float* p, Float v) { std::memcpy(p, &v, sizeof v); }
+  static inline Float load_char(const int8_t* p) {
+    return each_lane<Float>([=](int i) { return static_cast<float>(p[i]); });
+  }
+  static inline float sum(const Float& v) {
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += v.lane[i];
+    return total;
+  }
   static inline Int load_short(const int16_t* p) { return each_lane<Int>([=](int i) { return p[i]; }); }
   static inline Float load_half(const uint16_t* p) { return each_lane<Float>([=](int i) { return half(p[i]); }); }
 
@@ -77,5 +85,6 @@ struct Isa {
 }  // namespace belle
 
 #include "tile.h"
+#include "attend.h"
 
-const belle::Kernel belle::kPortable = {2, 0, split, multiply, read};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend};

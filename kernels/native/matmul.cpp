@@ -6,13 +6,11 @@
 #include <cstdlib>
 
 namespace belle {
-namespace {
 
 // Sets whose compiler flags this compiler does not know are left out of the build.
 #ifndef BELLE_ISAS
 #define BELLE_ISAS 1
 #endif
-constexpr unsigned kBuilt = BELLE_ISAS;  // bit i: instruction set i
 
 const Kernel* kernel(int isa) {
   switch (isa) {
@@ -34,6 +32,10 @@ const Kernel* kernel(int isa) {
     default: return &kPortable;
   }
 }
+
+namespace {
+
+constexpr unsigned kBuilt = BELLE_ISAS;  // bit i: instruction set i
 
 bool usable(int isa) {
 #if BELLE_ISAS & 32

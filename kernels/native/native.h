@@ -41,11 +41,26 @@ struct BelleWords {        // a weight as GPTQ files hold it
   int32_t run, container;  // of the layout to make
 };
 
+struct BelleAttention {    // one new token in each of some slots of a cache: M rows, H heads, H' of keys and values
+  const float* query;      // (M, H, head_dim) with the strides below, in floats; the last is 1
+  const void* keys;        // (slot_count, H', capacity, head_dim) of `kind`
+  const void* values;      // likewise
+  const uint16_t* key_scales;    // (slot_count, H', capacity) float16 where `kind` is 2
+  const uint16_t* value_scales;  // likewise
+  const int64_t* slots;    // (M)
+  const int64_t* lengths;  // (M): keys of the row's slot that it meets, its own included
+  const float* slopes;     // (H) of ALiBi, may be null
+  float* out;              // (M, H, head_dim)
+  int64_t rows, heads, kv_heads, head_dim, capacity, slot_count, query_row, query_head;
+  float scale;             // of the scores
+  int32_t kind;            // 0: float32, 1: float16, 2: int8
+};
+
 }  // extern "C"
 
 namespace belle {
 
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
@@ -81,7 +96,10 @@ struct Kernel {
   void (*split)(const Task&, int64_t row_begin, int64_t row_end);
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
+  void (*attend)(const BelleAttention&, int64_t row, int64_t kv_head, float* scratch);  // see attend.h
 };
+
+const Kernel* kernel(int isa);  // of the numbers of cpu_features.h; the portable one where an instruction set is missing
 
 extern const Kernel kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;
 
