@@ -25,7 +25,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.overlap import seen_keys
 from gptq_belle.runtime.chat import Turn, render
 
-BUILTIN = "builtin"
+BUILTIN, GIVEN = "builtin", "token ids"
 TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
 
 
@@ -34,7 +34,8 @@ class Calibration:
     """What to calibrate on.
 
     Attributes:
-        source: a file (see above), or "builtin" for the rows that come with the package.
+        source: a file (see above), "builtin" for the rows that come with the package, or token ids (rows, T) int64 that
+            are taken as they are.
         rows, seq_len: the most rows, and the tokens of each. Fewer rows come out where the text is short; where it
             is shorter than one row, that row is cut to it.
         seed: of the documents' order.
@@ -44,7 +45,7 @@ class Calibration:
         UsageError: rows or seq_len is not positive.
     """
 
-    source: str | Path = BUILTIN
+    source: str | Path | Tensor = BUILTIN
     rows: int = 128
     seq_len: int = 2048
     seed: int = 0
@@ -59,7 +60,8 @@ class Calibration:
         """What the report says of the rows (rows, T) that came of it: source, sizes, seed, SHA-256 of the ids; and
         what was seen of which documents, for `overlap.overlapping`."""
         count, length = tokens.shape
-        source = BUILTIN if self.source == BUILTIN else Path(self.source).name
+        source = GIVEN if isinstance(self.source, Tensor) else BUILTIN if self.source == BUILTIN else Path(
+            self.source).name
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         return {"source": source, "rows": count, "seq_len": length, "seed": self.seed, "sha256": digest,
                 "seen": seen_keys(documents)}
@@ -85,6 +87,8 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
         InputError: the file is missing, empty, not UTF-8, or holds a row of no known form; the line is named.
     """
     rows, seq_len = calibration.rows, min(calibration.seq_len, context or calibration.seq_len)
+    if isinstance(calibration.source, Tensor):
+        return calibration.source[:rows, :seq_len].to("cpu", torch.int64).contiguous(), []
     documents = read_documents(calibration.source)
     random.Random(calibration.seed).shuffle(documents)
     stream: list[int] = []
