@@ -14,7 +14,10 @@ def bench(
     prompt: Annotated[int | None, typer.Option(
         "-p", "--prompt-tokens", help="Tokens of the prompt; left out, 512, or what the context leaves.")] = None,
     tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Tokens to generate.")] = 128,
-    batch: Annotated[int, typer.Option("-b", "--batch", help="Prompts at a time.")] = 1,
+    batch: Annotated[list[int] | None, typer.Option(
+        "-b", "--batch", help="Prompts at a time; repeatable. Left out, 1.", show_default=False)] = None,
+    depth: Annotated[str, typer.Option(
+        "-d", "--depth", help="Tokens in the cache before prompt and answer, such as 0,512,1024.")] = "0",
     repeats: Annotated[int, typer.Option("-r", "--repeats", help="Repeats; medians are printed.")] = 5,
     output: Annotated[str, typer.Option("-o", "--output", help="md, json, jsonl or csv.")] = "md",
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds into a picture.", show_default=False)] = None,
@@ -27,18 +30,20 @@ def bench(
 ) -> None:
     """Measure speed and memory of models side by side, and say what bounds them."""
     from gptq_belle.measure import bench as benchmark
-    from gptq_belle.measure import bench_output
+    from gptq_belle.measure import bench_output, bench_plot
 
     bench_output.check_format(output)
     if plot is not None:
-        bench_output.check_plot(plot)
-    workload = benchmark.Workload(prompt, tokens, batch, repeats)
+        bench_plot.check_plot(plot)
+    first, *others = batch or [1]
+    workload = benchmark.Workload(prompt, tokens, first, repeats)
+    depths = benchmark.parse_depths(depth)
     with console.stepping() as progress:
         found = benchmark.bench(paths, workload, device=device, precision=precision, head_bits=head_bits,
-                                cache=cache, progress=progress)
+                                cache=cache, batches=others, depths=depths, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
-        bench_output.plot(found, plot)
+        bench_plot.plot(found, plot)
         console.note(f"The picture is {plot}.")
 
 
