@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gptq_belle import __version__, console, demo, quantize
-from gptq_belle.checkpoint import verbs as files
+from gptq_belle.conversion import verbs as conversion
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.measure import verbs as measure
 from gptq_belle.options import (
@@ -25,13 +25,15 @@ from gptq_belle.options import (
     TopP,
     load_model,
 )
+from gptq_belle.reporting import verb as report
 
 app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
 app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, divergence from the base, answers.")
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
-for verb in (files.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
+app.command("report")(report.command)
+for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
     app.command()(verb)
 
 

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from gptq_belle.checkpoint.mixture import average_bits
+from gptq_belle.checkpoint.quantization import read_quantization
+from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.measure import peak
 from gptq_belle.measure.bandwidth import read_bandwidth
@@ -51,7 +54,7 @@ class BenchResult:
 
     Attributes:
         path: its directory.
-        bits: of its packed weights; None for a full-precision model.
+        bits: of its packed weights, on average where they differ; None for a full-precision model.
         dtype, precision, device: of its activations, and where it ran.
         footprint: load time and memory.
         first_token: seconds from the prompt to the first token.
@@ -64,7 +67,7 @@ class BenchResult:
     """
 
     path: Path
-    bits: int | None
+    bits: float | None
     dtype: str
     precision: str
     device: str
@@ -214,6 +217,15 @@ def _run(model: Model, workload: Workload) -> Pass:
     return Pass(middle - began, time.perf_counter() - middle)
 
 
+def _bits(model: Model) -> float | None:
+    stated = model.config.get("quantization_config")
+    if not isinstance(stated, dict) or not stated.get("dynamic"):
+        return stated.get("bits") if isinstance(stated, dict) else None
+    reader = CheckpointReader(model.path)
+    quantization = read_quantization(reader)
+    return None if quantization is None else average_bits(reader, quantization)
+
+
 def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: Footprint,
             bandwidth: float, precision: str | None) -> BenchResult:
     read = workload.batch * (workload.prompt or 1)
@@ -221,10 +233,9 @@ def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: 
     step = workload.batch / decode.median
     size = model.step_bytes
     shares = step_shares(model, workload.batch, workload.prompt or 1, step)
-    stated: Any = model.config.get("quantization_config")
     return BenchResult(
         path=model.path,
-        bits=stated.get("bits") if isinstance(stated, dict) else None,
+        bits=_bits(model),
         dtype=str(model.dtype).removeprefix("torch."),
         precision=resolve_precision(precision, model.device),
         device=str(model.device),

@@ -18,6 +18,7 @@ from gptq_belle.kernels.dispatch import PreparedWeight, prepare, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
 from gptq_belle.models.skeleton import wrong_shape
 
+ROWS_ALONE = 64
 COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; it is computed here
 
 
@@ -34,12 +35,18 @@ class Packed:
 
 @dataclass(slots=True)
 class Dense:
-    """x (..., K) to (..., N) through a weight (N, K)."""
+    """x (M, K) to (M, N) through a weight (N, K).
+
+    On a CPU up to ROWS_ALONE rows are multiplied one by one: a BLAS rounds by the number of rows, and a row of a batch
+    must come out as it does alone. That reads the weight for each of them; packed weights need no such thing.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cpu and 1 < len(x) <= ROWS_ALONE:
+            return torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
         return F.linear(x, self.weight, self.bias)
 
 
