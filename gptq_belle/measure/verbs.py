@@ -6,11 +6,15 @@ from typing import Annotated
 import typer
 
 from gptq_belle import console
+from gptq_belle.errors import UsageError
 from gptq_belle.options import Cache, HeadBits, ModelPath, Precision
 
 
 def bench(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Model directories.", show_default=False)],
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Model directories.",
+                                                       show_default=False)] = None,
+    table: Annotated[str | None, typer.Option(
+        help="belle: BELLE's published sizes and memory, ours beside them, measured where a PATH is given.")] = None,
     prompt: Annotated[int | None, typer.Option(
         "-p", "--prompt-tokens", help="Tokens of the prompt; left out, 512, or what the context leaves.")] = None,
     tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Tokens to generate.")] = 128,
@@ -29,6 +33,11 @@ def bench(
     verbose: console.Verbose = False,
 ) -> None:
     """Measure speed and memory of models side by side, and say what bounds them."""
+    if table is not None:
+        _published(table, paths or [], prompt, device, as_json)
+        return
+    if not paths:
+        raise UsageError("bench needs a model", "Name one or more directories, or --table belle.")
     from gptq_belle.measure import bench as benchmark
     from gptq_belle.measure import bench_output, bench_plot
 
@@ -45,6 +54,22 @@ def bench(
     if plot is not None:
         bench_plot.plot(found, plot)
         console.note(f"The picture is {plot}.")
+
+
+def _published(table: str, paths: list[Path], prompt: int | None, device: str, as_json: bool) -> None:
+    """`bench --table`."""
+    if table != "belle":
+        raise UsageError(f"table {table!r} is not known", "Choose belle.")
+    from gptq_belle.measure import belle_table, plan_output
+
+    context = (prompt or 512) + 4
+    with console.stepping() as progress:
+        rows = belle_table.belle_table(paths, context, plan_output.device_kind(device), progress)
+    if as_json:
+        console.print_json([{"published": row, "ours": ours} for row, ours in rows])
+    else:
+        title = f"GiB, as BELLE published; ours with {context} tokens of context on a {plan_output.device_kind(device)}"
+        console.print_table(title, *belle_table.cells(rows), text=1)
 
 
 def plan(
