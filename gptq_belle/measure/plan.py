@@ -21,7 +21,7 @@ COLUMNS = {"cpu": 32, "cuda": 128}  # outputs are padded to multiples of these
 CONTAINERS = {2: {"cpu": 2, "cuda": 4}, 3: {"cpu": 4, "cuda": 4}, 4: {"cpu": 4, "cuda": 4}, 8: {"cpu": 8, "cuda": 8}}
 PROGRAM = {"cpu": 270_000_000, "cuda": 0}  # anonymous memory behind importing everything, as measured
 ACTIVATION = {"cpu": 4, "cuda": 2}  # bytes of a number that is not packed: float32, float16
-CACHES = {"float16": 2, "int8": 1, "float32": 4}
+CACHES = {"float16": 2, "bfloat16": 2, "int8": 1, "float32": 4}
 INNER_COPIES = {"bloom": 2, "llama": 3}  # tensors of the feed-forward's inner size alive at a time: gate, up and silu
 
 
