@@ -7,21 +7,20 @@
 Variants take turns within each repeat, each with the next of its copies of the weight, so that all of them meet the
 same disturbances and none finds its weight in the cache. Figures are medians; ratios are of medians of the same run.
 llama.cpp has no entry for one product: with --stack it runs a random Q4_0 model of the same shape, whole tokens, where
-llama-cpp-python and gguf are installed (the `peers` extra). The result is benchmarks/results/cpu_matmul.json (or
-cpu_stack.json); --name names another.
+it is installed (see llama_peer.py). The result is benchmarks/results/cpu_matmul.json (or cpu_stack.json); --name names
+another.
 """
 
 import argparse
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import records
 import torch
+from llama_peer import LlamaCpp, Shape
 from torch import Tensor
 
 from gptq_belle.kernels import cpu, torch_int4
@@ -216,94 +215,32 @@ def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
         "dense bfloat16": lambda k, n: dense(k, n, torch.bfloat16, 1),
     }
     stacks = {name: stack(make) for name, make in makers.items()}
-    peer = llama_cpp()
-    found = []
-    for m in rows:
-        times: dict[str, list[float]] = {name: [] for name in [*stacks, *(["llama.cpp Q4_0"] if peer else [])]}
-        for _ in range(repeats + 1):
-            for name, (linears, _) in stacks.items():
-                x = {inputs: activations(name, m, inputs) for inputs in {k for k, _ in linears}}
-                times[name].append(settled(m, lambda n=linears, x=x: seconds(lambda: run_stack(n, x))))  # type: ignore[misc]
-            if peer:
-                times["llama.cpp Q4_0"].append(settled(m, lambda m=m: peer(m)))  # type: ignore[misc]
-        read = read_bandwidth(repeats=3).median
-        ours = spread(times[OURS][1:]).median
-        for name, values in times.items():
-            taken = spread(values[1:]).median
-            size = stacks[name][1] if name in stacks else None
-            found.append({"rows": m, "variant": name, "seconds": taken, "tokens_per_s": m / taken, "bytes": size,
-                          "read_Bps": read, "time_of_ours": taken / ours,
-                          "what": "linears alone" if size else f"whole tokens behind {CONTEXT}"})
-            speed = f"{size / taken / 1e9:5.1f} GB/s of {read / 1e9:.1f}" if size else ""
-            print(f"stack, M = {m}: {name:14} {1e3 * taken:8.2f} ms {m / taken:8.1f} tokens/s, {taken / ours:5.2f} of "
-                  f"ours {speed}", flush=True)
+    with LlamaCpp(Shape(BLOCKS), torch.get_num_threads()) as peer:
+        return [row for m in rows for row in measure_rows(m, stacks, peer, repeats)]
+
+
+def measure_rows(m: int, stacks: dict[str, tuple[list[tuple[int, Product]], int]], peer: LlamaCpp,
+                 repeats: int) -> list[dict[str, Any]]:
+    """The same at M = m."""
+    times: dict[str, list[float]] = {name: [] for name in [*stacks, *(["llama.cpp Q4_0"] if peer.there else [])]}
+    for _ in range(repeats + 1):
+        for name, (linears, _) in stacks.items():
+            x = {inputs: activations(name, m, inputs) for inputs in {k for k, _ in linears}}
+            times[name].append(settled(m, lambda n=linears, x=x: seconds(lambda: run_stack(n, x))))  # type: ignore[misc]
+        if peer.there:
+            times["llama.cpp Q4_0"].append(settled(m, lambda: peer.seconds(CONTEXT, m)))
+    read = read_bandwidth(repeats=3).median
+    ours, found = spread(times[OURS][1:]).median, []
+    for name, values in times.items():
+        taken = spread(values[1:]).median
+        size = stacks[name][1] if name in stacks else None
+        found.append({"rows": m, "variant": name, "seconds": taken, "tokens_per_s": m / taken, "bytes": size,
+                      "read_Bps": read, "time_of_ours": taken / ours,
+                      "what": "linears alone" if size else f"whole tokens behind {CONTEXT}"})
+        speed = f"{size / taken / 1e9:5.1f} GB/s of {read / 1e9:.1f}" if size else ""
+        print(f"stack, M = {m}: {name:14} {1e3 * taken:8.2f} ms {m / taken:8.1f} tokens/s, {taken / ours:5.2f} of "
+              f"ours {speed}", flush=True)
     return found
-
-
-def llama_cpp() -> Callable[[int], float] | None:
-    """Seconds of M tokens in llama.cpp behind CONTEXT others, on a random Q4_0 model; None where it is missing."""
-    try:
-        import gguf
-        import llama_cpp
-    except ImportError as error:
-        print(f"llama.cpp is left out: {error}")
-        return None
-    path = Path(tempfile.mkdtemp()) / "random.gguf"
-    _write_gguf(gguf, path)
-    threads = torch.get_num_threads()
-    model = llama_cpp.Llama(str(path), n_ctx=2048, n_batch=2048, n_ubatch=512, n_threads=threads,
-                            n_threads_batch=threads, verbose=False)
-    path.unlink()
-
-    def run(rows: int) -> float:
-        model.reset()
-        model.eval([1] * CONTEXT)
-        return seconds(lambda: model.eval([2] * rows))
-
-    return run
-
-
-def _write_gguf(gguf: Any, path: Path) -> None:
-    """8 blocks of LLaMA-7B, Q4_0 throughout, head and embedding too."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    width, inner, vocabulary = HEAD[0], BLOCK[-1][0], HEAD[1]
-    writer.add_context_length(2048)
-    writer.add_embedding_length(width)
-    writer.add_block_count(BLOCKS)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(32)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(128)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"t{i}" for i in range(vocabulary)])
-    writer.add_token_scores([0.0] * vocabulary)
-    writer.add_token_types([1] * vocabulary)
-
-    def packed(name: str, inputs: int, outputs: int) -> None:
-        blocks = np.empty((outputs, inputs // 32, 18), np.uint8)
-        blocks[..., :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        blocks[..., 2:] = generator.integers(0, 256, blocks[..., 2:].shape, dtype=np.uint8)
-        writer.add_tensor(name, blocks.reshape(outputs, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-
-    packed("token_embd.weight", width, vocabulary)
-    packed("output.weight", width, vocabulary)
-    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
-    for i in range(BLOCKS):
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            packed(f"blk.{i}.{name}.weight", width, width)
-        packed(f"blk.{i}.ffn_gate.weight", width, inner)
-        packed(f"blk.{i}.ffn_up.weight", width, inner)
-        packed(f"blk.{i}.ffn_down.weight", inner, width)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(width, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ from conftest import packed_checkpoint
 from gptq_belle import load
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.measure import bench_output, peak
+from gptq_belle.measure import bench_output, bench_plot, peak
 from gptq_belle.measure.bandwidth import buffer_bytes, read_bandwidth
-from gptq_belle.measure.bench import Workload, bench, fitted
-from gptq_belle.measure.bound import StepProfile, explain
+from gptq_belle.measure.bench import Workload, bench, fitted, parse_depths
+from gptq_belle.measure.bound import explain
+from gptq_belle.measure.parts import Shares
 from gptq_belle.measure.timing import seconds, spread
 
 MIB = 1 << 20
@@ -28,7 +29,8 @@ MIB = 1 << 20
 def measured(tiny_llama, tmp_path_factory):
     packed = packed_checkpoint(tiny_llama, tmp_path_factory.mktemp("bench") / "packed")
     with patch("gptq_belle.measure.bandwidth.buffer_bytes", lambda: 16 * MIB):
-        return bench([tiny_llama, packed], Workload(prompt=16, tokens=4, batch=2, repeats=2), device="cpu")
+        return bench([tiny_llama, packed], Workload(prompt=16, tokens=4, batch=2, repeats=2), device="cpu",
+                     batches=[3], depths=(0, 40))
 
 
 def test_both_models_are_measured(measured):
@@ -49,6 +51,30 @@ def test_bytes_of_a_step_count_a_tied_embedding_once_and_no_lookup_table(tiny_mo
     total = sum(math.prod(numbers.shape(name)) for name in numbers) * 4
     embedding = 0 if model.config.get("tie_word_embeddings", True) else 384 * 128
     assert (model.weight_bytes, model.step_bytes) == (total - 2 * embedding, total - 4 * embedding)
+
+
+def test_shares_add_up_to_a_step(measured):
+    for result in measured.results:
+        assert sum(result.shares) == pytest.approx(1)
+        assert all(0 < share < 1 for share in result.shares[:3])
+
+
+def test_every_batch_and_depth_is_measured(measured, capsys):
+    places = [(point.batch, point.depth) for point in measured.points if point.path == measured.results[0].path]
+    assert places == [(2, 0), (2, 40), (3, 0), (3, 40)]
+    assert len(measured.points) == 8
+    assert all(len(point.decode.values) == len(point.prefill.values) == 2 for point in measured.points)
+    assert [(one.path, one.batch) for one in measured.memory] == [
+        (result.path, batch) for result in measured.results for batch in (2, 3)]
+    bench_output.show(measured, "md")
+    assert "| 3 | 40 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "depths"), [("0", (0,)), ("0, 512,0", (0, 512))])
+def test_depths_are_read(text, depths):
+    assert parse_depths(text) == depths
+    with pytest.raises(UsageError, match="depths"):
+        parse_depths(text + ",x")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -92,24 +118,33 @@ def test_the_table_for_people(measured, capsys):
 
 
 def test_a_picture(measured, tmp_path):
-    bench_output.plot(measured, tmp_path / "bench.png")
+    bench_plot.plot(measured, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="picture"):
-        bench_output.check_plot(tmp_path / "bench.docx")
+        bench_plot.check_plot(tmp_path / "bench.docx")
+
+
+def test_the_picture_shows_the_smallest_depth_of_every_batch(measured):
+    found = bench_plot.series(measured)
+    assert [one.batch for one in found] == [2, 3]
+    for one in found:
+        for place, result in enumerate(measured.results):
+            [point] = [p for p in measured.points if (p.path, p.batch, p.depth) == (result.path, one.batch, 0)]
+            assert (one.prefill[place], one.decode[place]) == (point.prefill, point.decode)
 
 
 def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(HardwareError, match="matplotlib") as raised:
-        bench_output.check_plot(tmp_path / "a.png")
+        bench_plot.check_plot(tmp_path / "a.png")
     assert "pip install" in raised.value.remedy
 
 
 def test_what_bounds_a_step():
-    busy = StepProfile(0.1, "mm", 0.7)
+    busy = Shares(linears=0.7, attention=0.1, head=0.1, rest=0.1)
     assert explain(8 * 10**9, 1.0, 10e9, busy).startswith("memory bandwidth: reading 8,000.0 MB of weights takes 80 %")
-    assert explain(10**6, 1.0, 10e9, busy).startswith("arithmetic and call overhead: mm takes 70 %")
-    assert explain(10**6, 1.0, 10e9, StepProfile(0.8, "mm", 0.1)).startswith("Python and call overhead (80 %")
+    assert explain(10**6, 1.0, 10e9, busy).startswith("arithmetic of the linears (70 % of the time)")
+    assert explain(10**6, 1.0, 10e9, Shares(0.1, 0.05, 0.05, 0.8)).startswith("Python and call overhead (80 %")
 
 
 def test_a_workload_beyond_the_context_or_empty_is_refused(tiny_llama):
@@ -117,6 +152,8 @@ def test_a_workload_beyond_the_context_or_empty_is_refused(tiny_llama):
         bench([tiny_llama], Workload(prompt=200, tokens=100), device="cpu")
     with pytest.raises(UsageError, match="context"):
         bench([tiny_llama], Workload(tokens=256), device="cpu")
+    with pytest.raises(UsageError, match="behind 200"):
+        bench([tiny_llama], Workload(prompt=40, tokens=20), device="cpu", depths=(200,))
     assert fitted(Workload(tokens=56), [load(tiny_llama, device="cpu")]).prompt == 200
     with pytest.raises(UsageError, match="tokens 0"):
         Workload(tokens=0)

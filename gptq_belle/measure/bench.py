@@ -18,8 +18,10 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.measure import peak
 from gptq_belle.measure.bandwidth import read_bandwidth
-from gptq_belle.measure.bound import explain, profile_step
+from gptq_belle.measure.bound import explain
+from gptq_belle.measure.parts import Shares, step_shares
 from gptq_belle.measure.peak import Footprint
+from gptq_belle.measure.sweep import Point, check_room, sweep
 from gptq_belle.measure.timing import Spread, spread, synchronize
 from gptq_belle.runtime.engine import Model, load
 from gptq_belle.runtime.loader import resolve_precision
@@ -60,6 +62,7 @@ class BenchResult:
         weight_bytes: weights that one step of decoding reads, as they lie in memory (of an embedding that is not
             also the head only some rows, which are not counted; nor is the cache of keys and values).
         achieved: weight_bytes a step over its median time, in bytes per second.
+        shares: of that time by the model's parts.
         bound: one line on what limits decoding.
     """
 
@@ -74,16 +77,32 @@ class BenchResult:
     decode: Spread
     weight_bytes: int
     achieved: float
+    shares: Shares
     bound: str
+
+
+class Memory(NamedTuple):
+    """Peak of anonymous memory as `Footprint.peak_bytes`, of one model at one batch."""
+
+    path: Path
+    batch: int
+    bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """All results, with the machine's read bandwidth in bytes per second, measured in the same sitting."""
+    """All results, with the machine's read bandwidth in bytes per second, measured in the same sitting.
+
+    Attributes:
+        points: speeds at further batches and depths, where they were asked for.
+        memory: of every model at every batch, with prompts as long as the largest depth and the prompt together.
+    """
 
     workload: Workload
     bandwidth: Spread
     results: list[BenchResult]
+    points: list[Point]
+    memory: list[Memory]
 
 
 class Pass(NamedTuple):
@@ -94,14 +113,17 @@ class Pass(NamedTuple):
 
 
 def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", precision: str | None = None,
-          head_bits: int | None = None, cache: str = "float16",
-          progress: Callable[[str], None] = lambda text: None) -> Bench:
+          head_bits: int | None = None, cache: str = "float16", batches: Sequence[int] = (),
+          depths: Sequence[int] = (0,), progress: Callable[[str], None] = lambda text: None) -> Bench:
     """Measure models side by side.
 
     Args:
         paths: model directories, quantized or not.
         workload: what they do.
         device, precision, head_bits, cache: as for `gptq_belle.load`.
+        batches: further ones than the workload's, to be measured at every depth.
+        depths: tokens that are in the cache before prompt and answer; with more than 0, the workload's batch is
+            measured there too.
         progress: told what begins.
     Raises:
         UsageError: prompt and answer do not fit into a model's context.
@@ -112,16 +134,35 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
         progress(f"loading {path}")
         models.append(load(path, device=device, precision=precision, head_bits=head_bits, cache=cache))
     workload = fitted(workload, models)
+    check_room(models, depths, workload.prompt or 1, workload.tokens)
     passes = interleaved(models, workload, progress)
+    points: list[Point] = []
+    if batches or tuple(depths) != (0,):
+        points = sweep(models, (workload.batch, *batches), depths, workload.prompt or 1, workload.tokens,
+                       workload.repeats, progress)
     progress("reading memory")
     bandwidth = read_bandwidth(models[0].device)
-    results = []
+    results, memory = [], []
     for model, times in zip(models, passes, strict=True):
         progress(f"memory and load time of {model.path}, in a process of its own")
-        footprint = peak.fresh(model.path, device=device, precision=precision, head_bits=head_bits, cache=cache,
-                               prompt=workload.prompt or 1, batch=workload.batch)
-        results.append(_result(model, workload, times, footprint, bandwidth.median, precision))
-    return Bench(workload, bandwidth, results)
+        footprints = {batch: peak.fresh(model.path, device=device, precision=precision, head_bits=head_bits,
+                                        cache=cache, prompt=(workload.prompt or 1) + max(depths), batch=batch)
+                      for batch in (workload.batch, *batches)}
+        memory += [Memory(model.path, batch, found.peak_bytes) for batch, found in footprints.items()]
+        results.append(_result(model, workload, times, footprints[workload.batch], bandwidth.median, precision))
+    return Bench(workload, bandwidth, results, points, memory)
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Depths of an option, such as "0,512".
+
+    Raises:
+        UsageError: they are not whole numbers with commas between.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"depths {text!r} are not understood", "Write whole numbers, such as 0,512,1024.")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def fitted(workload: Workload, models: Sequence[Model]) -> Workload:
@@ -191,6 +232,7 @@ def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: 
     decode = spread([workload.batch * workload.tokens / t.decode for t in times])
     step = workload.batch / decode.median
     size = model.step_bytes
+    shares = step_shares(model, workload.batch, workload.prompt or 1, step)
     return BenchResult(
         path=model.path,
         bits=_bits(model),
@@ -203,5 +245,6 @@ def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: 
         decode=decode,
         weight_bytes=size,
         achieved=size / step,
-        bound=explain(size, step, bandwidth, profile_step(model, workload.batch, workload.prompt or 1, step)),
+        shares=shares,
+        bound=explain(size, step, bandwidth, shares),
     )

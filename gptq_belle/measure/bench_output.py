@@ -1,15 +1,14 @@
-"""What `bench` prints: a table for people, JSON, JSON Lines or CSV for programs, and a picture."""
+"""What `bench` prints: a table for people, and JSON, JSON Lines or CSV for programs."""
 
 import csv
 import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gptq_belle import console
-from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.errors import UsageError
 from gptq_belle.measure.bench import Bench, BenchResult
 from gptq_belle.measure.doctor import machine
 from gptq_belle.measure.timing import Spread
@@ -49,55 +48,11 @@ def flat(bench: Bench) -> list[dict[str, Any]]:
         "device": r.device, **work,
         "load_s": r.footprint.load_seconds, "first_token_s": r.first_token.median,
         **_spread("prefill_tps", r.prefill), **_spread("decode_tps", r.decode),
+        **{f"{name}_share": share for name, share in r.shares._asdict().items()},
         "peak_bytes": r.footprint.peak_bytes, "process_peak_bytes": r.footprint.process_bytes,
         "cuda_peak_bytes": r.footprint.cuda_bytes, "weight_bytes": r.weight_bytes, "achieved_Bps": r.achieved,
         "machine_Bps": bench.bandwidth.median, "bound": r.bound,
     } for r in bench.results]
-
-
-def plot(bench: Bench, path: Path) -> None:
-    """Draw prefill and decode speeds as bars, with the range of the repeats.
-
-    Args:
-        bench: what was measured.
-        path: the picture to write; its ending names the format.
-    Raises:
-        UsageError: an ending that is no format of pictures.
-        HardwareError: matplotlib is not installed, or the file cannot be written.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.6 + 0.5 * len(bench.results)), layout="constrained")
-    names = labels(bench.results)
-    pairs: Sequence[tuple[str, Callable[[BenchResult], Spread]]] = (
-        (f"prefill of {bench.workload.prompt} tokens", lambda r: r.prefill),
-        (f"decode of {bench.workload.tokens} tokens", lambda r: r.decode),
-    )
-    for axes, (title, pick) in zip(figure.subplots(1, 2), pairs, strict=True):
-        spreads = [pick(result) for result in bench.results]
-        medians = [s.median for s in spreads]
-        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
-        bars = axes.barh(names, medians, xerr=errors, color="#4477aa", ecolor="#222222", capsize=3)
-        axes.bar_label(bars, fmt="{:,.1f}", padding=6)
-        axes.set(title=title, xlabel="tokens/s", xlim=(0, 1.25 * max(s.high for s in spreads)))
-        axes.invert_yaxis()
-    figure.suptitle(machine(), fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
-def check_plot(path: Path) -> None:
-    """Find out before the measurement whether `plot` can work; raises what it raises."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise HardwareError("--plot needs matplotlib, which is not installed",
-                            "Install it with: pip install 'gptq-belle[plot]'") from error
-    kinds = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in kinds:
-        raise UsageError(f"{path} does not end like a picture", "Choose a name that ends in .png, .svg or .pdf.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"the folder {path.parent} for the picture does not exist", "Create it first.")
 
 
 def labels(results: Sequence[BenchResult]) -> list[str]:
@@ -118,6 +73,8 @@ def _show_table(bench: Bench) -> None:
         ("GPU memory, MB", lambda r: megabytes(r.footprint.cuda_bytes)),
         ("weights a step, MB", lambda r: megabytes(r.weight_bytes)),
         ("read, GB/s", lambda r: f"{r.achieved / 1e9:.2f}"),
+        ("of what memory reads, %", lambda r: f"{100 * r.achieved / bench.bandwidth.median:.0f}"),
+        ("linears / attention / head / rest, %", lambda r: " / ".join(f"{100 * share:.0f}" for share in r.shares)),
     ]
     if all(result.footprint.cuda_bytes is None for result in results):
         rows = [row for row in rows if not row[0].startswith("GPU")]
@@ -126,17 +83,40 @@ def _show_table(bench: Bench) -> None:
     first = results[0]
     title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {first.dtype} {first.precision}: "
              f"medians of {work.repeats}, ± half of their range")
-    if console.out().is_terminal:
-        console.print_table(title, columns, cells)
-    else:
-        console.say(f"{title}\n")
-        console.say(markdown(columns, cells))
+    _print(title, columns, cells)
     console.say()
+    if bench.points:
+        _print(f"prompt {work.prompt} and {work.tokens} new tokens behind what was read before",
+               *sweep_cells(bench))
+        console.say()
     for name, result in zip(labels(results), results, strict=True):
         console.say(f"{name} is bound by {result.bound}.")
     console.say(f"Memory reads at {bench.bandwidth.median / 1e9:.1f} GB/s here. Peak memory is above that of the "
                 "process before loading.")
     console.say(f"Machine: {machine()}")
+
+
+def sweep_cells(bench: Bench) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the speeds by batch and depth: a row for each, two columns a model."""
+    names = labels(bench.results)
+    paths = [result.path for result in bench.results]
+    found = {(point.path, point.batch, point.depth): point for point in bench.points}
+    places = dict.fromkeys((point.batch, point.depth) for point in bench.points)
+    columns = ["batch", "depth", *(f"{name} {what}" for name in names for what in ("prefill", "decode"))]
+    rows = []
+    for batch, depth in places:
+        speeds = [speed for path in paths for speed in (found[path, batch, depth].prefill,
+                                                        found[path, batch, depth].decode)]
+        rows.append([str(batch), f"{depth:,}", *map(ranged, speeds)])
+    return columns, rows
+
+
+def _print(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    if console.out().is_terminal:
+        console.print_table(title, columns, cells)
+    else:
+        console.say(f"{title}\n")
+        console.say(markdown(columns, cells))
 
 
 def ranged(values: Spread, factor: float = 1.0) -> str:

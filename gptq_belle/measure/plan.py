@@ -6,7 +6,7 @@ measured here: benchmarks/bench_plan.py holds the sums against what processes re
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -21,7 +21,7 @@ COLUMNS = {"cpu": 32, "cuda": 128}  # outputs are padded to multiples of these
 CONTAINERS = {2: {"cpu": 2, "cuda": 4}, 3: {"cpu": 4, "cuda": 4}, 4: {"cpu": 4, "cuda": 4}, 8: {"cpu": 8, "cuda": 8}}
 PROGRAM = {"cpu": 270_000_000, "cuda": 0}  # anonymous memory behind importing everything, as measured
 ACTIVATION = {"cpu": 4, "cuda": 2}  # bytes of a number that is not packed: float32, float16
-CACHES = {"float16": 2, "int8": 1, "float32": 4}
+CACHES = {"float16": 2, "bfloat16": 2, "int8": 1, "float32": 4}
 INNER_COPIES = {"bloom": 2, "llama": 3}  # tensors of the feed-forward's inner size alive at a time: gate, up and silu
 
 
@@ -118,7 +118,8 @@ def head_bytes(d: Dimensions, s: Setting) -> int:
     outside of the blocks are counted here."""
     norms = sum(math.prod(shape) for shape in outer_shapes(d).values() if len(shape) == 1)
     lookup = 0 if d.tied else 2 * d.vocabulary * d.width
-    return lookup + matrix_bytes(d.width, d.vocabulary, s.head_bits, s) + ACTIVATION[s.device] * norms
+    head = replace(s, group_size=128)  # whatever the linears have
+    return lookup + matrix_bytes(d.width, d.vocabulary, s.head_bits, head) + ACTIVATION[s.device] * norms
 
 
 def cache_bytes(d: Dimensions, cache: str, context: int, batch: int) -> int:
@@ -128,18 +129,18 @@ def cache_bytes(d: Dimensions, cache: str, context: int, batch: int) -> int:
 
 
 def workspace_bytes(d: Dimensions, s: Setting, context: int, batch: int) -> int:
-    """The larger half of a block with R = min(CHUNK, T) rows, and the logits of B rows.
+    """Both halves of a block with R = min(CHUNK, T) rows (the C heap keeps what one of them freed beside what the
+    other takes; a sum is what was measured), and the logits of B rows, twice.
 
     Attention: input, norm, query-key-value and output of R rows; keys and values of one sequence in the activations'
-    type; with ALiBi, biases of heads x R x T. Feed-forward: input, norm, and INNER_COPIES of the inner size.
+    type; with ALiBi, biases of heads x R x T. Feed-forward: input, norm, output, and INNER_COPIES of the inner size.
     """
     size, rows = ACTIVATION[s.device], max(min(CHUNK, context), batch)
     kv = d.kv_heads * d.head_dim
     biases = d.heads * rows * context if d.model_type == "bloom" else 0
     attention = rows * (3 * d.width + 2 * (d.heads * d.head_dim + 2 * kv)) + 2 * kv * context + biases
-    copies = INNER_COPIES["bloom" if d.model_type == "bloom" else "llama"]
-    mlp = rows * (3 * d.width + copies * d.inner)
-    return size * max(attention, mlp + biases) + 4 * 2 * batch * d.vocabulary
+    mlp = rows * (3 * d.width + INNER_COPIES["bloom" if d.model_type == "bloom" else "llama"] * d.inner)
+    return size * (attention + mlp) + 2 * 4 * batch * d.vocabulary
 
 
 def needs(d: Dimensions, s: Setting, context: int, batch: int) -> Needs:

@@ -6,15 +6,22 @@ from typing import Annotated
 import typer
 
 from gptq_belle import console
+from gptq_belle.errors import UsageError
 from gptq_belle.options import Cache, HeadBits, ModelPath, Precision
 
 
 def bench(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Model directories.", show_default=False)],
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Model directories.",
+                                                       show_default=False)] = None,
+    table: Annotated[str | None, typer.Option(
+        help="belle: BELLE's published sizes and memory, ours beside them, measured where a PATH is given.")] = None,
     prompt: Annotated[int | None, typer.Option(
         "-p", "--prompt-tokens", help="Tokens of the prompt; left out, 512, or what the context leaves.")] = None,
     tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Tokens to generate.")] = 128,
-    batch: Annotated[int, typer.Option("-b", "--batch", help="Prompts at a time.")] = 1,
+    batch: Annotated[list[int] | None, typer.Option(
+        "-b", "--batch", help="Prompts at a time; repeatable. Left out, 1.", show_default=False)] = None,
+    depth: Annotated[str, typer.Option(
+        "-d", "--depth", help="Tokens in the cache before prompt and answer, such as 0,512,1024.")] = "0",
     repeats: Annotated[int, typer.Option("-r", "--repeats", help="Repeats; medians are printed.")] = 5,
     output: Annotated[str, typer.Option("-o", "--output", help="md, json, jsonl or csv.")] = "md",
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds into a picture.", show_default=False)] = None,
@@ -26,20 +33,43 @@ def bench(
     verbose: console.Verbose = False,
 ) -> None:
     """Measure speed and memory of models side by side, and say what bounds them."""
+    if table is not None:
+        _published(table, paths or [], prompt, device, as_json)
+        return
+    if not paths:
+        raise UsageError("bench needs a model", "Name one or more directories, or --table belle.")
     from gptq_belle.measure import bench as benchmark
-    from gptq_belle.measure import bench_output
+    from gptq_belle.measure import bench_output, bench_plot
 
     bench_output.check_format(output)
     if plot is not None:
-        bench_output.check_plot(plot)
-    workload = benchmark.Workload(prompt, tokens, batch, repeats)
+        bench_plot.check_plot(plot)
+    first, *others = batch or [1]
+    workload = benchmark.Workload(prompt, tokens, first, repeats)
+    depths = benchmark.parse_depths(depth)
     with console.stepping() as progress:
         found = benchmark.bench(paths, workload, device=device, precision=precision, head_bits=head_bits,
-                                cache=cache, progress=progress)
+                                cache=cache, batches=others, depths=depths, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
-        bench_output.plot(found, plot)
+        bench_plot.plot(found, plot)
         console.note(f"The picture is {plot}.")
+
+
+def _published(table: str, paths: list[Path], prompt: int | None, device: str, as_json: bool) -> None:
+    """`bench --table`."""
+    if table != "belle":
+        raise UsageError(f"table {table!r} is not known", "Choose belle.")
+    from gptq_belle.measure import belle_table, plan_output
+
+    context = (prompt or 512) + 4
+    with console.stepping() as progress:
+        rows = belle_table.belle_table(paths, context, plan_output.device_kind(device), progress)
+    if as_json:
+        console.print_json([{"published": row, "ours": ours} for row, ours in rows])
+    else:
+        title = f"GiB, as BELLE published; ours with {context} tokens of context on a {plan_output.device_kind(device)}"
+        console.print_table(title, *belle_table.cells(rows), text=1)
 
 
 def plan(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import UsageError
+from gptq_belle.measure.memory import trim_heap
 from gptq_belle.models.bloom import Bloom
 from gptq_belle.models.llama import Llama
 from gptq_belle.models.settings import Settings, read_settings, token_ids
@@ -61,6 +62,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     weights = Weights(reader, target, dtype, precision, head_bits)
     decoder = DECODERS[settings.sizes.model_type](weights, settings)
     weights.check_all_used()
+    trim_heap()  # of LLaMA-7B, 90 MB that were freed while loading would stay
     return Model(decoder, settings, reader, weights, cache, eos)
 
 

@@ -1,0 +1,135 @@
+"""Whole tokens on a CPU: ours against llama.cpp's Q4_0 and transformers with torch's int4 op, in one run.
+
+    python benchmarks/bench_generate.py                    # LLaMA-7B cut to 8 blocks, 4 bit, head in 4 bits; minutes
+
+Each repeat, every variant reads a prompt of 512 tokens, then decodes behind a short one, alone and in a batch of 8, in
+turn; figures are medians, ratios of medians of the same run. What a step reads of packed weights, over its time, is
+held against a plain read of memory. Without llama-cpp-python and gguf (see llama_peer.py) it is left out. The result
+is benchmarks/results/cpu_generate.json.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import records
+import torch
+from llama_peer import LlamaCpp, Shape
+from make_model import make
+
+from gptq_belle import hf_model, load
+from gptq_belle.measure.bandwidth import read_bandwidth
+from gptq_belle.measure.timing import spread
+from gptq_belle.runtime.engine import Model
+
+CONTEXT, TOKENS, PROMPT, BATCH = 8, 32, 512, 8
+OURS, FAST, HF, PEER = "4 bit exact", "4 bit fast", "hf_model, torch int4", "llama.cpp Q4_0"
+
+Timer = Callable[[str], float]
+
+
+def ours(model: Model) -> Timer:
+    """Seconds of the prefill, or of one step of decoding."""
+    def run(what: str) -> float:
+        rows = BATCH if what == "batch" else 1
+        ids = torch.randint(32000, (rows, PROMPT if what == "prefill" else CONTEXT))
+        began = time.perf_counter()
+        logits, session = model.prefill(ids, TOKENS)
+        if what == "prefill":
+            return time.perf_counter() - began
+        began = time.perf_counter()
+        for _ in range(TOKENS):
+            logits = model.decode(logits.argmax(-1), session)
+        return (time.perf_counter() - began) / TOKENS
+    return run
+
+
+def transformers_int4(path: Path) -> Timer:
+    """The same through transformers in bfloat16, its linears on torch's own int4 op."""
+    with patch("gptq_belle.kernels.cpu.refusal", lambda *args: "left out, to compare"):
+        model: Any = hf_model(path, device="cpu", dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def run(what: str) -> float:
+        rows = BATCH if what == "batch" else 1
+        ids = torch.randint(32000, (rows, PROMPT if what == "prefill" else CONTEXT))
+        began = time.perf_counter()
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        if what == "prefill":
+            return time.perf_counter() - began
+        began = time.perf_counter()
+        for _ in range(TOKENS):
+            out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        return (time.perf_counter() - began) / TOKENS
+    return run
+
+
+def llama_cpp(peer: LlamaCpp) -> Timer:
+    """The same in llama.cpp; it has no call here for a batch of sequences, so 8 tokens of one stand for it."""
+    def run(what: str) -> float:
+        if what == "prefill":
+            return peer.seconds(0, PROMPT)
+        return peer.seconds(CONTEXT, BATCH if what == "batch" else 1, TOKENS) / TOKENS
+    return run
+
+
+def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds by what is done and variant; the first turn does not count."""
+    times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in variants}
+                                                for what in ("decode", "batch", "prefill")}
+    for _ in range(repeats + 1):
+        for what, found in times.items():
+            for name, timer in variants.items():
+                found[name].append(timer(what))
+    return {what: {name: values[1:] for name, values in found.items()} for what, found in times.items()}
+
+
+def rows_of(times: dict[str, dict[str, list[float]]], size: int, read: float) -> list[dict[str, Any]]:
+    """A row of figures for every variant and what it did."""
+    tokens = {"decode": 1, "batch": BATCH, "prefill": PROMPT}
+    rows = []
+    for what, found in times.items():
+        base = spread(found[OURS]).median
+        for name, values in found.items():
+            s = spread(values)
+            row = {"what": what, "variant": name, "seconds": s.median, "low": s.low, "high": s.high,
+                   "tokens_per_s": tokens[what] / s.median, "time_of_ours": s.median / base}
+            if what == "decode" and name in (OURS, FAST):
+                row |= {"bytes": size, "Bps": size / s.median, "share_of_read": size / s.median / read}
+            rows.append(row)
+            share = f", {row['share_of_read']:.2f} of a read" if "share_of_read" in row else ""
+            print(f"{what:8} {name:22} {1e3 * s.median:9.2f} ms {row['tokens_per_s']:8.1f} tokens/s, "
+                  f"{row['time_of_ours']:5.2f} of ours{share}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="made by make_model before; left out, it is made for the run")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch, LlamaCpp(Shape(options.layers), options.threads) as peer:
+        path = options.model or Path(scratch) / "model"
+        if options.model is None:
+            make("llama-7b", path, layers=options.layers)
+        exact = load(path, device="cpu", head_bits=4)
+        variants = {OURS: ours(exact), FAST: ours(load(path, device="cpu", head_bits=4, precision="fast")),
+                    HF: transformers_int4(path)} | ({PEER: llama_cpp(peer)} if peer.there else {})
+        before = read_bandwidth(repeats=5).median
+        times = measure(variants, options.repeats)
+        read = max(before, read_bandwidth(repeats=5).median)
+    rows = rows_of(times, exact.step_bytes, read)
+    print(records.write("cpu_generate", {"threads": options.threads, "layers": options.layers, "read_Bps": read,
+                                         "llama_cpp_python": peer.version or None, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What `plan` says by arithmetic against what processes take: six cut-down models of true widths, one after the other.
+
+    python benchmarks/bench_plan.py        # writes and removes models of up to 2.6 GB; minutes
+
+Each is written by make_model, loaded in a process of its own, reads a prompt and decodes some tokens; the peak of its
+anonymous memory, above that of the libraries, is held against the plan. The result is benchmarks/results/plan.json.
+"""
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import records
+from make_model import make
+
+from gptq_belle.measure import peak
+from gptq_belle.measure.plan import Setting, needs
+from gptq_belle.models.shapes import dimensions, read_config
+
+
+class Case(NamedTuple):
+    """A model cut to `layers` blocks, how it is held, and the work: batch sequences of `context` tokens."""
+
+    model: str
+    layers: int
+    setting: Setting
+    context: int
+    batch: int
+
+
+CASES = (
+    Case("llama-7b", 6, Setting(4, 4), 2048, 1),
+    Case("llama-7b", 6, Setting(8, 16), 1024, 2),
+    Case("llama-13b", 4, Setting(4, 8, cache="int8"), 2048, 2),
+    Case("belle-7b", 4, Setting(4, 8), 2048, 1),
+    Case("belle-7b", 4, Setting(8, 4, cache="int8"), 1024, 4),
+    Case("llama-7b", 2, Setting(16, 16), 512, 8),
+)
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Bytes by plan and as measured, and their ratio."""
+    make(case.model, folder, bits=case.setting.bits, layers=case.layers)
+    found = peak.fresh(folder, device="cpu", head_bits=case.setting.head_bits, cache=case.setting.cache,
+                       prompt=case.context - peak.STEPS, batch=case.batch)
+    planned = needs(dimensions(read_config(folder)), case.setting, case.context, case.batch)
+    if found.peak_bytes is None:
+        raise SystemExit("this system does not tell what a process takes")
+    return {"model": case.model, "layers": case.layers, "context": case.context, "batch": case.batch,
+            **asdict(case.setting), "planned": asdict(planned), "planned_bytes": planned.model,
+            "measured_bytes": found.peak_bytes, "loaded_bytes": found.loaded_bytes,
+            "process_bytes": found.process_bytes, "planned_of_measured": planned.model / found.peak_bytes}
+
+
+def main() -> None:
+    """The command line."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            row = measure(case, Path(scratch) / "model")
+        rows.append(row)
+        print(f"{row['model']}, {row['layers']} blocks, {row['bits']} bit, head {row['head_bits']}, {row['batch']} x "
+              f"{row['context']} tokens in {row['cache']}: planned {row['planned_bytes'] / 1e6:,.0f} MB, measured "
+              f"{row['measured_bytes'] / 1e6:,.0f} MB, ratio {row['planned_of_measured']:.3f}", flush=True)
+    print(records.write("plan", {"results": rows}))
+
+
+if __name__ == "__main__":
+    main()

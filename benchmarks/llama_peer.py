@@ -1,0 +1,126 @@
+"""llama.cpp on a random Q4_0 model in LLaMA's shape, in a process of its own that is asked for one time after another.
+
+It imports neither torch nor gptq_belle, so it runs under any Python that has llama-cpp-python and gguf (the `peers`
+extra); GPTQ_BELLE_PEERS_PYTHON names another one than that of the benchmark.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PYTHON = "GPTQ_BELLE_PEERS_PYTHON"
+ROOM = 2048  # tokens of context
+
+
+class Shape(NamedTuple):
+    """What the model is like: LLaMA-7B's widths, cut to 8 blocks."""
+
+    blocks: int = 8
+    width: int = 4096
+    inner: int = 11008
+    heads: int = 32
+    vocabulary: int = 32000
+
+
+class LlamaCpp:
+    """The other process; a context that ends it."""
+
+    def __init__(self, shape: Shape, threads: int) -> None:
+        command = [os.environ.get(PYTHON, sys.executable), __file__, json.dumps(shape), str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.version = self.process.stdout.readline().strip()
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    @property
+    def there(self) -> bool:
+        """Whether it could be started; what it lacks was written to stderr."""
+        return bool(self.version)
+
+    def seconds(self, context: int, rows: int, steps: int = 1) -> float:
+        """Of `steps` calls with `rows` tokens each, the first behind `context` tokens."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{context} {rows} {steps}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+
+def serve(shape: Shape, threads: int) -> None:
+    """The other side: the version, then seconds for every line of (context, rows, steps)."""
+    import gguf
+    import llama_cpp
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "random.gguf"
+        write_gguf(gguf, path, shape)
+        model = llama_cpp.Llama(str(path), n_ctx=ROOM, n_batch=ROOM, n_ubatch=512, n_threads=threads,
+                                n_threads_batch=threads, verbose=False)
+    print(llama_cpp.__version__, flush=True)
+    for line in sys.stdin:
+        context, rows, steps = map(int, line.split())
+        model.reset()
+        if context:
+            model.eval([1] * context)
+        began = time.perf_counter()
+        for _ in range(steps):
+            model.eval([2] * rows)
+        print(time.perf_counter() - began, flush=True)
+
+
+def write_gguf(gguf: Any, path: Path, shape: Shape) -> None:
+    """A LLaMA of random weights, Q4_0 throughout, head and embedding too."""
+    import numpy as np
+
+    random = np.random.SFC64(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(ROOM)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.blocks)
+    writer.add_feed_forward_length(shape.inner)
+    writer.add_head_count(shape.heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(shape.width // shape.heads)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{i}" for i in range(shape.vocabulary)])
+    writer.add_token_scores([0.0] * shape.vocabulary)
+    writer.add_token_types([1] * shape.vocabulary)
+
+    def packed(name: str, inputs: int, outputs: int) -> None:
+        blocks = random.random_raw(-(-outputs * inputs // 32 * 18 // 8)).view(np.uint8)
+        blocks = blocks[: outputs * inputs // 32 * 18].reshape(outputs, inputs // 32, 18)
+        blocks[..., :2] = np.frombuffer(np.float16(0.2 / inputs**0.5).tobytes(), np.uint8)
+        writer.add_tensor(name, blocks.reshape(outputs, -1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    packed("token_embd.weight", shape.width, shape.vocabulary)
+    packed("output.weight", shape.width, shape.vocabulary)
+    writer.add_tensor("output_norm.weight", np.ones(shape.width, np.float32))
+    for i in range(shape.blocks):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            packed(f"blk.{i}.{name}.weight", shape.width, shape.width)
+        packed(f"blk.{i}.ffn_gate.weight", shape.width, shape.inner)
+        packed(f"blk.{i}.ffn_up.weight", shape.width, shape.inner)
+        packed(f"blk.{i}.ffn_down.weight", shape.inner, shape.width)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(shape.width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    serve(Shape(*json.loads(sys.argv[1])), int(sys.argv[2]))

@@ -1,0 +1,78 @@
+"""BELLE's table: the published figures, ours by arithmetic against files that are written, and directories told apart.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_belle import cli, console
+from gptq_belle.errors import UsageError
+from gptq_belle.measure import belle_table
+from gptq_belle.measure.belle_table import GIB, TABLE, file_bytes
+from gptq_belle.measure.peak import Footprint
+from gptq_belle.models.shapes import dimensions, read_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import make_model
+
+BELLE = dimensions(read_config("belle-7b"))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_file_sizes_are_those_of_files(tmp_path, bits):
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": 640, "hidden_size": 256, "num_hidden_layers": 3,
+        "intermediate_size": 384, "num_attention_heads": 4, "tie_word_embeddings": False}))
+    written = make_model.make(tmp_path, tmp_path / "out", bits=bits)
+    header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert file_bytes(dimensions(read_config(tmp_path)), bits) == written - header
+
+
+def test_files_of_belle_7b_are_as_small_as_promised():
+    assert file_bytes(BELLE, 4) < 5.3e9
+    assert file_bytes(BELLE, 4, head_bits=8) < 4.3e9
+    assert file_bytes(BELLE, 8) < 8.3e9
+    for row in TABLE[1:5]:
+        assert file_bytes(BELLE, row.bits) < row.file * GIB
+
+
+def test_without_directories_all_is_arithmetic():
+    rows = belle_table.belle_table([], 516, "cpu")
+    assert [row for row, _ in rows] == list(TABLE)
+    assert all(ours.measured is None for _, ours in rows)
+    assert {line[-1] for line in belle_table.cells(rows)[1]} == {"by arithmetic"}
+
+
+def directory(path, name, bits, blocks=None):
+    config = read_config(name) | ({"n_layer": blocks} if blocks else {})
+    if bits != 16:
+        config["quantization_config"] = {"bits": bits}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(b"\0" * 1000)
+    return path
+
+
+def test_a_directory_is_measured_and_stands_in_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(belle_table.peak, "fresh", lambda path, **options: Footprint(1.0, 2, 3, 4 * GIB, None))
+    path = directory(tmp_path / "four", "belle-7b", 4)
+    rows = belle_table.belle_table([path], 516, "cpu")
+    assert [ours.measured == path for _, ours in rows] == [False, False, True, False, True, False]
+    assert belle_table.cells(rows)[1][2][1:] == ["6.9", "0.0", "8.4", "4.0", f"measured, {path}"]
+    with pytest.raises(UsageError, match="none of the models"):
+        belle_table.belle_table([directory(tmp_path / "cut", "belle-7b", 4, blocks=2)], 516, "cpu")
+
+
+def test_the_verb(capsys):
+    def call(*args):
+        with pytest.raises(SystemExit) as left:
+            console.run(cli.app, ["bench", *args])
+        return left.value.code or 0, capsys.readouterr()
+
+    code, printed = call("--table", "belle", "--device", "cpu")
+    assert code == 0
+    assert "bloom7b-2m-4bit-128g.pt" in printed.out
+    assert call("--table", "other")[0] == 2
+    assert call()[0] == 2

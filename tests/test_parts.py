@@ -1,0 +1,36 @@
+"""The parts of a step: every linear, the head and attention are clocked, and the model is left as it was."""
+
+import torch
+from conftest import packed_checkpoint
+
+from gptq_belle import load
+from gptq_belle.measure import parts
+from gptq_belle.measure.parts import clocked, step_shares
+from gptq_belle.measure.phases import PhaseClock
+
+
+def test_the_model_answers_the_same_while_it_is_clocked_and_afterwards(tiny_model, tmp_path):
+    model = load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
+    ids = torch.randint(384, (1, 12))
+    before, attributes = model.logits(ids), [dict(vars(block)) for block in model.decoder.blocks]
+    clock, calls = PhaseClock(), []
+    with clocked(model, lambda name: calls.append(name) or clock(name)):
+        assert torch.equal(model.logits(ids), before)
+    linears = sum(1 for name in vars(model.decoder.blocks[0]) if name in ("qkv", "out", "up", "down", "gate_up"))
+    assert calls == (["linears", "attention"] + ["linears"] * (linears - 1)) * 2 + ["head"]
+    assert all(clock.seconds[name] > 0 for name in ("linears", "attention", "head"))
+    assert [dict(vars(block)) for block in model.decoder.blocks] == attributes
+    assert "hidden" not in vars(model.decoder)
+    assert torch.equal(model.logits(ids), before)
+
+
+def test_shares_follow_the_time(tiny_llama, monkeypatch):
+    import time
+
+    model = load(tiny_llama, device="cpu")
+    head = model.decoder.head
+    monkeypatch.setattr(parts, "STEPS", 3)
+    monkeypatch.setattr(model.decoder, "head", lambda x: (time.sleep(0.05), head(x))[1])
+    found = step_shares(model, 1, 4, 0.06)
+    assert 0.8 < found.head < 0.95
+    assert sum(found) <= 1 + 1e-9
