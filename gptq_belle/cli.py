@@ -10,6 +10,7 @@ from gptq_belle import __version__, console, demo, quantize
 from gptq_belle.conversion import verbs as conversion
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.measure import verbs as measure
+from gptq_belle.models import verbs as models
 from gptq_belle.options import (
     Cache,
     ChatStyle,
@@ -33,7 +34,8 @@ app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, di
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
 app.command("report")(report.command)
-for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
+for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, models.models, measure.tune,
+             measure.doctor):
     app.command()(verb)
 
 

@@ -10,7 +10,25 @@ from gptq_belle import console
 if TYPE_CHECKING:
     from gptq_belle.runtime.engine import Model
 
-ModelPath = Annotated[Path, typer.Argument(metavar="PATH", help="Model directory, quantized or not.")]
+
+
+def local(model: Path) -> Path:
+    """Where a model is on this machine: names of the family and hub ids are downloaded; anything else stays as it is.
+    """
+    if model.exists():
+        return model
+    from gptq_belle.checkpoint.hub import is_name, model_directory
+
+    return model_directory(model) if is_name(model) else model
+
+
+def optional_local(model: Path | None) -> Path | None:
+    """The same for an option that may be left out."""
+    return None if model is None else local(model)
+
+
+ModelPath = Annotated[Path, typer.Argument(metavar="PATH", callback=local,
+                                           help="Model directory, quantized or not; a hub id; a name of `models`.")]
 Precision = Annotated[str | None, typer.Option(
     help="exact: float32; on a CPU, 16 bits of each activation meet packed weights. fast: 8 bits there, float16 on a "
          "GPU. Left out: exact on a CPU, fast on a GPU.")]
