@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gptq_belle import console
-from gptq_belle.options import optional_local
+from gptq_belle.options import WrittenStyle, chosen, optional_local
 
 
 def decrypt(
@@ -49,6 +49,7 @@ def convert(
         "for others.", show_default=False)] = None,
     repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Write 0 for the zero points that old packers "
                                                "wrapped.")] = False,
+    prompt_style: WrittenStyle = "auto",
     device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -65,7 +66,7 @@ def convert(
         source = model_directory(source, CONVERTIBLE)
     with console.counting("converting") as progress:
         found = conversion.convert(source, out, base=base, checkpoint_format=checkpoint_format,
-                                   repair_zeros=repair_zeros, progress=progress)
+                                   repair_zeros=repair_zeros, prompt_style=chosen(prompt_style), progress=progress)
     if as_json:
         console.print_json(found)
     else:
