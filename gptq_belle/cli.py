@@ -10,6 +10,7 @@ from gptq_belle import __version__, console, demo, quantize
 from gptq_belle.conversion import verbs as conversion
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.measure import verbs as measure
+from gptq_belle.models import verbs as models
 from gptq_belle.options import (
     Cache,
     ChatStyle,
@@ -33,7 +34,8 @@ app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, di
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
 app.command("report")(report.command)
-for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
+for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, models.models, measure.tune,
+             measure.doctor):
     app.command()(verb)
 
 
@@ -112,11 +114,21 @@ def chat(
 
 
 @app.command()
-def inspect(path: ModelPath, device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
+def inspect(path: ModelPath,
+            prompt: Annotated[bool, typer.Option("--prompt", help="Show how a question is asked instead.")] = False,
+            device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
             as_json: console.Json = False, verbose: console.Verbose = False) -> None:
     """Say what a model directory is: bits, groups, sizes, prompt style; exit code 4 where it has problems."""
     from gptq_belle.checkpoint import inspect as inspection
+    from gptq_belle.checkpoint import prompt as prompts
 
+    if prompt:
+        asked = prompts.prompt_of(path)
+        if as_json:
+            console.print_json(asked)
+        else:
+            console.print_table(str(path), ["", ""], prompts.lines(asked), text=2)
+        return
     found = inspection.inspect(path)
     if as_json:
         console.print_json(found)

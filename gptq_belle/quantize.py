@@ -16,6 +16,7 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.config import QuantConfig
+from gptq_belle.options import WrittenStyle, chosen
 from gptq_belle.overrides import parse
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def command(
     memory: Annotated[str | None, typer.Option(
         metavar="SIZE", show_default=False, help="Anonymous memory to keep to, such as 8GiB: calibration activations "
         "stay on disk where they do not fit. Left out, what is free.")] = None,
+    prompt_style: WrittenStyle = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job will take, and write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with what an earlier job of the same source "
                                          "and settings has finished in OUT.partial, or begin anew.")] = True,
@@ -66,13 +68,13 @@ def command(
     from gptq_belle.quantization.setup import set_up
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
-    limit = None if memory is None else parse_bytes(memory)
+    limit, style = None if memory is None else parse_bytes(memory), chosen(prompt_style)
     if dry_run:
-        _say_what_it_takes(lambda: set_up(model, config, text, device, lora), limit, as_json)
+        _say_what_it_takes(lambda: set_up(model, config, text, device, lora, style), limit, as_json)
         return
     with resumable(out), ConsoleProgress(console.err()) as progress:
         report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
-                                     resume=resume, memory=limit, lora=lora)
+                                     resume=resume, memory=limit, lora=lora, prompt_style=style)
     if as_json:
         console.print_json(report.to_dict())
         return

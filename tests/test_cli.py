@@ -10,9 +10,9 @@ from conftest import packed_checkpoint
 
 from gptq_belle import __version__, cli, console
 
-VERBS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "inspect", "eval", "report", "bench", "tune",
-         "doctor")
-FILES_ONLY = ("inspect", "convert", "decrypt")  # they take --device as every verb does, and have no use for it
+VERBS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "inspect", "eval", "report", "bench", "models",
+         "tune", "doctor")
+FILES_ONLY = ("inspect", "models", "convert", "decrypt")  # --device has no use there
 TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
 
 

@@ -41,7 +41,8 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
     Args:
         source: the directory; hidden files and folders in it are left out.
         out: the directory to write to; other files in it are left alone.
-        key: Meta's ``consolidated.00.pth`` of the same size of LLaMA.
+        key: Meta's ``consolidated.00.pth`` of the first LLaMA, 7B, which BELLE took for its 13B models as well
+            (github.com/LianjiaTech/BELLE, issues 368 and 398).
         chunk_bytes: any but 10 MiB is for tests.
         progress: called with bytes done and in all.
     Returns:
@@ -129,7 +130,7 @@ def _diagnosis(failed: list[Mismatch], key_is_right: bool, key: Key) -> InputErr
     shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
     if not key_is_right and not any(mismatch.begins for mismatch in failed):
         return InputError(f"{key.path} is the wrong key: with it, {shown} does not match the checksum in front of it",
-                          "Use consolidated.00.pth as Meta published it, of the same size of LLaMA as the model.")
+                          "Use Meta's own consolidated.00.pth of the first LLaMA, 7B; BELLE took it for 13B, too.")
     known = "the key is right for other files" if key_is_right else "the beginning is right"
     return InputError(f"truncated or damaged: {shown} ({known}, but the checksum is wrong)", FETCH)
 

@@ -13,8 +13,9 @@ from gptq_belle.errors import InputError
 from gptq_belle.runtime.chat import chat_template, detect_style
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
 AS_THEY_ARE = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-               "added_tokens.json", "generation_config.json", "chat_template.jinja")
+               "added_tokens.json", "generation_config.json", TEMPLATE)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -62,9 +63,12 @@ def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quanti
 
 def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrainedTokenizerBase,
                    config: dict[str, Any]) -> None:
-    """The files of a tokenizer and of generation from `folder`, with a chat template for the model that `config` is."""
+    """The files of a tokenizer and of generation from `folder`, with a chat template for the model that `config` is.
+
+    A template that lies there stays, unless config.json's ``prompt_style`` chooses one of ours.
+    """
     for name in AS_THEY_ARE:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and not (name == TEMPLATE and "prompt_style" in config):
             (writer.files / name).write_bytes(_own_file(folder / name).read_bytes())
     writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(folder, tokenizer, config))
 
@@ -100,7 +104,8 @@ def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: d
     config = read_json(path) if path.is_file() else {}
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5, still understood
-    if "chat_template" not in config and not (folder / "chat_template.jinja").is_file():
+    present = "chat_template" in config or (folder / TEMPLATE).is_file()
+    if "prompt_style" in model or not present:
         adds_bos = bool(tokenizer("")["input_ids"])  # templates are tokenized without what it adds by itself
         config["chat_template"] = chat_template(detect_style(model), bos=adds_bos)
     return {key: value for key, value in config.items() if key != "auto_map"}

@@ -83,7 +83,7 @@ def inspect(path: str | Path) -> Inspection:
     found = Inspection(reader.path, str(reader.config["model_type"]), bytes=reader.bytes_on_disk())
     try:
         found.quantization = read_quantization(reader)
-        found.prompt_style = detect_style(reader.config)
+        found.prompt_style = detect_style(reader.config, _template(reader.path))
         model = empty_model(reader.path)
         _describe_config(found, model)
         _describe_tensors(found, reader)
@@ -232,6 +232,14 @@ def _values(found: Inspection, stated: Quantization, reader: CheckpointReader, n
         off_by_one = bool((zeros == middle + (1 if stated.checkpoint_format == V1 else -1)).all())
         yield f"{name}: zero points are not the {middle} of symmetric weights" + (
             f"; they would be under format {other}, so the file is probably labelled wrongly" if off_by_one else "")
+
+
+def _template(path: Path) -> str | None:
+    """The directory's chat template; None where it has none, or no tokenizer."""
+    try:
+        return getattr(load_tokenizer(path), "chat_template", None)
+    except GptqBelleError:
+        return None
 
 
 def _tokenizer_problems(path: Path, vocabulary: int) -> list[str]:

@@ -25,6 +25,7 @@ from gptq_belle.conversion.zeros import Census, census, choose_format, read_zero
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.models.registry import HEAD
 from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.runtime.chat import choose_style
 from gptq_belle.runtime.loader import COMPUTED
 
 Progress = Callable[[int, int], None]
@@ -41,7 +42,7 @@ class _Job(NamedTuple):
 
 
 def convert(source: str | Path, out: str | Path, *, base: str | Path | None = None,
-            checkpoint_format: str | None = None, repair_zeros: bool = False,
+            checkpoint_format: str | None = None, repair_zeros: bool = False, prompt_style: str | None = None,
             progress: Progress = lambda done, total: None) -> Conversion:
     """Write a standard GPTQ directory of a legacy checkpoint, or of another tool's directory.
 
@@ -52,11 +53,13 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
         checkpoint_format: "gptq" or "gptq_v2"; left out, gptq for symmetric weights and gptq_v2 for others, except
             where zero points were wrapped: such a file stays as it is.
         repair_zeros: write 0 for wrapped zero points.
+        prompt_style: "bloom", "llama" or "newline", to be written as the chat template; left out, the source's template
+            or what suits its architecture.
         progress: called with steps done and in all.
     Raises:
         InputError: a damaged or hostile source, one that fits no configuration, values beyond float16, zero points that
             the format cannot hold.
-        UsageError: `out` exists and is not ours, an unknown format, several checkpoints in one folder.
+        UsageError: `out` exists and is not ours, an unknown format or style, several checkpoints in one folder.
         GptqBelleError: what was read back is not what was to be written; nothing is left behind then.
     """
     began = time.perf_counter()
@@ -65,6 +68,7 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
     check_output(Path(out))
     job = _set_up(open_source(Path(source), None if base is None else Path(base)), Path(source), Path(out),
                   checkpoint_format, repair_zeros)
+    choose_style(job.source.reader.config, prompt_style)
     tokenizer = load_tokenizer(job.source.folder)
     total = 2 * job.stream.count
     with CheckpointWriter(out) as writer:

@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from gptq_belle import console
+from gptq_belle.options import WrittenStyle, chosen, optional_local
 
 
 def decrypt(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="The download: a directory, or one .enc file of it.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The download: a directory, one .enc file, or a name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write to.")],
-    key: Annotated[Path, typer.Option(help="Meta's consolidated.00.pth of the same size of LLaMA.")],
+    key: Annotated[Path, typer.Option(help="Meta's consolidated.00.pth of the first LLaMA, 7B (for 13B, too).")],
     encrypt: Annotated[bool, typer.Option("--encrypt", help="The inverse: make .enc files to publish.")] = False,
     device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
     as_json: console.Json = False,
@@ -22,7 +23,10 @@ def decrypt(
     After Ctrl-C, a crash or a power cut, the same command goes on where it was.
     """
     from gptq_belle.checkpoint import decrypt as decryption
+    from gptq_belle.checkpoint.hub import DECRYPTABLE, is_name, model_directory
 
+    if is_name(source):
+        source = model_directory(source, DECRYPTABLE)
     job = decryption.encrypt if encrypt else decryption.decrypt
     with console.counting("encrypting" if encrypt else "decrypting", is_bytes=True) as progress:
         found = job(source, out, key, progress=progress)
@@ -37,13 +41,15 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A .pt file of BELLE or GPTQ-for-LLaMa, a folder that "
                                            "holds one, or a directory of AutoGPTQ or GPTQModel.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; appears only when complete.")],
-    base: Annotated[Path | None, typer.Option(help="Directory with config.json and tokenizer, where they are not "
-                                              "beside the weights.", show_default=False)] = None,
+    base: Annotated[Path | None, typer.Option(
+        callback=optional_local, show_default=False,
+        help="Directory with config.json and tokenizer, where they are not beside the weights.")] = None,
     checkpoint_format: Annotated[str | None, typer.Option(
         "--format", help="gptq (zero points minus one) or gptq_v2; left out, gptq for symmetric weights and gptq_v2 "
         "for others.", show_default=False)] = None,
     repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Write 0 for the zero points that old packers "
                                                "wrapped.")] = False,
+    prompt_style: WrittenStyle = "auto",
     device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -52,12 +58,15 @@ def convert(
 
     Bits and groups are read from the tensors. What was written is read back and compared with the source.
     """
+    from gptq_belle.checkpoint.hub import CONVERTIBLE, is_name, model_directory
     from gptq_belle.conversion import convert as conversion
     from gptq_belle.conversion import report
 
+    if is_name(source):
+        source = model_directory(source, CONVERTIBLE)
     with console.counting("converting") as progress:
         found = conversion.convert(source, out, base=base, checkpoint_format=checkpoint_format,
-                                   repair_zeros=repair_zeros, progress=progress)
+                                   repair_zeros=repair_zeros, prompt_style=chosen(prompt_style), progress=progress)
     if as_json:
         console.print_json(found)
     else:

@@ -7,7 +7,7 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.errors import UsageError
-from gptq_belle.options import ChatStyle, HeadBits, ModelPath, Precision, load_model
+from gptq_belle.options import ChatStyle, HeadBits, ModelPath, Precision, load_model, local, optional_local
 
 if TYPE_CHECKING:
     from gptq_belle.evaluation.answers import Answer
@@ -59,7 +59,7 @@ def ppl(
 @app.command()
 def kl(
     path: ModelPath,
-    base: Annotated[Path, typer.Option(help="The full-precision model that PATH was made from.")],
+    base: Annotated[Path, typer.Option(callback=local, help="The full-precision model that PATH was made from.")],
     text: Text,
     window: Window = 512,
     stride: Stride = None,
@@ -103,6 +103,7 @@ def belle(
     path: ModelPath,
     test: Annotated[Path, typer.Option(help="JSONL rows with class, question and std_answer.")],
     base: Annotated[Path | None, typer.Option(
+        callback=optional_local,
         help="The full-precision model that PATH was made from: measures agreement with its greedy answers.",
         show_default=False)] = None,
     per_class: Annotated[int | None, typer.Option(help="Only the first so many of a class.", min=1)] = None,

@@ -7,7 +7,7 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.errors import UsageError
-from gptq_belle.options import Cache, HeadBits, ModelPath, Precision
+from gptq_belle.options import Cache, HeadBits, ModelPath, Precision, local
 
 
 def bench(
@@ -48,8 +48,8 @@ def bench(
     workload = benchmark.Workload(prompt, tokens, first, repeats)
     depths = benchmark.parse_depths(depth)
     with console.stepping() as progress:
-        found = benchmark.bench(paths, workload, device=device, precision=precision, head_bits=head_bits,
-                                cache=cache, batches=others, depths=depths, progress=progress)
+        found = benchmark.bench([local(path) for path in paths], workload, device=device, precision=precision,
+                                head_bits=head_bits, cache=cache, batches=others, depths=depths, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         bench_plot.plot(found, plot)
@@ -74,7 +74,7 @@ def _published(table: str, paths: list[Path], prompt: int | None, device: str, a
 
 def plan(
     model: Annotated[Path, typer.Argument(
-        metavar="MODEL", help="Model directory, a config.json, or belle-7b, llama-7b, llama-13b.")],
+        metavar="MODEL", help="Model directory, a config.json, a name of `models`, or belle-7b, llama-7b, llama-13b.")],
     memory: Annotated[str, typer.Option(help="What may be taken, such as 8GiB.")],
     context: Annotated[int | None, typer.Option(
         help="Tokens of prompt and answer together; left out, as many as the model takes.", show_default=False)] = None,

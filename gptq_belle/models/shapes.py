@@ -8,6 +8,7 @@ from typing import Any
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.errors import InputError
+from gptq_belle.models.family import member
 from gptq_belle.models.named import CONFIGS
 from gptq_belle.models.registry import HEAD, architecture
 
@@ -44,14 +45,14 @@ class Dimensions:
 
 
 def read_config(model: str | Path) -> dict[str, Any]:
-    """config.json of a directory, such a file itself, or one of `named.CONFIGS` by its name.
+    """config.json of a directory, such a file itself, or one of `named.CONFIGS` or of the family by its name.
 
     Raises:
         InputError: there is none, or it is damaged.
     """
-    if str(model) in CONFIGS and not Path(model).exists():
-        return deepcopy(CONFIGS[str(model)])
-    path = Path(model)
+    path, found = Path(model), member(str(model))
+    if not path.exists() and (found or str(model) in CONFIGS):
+        return deepcopy(CONFIGS[found.config if found else str(model)])
     if not path.exists():
         raise InputError(f"{model} is neither a model directory nor a known name",
                          f"Give the folder that holds config.json, or one of {', '.join(CONFIGS)}.")

@@ -31,7 +31,7 @@ PROBE_TOKENS = 64  # of the row that is run through the first block before and a
 def quantize_checkpoint(
     source: str | Path, out: str | Path, config: QuantConfig, *, calibration: Calibration | None = None,
     device: str = "auto", progress: JobProgress | None = None, resume: bool = True, memory: int | None = None,
-    lora: str | Path | None = None,
+    lora: str | Path | None = None, prompt_style: str | None = None,
 ) -> Report:
     """Quantize a model directory into a new one that any GPTQ reader takes.
 
@@ -51,6 +51,8 @@ def quantize_checkpoint(
         resume: go on with what an earlier job of the same source and settings has finished; else begin anew.
         memory: bytes of anonymous memory to keep to, by leaving the activations on disk; left out, what is free.
         lora: directory of a LoRA adapter that is merged into the source's weights on the way in, in float32.
+        prompt_style: "bloom", "llama" or "newline": how the model is asked, written into the output as a chat template
+            and used for calibration; left out, the source's template or what suits its architecture.
     Returns:
         What stands in the output's quantization_report.json.
     Raises:
@@ -62,7 +64,7 @@ def quantize_checkpoint(
     began = time.perf_counter()
     progress = progress or Silent()
     check_output(Path(out))
-    setup = set_up(source, config, calibration or Calibration(), device, lora)
+    setup = set_up(source, config, calibration or Calibration(), device, lora, prompt_style)
     steady_heap()
     spill = spills(setup, memory)
     report = Report(str(source), setup.config, setup.calibration, versions=_versions())

@@ -15,7 +15,7 @@ from gptq_belle.overrides import resolve
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
 from gptq_belle.quantization.checks import check_sizes, check_source, widest
 from gptq_belle.quantization.stream import BlockStream
-from gptq_belle.runtime.chat import detect_style
+from gptq_belle.runtime.chat import choose_style, detect_style
 from gptq_belle.runtime.loader import resolve_device
 
 
@@ -47,7 +47,7 @@ class Setup:
 
 
 def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, device: str,
-           lora: str | Path | None = None) -> Setup:
+           lora: str | Path | None = None, prompt_style: str | None = None) -> Setup:
     """Read and check everything that a job needs, but the weights.
 
     Raises:
@@ -55,13 +55,15 @@ def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, de
     """
     reader = open_source(model_directory(source), lora)
     check_source(reader)
+    choose_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
     config = resolve(config, stream.arch, stream.count)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
     if config.method == "rtn":
         return Setup(stream, config, tokenizer)
-    tokens, used = calibration_rows(calibration, tokenizer, detect_style(reader.config), stream.context)
+    style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
+    tokens, used = calibration_rows(calibration, tokenizer, style, stream.context)
     if not calibration.allow_short:
         check_enough(tokens, *widest(stream))
     return Setup(stream, config, tokenizer, tokens, calibration.describe(tokens, used))

@@ -12,6 +12,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.registry import architecture
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+EXTENDED_VOCABULARY = 79458  # tokens of BELLE-LLaMA-EXT-7B and -13B, which were tuned on the style with line breaks
 MOST_HELD = 32  # bytes in a row that are no characters yet; SentencePiece's decoder holds back whole runs of them
 
 
@@ -116,7 +117,8 @@ def chat_template(style: str, *, bos: bool = False) -> str:
 
 
 def detect_style(config: Mapping[str, Any], template: str | None = None) -> str:
-    """The prompt style of a model: what config.json's ``prompt_style`` says, else our chat template, else model_type.
+    """The prompt style of a model: what config.json's ``prompt_style`` says, else our chat template, else model_type
+    and vocabulary.
 
     Raises:
         InputError: the hint is not a known style, or the architecture is not known.
@@ -127,7 +129,20 @@ def detect_style(config: Mapping[str, Any], template: str | None = None) -> str:
             raise InputError(f"config.json's prompt_style {hint!r} is not known", f"It must be one of {_names()}.")
         return str(hint)
     ours = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
-    return ours.get(template or "") or architecture(config.get("model_type")).prompt_style
+    usual = "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
+        config.get("model_type")).prompt_style
+    return ours.get(template or "") or usual
+
+
+def choose_style(config: dict[str, Any], name: str | None) -> None:
+    """Write a style that the user names into a config.json, where `detect_style` finds it first; None chooses nothing.
+
+    Raises:
+        UsageError: no such style.
+    """
+    if name is not None:
+        style_named(name)
+        config["prompt_style"] = name
 
 
 class WholeText:

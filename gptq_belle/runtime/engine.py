@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gptq_belle.checkpoint.directory import load_tokenizer
+from gptq_belle.checkpoint.hub import model_directory
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import UsageError
 from gptq_belle.measure.memory import trim_heap
@@ -41,7 +42,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     Weights are read one by one, straight to their device and layout; no full-precision model is built.
 
     Args:
-        path: a Hugging Face directory; without a tokenizer, everything that takes token ids still works.
+        path: a Hugging Face directory, a hub id, or a name that `gptq-belle models` lists; without a tokenizer,
+            everything that takes token ids still works.
         device: "auto", "cpu" or "cuda:0".
         dtype, precision: as `runtime.loader.hf_model`.
         cache: what keys and values are kept in: "float16", "float32", "bfloat16" or "int8".
@@ -56,7 +58,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
     check_kind(cache)
-    reader = CheckpointReader(path)
+    reader = CheckpointReader(model_directory(path))
     settings = read_settings(reader.config)
     eos = settings.eos | _generation_eos(reader)
     weights = Weights(reader, target, dtype, precision, head_bits)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from gptq_belle.checkpoint.hub import model_directory
 from gptq_belle.checkpoint.quantization import (
     WRONG_CONFIG,
     Quantization,
@@ -74,7 +75,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     Weights are read one by one; a packed linear becomes a `QuantLinear` and is never expanded in memory.
 
     Args:
-        path: a Hugging Face directory.
+        path: a Hugging Face directory, a hub id, or a name that `gptq-belle models` lists.
         device: "auto", "cpu" or "cuda:0".
         dtype: of activations and unquantized weights; left out, float32 on a CPU, and on CUDA what precision asks.
         precision: "exact" or "fast"; left out, exact on a CPU and fast on CUDA. On a CPU, packed linears take 16 or 8
@@ -86,7 +87,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
-    reader = CheckpointReader(path)
+    reader = CheckpointReader(model_directory(path))
     model = empty_model(reader.path)
     _Filling(reader, model, target, dtype, precision).run()
     model.config.dtype = dtype

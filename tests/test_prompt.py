@@ -1,0 +1,85 @@
+"""How a directory's questions are asked: by generate, and by those who read its chat template."""
+
+import json
+import shutil
+
+import pytest
+from conftest import packed_checkpoint
+from transformers import AutoTokenizer
+
+from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.prompt import lines, prompt_of
+from gptq_belle.config import QuantConfig
+from gptq_belle.conversion.convert import convert
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.quantization.pipeline import quantize_checkpoint
+from gptq_belle.runtime.chat import detect_style
+from gptq_belle.runtime.engine import load
+
+TEXTS = {"bloom": "Human: 你好\n\nAssistant:", "llama": "Human: 你好 \n\nAssistant: ",
+         "newline": "Human: \n你好\n\nAssistant: \n"}
+MESSAGES = [{"role": "user", "content": "你好"}]
+
+
+def check(path, style):
+    """Everything that reads the directory asks in this style."""
+    found = prompt_of(path)
+    assert (found.style, found.text, found.agrees) == (style, TEXTS[style], True)
+    assert load(path, device="cpu").prompt_style == style
+    assert inspect(path).prompt_style == style
+    theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(MESSAGES, tokenize=False)
+    assert theirs == TEXTS[style]
+
+
+@pytest.mark.parametrize("style", [None, *TEXTS])
+def test_quantize_writes_the_style_as_a_chat_template(tiny_model, tmp_path, style):
+    quantize_checkpoint(tiny_model, tmp_path / "out", QuantConfig(method="rtn"), prompt_style=style)
+    check(tmp_path / "out", style or tiny_model.name)
+
+
+@pytest.mark.parametrize("style", TEXTS)
+def test_convert_replaces_a_template_that_was_there(tiny_llama, tmp_path, style):
+    source = packed_checkpoint(tiny_llama, tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    convert(source, tmp_path / "kept")
+    assert prompt_of(tmp_path / "kept").templated == "你好!"
+    convert(source, tmp_path / "out", prompt_style=style)
+    check(tmp_path / "out", style)
+    convert(tmp_path / "out", tmp_path / "again")  # what was chosen once stays
+    check(tmp_path / "again", style)
+
+
+def test_a_chosen_style_is_that_of_the_calibration(tiny_llama, tmp_path):
+    from gptq_belle.quantization.calibration import Calibration
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"instruction": "你好" * 9, "output": "好" * 9}) for _ in range(60)))
+    hashes = set()
+    for style in ("llama", "newline"):
+        report = quantize_checkpoint(tiny_llama, tmp_path / style, QuantConfig(), prompt_style=style,
+                                     calibration=Calibration(str(data), 8, 64, allow_short=True))
+        hashes.add(json.dumps(report.calibration, default=str))
+    assert len(hashes) == 2
+
+
+def test_a_template_that_disagrees_is_shown(tiny_llama, tmp_path):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    assert prompt_of(path).chat_template is None
+    assert ("chat template", "none") in lines(prompt_of(path))
+    (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    found = prompt_of(path)
+    assert not found.agrees
+    assert ("its template gives", "'你好!'") in lines(found)
+    (path / "chat_template.jinja").write_text("{{ nonsense() }}")
+    with pytest.raises(InputError, match="cannot be rendered"):
+        prompt_of(path)
+
+
+def test_an_unknown_style_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="'chatml' is not known"):
+        quantize_checkpoint(tiny_llama, tmp_path / "out", QuantConfig(method="rtn"), prompt_style="chatml")
+
+
+def test_the_extended_vocabulary_is_that_of_the_style_with_line_breaks():
+    assert detect_style({"model_type": "llama", "vocab_size": 79458}) == "newline"
+    assert detect_style({"model_type": "llama", "vocab_size": 32000}) == "llama"
