@@ -10,6 +10,7 @@ from gptq_belle.errors import UsageError
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
+HEAD_BITS = (16, 8, 4)
 METHODS = ("gptq", "rtn")
 OVERRIDABLE = ("bits", "group_size", "sym")
 
@@ -66,6 +67,8 @@ class QuantConfig:
         act_order: solve columns by falling Hessian diagonal; groups follow that order (``desc_act`` on disk).
         damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
         method: "gptq", or "rtn" for rounding to nearest without calibration.
+        head_bits: 16 leaves embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
+            embedding too) is stored packed under names of our own, which `gptq_belle.load` alone reads.
         overrides: other settings for some linears (``dynamic`` on disk); no two may match the same one.
 
     Raises:
@@ -79,9 +82,11 @@ class QuantConfig:
     damp: float = 0.01
     method: str = "gptq"
     overrides: tuple[Override, ...] = ()
+    head_bits: int = 16
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, BITS)
+        _check("head bits", self.head_bits, HEAD_BITS)
         _check("group size", self.group_size, GROUP_SIZES)
         _check("method", self.method, METHODS)
         if not 0 < self.damp < 1:
@@ -119,6 +124,7 @@ class QuantConfig:
             "static_groups": False,
             "damp_percent": self.damp,
             **({"dynamic": self._dynamic()} if self.overrides else {}),
+            **({"head_bits": self.head_bits} if self.head_bits != 16 else {}),
             "meta": {"quantizer": [f"gptq_belle:{__version__}"], "settings": asdict(self)},
         }
 

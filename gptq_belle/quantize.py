@@ -48,6 +48,10 @@ def command(
         metavar="SIZE", show_default=False, help="Anonymous memory to keep to, such as 8GiB: calibration activations "
         "stay on disk where they do not fit. Left out, what is free.")] = None,
     prompt_style: WrittenStyle = "auto",
+    packed_head_only: Annotated[bool, typer.Option(
+        "--packed-head-only", help="Store the head (of BLOOM the embedding too) in --head-bits and nowhere else: a "
+        "smaller file that this program alone reads.")] = False,
+    head_bits: Annotated[int, typer.Option(help="8 or 4, with --packed-head-only.")] = 8,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job will take, and write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with what an earlier job of the same source "
                                          "and settings has finished in OUT.partial, or begin anew.")] = True,
@@ -60,7 +64,7 @@ def command(
     Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
-                         overrides=tuple(map(parse, override or ())))
+                         overrides=tuple(map(parse, override or ())), head_bits=head_bits if packed_head_only else 16)
     from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint

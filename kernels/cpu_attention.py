@@ -18,8 +18,7 @@ def refusal(head_dim: int, kind: torch.dtype, device: torch.device) -> str | Non
     if device.type != "cpu":
         return f"the native kernels here are for CPUs, not {device.type}"
     if kind not in KINDS or head_dim % LANES:
-        kinds = ", ".join(map(str, KINDS))
-        return f"a cache of {kind} with heads of {head_dim} is not one of {kinds} with whole {LANES}"
+        return f"a cache of {kind} with heads of {head_dim}: not {', '.join(map(str, KINDS))} with whole {LANES}"
     found = library()
     return found if isinstance(found, str) else None
 

@@ -7,12 +7,13 @@ from oracle_format import formula, random_words
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import load
+from gptq_belle.checkpoint.packed_head import rounded
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu, cpu_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.models.shapes import Dimensions
-from gptq_belle.runtime.head import PackedLookup, embedding_and_head, rounded
+from gptq_belle.runtime.head import PackedLookup, embedding_and_head
 from gptq_belle.runtime.weights import Dense, Packed, Weights
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])

@@ -18,7 +18,7 @@ CARD = """---
 
 {made} by gptq_belle {version} from `{name}` ({model_type}): {method}, {bits} bits, {group}, {sym}{order}.
 The linear layers of the blocks are packed in the GPTQ format (`{checkpoint_format}`); embeddings, norms, biases and
-the head are float16.{report}
+the head are {head}.{report}
 {overrides}
 ## Use
 
@@ -37,16 +37,27 @@ UNIFORM = "The files are standard: every reader of the GPTQ format takes them (f
 MIXED = """Linears have different settings, stated in the `dynamic` of `quantize_config.json`: GPTQModel and vLLM read
 it (vLLM takes symmetric 4 and 8 bits only), AutoGPTQ and transformers by itself do not."""
 
+PACKED_HEAD = """**Only gptq_belle reads these files.** The {what} stored in {bits} bits under names of its own
+(`gptq_belle.head.*`), so that transformers, vLLM, AutoGPTQ and others lack a tensor and must refuse them. For those,
+quantize again without `--packed-head-only`."""
+
 RESULTS = ("<!-- results -->", "<!-- end of results -->")
 REPORT = " `quantization_report.json` holds the error of every layer and the calibration's hash."
 
 
-def model_card(source: CheckpointReader, config: QuantConfig) -> str:
-    """The text of the card of a model that was quantized here, front matter included."""
+def model_card(source: CheckpointReader, config: QuantConfig, *, tied: bool) -> str:
+    """The text of the card of a model that was quantized here, front matter included.
+
+    Args:
+        source: what was quantized.
+        config: how.
+        tied: whether head and embedding are one.
+    """
     method = {"gptq": "GPTQ", "rtn": "round to nearest"}[config.method]
     every = sorted({config.bits, *(override.bits for override in config.overrides if override.bits)})
     return _card(source.path, source.config["model_type"], config.to_dict(), every, made="Quantized", method=method,
-                 report=REPORT, overrides=_overrides(config), readers=MIXED if config.overrides else UNIFORM)
+                 report=REPORT, overrides=_overrides(config), readers=_readers(config, tied),
+                 head="float16" if config.head_bits == 16 else f"packed in {config.head_bits} bits")
 
 
 def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any]) -> str:
@@ -58,7 +69,7 @@ def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any
         quantization: the quantization_config that was written.
     """
     return _card(source, model_type, quantization, [quantization["bits"]], made="Converted",
-                 method="GPTQ codes as they were", report="", overrides="", readers=UNIFORM)
+                 method="GPTQ codes as they were", report="", overrides="", readers=UNIFORM, head="float16")
 
 
 def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every: Sequence[int], **words: str) -> str:
@@ -71,6 +82,14 @@ def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every:
         group="one scale a row" if group == -1 else f"groups of {group}",
         sym="symmetric" if quantization["sym"] else "asymmetric",
         order=", act-order" if quantization["desc_act"] else "", checkpoint_format=quantization["format"], **words)
+
+
+def _readers(config: QuantConfig, tied: bool) -> str:
+    """Who reads the files."""
+    if config.head_bits == 16:
+        return MIXED if config.overrides else UNIFORM
+    what = "embedding, which is also the head, is" if tied else "head is"
+    return PACKED_HEAD.format(what=what, bits=config.head_bits)
 
 
 def _overrides(config: QuantConfig) -> str:

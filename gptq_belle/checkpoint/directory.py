@@ -51,7 +51,7 @@ def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config
     """
     write_configuration(writer, source.config, config.to_dict(), tied=tied)
     copy_tokenizer(writer, source.path, tokenizer, source.config)
-    writer.write_text("README.md", model_card(source, config))
+    writer.write_text("README.md", model_card(source, config, tied=tied))
 
 
 def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quantization: dict[str, Any], *,

@@ -12,6 +12,7 @@ from torch import nn
 
 from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.mixture import average_bits, mixture
+from gptq_belle.checkpoint.packed_head import CODES, SCALES
 from gptq_belle.checkpoint.packing import V1, unpack_rows
 from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
@@ -165,6 +166,8 @@ def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:
 
 def _part(name: str, reader: CheckpointReader) -> str:
     module, _, leaf = name.rpartition(".")
+    if name in (CODES, SCALES):
+        return "packed head"
     if leaf in PACKED:
         return {"qweight": "packed weights", "g_idx": "group indices"}.get(leaf, "scales and zero points")
     if module == HEAD:
@@ -179,6 +182,7 @@ def _missing(found: Inspection, reader: CheckpointReader, model: nn.Module) -> I
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         packed = leaf == "weight" and f"{module}.qweight" in reader
+        packed |= CODES in reader and module == (reader.arch.before[0] if found.tied else HEAD)
         if name not in reader and not packed and not (module == HEAD and found.tied):
             yield f"tensor {name} is missing"
         elif name in reader and (reader.shape(name) != tuple(parameter.shape) or

@@ -144,12 +144,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Stamp:
     return file.stamp
 
 
-def write_rows(path: Path, name: str, shape: tuple[int, ...], rows: Iterable[Tensor]) -> Stamp:
-    """Write a file of one float16 tensor that comes in pieces of some rows each."""
+def write_rows(path: Path, name: str, shape: tuple[int, ...], rows: Iterable[Tensor],
+               dtype: torch.dtype = torch.float16) -> Stamp:
+    """Write a file of one tensor of `dtype` that comes in pieces of some rows each."""
     with DurableFile(path) as file:
-        file.write(header_bytes({name: ("F16", shape, 2 * math.prod(shape))}))
+        file.write(header_bytes({name: (NAMES[dtype], shape, dtype.itemsize * math.prod(shape))}))
         for piece in rows:
-            file.write(raw(piece.to(torch.float16).contiguous()))
+            file.write(raw(piece.to(dtype).contiguous()))
     return file.stamp
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.durable import Stamp, sync
@@ -88,9 +89,10 @@ class CheckpointWriter:
         """Put tensors on disk under the name of a part; they may be dropped from memory then."""
         return write_tensors(self.parts / part, tensors)
 
-    def add_rows(self, part: str, name: str, shape: tuple[int, ...], rows: Iterable[Tensor]) -> Stamp:
-        """Put one tensor on disk that is too large for memory and comes in pieces of some rows each, as float16."""
-        return write_rows(self.parts / part, name, shape, rows)
+    def add_rows(self, part: str, name: str, shape: tuple[int, ...], rows: Iterable[Tensor],
+                 dtype: torch.dtype = torch.float16) -> Stamp:
+        """Put one tensor on disk that is too large for memory and comes in pieces of some rows each."""
+        return write_rows(self.parts / part, name, shape, rows, dtype)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """One JSON file of the directory."""

@@ -22,6 +22,7 @@ from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.progress import JobProgress, Silent
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import Report
+from gptq_belle.quantization.rest import write_rest
 from gptq_belle.quantization.setup import Setup, set_up
 from gptq_belle.quantization.threads import threads
 
@@ -109,9 +110,7 @@ def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, a
                      peak: PeakMemory, progress: JobProgress) -> Probe:
     """Every part of the written file: what stays as it is, and the blocks that are not finished yet."""
     stream, done = setup.stream, len(journal.records)
-    for number, name in enumerate(stream.rest()):
-        rows = (stream.float16(name, chunk) for chunk in stream.reader.chunks(name))
-        writer.add_rows(f"rest-{number}.safetensors", name, stream.shape(name), rows)
+    write_rest(stream, writer, setup.config)
     progress.phase("embedding the calibration rows")
     probe = Probe(stream.embed(_probe_tokens(setup)))
     if setup.tokens is not None and done == 0:

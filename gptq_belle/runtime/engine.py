@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +17,17 @@ from gptq_belle.errors import UsageError
 from gptq_belle.measure.memory import trim_heap
 from gptq_belle.models.bloom import Bloom
 from gptq_belle.models.llama import Llama
-from gptq_belle.models.settings import Settings, read_settings, token_ids
-from gptq_belle.runtime.attention import Decode, Prefill, Whole
-from gptq_belle.runtime.cache import Cache, check_kind
+from gptq_belle.models.settings import read_settings, token_ids
+from gptq_belle.runtime.cache import check_kind
 from gptq_belle.runtime.chat import TextStream, Turn, detect_style, render, style_named
 from gptq_belle.runtime.head import check_head_bits
 from gptq_belle.runtime.loader import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.runtime.slots import Engine
+from gptq_belle.runtime.tokens import MOST_NEW_TOKENS, Tokens
 from gptq_belle.runtime.weights import Weights
 
-if TYPE_CHECKING:
-    from gptq_belle.runtime.slots import Engine
-
 USUAL_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
-MOST_NEW_TOKENS = 512  # where the caller sets no limit
-CHUNK = 512  # tokens of a prompt that are read at a time: activations of so many rows are what a prompt takes
 DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
 
 
@@ -68,38 +64,10 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     return Model(decoder, settings, reader, weights, cache, eos)
 
 
-class Session:
-    """Rows of equal length that were read together, with their keys and values."""
+class Model(Tokens):
+    """A model that answers: `Tokens` with a tokenizer and the wording of its prompts."""
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self.length = 0
-
-
-class Model:
-    """A model that answers.
-
-    Attributes:
-        decoder: of `gptq_belle.models`.
-        settings: what config.json says about it.
-        path: the directory it came from.
-        config: config.json as a dictionary.
-        device: where it lives.
-        dtype: of its activations.
-        context: the most tokens that prompt and answer may have together; None where the configuration does not say.
-        eos_ids: tokens that end an answer.
-        weight_bytes: of all weights as they lie in memory.
-        step_bytes: of those that a step of decoding reads whole: all but an embedding that is not also the head.
-    """
-
-    def __init__(self, decoder: Bloom | Llama, settings: Settings, reader: CheckpointReader, weights: Weights,
-                 cache: str, eos: frozenset[int]) -> None:
-        self.decoder, self.settings, self.path, self.config = decoder, settings, reader.path, reader.config
-        self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
-        self.context = settings.context
-        self._single: Engine | None = None
-        self.weight_bytes = weights.nbytes
-        self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes
+    _single: Engine | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -114,74 +82,6 @@ class Model:
     def prompt_style(self) -> str:
         """The wording of prompts that suits the model: a key of `runtime.chat.STYLES`."""
         return detect_style(self.config, getattr(self.tokenizer, "chat_template", None))
-
-    @torch.inference_mode()
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) float32 of token ids (B, T) int64. Rows that are shorter may be padded behind their end
-        with any token: what stands there changes nothing in front of it.
-
-        Raises:
-            UsageError: not a matrix, empty, or longer than the context.
-        """
-        self.check_ids(input_ids)
-        rows, length = input_ids.shape
-        attend = Whole(self.decoder.heads, rows, length, self.device, self.dtype)
-        hidden = self.decoder.hidden(input_ids.to(self.device).flatten(), attend)
-        return self.decoder.logits(hidden).float().view(rows, length, -1)
-
-    @torch.inference_mode()
-    def prefill(self, input_ids: Tensor, room: int = MOST_NEW_TOKENS) -> tuple[Tensor, Session]:
-        """Read prompts of equal length.
-
-        Args:
-            input_ids: (B, T) int64.
-            room: for how many tokens behind them; the context may leave less.
-        Returns:
-            logits (B, V) float32 behind the last token, and what `decode` continues.
-        Raises:
-            UsageError: as `logits`.
-            HardwareError: no memory for the cache.
-        """
-        self.check_ids(input_ids)
-        rows, length = input_ids.shape
-        capacity = length + room if self.context is None else min(length + room, self.context)
-        session = Session(self.new_cache(rows, capacity))
-        session.length = length
-        ids = input_ids.to(self.device)
-        return torch.cat([self.read(ids[row], session.cache, row) for row in range(rows)]), session
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, session: Session) -> Tensor:
-        """Logits (B, V) float32 behind one more token a row, tokens (B,) int64.
-
-        Raises:
-            UsageError: there is no room for it.
-        """
-        if session.length >= session.cache.capacity:
-            raise UsageError(f"{session.length + 1} tokens do not fit into a cache of {session.cache.capacity}",
-                             "Ask for fewer new tokens.")
-        slots = list(range(len(tokens)))
-        logits = self.step(tokens.to(self.device), session.cache, slots, [session.length] * len(slots))
-        session.length += 1
-        return logits
-
-    def new_cache(self, slots: int, capacity: int) -> Cache:
-        """An empty cache for so many sequences of at most `capacity` tokens; raises HardwareError without memory."""
-        sizes = self.settings.sizes
-        return Cache(sizes.blocks, slots, sizes.kv_heads, capacity, sizes.head_dim, self.cache_kind, self.device)
-
-    def read(self, ids: Tensor, cache: Cache, slot: int, start: int = 0) -> Tensor:
-        """Read ids (T,) behind the first `start` tokens of a slot, CHUNK at a time: logits (1, V) float32."""
-        for at in range(0, len(ids), CHUNK):
-            chunk = ids[at : at + CHUNK]
-            attend = Prefill(self.decoder.heads, cache, slot, start + at, len(chunk), self.dtype)
-            hidden = self.decoder.hidden(chunk, attend)
-        return self.decoder.logits(hidden[-1:]).float()
-
-    def step(self, tokens: Tensor, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Logits (n, V) float32 behind one more token (n,) in each of some slots that hold `lengths` tokens so far."""
-        attend = Decode(self.decoder.heads, cache, slots, lengths, self.dtype)
-        return self.decoder.logits(self.decoder.hidden(tokens, attend)).float()
 
     def generate(self, prompt: str | Sequence[int] | Tensor, *, prompt_style: str | None = None,
                  **sampling: Any) -> str:
@@ -217,10 +117,8 @@ class Model:
         finally:
             engine.cancel(request)
 
-    def _engine(self, length: int) -> "Engine":
+    def _engine(self, length: int) -> Engine:
         """One slot for `length` tokens, made anew where the last one is too short."""
-        from gptq_belle.runtime.slots import Engine
-
         if self._single is None or self._single.capacity < length or not self._single.idle:
             self._single = None
             self._single = Engine(self, 1, max(length, min(self.context or USUAL_CAPACITY, USUAL_CAPACITY)))
@@ -259,18 +157,6 @@ class Model:
             raise UsageError(f"a prompt of {length} tokens{wanted} do not fit into this model's {self.context}",
                              "Shorten the prompt, or ask for fewer new tokens.")
         return asked or min(room, MOST_NEW_TOKENS)
-
-    def check_ids(self, input_ids: Tensor) -> None:
-        """Raises UsageError where token ids (B, T) are no filled matrix, too many for the context, or unknown."""
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise UsageError(f"token ids of shape {tuple(input_ids.shape)} cannot be run", "Give (rows, tokens).")
-        if self.context is not None and input_ids.shape[1] > self.context:
-            raise UsageError(f"{input_ids.shape[1]} tokens are more than this model's context of {self.context}",
-                             "Give fewer tokens.")
-        low, high, vocabulary = int(input_ids.min()), int(input_ids.max()), self.settings.sizes.vocabulary
-        if low < 0 or high >= vocabulary:
-            raise UsageError(f"token ids {low}..{high} are not all in the vocabulary of {vocabulary}",
-                             "The tokenizer belongs to another model.")
 
 
 def _generation_eos(reader: CheckpointReader) -> frozenset[int]:

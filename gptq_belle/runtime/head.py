@@ -5,12 +5,22 @@ inputs of a row) it is half as large as there and what it costs in KL is hard to
 look-up and the product. Rows are rounded some at a time while they are read: nothing larger than the result is held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gptq_belle.checkpoint.packed_head import (
+    CODES,
+    GROUPS,
+    SCALES,
+    STEP,
+    group_of,
+    rounded_rows,
+    stored_bits,
+    stored_rows,
+)
 from gptq_belle.checkpoint.packing import pack_rows
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.kernels import cpu, cpu_rows
@@ -23,9 +33,7 @@ from gptq_belle.runtime.weights import Dense, Packed, Product, Weights
 
 PADDED = cpu.PADDED  # rows come in multiples of it
 HEAD_BITS = (16, 8, 4)
-GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
-STEP = 1 << 24  # weights rounded at a time
-CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8)}  # shares of a group's largest weight tried as the end of the grid
+Rounded = Iterable[tuple[Tensor, Tensor]]  # codes (n, H) uint8 and scales (n, groups) float16, some rows at a time
 
 
 @dataclass(slots=True)
@@ -71,6 +79,8 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
         UsageError: bits were asked for that its shape does not allow.
     """
     shape, stored, embedding = (sizes.vocabulary, sizes.width), f"{HEAD}.weight", f"{name}.weight"
+    if (own := stored_bits(weights.reader, *shape)) is not None:
+        return _stored(weights, embedding, shape, own, sizes.tied)
     tied = sizes.tied and (stored not in weights.reader or _same(weights, embedding, stored))
     packable = tied and weights.quantization is not None and refusal(weights, shape) is None
     bits = weights.head_bits or (8 if packable else 16)
@@ -78,7 +88,10 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
     if tied:
         weights.mark_used(stored)
     if bits != 16:
-        weight = _packed(weights, embedding if tied else stored, shape, bits)
+        source = embedding if tied else stored
+        weights.expect(source, *shape)
+        pieces = rounded_rows(_pieces(weights, source, shape), bits, group_of(shape[1]) or 0)
+        weight = _packed(weights, source, shape, bits, pieces)
         head = Packed(weight, None)
         if tied:
             return PackedLookup(weight, weights.dtype), head
@@ -91,42 +104,28 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
     return Lookup(table, weights.dtype, table.nbytes), head
 
 
-def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Round rows of a matrix (n, H) to symmetric codes.
-
-    Returns:
-        codes (n, H) uint8, the zero point at 2**(bits - 1); scales (n, H / group) float16.
-    Raises:
-        ValueError: it holds NaN or infinity.
-    """
-    groups = matrix.float().unflatten(-1, (-1, group))
-    largest, top = groups.abs().amax(-1, keepdim=True), (1 << (bits - 1)) - 1
-    if not bool(largest.isfinite().all()):
-        raise ValueError("it holds NaN or infinity")
-    best: tuple[Tensor, Tensor] | None = None
-    error = torch.full_like(largest, torch.inf)
-    for clip in CLIPS[bits]:
-        scales = (largest * clip / top).clamp_(min=6e-8, max=65504).half().float()
-        codes = (groups / scales).round_().clamp_(-top - 1, top)
-        if best is None and len(CLIPS[bits]) == 1:
-            best = codes, scales
-            break
-        found = (codes * scales - groups).square_().sum(-1, keepdim=True)
-        better = found < error
-        error = torch.where(better, found, error)
-        best = (codes, scales) if best is None else (torch.where(better, codes, best[0]),
-                                                     torch.where(better, scales, best[1]))
-    assert best is not None
-    return best[0].add_(top + 1).to(torch.uint8).flatten(1), best[1].squeeze(-1).half()
+def _stored(weights: Weights, embedding: str, shape: tuple[int, int], bits: int,
+            tied: bool) -> tuple[Lookup | PackedLookup, Product]:
+    """A head that the file holds packed; where it is not also the embedding, that one is there beside it."""
+    if weights.head_bits not in (None, bits):
+        raise UsageError(f"{weights.reader.path} holds its head in {bits} bits only",
+                         f"Leave head bits out, or say {bits}; other bits need the full-precision model.")
+    for name in (CODES, SCALES):
+        weights.mark_used(name)
+    weight = _packed(weights, CODES, shape, bits, stored_rows(weights.reader, bits, _step(shape)))
+    if tied:
+        return PackedLookup(weight, weights.dtype), Packed(weight, None)
+    table = weights.tensor(embedding, *shape, narrow=True)
+    return Lookup(table, weights.dtype, table.nbytes), Packed(weight, None)
 
 
-def _packed(weights: Weights, name: str, shape: tuple[int, int], bits: int) -> PreparedWeight:
-    """The matrix `name` rounded and laid out for its kernel on the device."""
-    if (refused := refusal(weights, shape)) is not None:
+def _packed(weights: Weights, name: str, shape: tuple[int, int], bits: int, pieces: Rounded) -> PreparedWeight:
+    """Rows of the matrix `name`, rounded, laid out for its kernel on the device."""
+    group = group_of(shape[1])
+    if (refused := refusal(weights, shape)) is not None or group is None:
         raise UsageError(f"{name} of shape {shape} cannot be packed: {refused}", "Choose head bits 16.")
-    group = next(size for size in GROUPS if shape[1] % size == 0)
     try:
-        prepared = (_native if _kernel(weights, shape) == "native" else _words)(weights, name, shape, bits, group)
+        prepared = (_native if _kernel(weights, shape) == "native" else _words)(weights, shape, bits, group, pieces)
     except ValueError as error:
         raise InputError(f"{weights.reader.path}: tensor {name}: {error}", "The file is damaged.") from error
     weights.nbytes += sum(part.nbytes for part in prepared._asdict().values() if isinstance(part, Tensor))
@@ -147,27 +146,28 @@ def _kernel(weights: Weights, shape: tuple[int, int]) -> str:
     return choose(8, g_idx, shape[0], device=weights.device, dtype=weights.dtype).kernel
 
 
-def _native(weights: Weights, name: str, shape: tuple[int, int], bits: int, group: int) -> PreparedWeight:
+def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
     blocks = -(-shape[0] // PADDED) * PADDED // cpu.BLOCK
     codes = cpu.empty_codes(blocks, shape[1] // group, group * bits // 32)
     scales = torch.empty(blocks, shape[1] // group, cpu.BLOCK, dtype=torch.float16)
     at = 0
-    for piece in _pieces(weights, name, shape):
-        part = cpu_rows.from_rows(*rounded(piece, bits, group), bits, weights.precision)
+    for piece in _filled(pieces):
+        part = cpu_rows.from_rows(*piece, bits, weights.precision)
         codes[at : at + len(part.codes)], scales[at : at + len(part.codes)] = part.codes, part.scales
         at += len(part.codes)
     return part._replace(codes=codes, scales=scales, out_features=shape[0])
 
 
-def _words(weights: Weights, name: str, shape: tuple[int, int], bits: int, group: int) -> PreparedWeight:
+def _words(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
     device, outputs, groups = weights.device, -(-shape[0] // PADDED) * PADDED, shape[1] // group
     words = torch.empty(shape[1] * bits // 32, outputs, dtype=torch.int32, device=device)
     scales = torch.empty(groups, outputs, dtype=torch.float16, device=device)
     at = 0
-    for piece in _pieces(weights, name, shape):
-        codes, scale = rounded(piece.to(device), bits, group)
-        words[:, at : at + len(piece)], scales[:, at : at + len(piece)] = pack_rows(codes.t(), bits), scale.t()
-        at += len(piece)
+    for codes, scale in _filled(pieces):
+        stop = at + len(codes)
+        words[:, at:stop] = pack_rows(codes.to(device).t(), bits)
+        scales[:, at:stop] = scale.to(device).t()
+        at = stop
     stored = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
     weight = canonical(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
     if device.type == "cpu":  # not through `prepare`: torch's int4 layout cannot be looked into
@@ -176,13 +176,22 @@ def _words(weights: Weights, name: str, shape: tuple[int, int], bits: int, group
     return prepared._replace(out_features=shape[0]) if isinstance(prepared, SlicedWeight) else prepared
 
 
+def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every piece with as many rows as a multiple of PADDED; those added have the scale 0."""
+    for piece in pieces:
+        missing = -len(piece[0]) % PADDED
+        codes, scales = (torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in piece)
+        yield codes, scales
+
+
 def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
-    """The rows of a matrix, some at a time, a multiple of PADDED each; zeros behind the last one."""
-    weights.expect(name, *shape)
-    step = max(1, STEP // shape[1] // PADDED) * PADDED
-    for begin in range(0, shape[0], step):
-        piece = weights.reader.rows(name, range(begin, min(begin + step, shape[0])))
-        yield torch.nn.functional.pad(piece, (0, 0, 0, -len(piece) % PADDED))
+    """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
+    for begin in range(0, shape[0], _step(shape)):
+        yield weights.reader.rows(name, range(begin, min(begin + _step(shape), shape[0]))).to(weights.device)
+
+
+def _step(shape: tuple[int, int]) -> int:
+    return max(1, STEP // shape[1] // PADDED) * PADDED
 
 
 def _same(weights: Weights, first: str, second: str) -> bool:

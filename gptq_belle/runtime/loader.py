@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.packed_head import CODES
 from gptq_belle.checkpoint.quantization import (
     WRONG_CONFIG,
     Quantization,
@@ -88,6 +89,9 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
     reader = CheckpointReader(model_directory(path))
+    if CODES in reader:
+        raise InputError(f"{reader.path} holds its head packed, for which transformers has no place",
+                         "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
     model = empty_model(reader.path)
     _Filling(reader, model, target, dtype, precision).run()
     model.config.dtype = dtype

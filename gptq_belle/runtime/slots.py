@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gptq_belle.errors import UsageError
 from gptq_belle.runtime.attention import QUERIES
-from gptq_belle.runtime.engine import CHUNK, MOST_NEW_TOKENS, Model
 from gptq_belle.runtime.sampling import Sampler, SamplingParams, draw
+from gptq_belle.runtime.tokens import CHUNK, MOST_NEW_TOKENS, Tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +77,7 @@ class Engine:
         HardwareError: no memory for so many keys and values.
     """
 
-    def __init__(self, model: Model, slots: int = 1, capacity: int | None = None) -> None:
+    def __init__(self, model: Tokens, slots: int = 1, capacity: int | None = None) -> None:
         self.model = model
         self.capacity = min(capacity or model.context or 2048, model.context or 1 << 30)
         self.cache = model.new_cache(slots, self.capacity)

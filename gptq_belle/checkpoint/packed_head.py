@@ -1,0 +1,101 @@
+"""The head in 8 or 4 bits, as `quantize --packed-head-only` writes it in place of the embedding: our own tensors.
+
+``gptq_belle.head.codes`` (V, H * bits / 8) uint8, rows of the matrix (V, H), with 4 bits two codes a byte, the first in
+the low half; ``gptq_belle.head.scales`` (V, H / group) float16. ``W = (code - 2**(bits - 1)) * scale``. Bits and group
+follow from the shapes. No other program knows these names.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import InputError
+
+CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
+BITS = (8, 4)
+GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
+STEP = 1 << 24  # weights rounded at a time
+CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8)}  # shares of a group's largest weight tried as the end of the grid
+
+
+def group_of(width: int) -> int | None:
+    """Inputs that share a scale in a matrix of `width` columns; None where it is too odd to be packed."""
+    return next((size for size in GROUPS if width % size == 0), None)
+
+
+def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Round rows of a matrix (n, H) to symmetric codes.
+
+    Returns:
+        codes (n, H) uint8, the zero point at 2**(bits - 1); scales (n, H / group) float16.
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    groups = matrix.float().unflatten(-1, (-1, group))
+    largest, top = groups.abs().amax(-1, keepdim=True), (1 << (bits - 1)) - 1
+    if not bool(largest.isfinite().all()):
+        raise ValueError("it holds NaN or infinity")
+    best: tuple[Tensor, Tensor] | None = None
+    error = torch.full_like(largest, torch.inf)
+    for clip in CLIPS[bits]:
+        scales = (largest * clip / top).clamp_(min=6e-8, max=65504).half().float()
+        codes = (groups / scales).round_().clamp_(-top - 1, top)
+        if best is None and len(CLIPS[bits]) == 1:
+            best = codes, scales
+            break
+        found = (codes * scales - groups).square_().sum(-1, keepdim=True)
+        better = found < error
+        error = torch.where(better, found, error)
+        best = (codes, scales) if best is None else (torch.where(better, codes, best[0]),
+                                                     torch.where(better, scales, best[1]))
+    assert best is not None
+    return best[0].add_(top + 1).to(torch.uint8).flatten(1), best[1].squeeze(-1).half()
+
+
+def to_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (n, H) uint8 as they are stored: (n, H * bits / 8)."""
+    return codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def from_bytes(stored: Tensor, bits: int) -> Tensor:
+    """The inverse of `to_bytes`."""
+    return stored if bits == 8 else torch.stack((stored & 15, stored >> 4), -1).flatten(1)
+
+
+def stored_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | None:
+    """Bits of a head that a directory holds packed; None where it holds none.
+
+    Raises:
+        InputError: its tensors are not those of a matrix (vocabulary, width).
+    """
+    if CODES not in reader:
+        return None
+    shape, group = reader.shape(CODES), group_of(width)
+    bits = next((bits for bits in BITS if shape == (vocabulary, width * bits // 8)), None)
+    if bits is None or group is None or reader.shape(SCALES) != (vocabulary, width // group) or (
+            reader.dtype(CODES), reader.dtype(SCALES)) != (torch.uint8, torch.float16):
+        raise InputError(f"{reader.path}: {CODES} of shape {shape} is no packed head of {vocabulary} x {width}",
+                         "config.json belongs to other files, or the file is damaged: fetch the directory again.")
+    return bits
+
+
+def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes (n, H) and scales (n, groups) of a stored head, `step` rows at a time.
+
+    Raises:
+        ValueError: a scale is NaN or infinite.
+    """
+    count = reader.shape(CODES)[0]
+    for begin in range(0, count, step):
+        rows = range(begin, min(begin + step, count))
+        scales = reader.rows(SCALES, rows)
+        if not bool(scales.isfinite().all()):
+            raise ValueError(f"{SCALES} hold NaN or infinity")
+        yield from_bytes(reader.rows(CODES, rows), bits), scales
+
+
+def rounded_rows(pieces: Iterable[Tensor], bits: int, group: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`rounded` of every piece (n, H)."""
+    return (rounded(piece, bits, group) for piece in pieces)

@@ -1,0 +1,76 @@
+"""A head stored packed: what loads is what rounding at load gives, other readers are refused, damage is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gptq_belle import hf_model, load
+from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.packed_head import CODES, SCALES, from_bytes, group_of, rounded, to_bytes
+from gptq_belle.config import QuantConfig
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.quantization.pipeline import quantize_checkpoint
+
+IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
+
+
+def quantized(source, out, head_bits):
+    quantize_checkpoint(source, out, QuantConfig(group_size=32, method="rtn", head_bits=head_bits))
+    return out
+
+
+def test_golden_bytes():
+    codes = torch.tensor([[1, 2, 3, 15], [0, 8, 7, 9]], dtype=torch.uint8)
+    assert to_bytes(codes, 4).tolist() == [[0x21, 0xF3], [0x80, 0x97]]
+    assert torch.equal(from_bytes(to_bytes(codes, 4), 4), codes)
+    assert to_bytes(codes, 8) is codes
+    assert [group_of(width) for width in (4096, 64, 96, 40)] == [128, 64, 32, None]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_it_is_what_rounding_at_load_gives(tiny_model, tmp_path, bits):
+    usual, alone = quantized(tiny_model, tmp_path / "usual", 16), quantized(tiny_model, tmp_path / "alone", bits)
+    for at_load, stored in ((load(usual, device="cpu", head_bits=bits), load(alone, device="cpu")),):
+        assert torch.equal(at_load.logits(IDS), stored.logits(IDS))
+        assert (at_load.weight_bytes, at_load.step_bytes) == (stored.weight_bytes, stored.step_bytes)
+    names = set(load_file(alone / "model.safetensors"))
+    tied = json.loads((alone / "config.json").read_text())["tie_word_embeddings"]
+    gone = "transformer.word_embeddings.weight" if tied else "lm_head.weight"
+    assert {CODES, SCALES} <= names
+    assert gone not in names
+    assert set(load_file(usual / "model.safetensors")) == names - {CODES, SCALES} | {gone}
+    assert (alone / "model.safetensors").stat().st_size < (usual / "model.safetensors").stat().st_size
+
+
+def test_what_else_is_said(tiny_bloom, tmp_path):
+    path = quantized(tiny_bloom, tmp_path / "alone", 8)
+    assert "Only gptq_belle reads these files" in (path / "README.md").read_text()
+    assert json.loads((path / "quantize_config.json").read_text())["head_bits"] == 8
+    assert not inspect(path).problems
+    assert inspect(path).parts["packed head"].bytes == 384 * (128 + 2)
+    with pytest.raises(InputError, match="holds its head packed"):
+        hf_model(path, device="cpu")
+    with pytest.raises(UsageError, match="in 8 bits only"):
+        load(path, device="cpu", head_bits=4)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({CODES: torch.zeros(384, 100, dtype=torch.uint8)}, "is no packed head of 384 x 128"),
+    ({CODES: torch.zeros(384, 128)}, "is no packed head"), ({SCALES: torch.ones(384, 2).half()}, "is no packed head"),
+    ({SCALES: torch.full((384, 1), torch.nan).half()}, "NaN or infinity"),
+    ({"transformer.word_embeddings.weight": torch.ones(384, 128)}, "no place for")])
+def test_damage_is_named(tiny_bloom, tmp_path, change, message):
+    path = quantized(tiny_bloom, tmp_path / "alone", 8)
+    save_file(load_file(path / "model.safetensors") | change, path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        load(path, device="cpu")
+
+
+def test_rows_that_are_too_odd():
+    with pytest.raises(UsageError, match="head bits 5"):
+        QuantConfig(head_bits=5)
+    codes, scales = rounded(torch.ones(2, 32), 8, 32)
+    assert (codes == 255).all()
+    assert scales.tolist() == [[pytest.approx(1 / 127, rel=1e-3)]] * 2
