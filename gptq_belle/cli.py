@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from gptq_belle import __version__, console, demo, quantize
-from gptq_belle.checkpoint import verbs as files
+from gptq_belle.conversion import verbs as conversion
 from gptq_belle.evaluation import verbs as evaluation
 from gptq_belle.measure import verbs as measure
 from gptq_belle.options import (
+    Cache,
     ChatStyle,
+    HeadBits,
     MaxTokens,
     ModelPath,
     Penalty,
@@ -23,13 +25,15 @@ from gptq_belle.options import (
     TopP,
     load_model,
 )
+from gptq_belle.reporting import verb as report
 
 app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
 app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, divergence from the base, answers.")
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
-for verb in (files.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
+app.command("report")(report.command)
+for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
     app.command()(verb)
 
 
@@ -57,12 +61,14 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
-    model = load_model(path, device, precision)
+    model = load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     began, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,
@@ -88,6 +94,8 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -97,7 +105,7 @@ def chat(
     from gptq_belle.runtime.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    talk = terminal.Conversation(load_model(path, device, precision), prompt_style, params)
+    talk = terminal.Conversation(load_model(path, device, precision, head_bits, cache), prompt_style, params)
     said = terminal.chat(talk, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": said})

@@ -16,6 +16,7 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.config import QuantConfig
+from gptq_belle.overrides import parse
 
 if TYPE_CHECKING:
     from gptq_belle.quantization.setup import Setup
@@ -31,6 +32,10 @@ def command(
     act_order: Annotated[bool, typer.Option("--act-order", help="Solve the most active inputs first.")] = False,
     damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian's mean diagonal.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: rounding without calibration.")] = "gptq",
+    override: Annotated[list[str] | None, typer.Option(
+        metavar="REGEX=KEY:VALUE,...", show_default=False, help="Other settings for the linears whose name REGEX is "
+        "found in, such as 'mlp.dense_4h_to_h=bits:8': bits, group_size, sym; or REGEX=skip to leave them in float16. "
+        "Repeatable. GPTQModel reads all of it, vLLM symmetric 4 and 8 bits and skip.")] = None,
     calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
     rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
@@ -52,7 +57,8 @@ def command(
 
     Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
     """
-    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
+                         overrides=tuple(map(parse, override or ())))
     from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -71,7 +77,7 @@ def command(
         console.print_json(report.to_dict())
         return
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
-    console.say(f"{out}: {bits} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
+    console.say(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import cpu, gradient, groupwise, reference, torch_int4, triton_layout, triton_matmul
+from . import cpu, cpu_rows, gradient, groupwise, reference, torch_int4, triton_layout, triton_matmul
 from .cpu import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
@@ -74,6 +74,21 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | Non
         scales=scales.to(device, copy=True), g_idx=weight.g_idx.to(device, copy=True),
     )
     return triton_layout.prepare(there) if choice.kernel == "triton" else there
+
+
+def rows(weight: PreparedWeight, ids: Tensor) -> Tensor:
+    """Rows ids (n,) of the matrix (N, K) whose product a weight is: (n, K) float32. An embedding is looked up so.
+
+    Raises:
+        ValueError: the layout of torch's int4 op, which cannot be looked into.
+    """
+    if isinstance(weight, CpuWeight):
+        return cpu_rows.rows(weight, ids)
+    if isinstance(weight, SlicedWeight):
+        return triton_layout.rows(weight, ids)
+    if isinstance(weight, Int4Weight):
+        raise ValueError("rows of a weight in torch's int4 layout cannot be looked up")
+    return reference.rows(weight, ids)
 
 
 def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:

@@ -21,7 +21,8 @@ def model(tiny_model):
 
 @pytest.fixture
 def packed(tiny_model, tmp_path):
-    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache="float32")
+    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache="float32",
+                           head_bits=16)
 
 
 def test_attributes(model, tiny_model):
@@ -95,13 +96,13 @@ class Scripted:
 
     def __init__(self, model, monkeypatch, ids):
         self.ids, self.prompts = list(ids), []
-        prefill, decode = model.prefill, model.decode
-        monkeypatch.setattr(model, "prefill", lambda ids, room: self.first(prefill(ids, room), ids))
-        monkeypatch.setattr(model, "decode", lambda token, cache: self.next(decode(token, cache)))
+        read, step = model.read, model.step
+        monkeypatch.setattr(model, "read", lambda ids, *where: self.first(read(ids, *where), ids))
+        monkeypatch.setattr(model, "step", lambda *arguments: self.next(step(*arguments)))
 
-    def first(self, result, prompt):
-        self.prompts.append(prompt[0].tolist())
-        return self.next(result[0]), result[1]
+    def first(self, logits, prompt):
+        self.prompts.append(prompt.tolist())
+        return self.next(logits)
 
     def next(self, logits):
         return torch.nn.functional.one_hot(torch.tensor([self.ids.pop(0)]), logits.shape[-1]).float()

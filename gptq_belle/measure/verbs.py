@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gptq_belle import console
-from gptq_belle.options import ModelPath, Precision
+from gptq_belle.options import Cache, HeadBits, ModelPath, Precision
 
 
 def bench(
@@ -19,6 +19,8 @@ def bench(
     output: Annotated[str, typer.Option("-o", "--output", help="md, json, jsonl or csv.")] = "md",
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds into a picture.", show_default=False)] = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -32,7 +34,8 @@ def bench(
         bench_output.check_plot(plot)
     workload = benchmark.Workload(prompt, tokens, batch, repeats)
     with console.stepping() as progress:
-        found = benchmark.bench(paths, workload, device=device, precision=precision, progress=progress)
+        found = benchmark.bench(paths, workload, device=device, precision=precision, head_bits=head_bits,
+                                cache=cache, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         bench_output.plot(found, plot)
@@ -92,7 +95,8 @@ def tune(
 
 
 def doctor(device: console.Device = "auto", as_json: console.Json = False, verbose: console.Verbose = False) -> None:
-    """Say what this machine can run, and which kernel each case takes and why."""
+    """Say what this machine can run, which kernel each case takes and why, and test them; exit code 3 if one is wrong.
+    """
     from gptq_belle.measure import doctor as examination
 
     found = examination.examine(device)
@@ -100,3 +104,5 @@ def doctor(device: console.Device = "auto", as_json: console.Json = False, verbo
         console.print_json(found)
     else:
         examination.show(found)
+    if examination.failures(found):
+        raise typer.Exit(3)

@@ -65,7 +65,7 @@ def quantize_checkpoint(
     setup = set_up(source, config, calibration or Calibration(), device, lora)
     steady_heap()
     spill = spills(setup, memory)
-    report = Report(str(source), config, setup.calibration, versions=_versions())
+    report = Report(str(source), setup.config, setup.calibration, versions=_versions())
     if lora is not None:
         report.notes.append(f"the LoRA adapter {Path(lora).name} is merged into the weights")
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
@@ -75,7 +75,7 @@ def quantize_checkpoint(
                                      peak, progress)
             progress.phase("writing")
             stream = setup.stream
-            write_small_files(writer, stream.reader, config, setup.tokenizer, tied=stream.tied())
+            write_small_files(writer, stream.reader, setup.config, setup.tokenizer, tied=stream.tied())
             writer.merge()
             progress.phase("reading back")
             report.readback_error = probe.compare(writer.files, stream, journal.tensors(PROBED_BLOCK))

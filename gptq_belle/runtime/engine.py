@@ -1,9 +1,10 @@
 """A loaded model: logits, generation and streaming, on decoders of our own with a cache that is written in place."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,17 +19,22 @@ from gptq_belle.models.settings import Settings, read_settings, token_ids
 from gptq_belle.runtime.attention import Decode, Prefill, Whole
 from gptq_belle.runtime.cache import Cache, check_kind
 from gptq_belle.runtime.chat import TextStream, Turn, detect_style, render, style_named
+from gptq_belle.runtime.head import check_head_bits
 from gptq_belle.runtime.loader import choose_dtype, resolve_device, resolve_precision
-from gptq_belle.runtime.sampling import Sampler, SamplingParams
+from gptq_belle.runtime.sampling import SamplingParams
 from gptq_belle.runtime.weights import Weights
 
+if TYPE_CHECKING:
+    from gptq_belle.runtime.slots import Engine
+
+USUAL_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
 MOST_NEW_TOKENS = 512  # where the caller sets no limit
 CHUNK = 512  # tokens of a prompt that are read at a time: activations of so many rows are what a prompt takes
 DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
-         cache: str = "float16") -> "Model":
+         cache: str = "float16", head_bits: int | None = None) -> "Model":
     """Load a model directory, quantized (standard GPTQ, of any producer) or not.
 
     Weights are read one by one, straight to their device and layout; no full-precision model is built.
@@ -38,10 +44,13 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         device: "auto", "cpu" or "cuda:0".
         dtype, precision: as `runtime.loader.hf_model`.
         cache: what keys and values are kept in: "float16", "float32", "bfloat16" or "int8".
+        head_bits: of the head, and of the embedding where the two are tied: 16, 8 or 4, rounded while loading. Left
+            out, 8 where they are tied and the model is quantized, else 16: the dtype of activations.
     Raises:
         InputError: files that are missing, damaged, or do not fit together; the tensor or the key is named.
-        UsageError, HardwareError: as `runtime.loader.hf_model`; an unknown kind of cache.
+        UsageError, HardwareError: as `runtime.loader.hf_model`; an unknown kind of cache, or number of bits.
     """
+    check_head_bits(head_bits)
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
@@ -49,7 +58,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     reader = CheckpointReader(path)
     settings = read_settings(reader.config)
     eos = settings.eos | _generation_eos(reader)
-    weights = Weights(reader, target, dtype, precision)
+    weights = Weights(reader, target, dtype, precision, head_bits)
     decoder = DECODERS[settings.sizes.model_type](weights, settings)
     weights.check_all_used()
     return Model(decoder, settings, reader, weights, cache, eos)
@@ -84,6 +93,7 @@ class Model:
         self.decoder, self.settings, self.path, self.config = decoder, settings, reader.path, reader.config
         self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
         self.context = settings.context
+        self._single: Engine | None = None
         self.weight_bytes = weights.nbytes
         self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes
 
@@ -109,7 +119,7 @@ class Model:
         Raises:
             UsageError: not a matrix, empty, or longer than the context.
         """
-        self._check_ids(input_ids)
+        self.check_ids(input_ids)
         rows, length = input_ids.shape
         attend = Whole(self.decoder.heads, rows, length, self.device, self.dtype)
         hidden = self.decoder.hidden(input_ids.to(self.device).flatten(), attend)
@@ -128,7 +138,7 @@ class Model:
             UsageError: as `logits`.
             HardwareError: no memory for the cache.
         """
-        self._check_ids(input_ids)
+        self.check_ids(input_ids)
         rows, length = input_ids.shape
         capacity = length + room if self.context is None else min(length + room, self.context)
         session = Session(self.new_cache(rows, capacity))
@@ -193,16 +203,24 @@ class Model:
         return self._text(self.tokens(ids, room, params), (*params.stop, *stops))
 
     def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
-        """Draw up to `count` tokens behind `ids`; ends in front of eos unless `params.ignore_eos`."""
-        sampler = Sampler(params, ids, self.device)
-        logits, session = self.prefill(torch.tensor([list(ids)]), count)
-        for drawn in range(1, count + 1):
-            token = sampler(logits[0])
-            if token in self.eos_ids and not params.ignore_eos:
-                return
-            yield token
-            if drawn < count:
-                logits = self.decode(torch.tensor([token]), session)
+        """Draw up to `count` tokens behind `ids`; ends in front of eos unless `params.ignore_eos`. What an earlier call
+        read of the same beginning is not read again."""
+        engine = self._engine(len(ids) + count)
+        request = engine.submit(ids, replace(params, max_new_tokens=count))
+        try:
+            while request.finished is None:
+                yield from (event.token for event in engine.step() if event.token is not None)
+        finally:
+            engine.cancel(request)
+
+    def _engine(self, length: int) -> "Engine":
+        """One slot for `length` tokens, made anew where the last one is too short."""
+        from gptq_belle.runtime.slots import Engine
+
+        if self._single is None or self._single.capacity < length or not self._single.idle:
+            self._single = None
+            self._single = Engine(self, 1, max(length, min(self.context or USUAL_CAPACITY, USUAL_CAPACITY)))
+        return self._single
 
     def _text(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         tokenizer = self.tokenizer
@@ -238,7 +256,8 @@ class Model:
                              "Shorten the prompt, or ask for fewer new tokens.")
         return asked or min(room, MOST_NEW_TOKENS)
 
-    def _check_ids(self, input_ids: Tensor) -> None:
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raises UsageError where token ids (B, T) are no filled matrix, too many for the context, or unknown."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise UsageError(f"token ids of shape {tuple(input_ids.shape)} cannot be run", "Give (rows, tokens).")
         if self.context is not None and input_ids.shape[1] > self.context:

@@ -111,7 +111,11 @@ class _Filling:
             if quantization is None:
                 raise InputError(f"{self.reader.path} holds packed weights, but no configuration says how",
                                  "Add the quantize_config.json that belongs to it.")
-            self._place_linear(name, quantization)
+            own = quantization.of(name)
+            if own is None:
+                raise InputError(f"{self.reader.path}: dynamic leaves {name} unquantized, but it is packed",
+                                 WRONG_CONFIG)
+            self._place_linear(name, own)
         for name, _ in list(self.model.named_parameters()):
             if name != f"{HEAD}.weight" or not self._tied():
                 self._place(name)

@@ -18,6 +18,7 @@ from gptq_belle.kernels.dispatch import PreparedWeight, prepare, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
 from gptq_belle.models.skeleton import wrong_shape
 
+ROWS_ALONE = 64
 COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; it is computed here
 
 
@@ -34,12 +35,18 @@ class Packed:
 
 @dataclass(slots=True)
 class Dense:
-    """x (..., K) to (..., N) through a weight (N, K)."""
+    """x (M, K) to (M, N) through a weight (N, K).
+
+    On a CPU up to ROWS_ALONE rows are multiplied one by one: a BLAS rounds by the number of rows, and a row of a batch
+    must come out as it does alone. That reads the weight for each of them; packed weights need no such thing.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cpu and 1 < len(x) <= ROWS_ALONE:
+            return torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
         return F.linear(x, self.weight, self.bias)
 
 
@@ -64,21 +71,36 @@ class Weights:
         device: where weights are to live.
         dtype: of activations and of weights that are not packed.
         precision: "exact" or "fast", as `runtime.loader.hf_model` has it.
+        head_bits: 16, 8, 4 or None, as `runtime.head.embedding_and_head` has it.
     Attributes:
         nbytes: of everything handed out so far, as it lies in memory.
     """
 
-    def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, precision: str) -> None:
+    def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, precision: str,
+                 head_bits: int | None = None) -> None:
         self.reader, self.device, self.dtype, self.precision = reader, device, dtype, precision
+        self.head_bits = head_bits
         self.quantization = read_quantization(reader)
         self.nbytes = 0
         self._used: set[str] = set()
 
-    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A floating point tensor of that shape on the device.
+    def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
+        """A floating point tensor of that shape on the device, in the dtype of activations.
 
         Args:
-            dtype: left out, that of activations.
+            narrow: leave it in the dtype of the file where that is the smaller one.
+        Raises:
+            InputError: as `expect`.
+        """
+        kind = self.expect(name, *shape)
+        dtype = kind if narrow and kind.itemsize < self.dtype.itemsize else self.dtype
+        tensor = self.reader.tensor(name).to(self.device, dtype)
+        self.nbytes += tensor.nbytes
+        return tensor
+
+    def expect(self, name: str, *shape: int) -> torch.dtype:
+        """The dtype of a floating point tensor of that shape, which counts as used from now on.
+
         Raises:
             InputError: it is missing, or of another shape or kind.
         """
@@ -89,9 +111,7 @@ class Weights:
             raise InputError(f"{self.reader.path}: tensor {name} is {kind}, not floating point",
                              "Only GPTQ's packed linears and plain floating point weights can be read.")
         self._used.add(name)
-        tensor = self.reader.tensor(name).to(self.device, dtype or self.dtype, copy=True)
-        self.nbytes += tensor.nbytes
-        return tensor
+        return kind
 
     def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
         """One or several linears that meet the same activations, their outputs one after another.
