@@ -2,6 +2,7 @@
 # make test   sets up what is missing, then lints, checks types and runs the tests
 # make lint   the first half of it
 # make sanitize  runs the tests of the CPU kernels and of hostile files with address and undefined-behaviour sanitizers
+# make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in environments of their own under build/interop
 # make clean  removes the environment and everything that was built
 #
 # PYTHON names the interpreter that makes the environment (3.11 or newer). On Linux the default build of torch brings
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint sanitize interop clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -33,6 +34,9 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY="$$(ls $(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native*.so)" \
 	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_hostile.py
+
+interop: $(READY)
+	GPTQ_BELLE_RECORD=$(CURDIR)/benchmarks/results/interop.json $(BIN)/python -m pytest -m slow tests/test_interop.py -rs
 
 clean:
 	rm -f kernels/_native*.so

@@ -10,9 +10,10 @@ from test_loader import IDS, VARIANTS, edit, expected_logits, logits, name_of
 from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from gptq_belle import hf_model, load, patch_transformers
+from gptq_belle import QuantConfig, hf_model, load, patch_transformers, quantize_checkpoint
 from gptq_belle.checkpoint.inspect import inspect
 from gptq_belle.errors import InputError
+from gptq_belle.overrides import parse
 from gptq_belle.runtime.linear import QuantLinear
 
 
@@ -140,6 +141,20 @@ def test_save_pretrained_writes_a_standard_directory(tiny_model, tmp_path, varia
         assert torch.equal(logits(hf_model(path, device="cpu")), logits(hf_model(packed, device="cpu")))
     assert load(tmp_path / "again", device="cpu").generate("你好", max_new_tokens=3) == load(
         packed, device="cpu").generate("你好", max_new_tokens=3)
+
+
+def test_linears_of_other_bits_and_unquantized_ones(tiny_model, tmp_path):
+    rules = (parse("down_proj|dense_4h_to_h=bits:8"), parse("o_proj|self_attention.dense=skip"))
+    quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32, method="rtn", overrides=rules))
+    model = through_transformers(tmp_path / "packed")
+    kinds = {type(module) for name, module in model.named_modules() if name.endswith(("o_proj", "attention.dense"))}
+    assert kinds == {torch.nn.Linear}
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / path / "model.safetensors") for path in ("packed", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    found, expected = (logits(hf_model(tmp_path / path, device="cpu")) for path in ("again", "packed"))
+    assert torch.equal(found, expected)
 
 
 def test_a_format_that_transformers_reads_otherwise_is_kept(tiny_llama, tmp_path):

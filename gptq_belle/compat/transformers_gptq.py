@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
+from gptq_belle.checkpoint.quantization import (
+    WRONG_CONFIG,
+    Quantization,
+    check_geometry,
+    read_quantization,
+    stated_quantization,
+)
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import prepare
@@ -70,20 +76,27 @@ class PackedQuantizer(HfQuantizer):
         found = read_quantization(reader)
         if found is None:
             raise InputError(f"{reader.path} states no quantization", WRONG_CONFIG)
-        self.found: Quantization = found
+        self.stated = stated_quantization(reader) or {}
+        self.checkpoint_format = found.checkpoint_format
         for name, module in list(model.named_modules()):
             stored = name if f"{name}.qweight" in reader else f"{reader.arch.prefix}.{name}"
             if isinstance(module, nn.Linear) and f"{stored}.qweight" in reader:
-                check_geometry(reader, stored, found, module.in_features, module.out_features)
-                model.set_submodule(name, Words(reader, stored, module))
+                own = found.of(stored)
+                if own is None:
+                    raise InputError(f"{reader.path}: dynamic leaves {stored} unquantized, but it is packed",
+                                     WRONG_CONFIG)
+                check_geometry(reader, stored, own, module.in_features, module.out_features)
+                model.set_submodule(name, Words(reader, stored, module, own))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Make a `QuantLinear` of every `Words`, where its tensors are."""
         for name, module in list(model.named_modules()):
             if isinstance(module, Words):
-                model.set_submodule(name, module.prepared(name, self.found, model.dtype))
-        # transformers takes `checkpoint_format` where the two differ, every other reader `format`.
-        self.quantization_config.format = self.found.checkpoint_format  # type: ignore[attr-defined]
+                model.set_submodule(name, module.prepared(name, model.dtype))
+        # transformers takes `checkpoint_format` where the two differ, others `format`; and it drops `dynamic`.
+        self.quantization_config.format = self.checkpoint_format  # type: ignore[attr-defined]
+        if "dynamic" in self.stated:
+            self.quantization_config.dynamic = self.stated["dynamic"]  # type: ignore[attr-defined]
 
     def is_serializable(self) -> bool:
         """The state dict is what stands on disk."""
@@ -102,11 +115,12 @@ class Words(nn.Module):
         reader: the directory.
         name: of the linear, on disk.
         linear: what stood in its place.
+        quantization: what the directory says about it.
     """
 
-    def __init__(self, reader: CheckpointReader, name: str, linear: nn.Linear) -> None:
+    def __init__(self, reader: CheckpointReader, name: str, linear: nn.Linear, quantization: Quantization) -> None:
         super().__init__()
-        self.in_features = linear.in_features
+        self.in_features, self.quantization = linear.in_features, quantization
         for part in PARTS:
             if f"{name}.{part}" in reader:
                 self.register_buffer(part, torch.empty(
@@ -114,13 +128,13 @@ class Words(nn.Module):
         if linear.bias is not None and f"{name}.bias" not in reader:
             raise InputError(f"{reader.path} lacks the tensor {name}.bias", WRONG_CONFIG)
 
-    def prepared(self, name: str, quantization: Quantization, dtype: torch.dtype) -> QuantLinear:
+    def prepared(self, name: str, dtype: torch.dtype) -> QuantLinear:
         """The layer, laid out for the kernels of the device where the words are.
 
         Raises:
             InputError: tensors that do not fit together.
         """
-        parts: dict[str, Tensor | None] = dict(self._buffers)
+        quantization, parts = self.quantization, dict(self._buffers)
         bias, g_idx = parts.pop("bias", None), parts.pop("g_idx", None)
         words = [tensor for tensor in parts.values() if tensor is not None]
         device = words[0].device
