@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import packed_checkpoint
+from conftest import SENTENCES, VOCABULARY, packed_checkpoint
 from oracle_format import formula
 from oracle_legacy import old_weight, write_legacy
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.decrypt import decrypt, encrypt
@@ -328,22 +329,43 @@ def test_a_wrong_word_is_noticed_before_the_directory_appears(tiny_llama, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+def published_tokenizer(folder):
+    """The tokenizer of a folder as BELLE-LLaMA has it: SentencePiece alone, every special token named ""."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES[:3]), model_prefix=str(folder / "tokenizer"),
+                               vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+                               normalization_rule_name="identity", character_coverage=0.98, minloglevel=2,
+                               remove_extra_whitespaces=False)  # as LLaMA's
+    (folder / "tokenizer.vocab").unlink()
+    (folder / "special_tokens_map.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": "", "eos_token": "", "model_max_length": 1000000000000000019884624838656, '
+        '"tokenizer_class": "LlamaTokenizer", "unk_token": ""}')  # byte for byte the published one
+
+
 def test_the_whole_old_road(tiny_llama, tmp_path):
     """A LLaMA .pt, published as BELLE did: encrypted with Meta's weights, decrypted, converted, answering."""
     state = legacy(tiny_llama, tmp_path / "plain", bits=4, group=32)
+    published_tokenizer(tmp_path / "plain")
     key = tmp_path / "consolidated.00.pth"
     key.write_bytes(np.random.default_rng(0).bytes(100_000))
     encrypt(tmp_path / "plain", tmp_path / "enc", key)
     assert all(path.suffix == ".enc" for path in (tmp_path / "enc").iterdir())
+    assert (tmp_path / "enc" / "tokenizer_config.json."
+            "ef7ef410b9b909949e96f172b17cbf7c68b11761c632715fa05a6088c0c2b9ac.enc").is_file()  # the published name
     decrypt(tmp_path / "enc", tmp_path / "dec", key)
     convert(tmp_path / "dec", tmp_path / "new")
-    model = load(tmp_path / "new", device="cpu")
+    pieces = SentencePieceProcessor(str(tmp_path / "dec" / "tokenizer.model"))
+    ids = torch.tensor([[1, *pieces.encode("Human: 你好 \n\nAssistant: ")]])
     old = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     for name in packed_names(state):
         old.get_submodule(name).weight.data = torch.from_numpy(old_weight(state, name, 4, 32))
-    prompt = "Human: 你好 \n\nAssistant: "
-    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    expected = old.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+    expected = old.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:].tolist()
+    model = load(tmp_path / "new", device="cpu")
     assert model.prompt_style == "llama"
-    assert model.generate("你好", prompt_style="auto", max_new_tokens=12) == model.tokenizer.decode(
-        expected, skip_special_tokens=True)
+    answer = model.generate("你好", prompt_style="auto", max_new_tokens=12)
+    assert answer == model.tokenizer.decode(expected, skip_special_tokens=True)
+    assert model.tokenizer.eos_token == "</s>"
+    (tmp_path / "new" / "tokenizer.model").unlink()  # tokenizer.json is enough
+    assert load(tmp_path / "new", device="cpu").generate("你好", prompt_style="auto", max_new_tokens=12) == answer

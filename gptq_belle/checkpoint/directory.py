@@ -14,7 +14,10 @@ from gptq_belle.runtime.chat import chat_template, detect_style
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-AS_THEY_ARE = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
+                "add_eos_token": False}
+AS_THEY_ARE = (TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt", "special_tokens_map.json",
                "added_tokens.json", "generation_config.json", TEMPLATE)
 
 
@@ -25,7 +28,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         InputError: there is none, it is damaged, or it knows no end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True,
+                                                  **_unnamed_tokens(path))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
@@ -36,6 +40,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{path}: the tokenizer has no end-of-sequence token",
                          f"Name eos_token in {TOKENIZER_CONFIG}.")
     return tokenizer
+
+
+def _unnamed_tokens(folder: Path) -> dict[str, Any]:
+    """LLaMA's special tokens, where the configuration calls them "", as conversions of early 2023 did.
+
+    BELLE-LLaMA's do; on such a directory transformers 5 ends in a RecursionError.
+    """
+    path = folder / TOKENIZER_CONFIG
+    stated = read_json(path) if path.is_file() else {}
+    empty = any(stated.get(key) == "" for key in LLAMA_TOKENS)
+    return LLAMA_TOKENS if empty and (folder / SENTENCEPIECE).is_file() else {}
 
 
 def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config: QuantConfig,
@@ -70,6 +85,9 @@ def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrained
     for name in AS_THEY_ARE:
         if (folder / name).is_file() and not (name == TEMPLATE and "prompt_style" in config):
             (writer.files / name).write_bytes(_own_file(folder / name).read_bytes())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not (folder / TOKENIZER).is_file() and backend is not None:
+        writer.write_text(TOKENIZER, backend.to_str())  # so that no reader needs sentencepiece
     writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(folder, tokenizer, config))
 
 
@@ -101,7 +119,7 @@ def quantized_config(source: dict[str, Any], quantization: dict[str, Any], tied:
 
 def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
-    config = read_json(path) if path.is_file() else {}
+    config = (read_json(path) if path.is_file() else {}) | _unnamed_tokens(folder)
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5, still understood
     present = "chat_template" in config or (folder / TEMPLATE).is_file()
