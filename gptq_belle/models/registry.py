@@ -20,6 +20,7 @@ class Architecture:
         residual_in_attention: that module adds its second argument to its result.
         inner_copies: tensors of the feed-forward's inner size alive at a time in a forward pass, as measured.
         prompt_style: the usual prompt style of BELLE models with this architecture (see runtime/chat.py).
+        fused: for each stage, the name under which vLLM and SGLang run it as one linear; "" where it is one.
     """
 
     prefix: str
@@ -31,6 +32,7 @@ class Architecture:
     residual_in_attention: bool
     inner_copies: int
     prompt_style: str
+    fused: tuple[str, ...]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -58,6 +60,7 @@ _LLAMA = Architecture(
     residual_in_attention=False,
     inner_copies=4,
     prompt_style="llama",
+    fused=("self_attn.qkv_proj", "", "mlp.gate_up_proj", ""),
 )
 
 ARCHITECTURES = {
@@ -75,7 +78,8 @@ ARCHITECTURES = {
         attention="self_attention",
         residual_in_attention=True,
         inner_copies=2,
-            prompt_style="bloom",
+        prompt_style="bloom",
+        fused=("", "", "", ""),
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -115,37 +115,50 @@ class BlockJob:
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            inputs = self._inputs(block, stage, prefix, activations) if len(activations) else None
+            own = self.config.of(f"{prefix}.{stage[0]}")  # and of all the stage, see overrides.resolve
+            inputs = self._inputs(block, stage, prefix, activations, own) if len(activations) and own else None
             for name in stage:
-                packed, row = self._linear(block, name, f"{prefix}.{name}", inputs)
-                tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
+                if own is None:
+                    row = self._leave(block, name, f"{prefix}.{name}")
+                else:
+                    packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, own)
+                    tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
         return tensors | {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in
-                          block.named_parameters() if name.removesuffix(".weight") not in arch.linears}
+                          block.named_parameters() if f"{prefix}.{name.removesuffix('.weight')}.qweight" not in tensors}
 
-    def _inputs(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: Activations) -> Inputs:
+    def _leave(self, block: nn.Module, name: str, full_name: str) -> LinearReport:
+        """A linear that stays in float16, which is what the blocks behind it shall see."""
+        weight = block.get_parameter(f"{name}.weight")
+        rounded = self.stream.float16(f"{full_name}.weight", weight).float()
+        error = float((rounded - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+        assign(block, f"{name}.weight", rounded)
+        return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
+
+    def _inputs(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: Activations,
+                config: QuantConfig) -> Inputs:
         """What the solver knows of the inputs that the linears of a stage share."""
         with activations.contexts.during(block, self.stream.arch, stage):
             hessian = self.stream.hessian(block, stage, activations, self.progress.step)
         with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
-            return Inputs(hessian, factorize(hessian, self.config))
+            return Inputs(hessian, factorize(hessian, config))
 
     def _linear(self, block: nn.Module, name: str, full_name: str,
-                inputs: Inputs | None) -> tuple[PackedWeight, LinearReport]:
-        """Quantize one linear in place."""
+                inputs: Inputs | None, config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
+        """Quantize one linear in place, by its own settings."""
         began = time.perf_counter()
         weight = block.get_parameter(f"{name}.weight")
         N, K = weight.shape
         with self.clock("solving"), _naming(full_name):
-            solution = round_to_nearest(weight, self.config) if inputs is None else gptq(
-                weight, inputs.hessian, self.config, inputs.factor)
+            solution = round_to_nearest(weight, config) if inputs is None else gptq(
+                weight, inputs.hessian, config, inputs.factor)
         with self.clock("packing"):
             assign(block, f"{name}.weight", dequantize(solution.weight, out=weight.detach()))
-            packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
+            packed = pack(solution.weight, config.bits, config.checkpoint_format)
             trim_heap()
         seconds = time.perf_counter() - began
-        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N)
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gptq_belle.checkpoint.packing import dequantize, pack
+from gptq_belle.config import QuantConfig
 from gptq_belle.errors import HardwareError
 from gptq_belle.measure.memory import anonymous_bytes, available_bytes
 from gptq_belle.quantization.checks import linear_shapes
@@ -116,7 +117,8 @@ def memory_needed(setup: Setup) -> Memory:
     shapes = linear_shapes(stream)
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
-    packed = sum(n * k * config.bits // 8 for n, k in shapes.values())
+    packed = max(sum(_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+                     for name, (n, k) in shapes.items()) for index in range(stream.count))
     solutions = [4 * n * k + 2 * n * k + (0 if setup.tokens is None else (4 if config.act_order else 2) * 4 * k * k)
                  for n, k in shapes.values()]
     batch = max(setup.shapes, key=math.prod, default=(1, 1, 0))
@@ -134,13 +136,19 @@ def output_bytes(setup: Setup) -> int:
     stream, config = setup.stream, setup.config
     block = stream.blocks.get_submodule("0")
     shapes = linear_shapes(stream)
-    linears = 0
-    for n, k in shapes.values():
-        groups = 1 if config.group_size == -1 else k // config.group_size
-        linears += (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k
+    linears = sum(_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+                  for index in range(stream.count) for name, (n, k) in shapes.items())
     plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
                 if name.removesuffix(".weight") not in shapes)
-    return stream.count * (linears + plain) + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
+    return linears + stream.count * plain + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
+
+
+def _bytes(config: QuantConfig | None, n: int, k: int) -> int:
+    """Of a linear's tensors in the file; without settings it is in float16."""
+    if config is None:
+        return 2 * n * k
+    groups = 1 if config.group_size == -1 else k // config.group_size
+    return (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k
 
 
 def _seconds(setup: Setup, disk: int) -> float:
@@ -156,9 +164,11 @@ def _seconds(setup: Setup, disk: int) -> float:
     began = time.perf_counter()
     solving = 0.0
     for stage in stream.arch.stages:
+        if (own := setup.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
+            continue
         with contexts.during(block, stream.arch, stage):
             hessian = None if batch is None else stream.hessian(block, stage, [batch], lambda: None)
-        solving += _seconds_of_solving(setup, block, stage, hessian)
+        solving += _seconds_of_solving(own, block, stage, hessian)
     rows = time.perf_counter() - began - solving
     if batch is not None:
         with contexts.during(block, stream.arch):
@@ -170,21 +180,21 @@ def _seconds(setup: Setup, disk: int) -> float:
     return stream.count * (solving + batches * rows) + hashed * (2 * stream.reader.bytes_on_disk() + written)
 
 
-def _seconds_of_solving(setup: Setup, block: torch.nn.Module, stage: tuple[str, ...],
+def _seconds_of_solving(config: QuantConfig, block: torch.nn.Module, stage: tuple[str, ...],
                         hessian: torch.Tensor | None) -> float:
     """Of one stage; linears of one size are solved once and counted as often as they are."""
     began = time.perf_counter()
-    factor = None if hessian is None else factorize(hessian, setup.config)
+    factor = None if hessian is None else factorize(hessian, config)
     total = time.perf_counter() - began
     seen: dict[torch.Size, float] = {}
     for name in stage:
         weight = block.get_parameter(f"{name}.weight")
         if weight.shape not in seen:
             began = time.perf_counter()
-            solution = round_to_nearest(weight, setup.config) if hessian is None else gptq(
-                weight, hessian, setup.config, factor)
+            solution = round_to_nearest(weight, config) if hessian is None else gptq(
+                weight, hessian, config, factor)
             dequantize(solution.weight)
-            pack(solution.weight, setup.config.bits, setup.config.checkpoint_format)
+            pack(solution.weight, config.bits, config.checkpoint_format)
             seen[weight.shape] = time.perf_counter() - began
         total += seen[weight.shape]
     return total

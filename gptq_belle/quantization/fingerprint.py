@@ -35,7 +35,7 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
     return {
         "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
         "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # sha256 says more
-        "settings": asdict(config),
+        "settings": asdict(config) | {"overrides": config.to_dict().get("dynamic", {})},
         "program": {"gptq_belle": __version__},
     }
 

@@ -19,6 +19,7 @@ class LinearReport:
         damp: damping that was needed; 0 for rtn.
         seconds: time of its solution.
         inputs, outputs: K and N.
+        bits: a weight; 16 where the linear was left in float16, whose rounding is then the error.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LinearReport:
     seconds: float
     inputs: int
     outputs: int
+    bits: int
 
 
 @dataclass(slots=True)
@@ -68,6 +70,12 @@ class Report:
         """Mean of the linears' normalised errors."""
         return sum(row.error for row in self.linears) / max(1, len(self.linears))
 
+    @property
+    def average_bits(self) -> float:
+        """Bits a weight over all linears; scales and zero points are not counted."""
+        weights = sum(row.inputs * row.outputs for row in self.linears)
+        return sum(row.bits * row.inputs * row.outputs for row in self.linears) / max(1, weights)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {**asdict(self), "mean_error": self.mean_error}
+        return {**asdict(self), "mean_error": self.mean_error, "average_bits": self.average_bits}
