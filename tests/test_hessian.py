@@ -42,3 +42,14 @@ def test_damping_rises_in_tens_and_then_fails_with_the_figure():
     hessian[0, 0] = -5
     with pytest.raises(InputError, match="even damped by 1 "):
         inverse_factor(hessian, 0.01)
+
+
+def test_wide_sums_are_symmetric_and_can_be_looked_at_in_between():
+    x = torch.randn(300, 1300)
+    total = HessianSum(1300)
+    total.add(x[:100])
+    assert torch.allclose(total.value, x[:100].t() @ x[:100] / 100, atol=1e-4)
+    total.add(x[100:])
+    exact = x.double().t() @ x.double() / 300
+    assert torch.allclose(total.value.double(), exact, atol=1e-5)
+    assert torch.equal(total.value[:512, 512:], total.value[512:, :512].t())

@@ -14,9 +14,11 @@ class Architecture:
         blocks: the list of decoder blocks, as a dotted path from the causal model.
         before: modules that run before the first block.
         after: modules that run behind the last one, the head excepted.
-        stages: linears of a block by the order in which they run; those of one stage see the same input.
+        stages: linears of a block by the order in which they run; those of one stage see the same input. The second one
+            is attention's output projection.
+        attention: the module of a block that ends in it.
+        residual_in_attention: that module adds its second argument to its result.
         inner_copies: tensors of the feed-forward's inner size alive at a time in a forward pass, as measured.
-        score_copies: tensors of attention scores (heads x T x T a row) alive at a time; 0 where they are never whole.
         prompt_style: the usual prompt style of BELLE models with this architecture (see runtime/chat.py).
         fused: for each stage, the name under which vLLM and SGLang run it as one linear; "" where it is one.
     """
@@ -26,8 +28,9 @@ class Architecture:
     before: tuple[str, ...]
     after: tuple[str, ...]
     stages: tuple[tuple[str, ...], ...]
+    attention: str
+    residual_in_attention: bool
     inner_copies: int
-    score_copies: int
     prompt_style: str
     fused: tuple[str, ...]
 
@@ -35,6 +38,11 @@ class Architecture:
     def linears(self) -> tuple[str, ...]:
         """All quantized linears of a block, by their path inside it, in the order in which they run."""
         return tuple(name for stage in self.stages for name in stage)
+
+    @property
+    def output(self) -> str:
+        """Attention's output projection, by its path inside a block."""
+        return self.stages[1][0]
 
 
 _LLAMA = Architecture(
@@ -48,8 +56,9 @@ _LLAMA = Architecture(
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ),
+    attention="self_attn",
+    residual_in_attention=False,
     inner_copies=4,
-    score_copies=0,
     prompt_style="llama",
     fused=("self_attn.qkv_proj", "", "mlp.gate_up_proj", ""),
 )
@@ -66,8 +75,9 @@ ARCHITECTURES = {
             ("mlp.dense_h_to_4h",),
             ("mlp.dense_4h_to_h",),
         ),
-        inner_copies=6,
-        score_copies=4,
+        attention="self_attention",
+        residual_in_attention=True,
+        inner_copies=2,
         prompt_style="bloom",
         fused=("", "", "", ""),
     ),

@@ -10,6 +10,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.durable import DurableFile, Stamp
 from gptq_belle.checkpoint.tensor_file import DAMAGED, raw
 from gptq_belle.errors import InputError
+from gptq_belle.quantization.contexts import Contexts
 from gptq_belle.quantization.journal import activations_name
 
 
@@ -25,11 +26,13 @@ class Activations:
 
     Attributes:
         index: the block in front of which they stand.
+        contexts: what that block's attention has made of them, kept where they are; empty unless it is being solved.
     """
 
     def __init__(self, partial: Path, shapes: Iterable[tuple[int, ...]], *, spill: bool = False) -> None:
         self.partial, self.shapes, self.spill = partial, list(shapes), spill
         self.index = 0
+        self.contexts = Contexts(partial if spill else None)
         self._kept: list[Tensor] | None = None
 
     def __len__(self) -> int:

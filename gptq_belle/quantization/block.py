@@ -2,7 +2,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -102,9 +102,10 @@ class BlockJob:
             tensors = probe.expect(stream, block) if index == PROBED_BLOCK else {}
             if len(activations) and index + 1 < stream.count:
                 outputs = mapped(lambda states: stream.run(block, states), activations, self.progress.step)
-                with self.clock("writing"):
+                with self.clock("writing"), activations.contexts.during(block, stream.arch):
                     files[activations_name(index + 1)] = activations.write(index + 1, outputs)
         finally:
+            activations.contexts.clear()
             stream.drop(block)
         record.peak_memory = self.memory.bytes
         return record, files, tensors
@@ -135,10 +136,11 @@ class BlockJob:
         assign(block, f"{name}.weight", rounded)
         return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
 
-    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Activations,
+    def _inputs(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: Activations,
                 config: QuantConfig) -> Inputs:
         """What the solver knows of the inputs that the linears of a stage share."""
-        hessian = self.stream.hessian(block, stage, activations, self.progress.step)
+        with activations.contexts.during(block, self.stream.arch, stage):
+            hessian = self.stream.hessian(block, stage, activations, self.progress.step)
         with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
             return Inputs(hessian, factorize(hessian, config))
 

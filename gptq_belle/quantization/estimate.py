@@ -13,6 +13,7 @@ from gptq_belle.config import QuantConfig
 from gptq_belle.errors import HardwareError
 from gptq_belle.measure.memory import anonymous_bytes, available_bytes
 from gptq_belle.quantization.checks import linear_shapes
+from gptq_belle.quantization.contexts import Contexts
 from gptq_belle.quantization.setup import Setup
 from gptq_belle.quantization.solver import factorize, gptq, round_to_nearest
 
@@ -29,7 +30,8 @@ class Memory:
         process: what the process holds already.
         block: one block in float32, and its packed tensors.
         work: the larger of a forward pass and the largest solution.
-        activations: the calibration rows, where they are kept in memory.
+        activations: the calibration rows in front of a block and what its attention makes of them, where they are kept
+            in memory.
     """
 
     process: int
@@ -82,7 +84,8 @@ def estimate(setup: Setup, limit: int | None = None) -> Estimate:
     """
     memory, spill = memory_needed(setup), spills(setup, limit)
     output = output_bytes(setup)
-    disk = output + max(output, (1 if setup.stream.count == 1 else 2) * memory.activations)
+    generations = (1 if setup.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
+    disk = output + max(output, generations * memory.activations // 2)
     return Estimate(_seconds(setup, disk), memory.floor if spill else memory.total, spill, disk, output,
                     setup.stream.count, setup.stream.count * len(setup.stream.arch.linears),
                     0 if setup.tokens is None else setup.tokens.numel())
@@ -120,12 +123,12 @@ def memory_needed(setup: Setup) -> Memory:
                  for n, k in shapes.values()]
     batch = max(setup.shapes, key=math.prod, default=(1, 1, 0))
     inner = shapes[stream.arch.linears[-1]][1]
-    tokens, heads = batch[0] * batch[1], stream.model.config.num_attention_heads
-    attention = HIDDEN_ATTENTION * batch[2] * tokens + stream.arch.score_copies * heads * tokens * batch[1]
+    tokens = batch[0] * batch[1]
+    attention = HIDDEN_ATTENTION * batch[2] * tokens
     mlp = (HIDDEN_MLP * batch[2] + stream.arch.inner_copies * inner) * tokens
     forward = 4 * max(attention, mlp + inner * inner) if batch[2] else 0
     return Memory((anonymous_bytes() or 0) + LIBRARIES, weights + packed, max([*solutions, forward]),
-                  sum(4 * math.prod(shape) for shape in setup.shapes))
+                  2 * sum(4 * math.prod(shape) for shape in setup.shapes))
 
 
 def output_bytes(setup: Setup) -> int:
@@ -157,16 +160,19 @@ def _seconds(setup: Setup, disk: int) -> float:
         batch = next(stream.embed(stream.batches(setup.tokens)[0]))
         stream.run(block, batch)  # the first run of anything takes longer
     stream.clock.restart()
+    contexts = Contexts()
     began = time.perf_counter()
     solving = 0.0
     for stage in stream.arch.stages:
         if (own := setup.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
             continue
-        hessian = None if batch is None else stream.hessian(block, stage, [batch], lambda: None)
+        with contexts.during(block, stream.arch, stage):
+            hessian = None if batch is None else stream.hessian(block, stage, [batch], lambda: None)
         solving += _seconds_of_solving(own, block, stage, hessian)
     rows = time.perf_counter() - began - solving
     if batch is not None:
-        stream.run(block, batch)
+        with contexts.during(block, stream.arch):
+            stream.run(block, batch)
         rows = time.perf_counter() - began - solving
     stream.drop(block)
     batches = 0.0 if batch is None or setup.tokens is None else setup.tokens.numel() / math.prod(batch.shape[:2])

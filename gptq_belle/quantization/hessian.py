@@ -6,27 +6,39 @@ from torch import Tensor
 from gptq_belle.checkpoint.packing import ROWS_AT_A_TIME, all_finite
 from gptq_belle.errors import InputError
 
+COLUMNS = 512  # of the sum at a time: of 4096 x 4096 products 56 % are computed, in pieces that are no slower a product
 LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done
 
 
 class HessianSum:
     """The running mean of x x^T over calibration tokens, in float32.
 
+    Of its two equal triangles one is summed up.
+
     Attributes:
-        value: (K, K) float32, symmetric.
         tokens: how many inputs it has seen.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.value = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Take in activations x (..., K) of any float dtype."""
         x = x.reshape(-1, x.shape[-1]).float()
         total = self.tokens + x.shape[0]
-        self.value.addmm_(x.t(), x, beta=self.tokens / total, alpha=1 / total)
+        for k1 in range(0, x.shape[1], COLUMNS):
+            k2 = min(k1 + COLUMNS, x.shape[1])
+            self._sum[k1:k2, :k2].addmm_(x[:, k1:k2].t(), x[:, :k2], beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
+
+    @property
+    def value(self) -> Tensor:
+        """(K, K) float32, symmetric; of this object, not a copy."""
+        for k1 in range(0, len(self._sum), COLUMNS):
+            k2 = min(k1 + COLUMNS, len(self._sum))
+            self._sum[k1:k2, k2:] = self._sum[k2:, k1:k2].t()
+        return self._sum
 
 
 def live_diagonal(hessian: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.measure.phases import PhaseClock
+from gptq_belle.models.quick import quicken
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign, empty_model, wrong_shape
 from gptq_belle.quantization.hessian import HessianSum
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKENS_A_BATCH = 4096
-ATTENTION_SCORES_A_BATCH = 1 << 27  # eager attention holds batch * heads * T * T float32 values: 512 MiB
 
 
 class _Stop(Exception):
@@ -43,6 +43,7 @@ class BlockStream:
         self.clock = clock or PhaseClock()
         self.most_rows: int | None = None
         self.model = empty_model(reader.path)
+        quicken(self.model)
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
@@ -80,7 +81,7 @@ class BlockStream:
 
     def batches(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Token ids (rows, T) in batches of the size in which they run."""
-        return rows.split(self._rows_a_batch(rows.shape[1]))
+        return rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
 
     def embed(self, rows: Tensor) -> Iterator[Tensor]:
         """Run everything that comes before the first block; only the embeddings of tokens that occur are in memory.
@@ -230,10 +231,6 @@ class BlockStream:
         with self.clock("forwards"):
             output = block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-    def _rows_a_batch(self, length: int) -> int:
-        heads = self.model.config.num_attention_heads
-        return max(1, min(TOKENS_A_BATCH // length, ATTENTION_SCORES_A_BATCH // (heads * length * length)))
 
 
 @contextmanager
