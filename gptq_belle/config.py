@@ -67,6 +67,8 @@ class QuantConfig:
         damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
         method: "gptq", or "rtn" for rounding to nearest without calibration.
         overrides: other settings for some linears (``dynamic`` on disk); no two may match the same one.
+        auto_bits: a budget, in bits a weight on average ("4.5") or as a file size ("3.2GB"), under which the job
+            chooses 4 or 8 bits for every stage that no override settles (see `quantization.auto_bits`).
 
     Raises:
         UsageError: a value is not among the allowed ones; the message names the option and lists them.
@@ -79,6 +81,7 @@ class QuantConfig:
     damp: float = 0.01
     method: str = "gptq"
     overrides: tuple[Override, ...] = ()
+    auto_bits: str | None = None
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, BITS)
