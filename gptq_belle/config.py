@@ -70,6 +70,8 @@ class QuantConfig:
         head_bits: 16 leaves embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
             embedding too) is stored packed under names of our own, which `gptq_belle.load` alone reads.
         overrides: other settings for some linears (``dynamic`` on disk); no two may match the same one.
+        auto_bits: a budget, in bits a weight on average ("4.5") or as a file size ("3.2GB"), under which the job
+            chooses 4 or 8 bits for every stage that no override settles (see `quantization.auto_bits`).
 
     Raises:
         UsageError: a value is not among the allowed ones; the message names the option and lists them.
@@ -83,6 +85,7 @@ class QuantConfig:
     method: str = "gptq"
     overrides: tuple[Override, ...] = ()
     head_bits: int = 16
+    auto_bits: str | None = None
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, BITS)

@@ -4,10 +4,10 @@ by path."""
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 if not __package__:  # by path: this folder is first on sys.path, where its kernels/ would hide other packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -37,6 +37,10 @@ def command(
         metavar="REGEX=KEY:VALUE,...", show_default=False, help="Other settings for the linears whose name REGEX is "
         "found in, such as 'mlp.dense_4h_to_h=bits:8': bits, group_size, sym; or REGEX=skip to leave them in float16. "
         "Repeatable. GPTQModel reads all of it, vLLM symmetric 4 and 8 bits and skip.")] = None,
+    auto_bits: Annotated[str | None, typer.Option(
+        "--auto-bits", metavar="BUDGET", show_default=False, help="4 or 8 bits for each stage of each block, by what 4 "
+        "bits are measured to cost it, within bits a weight on average (4.5) or a file size (3.2GB). Linears that an "
+        "--override matches keep what it says.")] = None,
     calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
     rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
@@ -64,7 +68,8 @@ def command(
     Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
-                         overrides=tuple(map(parse, override or ())), head_bits=head_bits if packed_head_only else 16)
+                         overrides=tuple(map(parse, override or ())), head_bits=head_bits if packed_head_only else 16,
+                         auto_bits=auto_bits)
     from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -74,7 +79,7 @@ def command(
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
     limit, style = None if memory is None else parse_bytes(memory), chosen(prompt_style)
     if dry_run:
-        _say_what_it_takes(lambda: set_up(model, config, text, device, lora, style), limit, as_json)
+        _say_what_it_takes(set_up(model, config, text, device, lora, style), limit, as_json)
         return
     with resumable(out), ConsoleProgress(console.err()) as progress:
         report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
@@ -82,19 +87,32 @@ def command(
     if as_json:
         console.print_json(report.to_dict())
         return
+    if report.choice is not None:
+        _show_choice(report.choice)
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
     console.say(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
 
 
-def _say_what_it_takes(setup: "Callable[[], Setup]", limit: int | None, as_json: bool) -> None:
+def _show_choice(choice: dict[str, Any]) -> None:
+    """The bits of every stage, and what decided."""
+    rows = [(str(row["block"]), ", ".join(row["linears"]), f"{row['loss']:.3e}",
+             f"{1e6 * row['loss'] / row['weights']:.3e}", str(row["bits"])) for row in choice["stages"]]
+    columns = ["block", "stage", "KL in 4 bits", "a million weights", "bits"]
+    console.print_table(f"--auto-bits {choice['budget']}: {choice['average_bits']:.3f} bits a weight on average",
+                        columns, rows, text=2)
+
+
+def _say_what_it_takes(setup: "Setup", limit: int | None, as_json: bool) -> None:
     """The dry run: time, memory and disk."""
     from gptq_belle.measure.memory import steady_heap
+    from gptq_belle.quantization.auto_bits import foretold
     from gptq_belle.quantization.estimate import estimate
 
+    auto = foretold(setup)
     with console.step("working through one block"):
         steady_heap()
-        found = estimate(setup(), limit)
+        found = estimate(setup, limit)
     if as_json:
         console.print_json(found)
         return
@@ -103,6 +121,8 @@ def _say_what_it_takes(setup: "Callable[[], Setup]", limit: int | None, as_json:
     console.say(f"time    {found.seconds:,.0f} s on this machine")
     console.say(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
     console.say(f"disk    {found.disk / 1e6:,.1f} MB at the fullest, {found.output / 1e6:,.1f} MB of them the output")
+    if auto:
+        console.say(f"bits    {auto}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 import hashlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -117,7 +117,9 @@ def memory_needed(setup: Setup) -> Memory:
     shapes = linear_shapes(stream)
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
-    packed = max(sum(_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+    if config.auto_bits is not None:
+        config = replace(config, bits=8)  # which a whole block may get
+    packed = max(sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
                      for name, (n, k) in shapes.items()) for index in range(stream.count))
     solutions = [4 * n * k + 2 * n * k + (0 if setup.tokens is None else (4 if config.act_order else 2) * 4 * k * k)
                  for n, k in shapes.values()]
@@ -136,14 +138,14 @@ def output_bytes(setup: Setup) -> int:
     stream, config = setup.stream, setup.config
     block = stream.blocks.get_submodule("0")
     shapes = linear_shapes(stream)
-    linears = sum(_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+    linears = sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
                   for index in range(stream.count) for name, (n, k) in shapes.items())
     plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
                 if name.removesuffix(".weight") not in shapes)
     return linears + stream.count * plain + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
 
 
-def _bytes(config: QuantConfig | None, n: int, k: int) -> int:
+def linear_bytes(config: QuantConfig | None, n: int, k: int) -> int:
     """Of a linear's tensors in the file; without settings it is in float16."""
     if config is None:
         return 2 * n * k

@@ -69,6 +69,7 @@ class Journal:
     Attributes:
         records: of the finished blocks, from the first one on; those of an earlier job were checked.
         environment: what does not change the result but in its last bits; as the job was begun.
+        choice: what the job has measured and chosen before its first block, JSON-ready; None where nothing was.
 
     Raises:
         UsageError: an earlier job's fingerprint is another one; the differences are named.
@@ -79,18 +80,26 @@ class Journal:
         self.partial, self.folder = partial, partial / "journal"
         self.records: list[Record] = []
         self.environment = dict(environment)
+        self.choice: dict[str, Any] | None = None
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         job = {"journal": {"version": VERSION}} | {topic: dict(values) for topic, values in fingerprint.items()}
         if (earlier := self._earlier()) is not None:
             self.environment = earlier.pop("environment", self.environment)
+            self.choice = earlier.pop("choice", None)
             _refuse_differences(partial, earlier, job)
             self.records = list(self._whole_records())
         else:
             self.folder.mkdir(exist_ok=True)
             sync(partial)
             write_json_durably(self.folder / JOB, job | {"environment": self.environment})
+        self._job = job
         self._clear()
+
+    def choose(self, choice: dict[str, Any]) -> None:
+        """Keep a choice on the disk: measuring again could end in other last bits, and in another choice."""
+        write_json_durably(self.folder / JOB, self._job | {"environment": self.environment, "choice": choice})
+        self.choice = choice
 
     def commit(self, record: Record, files: Mapping[str, Stamp], tensors: Mapping[str, Tensor] | None = None) -> None:
         """A block is finished; when this returns, neither a crash nor a power cut undoes it.

@@ -14,6 +14,7 @@ from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.config import QuantConfig
 from gptq_belle.measure.memory import PeakMemory, steady_heap
 from gptq_belle.quantization.activations import Activations
+from gptq_belle.quantization.auto_bits import choose, stages_and_room
 from gptq_belle.quantization.block import BlockJob
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.estimate import spills
@@ -66,6 +67,8 @@ def quantize_checkpoint(
     progress = progress or Silent()
     check_output(Path(out))
     setup = set_up(source, config, calibration or Calibration(), device, lora, prompt_style)
+    if setup.config.auto_bits is not None:
+        stages_and_room(setup)  # refuses a budget that cannot be kept
     steady_heap()
     spill = spills(setup, memory)
     report = Report(str(source), setup.config, setup.calibration, versions=_versions())
@@ -74,6 +77,9 @@ def quantize_checkpoint(
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
         journal = _journal(writer, setup, report, progress, restart=not resume)
         with threads(journal.environment["threads"]):
+            setup, report.choice = choose(setup, journal, progress)
+            report.settings = setup.config
+            writer.keep |= report.choice is not None  # what was measured is worth as much as a block
             probe = _quantize_blocks(setup, writer, journal, Activations(writer.partial, setup.shapes, spill=spill),
                                      peak, progress)
             progress.phase("writing")

@@ -42,6 +42,8 @@ class Report:
             `overlap`); None for rtn.
         linears: one row a quantized linear, in the order of solving.
         phases: seconds of every block by what they went into; "total" is all of the block.
+        choice: of bits a stage, with what 4 bits were measured to cost it (see `auto_bits.choose`); None where the
+            settings say all.
         notes: what went otherwise than planned, such as a block that fell back to the CPU.
         resumed: the first block of this run, where it went on with an earlier one; else empty.
         seconds: working time of the job, without blocks that were begun and not finished.
@@ -55,6 +57,7 @@ class Report:
     source: str
     settings: QuantConfig
     calibration: dict[str, Any] | None = None
+    choice: dict[str, Any] | None = None
     linears: list[LinearReport] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -1,0 +1,203 @@
+"""4 or 8 bits for each stage of a model, chosen by what 4 bits were measured to cost, under a budget.
+
+The loss that is measured is that of one stage alone (see `sensitivity`). On the demo models the losses of all stages
+add up to 0.8 and 1.2 times the loss of all stages together, and 8 bits lose 1/300 of what 4 bits do: so the choice is
+a knapsack, the gain of 8 bits being the loss of 4.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gptq_belle.config import Override, QuantConfig
+from gptq_belle.errors import UsageError
+from gptq_belle.measure.memory import parse_bytes
+from gptq_belle.overrides import resolve
+from gptq_belle.quantization.checks import linear_shapes
+from gptq_belle.quantization.estimate import linear_bytes, output_bytes
+from gptq_belle.quantization.journal import Journal
+from gptq_belle.quantization.progress import JobProgress
+from gptq_belle.quantization.sensitivity import BITS, measure, scratch_bytes
+from gptq_belle.quantization.setup import Setup
+
+MORE = 8
+PLAIN = 16  # bits of what is not quantized
+MOST_UNITS = 100_000  # of room in the knapsack's table
+HEADER_BYTES = 160  # a tensor's line in a file's header, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage whose bits are to be chosen.
+
+    Attributes:
+        block: its number.
+        linears: their names inside the block.
+        weights: how many they have.
+        cost: what 8 bits take more than 4, in the budget's unit: bits of codes, or bytes of the file.
+    """
+
+    block: int
+    linears: tuple[str, ...]
+    weights: int
+    cost: int
+
+
+def stages_and_room(setup: Setup) -> tuple[list[Stage], int]:
+    """The stages that no override has settled, and what the budget leaves for 8 bits, in `Stage.cost`'s unit.
+
+    Raises:
+        UsageError: no budget's form; less than 4 bits take; settings that it does not go with.
+    """
+    config, text = setup.config, str(setup.config.auto_bits)
+    if config.bits != BITS or config.method != "gptq":
+        raise UsageError(f"auto-bits chooses between {BITS} and {MORE} bits by GPTQ, not with {config.bits} bits, "
+                         f"method {config.method}", "Leave --bits and --method out.")
+    shapes, blocks = linear_shapes(setup.stream), range(setup.stream.count)
+    sized = _bits_of(text) is None
+    stages = []
+    for index, linears in ((index, stage) for index in blocks for stage in setup.stream.arch.stages):
+        if _is_free(setup, index, linears[0]):
+            weights = sum(shapes[name].numel() for name in linears)
+            cost = sum(linear_bytes(replace(config, bits=MORE, auto_bits=None), *shapes[name]) -
+                       linear_bytes(config, *shapes[name]) for name in linears) if sized else (MORE - BITS) * weights
+            stages.append(Stage(index, linears, weights, cost))
+    room = _room_in_bytes(setup, text) if sized else _room_in_bits(setup, float(text))
+    if room < 0:
+        raise UsageError(f"auto-bits {text} is less than {BITS} bits and the overrides take",
+                         f"Allow {_least(setup, text, room)} or more.")
+    return stages, room
+
+
+def choose(setup: Setup, journal: Journal, progress: JobProgress) -> tuple[Setup, dict[str, Any] | None]:
+    """Measure and choose, or take what an earlier run of the same job has chosen.
+
+    Returns:
+        The job with the choice among its overrides; and the choice for the report, None without a budget:
+        {"budget", "average_bits", "stages": [{"block", "linears", "weights", "loss" (nats a token), "bits"}]}.
+    Raises:
+        UsageError: see `stages_and_room`.
+    """
+    if setup.config.auto_bits is None:
+        return setup, None
+    stages, room = stages_and_room(setup)
+    if journal.choice is None:
+        def step(index: int) -> None:
+            progress.phase(f"measuring what {BITS} bits cost each stage: block {index + 1} of {setup.stream.count}")
+
+        losses = measure(setup, [(stage.block, stage.linears) for stage in stages],
+                         journal.folder / "versions.f32", step)
+        more = knapsack(losses, [stage.cost for stage in stages], room)
+        journal.choose({"budget": setup.config.auto_bits, "stages": [
+            {"block": stage.block, "linears": list(stage.linears), "weights": stage.weights, "loss": loss,
+             "bits": MORE if place in more else BITS}
+            for place, (stage, loss) in enumerate(zip(stages, losses, strict=True))]})
+    assert journal.choice is not None
+    config = with_choice(setup, {(row["block"], row["linears"][0]) for row in journal.choice["stages"]
+                                 if row["bits"] == MORE})
+    chosen = replace(setup, config=config)
+    average = average_bits(chosen)
+    progress.phase(f"{MORE} bits for {sum(row['bits'] == MORE for row in journal.choice['stages'])} of {len(stages)} "
+                   f"stages, {average:.3f} bits a weight on average")
+    return chosen, journal.choice | {"average_bits": average}
+
+
+def foretold(setup: Setup) -> str:
+    """What a dry run says of the choice; "" where there is none to be made.
+
+    Raises:
+        UsageError: see `stages_and_room`.
+    """
+    if setup.config.auto_bits is None:
+        return ""
+    stages, room = stages_and_room(setup)
+    most = min(room, sum(stage.cost for stage in stages)) / (1 if _bits_of(str(setup.config.auto_bits)) is None else 8)
+    scratch = scratch_bytes(setup, len(stages)) / 1e6
+    return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not in the one "
+            f"above; those that get {MORE} bits then take up to {most / 1e6:,.1f} MB more")
+
+
+def with_choice(setup: Setup, more: set[tuple[int, str]]) -> QuantConfig:
+    """The config with 8 bits for the stages (block, first linear) in `more`."""
+    arch, overrides = setup.stream.arch, list(setup.config.overrides)
+    for stage in arch.stages:
+        blocks = [str(index) for index in range(setup.stream.count) if (index, stage[0]) in more]
+        if blocks:
+            names = "|".join(map(re.escape, stage))
+            overrides.append(Override(rf"{re.escape(arch.blocks)}\.(?:{'|'.join(blocks)})\.(?:{names})$", bits=MORE))
+    return resolve(replace(setup.config, overrides=tuple(overrides)), arch, setup.stream.count)
+
+
+def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[int]:
+    """The places whose values add up to most while their costs stay within `room`: exact, by dynamic programming.
+
+    Where the costs' greatest common divisor leaves more than `MOST_UNITS` units of room, costs are rounded up to larger
+    ones.
+    """
+    unit = max(math.gcd(*costs), -(-room // MOST_UNITS), 1)
+    size = room // unit
+    best = np.zeros(size + 1)
+    taken = np.zeros((len(values), size + 1), dtype=bool)
+    for place, (value, cost) in enumerate(zip(values, costs, strict=True)):
+        units = -(-cost // unit)
+        if units <= size:
+            with_it = best[: size + 1 - units] + value
+            taken[place, units:] = with_it > best[units:]
+            best[units:] = np.maximum(best[units:], with_it)
+    found, left = set(), size
+    for place in reversed(range(len(values))):
+        if taken[place, left]:
+            found.add(place)
+            left -= -(-costs[place] // unit)
+    return found
+
+
+def average_bits(setup: Setup) -> float:
+    """Bits a weight over the linears of all blocks; scales and zero points are not counted."""
+    bits, weights = _codes(setup)
+    return bits / weights
+
+
+def _bits_of(text: str) -> float | None:
+    """Average bits a weight, or None where the budget is a size."""
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        return None
+    if not BITS <= float(text) <= MORE:
+        raise UsageError(f"auto-bits {text} is not between {BITS} and {MORE}",
+                         "Give bits a weight on average, such as 4.5, or a file size, such as 3.2GB.")
+    return float(text)
+
+
+def _is_free(setup: Setup, index: int, name: str) -> bool:
+    full_name = f"{setup.stream.arch.blocks}.{index}.{name}"
+    return not any(re.match(override.pattern, full_name) for override in setup.config.overrides)
+
+
+def _codes(setup: Setup) -> tuple[int, int]:
+    """Bits of all codes, and weights."""
+    bits = weights = 0
+    for name, shape in linear_shapes(setup.stream).items():
+        for index in range(setup.stream.count):
+            own = setup.config.of(f"{setup.stream.arch.blocks}.{index}.{name}")
+            weights += shape.numel()
+            bits += shape.numel() * (PLAIN if own is None else own.bits)
+    return bits, weights
+
+
+def _room_in_bits(setup: Setup, average: float) -> int:
+    bits, weights = _codes(setup)
+    return math.floor(average * weights) - bits
+
+
+def _room_in_bytes(setup: Setup, text: str) -> int:
+    stream = setup.stream
+    tensors = stream.count * (5 * len(stream.arch.linears) + 8) + len(stream.rest())
+    return parse_bytes(text) - output_bytes(setup) - HEADER_BYTES * tensors
+
+
+def _least(setup: Setup, text: str, room: int) -> str:
+    return f"{parse_bytes(text) - room:,} bytes" if _bits_of(text) is None else f"{average_bits(setup):.3f} bits"

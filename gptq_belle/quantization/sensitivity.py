@@ -1,0 +1,148 @@
+"""What each stage of a model loses in 4 bits: the KL divergence of the model's output when that stage alone has them.
+
+One pass over the source, with one block in memory at a time. Some rows of text go through it in as many versions as
+there are stages behind them: one as it is, and one for every stage that had 4 bits. Behind the last block stand the
+predictions of all of them. A pass of `TOKENS` tokens takes TOKENS * (blocks * stages)^2 / (2 * stages) token-blocks:
+for a 7B model a tenth of what calibration with 128 rows of 2048 tokens takes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptq_belle.checkpoint.packing import dequantize
+from gptq_belle.config import QuantConfig
+from gptq_belle.models.registry import HEAD
+from gptq_belle.models.skeleton import assign
+from gptq_belle.quantization.setup import Setup
+from gptq_belle.quantization.solver import factorize, gptq
+from gptq_belle.quantization.stream import BlockStream
+
+TOKENS, ROW = 2048, 256  # that are measured on, in rows of so many
+SOLVER_TOKENS = 16384  # others, whose Hessians the solver sees
+BITS = 4
+
+
+def measure(setup: Setup, stages: Sequence[tuple[int, tuple[str, ...]]], scratch: Path,
+            step: Callable[[int], None]) -> list[float]:
+    """The mean KL(full || one stage in 4 bits) over the measured tokens' predictions, in nats a token.
+
+    Args:
+        setup: the job; its tokens are those to calibrate on.
+        stages: (block, linears that see the same input) of each stage in question, by block.
+        scratch: a file to keep the rows in; removed in the end.
+        step: called with the number of every block when it begins.
+    Returns:
+        A loss for each of `stages`.
+    """
+    stream = setup.stream
+    rows, seen = _rows(setup)
+    hidden = int(stream.model.config.hidden_size)
+    count = (1 + len(stages)) * rows.numel() * hidden
+    try:  # a mapped file: anonymous memory stays that of one block
+        states = torch.from_file(str(scratch), shared=True, size=count + seen.numel() * hidden, dtype=torch.float32)
+        versions = states[:count].view(1 + len(stages), *rows.shape, hidden)
+        solved = states[count:].view(*seen.shape, hidden)
+        for place, tokens in ((versions[0], rows), (solved, seen)):
+            for part, batch in zip(place.split(len(stream.batches(tokens)[0])), stream.embed(tokens), strict=True):
+                part.copy_(batch)
+        for index in range(stream.count):
+            step(index)
+            _advance(setup.config, stream, index, stages, versions, solved)
+        return _divergences(stream, versions)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def scratch_bytes(setup: Setup, stages: int) -> int:
+    """Size of the scratch file for so many stages."""
+    rows, seen = _rows(setup)
+    return 4 * int(setup.stream.model.config.hidden_size) * ((1 + stages) * rows.numel() + seen.numel())
+
+
+def _rows(setup: Setup) -> tuple[Tensor, Tensor]:
+    """Rows to measure on, from the calibration rows' end, and rows for the solver, from their beginning."""
+    assert setup.tokens is not None
+    length = min(ROW, setup.tokens.shape[1])
+    pieces = setup.tokens[:, : setup.tokens.shape[1] // length * length].reshape(-1, length)
+    measured = max(1, min(TOKENS // length, len(pieces) // 4))
+    return pieces[-measured:], pieces[: max(1, min(SOLVER_TOKENS // length, len(pieces) - measured))]
+
+
+def _advance(config: QuantConfig, stream: BlockStream, index: int, stages: Sequence[tuple[int, tuple[str, ...]]],
+             versions: Tensor, solved: Tensor) -> None:
+    """Move all versions behind block `index`, and those that begin there come to be; the solver's rows likewise."""
+    block = stream.block(index)
+    stream.read_ahead(index + 1)
+    for place, (owner, stage) in enumerate(stages):
+        if owner < index:
+            versions[1 + place] = stream.run(block, versions[1 + place])
+        elif owner == index:
+            with _in_few_bits(config, stream, block, stage, solved):
+                versions[1 + place] = stream.run(block, versions[0])
+    versions[0] = stream.run(block, versions[0])
+    for batch in solved.split(_batch(stream, solved)):
+        batch.copy_(stream.run(block, batch))
+    stream.drop(block)
+
+
+@contextmanager
+def _in_few_bits(config: QuantConfig, stream: BlockStream, block: nn.Module, stage: Sequence[str],
+                 solved: Tensor) -> Iterator[None]:
+    """The block with one stage in 4 bits, by the job's solver."""
+    own = replace(config, bits=BITS, overrides=(), auto_bits=None)
+    hessian = stream.hessian(block, stage, solved.split(_batch(stream, solved)), lambda: None)
+    factor = factorize(hessian, own)
+    before = {name: block.get_parameter(f"{name}.weight") for name in stage}
+    for name, weight in before.items():
+        assign(block, f"{name}.weight", dequantize(gptq(weight, hessian, own, factor).weight))
+    yield
+    for name, weight in before.items():
+        assign(block, f"{name}.weight", weight.detach())
+
+
+def _batch(stream: BlockStream, states: Tensor) -> int:
+    return len(stream.batches(torch.empty(states.shape[:2], device="meta"))[0])
+
+
+def _divergences(stream: BlockStream, versions: Tensor) -> list[float]:
+    """KL of each version's predictions to the first one's, with some rows of the head in memory at a time."""
+    _normalize(stream, versions)
+    states = versions.flatten(1, 2)
+    full, *others = states.to(stream.device) if stream.device.type == "cuda" else states
+    clean = torch.full((len(full),), -torch.inf, device=full.device)
+    for head in _head(stream):
+        clean = torch.logaddexp(clean, (full @ head.t()).logsumexp(1))
+    cross = torch.zeros(len(others), len(full), dtype=torch.float64)
+    norms = torch.full((len(others), len(full)), -torch.inf, dtype=torch.float64)
+    for head in _head(stream):
+        logits = full @ head.t()
+        chances = (logits - clean[:, None]).exp()
+        for place, other in enumerate(others):
+            theirs = other @ head.t()
+            cross[place] += ((logits - theirs) * chances).sum(1, dtype=torch.float64).cpu()
+            norms[place] = torch.logaddexp(norms[place], theirs.logsumexp(1).double().cpu())
+    return [max(0.0, value) for value in (cross + norms - clean.double().cpu()).mean(1).tolist()]
+
+
+def _normalize(stream: BlockStream, versions: Tensor) -> None:
+    """Run what comes behind the last block, in place."""
+    for root in stream.arch.after:
+        module = stream.model.get_submodule(root)
+        for name, _ in list(module.named_parameters()):
+            full_name = f"{root}.{name}"
+            tensor = stream.float16(full_name, stream.reader.tensor(full_name))
+            assign(module, name, tensor.to(stream.device, torch.float32))
+        for version in versions:
+            version.copy_(module(version.to(stream.device)))
+        module.to("meta")
+
+
+def _head(stream: BlockStream) -> Iterator[Tensor]:
+    name = f"{stream.arch.before[0]}.weight" if stream.tied() else f"{HEAD}.weight"
+    for chunk in stream.reader.chunks(name):
+        yield stream.float16(name, chunk).to(stream.device, torch.float32)
