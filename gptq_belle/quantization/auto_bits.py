@@ -117,8 +117,8 @@ def foretold(setup: Setup) -> str:
     stages, room = stages_and_room(setup)
     most = min(room, sum(stage.cost for stage in stages)) / (1 if _bits_of(str(setup.config.auto_bits)) is None else 8)
     scratch = scratch_bytes(setup, len(stages)) / 1e6
-    return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not in the one "
-            f"above; those that get {MORE} bits then take up to {most / 1e6:,.1f} MB more")
+    return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not in the "
+            f"one above; those that get {MORE} bits then take up to {most / 1e6:,.1f} MB more")
 
 
 def with_choice(setup: Setup, more: set[tuple[int, str]]) -> QuantConfig:
