@@ -40,7 +40,7 @@ def test_layer(group_size, sym, act_order, monkeypatch):
     """Over several blocks, the last of which is short where the group allows."""
     bits = {32: 3, 64: 4, 128: 2, -1: 8}[group_size]
     columns = {32: 160, 64: 192, 128: 256, -1: 150}[group_size]
-    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order)
+    config = QuantConfig(preset="fast", bits=bits, group_size=group_size, sym=sym, act_order=act_order)
     weight, hessian = (t.float() for t in problem(20, columns, seed=columns, dead=(3, 40)))
     torchs = solver.gptq(weight, hessian, config)
     monkeypatch.setattr(solver, "_block_solver", lambda W: oracle_solver)
@@ -58,7 +58,7 @@ def test_scales_too_large_for_float16(monkeypatch):
     monkeypatch.setattr(solver, "_block_solver", lambda W: solve_block)
     weight, hessian = (t.float() for t in problem(4, 64, seed=1))
     with pytest.raises(solver.InputError, match="too large for float16"):
-        solver.gptq(weight * 1e7, hessian, QuantConfig(group_size=32))
+        solver.gptq(weight * 1e7, hessian, QuantConfig(preset="fast", group_size=32))
 
 
 def test_rounding():

@@ -1,6 +1,7 @@
 """What the result of a job follows from: the source's bytes, the calibration tokens and the settings, and nothing else
 but the last bits of floating point."""
 
+import json
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,7 +36,8 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
     return {
         "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
         "calibration": calibration or {},
-        "settings": asdict(config),
+        "settings": json.loads(json.dumps(asdict(config))),  # as it is read back: tuples are lists
+        "recipe": asdict(config.recipe),
         "program": {"gptq_belle": __version__},
     }
 
