@@ -31,6 +31,11 @@ def command(
     act_order: Annotated[bool, typer.Option("--act-order", help="Solve the most active inputs first.")] = False,
     damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian's mean diagonal.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: rounding without calibration.")] = "gptq",
+    preset: Annotated[str, typer.Option(help="best, or fast: plain GPTQ.")] = "best",
+    without: Annotated[str, typer.Option(metavar="IDEA,...", help="Ideas of the preset to switch off: search, order, "
+                                         "refine, targets, veto.")] = "",
+    positive_scales: Annotated[bool, typer.Option("--positive-scales", help="For readers that cannot take negative "
+                                                  "scales; a little less quality.")] = False,
     calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
     rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
@@ -50,7 +55,9 @@ def command(
 
     Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
     """
-    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method)
+    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
+                         preset=preset, without=tuple(filter(None, without.split(","))),
+                         positive_scales=positive_scales)
     from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -70,6 +77,8 @@ def command(
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
     console.say(f"{out}: {bits} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
+    if report.winners:
+        console.say("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
 
 
 def _say_what_it_takes(model: str, config: QuantConfig, text: "Calibration", device: str, limit: int | None,

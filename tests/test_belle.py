@@ -1,4 +1,4 @@
-"""eval belle: batched answers are those that come one by one, and rows are read or refused by line."""
+"""eval belle: every measure by class, and rows that are read or refused by line."""
 
 import json
 
@@ -6,40 +6,52 @@ import pytest
 import torch
 
 from gptq_belle import load
-from gptq_belle.errors import InputError, UsageError
-from gptq_belle.evaluation.belle import Row, evaluate, greedy_answers, read_rows
+from gptq_belle.errors import InputError
+from gptq_belle.evaluation.answers import Answer, ask
+from gptq_belle.evaluation.belle import COLUMNS, Row, class_name, evaluate, lines, read_rows
+from gptq_belle.evaluation.score import rouge_l
 
 QUESTIONS = ["一加一等于几?", "What is the capital of France?", "写一首关于春天的诗。", "a", "北京" * 8]
 
 
-@pytest.fixture(scope="module", params=["bloom", "llama"])
-def model(request):
-    return load(request.getfixturevalue(f"tiny_{request.param}"), device="cpu", dtype=torch.float32)
-
-
-def test_batches_answer_as_one_by_one(model):
-    together = dict(zip(*next(greedy_answers(model, QUESTIONS, 12, 8)), strict=True))
-    for index, question in enumerate(QUESTIONS):
-        alone = model.generate(question, prompt_style="auto", max_new_tokens=12)
-        assert together[index] == alone.strip()
+@pytest.fixture(scope="module")
+def model(tiny_bloom):
+    return load(tiny_bloom, device="cpu", dtype=torch.float32)
 
 
 def test_scores_by_class_and_in_order_of_rows(model):
     answer = model.generate(QUESTIONS[0], prompt_style="auto", max_new_tokens=8).strip()
-    rows = [Row("extract", QUESTIONS[1], "nothing like it"), Row("extract", QUESTIONS[0], answer), Row("code", "b", "")]
+    rows = [Row("extract", QUESTIONS[1], "nothing like it"), Row("extract", QUESTIONS[0], answer),
+            Row("code", "b", "x"), Row("generation", "c", "")]
     seen = []
     found = evaluate(model, rows, limit=8, batch=2, progress=lambda done, total: seen.append((done, total)))
     assert found.answers[1] == answer
     assert found.classes["extract"].score == 50
     assert found.exact == 50
     assert found.classes["code"].metric == "f1"
-    assert seen[-1] == (3, 3)
+    assert "generation" not in found.classes
+    assert seen[-1] == (4, 4)
     assert evaluate(model, rows[2:], limit=2).exact is None
+    figures = found.figures["extract"]
+    assert (figures.questions, figures.references, figures.exact) == (2, 2, 50)
+    assert 50 <= figures.rouge_l == pytest.approx((100 + 100 * rouge_l(found.answers[0], "nothing like it")) / 2)
+    assert found.figures["generation"].exact is found.figures["generation"].nll is None
+    assert (found.total.questions, found.total.references) == (4, 3)
+    assert found.total.agreement is None
+    assert {len(row) for row in lines(found)} == {len(COLUMNS)}
+    assert [row[0] for row in lines(found)] == ["extract *", "code", "generation", "all with * together", "all"]
 
 
-def test_a_question_beyond_the_context_is_refused(model):
-    with pytest.raises(UsageError, match="context"):
-        list(greedy_answers(model, ["字" * 300], 8, 1))
+def test_agreement_with_the_bases_answers(model):
+    rows = [Row("a", question, "") for question in QUESTIONS]
+    own = ask(model, QUESTIONS, 10, 2)
+    found = evaluate(model, rows, limit=10, base=own)
+    assert found.total.agreement == found.total.identical == 100
+    last_differs = [Answer("", [*answer.ids[:-1], (answer.ids[-1] + 1) % 384]) for answer in own]
+    found = evaluate(model, rows, limit=10, base=last_differs)
+    assert found.total.identical == 0
+    tokens = sum(len(answer.ids) for answer in own)
+    assert found.total.agreement == pytest.approx(100 * (1 - len(own) / tokens))
 
 
 def test_rows_are_read_by_class(tmp_path):
@@ -50,7 +62,8 @@ def test_rows_are_read_by_class(tmp_path):
     assert read_rows(path, 1) == [Row("a", "0", "x"), Row("b", "0", "x")]
 
 
-@pytest.mark.parametrize(("text", "cause"), [("", "no rows"), ('{"class": "a"}', "line 1"), ("[", "line 1")])
+@pytest.mark.parametrize(("text", "cause"), [("", "no rows"), ('{"class": "a"}', "line 1"), ("[", "line 1"),
+                                                ('{"class": "a", "question": "b", "std_answer": 3}', "line 1")])
 def test_damaged_rows_are_refused(tmp_path, text, cause):
     path = tmp_path / "test.jsonl"
     path.write_text(text)
@@ -58,3 +71,15 @@ def test_damaged_rows_are_refused(tmp_path, text, cause):
         read_rows(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_rows(tmp_path / "absent.jsonl")
+
+
+def test_the_quirks_of_belles_own_file(tmp_path):
+    """Its classes hold a space or a no-break space, open questions an empty answer; others' files leave it out."""
+    path = tmp_path / "eval_set.json"
+    lines = [{"question": "一\u2028二", "std_answer": "a", "class": "closed\xa0qa"},
+             {"question": "q", "std_answer": " ", "class": "open qa"},
+             {"question": "q", "std_answer": None, "class": "Brainstorming "}, {"question": "q", "class": "open QA"}]
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    assert read_rows(path) == [Row("closed_qa", "一\u2028二", "a"), Row("open_qa", "q", ""),
+                               Row("brainstorming", "q", ""), Row("open_qa", "q", "")]
+    assert class_name("closed\xa0QA") == class_name("closed_qa") == "closed_qa"

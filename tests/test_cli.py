@@ -157,10 +157,30 @@ def test_eval_kl(belle, packed, tiny_llama, text):
     found = json.loads(out)
     assert code == 0
     assert found["kl_mean"] > 0
-    assert set(found["kl_quantiles"]) == {"50%", "90%", "95%", "99%", "99.9%"}
+    assert set(found["kl_quantiles"]) == {"1%", "5%", "10%", "50%", "90%", "95%", "99%", "99.9%"}
     code, out, _ = belle("eval", "kl", tiny_llama, "--base", tiny_llama, "--text", text)
     assert code == 0
-    assert "KL mean                      0.000000 ± 0.000000" in out
+    assert "Mean KLD                        0.000000 ± 0.000000" in out
+    gates = ("kl_99%>99", "same_top>=2", "ratio<=0.5", "change_50%>1")
+    for gate in gates:
+        code, _, err = belle("eval", "kl", packed, "--base", tiny_llama, "--text", text, "--gate", gate)
+        assert code == 5
+        assert gate in err
+
+
+def test_eval_kl_keeps_what_the_base_predicts(belle, packed, tiny_llama, text, tmp_path, monkeypatch):
+    from gptq_belle.evaluation import verbs
+
+    loaded, load = [], verbs.load_model
+    monkeypatch.setattr(verbs, "load_model", lambda path, *args: loaded.append(path) or load(path, *args))
+    args = ("eval", "kl", packed, "--base", tiny_llama, "--text", text, "--window", 64, "--json")
+    plain, first, second = belle(*args), *(belle(*args, "--keep", tmp_path / "kept") for _ in range(2))
+    assert plain[:2] == first[:2] == second[:2]
+    assert plain[0] == 0
+    assert loaded == [tiny_llama, packed, tiny_llama, packed, packed]
+    code, _, err = belle(*args, "--keep", tmp_path)
+    assert code == 2
+    assert "holds other files" in err
 
 
 def test_eval_belle(belle, packed, tmp_path):
@@ -169,9 +189,40 @@ def test_eval_belle(belle, packed, tmp_path):
     code, out, _ = belle("eval", "belle", packed, "--test", test, "--max-tokens", 4, "--json")
     assert code == 0
     assert json.loads(out)["classes"]["math"]["answers"] == 1
-    code, out, _ = belle("eval", "belle", packed, "--test", test, "--max-tokens", 4, "--gate", "exact>100")
-    assert code == 5
-    assert "math" in out
+    for gate in ("exact>100", "nll.math<0", "f1>=101"):
+        code, out, err = belle("eval", "belle", packed, "--test", test, "--max-tokens", 4, "--gate", gate)
+        assert code == 5
+        assert "math" in out
+        assert gate in err
+    assert belle("eval", "belle", packed, "--test", test, "--gate", "nll.code<0")[0] == 2
+
+
+def test_eval_belle_with_a_base_and_a_judge(belle, tiny_llama, tmp_path):
+    test, prompts, judge = (tmp_path / name for name in ("test.jsonl", "prompts.json", "judge.jsonl"))
+    test.write_text('{"class": "open qa", "question": "1+1?", "std_answer": "2"}\n', encoding="utf-8")
+    prompts.write_text('{"class": "open QA", "prompt": "打分。"}\n', encoding="utf-8")
+    args = ("eval", "belle", tiny_llama, "--test", test, "--max-tokens", 4, "--base", tiny_llama, "--json")
+    code, out, _ = belle(*args, "--judge", judge, "--judge-prompts", prompts)
+    assert code == 0
+    assert json.loads(out)["total"]["agreement"] == json.loads(out)["total"]["identical"] == 100
+    assert json.loads(judge.read_text(encoding="utf-8"))["class"] == "open QA"
+    assert belle(*args, "--judge", judge)[0] == 2
+
+
+def test_text_that_was_calibrated_on_is_refused(belle, packed, text, tmp_path):
+    import shutil
+
+    from gptq_belle.quantization.overlap import seen_keys
+
+    path = tmp_path / "calibrated"
+    shutil.copytree(packed, path)
+    report = {"calibration": {"seen": seen_keys(["The quick brown fox jumps over the lazy dog."])}}
+    (path / "quantization_report.json").write_text(json.dumps(report), encoding="utf-8")
+    code, out, err = belle("eval", "ppl", path, "--text", text)
+    assert (code, out) == (4, "")
+    assert "4 of 8 rows" in err
+    assert "--allow-overlap" in err
+    assert belle("eval", "ppl", path, "--text", text, "--allow-overlap")[0] == 0
 
 
 def test_bench_json(belle, packed, monkeypatch):

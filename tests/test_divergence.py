@@ -8,13 +8,8 @@ import torch
 from conftest import VOCABULARY, tiny_tokenizer
 
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.divergence import (
-    check_same_tokenizer,
-    compare_tokens,
-    divergence,
-    lines,
-    summarize,
-)
+from gptq_belle.evaluation.divergence import check_same_tokenizer, compare_tokens, divergence
+from gptq_belle.evaluation.divergence_figures import summarize
 from gptq_belle.evaluation.perplexity import CHUNK, encode
 
 TEXT = "人工智能正在改变我们的生活,语言模型可以回答问题、翻译文章、编写程序。" * 8
@@ -49,7 +44,7 @@ def test_against_sums_written_out():
     assert found.kl_mean == pytest.approx(numpy.mean(kl), **near)
     assert found.kl_error == pytest.approx(numpy.std(kl, ddof=1) / math.sqrt(len(kl)), **near)
     assert found.kl_max == pytest.approx(max(kl), **near)
-    for name, share in {"50%": 50, "90%": 90, "95%": 95, "99%": 99, "99.9%": 99.9}.items():
+    for name, share in {"1%": 1, "50%": 50, "90%": 90, "95%": 95, "99%": 99, "99.9%": 99.9}.items():
         assert found.kl_quantiles[name] == pytest.approx(numpy.percentile(kl, share), **near)
     assert found.same_top == pytest.approx(numpy.mean(same), **near)
     assert found.base_perplexity == pytest.approx(math.exp(numpy.mean(base_loss)), **near)
@@ -95,9 +90,3 @@ def test_different_vocabularies_and_tokenizers_are_refused(tmp_path):
     other.add_tokens(["人工智能"])
     with pytest.raises(InputError, match="different tokens"):
         check_same_tokenizer(tokenizer, other, TEXT)
-
-
-def test_the_printed_block_names_every_figure():
-    block = dict(lines(divergence(fake_model(1), fake_model(2), tiny_tokenizer(), TEXT)))
-    assert list(block)[:2] == ["perplexity", "perplexity of the base"]
-    assert {"KL mean", "KL maximum", "KL 99.9%", "KL 90%", "same top token"} <= set(block)

@@ -1,13 +1,14 @@
 """Perplexity against a direct computation: every token but the first scored once, with the context it should have."""
 
 import math
+import statistics
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.evaluation.perplexity import encode, perplexity, read_text, windows
+from gptq_belle.evaluation.perplexity import encode, perplexity, read_text, summarize, windows
 
 TEXT = "The quick brown fox 北京是中国的首都,有三千多年的历史。 jumps over the lazy dog. 一加一等于二。" * 3
 
@@ -47,6 +48,13 @@ def test_against_a_direct_computation(reference, length, stride):
     rest = TEXT[len(tokenizer.decode(ids[:1])):]
     assert math.log(found.per_byte) == pytest.approx(sum(losses) / len(rest.encode()), rel=1e-4)
     assert math.log(found.per_character) == pytest.approx(sum(losses) / len(rest), rel=1e-4)
+
+
+def test_the_standard_error_against_a_bootstrap():
+    losses = torch.rand(600, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) ** 2 * 4
+    draws = [summarize(losses[torch.randint(600, (600,))], "text", 1).perplexity for _ in range(1000)]
+    # a standard deviation of 1,000 draws is known to 2.2 %
+    assert summarize(losses, "text", 1).standard_error == pytest.approx(statistics.stdev(draws), rel=0.09)
 
 
 @pytest.mark.parametrize(("total", "length", "stride"), [(2, 2, 1), (7, 4, None), (8, 4, 3), (100, 16, 5), (5, 9, 2)])

@@ -75,3 +75,25 @@ def test_classes_are_scored_by_their_metric() -> None:
 def test_overall_needs_answers() -> None:
     with pytest.raises(ValueError, match="extract"):
         score.overall({"code": score.ClassScore(50.0, 1, "f1")})
+
+
+def longest_common(a: str, b: str) -> int:
+    """The textbook's table of the longest common subsequence."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+@given(st.text("abc一二", max_size=40), st.text("abc一二", max_size=40))
+def test_common_subsequence_against_the_table(a: str, b: str) -> None:
+    assert score.common_subsequence(a, b) == longest_common(a, b)
+
+
+def test_rouge_l_by_hand() -> None:
+    assert score.rouge_l("警察杀死了枪手", "枪手杀死了警察") == pytest.approx(3 / 7)  # 杀死了
+    assert score.rouge_l("abcd", "xabyd") == pytest.approx(2 * 3 / 9)
+    assert score.rouge_l("a b", "ＡＢ。") == 1.0
+    assert score.rouge_l("", "a") == 0.0
+    assert score.rouge_l("", "") == 1.0

@@ -1,24 +1,23 @@
-"""`eval belle`: greedy answers to questions in the model's own prompt style, scored by class."""
+"""`eval belle`: answers to test questions in the model's own prompt style, scored by class."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import InputError
+from gptq_belle.evaluation.answers import Answer, ask, given_answers, prompt_ids, reference_ids
+from gptq_belle.evaluation.class_figures import ClassFigures, Scored, figures
 from gptq_belle.evaluation.score import TARGET_CLASSES, ClassScore, overall, score_classes
-from gptq_belle.runtime.chat import StopStrings, Turn, render, style_named
 from gptq_belle.runtime.engine import Model
 
 FIELDS = ("class", "question", "std_answer")
 
 
 class Row(NamedTuple):
-    """One question of a test set."""
+    """One question of a test set; std_answer is empty where there is no one right answer."""
 
     cls: str
     question: str
@@ -30,18 +29,22 @@ class BelleScores:
     """Scores of one model.
 
     Attributes:
-        classes: in percent, with metric and number of answers.
+        classes: in percent, by the one measure that suits a class; those whose rows have a reference.
         exact: percent of right answers over the classes that have one right answer; None where none was asked.
         answers: in the order of the rows.
+        figures: every measure, by class.
+        total: the same over all rows.
     """
 
     classes: dict[str, ClassScore]
     exact: float | None
     answers: list[str]
+    figures: dict[str, ClassFigures]
+    total: ClassFigures
 
 
 def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int = 32, style: str = "auto",
-             progress: Callable[[int, int], None] | None = None) -> BelleScores:
+             base: Sequence[Answer] | None = None, progress: Callable[[int, int], None] | None = None) -> BelleScores:
     """Ask every question and score the answers.
 
     Args:
@@ -50,29 +53,57 @@ def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int 
         limit: the most tokens of an answer.
         batch: questions answered at a time; the longest answer of a batch sets its time.
         style: "auto" or a key of `runtime.chat.STYLES`.
+        base: what the full-precision model answers (`answers.ask`), to measure agreement.
         progress: called with (answers given, answers in all).
     """
-    found = [""] * len(rows)
-    done = 0
-    for members, answers in greedy_answers(model, [row.question for row in rows], limit, batch, style):
-        for index, answer in zip(members, answers, strict=True):
-            found[index] = answer
-        done += len(members)
-        if progress:
-            progress(done, len(rows))
-    scores = score_classes((row.cls, answer, row.std_answer) for row, answer in zip(rows, found, strict=True))
-    asked = any(cls in scores for cls in TARGET_CLASSES)
-    return BelleScores(scores, overall(scores) if asked else None, found)
+    answers = ask(model, [row.question for row in rows], limit, batch, style, progress)
+    return score(model, rows, answers, style=style, base=base)
 
 
-def lines(scores: BelleScores) -> list[tuple[str, str, str, str]]:
-    """A row a class for reading: name, measure, score in percent, answers; at the end the exact classes together."""
-    rows = [(marked(name), score.metric, f"{score.score:.1f}", str(score.answers))
-            for name, score in scores.classes.items()]
+def score(model: Model, rows: Sequence[Row], answers: Sequence[Answer], *, style: str = "auto",
+          base: Sequence[Answer] | None = None) -> BelleScores:
+    """Score answers that the model gave; arguments as for `evaluate`."""
+    referenced = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.std_answer]
+    classes = score_classes((row.cls, answer.text, row.std_answer) for row, answer in referenced)
+    asked = any(cls in classes for cls in TARGET_CLASSES)
+    scored = list(_scored(model, rows, answers, style, base))
+    names = dict.fromkeys(row.cls for row in rows)
+    by_class = {name: figures(one for row, one in zip(rows, scored, strict=True) if row.cls == name) for name in names}
+    return BelleScores(classes, overall(classes) if asked else None, [answer.text for answer in answers],
+                       by_class, figures(scored))
+
+
+def _scored(model: Model, rows: Sequence[Row], answers: Sequence[Answer], style: str,
+            base: Sequence[Answer] | None) -> Iterator[Scored]:
+    """Every row with what the model thinks of its reference and of the base's answer."""
+    prompts = prompt_ids(model, [row.question for row in rows], style)
+    texts = [row.std_answer for row in rows]
+    references = [ids if text else [] for ids, text in zip(reference_ids(model, texts), texts, strict=True)]
+    losses = given_answers(model, prompts, references)
+    agreed = given_answers(model, prompts, [answer.ids for answer in base]) if base else [None] * len(rows)
+    for row, answer, loss, same in zip(rows, answers, losses, agreed, strict=True):
+        yield Scored(row.cls, answer.text, row.std_answer, loss.loss, same.same_top if same else None)
+
+
+def lines(scores: BelleScores) -> list[list[str]]:
+    """A row a class for reading, then one of all; COLUMNS names the cells."""
+    rows = [[marked(name), *_cells(found)] for name, found in scores.figures.items()]
     if scores.exact is not None:
-        answers = sum(score.answers for name, score in scores.classes.items() if name in TARGET_CLASSES)
-        rows.append(("all with * together", "exact", f"{scores.exact:.1f}", str(answers)))
-    return rows
+        asked = [name for name in scores.classes if name in TARGET_CLASSES]
+        answers = sum(scores.classes[name].answers for name in asked)
+        rows.append(["all with * together", str(answers), f"{scores.exact:.1f}", *["-"] * 5])
+    return [*rows, ["all", *_cells(scores.total)]]
+
+
+COLUMNS = ("class", "questions", "exact, %", "F1, %", "ROUGE-L, %", "NLL a token", "tokens as base, %",
+           "answers as base, %")
+
+
+def _cells(found: ClassFigures) -> list[str]:
+    nll = "-" if found.nll is None else f"{found.nll:.4f} ± {found.nll_error:.4f}"
+    measures = (found.exact, found.f1, found.rouge_l, None, found.agreement, found.identical)
+    cells = ["-" if value is None else f"{value:.1f}" for value in measures]
+    return [str(found.questions), *cells[:3], nll, *cells[4:]]
 
 
 def marked(cls: str) -> str:
@@ -80,45 +111,16 @@ def marked(cls: str) -> str:
     return f"{cls} *" if cls in TARGET_CLASSES else cls
 
 
-def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: int,
-                   style: str = "auto") -> Iterator[tuple[list[int], list[str]]]:
-    """Batches of (which questions, their answers), the shortest prompts first, so that batches pad little."""
-    name = model.prompt_style if style == "auto" else style
-    frame, tokenizer = style_named(name), model.tokenizer
-    texts = [render([Turn(question)], name, tokenizer.eos_token) for question in questions]
-    ids = [tokenizer(text, add_special_tokens=frame.special_tokens)["input_ids"] for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for members in (order[start : start + batch] for start in range(0, len(order), batch)):
-        rows = _generate(model, [ids[i] for i in members], limit)
-        yield members, [_shown(str(tokenizer.decode(row, skip_special_tokens=True)), frame.stops) for row in rows]
-
-
-def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> Tensor:
-    """Up to `limit` greedy tokens behind each prompt: (B, L), padded behind eos."""
-    width = max(map(len, prompts))
-    pad = next(iter(model.eos_ids), 0)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    if model.context is not None and width + limit > model.context:
-        raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
-                         "Lower --max-tokens, or leave the longest questions out.")
-    hf: Any = model.hf
-    output: Tensor = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-                                 temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-                                 eos_token_id=list(model.eos_ids) or None)
-    return output[:, width:]
-
-
-def _shown(text: str, stops: Sequence[str]) -> str:
-    stream = StopStrings(stops)
-    return (stream.feed(text) + stream.finish()).strip()
+def class_name(name: str) -> str:
+    """A class as it is compared: BELLE's files write "open qa", "open QA" and "closed\\xa0qa" (a no-break space)."""
+    return "_".join(unicodedata.normalize("NFKC", name).lower().split())
 
 
 def read_rows(path: str | Path, per_class: int | None = None) -> list[Row]:
     """The rows of a JSON Lines file with class, question and std_answer, as BELLE's evaluation set has them.
 
     Args:
-        path: the file; other fields of a row are left alone.
+        path: the file; other fields of a row are left alone. std_answer may be empty, null or missing.
         per_class: keep the first so many of each class.
     Raises:
         InputError: it is not there, empty, not JSON, or a row lacks a field; the line is named.
@@ -126,10 +128,8 @@ def read_rows(path: str | Path, per_class: int | None = None) -> list[Row]:
     path = Path(path)
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        row = _row(line)
+    for number, value in json_lines(path):
+        row = _row(value)
         if row is None:
             raise InputError(f"{path}, line {number} is not a JSON object with {', '.join(FIELDS)} as texts",
                              "Mend or drop that line.")
@@ -141,21 +141,33 @@ def read_rows(path: str | Path, per_class: int | None = None) -> list[Row]:
     return rows
 
 
-def _lines(path: Path) -> list[str]:
+def json_lines(path: Path) -> Iterable[tuple[int, Any]]:
+    """(line number, value) of a JSON Lines file's lines; None where a line is not JSON.
+
+    Raises:
+        InputError: it is not there or not UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
     except OSError as error:
-        raise InputError(f"test file {path} cannot be read: {error.strerror}",
-                         f"Give a JSONL file with {', '.join(FIELDS)}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}", "Give a JSON Lines file.") from error
+    # not splitlines(), which also cuts at U+2028 and its like inside of texts
+    return ((number, _value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _row(line: str) -> Row | None:
+def _value(line: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    if not isinstance(value, dict) or not all(isinstance(value.get(field), str) for field in FIELDS):
+
+
+def _row(value: Any) -> Row | None:
+    if not isinstance(value, dict):
         return None
-    return Row(*(value[field] for field in FIELDS))
+    cls, question, answer = (value.get(field) for field in FIELDS)
+    if not isinstance(cls, str) or not isinstance(question, str) or not isinstance(answer, str | None):
+        return None
+    return Row(class_name(cls), question, answer if answer and answer.strip() else "")

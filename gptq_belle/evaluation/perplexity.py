@@ -5,7 +5,7 @@ lengths and tokenizers are about the same text.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.calibration import read_documents
+from gptq_belle.quantization.overlap import Document
 from gptq_belle.runtime.chat import render
 
 CHUNK = 64  # positions scored at a time: with BLOOM's 250,880 tokens, 64 rows of float64 are 128 MB
@@ -118,10 +119,10 @@ def summarize(losses: Tensor, text: str, count: int) -> Perplexity:
     """Losses (S,) of the tokens that make up `text`, seen in `count` windows, to figures."""
     total, mean = float(losses.sum()), float(losses.mean())
     return Perplexity(
-        perplexity=_exp(mean),
-        standard_error=_exp(mean) * standard_error(losses),
-        per_byte=_exp(total / max(1, len(text.encode()))),
-        per_character=_exp(total / max(1, len(text))),
+        perplexity=exponential(mean),
+        standard_error=exponential(mean) * standard_error(losses),
+        per_byte=exponential(total / max(1, len(text.encode()))),
+        per_character=exponential(total / max(1, len(text))),
         tokens=len(losses),
         windows=count,
     )
@@ -170,10 +171,21 @@ def read_text(path: str | Path, style: str, eos: str) -> str:
     Raises:
         InputError: it is not there, empty, not UTF-8, or holds a row of no known form.
     """
+    return joined(text_documents(path), style, eos)
+
+
+def text_documents(path: str | Path) -> list[Document]:
+    """The documents of `read_text`; raises the same."""
     if not Path(path).is_file():
         raise InputError(f"text file {path} does not exist", "Give a UTF-8 text or JSONL file.")
-    return "".join(text if isinstance(text, str) else render(text, style, eos) for text in read_documents(path))
+    return list(read_documents(path))
 
 
-def _exp(value: float) -> float:
+def joined(documents: Iterable[Document], style: str, eos: str) -> str:
+    """Documents as one text, chats in their prompt, each answer followed by eos."""
+    return "".join(text if isinstance(text, str) else render(text, style, eos) for text in documents)
+
+
+def exponential(value: float) -> float:
+    """exp, infinity where a float cannot hold it."""
     return math.exp(value) if value < 700 else math.inf

@@ -1,12 +1,17 @@
 """The verbs `eval ppl`, `eval kl` and `eval belle`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptq_belle import console
+from gptq_belle.errors import UsageError
 from gptq_belle.options import ChatStyle, ModelPath, Precision, load_model
+
+if TYPE_CHECKING:
+    from gptq_belle.evaluation.answers import Answer
+    from gptq_belle.evaluation.belle import Row
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -14,7 +19,9 @@ Text = Annotated[Path, typer.Option(help="UTF-8 text, or JSONL rows of any form 
 Window = Annotated[int, typer.Option(help="Tokens a window.")]
 Stride = Annotated[int | None, typer.Option(help="Scored tokens a window; left out, all of it.", show_default=False)]
 Limit = Annotated[int | None, typer.Option(help="Look at the first so many tokens only.", show_default=False)]
-Gate = Annotated[list[str] | None, typer.Option(help="Exit with code 5 unless it holds; may be repeated.")]
+Gate = Annotated[list[str] | None, typer.Option(
+    help="Exit with code 5 unless it holds; a figure of --json, <, <=, > or >=, a number. May be repeated.")]
+Overlap = Annotated[bool, typer.Option("--allow-overlap", help="Take text that the model was calibrated on.")]
 
 
 @app.command()
@@ -25,18 +32,20 @@ def ppl(
     stride: Stride = None,
     limit: Limit = None,
     gate: Gate = None,
+    allow_overlap: Overlap = False,
     precision: Precision = None,
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Perplexity on a text. Gates: ppl, as in --gate 'ppl<12'."""
+    """Perplexity on a text: by token, UTF-8 byte and character. Gates: ppl, per_byte ..., as in --gate 'ppl<12'."""
     from gptq_belle.evaluation import gate as gates
     from gptq_belle.evaluation import perplexity
+    from gptq_belle.evaluation.two_pass import text_for
 
-    wanted = [gates.parse(one, ["ppl"]) for one in gate or []]
+    wanted = [gates.parse(one, gates.names(perplexity.Perplexity)) for one in gate or []]
+    _, words = text_for(path, text, allow_overlap=allow_overlap)
     model = load_model(path, device, precision)
-    words = perplexity.read_text(text, model.prompt_style, model.tokenizer.eos_token)
     with console.counting("windows") as progress:
         found = perplexity.perplexity(model.logits, model.tokenizer, words, length=window, stride=stride, limit=limit,
                                       progress=progress)
@@ -44,7 +53,7 @@ def ppl(
         console.print_json(found)
     else:
         console.print_table("", ["", ""], perplexity.lines(found), text=2)
-    gates.check(wanted, {"ppl": found.perplexity})
+    gates.check(wanted, gates.figures(found))
 
 
 @app.command()
@@ -55,56 +64,104 @@ def kl(
     window: Window = 512,
     stride: Stride = None,
     limit: Limit = None,
+    keep: Annotated[Path | None, typer.Option(
+        help="Folder for the base's predictions: left there for the next model, taken from there if they fit. They "
+        "take 4 bytes a token and vocabulary entry.", show_default=False)] = None,
     gate: Gate = None,
+    allow_overlap: Overlap = False,
     precision: Precision = None,
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """KL divergence from a base model. Gates: kl, kl_max, same_top, ppl, as in --gate 'kl<0.05'."""
-    from gptq_belle.evaluation import divergence, perplexity
-    from gptq_belle.evaluation import gate as gates
+    """KL divergence from a base model; only one of the two is in memory at a time.
 
-    wanted = [gates.parse(one, ["kl", "kl_max", "same_top", "ppl"]) for one in gate or []]
-    model, reference = load_model(path, device, precision), load_model(base, device, precision)
-    words = perplexity.read_text(text, model.prompt_style, model.tokenizer.eos_token)
-    divergence.check_same_tokenizer(reference.tokenizer, model.tokenizer, words)
-    with console.counting("windows") as progress:
-        found = divergence.divergence(reference.logits, model.logits, model.tokenizer, words, length=window,
-                                      stride=stride, limit=limit, progress=progress)
+    Gates: kl, kl_max, same_top, ppl, kl_99% ..., as in --gate 'kl<0.05'.
+    """
+    from gptq_belle.evaluation import divergence_figures, two_pass
+    from gptq_belle.evaluation import gate as gates
+    from gptq_belle.evaluation.divergence import token_figures
+
+    wanted = [gates.parse(one, gates.names(divergence_figures.Divergence)) for one in gate or []]
+    tokenizer, words = two_pass.text_for(path, text, allow_overlap=allow_overlap)
+    cut = two_pass.cut(base, tokenizer, words, window, stride, limit)
+    with two_pass.base_predictions(base, cut, lambda place: load_model(place, device, precision), console.counting,
+                                   keep=keep, device=device, precision=precision) as predictions:
+        model = load_model(path, device, precision)
+        with console.counting("windows") as progress:
+            found = divergence_figures.summarize(token_figures(predictions, model.logits, progress), len(cut))
     if as_json:
         console.print_json(found)
     else:
-        console.print_table("", ["", ""], divergence.lines(found), text=2)
-    gates.check(wanted, {"kl": found.kl_mean, "kl_max": found.kl_max, "same_top": found.same_top,
-                         "ppl": found.perplexity})
+        console.print_table("", ["", ""], divergence_figures.lines(found), text=2)
+    gates.check(wanted, gates.figures(found))
 
 
 @app.command()
 def belle(
     path: ModelPath,
     test: Annotated[Path, typer.Option(help="JSONL rows with class, question and std_answer.")],
+    base: Annotated[Path | None, typer.Option(
+        help="The full-precision model that PATH was made from: measures agreement with its greedy answers.",
+        show_default=False)] = None,
     per_class: Annotated[int | None, typer.Option(help="Only the first so many of a class.", min=1)] = None,
     prompt_style: ChatStyle = "auto",
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 160,
     batch: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 32,
+    judge: Annotated[Path | None, typer.Option(
+        help="Write a request a line for a judging model, as BELLE asks ChatGPT.", show_default=False)] = None,
+    judge_prompts: Annotated[Path | None, typer.Option(
+        help="BELLE's eval_prompt.json, for --judge.", show_default=False)] = None,
     gate: Gate = None,
+    allow_overlap: Overlap = False,
     precision: Precision = None,
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Scores by class of greedy answers to test questions. Gates: exact, as in --gate 'exact>85'."""
+    """Answers to test questions, scored by class.
+
+    Gates: exact, f1, rouge_l, nll, agreement, identical, of all or of one class, as in --gate 'exact>85' or
+    --gate 'f1.math>50'.
+    """
     from gptq_belle.evaluation import belle as test_set
     from gptq_belle.evaluation import gate as gates
+    from gptq_belle.evaluation import judge as judging
 
-    wanted = [gates.parse(one, ["exact"]) for one in gate or []]
+    if (judge is None) != (judge_prompts is None):
+        raise UsageError("--judge and --judge-prompts belong together",
+                         "Give eval/eval_prompt.json of the BELLE project as --judge-prompts.")
     rows = test_set.read_rows(test, per_class)
+    wanted = [gates.parse(one, gates.belle_names(row.cls for row in rows)) for one in gate or []]
+    instructions = judging.read_instructions(judge_prompts) if judge_prompts else {}
+    if not allow_overlap:
+        _refuse_overlap(path, test, rows)
+    asked = _ask_base(base, rows, max_tokens, batch, prompt_style, precision, device) if base else None
     model = load_model(path, device, precision)
     with console.counting("answers") as progress:
-        found = test_set.evaluate(model, rows, limit=max_tokens, batch=batch, style=prompt_style, progress=progress)
+        found = test_set.evaluate(model, rows, limit=max_tokens, batch=batch, style=prompt_style, base=asked,
+                                  progress=progress)
+    if judge:
+        judging.write_requests(judge, judging.requests(rows, found.answers, instructions))
     if as_json:
         console.print_json(found)
     else:
-        console.print_table("", ["class", "measure", "score, %", "answers"], test_set.lines(found), text=2)
-    gates.check(wanted, {"exact": float("nan") if found.exact is None else found.exact})
+        console.print_table("", test_set.COLUMNS, test_set.lines(found))
+    gates.check(wanted, gates.belle_figures(found))
+
+
+def _refuse_overlap(path: Path, test: Path, rows: "list[Row]") -> None:
+    from gptq_belle.evaluation.leak import refuse_overlap
+    from gptq_belle.runtime.chat import Turn
+
+    refuse_overlap([path], test, [[Turn(row.question, row.std_answer)] for row in rows])
+
+
+def _ask_base(base: Path, rows: "list[Row]", limit: int, batch: int, style: str, precision: str | None,
+              device: str) -> "list[Answer]":
+    """The base's answers; it is out of memory afterwards."""
+    from gptq_belle.evaluation.answers import ask
+
+    model = load_model(base, device, precision)
+    with console.counting("answers of the base") as progress:
+        return ask(model, [row.question for row in rows], limit, batch, style, progress)

@@ -4,7 +4,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,15 @@ from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
 from gptq_belle.measure.memory import PeakMemory, trim_heap
 from gptq_belle.models.skeleton import assign
-from gptq_belle.quantization.activations import Activations, mapped
-from gptq_belle.quantization.journal import Journal, Record, activations_name
+from gptq_belle.quantization.activations import Activations, Streams, mapped
+from gptq_belle.quantization.candidates import Choice, best_of
+from gptq_belle.quantization.journal import Journal, Record
+from gptq_belle.quantization.moments import Moments, Originals, moments
 from gptq_belle.quantization.progress import JobProgress
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import LinearReport
-from gptq_belle.quantization.solver import Factor, factorize, gptq, round_to_nearest
+from gptq_belle.quantization.solver import Factor, factorize, round_to_nearest
 from gptq_belle.quantization.stream import BlockStream
-
-
-class Inputs(NamedTuple):
-    """Of the linears of one stage: the Hessian, and what follows from it alone."""
-
-    hessian: Tensor
-    factor: Factor
 
 
 class BlockJob:
@@ -43,9 +37,9 @@ class BlockJob:
     def steps(self, batches: int) -> int:
         """Solutions, and the batches that run once a stage and once more behind the block (but not the last one)."""
         arch = self.stream.arch
-        return len(arch.linears) + batches * (len(arch.stages) + 1)
+        return len(arch.linears) + batches * (len(arch.stages) + (2 if self.config.recipe.alpha else 1))
 
-    def run(self, index: int, activations: Activations, probe: Probe) -> None:
+    def run(self, index: int, activations: Streams, probe: Probe) -> None:
         """Quantize a block, move the activations behind it, and commit both.
 
         Where a GPU runs out of memory, the block is begun again with half as many rows at a time, at last on the CPU;
@@ -74,10 +68,10 @@ class BlockJob:
         self.journal.commit(record, files, tensors)
         activations.forget(index)
 
-    def _ways(self, activations: Activations) -> Iterator[str]:
+    def _ways(self, activations: Streams) -> Iterator[str]:
         """What is tried one after the other, each in words once it is set."""
         stream = self.stream
-        rows = stream.most_rows or max((shape[0] for shape in activations.shapes), default=1)
+        rows = stream.most_rows or max((shape[0] for shape in activations.quantized.shapes), default=1)
         yield f"on {stream.device} with {rows} rows at a time"
         while rows > 1:
             rows //= 2
@@ -88,62 +82,82 @@ class BlockJob:
         stream.device = torch.device("cpu")
         yield "on the CPU"
 
-    def _attempt(self, index: int, activations: Activations,
+    def _attempt(self, index: int, activations: Streams,
                  probe: Probe) -> tuple[Record, dict[str, Stamp], dict[str, Tensor]]:
         """Everything about a block but the record's last lines."""
-        stream, record = self.stream, Record()
+        stream, record, originals = self.stream, Record(), Originals()
         block = stream.block(index)
         stream.read_ahead(index + 1)
         try:
-            packed = self._solve(index, block, activations, record)
+            packed = self._solve(index, block, activations, originals, record)
             with self.clock("writing"):
                 part = f"block-{index:05d}.safetensors"
                 files = {f"parts/{part}": self.writer.add(part, packed)}
             tensors = probe.expect(stream, block) if index == PROBED_BLOCK else {}
             if len(activations) and index + 1 < stream.count:
-                outputs = mapped(lambda states: stream.run(block, states), activations, self.progress.step)
                 with self.clock("writing"):
-                    files[activations_name(index + 1)] = activations.write(index + 1, outputs)
+                    files |= self._propagate(index, block, activations, originals)
         finally:
             stream.drop(block)
         record.peak_memory = self.memory.bytes
         return record, files, tensors
 
-    def _solve(self, index: int, block: nn.Module, activations: Activations, record: Record) -> dict[str, Tensor]:
+    def _propagate(self, index: int, block: nn.Module, activations: Streams, originals: Originals) -> dict[str, Stamp]:
+        """Move the activations behind the block, those of the full-precision model through its original weights."""
+        def outputs(states: Activations) -> Iterator[Tensor]:
+            return mapped(lambda batch: self.stream.run(block, batch), states, self.progress.step)
+
+        def full() -> Iterator[Tensor]:
+            assert activations.full is not None
+            with originals.in_place(block):
+                yield from outputs(activations.full)
+
+        ways = [lambda: outputs(activations.quantized), full]
+        return activations.write(index + 1, *ways[: len(activations.models)])
+
+    def _solve(self, index: int, block: nn.Module, activations: Streams, originals: Originals,
+               record: Record) -> dict[str, Tensor]:
         """Solve the linears in the order in which they run; the tensors that the file holds of the block."""
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            inputs = self._inputs(block, stage, prefix, activations) if len(activations) else None
+            inputs = self._inputs(block, stage, prefix, activations, originals) if len(activations) else None
             for name in stage:
-                packed, row = self._linear(block, name, f"{prefix}.{name}", inputs)
+                packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, originals)
                 tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
         return tensors | {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in
                           block.named_parameters() if name.removesuffix(".weight") not in arch.linears}
 
-    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Activations) -> Inputs:
+    def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Streams,
+                originals: Originals) -> tuple[Moments, Factor]:
         """What the solver knows of the inputs that the linears of a stage share."""
-        hessian = self.stream.hessian(block, stage, activations, self.progress.step)
+        full = None if activations.full is None else (originals, activations.full)
+        found = moments(self.stream, block, stage, activations.quantized, full, activations.seen, self.progress.step)
         with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
-            return Inputs(hessian, factorize(hessian, self.config))
+            return found, factorize(found.hessian, self.config)
 
-    def _linear(self, block: nn.Module, name: str, full_name: str,
-                inputs: Inputs | None) -> tuple[PackedWeight, LinearReport]:
-        """Quantize one linear in place."""
+    def _linear(self, block: nn.Module, name: str, full_name: str, inputs: tuple[Moments, Factor] | None,
+                originals: Originals) -> tuple[PackedWeight, LinearReport]:
+        """Quantize one linear in place; its weight goes to the originals where the full-precision model runs too."""
         began = time.perf_counter()
-        weight = block.get_parameter(f"{name}.weight")
+        weight = block.get_parameter(f"{name}.weight").detach()
         N, K = weight.shape
         with self.clock("solving"), _naming(full_name):
-            solution = round_to_nearest(weight, self.config) if inputs is None else gptq(
-                weight, inputs.hessian, self.config, inputs.factor)
+            choice = Choice(round_to_nearest(weight, self.config), "", {}) if inputs is None else best_of(
+                weight, *inputs, self.config)
+        solution = choice.solution
         with self.clock("packing"):
-            assign(block, f"{name}.weight", dequantize(solution.weight, out=weight.detach()))
+            keep = inputs is not None and inputs[0].cross is not None
+            if keep:
+                originals.weights[f"{name}.weight"] = weight
+            assign(block, f"{name}.weight", dequantize(solution.weight, out=None if keep else weight))
             packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
             trim_heap()
         seconds = time.perf_counter() - began
-        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N)
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, choice.won,
+                                    choice.held_out)
 
 
 @contextmanager

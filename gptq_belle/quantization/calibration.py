@@ -12,7 +12,7 @@ Accepted files: plain UTF-8 text (one document), JSON Lines, or a JSON array. A 
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.quantization.overlap import seen_keys
 from gptq_belle.runtime.chat import Turn, render
 
 BUILTIN = "builtin"
@@ -54,15 +55,23 @@ class Calibration:
             raise UsageError(f"{self.rows} rows of {self.seq_len} tokens cannot be calibrated on",
                              "Both must be at least 1.")
 
-    def describe(self, tokens: Tensor) -> dict[str, Any]:
-        """What the report says of the rows (rows, T) that came of it: source, sizes, seed, SHA-256 of the ids."""
+    def describe(self, tokens: Tensor, documents: Iterable[str | list[Turn]] = ()) -> dict[str, Any]:
+        """What the report says of the rows (rows, T) that came of it: source, sizes, seed, SHA-256 of the ids; and
+        what was seen of which documents, for `overlap.overlapping`."""
         count, length = tokens.shape
         source = BUILTIN if self.source == BUILTIN else Path(self.source).name
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        return {"source": source, "rows": count, "seq_len": length, "seed": self.seed, "sha256": digest}
+        return {"source": source, "rows": count, "seq_len": length, "seed": self.seed, "sha256": digest,
+                "seen": seen_keys(documents)}
 
 
 def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, context: int | None = None) -> Tensor:
+    """The rows alone of `calibration_rows`."""
+    return calibration_rows(calibration, tokenizer, style, context)[0]
+
+
+def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
+                     context: int | None = None) -> tuple[Tensor, list[str | list[Turn]]]:
     """Read, shuffle, tokenize and pack calibration documents.
 
     Args:
@@ -71,7 +80,7 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, con
         style: prompt style of the chat rows, a key of `gptq_belle.runtime.chat.STYLES`.
         context: the most tokens that the model takes; None where there is no limit.
     Returns:
-        (rows, T) int64, every position a real token.
+        (rows, T) int64, every position a real token; and the documents that they were taken from.
     Raises:
         InputError: the file is missing, empty, not UTF-8, or holds a row of no known form; the line is named.
     """
@@ -79,7 +88,9 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, con
     documents = read_documents(calibration.source)
     random.Random(calibration.seed).shuffle(documents)
     stream: list[int] = []
+    used = 0
     for document in documents:
+        used += 1
         stream += tokenizer(_text(document, style, tokenizer.eos_token), add_special_tokens=False)["input_ids"]
         if len(stream) >= rows * seq_len:
             break
@@ -88,7 +99,7 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, con
                          "Give a file with text, or --calibration builtin.")
     length = min(seq_len, len(stream))
     count = min(rows, len(stream) // length)
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
+    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length), documents[:used]
 
 
 def check_enough(tokens: Tensor, features: int, name: str) -> None:
@@ -149,7 +160,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             return
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}", "Mend the file, or use JSON Lines.") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -35,7 +35,7 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
         digests = list(pool.map(_digest, files))
     return {
         "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
-        "calibration": calibration or {},
+        "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # sha256 says more
         "settings": json.loads(json.dumps(asdict(config))),  # as it is read back: tuples are lists
         "recipe": asdict(config.recipe),
         "program": {"gptq_belle": __version__},

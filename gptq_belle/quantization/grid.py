@@ -40,17 +40,17 @@ def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     return scales, (-low / scales).round_().clamp_(0, levels)
 
 
-def searched_grid(weight: Tensor, diagonal: Tensor, bits: int, sym: bool, *,
+def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
                   positive: bool = False) -> tuple[Tensor, Tensor]:
-    """The grid with the smallest error of rounding, weighted by how active each input is.
+    """The grid with the smallest error of rounding, each input weighted by how much it matters.
 
-    Minimises sum_k H_kk (w_k - s (code_k - zero))^2 over `POINTS` spans; where symmetric, over both signs of s too, for
+    Minimises sum_k h_k (w_k - s (code_k - zero))^2 over `POINTS` spans; where symmetric, over both signs of s too, for
     there is one more code below zero than above (weighted clipping search as in AWQ, arXiv 2306.00978, section 3.2;
     signed scales as in llama.cpp's Q4_0). Of equal ones, the first stays.
 
     Args:
         weight: (g, N), the group's weights.
-        diagonal: (g,), of the Hessian.
+        importance: (g,), h, such as `hessian.left_after_making_up`; positive.
         bits, sym: as for `min_max_grid`.
         positive: no negative scales.
     Returns:
@@ -59,20 +59,20 @@ def searched_grid(weight: Tensor, diagonal: Tensor, bits: int, sym: bool, *,
         InputError: a scale is too large for float16.
     """
     check_storable(weight.abs().amax(0) / (1 << (bits - 1)))
-    found = [_search(part, diagonal, bits, sym, positive)
+    found = [_search(part, importance, bits, sym, positive)
              for part in weight.split(max(1, VALUES_AT_A_TIME // len(weight)), dim=1)]
     scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
     return scales, zeros
 
 
-def _search(weight: Tensor, diagonal: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
+def _search(weight: Tensor, importance: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
     """`searched_grid` of some outputs."""
     low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
     least = torch.full_like(low, torch.inf)
     best = torch.ones_like(low), torch.full_like(low, 1 << (bits - 1))
     for scales, zeros in _spans(low, high, bits, sym, positive):
         decoded = to_codes(weight, scales, zeros, bits).sub_(zeros).mul_(scales)
-        loss = diagonal @ decoded.sub_(weight).square_()
+        loss = importance @ decoded.sub_(weight).square_()
         better = (loss < least) & (scales.abs() >= SMALLEST_SEARCHED)
         least = torch.where(better, loss, least)
         best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])

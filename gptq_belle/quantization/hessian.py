@@ -21,11 +21,13 @@ class HessianSum:
         self.value = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in activations x (..., K) of any float dtype."""
+    def add(self, x: Tensor, other: Tensor | None = None) -> None:
+        """Take in activations x (..., K) of any float dtype; with `other` of the same shape, the mean is of x other^T.
+        """
         x = x.reshape(-1, x.shape[-1]).float()
+        y = x if other is None else other.reshape(x.shape).float()
         total = self.tokens + x.shape[0]
-        self.value.addmm_(x.t(), x, beta=self.tokens / total, alpha=1 / total)
+        self.value.addmm_(x.t(), y, beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
 
 
@@ -33,6 +35,19 @@ def live_diagonal(hessian: Tensor) -> Tensor:
     """The diagonal (K,) of H with 1 in the place of 0: an input that was never active is then left alone."""
     diagonal = hessian.diagonal()
     return torch.where(diagonal == 0, 1.0, diagonal)
+
+
+def left_after_making_up(upper: Tensor, order: Tensor | None) -> Tensor:
+    """1 / [H^-1]_kk (K,): how much rounding input k costs once all others have made up for it as well as they can.
+
+    It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); H_kk is what it costs where none do.
+
+    Args:
+        upper: U of `inverse_factor`, whose columns' squares sum to the diagonal of the inverse.
+        order: that U was made for.
+    """
+    found = torch.linalg.vector_norm(upper, dim=0).square_().reciprocal_()
+    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
 def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:

@@ -1,9 +1,12 @@
 """What a quantization job did, as it stands in quantization_report.json."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gptq_belle.config import QuantConfig
+
+REPORT = "quantization_report.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,8 @@ class LinearReport:
         damp: damping that was needed; 0 for rtn.
         seconds: time of its solution.
         inputs, outputs: K and N.
+        won: which of the recipe's solutions was taken (see `candidates.Choice`); "" for rtn.
+        held_out: error of every solution on the rows that are held out, which decided; empty where none are.
     """
 
     name: str
@@ -25,6 +30,8 @@ class LinearReport:
     seconds: float
     inputs: int
     outputs: int
+    won: str = ""
+    held_out: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -34,7 +41,8 @@ class Report:
     Attributes:
         source: the model that was quantized.
         settings: the job's configuration.
-        calibration: source, rows, tokens a row, seed and SHA-256 of the token ids; None for rtn.
+        calibration: source, rows, tokens a row, seed, SHA-256 of the token ids, and keys of the documents (see
+            `overlap`); None for rtn.
         linears: one row a quantized linear, in the order of solving.
         phases: seconds of every block by what they went into; "total" is all of the block.
         notes: what went otherwise than planned, such as a block that fell back to the CPU.
@@ -65,6 +73,11 @@ class Report:
         """Mean of the linears' normalised errors."""
         return sum(row.error for row in self.linears) / max(1, len(self.linears))
 
+    @property
+    def winners(self) -> dict[str, int]:
+        """How many linears each kind of solution won, where held-out rows had a choice."""
+        return dict(Counter(row.won for row in self.linears if len(row.held_out) > 1).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {**asdict(self), "mean_error": self.mean_error}
+        return {**asdict(self), "mean_error": self.mean_error, "winners": self.winners}

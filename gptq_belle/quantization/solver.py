@@ -16,7 +16,7 @@ from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
-from gptq_belle.quantization.hessian import inverse_factor, live_diagonal
+from gptq_belle.quantization.hessian import inverse_factor, left_after_making_up, live_diagonal
 from gptq_belle.quantization.loss import output_error
 from gptq_belle.quantization.refine import refine
 from gptq_belle.quantization.threads import threads
@@ -56,43 +56,49 @@ def factorize(hessian: Tensor, config: QuantConfig) -> Factor:
     return Factor(*inverse_factor(hessian, config.damp, order), order)
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | None = None,
-         target: Tensor | None = None) -> Solution:
+def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | None = None) -> Solution:
     """Quantize a layer against the inputs that its Hessian has seen.
-
-    The recipe of the config decides on what is done beyond Algorithm 1. Static groups (GPTQ's own code, option
-    static_groups): grids come of the weights as they were, so that the order of solving need not be that of the groups,
-    and the most active inputs can come first without a g_idx that kernels would have to follow.
 
     Args:
         weight: (N, K) float32 or float64, which is also the dtype of the arithmetic.
         hessian: (K, K), the mean of x x^T; its scale does not matter.
         config: bits, group_size, sym, act_order, damp, positive_scales, and what its recipe says.
         factor: of the same Hessian and config, where it is known already.
-        target: (N, K), the weight to come close to in the place of `weight` (see targets.py).
     Returns:
         The solution; its error is tr(D H D^T) / tr(W H W^T) with D = W - Q and H undamped.
     Raises:
         InputError: NaN or infinity in an argument, or a Hessian that no allowed damping makes positive definite.
         UsageError: group_size does not divide K.
     """
+    factor = factorize(hessian.to(weight.dtype), config) if factor is None else factor
+    *_, quantized = solutions(weight, hessian, config, factor).values()
+    return Solution(quantized, output_error(weight, quantized, hessian), factor.damp)
+
+
+def solutions(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor) -> dict[str, QuantizedWeight]:
+    """What GPTQ makes of a layer, under "gptq", and what the recipe's sweeps make of that, under "refined".
+
+    Static groups (GPTQ's own code, option static_groups): grids come of the weights as they are, so that the order of
+    solving need not be that of the groups, and the most active inputs come first without a g_idx to follow at run time.
+
+    Args, Raises: as `gptq`.
+    """
     group, recipe = _group_size(weight, config), config.recipe
     _check_finite(weight=weight)
-    Hinv, damp, order = factorize(hessian.to(weight.dtype), config) if factor is None else factor
-    grouped = order if config.act_order else None  # the order in which groups lie side by side
-    W = _inputs_first(weight if target is None else target, hessian, grouped)
+    Hinv, _, order = factor
+    grouped, solving = (order, None) if config.act_order else (None, order)  # the order in which groups lie together
+    W = _inputs_first(weight, hessian, grouped)
     grids = None
     if recipe.search or recipe.static_order:
-        grids = static_grids(W, _permuted(live_diagonal(hessian), grouped), group, config)
-    solving = None if config.act_order else order
+        grids = static_grids(W, left_after_making_up(Hinv, solving), group, config)
     codes, scales, zeros = _solve(W.clone() if solving is None else W[solving], Hinv, group, config, grids, solving)
+    found = {"gptq": _finish(codes, scales, zeros, group, grouped)}
     if recipe.sweeps:
         H = hessian.to(W.dtype) if grouped is None else hessian.to(W.dtype)[grouped][:, grouped]
         refine(codes, scales, zeros, W, H, bits=config.bits, sweeps=recipe.sweeps,
                positive=config.positive_scales or not config.sym)
-    del W
-    quantized = _finish(codes, scales, zeros, group, grouped)
-    return Solution(quantized, output_error(weight, quantized, hessian), damp)
+        found["refined"] = _finish(codes, scales, zeros, group, grouped)
+    return found
 
 
 def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
@@ -110,19 +116,19 @@ def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
     return Solution(quantized, output_error(weight, quantized, None), 0.0)
 
 
-def static_grids(W: Tensor, diagonal: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (G, N) of the weights W (K, N) as they are, each group by the recipe's way."""
+def static_grids(W: Tensor, importance: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (G, N) of the weights W (K, N) as they are, searched for where the recipe says so."""
     if config.recipe.search:
-        grids = [searched_grid(part, inputs, config.bits, config.sym, positive=config.positive_scales)
-                 for part, inputs in zip(W.split(group), diagonal.split(group), strict=True)]
+        grids = [searched_grid(part, matters, config.bits, config.sym, positive=config.positive_scales)
+                 for part, matters in zip(W.split(group), importance.split(group), strict=True)]
     else:
         grids = [min_max_grid(part, config.bits, config.sym) for part in W.split(group)]
     scales, zeros = (torch.stack(rows) for rows in zip(*grids, strict=True))
     return scales, zeros
 
 
-def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tuple[Tensor, Tensor] | None,
-           order: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tuple[Tensor, Tensor] | None = None,
+           order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1 on W (K, N), which is used up: codes (K, N) uint8, scales and zeros (G, N).
 
     Where there are no grids yet, each is that of its group's weights by the time it is reached. Codes come back from
@@ -194,7 +200,7 @@ def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Ten
         position = torch.argsort(order)
         codes, g_idx = codes[position], g_idx[position]
     return QuantizedWeight(
-        codes=codes.t().contiguous(), scales=scales.t().float().contiguous(),
+        codes=codes.t().contiguous(), scales=scales.t().float().clone(memory_format=torch.contiguous_format),
         zeros=zeros.t().to(torch.int32).contiguous(), g_idx=g_idx.to(torch.int32))
 
 

@@ -1,7 +1,7 @@
 """The source model with one block in memory at a time: load a block, run it on the calibration rows, drop it."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,7 +14,6 @@ from gptq_belle.errors import InputError
 from gptq_belle.measure.phases import PhaseClock
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign, empty_model, wrong_shape
-from gptq_belle.quantization.hessian import HessianSum
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKENS_A_BATCH = 4096
@@ -99,31 +98,18 @@ class BlockStream:
         for name in self.arch.before:
             self.model.get_submodule(name).to("meta")
 
-    def hessian(self, block: nn.Module, stage: Sequence[str], batches: Iterable[Tensor],
-                advance: Callable[[], None]) -> Tensor:
-        """The Hessian (K, K) float32 of the inputs that the linears of one stage share.
+    def reach(self, block: nn.Module, linear: str, states: Tensor) -> Tensor:
+        """The input (rows, T, K) of a linear inside the block, on `states` (rows, T, hidden_size); what would come
+        behind it is left out."""
+        found: list[Tensor] = []
 
-        Args:
-            block: the block that `batches` (batch, T, hidden_size) stand in front of.
-            stage: names of linears inside the block that see the same input.
-            batches: the calibration rows.
-            advance: called once a batch, for progress.
-        """
-        linear = block.get_submodule(stage[0])
-        total = HessianSum(block.get_parameter(f"{stage[0]}.weight").shape[1], self.device)
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            with self.clock("hessians"):
-                total.add(inputs[0])
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
             raise _Stop
 
-        with _hooked([linear.register_forward_pre_hook(add)]):
-            for states in batches:
-                for piece in states.split(self.most_rows or len(states)):
-                    with suppress(_Stop):
-                        self._run(block, piece)
-                advance()
-        return total.value
+        with _hooked([block.get_submodule(linear).register_forward_pre_hook(keep)]), suppress(_Stop):
+            self._run(block, states)
+        return found[0]
 
     def run(self, block: nn.Module, states: Tensor) -> Tensor:
         """The block's output (batch, T, hidden_size) on the CPU, on `states` of the same shape."""

@@ -1,0 +1,208 @@
+"""A checkpoint of random weights in a model's true shape, without a download: packed, or in float16.
+
+    python benchmarks/make_model.py belle-7b /tmp/belle-7b-4bit                       # 4 bit, groups of 128
+    python benchmarks/make_model.py llama-7b /tmp/llama-8 --layers 8 --bits 8         # cut down to 8 blocks
+    python benchmarks/make_model.py path/to/config.json /tmp/model --bits 16          # not quantized
+
+Good for speed and memory, not for text: there is no tokenizer. The words are drawn at random, which gives uniform
+codes; scales keep every linear's output about as large as its input, so that activations stay finite in float16.
+The files are written front to back in pieces of 16 MiB.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptq_belle.checkpoint.directory import quantized_config
+from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, header_bytes
+from gptq_belle.checkpoint.writer import SHARD_BYTES
+from gptq_belle.config import BITS, QuantConfig
+from gptq_belle.models.registry import architecture
+from gptq_belle.models.shapes import (
+    Dimensions,
+    dimensions,
+    linear_shapes,
+    outer_shapes,
+    read_config,
+    vector_shapes,
+)
+
+EMBEDDING = 0.02  # standard deviation, as transformers draws embeddings
+BYTES = {"I32": 4, "F16": 2}
+# What random bytes stand for where floats are wanted: 256 quantiles of the normal distribution. A look-up is twenty
+# times as fast as drawing, and the 2 GB of BLOOM's embedding are drawn a byte a number.
+QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], np.float16)
+
+Random = np.random.SFC64
+Draw = Callable[[Random, int], NDArray[Any]]
+
+
+class Tensor(NamedTuple):
+    """A tensor that is yet to be drawn: its dtype by safetensors' name, its shape, and what draws `count` of it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    draw: Draw
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+
+def normal(deviation: float) -> Draw:
+    """Float16 of this standard deviation around 0."""
+    return looked_up(QUANTILES * np.float16(deviation))
+
+
+def signed_scales(size: float) -> Draw:
+    """Float16 from size / 2 to 1.5 size, of either sign: codes below the middle outnumber those above by one, and
+    with signs that does not add up."""
+    return looked_up(np.concatenate([sign * np.linspace(0.5, 1.5, 128) * size for sign in (1, -1)]).astype(np.float16))
+
+
+def looked_up(table: NDArray[Any]) -> Draw:
+    """Entries of a table of 256, at random."""
+    return lambda random, count: table[words(random, -(-count // 4)).view(np.uint8)[:count]]
+
+
+def words(random: Random, count: int) -> NDArray[Any]:
+    """Random int32. Straight from the generator: six times as fast as its distributions."""
+    return random.random_raw(-(-count // 2)).view(np.int32)[:count]
+
+
+def constant(value: int | float, dtype: Any) -> Draw:
+    """The same everywhere."""
+    return lambda random, count: np.full(count, value, dtype)
+
+
+def group_index(inputs: int, size: int) -> Draw:
+    """g_idx of groups in order; drawn whole, as it is small."""
+    return lambda random, count: (np.arange(inputs) // size).astype(np.int32)
+
+
+def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: float) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one packed linear whose output is `gain` times as large as its input."""
+    size = inputs if config.group_size == -1 else config.group_size
+    groups, zero = math.ceil(inputs / size), 2 ** (config.bits - 1)
+    stored = sum((zero - 1) << at for at in range(0, 32, config.bits))  # v1: minus one
+    spread = math.sqrt((4**config.bits - 1) / 12 + 0.25)  # of uniform codes around the zero point
+    yield f"{name}.qweight", Tensor("I32", (inputs * config.bits // 32, outputs), words)
+    yield f"{name}.qzeros", Tensor("I32", (groups, outputs * config.bits // 32), constant(stored, np.int32))
+    yield f"{name}.g_idx", Tensor("I32", (inputs,), group_index(inputs, size))
+    yield f"{name}.scales", Tensor("F16", (groups, outputs), signed_scales(gain / spread / math.sqrt(inputs)))
+
+
+def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint by its name, in the model's order; `config` is None for float16."""
+    arch = architecture(d.model_type)
+    for name, shape in outer_shapes(d).items():
+        one = name.endswith("norm.weight") or name.endswith("ln_f.weight")
+        yield name, Tensor("F16", shape, normal(EMBEDDING) if len(shape) == 2 else constant(int(one), np.float16))
+    for block in range(d.blocks):
+        for name, shape in vector_shapes(d).items():
+            value = int(name.endswith("norm.weight"))
+            yield f"{arch.blocks}.{block}.{name}", Tensor("F16", shape, constant(value, np.float16))
+        for linear, (inputs, outputs) in linear_shapes(d).items():
+            name = f"{arch.blocks}.{block}.{linear}"
+            into_residual = linear in (arch.stages[1][-1], arch.stages[3][-1])
+            gain = 1 / math.sqrt(2 * d.blocks) if into_residual else 1.0  # as GPT-2: the sum stays of one size
+            if config is None:
+                yield f"{name}.weight", Tensor("F16", (outputs, inputs), normal(gain / math.sqrt(inputs)))
+            else:
+                yield from packed(name, inputs, outputs, config, gain)
+
+
+def shards(every: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Cut into files of at most `limit` bytes, wide elements first in each, so that all are aligned."""
+    files: list[dict[str, Tensor]] = [{}]
+    for name, tensor in every.items():
+        if files[-1] and sum(t.size for t in files[-1].values()) + tensor.size > limit:
+            files.append({})
+        files[-1][name] = tensor
+    return [dict(sorted(file.items(), key=lambda item: -BYTES[item[1].dtype])) for file in files]
+
+
+def write(path: Path, content: Mapping[str, Tensor], random: Random) -> None:
+    """One safetensors file, drawn while it is written."""
+    with path.open("wb") as file:
+        file.write(header_bytes({name: (t.dtype, t.shape, t.size) for name, t in content.items()}))
+        for name, tensor in content.items():
+            count, piece = math.prod(tensor.shape), CHUNK_BYTES // BYTES[tensor.dtype]
+            for begin in range(0, count, count if name.endswith("g_idx") else piece):
+                file.write(tensor.draw(random, min(piece, count - begin)).data)
+
+
+def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, layers: int | None = None,
+         context: int | None = None, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write a directory that the loader takes.
+
+    Args:
+        model: a name of `models.named`, a config.json, or a directory with one.
+        out: the directory; weights that stand there are replaced.
+        bits: 2, 4 or 8; 16 writes float16 and no quantization.
+        group_size: inputs that share a scale.
+        layers, context: in place of the configuration's number of blocks and longest context.
+        seed: of the weights.
+        shard_bytes: largest weight file.
+    Returns:
+        bytes of the weight files.
+    """
+    plain = {key: value for key, value in read_config(model).items() if key != "quantization_config"}
+    stated = {"n_layer": layers, "seq_length": context} if plain["model_type"] == "bloom" else {
+        "num_hidden_layers": layers, "max_position_embeddings": context}
+    plain |= {key: value for key, value in stated.items() if value is not None}
+    d, config = dimensions(plain), None if bits == 16 else QuantConfig(bits=bits, group_size=group_size, method="rtn")
+    out.mkdir(parents=True, exist_ok=True)
+    files = shards(dict(tensors(d, config)), shard_bytes)
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
+    names = ["model.safetensors"] if len(files) == 1 else [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    random = Random(seed)
+    for name, content in zip(names, files, strict=True):
+        write(out / name, content, random)
+    total = sum(tensor.size for content in files for tensor in content.values())
+    if len(files) > 1:
+        where = {tensor: name for name, content in zip(names, files, strict=True) for tensor in content}
+        _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    if config is None:
+        _write_json(out / "config.json", plain | {"dtype": "float16", "torch_dtype": "float16"})
+    else:
+        _write_json(out / "config.json", quantized_config(plain, config, d.tied))
+        _write_json(out / "quantize_config.json", config.to_dict())
+    return sum((out / name).stat().st_size for name in names)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="belle-7b, llama-7b, llama-13b, a config.json, or a directory with one")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--bits", type=int, default=4, choices=(*(b for b in BITS if b != 3), 16))
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, help="blocks; left out, as many as the model has")
+    parser.add_argument("--context", type=int, help="longest context; left out, the model's")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    size = make(options.model, options.out, bits=options.bits, group_size=options.group_size, layers=options.layers,
+                context=options.context, seed=options.seed)
+    taken = time.perf_counter() - began
+    print(f"{options.out}: {size / 1e9:.2f} GB in {taken:.1f} s, {size / taken / 1e9:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()

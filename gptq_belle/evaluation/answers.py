@@ -1,0 +1,133 @@
+"""What a model answers, and what it thinks of an answer that it is given: prompts in its own style, in batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptq_belle.errors import UsageError
+from gptq_belle.evaluation.perplexity import finite, negative_log_likelihood
+from gptq_belle.runtime.chat import StopStrings, Turn, render, style_named
+from gptq_belle.runtime.engine import Model
+
+LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
+
+Progress = Callable[[int, int], None]
+
+
+class Answer(NamedTuple):
+    """A greedy answer: as it is shown, and its tokens up to and with eos, or up to the limit."""
+
+    text: str
+    ids: list[int]
+
+
+class Given(NamedTuple):
+    """What a model thinks of an answer of L tokens that it is given."""
+
+    loss: Tensor  # (L,) float64, -ln p of each token behind those before it
+    same_top: Tensor  # (L,) bool, whether the token is the model's likeliest
+
+
+def ask(model: Model, questions: Sequence[str], limit: int, batch: int, style: str = "auto",
+        progress: Progress | None = None) -> list[Answer]:
+    """The greedy answers to questions, in their order; arguments as for `belle.evaluate`."""
+    found: dict[int, Answer] = {}
+    for members, answers in greedy_answers(model, questions, limit, batch, style):
+        found |= zip(members, answers, strict=True)
+        if progress:
+            progress(len(found), len(questions))
+    return [found[index] for index in range(len(questions))]
+
+
+def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: int,
+                   style: str = "auto") -> Iterator[tuple[list[int], list[Answer]]]:
+    """Batches of (which questions, their answers), the shortest prompts first, so that batches pad little."""
+    ids, tokenizer, stops = prompt_ids(model, questions, style), model.tokenizer, _frame(model, style).stops
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for members in (order[start : start + batch] for start in range(0, len(order), batch)):
+        rows = [_to_eos(row, model.eos_ids) for row in _generate(model, [ids[i] for i in members], limit).tolist()]
+        texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+        yield members, [Answer(_shown(text, stops), row) for text, row in zip(texts, rows, strict=True)]
+
+
+def prompt_ids(model: Model, questions: Sequence[str], style: str = "auto") -> list[list[int]]:
+    """Token ids of questions in the model's prompt."""
+    name, tokenizer = model.prompt_style if style == "auto" else style, model.tokenizer
+    texts = [render([Turn(question)], name, tokenizer.eos_token) for question in questions]
+    return [tokenizer(text, add_special_tokens=style_named(name).special_tokens)["input_ids"] for text in texts]
+
+
+def reference_ids(model: Model, answers: Sequence[str], style: str = "auto") -> list[list[int]]:
+    """Token ids of answers as they stand behind a prompt, eos included."""
+    tokenizer = model.tokenizer
+    ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers)
+    return [[*row, tokenizer.eos_token_id] for row in ids]
+
+
+def given_answers(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+                  progress: Progress | None = None) -> list[Given]:
+    """Let a model read prompts with answers behind them; tokens beyond its context are left out.
+
+    Args:
+        model: of `gptq_belle.load`.
+        prompts, answers: token ids, a row each; an empty answer is not read.
+    """
+    rows = [list(prompt) + list(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [row[: model.context] for row in rows]
+    order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]))
+    nothing = Given(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
+    found, done = {}, 0
+    while done < len(order):
+        # the longest of a batch comes last, but rows in order differ little
+        width = len(rows[order[min(done + 64, len(order)) - 1]])
+        members = order[done : done + max(1, min(64, LOGITS_BYTES // (4 * width * model.config.vocab_size)))]
+        logits = finite(model.logits(_padded([rows[i] for i in members])))
+        for index, row in zip(members, logits, strict=True):
+            start, ids = len(prompts[index]), torch.tensor(rows[index], device=row.device)
+            found[index] = _given(row[start - 1 : len(ids) - 1], ids[start:])
+        done += len(members)
+        if progress:
+            progress(done, len(order))
+    return [found.get(index, nothing) for index in range(len(rows))]
+
+
+def _given(logits: Tensor, targets: Tensor) -> Given:
+    return Given(negative_log_likelihood(logits, targets).cpu(), (logits.argmax(1) == targets).cpu())
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows filled up to the right with token 0, which a causal model's earlier positions do not see."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def _frame(model: Model, style: str) -> Any:
+    return style_named(model.prompt_style if style == "auto" else style)
+
+
+def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> Tensor:
+    """Up to `limit` greedy tokens behind each prompt: (B, L), padded behind eos."""
+    width = max(map(len, prompts))
+    pad = next(iter(model.eos_ids), 0)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    if model.context is not None and width + limit > model.context:
+        raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
+                         "Lower --max-tokens, or leave the longest questions out.")
+    hf: Any = model.hf
+    output: Tensor = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
+                                 temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+                                 eos_token_id=list(model.eos_ids) or None)
+    return output[:, width:]
+
+
+def _to_eos(row: list[int], eos_ids: frozenset[int]) -> list[int]:
+    end = next((place for place, token in enumerate(row, 1) if token in eos_ids), len(row))
+    return row[:end]
+
+
+def _shown(text: str, stops: Sequence[str]) -> str:
+    stream = StopStrings(stops)
+    return (stream.feed(text) + stream.finish()).strip()

@@ -1,0 +1,67 @@
+"""Batched answers are those that come one by one; given answers are scored as transformers' own loss scores them."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptq_belle import load
+from gptq_belle.errors import UsageError
+from gptq_belle.evaluation import answers
+from gptq_belle.evaluation.answers import ask, given_answers, greedy_answers, prompt_ids, reference_ids
+
+QUESTIONS = ["一加一等于几?", "What is the capital of France?", "写一首关于春天的诗。", "a", "北京" * 8]
+
+
+@pytest.fixture(scope="module", params=["bloom", "llama"])
+def model(request):
+    return load(request.getfixturevalue(f"tiny_{request.param}"), device="cpu", dtype=torch.float32)
+
+
+def test_batches_answer_as_one_by_one(model):
+    together = dict(zip(*next(greedy_answers(model, QUESTIONS, 12, 8)), strict=True))
+    for index, question in enumerate(QUESTIONS):
+        alone = model.generate(question, prompt_style="auto", max_new_tokens=12)
+        assert together[index].text == alone.strip()
+
+
+def test_answers_come_in_the_order_of_the_questions(model):
+    found = ask(model, QUESTIONS, 6, 2)
+    assert [one.text for one in found] == [ask(model, [question], 6, 1)[0].text for question in QUESTIONS]
+    assert all(1 <= len(one.ids) <= 6 for one in found)
+
+
+def test_an_answer_ends_with_eos():
+    assert answers._to_eos([5, 2, 2, 2], frozenset({2})) == [5, 2]
+    assert answers._to_eos([5, 6], frozenset({2})) == [5, 6]
+
+
+def test_a_question_beyond_the_context_is_refused(model):
+    with pytest.raises(UsageError, match="context"):
+        list(greedy_answers(model, ["字" * 300], 8, 1))
+
+
+def test_given_answers_against_the_loss_of_transformers(model, monkeypatch):
+    """Rows of different lengths share batches; each is held against a forward of its own with labels."""
+    monkeypatch.setattr(answers, "LOGITS_BYTES", 4 * 384 * 60 * 2)
+    texts = ["巴黎", "Paris is the capital of France.", "", "春风" * 5, "b"]
+    prompts, references = prompt_ids(model, QUESTIONS), reference_ids(model, texts)
+    references[2] = []
+    found = given_answers(model, prompts, references)
+    hf = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
+    for prompt, answer, one in zip(prompts, references, found, strict=True):
+        assert len(one.loss) == len(one.same_top) == len(answer)
+        if not answer:
+            continue
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.inference_mode():
+            output = hf(ids, labels=labels)
+        assert float(one.loss.mean()) == pytest.approx(float(output.loss), rel=1e-4)
+        likeliest = output.logits[0, len(prompt) - 1 : -1].argmax(1)
+        assert torch.equal(one.same_top, likeliest == torch.tensor(answer))
+
+
+def test_given_answers_beyond_the_context_are_cut(model):
+    prompt = prompt_ids(model, ["a"])[0]
+    (found,) = given_answers(model, [prompt], [[7] * 400])
+    assert len(found.loss) == model.context - len(prompt)

@@ -1,0 +1,42 @@
+"""Requests for a judge: the words and fields of BELLE's page, from its file of prompts."""
+
+import json
+
+import pytest
+
+from gptq_belle.errors import InputError
+from gptq_belle.evaluation.belle import Row
+from gptq_belle.evaluation.judge import read_instructions, requests, write_requests
+
+PROMPTS = [{"class": "closed\xa0QA", "prompt": "打分一。"}, {"class": "rewrite", "prompt": "打分二。"}]
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    path = tmp_path / "eval_prompt.json"
+    path.write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in PROMPTS) + "\n", encoding="utf-8")
+    return read_instructions(path)
+
+
+def test_the_text_and_the_body_of_a_request(instructions, tmp_path):
+    rows = [Row("closed_qa", "问？", "标准"), Row("rewrite", "改写", "不看")]
+    write_requests(tmp_path / "out.jsonl", requests(rows, ["答", "改"], instructions))
+    with_reference, without = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:2])
+    assert with_reference == {
+        "class": "closed\xa0QA", "question": "问？", "std_answer": "标准", "answer": "答",
+        "body": {"model": "gpt-3.5-turbo", "temperature": 0.0, "max_tokens": 3000, "messages": [
+            {"role": "user", "content":
+             "打分一。 问？ 标准回答:标准  模型回答：' 答'。请针对模型回答给出得分，顺便给出理由："}]}}
+    assert without["body"]["messages"][0]["content"] == (
+        "打分二。 改写  模型回答： '改'。请针对模型回答给出得分，顺便给出理由：")
+
+
+def test_what_is_refused(instructions, tmp_path):
+    with pytest.raises(InputError, match="class math has no prompt"):
+        list(requests([Row("math", "1", "2")], ["3"], instructions))
+    path = tmp_path / "wrong.json"
+    path.write_text('{"class": "a", "prompt": "b"}\n{"class": "a"}', encoding="utf-8")
+    with pytest.raises(InputError, match="line 2"):
+        read_instructions(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_instructions(tmp_path / "absent")

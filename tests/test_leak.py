@@ -1,0 +1,50 @@
+"""A job leaves in its report what it calibrated on, and an evaluation on any of it is refused with the rows named."""
+
+import json
+
+import pytest
+
+from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
+from gptq_belle.errors import InputError
+from gptq_belle.evaluation.leak import calibration_keys, refuse_overlap
+from gptq_belle.runtime.chat import Turn
+
+QUESTIONS = [f"请写一句关于第{number}个城市的话。" for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("leak")
+    rows = [{"instruction": question, "output": "很好。"} for question in QUESTIONS]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    calibration = Calibration(folder / "rows.jsonl", rows=2, seq_len=64, allow_short=True)
+    quantize_checkpoint(tiny_llama, folder / "out", QuantConfig(group_size=32), calibration=calibration, device="cpu")
+    return folder / "out"
+
+
+def test_only_what_was_used_counts(quantized):
+    """128 tokens hold some of the questions; those behind them were never seen."""
+    found = []
+    for question in QUESTIONS:
+        try:
+            refuse_overlap([quantized], "t.jsonl", [[Turn(question, "")]])
+        except InputError:
+            found.append(question)
+    assert 0 < len(found) < len(QUESTIONS)
+    with pytest.raises(InputError, match=rf"{len(found)} of 13 rows of t.jsonl were calibrated on in .*: row \d"):
+        refuse_overlap([quantized], "t.jsonl", [[Turn("另外一个完全不同的问题", "")],
+                                               *([Turn(question, "")] for question in QUESTIONS)])
+
+
+def test_models_that_say_nothing_pass(tiny_llama, quantized, tmp_path):
+    refuse_overlap([tiny_llama], "t.txt", [QUESTIONS[0]])
+    assert calibration_keys(tiny_llama) is None
+    for report in ({"calibration": None}, {"calibration": {"source": "builtin"}}, {}):
+        (tmp_path / "quantization_report.json").write_text(json.dumps(report))
+        refuse_overlap([tmp_path], "t.txt", [QUESTIONS[0]])
+
+
+def test_a_damaged_record_is_an_error_of_the_input(tmp_path):
+    (tmp_path / "quantization_report.json").write_text('{"calibration": {"seen": "?"}}')
+    with pytest.raises(InputError, match="damaged"):
+        refuse_overlap([tmp_path], "t.txt", ["x" * 40])
