@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle_gptq import Oracle, gptq_oracle, least_squares_oracle, nearest_oracle, relative_error
+from oracle_gptq import Oracle, gptq_oracle, least_squares_oracle, nearest_oracle, relative_error, static_oracle
 from torch import Tensor
 
 from gptq_belle.checkpoint.packing import QuantizedWeight, dequantize
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
+from gptq_belle.quantization.grid import min_max_grid, searched_grid
 from gptq_belle.quantization.solver import Solution, gptq, round_to_nearest
 
 BITS, GROUP_SIZES = (2, 3, 4, 8), (32, 64, 128, -1)
@@ -176,6 +177,41 @@ def test_halves_round_to_even_before_the_zero_point_is_added(dtype):
     assert codes_of([-3.0, 252.0, 0.5, 1.5, 2.5, -0.5, -1.5], sym=False) == ([0, 255, 3, 5, 5, 3, 1], 3)
     assert codes_of([-0.5, 254.5, 1.5], sym=False) == ([0, 254, 2], 0)
     assert codes_of([-1.5, 253.5, 0.5], sym=False) == ([0, 255, 2], 2)
+
+
+# Static groups.
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize(("bits", "group_size", "sym"), [(2, 32, True), (3, 64, False), (4, 128, True), (8, -1, True)])
+def test_static_groups_are_solved_by_falling_activity(bits, group_size, sym, search):
+    weight, hessian = problem(6, 256, seed=30 + bits)
+    without = ("refine", "targets") if search else ("search", "refine", "targets")
+    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, without=without)
+    found = gptq(weight, hessian, config).weight
+    size = 256 if group_size == -1 else group_size
+    assert torch.equal(found.g_idx, torch.arange(256, dtype=torch.int32) // size)
+    damped = hessian + config.damp * hessian.diagonal().mean() * torch.eye(256)
+    matters = 1 / torch.linalg.inv(damped).diagonal()
+    grids = [searched_grid(part, importance, bits, sym) if search else min_max_grid(part, bits, sym)
+             for part, importance in zip(weight.t().split(size), matters.split(size), strict=True)]
+    scales, zeros = (torch.stack(parts, 1).numpy() for parts in zip(*grids, strict=True))
+    np.testing.assert_array_equal(found.scales.numpy(), scales)
+    np.testing.assert_array_equal(found.zeros.numpy(), zeros)
+    expected = static_oracle(weight.numpy(), hessian.numpy(), scales, zeros, bits=bits, damp=config.damp)
+    np.testing.assert_array_equal(found.codes.numpy(), expected)
+    assert bool((found.scales < 0).any()) == (search and sym)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 64), (4, 128), (8, 128)])  # at (2, 32) search is no gain
+def test_every_idea_pays_on_inputs_of_unequal_size(bits, group_size):
+    errors = {}
+    for name, without in {"plain": ("search", "order", "refine"), "order": ("search", "refine"), "search": ("refine",),
+                          "all": ()}.items():
+        problems = [problem(32, 256, seed=40 + seed) for seed in range(4)]
+        config = QuantConfig(bits=bits, group_size=group_size, without=without)
+        errors[name] = sum(error_of(gptq(weight, hessian, config), weight, hessian) for weight, hessian in problems)
+    assert errors["all"] < errors["search"] < errors["order"] < errors["plain"]
 
 
 # Rounding to nearest.

@@ -83,9 +83,10 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
     rank-one update (as in QuantEase, arXiv 2309.01885, section 3).
 
     Args:
-        code: (g, N), codes less their zero points; changed in place, as is the residual.
+        code: (g, N), codes less their zero points; changed in place.
         scale, zero: (N,).
-        residual, block: as for `refit_scales`.
+        residual: as for `refit_scales`; used up.
+        block: as there.
         diagonal: (g,), of H, without zeros.
         bits: bits a code.
     """
