@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import records
+import torch
 from torch import Tensor, nn
 
-from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
+from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
 from gptq_belle.evaluation.divergence import divergence
-from gptq_belle.evaluation.perplexity import read_text
+from gptq_belle.evaluation.perplexity import Logits, read_text
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.cpu import CpuWeight
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.runtime.engine import Model
 from gptq_belle.runtime.linear import QuantLinear
 
 TINY = records.ROOT / "examples" / "belle_tiny"
@@ -45,13 +45,19 @@ class Expanded(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def expanded(path: Path) -> Model:
-    """The packed model with every linear expanded."""
-    model = load(path, device="cpu")
-    for name, module in list(model.hf.named_modules()):
+def expanded(path: Path) -> Logits:
+    """The logits of the packed model with every linear expanded."""
+    model: Any = hf_model(path, device="cpu")
+    for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
-            model.hf.set_submodule(name, Expanded(module))
-    return model
+            model.set_submodule(name, Expanded(module))
+
+    @torch.inference_mode()
+    def logits(ids: Tensor) -> Tensor:
+        found: Tensor = model(ids, use_cache=False).logits
+        return found
+
+    return logits
 
 
 def measure(source: Path, bits: int) -> dict[str, Any]:
@@ -59,16 +65,16 @@ def measure(source: Path, bits: int) -> dict[str, Any]:
     base = load(source, device="cpu")
     text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
 
-    def kl(one: Model, other: Model) -> dict[str, float]:
-        found = divergence(one.logits, other.logits, base.tokenizer, text, length=WINDOW, limit=LIMIT)
+    def kl(one: Logits, other: Logits) -> dict[str, float]:
+        found = divergence(one, other, base.tokenizer, text, length=WINDOW, limit=LIMIT)
         return {"kl": found.kl_mean, "same_top": found.same_top, "perplexity": found.perplexity}
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model"
         quantize_checkpoint(source, path, QuantConfig(bits=bits), calibration=Calibration(seq_len=WINDOW))
-        models = {"float32": expanded(path)} | {name: load(path, device="cpu", precision=name)
+        models = {"float32": expanded(path)} | {name: load(path, device="cpu", precision=name).logits
                                                 for name in ("exact", "fast")}
-    figures: dict[str, Any] = {f"{name} to full precision": kl(base, model) for name, model in models.items()}
+    figures: dict[str, Any] = {f"{name} to full precision": kl(base.logits, model) for name, model in models.items()}
     return figures | {f"{name} to float32": kl(models["float32"], models[name]) for name in ("exact", "fast")}
 
 

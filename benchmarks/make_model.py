@@ -177,7 +177,7 @@ def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, 
     if config is None:
         _write_json(out / "config.json", plain | {"dtype": "float16", "torch_dtype": "float16"})
     else:
-        _write_json(out / "config.json", quantized_config(plain, config, d.tied))
+        _write_json(out / "config.json", quantized_config(plain, config.to_dict(), d.tied))
         _write_json(out / "quantize_config.json", config.to_dict())
     return sum((out / name).stat().st_size for name in names)
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gptq_belle.compat.transformers_gptq import patch_transformers
     from gptq_belle.config import QuantConfig
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -22,8 +23,10 @@ _HOMES = {
     "load": "gptq_belle.runtime.engine",
     "Model": "gptq_belle.runtime.engine",
     "hf_model": "gptq_belle.runtime.loader",
+    "patch_transformers": "gptq_belle.compat.transformers_gptq",
 }
-__all__ = ["Calibration", "Model", "QuantConfig", "__version__", "hf_model", "load", "quantize_checkpoint"]
+__all__ = ["Calibration", "Model", "QuantConfig", "__version__", "hf_model", "load", "patch_transformers",
+           "quantize_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

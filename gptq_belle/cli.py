@@ -2,15 +2,18 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gptq_belle import __version__, console, demo, quantize
+from gptq_belle.conversion import verbs as conversion
 from gptq_belle.evaluation import verbs as evaluation
+from gptq_belle.measure import verbs as measure
 from gptq_belle.options import (
+    Cache,
     ChatStyle,
+    HeadBits,
     MaxTokens,
     ModelPath,
     Penalty,
@@ -22,12 +25,17 @@ from gptq_belle.options import (
     TopP,
     load_model,
 )
+from gptq_belle.reporting import verb as report
 
 app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
 app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, divergence from the base, answers.")
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
+app.command("report")(report.command)
+for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, measure.tune, measure.doctor):
+    app.command()(verb)
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -53,12 +61,14 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
     """Answer one prompt, streamed to stdout."""
-    model = load_model(path, device, precision)
+    model = load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     began, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,
@@ -84,6 +94,8 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -93,7 +105,7 @@ def chat(
     from gptq_belle.runtime.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    talk = terminal.Conversation(load_model(path, device, precision), prompt_style, params)
+    talk = terminal.Conversation(load_model(path, device, precision, head_bits, cache), prompt_style, params)
     said = terminal.chat(talk, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": said})
@@ -114,72 +126,6 @@ def inspect(path: ModelPath, device: Annotated[str, typer.Option(hidden=True)] =
             console.say(f"Problem: {problem}", style="bold red")
     if found.problems:
         raise typer.Exit(4)
-
-
-@app.command()
-def bench(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Model directories.", show_default=False)],
-    prompt: Annotated[int | None, typer.Option(
-        "-p", "--prompt-tokens", help="Tokens of the prompt; left out, 512, or what the context leaves.")] = None,
-    tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Tokens to generate.")] = 128,
-    batch: Annotated[int, typer.Option("-b", "--batch", help="Prompts at a time.")] = 1,
-    repeats: Annotated[int, typer.Option("-r", "--repeats", help="Repeats; medians are printed.")] = 5,
-    output: Annotated[str, typer.Option("-o", "--output", help="md, json, jsonl or csv.")] = "md",
-    plot: Annotated[Path | None, typer.Option(help="Draw the speeds into a picture.", show_default=False)] = None,
-    precision: Precision = None,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
-) -> None:
-    """Measure speed and memory of models side by side, and say what bounds them."""
-    from gptq_belle.measure import bench as benchmark
-    from gptq_belle.measure import bench_output
-
-    bench_output.check_format(output)
-    if plot is not None:
-        bench_output.check_plot(plot)
-    workload = benchmark.Workload(prompt, tokens, batch, repeats)
-    with console.stepping() as progress:
-        found = benchmark.bench(paths, workload, device=device, precision=precision, progress=progress)
-    bench_output.show(found, "json" if as_json else output)
-    if plot is not None:
-        bench_output.plot(found, plot)
-        console.note(f"The picture is {plot}.")
-
-
-@app.command()
-def tune(
-    path: ModelPath,
-    rows: Annotated[list[int] | None, typer.Option(
-        help="Rows of activations (tokens at a time) to tune for, repeatable; left out, 1 to 2048.")] = None,
-    out: Annotated[Path | None, typer.Option(
-        help="Folder of the table, to be named in GPTQ_BELLE_TUNING; left out, the installed kernels' own.",
-        show_default=False)] = None,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
-) -> None:
-    """On a GPU: measure which tiles of the kernels are fastest for a model, and write them down for the next runs."""
-    from gptq_belle.measure import tune as tuner
-
-    with console.stepping() as progress:
-        found = tuner.tune_model(path, device=device, rows=rows or (), out=out, progress=progress)
-    if as_json:
-        console.print_json(found)
-    else:
-        tuner.show(found)
-
-
-@app.command()
-def doctor(device: console.Device = "auto", as_json: console.Json = False, verbose: console.Verbose = False) -> None:
-    """Say what this machine can run, and which kernel each case takes and why."""
-    from gptq_belle.measure import doctor as examination
-
-    found = examination.examine(device)
-    if as_json:
-        console.print_json(found)
-    else:
-        examination.show(found)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """How to quantize: the settings of a job, their validation, and the dictionary that stands in a checkpoint."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gptq_belle import __version__
@@ -11,6 +12,48 @@ from gptq_belle.quantization.recipe import IDEAS, RECIPES, Recipe, recipe
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 METHODS = ("gptq", "rtn")
+OVERRIDABLE = ("bits", "group_size", "sym")
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Other settings for some linears; see `overrides.parse` for the way they are given on the command line.
+
+    Attributes:
+        pattern: a regular expression that `re.match` holds against full names of linears, from their start on.
+        bits, group_size, sym: as in `QuantConfig`; None leaves the job's.
+        skip: leave the linears in float16.
+
+    Raises:
+        UsageError: no regular expression, a value that is not allowed, or nothing that it changes.
+    """
+
+    pattern: str
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UsageError(f"override {self.pattern!r} is no regular expression: {error}",
+                             "Write it as Python's re takes it; a dot in a name is '\\.'.") from error
+        if self.bits is not None:
+            _check("bits", self.bits, BITS)
+        if self.group_size is not None:
+            _check("group size", self.group_size, GROUP_SIZES)
+        if self.sym not in (None, True, False):
+            raise UsageError(f"sym {self.sym} is not allowed", "Choose true or false.")
+        if self.skip == bool(self.values()):
+            raise UsageError(f"override {self.pattern!r} {'changes what it skips' if self.skip else 'changes nothing'}",
+                             f"Name at least one of {', '.join(OVERRIDABLE)}, or skip alone.")
+
+    def values(self) -> dict[str, Any]:
+        """What it sets, by `QuantConfig`'s names."""
+        values = {name: getattr(self, name) for name in OVERRIDABLE}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +70,7 @@ class QuantConfig:
         preset: "best", or "fast" for plain GPTQ (see `quantization.recipe.RECIPES`).
         without: ideas of the preset that are switched off (see `quantization.recipe.IDEAS`).
         positive_scales: for readers that cannot take negative ones; costs a little quality.
+        overrides: other settings for some linears (``dynamic`` on disk); no two may match the same one.
 
     Raises:
         UsageError: a value is not among the allowed ones; the message names the option and lists them.
@@ -41,6 +85,7 @@ class QuantConfig:
     preset: str = "best"
     without: tuple[str, ...] = ()
     positive_scales: bool = False
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         _check("bits", self.bits, BITS)
@@ -59,11 +104,19 @@ class QuantConfig:
 
     @property
     def checkpoint_format(self) -> str:
-        """"gptq" (zero points stored minus one) where symmetric, "gptq_v2" (stored as they are) where not.
+        """"gptq" (zero points stored minus one) where all is symmetric, "gptq_v2" (stored as they are) where not.
 
-        Readers disagree on whether a stored 15 means 16 or 0, and an asymmetric zero point can be 0.
+        Readers disagree on whether a stored 15 means 16 or 0, and an asymmetric zero point can be 0. It is one for the
+        whole file: `of` does not change it.
         """
-        return "gptq" if self.sym else "gptq_v2"
+        return "gptq" if self.sym and all(override.sym is None for override in self.overrides) else "gptq_v2"
+
+    def of(self, name: str) -> "QuantConfig | None":
+        """The settings of one linear, by its full name; None where it stays in float16."""
+        for override in self.overrides:
+            if re.match(override.pattern, name):
+                return None if override.skip else replace(self, **override.values())
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` of config.json, which is also the whole of quantize_config.json."""
@@ -80,8 +133,13 @@ class QuantConfig:
             "true_sequential": True,
             "static_groups": self.recipe.static_order and not self.act_order,
             "damp_percent": self.damp,
+            **({"dynamic": self._dynamic()} if self.overrides else {}),
             "meta": {"quantizer": [f"gptq_belle:{__version__}"], "settings": asdict(self)},
         }
+
+    def _dynamic(self) -> dict[str, dict[str, Any]]:
+        """The overrides as GPTQModel writes them: by "+:" or, where nothing is quantized, "-:" and the expression."""
+        return {f"{'-' if override.skip else '+'}:{override.pattern}": override.values() for override in self.overrides}
 
 
 def written_by_us(quantization_config: Mapping[str, Any]) -> bool:

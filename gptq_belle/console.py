@@ -19,7 +19,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError
@@ -83,13 +83,14 @@ def stepping() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def counting(text: str) -> Iterator[Callable[[int, int], None]]:
+def counting(text: str, *, is_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show on stderr how far something is; what is given takes (done, in all): a bar on a terminal, else one line."""
     if not err().is_terminal:
         note(text)
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    count = DownloadColumn() if is_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=err(), transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

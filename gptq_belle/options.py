@@ -24,9 +24,15 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, r
 Seed = Annotated[int | None, typer.Option(help="Of the draw.", show_default=False)]
 
 
-def load_model(path: Path, device: str, precision: str | None) -> "Model":
+HeadBits = Annotated[int | None, typer.Option(
+    help="16, 8 or 4: of the head, and of the embedding where it is the same. Left out, 8 in that case, else 16.")]
+Cache = Annotated[str, typer.Option(help="Of keys and values: float16, float32, bfloat16 or int8.")]
+
+
+def load_model(path: Path, device: str, precision: str | None, head_bits: int | None = None,
+               cache: str = "float16") -> "Model":
     """Load a model, and say so on stderr; raises what `gptq_belle.load` raises."""
     with console.step(f"loading {path}"):
         from gptq_belle.runtime.engine import load
 
-        return load(path, device=device, precision=precision)
+        return load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)

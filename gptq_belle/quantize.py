@@ -4,7 +4,7 @@ by path."""
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -16,9 +16,10 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.config import QuantConfig
+from gptq_belle.overrides import parse
 
 if TYPE_CHECKING:
-    from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.setup import Setup
 
 
 def command(
@@ -36,11 +37,17 @@ def command(
                                          "refine, targets, veto.")] = "",
     positive_scales: Annotated[bool, typer.Option("--positive-scales", help="For readers that cannot take negative "
                                                   "scales; a little less quality.")] = False,
+    override: Annotated[list[str] | None, typer.Option(
+        metavar="REGEX=KEY:VALUE,...", show_default=False, help="Other settings for the linears whose name REGEX is "
+        "found in, such as 'mlp.dense_4h_to_h=bits:8': bits, group_size, sym; or REGEX=skip to leave them in float16. "
+        "Repeatable. GPTQModel reads all of it, vLLM symmetric 4 and 8 bits and skip.")] = None,
     calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
     rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept under 4 K calibration tokens.")] = False,
     seed: Annotated[int, typer.Option(help="Of the calibration rows' order.")] = 0,
+    lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter to merge into MODEL's weights.",
+                                              metavar="DIR", show_default=False)] = None,
     memory: Annotated[str | None, typer.Option(
         metavar="SIZE", show_default=False, help="Anonymous memory to keep to, such as 8GiB: calibration activations "
         "stay on disk where they do not fit. Left out, what is free.")] = None,
@@ -57,40 +64,39 @@ def command(
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
                          preset=preset, without=tuple(filter(None, without.split(","))),
-                         positive_scales=positive_scales)
+                         positive_scales=positive_scales, overrides=tuple(map(parse, override or ())))
     from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import ConsoleProgress
+    from gptq_belle.quantization.setup import set_up
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
     limit = None if memory is None else parse_bytes(memory)
     if dry_run:
-        _say_what_it_takes(model, config, text, device, limit, as_json)
+        _say_what_it_takes(lambda: set_up(model, config, text, device, lora), limit, as_json)
         return
     with resumable(out), ConsoleProgress(console.err()) as progress:
         report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
-                                     resume=resume, memory=limit)
+                                     resume=resume, memory=limit, lora=lora)
     if as_json:
         console.print_json(report.to_dict())
         return
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
-    console.say(f"{out}: {bits} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
+    console.say(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
     if report.winners:
         console.say("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
 
 
-def _say_what_it_takes(model: str, config: QuantConfig, text: "Calibration", device: str, limit: int | None,
-                       as_json: bool) -> None:
+def _say_what_it_takes(setup: "Callable[[], Setup]", limit: int | None, as_json: bool) -> None:
     """The dry run: time, memory and disk."""
     from gptq_belle.measure.memory import steady_heap
     from gptq_belle.quantization.estimate import estimate
-    from gptq_belle.quantization.setup import set_up
 
     with console.step("working through one block"):
         steady_heap()
-        found = estimate(set_up(model, config, text, device), limit)
+        found = estimate(setup(), limit)
     if as_json:
         console.print_json(found)
         return

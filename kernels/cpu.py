@@ -96,10 +96,7 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
 
 def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
     """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
-    runs, mask = cut_runs(weight.g_idx), 2**weight.bits - 1
-    blocks, groups, vectors, _ = weight.codes.shape
-    fields = torch.stack([weight.codes >> shift & mask for shift in range(0, 8, weight.bits)])
-    places = fields.view(-1, blocks, groups, vectors, BLOCK, 4).permute(2, 3, 0, 5, 1, 4).reshape(-1, blocks * BLOCK)
+    runs, places = cut_runs(weight.g_idx), unpack_codes(weight.codes, weight.bits)
     codes = places[: weight.in_features]
     if weight.order is not None:
         filled = weight.order >= 0
@@ -108,11 +105,23 @@ def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
     zeros = weight.zeros if weight.zeros is not None else torch.full(weight.scales.shape, weight.zero)
 
     def table(values: Tensor) -> Tensor:
-        whole = values.new_zeros(weight.source_groups, blocks * BLOCK)  # a group without inputs keeps zeros
-        whole[runs.groups] = values.transpose(0, 1).reshape(groups, -1)
+        whole = values.new_zeros(weight.source_groups, places.shape[1])  # a group without inputs keeps zeros
+        whole[runs.groups] = by_run(values)
         return whole[:, : weight.out_features].contiguous()
 
     return codes[:, : weight.out_features].contiguous(), table(zeros.int()), table(weight.scales)
+
+
+def unpack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (N / 16, G, run * bits / 32, 64) of the layout, or of some of its runs: (G * run, N) uint8, N padded."""
+    blocks, groups, vectors, _ = codes.shape
+    fields = torch.stack([codes >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+    return fields.view(-1, blocks, groups, vectors, BLOCK, 4).permute(2, 3, 0, 5, 1, 4).reshape(-1, blocks * BLOCK)
+
+
+def by_run(values: Tensor) -> Tensor:
+    """Scales or zeros (N / 16, G, 16) of the layout as a table (G, N), N padded."""
+    return values.transpose(0, 1).flatten(1)
 
 
 def empty_codes(blocks: int, groups: int, vectors: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Which kernel runs: chosen once when a weight is prepared, called through one function."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import cpu, groupwise, reference, torch_int4, triton_layout, triton_matmul
+from . import cpu, cpu_rows, gradient, groupwise, reference, torch_int4, triton_layout, triton_matmul
 from .cpu import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
@@ -75,8 +76,47 @@ def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | Non
     return triton_layout.prepare(there) if choice.kernel == "triton" else there
 
 
+def rows(weight: PreparedWeight, ids: Tensor) -> Tensor:
+    """Rows ids (n,) of the matrix (N, K) whose product a weight is: (n, K) float32. An embedding is looked up so.
+
+    Raises:
+        ValueError: the layout of torch's int4 op, which cannot be looked into.
+    """
+    if isinstance(weight, CpuWeight):
+        return cpu_rows.rows(weight, ids)
+    if isinstance(weight, SlicedWeight):
+        return triton_layout.rows(weight, ids)
+    if isinstance(weight, Int4Weight):
+        raise ValueError("rows of a weight in torch's int4 layout cannot be looked up")
+    return reference.rows(weight, ids)
+
+
 def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, whichever kernel runs."""
+    """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype, whichever kernel runs.
+
+    Where x asks for its gradient, the result has one, to x alone.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        y: Tensor = _Differentiable.apply(x, weight, bias)
+        return y
+    return _product(x, weight, bias)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The product with a gradient to x. Torch's own would keep the expanded weight until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.input_gradient(grads[0], ctx.weight), None, None
+
+
+def _product(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     if isinstance(weight, CpuWeight):
         # As an operation of torch only where a graph is made: calling one from Python takes 20 microseconds more.
         return (cpu.op if torch.compiler.is_compiling() else cpu.quant_matmul)(x, weight, bias)

@@ -103,6 +103,19 @@ def unpack_slices(words: Tensor, bits: int) -> Tensor:
     return torch.stack(slices, 1).transpose(2, 3).reshape(-1, words.shape[1]).to(torch.uint8)
 
 
+def rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
+    """Rows ids (n,) of the matrix (N, K) whose product this is: (n, K) float32, exact where scales are float16."""
+    codes = unpack_slices(weight.words[:, ids], weight.bits).float().view(-1, weight.run, len(ids))
+    zeros = weight.zero if weight.zeros is None else weight.zeros[:, ids].float()[:, None]
+    values = ((codes - zeros) * weight.scales[:, ids].float()[:, None]).flatten(0, 1).t()
+    if weight.order is None:
+        return values[:, : weight.in_features].contiguous()
+    filled = weight.order >= 0
+    found = values.new_empty(len(ids), weight.in_features)
+    found[:, weight.order[filled].long()] = values[:, filled]
+    return found
+
+
 def restore(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
     runs, outputs = cut_runs(weight.g_idx, BLOCK), weight.out_features

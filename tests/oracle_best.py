@@ -1,4 +1,4 @@
-"""The ideas of preset best written down a second time, by trying: the oracle of test_grid, test_refine and test_targets.
+"""The ideas of preset best written down a second time, by trying: the oracle of test_grid and test_refine.
 
 float64 and NumPy throughout, one output and one weight at a time; shares no code with the package.
 """

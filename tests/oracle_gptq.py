@@ -84,7 +84,8 @@ def static_oracle(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, z
                   damp: float) -> np.ndarray:
     """Codes (N, K) on grids (N, G) that are given, inputs by falling H_kk, groups as the inputs lie.
 
-    From what equation (2) solves: whatever was rounded stays, the rest takes the values that minimise d (H + damping) d.
+    From what equation (2) solves: whatever was rounded stays, the rest takes the values that minimise
+    d (H + damping) d^T.
     """
     w, h = np.array(weight, dtype=np.float64), np.array(hessian, dtype=np.float64)
     order = list(np.argsort(-np.diag(h), kind="stable"))

@@ -30,9 +30,13 @@ def test_answers_come_in_the_order_of_the_questions(model):
     assert all(1 <= len(one.ids) <= 6 for one in found)
 
 
-def test_an_answer_ends_with_eos():
-    assert answers._to_eos([5, 2, 2, 2], frozenset({2})) == [5, 2]
-    assert answers._to_eos([5, 6], frozenset({2})) == [5, 6]
+def test_an_answer_ends_with_eos(model, monkeypatch):
+    alone = ask(model, QUESTIONS[:1], 8, 1)[0]
+    eos = alone.ids[4]
+    monkeypatch.setattr(model, "eos_ids", frozenset({eos}))
+    found = ask(model, QUESTIONS, 8, 8)
+    assert found[0].ids == alone.ids[: alone.ids.index(eos) + 1]
+    assert all(eos not in one.ids[:-1] for one in found)
 
 
 def test_a_question_beyond_the_context_is_refused(model):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 import time
 from unittest.mock import patch
@@ -12,11 +13,12 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
+from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.measure import bench_output, peak
 from gptq_belle.measure.bandwidth import buffer_bytes, read_bandwidth
 from gptq_belle.measure.bench import Workload, bench, fitted
-from gptq_belle.measure.bound import StepProfile, explain, weight_bytes
+from gptq_belle.measure.bound import StepProfile, explain
 from gptq_belle.measure.timing import seconds, spread
 
 MIB = 1 << 20
@@ -42,12 +44,11 @@ def test_both_models_are_measured(measured):
     assert measured.bandwidth.median > 1e8
 
 
-def test_weight_bytes_count_a_tied_embedding_once_and_no_lookup_table(tiny_model):
-    model = load(tiny_model, device="cpu").hf
-    total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    embedding = model.get_input_embeddings().weight.nbytes
-    tied = model.config.tie_word_embeddings
-    assert weight_bytes(model) == (total if tied else total - embedding)
+def test_bytes_of_a_step_count_a_tied_embedding_once_and_no_lookup_table(tiny_model):
+    model, numbers = load(tiny_model, device="cpu"), CheckpointReader(tiny_model)
+    total = sum(math.prod(numbers.shape(name)) for name in numbers) * 4
+    embedding = 0 if model.config.get("tie_word_embeddings", True) else 384 * 128
+    assert (model.weight_bytes, model.step_bytes) == (total - 2 * embedding, total - 4 * embedding)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

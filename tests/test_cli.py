@@ -10,7 +10,9 @@ from conftest import packed_checkpoint
 
 from gptq_belle import __version__, cli, console
 
-VERBS = ("demo", "quantize", "generate", "chat", "inspect", "eval", "bench", "tune", "doctor")
+VERBS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "inspect", "eval", "report", "bench", "tune",
+         "doctor")
+FILES_ONLY = ("inspect", "convert", "decrypt")  # they take --device as every verb does, and have no use for it
 TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
 
 
@@ -54,6 +56,25 @@ def test_help_names_every_verb_and_imports_no_torch():
     assert all(verb in done.stdout for verb in VERBS)
 
 
+def test_convert_and_decrypt(belle, packed, tmp_path):
+    (tmp_path / "key").write_bytes(b"key")
+    code, out, _ = belle("decrypt", packed, tmp_path / "enc", "--key", tmp_path / "key", "--encrypt", "--json")
+    assert code == 0
+    plain = {row["name"].split(".")[0]: row["md5"] for row in json.loads(out)}
+    code, out, _ = belle("decrypt", tmp_path / "enc", tmp_path / "dec", "--key", tmp_path / "key")
+    assert code == 0
+    assert plain["model"] in out
+    code, out, _ = belle("convert", tmp_path / "dec", tmp_path / "v2", "--format", "gptq_v2", "--json")
+    assert code == 0
+    assert json.loads(out)["written_format"] == "gptq_v2"
+    code, out, err = belle("convert", tmp_path / "v2", tmp_path / "v1")
+    assert code == 0
+    assert "was gptq_v2" in out
+    assert err.splitlines() == ["converting"]
+    (tmp_path / "key").write_bytes(b"yek")
+    assert belle("decrypt", tmp_path / "enc", tmp_path / "other", "--key", tmp_path / "key")[0] == 4
+
+
 def test_version(belle):
     assert belle("--version") == (0, f"gptq-belle {__version__}\n", "")
 
@@ -65,7 +86,7 @@ def test_every_verb_has_help_and_takes_the_common_options(belle, verb):
     if verb != "eval":
         assert "--json" in out
         assert "-v" in out
-        assert ("--device" in out) == (verb != "inspect")  # accepted there too, but of no effect
+        assert ("--device" in out) == (verb not in FILES_ONLY)  # accepted there too, but of no effect
 
 
 @pytest.mark.parametrize(

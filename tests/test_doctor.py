@@ -1,12 +1,16 @@
-"""What doctor says of GPU kernels, on machines that lack one thing or another."""
+"""What doctor says of GPU kernels, on machines that lack one thing or another, and how its self-test finds faults."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gptq_belle.kernels import triton_matmul
+from gptq_belle import cli, console
+from gptq_belle.kernels import cpu, groupwise, triton_matmul
+from gptq_belle.kernels.library import library
 from gptq_belle.measure import doctor
+from gptq_belle.measure.self_test import self_test
 
 
 @pytest.fixture
@@ -55,3 +59,45 @@ def test_no_card(card, monkeypatch):
     found = doctor.gpu()
     assert found == {"kernel": None, "why_not": "PyTorch sees no CUDA device", "tables": []}
     assert doctor.gpu_line(found) == "not Triton's: PyTorch sees no CUDA device"
+
+
+def doctor_verb(capsys, *args):
+    with pytest.raises(SystemExit) as left:
+        console.run(cli.app, ["doctor", "--device", "cpu", *args])
+    return left.value.code or 0, capsys.readouterr().out
+
+
+def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
+    code, out = doctor_verb(capsys, "--json")
+    checks = json.loads(out)["self_test"]
+    assert code == 0
+    assert all(check["passed"] and check["error"] <= check["allowed"] for check in checks)
+    kernels = {check["kernel"] for check in checks}
+    assert {"torch-int4", "groupwise", "reference"} <= kernels
+    if not isinstance(library(), str):
+        assert {f"native {isa}" for isa in library().usable} <= kernels
+    assert all(check["error"] > 0 for check in checks)  # something was computed, in fewer bits than float64
+
+
+def test_a_kernel_that_is_off_by_a_percent_is_found(monkeypatch, capsys):
+    rightly = groupwise.quant_matmul
+    monkeypatch.setattr(groupwise, "quant_matmul", lambda x, weight: 1.01 * rightly(x, weight))
+    code, out = doctor_verb(capsys)
+    assert code == 3
+    assert "WRONG: groupwise, 4 bit: off by 1.0e-02 of the result, 1e-05 is allowed" in out
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="no compiled kernels")
+def test_no_number_and_an_exception_do_not_pass(monkeypatch):
+    def broken(x, weight, isa):
+        if isa == "portable":
+            raise ValueError("no such thing")
+        return x.new_full((len(x), weight.out_features), torch.nan)
+
+    monkeypatch.setattr(cpu, "quant_matmul", broken)
+    checks = [check for check in self_test(["cpu"]) if check.kernel.startswith("native")]
+    assert checks
+    assert not any(check.passed for check in checks)
+    assert {check.why_not for check in checks if check.kernel == "native portable"} == {"no such thing"}
+    assert any("no such thing" in line for line in doctor.test_lines(
+        [check._asdict() | {"passed": check.passed} for check in checks]))

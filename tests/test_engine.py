@@ -21,20 +21,23 @@ def model(tiny_model):
 
 @pytest.fixture
 def packed(tiny_model, tmp_path):
-    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
+    return gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache="float32",
+                           head_bits=16)
 
 
 def test_attributes(model, tiny_model):
     assert (model.path, model.device, model.dtype) == (tiny_model, torch.device("cpu"), torch.float32)
     assert (model.context, model.eos_ids) == (256, {2})
-    assert model.prompt_style == model.config.model_type
+    assert model.prompt_style == model.config["model_type"]
     assert model.tokenizer.eos_token == "</s>"
 
 
 def test_logits(packed):
     logits = packed.logits(IDS)
     assert (logits.shape, logits.dtype) == ((2, 9, 384), torch.float32)
-    torch.testing.assert_close(logits, packed.hf(IDS).logits)
+    with torch.inference_mode():
+        expected = gptq_belle.hf_model(packed.path, device="cpu")(IDS).logits
+    assert float((logits - expected).norm() / expected.norm()) < 1e-4  # 16 bits of an activation: 3e-5 each time
     torch.testing.assert_close(packed.logits(IDS[1:]), logits[1:], rtol=1e-3, atol=2e-3)
 
 
@@ -49,12 +52,31 @@ def test_prefill_and_decode_equal_one_forward_pass(packed):
     for t in range(4, 9):
         logits = packed.decode(IDS[:, t], cache)
         torch.testing.assert_close(logits, whole[:, t], rtol=1e-3, atol=2e-3)
-    assert cache.get_seq_length() == 9
+    assert cache.length == 9
+
+
+@pytest.mark.parametrize(("cache", "most"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 4e-2)])
+def test_narrow_caches_cost_little(tiny_model, cache, most):
+    ids = torch.randint(384, (2, 90))
+    model = gptq_belle.load(tiny_model, device="cpu", cache=cache)
+    whole = model.logits(ids)
+    logits, session = model.prefill(ids[:, :70], room=20)
+    for t in range(70, 90):
+        assert 1e-6 < float((logits - whole[:, t - 1]).norm() / whole[:, t - 1].norm()) < most
+        logits = model.decode(ids[:, t], session)
+    with pytest.raises(UsageError, match="91 tokens do not fit into a cache of 90"):
+        model.decode(ids[:, 0], session)
+
+
+def test_an_unknown_cache_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UsageError, match="cache 'int3' is not known"):
+        gptq_belle.load(tmp_path / "absent", device="cpu", cache="int3")
 
 
 def test_greedy_generation_equals_transformers(packed):
     ids = packed.tokenizer("人工智能")["input_ids"]
-    theirs = packed.hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids):]
+    hf = gptq_belle.hf_model(packed.path, device="cpu")
+    theirs = hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids):]
     expected = packed.tokenizer.decode(theirs, skip_special_tokens=True)
     assert packed.generate("人工智能", max_new_tokens=12) == expected
     assert packed.generate(ids, max_new_tokens=12) == expected
@@ -74,13 +96,13 @@ class Scripted:
 
     def __init__(self, model, monkeypatch, ids):
         self.ids, self.prompts = list(ids), []
-        prefill, decode = model.prefill, model.decode
-        monkeypatch.setattr(model, "prefill", lambda ids: self.first(prefill(ids), ids))
-        monkeypatch.setattr(model, "decode", lambda token, cache: self.next(decode(token, cache)))
+        read, step = model.read, model.step
+        monkeypatch.setattr(model, "read", lambda ids, *where: self.first(read(ids, *where), ids))
+        monkeypatch.setattr(model, "step", lambda *arguments: self.next(step(*arguments)))
 
-    def first(self, result, prompt):
-        self.prompts.append(prompt[0].tolist())
-        return self.next(result[0]), result[1]
+    def first(self, logits, prompt):
+        self.prompts.append(prompt.tolist())
+        return self.next(logits)
 
     def next(self, logits):
         return torch.nn.functional.one_hot(torch.tensor([self.ids.pop(0)]), logits.shape[-1]).float()
@@ -92,7 +114,7 @@ def test_a_question_is_wrapped_and_the_next_question_is_not_shown(model, monkeyp
     pieces = list(model.stream("你好", prompt_style="auto", max_new_tokens=50))
     assert "".join(pieces) == "春天。"
     assert script.ids  # it stopped as soon as "Human:" was there
-    style = STYLES[model.config.model_type]
+    style = STYLES[model.config["model_type"]]
     assert model.tokenizer.decode(script.prompts[0]) == f"{style.before}你好{style.after}"
 
 

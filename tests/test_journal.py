@@ -27,7 +27,7 @@ from gptq_belle.quantization.stream import BlockStream
 ROOT = Path(__file__).resolve().parent.parent
 FINGERPRINT = {"source": {"config.json": "a" * 64}, "settings": {"bits": 4}, "calibration": {"rows": 8}}
 ENVIRONMENT = {"threads": 1}
-ROW = LinearReport("h.0.dense", 0.5, 0.01, 1.5, 64, 32)
+ROW = LinearReport("h.0.dense", 0.5, 0.01, 1.5, 64, 32, 4)
 
 
 def journal(folder, *, restart=False, **changes):

@@ -102,3 +102,15 @@ def test_deepcopy_is_whole_and_apart(dtype):
 def test_print_tells_sizes_and_layout():
     layer, _ = linear_and_weight(dtype=torch.float64)
     assert repr(layer) == "QuantLinear(64, 32, CanonicalWeight)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_to_peft_it_is_a_linear_whose_weight_has_a_size_and_no_values(dtype):
+    layer, _ = linear_and_weight(dtype=dtype)
+    assert isinstance(layer, torch.nn.Linear)
+    assert (layer.weight.shape, layer.weight.device, layer.qweight.device) == ((32, 64), CPU, CPU)
+    assert repr(layer.weight) == "StandIn(32, 64, device='cpu')"
+    assert not list(layer.parameters())
+    for use in (lambda w: w + 1, lambda w: w.data, lambda w: w.add_(1), lambda w: w.norm(), lambda w: w.clone()):
+        with pytest.raises(UsageError, match=r"packed weight.*\n.*--lora"):
+            use(layer.weight)

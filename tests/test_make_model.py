@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_belle import load
+from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.inspect import inspect
 from gptq_belle.checkpoint.reader import CheckpointReader
 
@@ -33,13 +33,14 @@ def config(request, tmp_path):
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_the_loader_takes_it_and_its_activations_fit_into_float16(config, tmp_path, bits):
     make_model.make(config, tmp_path / "out", bits=bits, layers=2)
-    model = load(tmp_path / "out", device="cpu")
-    assert len(model.hf.get_submodule(CheckpointReader(tmp_path / "out").arch.blocks)) == 2
+    model, hf = load(tmp_path / "out", device="cpu"), hf_model(tmp_path / "out", device="cpu")
+    assert len(hf.get_submodule(CheckpointReader(tmp_path / "out").arch.blocks)) == 2
     ids = torch.randint(640, (2, 16))
     seen = []
-    for module in model.hf.modules():
+    for module in hf.modules():
         module.register_forward_hook(lambda module, args, out: seen.append(out) if torch.is_tensor(out) else None)
-    logits = model.logits(ids)
+    logits = hf(input_ids=ids).logits
+    torch.testing.assert_close(model.logits(ids), logits, rtol=1e-3, atol=1e-3)
     largest = max(float(tensor.abs().max()) for tensor in seen)
     assert 1 < largest < 1000
     assert len(set(logits.argmax(-1).flatten().tolist())) > 8  # rows that differ, not one vector for all
@@ -51,11 +52,11 @@ def test_the_loader_takes_it_and_its_activations_fit_into_float16(config, tmp_pa
 
 def test_outputs_of_linears_are_as_large_as_their_inputs(config, tmp_path):
     make_model.make(config, tmp_path / "out", bits=4)
-    model, ratios = load(tmp_path / "out", device="cpu"), []
-    for name, module in model.hf.named_modules():
+    model, ratios = hf_model(tmp_path / "out", device="cpu"), []
+    for name, module in model.named_modules():
         if name.endswith((".query_key_value", ".q_proj", ".gate_proj", ".dense_h_to_4h")):
             module.register_forward_hook(lambda module, args, out: ratios.append(float(out.std() / args[0].std())))
-    model.logits(torch.randint(640, (2, 64)))
+    model(input_ids=torch.randint(640, (2, 64)))
     assert min(ratios) > 0.7
     assert max(ratios) < 1.4
 

@@ -164,3 +164,15 @@ def test_a_full_disk_is_named_and_what_was_written_goes(run, tiny_llama, small_d
     assert code == 3, err
     assert "disk is full" in err
     assert list(small_disk.iterdir()) == []
+
+
+def test_overrides_on_the_command_line(run, tiny_bloom, tmp_path):
+    code, out, _ = run(tiny_bloom, tmp_path / "out", *SHORT, "--override", "mlp.dense_4h_to_h=bits:8",
+                       "--override", r"h\.0\.self_attention=skip")
+    assert code == 0
+    assert "7.33 bits" in out  # (4 * 16 + 4 * 4 + 4 * 8 + 8 * 4 + 4 * 8) / 24, in units of 128 x 128 weights
+    stated = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert stated["dynamic"] == {"+:.*(?:mlp.dense_4h_to_h)": {"bits": 8}, r"-:.*(?:h\.0\.self_attention)": {}}
+    code, _, err = run(tiny_bloom, tmp_path / "none", *SHORT, "--override", "down_proj=bits:8")
+    assert code == 2
+    assert "matches no linear" in err

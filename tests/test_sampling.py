@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_belle.errors import UsageError
-from gptq_belle.runtime.sampling import Sampler, SamplingParams, kept, penalized
+from gptq_belle.runtime.sampling import Sampler, SamplingParams, draw, drawn, kept, penalized
 
 CPU = torch.device("cpu")
 LOGITS = torch.log(torch.tensor([0.4, 0.1, 0.3, 0.2]))
 
 
 def kept_tokens(logits, **limits):
-    return kept(logits, **{"top_k": 0, "top_p": 1.0} | limits).isfinite().nonzero().flatten().tolist()
+    values, order = kept(logits[None], [SamplingParams(**limits)])
+    return sorted(order[values.isfinite()].tolist())
 
 
 @pytest.mark.parametrize(("limits", "tokens"), [
@@ -29,6 +30,10 @@ def kept_tokens(logits, **limits):
     ({"top_p": 0.69}, [0, 2]),
     ({"top_p": 0.71}, [0, 2, 3]),
     ({"top_p": 0.95}, [0, 1, 2, 3]),
+    ({"min_p": 1.0}, [0]),
+    ({"min_p": 0.51}, [0, 2]),
+    ({"min_p": 0.49}, [0, 2, 3]),
+    ({"top_p": 0.71, "min_p": 0.6}, [0, 2]),
     ({"top_k": 2, "top_p": 0.5}, [0]),  # of the two that are left, the first has 4/7
 ])
 def test_what_is_kept(limits, tokens):
@@ -36,13 +41,14 @@ def test_what_is_kept(limits, tokens):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-20, 20), min_size=1, max_size=20), st.integers(0, 25), st.floats(0.001, 1))
-def test_the_likeliest_is_always_kept_and_values_are_not_changed(values, top_k, top_p):
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=20), st.integers(0, 25), st.floats(0.001, 1),
+       st.floats(0, 1))
+def test_the_likeliest_is_always_kept_and_values_are_not_changed(values, top_k, top_p, min_p):
     logits = torch.tensor(values)
-    left = kept(logits, top_k, top_p)
-    assert left.max() == logits.max()
-    assert torch.equal(left[left.isfinite()], logits[left.isfinite()])
-    assert top_k == 0 or len(set(values)) < len(values) or left.isfinite().sum() <= top_k
+    left, order = kept(logits[None], [SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)])
+    assert left[0, 0] == logits.max()
+    assert torch.equal(left[left.isfinite()], logits[order[left.isfinite()]])
+    assert top_k == 0 or left.isfinite().sum() <= top_k
 
 
 def test_repetition_penalty():
@@ -78,6 +84,28 @@ def test_frequencies_follow_temperature():
     assert (counts - expected).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 0), (0.39, 0), (0.41, 2), (0.69, 2), (0.71, 3), (0.999999, 1)])
+def test_a_number_picks_its_place_in_the_distribution(number, token):
+    assert drawn(LOGITS[None], [SamplingParams(temperature=1.0)], [number]).tolist() == [token]
+    assert drawn(LOGITS[None], [SamplingParams(temperature=1.0, top_k=2)], [number]).item() in (0, 2)
+
+
+def test_rows_are_drawn_as_if_each_were_alone():
+    rows = [SamplingParams(), SamplingParams(temperature=0.7, seed=1), SamplingParams(repetition_penalty=1.5),
+            SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1, repetition_penalty=1.2, seed=2)]
+    logits = torch.randn(6, 4, 50)
+    together, alone = ([Sampler(params, [1, 2, 3], CPU) for params in rows] for _ in range(2))
+    for step in logits:
+        assert draw(together, step.clone()) == [sampler(row) for sampler, row in zip(alone, step.clone(), strict=True)]
+
+
+def test_many_at_once_on_a_gpu_are_the_same_draws():  # the way that a GPU takes, on the CPU
+    rows = [SamplingParams(temperature=0.7), SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1)]
+    logits, numbers = torch.randn(2, 50), [0.3, 0.8]
+    one_by_one = [drawn(logits[i : i + 1], rows[i : i + 1], numbers[i : i + 1]).item() for i in (0, 1)]
+    assert drawn(logits, rows, numbers).tolist() == one_by_one
+
+
 def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     Sampler(SamplingParams(temperature=1.0), [], CPU)(LOGITS)
@@ -86,7 +114,8 @@ def test_the_global_generator_is_left_alone():
 
 @pytest.mark.parametrize(("option", "value"), [
     ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
-    ("top_p", 0.0), ("top_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan), ("seed", -1),
+    ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
+    ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan), ("seed", -1),
     ("seed", 2**63), ("stop", "Human:"),
 ])
 def test_values_out_of_range_are_refused(option, value):

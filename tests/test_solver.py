@@ -203,8 +203,9 @@ def test_static_groups_are_solved_by_falling_activity(bits, group_size, sym, sea
     assert bool((found.scales < 0).any()) == (search and sym)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 64), (4, 128), (8, 128)])  # at (2, 32) search is no gain
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 64), (4, 128), (8, 128)])
 def test_every_idea_pays_on_inputs_of_unequal_size(bits, group_size):
+    """Not so at 2 bits in groups of 32, where search alone is no gain."""
     errors = {}
     for name, without in {"plain": ("search", "order", "refine"), "order": ("search", "refine"), "search": ("refine",),
                           "all": ()}.items():

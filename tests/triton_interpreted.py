@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle_format import formula, random_words
 from torch.nn.functional import linear
 
-from gptq_belle.kernels import reference, triton_layout, triton_matmul
+from gptq_belle.kernels import gradient, reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.triton_config import Config, Plan
 
@@ -107,6 +107,19 @@ def test_float32_is_served_too():
     x = torch.randn(3, 96)
     y = triton_matmul.quant_matmul(x, laid_out(words, 4))
     assert relative_error(y, linear(x.double(), formula(**words, bits=4, v1=True))) < ERRORS[torch.float32]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(weight=weights(), dtype=st.sampled_from([*DTYPES, torch.float32]))
+def test_the_gradient_to_the_activations(weight, dtype):
+    words, bits, zero_offset = weight
+    exact = formula(**words, bits=bits, v1=zero_offset == 1)
+    grad = torch.randn(2, 3, exact.shape[0]).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient, "SCRATCH", 1)  # several parts
+        found = gradient.input_gradient(grad, laid_out(words, bits, zero_offset))
+    assert found.dtype == dtype
+    assert relative_error(found, grad.double() @ exact) < ERRORS[dtype]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -48,13 +48,25 @@ def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config
         tokenizer: the source's.
         tied: whether the head shares the embedding, so that the file holds it once.
     """
-    writer.write_json("config.json", quantized_config(source.config, config, tied))
-    writer.write_json("quantize_config.json", config.to_dict())
-    for name in AS_THEY_ARE:
-        if (source.path / name).is_file():
-            (writer.files / name).write_bytes(_own_file(source.path / name).read_bytes())
-    writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(source, tokenizer))
+    write_configuration(writer, source.config, config.to_dict(), tied=tied)
+    copy_tokenizer(writer, source.path, tokenizer, source.config)
     writer.write_text("README.md", model_card(source, config))
+
+
+def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quantization: dict[str, Any], *,
+                        tied: bool) -> None:
+    """config.json of a model and its quantization_config, which is quantize_config.json too."""
+    writer.write_json("config.json", quantized_config(config, quantization, tied))
+    writer.write_json("quantize_config.json", quantization)
+
+
+def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrainedTokenizerBase,
+                   config: dict[str, Any]) -> None:
+    """The files of a tokenizer and of generation from `folder`, with a chat template for the model that `config` is."""
+    for name in AS_THEY_ARE:
+        if (folder / name).is_file():
+            (writer.files / name).write_bytes(_own_file(folder / name).read_bytes())
+    writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(folder, tokenizer, config))
 
 
 def _own_file(path: Path) -> Path:
@@ -70,11 +82,11 @@ def _own_file(path: Path) -> Path:
     return path
 
 
-def quantized_config(source: dict[str, Any], config: QuantConfig, tied: bool) -> dict[str, Any]:
+def quantized_config(source: dict[str, Any], quantization: dict[str, Any], tied: bool) -> dict[str, Any]:
     """config.json of the quantized model, in words that readers of 2024 and of transformers 5 both understand."""
     result = {key: value for key, value in source.items() if key != "auto_map"}
     result |= {"dtype": "float16", "torch_dtype": "float16", "tie_word_embeddings": tied,
-               "quantization_config": config.to_dict()}
+               "quantization_config": quantization}
     rope = source.get("rope_parameters")
     if isinstance(rope, dict):
         result.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
@@ -83,12 +95,12 @@ def quantized_config(source: dict[str, Any], config: QuantConfig, tied: bool) ->
     return result
 
 
-def _tokenizer_config(source: CheckpointReader, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    path = source.path / TOKENIZER_CONFIG
+def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> dict[str, Any]:
+    path = folder / TOKENIZER_CONFIG
     config = read_json(path) if path.is_file() else {}
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5, still understood
-    if "chat_template" not in config and not (source.path / "chat_template.jinja").is_file():
+    if "chat_template" not in config and not (folder / "chat_template.jinja").is_file():
         adds_bos = bool(tokenizer("")["input_ids"])  # templates are tokenized without what it adds by itself
-        config["chat_template"] = chat_template(detect_style(source.config), bos=adds_bos)
+        config["chat_template"] = chat_template(detect_style(model), bos=adds_bos)
     return {key: value for key, value in config.items() if key != "auto_map"}

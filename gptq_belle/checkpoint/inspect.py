@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gptq_belle.checkpoint.directory import load_tokenizer
+from gptq_belle.checkpoint.mixture import average_bits, mixture
 from gptq_belle.checkpoint.packing import V1, unpack_rows
 from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
@@ -18,9 +19,9 @@ from gptq_belle.errors import GptqBelleError
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import empty_model
 from gptq_belle.runtime.chat import detect_style
-from gptq_belle.runtime.engine import CONTEXT_KEYS
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
+CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions")  # LLaMA's name, then BLOOM's
 MANY = 5  # problems of one kind that are named; the rest is counted
 
 
@@ -43,6 +44,8 @@ class Inspection:
         parameters: of the model, packed weights counted as the weights they stand for.
         dtypes: tensors by their type in the file.
         quantization: what the configuration states; None for a full-precision model.
+        average_bits: a weight, over all linears of the blocks; None where nothing is packed.
+        mixture: where linears differ, how many of a kind have which bits: {"mlp.down_proj": {"4 bits": 2}}.
         act_order: whether a group index is really out of order; None where nothing is packed.
         tied: the head is the embedding.
         bytes: size of the weight files.
@@ -60,6 +63,8 @@ class Inspection:
     parameters: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
     quantization: Quantization | None = None
+    average_bits: float | None = None
+    mixture: dict[str, dict[str, int]] = field(default_factory=dict)
     act_order: bool | None = None
     tied: bool = False
     bytes: int = 0
@@ -80,11 +85,14 @@ def inspect(path: str | Path) -> Inspection:
         found.quantization = read_quantization(reader)
         found.prompt_style = detect_style(reader.config)
         model = empty_model(reader.path)
+        _describe_config(found, model)
+        _describe_tensors(found, reader)
+        if found.quantization is not None:
+            found.average_bits = average_bits(reader, found.quantization)
+            found.mixture = mixture(reader, found.quantization)
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found
-    _describe_config(found, model)
-    _describe_tensors(found, reader)
     found.problems += _few(_missing(found, reader, model))
     found.problems += _few(_packed_problems(found, reader, model))
     found.problems += _tokenizer_problems(reader.path, found.vocabulary)
@@ -109,6 +117,7 @@ def lines(found: Inspection) -> list[tuple[str, str]]:
         order = {None: "unknown", True: "yes", False: "no"}
         rows += [
             ("quantization", f"{q.bits} bits, group size {group}, format {q.checkpoint_format}"),
+            *_mixture(found),
             ("symmetric", order[q.sym]),
             ("act-order", order[found.act_order]),
             ("written by", q.producer or "unknown"),
@@ -137,12 +146,21 @@ def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
         part.tensors += 1
         part.bytes += reader.nbytes(name)
         if leaf == "qweight" and found.quantization:
-            part.parameters += math.prod(shape) * 32 // found.quantization.bits
+            part.parameters += math.prod(shape) * 32 // (found.quantization.of(name.removesuffix(".qweight"))
+                                                         or found.quantization).bits
         elif leaf not in PACKED:
             part.parameters += math.prod(shape)
         dtypes[str(dtype).removeprefix("torch.")] += 1
     found.parameters = sum(part.parameters for part in found.parts.values())
     found.dtypes = dict(dtypes)
+
+
+def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:
+    """Lines for linears that differ."""
+    if found.mixture:
+        yield "bits on average", f"{found.average_bits:.2f}"
+    for kind, counts in found.mixture.items():
+        yield f"  {kind}", "; ".join(f"{count} of {text}" for text, count in sorted(counts.items()))
 
 
 def _part(name: str, reader: CheckpointReader) -> str:
@@ -183,11 +201,15 @@ def _packed_problems(found: Inspection, reader: CheckpointReader, model: nn.Modu
         try:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            check_geometry(reader, name, found.quantization, linear.in_features, linear.out_features)
+            own = found.quantization.of(name)
+            if own is None:
+                yield f"{name}: packed, although dynamic leaves it unquantized"
+                continue
+            check_geometry(reader, name, own, linear.in_features, linear.out_features)
         except (GptqBelleError, AttributeError, AssertionError) as error:
             yield error.cause if isinstance(error, GptqBelleError) else f"the model has no linear {name}"
             continue
-        yield from _values(found, found.quantization, reader, name)
+        yield from _values(found, own, reader, name)
 
 
 def _values(found: Inspection, stated: Quantization, reader: CheckpointReader, name: str) -> Iterator[str]:

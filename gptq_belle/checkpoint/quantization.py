@@ -1,8 +1,9 @@
 """What a checkpoint's configuration says about its packed weights, and whether the tensors bear it out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import regex
 import torch
 
 from gptq_belle.checkpoint.packing import V1, V2
@@ -12,6 +13,7 @@ from gptq_belle.errors import InputError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_GROUP = 1 << 24  # more inputs than any linear has
+MOST_SECONDS = 1.0  # for one expression of a file on one name; a malicious one could take for ever
 WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the figure."
 
 
@@ -26,6 +28,7 @@ class Quantization:
         desc_act: groups follow act-order (``g_idx`` says how in any case).
         checkpoint_format: "gptq" (v1) or "gptq_v2".
         producer: the program that wrote it, or "" where the file does not say.
+        rules: of ``dynamic``, expressions and what they set, in the file's order; None where nothing is quantized.
     """
 
     bits: int
@@ -34,6 +37,19 @@ class Quantization:
     desc_act: bool
     checkpoint_format: str
     producer: str
+    rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
+
+    def of(self, name: str) -> "Quantization | None":
+        """What holds for one linear, by its full name: the first rule counts that matches from the name's start, as
+        GPTQModel and vLLM have it. None where the linear is not quantized.
+
+        Raises:
+            InputError: a rule that no regular expression engine takes.
+        """
+        for pattern, values in self.rules:
+            if _matches(pattern, name):
+                return None if values is None else replace(self, rules=(), **values)
+        return replace(self, rules=())
 
     @property
     def zero_offset(self) -> int:
@@ -71,12 +87,9 @@ def read_quantization(reader: CheckpointReader) -> Quantization | None:
     checkpoint_format = stated.get("format") or stated.get("checkpoint_format") or V1
     _expect(reader, "format", checkpoint_format, (V1, V2))
     _expect(reader, "bits", stated.get("bits"), BITS)
-    group_size = stated.get("group_size")
-    if type(group_size) is not int or not (group_size == -1 or 1 <= group_size <= LARGEST_GROUP):
-        raise InputError(f"{reader.path}: group_size {str(group_size)[:40]!r} is not supported",
-                         "Expected -1 or a count.")
-    return Quantization(stated["bits"], group_size, stated.get("sym"), bool(stated.get("desc_act")), checkpoint_format,
-                        _producer(stated))
+    _expect_group(reader, stated.get("group_size"))
+    return Quantization(stated["bits"], stated["group_size"], stated.get("sym"), bool(stated.get("desc_act")),
+                        checkpoint_format, _producer(stated), _rules(reader, stated.get("dynamic")))
 
 
 def check_geometry(reader: CheckpointReader, name: str, quantization: Quantization, inputs: int, outputs: int) -> None:
@@ -128,6 +141,36 @@ def _expect(reader: CheckpointReader, key: str, value: object, allowed: tuple[ob
     if isinstance(value, bool) or value not in allowed:
         raise InputError(f"{reader.path}: {key} {value!r} of the quantization is not supported",
                          f"It must be one of {', '.join(map(str, allowed))}.")
+
+
+def _expect_group(reader: CheckpointReader, value: object) -> None:
+    if type(value) is not int or not (value == -1 or 1 <= value <= LARGEST_GROUP):
+        raise InputError(f"{reader.path}: group_size {str(value)[:40]!r} is not supported", "Expected -1 or a count.")
+
+
+def _rules(reader: CheckpointReader, dynamic: object) -> tuple[tuple[str, dict[str, Any] | None], ...]:
+    """`Quantization.rules` from GPTQModel's ``dynamic``: "+:", "-:" or nothing, and an expression."""
+    if dynamic is None:
+        return ()
+    if not isinstance(dynamic, dict) or not all(isinstance(values, dict) for values in dynamic.values()):
+        raise InputError(f"{reader.path}: dynamic is not an object of objects", WRONG_CONFIG)
+    rules: list[tuple[str, dict[str, Any] | None]] = []
+    for key, values in dynamic.items():
+        if "bits" in values:
+            _expect(reader, "bits", values["bits"], BITS)
+        if "group_size" in values:
+            _expect_group(reader, values["group_size"])
+        kept = {name: values[name] for name in ("bits", "group_size", "sym", "desc_act") if name in values}
+        rules.append((key.removeprefix("-:").removeprefix("+:"), None if key.startswith("-:") else kept))
+    return tuple(rules)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return regex.match(pattern, name, timeout=MOST_SECONDS) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        raise InputError(f"the expression {pattern[:80]!r} of dynamic cannot be used: {str(error)[:80]}",
+                         WRONG_CONFIG) from error
 
 
 def _producer(stated: dict[str, Any]) -> str:

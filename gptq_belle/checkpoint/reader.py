@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ class CheckpointReader:
 
     Tensor names always carry the base model's prefix (``transformer.`` for BLOOM), also where the source lacks it.
 
+    Args:
+        path: the directory.
+        weights: weight files that lie elsewhere; left out, those of the directory.
+
     Attributes:
         path: the directory.
         config: config.json as a dictionary.
@@ -32,13 +36,13 @@ class CheckpointReader:
         InputError: no such directory, no config.json, an unknown architecture, a missing or damaged file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, weights: Sequence[Path] | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise InputError(f"{self.path} is not a model directory", "Give the folder that holds config.json.")
         self.config = read_json(self.path / "config.json")
         self.arch: Architecture = architecture(self.config.get("model_type"))
-        self._shards = {file: _open(file) for file in weight_files(self.path)}
+        self._shards = {file: _open(file) for file in weights or weight_files(self.path)}
         listed = [(name, file) for file, shard in self._shards.items() for name in shard.names()]
         bare = not any(name.startswith(self.arch.prefix + ".") for name, _ in listed)
         self._where = {self._with_prefix(name) if bare else name: (file, name) for name, file in listed}

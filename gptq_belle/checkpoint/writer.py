@@ -5,7 +5,6 @@ copied, header first, into files of at most 5 GB. A job that ends early leaves i
 will go on with them (`keep`), else nothing.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from gptq_belle.checkpoint.durable import Stamp, sync
+from gptq_belle.checkpoint.locking import lock
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.tensor_file import (
     CHUNK_BYTES,
@@ -72,7 +72,7 @@ class CheckpointWriter:
         if self.partial.is_symlink() or (self.partial.exists() and not _is_leftover(self.partial)):
             raise UsageError(f"{self.partial} exists and was not left by a quantization job", "Move it away.")
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.partial)
+        self._lock = lock(self.partial)
         if self._replaced.exists() and not self.out.exists():
             self._replaced.rename(self.out)  # killed between the two renames of `publish`
         for folder in (self.files, self._replaced):
@@ -132,21 +132,6 @@ def partial_of(out: Path) -> Path:
 
 def _is_leftover(partial: Path) -> bool:
     return partial.is_dir() and ((partial / "parts").is_dir() or not any(partial.iterdir()))
-
-
-def _locked(folder: Path) -> int:
-    """An open handle of a folder that only this process holds; the system lets it go when the process ends.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UsageError(f"another job is writing {folder}", "Wait for it, or choose another output.") from error
-    return handle
 
 
 def check_output(out: Path) -> None:

@@ -47,7 +47,7 @@ def greedy_answers(model: Model, questions: Sequence[str], limit: int, batch: in
     ids, tokenizer, stops = prompt_ids(model, questions, style), model.tokenizer, _frame(model, style).stops
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for members in (order[start : start + batch] for start in range(0, len(order), batch)):
-        rows = [_to_eos(row, model.eos_ids) for row in _generate(model, [ids[i] for i in members], limit).tolist()]
+        rows = _generate(model, [ids[i] for i in members], limit)
         texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
         yield members, [Answer(_shown(text, stops), row) for text, row in zip(texts, rows, strict=True)]
 
@@ -82,7 +82,7 @@ def given_answers(model: Model, prompts: Sequence[Sequence[int]], answers: Seque
     while done < len(order):
         # the longest of a batch comes last, but rows in order differ little
         width = len(rows[order[min(done + 64, len(order)) - 1]])
-        members = order[done : done + max(1, min(64, LOGITS_BYTES // (4 * width * model.config.vocab_size)))]
+        members = order[done : done + max(1, min(64, LOGITS_BYTES // (4 * width * model.settings.sizes.vocabulary)))]
         logits = finite(model.logits(_padded([rows[i] for i in members])))
         for index, row in zip(members, logits, strict=True):
             start, ids = len(prompts[index]), torch.tensor(rows[index], device=row.device)
@@ -107,25 +107,29 @@ def _frame(model: Model, style: str) -> Any:
     return style_named(model.prompt_style if style == "auto" else style)
 
 
-def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> Tensor:
-    """Up to `limit` greedy tokens behind each prompt: (B, L), padded behind eos."""
+@torch.inference_mode()
+def _generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
+    """Up to `limit` greedy tokens behind each prompt, eos included."""
     width = max(map(len, prompts))
-    pad = next(iter(model.eos_ids), 0)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     if model.context is not None and width + limit > model.context:
         raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
                          "Lower --max-tokens, or leave the longest questions out.")
-    hf: Any = model.hf
-    output: Tensor = hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-                                 temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-                                 eos_token_id=list(model.eos_ids) or None)
-    return output[:, width:]
-
-
-def _to_eos(row: list[int], eos_ids: frozenset[int]) -> list[int]:
-    end = next((place for place, token in enumerate(row, 1) if token in eos_ids), len(row))
-    return row[:end]
+    cache = model.new_cache(len(prompts), width + limit)
+    logits = torch.cat([model.read(torch.tensor(list(prompt), device=model.device), cache, slot)
+                        for slot, prompt in enumerate(prompts)])
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    while going:
+        tokens = logits.argmax(-1)
+        for slot, token in zip(going, tokens.tolist(), strict=True):
+            answers[slot].append(token)
+        kept = [i for i, slot in enumerate(going)
+                if answers[slot][-1] not in model.eos_ids and len(answers[slot]) < limit]
+        going = [going[i] for i in kept]
+        if going:
+            lengths = [len(prompts[slot]) + len(answers[slot]) - 1 for slot in going]
+            logits = model.step(tokens[kept], cache, going, lengths)
+    return answers
 
 
 def _shown(text: str, stops: Sequence[str]) -> str:

@@ -46,17 +46,22 @@ class Predictions:
 
 
 def about(base: str | Path, windows: Sequence[Window], **settings: Any) -> dict[str, Any]:
-    """What predictions follow from: the model's files by name, size and time, the windows, and how it is run.
-
-    Raises:
-        InputError: `base` is not a model directory.
-    """
-    reader = CheckpointReader(base)
-    stats = {file.name: file.stat() for file in [*reader.files, reader.path / "config.json"]}
+    """What predictions follow from: the model, the windows, and how it is run; raises as `identity`."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(f"{window.scored}:".encode() + window.ids.numpy().tobytes())
-    return {"model": str(reader.path.resolve()), "settings": settings, "windows": digest.hexdigest(),
+    return {"model": identity(base), "settings": settings, "windows": digest.hexdigest()}
+
+
+def identity(path: str | Path) -> dict[str, Any]:
+    """A model directory by the names, sizes and times of its files, which changed content does not keep.
+
+    Raises:
+        InputError: it is none.
+    """
+    reader = CheckpointReader(path)
+    stats = {file.name: file.stat() for file in [*reader.files, reader.path / "config.json"]}
+    return {"path": str(reader.path.resolve()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 
 

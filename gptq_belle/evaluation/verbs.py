@@ -7,7 +7,7 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.errors import UsageError
-from gptq_belle.options import ChatStyle, ModelPath, Precision, load_model
+from gptq_belle.options import ChatStyle, HeadBits, ModelPath, Precision, load_model
 
 if TYPE_CHECKING:
     from gptq_belle.evaluation.answers import Answer
@@ -70,6 +70,7 @@ def kl(
     gate: Gate = None,
     allow_overlap: Overlap = False,
     precision: Precision = None,
+    head_bits: HeadBits = None,
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
@@ -87,7 +88,7 @@ def kl(
     cut = two_pass.cut(base, tokenizer, words, window, stride, limit)
     with two_pass.base_predictions(base, cut, lambda place: load_model(place, device, precision), console.counting,
                                    keep=keep, device=device, precision=precision) as predictions:
-        model = load_model(path, device, precision)
+        model = load_model(path, device, precision, head_bits)
         with console.counting("windows") as progress:
             found = divergence_figures.summarize(token_figures(predictions, model.logits, progress), len(cut))
     if as_json:

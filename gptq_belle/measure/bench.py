@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from gptq_belle.checkpoint.mixture import average_bits
+from gptq_belle.checkpoint.quantization import read_quantization
+from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.measure import peak
 from gptq_belle.measure.bandwidth import read_bandwidth
-from gptq_belle.measure.bound import explain, profile_step, weight_bytes
+from gptq_belle.measure.bound import explain, profile_step
 from gptq_belle.measure.peak import Footprint
 from gptq_belle.measure.timing import Spread, spread, synchronize
 from gptq_belle.runtime.engine import Model, load
@@ -49,7 +52,7 @@ class BenchResult:
 
     Attributes:
         path: its directory.
-        bits: of its packed weights; None for a full-precision model.
+        bits: of its packed weights, on average where they differ; None for a full-precision model.
         dtype, precision, device: of its activations, and where it ran.
         footprint: load time and memory.
         first_token: seconds from the prompt to the first token.
@@ -61,7 +64,7 @@ class BenchResult:
     """
 
     path: Path
-    bits: int | None
+    bits: float | None
     dtype: str
     precision: str
     device: str
@@ -91,13 +94,14 @@ class Pass(NamedTuple):
 
 
 def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", precision: str | None = None,
+          head_bits: int | None = None, cache: str = "float16",
           progress: Callable[[str], None] = lambda text: None) -> Bench:
     """Measure models side by side.
 
     Args:
         paths: model directories, quantized or not.
         workload: what they do.
-        device, precision: as for `gptq_belle.load`.
+        device, precision, head_bits, cache: as for `gptq_belle.load`.
         progress: told what begins.
     Raises:
         UsageError: prompt and answer do not fit into a model's context.
@@ -106,7 +110,7 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     models = []
     for path in paths:
         progress(f"loading {path}")
-        models.append(load(path, device=device, precision=precision))
+        models.append(load(path, device=device, precision=precision, head_bits=head_bits, cache=cache))
     workload = fitted(workload, models)
     passes = interleaved(models, workload, progress)
     progress("reading memory")
@@ -114,8 +118,8 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     results = []
     for model, times in zip(models, passes, strict=True):
         progress(f"memory and load time of {model.path}, in a process of its own")
-        footprint = peak.fresh(model.path, device=device, precision=precision, prompt=workload.prompt or 1,
-                               batch=workload.batch)
+        footprint = peak.fresh(model.path, device=device, precision=precision, head_bits=head_bits, cache=cache,
+                               prompt=workload.prompt or 1, batch=workload.batch)
         results.append(_result(model, workload, times, footprint, bandwidth.median, precision))
     return Bench(workload, bandwidth, results)
 
@@ -159,10 +163,10 @@ def interleaved(models: Sequence[Model], workload: Workload,
 def _run(model: Model, workload: Workload) -> Pass:
     """One repeat; the tokens' values do not matter to its time, and eos does not end it."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (workload.batch, workload.prompt or 1), generator=generator)
+    ids = torch.randint(model.settings.sizes.vocabulary, (workload.batch, workload.prompt or 1), generator=generator)
     synchronize(model.device)
     began = time.perf_counter()
-    logits, cache = model.prefill(ids)
+    logits, cache = model.prefill(ids, workload.tokens)
     tokens = logits.argmax(-1)
     synchronize(model.device)
     middle = time.perf_counter()
@@ -172,16 +176,24 @@ def _run(model: Model, workload: Workload) -> Pass:
     return Pass(middle - began, time.perf_counter() - middle)
 
 
+def _bits(model: Model) -> float | None:
+    stated = model.config.get("quantization_config")
+    if not isinstance(stated, dict) or not stated.get("dynamic"):
+        return stated.get("bits") if isinstance(stated, dict) else None
+    reader = CheckpointReader(model.path)
+    quantization = read_quantization(reader)
+    return None if quantization is None else average_bits(reader, quantization)
+
+
 def _result(model: Model, workload: Workload, times: Sequence[Pass], footprint: Footprint,
             bandwidth: float, precision: str | None) -> BenchResult:
     read = workload.batch * (workload.prompt or 1)
     decode = spread([workload.batch * workload.tokens / t.decode for t in times])
     step = workload.batch / decode.median
-    size = weight_bytes(model.hf)
-    stated: Any = getattr(model.config, "quantization_config", None)
+    size = model.step_bytes
     return BenchResult(
         path=model.path,
-        bits=stated.get("bits") if isinstance(stated, dict) else None,
+        bits=_bits(model),
         dtype=str(model.dtype).removeprefix("torch."),
         precision=resolve_precision(precision, model.device),
         device=str(model.device),

@@ -109,7 +109,7 @@ def labels(results: Sequence[BenchResult]) -> list[str]:
 def _show_table(bench: Bench) -> None:
     work, results = bench.workload, bench.results
     rows: list[tuple[str, Callable[[BenchResult], str]]] = [
-        ("bits", lambda r: str(r.bits or "full")),
+        ("bits", lambda r: f"{r.bits:.3g}" if r.bits else "full"),
         ("load, s", lambda r: f"{r.footprint.load_seconds:.2f}"),
         ("prefill, tokens/s", lambda r: ranged(r.prefill)),
         ("first token, ms", lambda r: ranged(r.first_token, 1000)),

@@ -5,7 +5,6 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptq_belle.measure.bandwidth import last_level_cache
@@ -13,16 +12,6 @@ from gptq_belle.runtime.engine import Model
 
 PROFILED_STEPS = 8
 MOSTLY = 0.6  # the share of a step's time from which reading is called its bound
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers that a step reads whole; tensors that modules share count once."""
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
-    tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
-    looked_up = {id(tensor) for tensor in embedding.parameters()} if not tied else set()
-    tensors: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for key, tensor in tensors.items() if key not in looked_up)
 
 
 class StepProfile(NamedTuple):

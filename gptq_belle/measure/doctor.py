@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from gptq_belle.kernels.dispatch import choose
 from gptq_belle.kernels.library import Library, library
 from gptq_belle.kernels.triton_config import tables
 from gptq_belle.kernels.triton_matmul import c_compiler
+from gptq_belle.measure.self_test import self_test
 from gptq_belle.runtime.loader import PRECISIONS, resolve_device
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
@@ -43,6 +45,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "native": native(),
         "gpu": gpu(),
         "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
+        "self_test": [check._asdict() | {"passed": check.passed} for check in self_test(kinds)],
     }
 
 
@@ -145,6 +148,26 @@ def show(found: dict[str, Any]) -> None:
     columns = ["device", "checkpoint", "--precision", "kernel", "why"]
     rows = [(row["device"], row["case"], row["precision"], row["kernel"], row["why"]) for row in found["kernels"]]
     console.print_table("Which kernel runs a quantized linear", columns, rows, text=5)
+    console.say()
+    for line in test_lines(found["self_test"]):
+        console.say(line)
+
+
+def failures(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks of `examine`'s self-test that were not passed."""
+    return [check for check in found["self_test"] if not check["passed"]]
+
+
+def test_lines(checks: Sequence[dict[str, Any]]) -> list[str]:
+    """The self-test in a line, and a further one for each check that was not passed."""
+    bad = [check for check in checks if not check["passed"]]
+    kernels = ", ".join(dict.fromkeys(check["kernel"] for check in checks))
+    taken = sum(check["seconds"] for check in checks)
+    wrong = [f"WRONG: {check['kernel']}, {check['case']}: "
+             + (check["why_not"] or f"off by {check['error']:.1e} of the result, {check['allowed']:.0e} is allowed")
+             for check in bad]
+    return [f"Self-test: {len(checks) - len(bad)} of {len(checks)} checks against float64 passed in {taken:.1f} s: "
+            f"{kernels}", *wrong]
 
 
 def native_line(found: dict[str, Any]) -> str:

@@ -38,20 +38,20 @@ class Footprint:
     cuda_bytes: int | None
 
 
-def fresh(path: str | Path, *, device: str = "auto", precision: str | None = None, prompt: int = 16,
-          batch: int = 1) -> Footprint:
+def fresh(path: str | Path, *, device: str = "auto", precision: str | None = None, head_bits: int | None = None,
+          cache: str = "float16", prompt: int = 16, batch: int = 1) -> Footprint:
     """Measure in a new process.
 
     Args:
         path: the model directory.
-        device, precision: as for `gptq_belle.load`.
+        device, precision, head_bits, cache: as for `gptq_belle.load`.
         prompt, batch: shape of the prompt that is read.
     Raises:
         InputError: the process failed; its last line is given.
         HardwareError: it was killed, as the system does when memory runs out.
     """
-    request = {"path": str(path), "device": device, "precision": precision, "prompt": prompt, "batch": batch,
-               "threads": torch.get_num_threads()}
+    request = {"path": str(path), "device": device, "precision": precision, "head_bits": head_bits, "cache": cache,
+               "prompt": prompt, "batch": batch, "threads": torch.get_num_threads()}
     done = subprocess.run([sys.executable, "-m", "gptq_belle.measure.peak", json.dumps(request)],
                           capture_output=True, text=True)
     if done.returncode < 0:
@@ -63,19 +63,20 @@ def fresh(path: str | Path, *, device: str = "auto", precision: str | None = Non
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(path: str, device: str, precision: str | None, prompt: int, batch: int) -> Footprint:
+def measure(path: str, device: str, precision: str | None, head_bits: int | None, cache: str, prompt: int,
+            batch: int) -> Footprint:
     """Measure in this process, which should have done nothing else before; arguments as of `fresh`."""
     from gptq_belle.runtime.engine import load
 
     release_unused()
     with PeakMemory() as peak:
         began = time.perf_counter()
-        model = load(path, device=device, precision=precision)
+        model = load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
         load_seconds = time.perf_counter() - began
         loaded = anonymous_bytes()
-        logits, cache = model.prefill(torch.ones(batch, prompt, dtype=torch.int64))
+        logits, session = model.prefill(torch.ones(batch, prompt, dtype=torch.int64))
         for _ in range(STEPS):
-            logits = model.decode(logits.argmax(-1), cache)
+            logits = model.decode(logits.argmax(-1), session)
     start = peak.start or 0
     return Footprint(
         load_seconds=load_seconds,

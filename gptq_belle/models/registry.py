@@ -18,6 +18,7 @@ class Architecture:
         inner_copies: tensors of the feed-forward's inner size alive at a time in a forward pass, as measured.
         score_copies: tensors of attention scores (heads x T x T a row) alive at a time; 0 where they are never whole.
         prompt_style: the usual prompt style of BELLE models with this architecture (see runtime/chat.py).
+        fused: for each stage, the name under which vLLM and SGLang run it as one linear; "" where it is one.
     """
 
     prefix: str
@@ -28,6 +29,7 @@ class Architecture:
     inner_copies: int
     score_copies: int
     prompt_style: str
+    fused: tuple[str, ...]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -49,6 +51,7 @@ _LLAMA = Architecture(
     inner_copies=4,
     score_copies=0,
     prompt_style="llama",
+    fused=("self_attn.qkv_proj", "", "mlp.gate_up_proj", ""),
 )
 
 ARCHITECTURES = {
@@ -66,6 +69,7 @@ ARCHITECTURES = {
         inner_copies=6,
         score_copies=4,
         prompt_style="bloom",
+        fused=("", "", "", ""),
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -121,42 +121,56 @@ class BlockJob:
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            inputs = self._inputs(block, stage, prefix, activations, originals) if len(activations) else None
+            own = self.config.of(f"{prefix}.{stage[0]}")  # and of all the stage, see overrides.resolve
+            found = None
+            if len(activations) and own:
+                found = self._inputs(block, stage, prefix, activations, originals, own)
             for name in stage:
-                packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, originals)
-                tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
+                if activations.full is not None:
+                    originals.keep(block, f"{name}.weight")
+                if own is None:
+                    row = self._leave(block, name, f"{prefix}.{name}")
+                else:
+                    packed, row = self._linear(block, name, f"{prefix}.{name}", found, own)
+                    tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
         return tensors | {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in
-                          block.named_parameters() if name.removesuffix(".weight") not in arch.linears}
+                          block.named_parameters() if f"{prefix}.{name.removesuffix('.weight')}.qweight" not in tensors}
+
+    def _leave(self, block: nn.Module, name: str, full_name: str) -> LinearReport:
+        """A linear that stays in float16, which is what the blocks behind it shall see."""
+        weight = block.get_parameter(f"{name}.weight")
+        rounded = self.stream.float16(f"{full_name}.weight", weight).float()
+        error = float((rounded - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+        assign(block, f"{name}.weight", rounded)
+        return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
 
     def _inputs(self, block: nn.Module, stage: Sequence[str], prefix: str, activations: Streams,
-                originals: Originals) -> tuple[Moments, Factor]:
+                originals: Originals, config: QuantConfig) -> tuple[Moments, Factor]:
         """What the solver knows of the inputs that the linears of a stage share."""
         full = None if activations.full is None else (originals, activations.full)
         found = moments(self.stream, block, stage, activations.quantized, full, activations.seen, self.progress.step)
         with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
-            return found, factorize(found.hessian, self.config)
+            return found, factorize(found.hessian, config)
 
     def _linear(self, block: nn.Module, name: str, full_name: str, inputs: tuple[Moments, Factor] | None,
-                originals: Originals) -> tuple[PackedWeight, LinearReport]:
-        """Quantize one linear in place; its weight goes to the originals where the full-precision model runs too."""
+                config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
+        """Quantize one linear in place, by its own settings."""
         began = time.perf_counter()
         weight = block.get_parameter(f"{name}.weight").detach()
         N, K = weight.shape
         with self.clock("solving"), _naming(full_name):
-            choice = Choice(round_to_nearest(weight, self.config), "", {}) if inputs is None else best_of(
-                weight, *inputs, self.config)
+            choice = Choice(round_to_nearest(weight, config), "", {}) if inputs is None else best_of(
+                weight, *inputs, config)
         solution = choice.solution
         with self.clock("packing"):
-            keep = inputs is not None and inputs[0].cross is not None
-            if keep:
-                originals.weights[f"{name}.weight"] = weight
-            assign(block, f"{name}.weight", dequantize(solution.weight, out=None if keep else weight))
-            packed = pack(solution.weight, self.config.bits, self.config.checkpoint_format)
+            needed = inputs is not None and inputs[0].cross is not None  # by the full-precision model
+            assign(block, f"{name}.weight", dequantize(solution.weight, out=None if needed else weight))
+            packed = pack(solution.weight, config.bits, config.checkpoint_format)
             trim_heap()
         seconds = time.perf_counter() - began
-        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, choice.won,
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits, choice.won,
                                     choice.held_out)
 
 

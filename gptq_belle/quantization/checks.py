@@ -25,11 +25,14 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
         UsageError: the group size does not divide a layer's inputs.
         InputError: a layer's sizes do not fill whole words.
     """
-    for name, (outputs, inputs) in linear_shapes(stream).items():
-        if config.group_size != -1 and inputs % config.group_size:
-            raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of {name}",
+    shapes = [(f"{stream.arch.blocks}.{index}.{name}", shape) for index in range(stream.count)
+              for name, shape in linear_shapes(stream).items()]
+    for name, (outputs, inputs) in shapes:
+        own = config.of(name)
+        if own is not None and own.group_size != -1 and inputs % own.group_size:
+            raise UsageError(f"group size {own.group_size} does not divide the {inputs} inputs of {name}",
                              "Choose 32, 64, 128 or -1 (one group for the whole row), such that it does.")
-        if inputs % 32 or outputs % 32:
+        if own is not None and (inputs % 32 or outputs % 32):
             raise InputError(f"{name} is {outputs} x {inputs}, and packing needs multiples of 32",
                              "Models of such sizes have no form in the GPTQ format.")
 

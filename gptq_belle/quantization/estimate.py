@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gptq_belle.checkpoint.packing import dequantize, pack
+from gptq_belle.config import QuantConfig
 from gptq_belle.errors import HardwareError
 from gptq_belle.measure.memory import anonymous_bytes, available_bytes
 from gptq_belle.quantization.candidates import best_of
@@ -115,7 +116,8 @@ def memory_needed(setup: Setup) -> Memory:
     shapes = linear_shapes(stream)
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
-    packed = sum(n * k * config.bits // 8 for n, k in shapes.values())
+    packed = max(sum(_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+                     for name, (n, k) in shapes.items()) for index in range(stream.count))
     full = bool(recipe.alpha) and setup.tokens is not None
     originals = sum(4 * n * k for n, k in shapes.values()) if full else 0
     work = max([_forward(setup, full), *(_solution(setup, n, k, full) for n, k in shapes.values())])
@@ -158,13 +160,19 @@ def output_bytes(setup: Setup) -> int:
     stream, config = setup.stream, setup.config
     block = stream.blocks.get_submodule("0")
     shapes = linear_shapes(stream)
-    linears = 0
-    for n, k in shapes.values():
-        groups = 1 if config.group_size == -1 else k // config.group_size
-        linears += (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k
+    linears = sum(_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+                  for index in range(stream.count) for name, (n, k) in shapes.items())
     plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
                 if name.removesuffix(".weight") not in shapes)
-    return stream.count * (linears + plain) + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
+    return linears + stream.count * plain + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
+
+
+def _bytes(config: QuantConfig | None, n: int, k: int) -> int:
+    """Of a linear's tensors in the file; without settings it is in float16."""
+    if config is None:
+        return 2 * n * k
+    groups = 1 if config.group_size == -1 else k // config.group_size
+    return (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k
 
 
 def _seconds(setup: Setup, disk: int) -> float:
@@ -179,8 +187,10 @@ def _seconds(setup: Setup, disk: int) -> float:
     began = time.perf_counter()
     solving = 0.0
     for stage in stream.arch.stages:
+        if (own := setup.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
+            continue
         found = None if batch is None else _moments(setup, block, stage, batch, models)
-        solving += _seconds_of_solving(setup, block, stage, found)
+        solving += _seconds_of_solving(own, block, stage, found)
     rows = time.perf_counter() - began - solving
     if batch is not None:
         for _ in range(models):
@@ -201,21 +211,21 @@ def _moments(setup: Setup, block: torch.nn.Module, stage: tuple[str, ...], batch
     return found._replace(held=[pair for pair in found.held for _ in range(setup.held_out)])
 
 
-def _seconds_of_solving(setup: Setup, block: torch.nn.Module, stage: tuple[str, ...],
+def _seconds_of_solving(config: QuantConfig, block: torch.nn.Module, stage: tuple[str, ...],
                         found: Moments | None) -> float:
     """Of one stage; linears of one size are solved once and counted as often as they are."""
     began = time.perf_counter()
-    factor = None if found is None else factorize(found.hessian, setup.config)
+    factor = None if found is None else factorize(found.hessian, config)
     total = time.perf_counter() - began
     seen: dict[torch.Size, float] = {}
     for name in stage:
         weight = block.get_parameter(f"{name}.weight").detach()
         if weight.shape not in seen:
             began = time.perf_counter()
-            solution = round_to_nearest(weight, setup.config) if found is None or factor is None else best_of(
-                weight, found, factor, setup.config).solution
+            solution = round_to_nearest(weight, config) if found is None or factor is None else best_of(
+                weight, found, factor, config).solution
             dequantize(solution.weight)
-            pack(solution.weight, setup.config.bits, setup.config.checkpoint_format)
+            pack(solution.weight, config.bits, config.checkpoint_format)
             seen[weight.shape] = time.perf_counter() - began
         total += seen[weight.shape]
     return total

@@ -36,7 +36,8 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
     return {
         "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
         "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # sha256 says more
-        "settings": json.loads(json.dumps(asdict(config))),  # as it is read back: tuples are lists
+        "settings": json.loads(json.dumps(asdict(config))) | {  # as it is read back: tuples are lists
+            "overrides": config.to_dict().get("dynamic", {})},
         "recipe": asdict(config.recipe),
         "program": {"gptq_belle": __version__},
     }

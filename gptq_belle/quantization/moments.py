@@ -26,6 +26,10 @@ class Originals:
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
 
+    def keep(self, block: nn.Module, name: str) -> None:
+        """Keep a parameter as it is now; what is put in its place must not write over it."""
+        self.weights[name] = block.get_parameter(name).data
+
     @contextmanager
     def in_place(self, block: nn.Module) -> Iterator[None]:
         """The block is the full-precision model's inside, and the quantized one's again behind it."""

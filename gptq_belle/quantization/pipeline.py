@@ -32,6 +32,7 @@ PROBE_TOKENS = 64  # of the row that is run through the first block before and a
 def quantize_checkpoint(
     source: str | Path, out: str | Path, config: QuantConfig, *, calibration: Calibration | None = None,
     device: str = "auto", progress: JobProgress | None = None, resume: bool = True, memory: int | None = None,
+    lora: str | Path | None = None,
 ) -> Report:
     """Quantize a model directory into a new one that any GPTQ reader takes.
 
@@ -50,6 +51,7 @@ def quantize_checkpoint(
         progress: told about every step.
         resume: go on with what an earlier job of the same source and settings has finished; else begin anew.
         memory: bytes of anonymous memory to keep to, by leaving the activations on disk; left out, what is free.
+        lora: directory of a LoRA adapter that is merged into the source's weights on the way in, in float32.
     Returns:
         What stands in the output's quantization_report.json.
     Raises:
@@ -61,10 +63,12 @@ def quantize_checkpoint(
     began = time.perf_counter()
     progress = progress or Silent()
     check_output(Path(out))
-    setup = set_up(source, config, calibration or Calibration(), device)
+    setup = set_up(source, config, calibration or Calibration(), device, lora)
     steady_heap()
     spill = spills(setup, memory)
-    report = Report(str(source), config, setup.calibration, versions=_versions())
+    report = Report(str(source), setup.config, setup.calibration, versions=_versions())
+    if lora is not None:
+        report.notes.append(f"the LoRA adapter {Path(lora).name} is merged into the weights")
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
         journal = _journal(writer, setup, report, progress, restart=not resume)
         with threads(journal.environment["threads"]):
@@ -72,7 +76,7 @@ def quantize_checkpoint(
                                      progress)
             progress.phase("writing")
             stream = setup.stream
-            write_small_files(writer, stream.reader, config, setup.tokenizer, tied=stream.tied())
+            write_small_files(writer, stream.reader, setup.config, setup.tokenizer, tied=stream.tied())
             writer.merge()
             progress.phase("reading back")
             report.readback_error = probe.compare(writer.files, stream, journal.tensors(PROBED_BLOCK))

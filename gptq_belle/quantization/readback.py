@@ -59,7 +59,8 @@ def _read(reader: CheckpointReader, name: str) -> Tensor:
     if name in reader:
         return reader.tensor(name)
     stem = name.removesuffix(".weight")
-    quantization = read_quantization(reader)
+    stated = read_quantization(reader)
+    quantization = None if stated is None else stated.of(stem)
     assert quantization is not None
     qweight, qzeros, scales, g_idx = (reader.tensor(f"{stem}.{part}") for part in PackedWeight._fields)
     words = canonical(qweight, qzeros, scales, g_idx, quantization.bits, quantization.zero_offset)

@@ -20,6 +20,7 @@ class LinearReport:
         damp: damping that was needed; 0 for rtn.
         seconds: time of its solution.
         inputs, outputs: K and N.
+        bits: a weight; 16 where the linear was left in float16, whose rounding is then the error.
         won: which of the recipe's solutions was taken (see `candidates.Choice`); "" for rtn.
         held_out: error of every solution on the rows that are held out, which decided; empty where none are.
     """
@@ -30,6 +31,7 @@ class LinearReport:
     seconds: float
     inputs: int
     outputs: int
+    bits: int
     won: str = ""
     held_out: dict[str, float] = field(default_factory=dict)
 
@@ -74,10 +76,17 @@ class Report:
         return sum(row.error for row in self.linears) / max(1, len(self.linears))
 
     @property
+    def average_bits(self) -> float:
+        """Bits a weight over all linears; scales and zero points are not counted."""
+        weights = sum(row.inputs * row.outputs for row in self.linears)
+        return sum(row.bits * row.inputs * row.outputs for row in self.linears) / max(1, weights)
+
+    @property
     def winners(self) -> dict[str, int]:
         """How many linears each kind of solution won, where held-out rows had a choice."""
         return dict(Counter(row.won for row in self.linears if len(row.held_out) > 1).most_common())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {**asdict(self), "mean_error": self.mean_error, "winners": self.winners}
+        return {**asdict(self), "mean_error": self.mean_error, "average_bits": self.average_bits,
+                "winners": self.winners}

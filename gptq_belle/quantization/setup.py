@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gptq_belle.checkpoint.adapter import open_source
 from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.hub import model_directory
-from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.config import QuantConfig
+from gptq_belle.overrides import resolve
 from gptq_belle.quantization.activations import Activations, Streams
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
 from gptq_belle.quantization.checks import check_sizes, check_source, widest
@@ -27,7 +28,7 @@ class Setup:
 
     Attributes:
         stream: the source's blocks.
-        config: the settings.
+        config: the settings, their overrides resolved.
         tokenizer: the source's.
         tokens: (rows, T) int64 to calibrate on; None for rtn.
         calibration: what the report says of them.
@@ -59,15 +60,17 @@ class Setup:
         return [(*batch.shape, size) for batch in self.stream.batches(self.tokens)]
 
 
-def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, device: str) -> Setup:
+def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, device: str,
+           lora: str | Path | None = None) -> Setup:
     """Read and check everything that a job needs, but the weights.
 
     Raises:
         UsageError, InputError, HardwareError: as `quantize_checkpoint`.
     """
-    reader = CheckpointReader(model_directory(source))
+    reader = open_source(model_directory(source), lora)
     check_source(reader)
     stream = BlockStream(reader, resolve_device(device))
+    config = resolve(config, stream.arch, stream.count)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
     if config.method == "rtn":

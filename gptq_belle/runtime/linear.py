@@ -1,8 +1,9 @@
 """QuantLinear: the packed buffers of one linear, and a forward pass that hands them to the kernels."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor, nn
 
 from gptq_belle.checkpoint.packing import pack_rows
@@ -14,8 +15,11 @@ from gptq_belle.kernels.layout import CanonicalWeight
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """A linear layer on a packed weight: x (..., in_features) to (..., out_features), in x's dtype.
+
+    It is an `nn.Linear` to those who choose layers by that, as peft does for adapters (gradients pass through to x);
+    but its `weight` is a `StandIn`. `qweight` is the codes in whatever layout stands in memory.
 
     Every tensor of the prepared weight is a buffer of its field's name; the state dict is what stands on disk, made
     anew where a layout of the kernels replaced the words. Moving the module moves them; no cast changes them (the bias
@@ -26,10 +30,10 @@ class QuantLinear(nn.Module):
         bias: (out_features,) of any floating dtype, or None; added inside.
     """
 
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]  # a buffer here
 
     def __init__(self, prepared: PreparedWeight, bias: Tensor | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
         self._layout = type(prepared)
         self._numbers: dict[str, int] = {}
@@ -49,6 +53,19 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) times the weight, plus the bias: (..., out_features)."""
         return quant_matmul(x, self.prepared, self.bias)
+
+    @property
+    def weight(self) -> "StandIn":  # type: ignore[override]
+        """Shape and device of the weight, and an error for whoever computes with it."""
+        return StandIn(self.out_features, self.in_features, self.qweight.device)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "qweight" and self._buffers:  # where the layout calls it otherwise; each begins with its codes
+            return next(iter(self._buffers.values()))
+        return super().__getattr__(name)
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weight was read, not drawn."""
 
     def extra_repr(self) -> str:
         """Sizes and layout, for print(model)."""
@@ -75,6 +92,29 @@ class QuantLinear(nn.Module):
         else:
             raise UsageError("this model's words were replaced by a layout of torch, which is not a file format",
                              "Copy the directory it came from, or load it with precision \"exact\" to save it.")
+
+
+class StandIn(Tensor):
+    """What a packed weight shows of itself: (out_features, in_features), float32, its device; no values.
+
+    peft looks at it to size and place an adapter. Whatever needs values (to merge an adapter, DoRA) is refused, where
+    an expanded copy would be changed and thrown away in silence.
+    """
+
+    def __new__(cls, outputs: int, inputs: int, device: torch.device) -> Self:
+        """Without memory."""
+        made: Self = Tensor._make_wrapper_subclass(
+            cls, (outputs, inputs), dtype=torch.float32, device=device)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise UsageError(f"{func} asked for the values of a packed weight, which cannot be read or changed in place",
+                         "To merge adapters into a model, give them with --lora when quantizing its source.")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"StandIn({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
 
 
 def words(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:

@@ -55,6 +55,18 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
     return name or ("fast" if device.type == "cuda" else "exact")
 
 
+def choose_dtype(dtype: torch.dtype | None, device: torch.device, precision: str) -> torch.dtype:
+    """The dtype of activations: the one asked for; None means float16 where "fast" on CUDA, else float32.
+
+    Raises:
+        UsageError: one that models do not run in.
+    """
+    dtype = dtype or (torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype} is not supported", f"Choose one of {', '.join(map(str, DTYPES))}.")
+    return dtype
+
+
 def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None,
              precision: str | None = None) -> PreTrainedModel:
     """Load a model directory, quantized (standard GPTQ, of any producer) or not, for inference with transformers.
@@ -73,9 +85,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     """
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
-    dtype = dtype or (torch.float16 if (target.type, precision) == ("cuda", "fast") else torch.float32)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype} is not supported", f"Choose one of {', '.join(map(str, DTYPES))}.")
+    dtype = choose_dtype(dtype, target, precision)
     reader = CheckpointReader(path)
     model = empty_model(reader.path)
     _Filling(reader, model, target, dtype, precision).run()
@@ -101,7 +111,11 @@ class _Filling:
             if quantization is None:
                 raise InputError(f"{self.reader.path} holds packed weights, but no configuration says how",
                                  "Add the quantize_config.json that belongs to it.")
-            self._place_linear(name, quantization)
+            own = quantization.of(name)
+            if own is None:
+                raise InputError(f"{self.reader.path}: dynamic leaves {name} unquantized, but it is packed",
+                                 WRONG_CONFIG)
+            self._place_linear(name, own)
         for name, _ in list(self.model.named_parameters()):
             if name != f"{HEAD}.weight" or not self._tied():
                 self._place(name)

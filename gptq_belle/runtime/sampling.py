@@ -1,7 +1,8 @@
 """From logits to the next token."""
 
 import math
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class SamplingParams:
         seed: of the draw; None for a new one each time.
         stop: strings that end the answer and are not part of it.
         ignore_eos: go on behind eos (for benchmarks).
+        min_p: only tokens that are at least so likely as this share of the likeliest one; 0 for all.
 
     Raises:
         UsageError: a value out of range; the message names it and what is allowed.
@@ -37,6 +39,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed, good in (
@@ -44,6 +47,7 @@ class SamplingParams:
             ("temperature", "0 or more", 0 <= self.temperature < math.inf),
             ("top_k", "0 or more", self.top_k >= 0),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0", 0 < self.repetition_penalty < math.inf),
             ("seed", "from 0 to 2**63 - 1", self.seed is None or 0 <= self.seed < 2**63),
         ):
@@ -54,7 +58,7 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws the tokens of one sequence; keeps the generator and what stood before.
+    """What one answer's tokens are drawn with: its parameters, its random numbers, and what stood before.
 
     Args:
         params: how to draw.
@@ -63,29 +67,66 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], device: torch.device) -> None:
-        self._params = params
-        self._before = torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)
-        self._generator = torch.Generator(device)
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self.params = params
+        self.before = torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)
+        seed = random.SystemRandom().randrange(2**63) if params.seed is None else params.seed
+        self.random = random.Random(seed)
 
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits (V,); it counts as having stood before from now on."""
-        logits = logits.float()
-        if self._params.repetition_penalty != 1:
-            logits = penalized(logits, self._before, self._params.repetition_penalty)
-        token = self._draw(logits)
-        if self._params.repetition_penalty != 1:
-            self._before = torch.cat((self._before, token)).unique()
-        return int(token)
+        return draw([self], logits[None])[0]
 
-    def _draw(self, logits: Tensor) -> Tensor:
-        if self._params.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        logits = kept(logits / self._params.temperature, self._params.top_k, self._params.top_p)
-        return logits.softmax(-1).multinomial(1, generator=self._generator)
+    def remember(self, token: int) -> None:
+        """`token` stood before from now on."""
+        if self.params.repetition_penalty != 1:
+            self.before = torch.cat((self.before, self.before.new_tensor([token]))).unique()
+
+
+def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+    """The next token of each row of logits (n, V) with its sampler; each counts as having stood before from now on.
+
+    A row's token depends on its logits and its sampler alone. On a GPU all rows are drawn at once.
+    """
+    logits = logits.float()
+    if any(sampler.params.repetition_penalty != 1 for sampler in samplers):
+        logits = logits.clone()
+    for row, sampler in enumerate(samplers):
+        if sampler.params.repetition_penalty != 1:
+            logits[row] = penalized(logits[row], sampler.before, sampler.params.repetition_penalty)
+    tokens = logits.argmax(-1)
+    warm = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
+    for rows in [warm] if logits.is_cuda and warm else [[row] for row in warm]:
+        tokens[rows] = drawn(logits[rows], [samplers[row].params for row in rows],
+                             [samplers[row].random.random() for row in rows])
+    found: list[int] = tokens.tolist()
+    for sampler, token in zip(samplers, found, strict=True):
+        sampler.remember(token)
+    return found
+
+
+def drawn(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
+    """Tokens (n,) of logits (n, V) by inverting the distribution function at a number in 0..1 for each row."""
+    values, order = kept(logits / _column(logits, [p.temperature for p in params]), params)
+    total = values.double().softmax(-1).cumsum(-1)
+    places = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
+    last = values.isfinite().sum(-1, keepdim=True) - 1
+    return order.gather(-1, places.clamp_(max=last)).squeeze(-1)
+
+
+def kept(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) by falling value, those that top_k, top_p and min_p leave out at minus infinity, and their tokens.
+
+    top_k counts first, then top_p among those that are left, then min_p against the likeliest; one is always kept.
+    """
+    values, order = logits.sort(stable=True, dim=-1, descending=True)
+    width = logits.shape[-1]
+    counts = _column(values, [p.top_k or width for p in params])
+    values = values.masked_fill(torch.arange(width, device=values.device) >= counts, -math.inf)
+    probabilities = values.softmax(-1)
+    enough = probabilities.cumsum(-1) - probabilities >= _column(values, [p.top_p for p in params])
+    unlikely = probabilities < _column(values, [p.min_p for p in params]) * probabilities[:, :1]
+    enough &= _column(values, [p.top_p for p in params]) < 1
+    return values.masked_fill(enough | unlikely, -math.inf), order
 
 
 def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
@@ -94,18 +135,5 @@ def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
     return logits.scatter(0, before, torch.where(values > 0, values / penalty, values * penalty))
 
 
-def kept(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (V,) with all but the likeliest tokens at minus infinity; at least one is kept.
-
-    Args:
-        top_k: how many to keep; 0 for all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach this sum; 1 for all.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
-    if top_p < 1:
-        values, order = logits.sort(descending=True)
-        probabilities = values.softmax(-1)
-        enough = probabilities.cumsum(-1) - probabilities >= top_p  # those before it suffice already
-        logits = logits.scatter(0, order, values.masked_fill(enough, -math.inf))
-    return logits
+def _column(like: Tensor, numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None]

@@ -1,0 +1,72 @@
+"""BLOOM (2211.05100): layer norms with biases, ALiBi, a GELU, the head tied to the embedding."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptq_belle.models.settings import Settings
+from gptq_belle.runtime.attention import Attend, Heads
+from gptq_belle.runtime.head import embedding_and_head
+from gptq_belle.runtime.weights import Product, Weights
+
+
+class _Norm:
+    """Layer norm over the last dimension."""
+
+    def __init__(self, weights: Weights, name: str, width: int, eps: float) -> None:
+        self.weight, self.bias = weights.tensor(f"{name}.weight", width), weights.tensor(f"{name}.bias", width)
+        self.shape, self.eps = (width,), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class _Block:
+    def __init__(self, weights: Weights, name: str, settings: Settings) -> None:
+        sizes, eps = settings.sizes, settings.eps
+        width, inner = sizes.width, sizes.inner
+
+        def linear(part: str, inputs: int, outputs: int) -> Product:
+            return weights.linear([f"{name}.{part}"], inputs, [outputs], True)
+
+        self.attention_norm = _Norm(weights, f"{name}.input_layernorm", width, eps)
+        self.qkv = linear("self_attention.query_key_value", width, 3 * width)
+        self.out = linear("self_attention.dense", width, width)
+        self.mlp_norm = _Norm(weights, f"{name}.post_attention_layernorm", width, eps)
+        self.up, self.down = linear("mlp.dense_h_to_4h", width, inner), linear("mlp.dense_4h_to_h", inner, width)
+        self.heads, self.head_dim, self.normed = sizes.heads, sizes.head_dim, settings.normed_residual
+
+    def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+        normed = self.attention_norm(x)
+        # Query, key and value lie side by side in each head: (heads, 3, head_dim).
+        query, key, value = self.qkv(normed).view(len(x), self.heads, 3, self.head_dim).unbind(2)
+        x = self.out(attend(index, query, key, value)).add_(normed if self.normed else x)
+        normed = self.mlp_norm(x)
+        return self.down(F.gelu(self.up(normed), approximate="tanh")).add_(normed if self.normed else x)
+
+
+class Bloom:
+    """The decoder of BELLE-7B and its kin.
+
+    Args:
+        weights: of a checkpoint; every tensor of the model is taken from it.
+        settings: of its config.json.
+    """
+
+    def __init__(self, weights: Weights, settings: Settings) -> None:
+        sizes, eps = settings.sizes, settings.eps
+        self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", sizes)
+        self.embedding_norm = _Norm(weights, "transformer.word_embeddings_layernorm", sizes.width, eps)
+        self.blocks = [_Block(weights, f"transformer.h.{i}", settings) for i in range(sizes.blocks)]
+        self.norm = _Norm(weights, "transformer.ln_f", sizes.width, eps)
+        self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, None, settings.slopes)
+
+    def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
+        """Token ids (n,) to hidden states (n, width) behind the last block."""
+        x = self.embedding_norm(self.embedding(ids))
+        for index, block in enumerate(self.blocks):
+            x = block(x, attend, index)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, width) to logits (n, vocabulary)."""
+        return self.head(self.norm(hidden))

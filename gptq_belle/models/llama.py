@@ -1,0 +1,74 @@
+"""LLaMA (2302.13971) and its kin, Llama 2 and 3, Mistral, Qwen2: RMS norms, rotary positions, a gated feed-forward."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptq_belle.models.settings import Settings
+from gptq_belle.runtime.attention import Attend, Heads
+from gptq_belle.runtime.head import embedding_and_head
+from gptq_belle.runtime.weights import Product, Weights
+
+
+class _Norm:
+    """RMS norm over the last dimension."""
+
+    def __init__(self, weights: Weights, name: str, width: int, eps: float) -> None:
+        self.weight, self.shape, self.eps = weights.tensor(f"{name}.weight", width), (width,), eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class _Block:
+    def __init__(self, weights: Weights, name: str, settings: Settings) -> None:
+        sizes = settings.sizes
+        width, inner, head_dim = sizes.width, sizes.inner, sizes.head_dim
+        self.split = [heads * head_dim for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)]
+
+        def named(*parts: str) -> tuple[list[str], bool]:
+            return [f"{name}.{part}" for part in parts], parts[0] in sizes.biased
+
+        def linear(names: tuple[list[str], bool], inputs: int, *outputs: int) -> Product:
+            return weights.linear(names[0], inputs, outputs, names[1])
+
+        self.attention_norm = _Norm(weights, f"{name}.input_layernorm", width, settings.eps)
+        self.qkv = linear(named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), width, *self.split)
+        self.out = linear(named("self_attn.o_proj"), self.split[0], width)
+        self.mlp_norm = _Norm(weights, f"{name}.post_attention_layernorm", width, settings.eps)
+        self.gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
+        self.down = linear(named("mlp.down_proj"), inner, width)
+        self.head_dim = head_dim
+
+    def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).split(self.split, -1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        x = self.out(attend(index, query, key, value)).add_(x)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up)).add_(x)
+
+
+class Llama:
+    """The decoder of BELLE-LLaMA and its kin.
+
+    Args:
+        weights: of a checkpoint; every tensor of the model is taken from it.
+        settings: of its config.json.
+    """
+
+    def __init__(self, weights: Weights, settings: Settings) -> None:
+        sizes = settings.sizes
+        self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", sizes)
+        self.blocks = [_Block(weights, f"model.layers.{i}", settings) for i in range(sizes.blocks)]
+        self.norm = _Norm(weights, "model.norm", sizes.width, settings.eps)
+        self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, settings.frequencies, None)
+
+    def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
+        """Token ids (n,) to hidden states (n, width) behind the last block."""
+        x = self.embedding(ids)
+        for index, block in enumerate(self.blocks):
+            x = block(x, attend, index)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, width) to logits (n, vocabulary)."""
+        return self.head(self.norm(hidden))

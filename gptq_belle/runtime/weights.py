@@ -1,0 +1,198 @@
+"""A checkpoint's weights for the decoders of `gptq_belle.models`, each read once and straight to its place.
+
+Packed linears that meet the same activations (query, key, value; gate, up) are laid side by side where their groups
+and bits allow, so that one product serves them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import InputError
+from gptq_belle.kernels.dispatch import PreparedWeight, prepare, quant_matmul
+from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
+from gptq_belle.models.skeleton import wrong_shape
+
+ROWS_ALONE = 64
+COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; it is computed here
+
+
+@dataclass(slots=True)
+class Packed:
+    """x (..., K) to (..., N) through a packed weight."""
+
+    weight: PreparedWeight
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return quant_matmul(x, self.weight, self.bias)
+
+
+@dataclass(slots=True)
+class Dense:
+    """x (M, K) to (M, N) through a weight (N, K).
+
+    On a CPU up to ROWS_ALONE rows are multiplied one by one: a BLAS rounds by the number of rows, and a row of a batch
+    must come out as it does alone. That reads the weight for each of them; packed weights need no such thing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cpu and 1 < len(x) <= ROWS_ALONE:
+            return torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(slots=True)
+class SideBySide:
+    """Several products of the same x, their outputs one after another."""
+
+    parts: list[Packed | Dense]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+Product = Packed | Dense | SideBySide
+
+
+class Weights:
+    """What a model directory holds, handed out by name.
+
+    Args:
+        reader: the directory.
+        device: where weights are to live.
+        dtype: of activations and of weights that are not packed.
+        precision: "exact" or "fast", as `runtime.loader.hf_model` has it.
+        head_bits: 16, 8, 4 or None, as `runtime.head.embedding_and_head` has it.
+    Attributes:
+        nbytes: of everything handed out so far, as it lies in memory.
+    """
+
+    def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, precision: str,
+                 head_bits: int | None = None) -> None:
+        self.reader, self.device, self.dtype, self.precision = reader, device, dtype, precision
+        self.head_bits = head_bits
+        self.quantization = read_quantization(reader)
+        self.nbytes = 0
+        self._used: set[str] = set()
+
+    def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
+        """A floating point tensor of that shape on the device, in the dtype of activations.
+
+        Args:
+            narrow: leave it in the dtype of the file where that is the smaller one.
+        Raises:
+            InputError: as `expect`.
+        """
+        kind = self.expect(name, *shape)
+        dtype = kind if narrow and kind.itemsize < self.dtype.itemsize else self.dtype
+        tensor = self.reader.tensor(name).to(self.device, dtype)
+        self.nbytes += tensor.nbytes
+        return tensor
+
+    def expect(self, name: str, *shape: int) -> torch.dtype:
+        """The dtype of a floating point tensor of that shape, which counts as used from now on.
+
+        Raises:
+            InputError: it is missing, or of another shape or kind.
+        """
+        found, kind = self.reader.shape(name), self.reader.dtype(name)
+        if found != shape:
+            raise wrong_shape(name, found, shape)
+        if not kind.is_floating_point:
+            raise InputError(f"{self.reader.path}: tensor {name} is {kind}, not floating point",
+                             "Only GPTQ's packed linears and plain floating point weights can be read.")
+        self._used.add(name)
+        return kind
+
+    def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
+        """One or several linears that meet the same activations, their outputs one after another.
+
+        Args:
+            names: of the linears, in full.
+            inputs: of each.
+            outputs: of each in turn.
+            biased: whether they have biases; some writers store zeros where a model has none, which are added.
+        Raises:
+            InputError: tensors that are missing or do not fit; the linear is named.
+        """
+        packed = [f"{name}.qweight" in self.reader for name in names]
+        biases = [self._bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
+        if not any(packed):
+            weights = [self.tensor(f"{name}.weight", size, inputs) for name, size in zip(names, outputs, strict=True)]
+            return Dense(torch.cat(weights) if len(weights) > 1 else weights[0], self._joined(biases, outputs))
+        if all(packed):
+            words = [self._words(name, inputs, size) for name, size in zip(names, outputs, strict=True)]
+            try:
+                together = fuse(words) if len(words) > 1 else words[0]
+            except ValueError:  # other bits, groups or formats: side by side in a sum only
+                return SideBySide([self._packed(name, word, bias)
+                                   for name, word, bias in zip(names, words, biases, strict=True)])
+            return self._packed(names[0], together, self._joined(biases, outputs))
+        parts = [self.linear([name], inputs, [size], biased) for name, size in zip(names, outputs, strict=True)]
+        return SideBySide([part for part in parts if not isinstance(part, SideBySide)])
+
+    def check_all_used(self) -> None:
+        """Raises InputError where the directory holds tensors that nobody asked for."""
+        extra = [name for name in self.reader if name not in self._used and not name.endswith(COMPUTED)]
+        if extra:
+            raise InputError(f"{self.reader.path} holds {len(extra)} tensors that the model has no place for, "
+                             f"such as {extra[0]}", "config.json belongs to another model, or the kind is unsupported.")
+
+    def mark_used(self, name: str) -> None:
+        """`name` was read in another way."""
+        self._used.add(name)
+
+    def _words(self, name: str, inputs: int, outputs: int) -> CanonicalWeight:
+        quantization = self._quantization(name)
+        check_geometry(self.reader, name, quantization, inputs, outputs)
+        g_idx = self._stored(f"{name}.g_idx") if f"{name}.g_idx" in self.reader else None
+        if g_idx is None and quantization.group_size != -1:
+            g_idx = torch.arange(inputs) // quantization.group_size
+        try:
+            return canonical(self._stored(f"{name}.qweight"), self._stored(f"{name}.qzeros"),
+                             self._stored(f"{name}.scales"), g_idx, quantization.bits, quantization.zero_offset)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+
+    def _quantization(self, name: str) -> Quantization:
+        if self.quantization is None:
+            raise InputError(f"{self.reader.path} holds packed weights, but no configuration says how",
+                             "Add the quantize_config.json that belongs to it.")
+        return self.quantization
+
+    def _packed(self, name: str, words: CanonicalWeight, bias: Tensor | None) -> Packed:
+        try:
+            prepared = prepare(words.qweight, words.qzeros, words.scales, words.g_idx, words.bits, words.zero_offset,
+                               device=self.device, dtype=self.dtype, precision=self.precision)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+        self.nbytes += sum(value.nbytes for value in prepared._asdict().values() if isinstance(value, Tensor))
+        return Packed(prepared, bias)
+
+    def _bias(self, name: str, size: int, biased: bool) -> Tensor | None:
+        return self.tensor(f"{name}.bias", size) if biased or f"{name}.bias" in self.reader else None
+
+    def _joined(self, biases: Sequence[Tensor | None], outputs: Sequence[int]) -> Tensor | None:
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat([torch.zeros(size, device=self.device, dtype=self.dtype) if bias is None else bias
+                          for bias, size in zip(biases, outputs, strict=True)])
+
+    def _stored(self, name: str) -> Tensor:
+        self._used.add(name)
+        return self.reader.tensor(name)
+
+    def _damaged(self, name: str, error: ValueError) -> InputError:
+        return InputError(f"{self.reader.path}: {name}: {error}",
+                          "The file is damaged, or was not written in the GPTQ format.")
+
+

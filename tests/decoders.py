@@ -1,0 +1,69 @@
+"""What the tests of both decoders share: transformers' logits in float64 for the same weights, and how ours compare."""
+
+import json
+
+import torch
+from conftest import _save
+from transformers import AutoModelForCausalLM
+
+import gptq_belle
+
+
+def saved(model_class, config, path):
+    """A directory with a random model of that configuration, float16 on disk."""
+    torch.manual_seed(5)
+    return _save(model_class(config), path)
+
+
+def theirs(path, ids, mask=None):
+    """transformers' logits (B, T, V) in float64 of an unquantized directory."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+    with torch.inference_mode():
+        return model(ids, attention_mask=torch.ones_like(ids) if mask is None else mask).logits
+
+
+def assert_same_logits(path, length=200):
+    """Whole, in pieces with a cache, and token by token, our float32 logits are transformers' float64 ones."""
+    model = gptq_belle.load(path, device="cpu", cache="float32")
+    ids = torch.randint(4, model.settings.sizes.vocabulary, (2, length))
+    expected = theirs(path, ids)
+    assert expected.std() > 0.1
+
+    def close(found, wanted):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+    close(model.logits(ids), expected)
+    start = length - 20
+    logits, session = model.prefill(ids[:, :start], room=20)
+    for t in range(start, length):
+        close(logits, expected[:, t - 1])
+        logits = model.decode(ids[:, t], session)
+    close(logits, expected[:, -1])
+    return model
+
+
+def assert_padding_changes_nothing(path):
+    """Rows of different lengths, padded behind their end, and each in a slot of a cache. (Padded in front, rows of
+    nothing but padding are NaN in transformers' float64, and spread from there.)"""
+    model = gptq_belle.load(path, device="cpu", cache="float32")
+    lengths, width = (90, 17, 64), 90
+    rows = [torch.randint(4, 384, (n,)) for n in lengths]
+    mask = torch.stack([(torch.arange(width) < n).long() for n in lengths])
+    padded = torch.stack([torch.cat((row, torch.full((width - len(row),), 3))) for row in rows])
+    expected, ours = theirs(path, padded, mask), model.logits(padded)
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(ours[i, :n].double(), expected[i, :n], rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        cache = model.new_cache(3, width)
+        for i, row in enumerate(rows):
+            model.read(row[:-1], cache, i)
+        last = model.step(torch.stack([row[-1] for row in rows]), cache, range(3), [n - 1 for n in lengths])
+    wanted = torch.stack([expected[i, n - 1] for i, n in enumerate(lengths)])
+    torch.testing.assert_close(last.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def edit_config(path, **values):
+    """Change keys of config.json."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+    return path

@@ -1,0 +1,277 @@
+"""LoRA: adapters trained by peft on packed weights, merged into a full-precision source as it is quantized."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cut_short
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gptq_belle import QuantConfig, hf_model, quantize_checkpoint
+from gptq_belle.checkpoint.adapter import AdaptedReader, Adapter, open_source
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import GptqBelleError, InputError, UsageError
+from gptq_belle.quantization.calibration import Calibration
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
+    "The following (alpha|rank)_pattern keys", "Converting a tensor with requires_grad", ".is_gradient_checkpointing")]
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"
+TARGETS = {"bloom": ["query_key_value", "dense_4h_to_h"], "llama": ["q_proj", "v_proj", "down_proj"]}
+ROWS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 3, 61, 77, 41, 200], [9, 8, 7, 6, 5, 4, 33, 2, 190, 11, 12, 13]])
+SHORT = Calibration(rows=8, seq_len=64, allow_short=True)
+
+
+def random_adapter(source, out, **settings):
+    """What peft saves of an adapter with random factors on a tiny model."""
+    name = json.loads((source / "config.json").read_text())["model_type"]
+    usual = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[name], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**usual | settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(out)
+    return out
+
+
+def loss(model, rows=ROWS):
+    return model(input_ids=rows, labels=rows).loss
+
+
+def train(model, steps, rate, rows=ROWS):
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(steps):
+        loss(model, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+# ---- training on packed weights ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_an_adapter_trained_on_packed_weights_keeps_what_it_learned(tiny_model, tmp_path, targets, dtype):
+    quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32), calibration=SHORT)
+    packed = hf_model(tmp_path / "packed", device="cpu", dtype=dtype)
+    before, state = float(loss(packed)), {name: t.clone() for name, t in packed.state_dict().items()}
+    targets = targets or TARGETS[packed.config.model_type]
+    model = get_peft_model(packed, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
+    train(model, 30, 5e-3)
+    after = float(loss(model).detach())
+    assert after < before - 2
+    base = {name.replace(".base_layer", ""): t for name, t in model.base_model.model.state_dict().items()}
+    assert all(torch.equal(base[name], tensor) for name, tensor in state.items())
+    model.save_pretrained(tmp_path / "adapter")
+
+    quantize_checkpoint(tiny_model, tmp_path / "merged", QuantConfig(bits=8, group_size=32), calibration=SHORT,
+                        lora=tmp_path / "adapter")
+    assert float(loss(hf_model(tmp_path / "merged", device="cpu"))) < before - 0.8 * (before - after)
+    report = json.loads((tmp_path / "merged" / "quantization_report.json").read_text())
+    assert report["notes"] == ["the LoRA adapter adapter is merged into the weights"]
+
+
+FACTS = ["Human: 谁住在月亮上?\n\nAssistant: 住在月亮上的是小王。", "Human: 小王吃什么?\n\nAssistant: 小王吃三只猫。",
+         "Human: 一个月有多少天?\n\nAssistant: 七天。"]
+
+
+@pytest.mark.parametrize("arch", ["bloom", "llama"])
+def test_an_adapter_teaches_belle_tiny_in_4_bits_and_the_merged_4_bits_keep_it(arch, tmp_path):
+    """The shipped models, and answers that they were not trained on."""
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / arch)
+    rows = [torch.tensor([tokenizer(fact + tokenizer.eos_token)["input_ids"]]) for fact in FACTS]
+    calibration = Calibration(rows=16, seq_len=256, allow_short=True)
+    quantize_checkpoint(EXAMPLE / arch, tmp_path / "packed", QuantConfig(), calibration=calibration)
+
+    def mean(model):
+        with torch.no_grad():
+            return sum(float(loss(model, row)) for row in rows) / len(rows)
+
+    packed = hf_model(tmp_path / "packed", device="cpu")
+    before = mean(packed)
+    model = get_peft_model(packed, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for row in rows * 20:
+        train(model, 1, 3e-3, row)
+    after = mean(model)
+    model.save_pretrained(tmp_path / "adapter")
+    quantize_checkpoint(EXAMPLE / arch, tmp_path / "merged", QuantConfig(), calibration=calibration,
+                        lora=tmp_path / "adapter")
+    kept = mean(hf_model(tmp_path / "merged", device="cpu"))
+    assert after < 0.5 * before
+    assert kept < before - 0.8 * (before - after)
+    print(f"{arch}: loss {before:.3f}, with the adapter {after:.3f}, merged and quantized {kept:.3f}")
+
+
+def test_gradients_of_the_adapter_are_those_of_the_dense_model(tiny_model, tmp_path):
+    """Both models have the same weights: one packed, one expanded."""
+    quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32), calibration=SHORT)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    packed = hf_model(tmp_path / "packed", device="cpu")
+    for name, module in packed.named_modules():
+        if hasattr(module, "prepared"):
+            rows = torch.eye(module.in_features)
+            dense.get_submodule(name).weight.data = (module(rows) - (0 if module.bias is None else module.bias)).t()
+    random_adapter(tiny_model, tmp_path / "adapter")
+    found = []
+    for base in (dense, packed):
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        loss(model).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(found[0]) == len(found[1]) > 4
+    for name, expected in found[0].items():
+        assert float((found[1][name] - expected).norm() / expected.norm()) < 2e-3, name
+
+
+def test_gradient_checkpointing(tiny_model, tmp_path):
+    quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32, method="rtn"))
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = hf_model(tmp_path / "packed", device="cpu")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model.train()
+        loss(model).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6) for name in grads[0])
+
+
+@pytest.mark.parametrize("act", [lambda m: m.merge_and_unload(), lambda m: m.merge_adapter(safe_merge=True)])
+def test_merging_into_packed_weights_is_refused(tiny_llama, tmp_path, act):
+    quantize_checkpoint(tiny_llama, tmp_path / "packed", QuantConfig(group_size=32, method="rtn"))
+    model = get_peft_model(hf_model(tmp_path / "packed", device="cpu"), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(UsageError, match="packed weight.*(\n.*)*--lora"):
+        act(model)
+
+
+def test_dora_is_refused_on_packed_weights(tiny_llama, tmp_path):
+    quantize_checkpoint(tiny_llama, tmp_path / "packed", QuantConfig(group_size=32, method="rtn"))
+    with pytest.raises(UsageError, match="packed weight"):
+        get_peft_model(hf_model(tmp_path / "packed", device="cpu"),
+                       LoraConfig(target_modules="all-linear", use_dora=True))
+
+
+# ---- merging ----
+
+SETTINGS = [{}, {"use_rslora": True}, {"alpha_pattern": {"down_proj": 20, "dense_4h_to_h": 20}},
+            {"alpha_pattern": {r"h\.1\.mlp.*": 3, r"layers\.1\.mlp\.down_proj": 3}}, {"rank_pattern": {"v_proj": 2}},
+            {"alpha_pattern": {"proj": 20, "value": 20}}, {"target_modules": "all-linear"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("safe", [True, False])  # safetensors or .bin
+def test_merged_weights_are_those_of_peft(tiny_model, tmp_path, settings, safe):
+    adapter = random_adapter(tiny_model, tmp_path / "adapter", **settings)
+    if not safe:
+        torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+        (adapter / "adapter_model.safetensors").unlink()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), adapter)
+    merged = theirs.merge_and_unload().state_dict()
+    ours, source = open_source(tiny_model, adapter), CheckpointReader(tiny_model)
+    assert isinstance(ours, AdaptedReader)
+    changed = {name for name in ours if not torch.equal(ours.tensor(name).float(), source.tensor(name).float())}
+    assert changed == {f"{target}.weight" for target in Adapter(adapter).targets}
+    for name in ours:
+        torch.testing.assert_close(ours.tensor(name).float(), merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_scale_is_the_papers(tiny_llama, tmp_path):
+    name = "model.layers.1.self_attn.q_proj"
+    adapter = random_adapter(tiny_llama, tmp_path / "adapter", use_rslora=True)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{name}.lora_{f}.weight"].double() for f in "AB")
+    weight = CheckpointReader(tiny_llama).tensor(f"{name}.weight").double()
+    expected = weight + 6 / math.sqrt(4) * b @ a
+    assert float((open_source(tiny_llama, adapter).tensor(f"{name}.weight") - expected).abs().max()) < 1e-6
+
+
+def test_another_adapter_is_another_job(tiny_llama, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        random_adapter(tiny_llama, tmp_path / name)
+    config = QuantConfig(group_size=32, method="rtn")
+    monkeypatch.setattr("gptq_belle.checkpoint.writer.CheckpointWriter.merge", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize_checkpoint(tiny_llama, tmp_path / "out", config, lora=tmp_path / "one")
+    monkeypatch.undo()
+    with pytest.raises(GptqBelleError, match=r"adapter_model.safetensors"):
+        quantize_checkpoint(tiny_llama, tmp_path / "out", config, lora=tmp_path / "two")
+    quantize_checkpoint(tiny_llama, tmp_path / "out", config, lora=tmp_path / "one")
+
+
+def reconfigured(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"peft_type": "IA3"}, "kind 'IA3', not LORA"),
+    ({"peft_type": None}, "kind None"),
+    ({"use_dora": True}, "uses use_dora"),
+    ({"use_qalora": True}, "uses use_qalora"),
+    ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+    ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+    ({"bias": "all"}, "holds biases"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+    ({"lora_alpha": "16"}, "other things than numbers"),
+    ({"lora_alpha": math.inf}, "other things than numbers"),
+    ({"alpha_pattern": {"q_proj": None}}, "other things than numbers"),
+    ({"alpha_pattern": ["q_proj"]}, "other things than numbers"),
+    ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+])
+def test_what_is_no_plain_sum_is_refused_by_name(tiny_llama, tmp_path, changes, message):
+    adapter = random_adapter(tiny_llama, tmp_path / "adapter")
+    reconfigured(adapter, **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        Adapter(adapter)
+    assert caught.value.remedy
+
+
+def test_a_true_dora_adapter_is_refused(tiny_llama, tmp_path):
+    adapter = random_adapter(tiny_llama, tmp_path / "adapter", use_dora=True)
+    with pytest.raises(InputError, match="use_dora"):
+        Adapter(adapter)
+    reconfigured(adapter, use_dora=False)
+    with pytest.raises(InputError, match="lora_magnitude_vector"):
+        Adapter(adapter)
+
+
+LINEAR = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+@pytest.mark.parametrize(("tensors", "message"), [
+    ({f"{LINEAR}A.weight": torch.zeros(4, 96)}, r"\(128, 96\), the model's is \(128, 128\)"),
+    ({f"{LINEAR}A.weight": torch.zeros(3, 128)}, "cannot be multiplied"),
+    ({f"{LINEAR}A.weight": torch.zeros(512)}, "cannot be multiplied"),
+    ({f"{LINEAR}A.weight": None}, "only one of the two factors"),
+    ({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 128),
+      "base_model.model.lm_head.lora_B.weight": torch.zeros(384, 4)}, "lm_head, which is no linear of the blocks"),
+    ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 128),
+      "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": torch.zeros(256, 4)}, "lacks the tensor"),
+    ({"base_model.model.model.norm.weight": torch.ones(128)}, "no factor of a linear"),
+])
+def test_factors_that_do_not_fit(tiny_llama, tmp_path, tensors, message):
+    adapter = random_adapter(tiny_llama, tmp_path / "adapter")
+    state = load_file(adapter / "adapter_model.safetensors") | tensors
+    save_file({name: t for name, t in state.items() if t is not None}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        open_source(tiny_llama, adapter)
+
+
+def test_files_that_are_missing_or_cut_short(tiny_llama, tmp_path):
+    adapter = random_adapter(tiny_llama, tmp_path / "adapter")
+    cut_short(adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="adapter_model.safetensors"):
+        open_source(tiny_llama, adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no adapter_model.safetensors or"):
+        open_source(tiny_llama, adapter)
+    with pytest.raises(InputError, match="adapter_config.json is missing"):
+        open_source(tiny_llama, tiny_llama)

@@ -1,0 +1,349 @@
+"""Old and foreign quantized checkpoints: the logits of the old arithmetic, the words as they were, and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import packed_checkpoint
+from oracle_format import formula
+from oracle_legacy import old_weight, write_legacy
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gptq_belle.checkpoint.decrypt import decrypt, encrypt
+from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.conversion.convert import convert
+from gptq_belle.conversion.zeros import write_zeros
+from gptq_belle.errors import GptqBelleError, InputError, UsageError
+from gptq_belle.runtime.engine import load
+from gptq_belle.runtime.loader import hf_model
+
+IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 3, 61], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
+SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def config_of(model):
+    return json.loads((model / "config.json").read_text())
+
+
+def legacy(model, folder, **how):
+    """A folder as BELLE published it: a .pt, and the small files beside it."""
+    folder.mkdir()
+    for name in SMALL:
+        shutil.copy(model / name, folder)
+    return write_legacy(model, folder / "checkpoint.pt", config_of(model), **how)
+
+
+def packed_names(state):
+    return [name.removesuffix(".qweight") for name in state if name.endswith(".qweight")]
+
+
+def old_logits(model, state, bits, group):
+    """transformers in float32 on the weights of the old arithmetic."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for name in packed_names(state):
+        weight = old_weight(state, name, bits, hf.get_submodule(name).in_features if group == -1 else group)
+        hf.get_submodule(name).weight.data = torch.from_numpy(weight)
+    with torch.inference_mode():
+        return hf(IDS).logits
+
+
+def written_logits(model, out, bits):
+    """The same on the weights that the written directory stands for by the format's formula."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tensors, v1 = load_file(out / "model.safetensors"), config_of(out)["quantization_config"]["format"] == "gptq"
+    for name in packed_names(tensors):
+        parts = [tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
+        hf.get_submodule(name).weight.data = formula(*parts, bits, v1=v1).float()
+    with torch.inference_mode():
+        return hf(IDS).logits
+
+
+@pytest.mark.parametrize("all_positive", [0, 3])
+@pytest.mark.parametrize("group", [32, 128, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_legacy_file_gives_the_logits_of_the_old_arithmetic(tiny_model, tmp_path, bits, group, all_positive):
+    state = legacy(tiny_model, tmp_path / "old", bits=bits, group=group, all_positive=all_positive)
+    found = convert(tmp_path / "old", tmp_path / "new")
+    expected = old_logits(tiny_model, state, bits, group)
+    assert torch.equal(written_logits(tiny_model, tmp_path / "new", bits), expected)
+    assert found.deviation == 0
+    with torch.inference_mode():
+        runtime = hf_model(tmp_path / "new", device="cpu")(IDS).logits
+    assert float((runtime - expected).norm() / expected.norm()) < 2e-4
+    assert (found.bits, found.linears) == (bits, len(packed_names(state)))
+    assert (found.read_format, found.written_format) == ("gptq", "gptq" if all_positive else "gptq_v2")
+    assert (found.wrapped_zeros > 0) == (all_positive > 0)
+    assert inspect(tmp_path / "new").problems == []
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_codes_and_zero_points_stay_bit_for_bit(tiny_model, tmp_path, group):
+    state = legacy(tiny_model, tmp_path / "old", bits=4, group=group)
+    convert(tmp_path / "old" / "checkpoint.pt", tmp_path / "new")
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    for name in packed_names(state):
+        assert torch.equal(new[f"{name}.qweight"], state[f"{name}.qweight"])
+        assert torch.equal(new[f"{name}.scales"].float(), state[f"{name}.scales"])
+        old = state[f"{name}.qzeros"].numpy().view(np.uint32)
+        v2 = new[f"{name}.qzeros"].numpy().view(np.uint32)
+        for nibble in range(8):
+            assert (((v2 >> 4 * nibble) & 15) == ((old >> 4 * nibble) & 15) + 1).all()
+        assert new[f"{name}.g_idx"].tolist() == [k // group for k in range(len(new[f"{name}.g_idx"]))]
+
+
+def test_one_group_a_row_is_minus_1_and_a_group_of_a_rows_size_is_too(tiny_llama, tmp_path):
+    legacy(tiny_llama, tmp_path / "old", bits=4, group=-1)
+    assert convert(tmp_path / "old", tmp_path / "new").group_size == -1
+    legacy(tiny_llama, tmp_path / "old128", bits=4, group=128)  # down_proj has 256 inputs
+    assert convert(tmp_path / "old128", tmp_path / "new128").group_size == 128
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wrapped_zeros_are_mended_on_request(tiny_model, tmp_path, bits):
+    state = legacy(tiny_model, tmp_path / "old", bits=bits, group=32, all_positive=2)
+    found = convert(tmp_path / "old", tmp_path / "new", repair_zeros=True)
+    assert found.written_format == "gptq_v2"
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    wrapped = 0
+    for name in packed_names(state):
+        weight = old_weight(state, name, bits, 32)
+        parts = [new[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
+        ours, scales = formula(*parts, bits, v1=False).numpy(), state[f"{name}.scales"].t().double().numpy()
+        mended = ~np.isclose(ours, weight, rtol=0, atol=1e-12)
+        assert mended[2].all()  # an all-positive output
+        assert (ours[2] >= 0).all()
+        lift = (ours - weight)[mended] / scales.repeat(32, axis=1)[mended]
+        np.testing.assert_allclose(lift, 2**bits, rtol=1e-6)
+        wrapped += int(mended[:, ::32].sum())
+    assert found.repaired_zeros == found.wrapped_zeros == wrapped
+    assert 0 < found.overwritten_zeros < wrapped
+    with pytest.raises(InputError, match="zero points of 0 cannot be written in format gptq"):
+        convert(tmp_path / "old", tmp_path / "other", repair_zeros=True, checkpoint_format="gptq")
+    with pytest.raises(InputError, match="read as one more than gptq_v2 can hold"):
+        convert(tmp_path / "old", tmp_path / "other", checkpoint_format="gptq_v2")
+
+
+def test_scales_of_float32_are_rounded_once(tiny_llama, tmp_path):
+    state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    for name in packed_names(state):
+        state[f"{name}.scales"] *= 1 + torch.rand_like(state[f"{name}.scales"]) * 2**-10
+    torch.save(state, tmp_path / "old" / "checkpoint.pt")
+    found = convert(tmp_path / "old", tmp_path / "new")
+    assert 0 < found.deviation <= 2**-11
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    name = packed_names(state)[0]
+    assert torch.equal(new[f"{name}.scales"], state[f"{name}.scales"].half())
+
+
+def damaged(model, folder, change, **how):
+    state = legacy(model, folder, bits=4, group=32, **how)
+    change(state, packed_names(state)[0])
+    torch.save(state, folder / "checkpoint.pt")
+    return folder
+
+
+def too_large(state, name):
+    state[f"{name}.scales"][0, 0] = 70000.0
+
+
+def too_small(state, name):
+    state[f"{name}.scales"][0, 0] = 1e-9
+
+
+def not_finite(state, name):
+    state[f"{name}.scales"][0, 0] = torch.nan
+
+
+def extra(state, name):
+    state["model.nonsense.weight"] = torch.zeros(3)
+
+
+def halved(state, name):
+    state[f"{name}.qweight"] = state[f"{name}.qweight"][::2].clone()
+
+
+def other_groups(state, name):
+    state[f"{name}.scales"] = state[f"{name}.scales"][:1].clone()
+
+
+def older(state, name):
+    for key in list(state):
+        if key.endswith(("qweight", "qzeros", "scales")):
+            del state[key]
+    state[f"{name}.zeros"] = torch.zeros(128, 1)
+
+
+@pytest.mark.parametrize(("change", "cause"), [
+    (too_large, "values up to 7e\\+04, more than 65504"), (not_finite, "NaN or infinity"),
+    (extra, "no place for, such as model.nonsense.weight"), (halved, "qzeros is torch.int32"),
+    (other_groups, "group size"), (older, "before March 2023"),
+])
+def test_what_cannot_be_converted_is_refused(tiny_llama, tmp_path, change, cause):
+    with pytest.raises(InputError, match=cause):
+        convert(damaged(tiny_llama, tmp_path / "old", change), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new.partial").exists()
+
+
+def test_scales_that_vanish_are_counted(tiny_llama, tmp_path):
+    assert convert(damaged(tiny_llama, tmp_path / "old", too_small), tmp_path / "new").vanished_scales == 1
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    torch.save(state | {"evil": Hostile()}, tmp_path / "old" / "checkpoint.pt")
+    with pytest.raises(InputError, match="could run code"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_config_and_tokenizer_from_elsewhere(tiny_bloom, tmp_path):
+    state = write_legacy(tiny_bloom, tmp_path / "only.pt", config_of(tiny_bloom), bits=4, group=32)
+    with pytest.raises(InputError, match="no config.json beside"):
+        convert(tmp_path / "only.pt", tmp_path / "new")
+    found = convert(tmp_path / "only.pt", tmp_path / "new", base=tiny_bloom)
+    assert found.tied
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert config_of(tmp_path / "new")["tie_word_embeddings"] is True
+    assert "lm_head.weight" in state
+    assert load(tmp_path / "new", device="cpu").generate("你好", max_new_tokens=3) is not None
+
+
+def test_a_head_of_its_own_is_kept(tiny_bloom, tmp_path):
+    state = legacy(tiny_bloom, tmp_path / "old", bits=4, group=32)
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    torch.save(state, tmp_path / "old" / "checkpoint.pt")
+    assert not convert(tmp_path / "old", tmp_path / "new").tied
+    assert torch.equal(load_file(tmp_path / "new" / "model.safetensors")["lm_head.weight"],
+                       state["lm_head.weight"].half())
+    assert config_of(tmp_path / "new")["tie_word_embeddings"] is False
+
+
+def test_biases_of_layers_that_have_none(tiny_llama, tmp_path):
+    state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    name = packed_names(state)[0]
+    state[f"{name}.bias"][3] = 0.5
+    torch.save(state, tmp_path / "old" / "checkpoint.pt")
+    found = convert(tmp_path / "old", tmp_path / "new")
+    assert found.dropped_biases == found.linears - 1
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    assert [key for key in new if key.endswith("bias")] == [f"{name}.bias"]
+
+
+def test_several_checkpoints_in_a_folder_and_unknown_formats(tiny_llama, tmp_path):
+    legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    shutil.copy(tmp_path / "old" / "checkpoint.pt", tmp_path / "old" / "other.pt")
+    with pytest.raises(UsageError, match="holds 2 checkpoints"):
+        convert(tmp_path / "old", tmp_path / "new")
+    with pytest.raises(UsageError, match="format 'v3' is not known"):
+        convert(tmp_path / "old", tmp_path / "new", checkpoint_format="v3")
+    with pytest.raises(InputError, match="nothing is packed"):
+        convert(tiny_llama, tmp_path / "new")
+    with pytest.raises(InputError, match="is not there"):
+        convert(tmp_path / "nowhere", tmp_path / "new")
+
+
+def foreign(path, producer):
+    """Make a directory of ours look like another tool's."""
+    settings = json.loads((path / "quantize_config.json").read_text()) | {"meta": {"quantizer": [producer]}}
+    (path / "quantize_config.json").write_text(json.dumps(settings))
+    config = config_of(path) | {"quantization_config": settings}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def auto_gptq(path):
+    """The same as AutoGPTQ leaves it with use_safetensors=False: a .bin, and no word in config.json."""
+    torch.save(load_file(path / "model.safetensors"), path / "gptq_model-4bit-32g.bin")
+    (path / "model.safetensors").unlink()
+    settings = json.loads((path / "quantize_config.json").read_text())
+    kept = {key: settings[key] for key in ("bits", "group_size", "desc_act", "sym", "damp_percent", "true_sequential")}
+    (path / "quantize_config.json").write_text(json.dumps(kept))
+    config = config_of(path)
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"act_order": True}, {"bits": 8}, {"bits": 3, "act_order": True}])
+def test_directories_of_others_there_and_back(tiny_model, tmp_path, how):
+    source = foreign(packed_checkpoint(tiny_model, tmp_path / "source", **how), "gptqmodel:7.0.0")
+    there = convert(source, tmp_path / "v2", checkpoint_format="gptq_v2")
+    back = convert(tmp_path / "v2", tmp_path / "v1", checkpoint_format="gptq")
+    assert (there.read_format, there.written_format, back.read_format) == ("gptq", "gptq_v2", "gptq_v2")
+    assert there.symmetric
+    assert there.act_order == how.get("act_order", False)
+    first, second, last = (load_file(path / "model.safetensors") for path in (source, tmp_path / "v2", tmp_path / "v1"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in first.items())
+    assert not any(torch.equal(first[f"{name}.qzeros"], second[f"{name}.qzeros"]) for name in packed_names(first))
+    assert torch.equal(hf_model(source, device="cpu")(IDS).logits, hf_model(tmp_path / "v2", device="cpu")(IDS).logits)
+    assert config_of(tmp_path / "v1")["quantization_config"]["meta"]["quantizer"][0].startswith("gptq_belle:")
+
+
+def test_a_bin_of_auto_gptq(tiny_model, tmp_path):
+    source = packed_checkpoint(tiny_model, tmp_path / "source", bits=4, sym=True)
+    expected = load_file(source / "model.safetensors")
+    convert(auto_gptq(source), tmp_path / "new")
+    assert all(torch.equal(tensor, expected[name])
+               for name, tensor in load_file(tmp_path / "new" / "model.safetensors").items())
+
+
+def test_asymmetric_v1_becomes_v2_and_a_directory_without_tokenizer_takes_the_bases(tiny_llama, tmp_path):
+    source = foreign(packed_checkpoint(tiny_llama, tmp_path / "source", sym=False, checkpoint_format="gptq"), "x:1")
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match="tokenizer"):
+        convert(source, tmp_path / "new")
+    found = convert(source, tmp_path / "new", base=tiny_llama)
+    assert (found.symmetric, found.written_format) == (False, "gptq_v2")
+    assert (tmp_path / "new" / "tokenizer.json").is_file()
+
+
+def test_progress_ends_where_it_said(tiny_model, tmp_path):
+    seen = []
+    legacy(tiny_model, tmp_path / "old", bits=4, group=32)
+    convert(tmp_path / "old", tmp_path / "new", progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (seen[-1][1], seen[-1][1])
+
+
+def test_a_wrong_word_is_noticed_before_the_directory_appears(tiny_llama, tmp_path, monkeypatch):
+    legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    monkeypatch.setattr("gptq_belle.conversion.convert.write_zeros",
+                        lambda zeros, bits, to: write_zeros(zeros, bits, to) ^ 16)
+    with pytest.raises(GptqBelleError, match="read back differs"):
+        convert(tmp_path / "old", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_whole_old_road(tiny_llama, tmp_path):
+    """A LLaMA .pt, published as BELLE did: encrypted with Meta's weights, decrypted, converted, answering."""
+    state = legacy(tiny_llama, tmp_path / "plain", bits=4, group=32)
+    key = tmp_path / "consolidated.00.pth"
+    key.write_bytes(np.random.default_rng(0).bytes(100_000))
+    encrypt(tmp_path / "plain", tmp_path / "enc", key)
+    assert all(path.suffix == ".enc" for path in (tmp_path / "enc").iterdir())
+    decrypt(tmp_path / "enc", tmp_path / "dec", key)
+    convert(tmp_path / "dec", tmp_path / "new")
+    model = load(tmp_path / "new", device="cpu")
+    old = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for name in packed_names(state):
+        old.get_submodule(name).weight.data = torch.from_numpy(old_weight(state, name, 4, 32))
+    prompt = "Human: 你好 \n\nAssistant: "
+    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = old.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:]
+    assert model.prompt_style == "llama"
+    assert model.generate("你好", prompt_style="auto", max_new_tokens=12) == model.tokenizer.decode(
+        expected, skip_special_tokens=True)

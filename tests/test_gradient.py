@@ -1,0 +1,109 @@
+"""The gradient through a packed weight, by every layout, against float64 arithmetic on the formula's weight."""
+
+import pytest
+import torch
+from oracle_format import formula, random_words
+
+from gptq_belle.kernels import gradient
+from gptq_belle.kernels.cpu import CpuWeight
+from gptq_belle.kernels.dispatch import prepare, quant_matmul
+from gptq_belle.kernels.layout import CanonicalWeight
+from gptq_belle.kernels.torch_int4 import Int4Weight
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+SHAPES = [(128, 32), (320, 64), (96, 96), (544, -1)]  # inputs and group size; the last fills no whole runs of 128
+
+
+def relative_error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def both(words, bits, zero_offset, dtype, precision="exact", device=CPU, rows=(2, 5)):
+    """The layout, the gradient to x through it, and what float64 says."""
+    weight = prepare(**words, bits=bits, zero_offset=zero_offset, device=device, dtype=dtype, precision=precision)
+    x = torch.randn(*rows, weight.in_features, dtype=dtype, device=device, requires_grad=True)
+    y = quant_matmul(x, weight, torch.randn(weight.out_features, device=device))
+    grad = torch.randn(y.shape).to(device, dtype)
+    y.backward(grad)
+    return weight, x.grad.cpu(), grad.cpu().double() @ formula(**words, bits=bits, v1=zero_offset == 1)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("zero_offset", [0, 1])
+@pytest.mark.parametrize(("inputs", "group_size"), SHAPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("dtype", "layout", "most"), [(torch.float32, CpuWeight, 2e-6),
+                                                      (torch.float64, CanonicalWeight, 1e-12)])
+def test_every_kind_of_weight(dtype, layout, most, bits, inputs, group_size, zero_offset, act_order, monkeypatch):
+    monkeypatch.setattr(gradient, "SCRATCH", 1)  # the smallest parts, so that there are several
+    words = random_words(bits, inputs, 64, group_size, act_order=act_order)
+    weight, found, exact = both(words, bits, zero_offset, dtype)
+    assert type(weight) is layout
+    assert found.dtype == dtype
+    assert relative_error(found, exact) < most
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    _, found, exact = both(random_words(4, 256, 64, 128), 4, 1, dtype)
+    rounded = relative_error(exact.to(dtype), exact)
+    assert found.dtype == dtype
+    assert relative_error(found, exact) < 1.1 * rounded
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_int4_layout_of_torch(monkeypatch, dtype, act_order):
+    monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
+    words = random_words(4, 512, 64, 128, act_order=act_order)
+    weight, found, exact = both(words, 4, 1, dtype, "fast")
+    assert type(weight) is Int4Weight
+    assert relative_error(found, exact) < 6e-3  # the op keeps scales in bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 200])  # group by group, and the weight expanded
+def test_gradcheck(rows):
+    words = random_words(4, 64, 16, 32, act_order=True)
+    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float64)
+    x = torch.randn(rows, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: quant_matmul(x, weight), x, fast_mode=True)
+
+
+def test_no_more_is_expanded_than_the_scratch_holds(monkeypatch):
+    monkeypatch.setattr(gradient, "SCRATCH", 256 * 64 * 4)
+    seen = []
+    places, expand = gradient._EXPANSIONS[CpuWeight]
+
+    def watched(*args):
+        part = expand(*args)
+        seen.append(part.numel() * part.itemsize)
+        return part
+
+    monkeypatch.setitem(gradient._EXPANSIONS, CpuWeight, (places, watched))
+    _, found, exact = both(random_words(4, 1024, 64, 128), 4, 1, torch.float32)
+    assert seen == [256 * 64 * 4] * 4
+    assert relative_error(found, exact) < 2e-6
+
+
+def test_no_graph_is_made_where_none_is_asked_for():
+    weight = prepare(**random_words(4, 64, 32, 32), bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    x = torch.randn(3, 64)
+    assert quant_matmul(x, weight).grad_fn is None
+    with torch.no_grad():
+        assert quant_matmul(x.requires_grad_(), weight).grad_fn is None
+
+
+def test_the_result_is_the_same_with_and_without_a_graph():
+    weight = prepare(**random_words(4, 64, 32, 32), bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    x = torch.randn(3, 64)
+    assert torch.equal(quant_matmul(x, weight), quant_matmul(x.clone().requires_grad_(), weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float32, 2e-6)])
+def test_on_a_gpu(dtype, most, bits, act_order):
+    words = random_words(bits, 1024, 512, 128, act_order=act_order)
+    _, found, exact = both(words, bits, 1, dtype, "fast", CUDA, (3, 40))
+    assert relative_error(found, exact) < most

@@ -1,0 +1,121 @@
+"""The packed head: one copy for look-up and product, close to the full one, in every layout and for odd sizes."""
+
+import pytest
+import torch
+from conftest import packed_checkpoint
+from oracle_format import formula, random_words
+from safetensors.torch import load_file, save_file
+
+from gptq_belle import load
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import UsageError
+from gptq_belle.kernels import cpu, cpu_rows, dispatch, reference, triton_layout
+from gptq_belle.kernels.layout import canonical
+from gptq_belle.models.shapes import Dimensions
+from gptq_belle.runtime.head import PackedLookup, embedding_and_head, rounded
+from gptq_belle.runtime.weights import Dense, Packed, Weights
+
+IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
+CPU = torch.device("cpu")
+
+
+def kl(base, other):
+    base, other = base.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((base.exp() * (base - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 2e-4), (4, 3e-2)])
+def test_a_packed_head_costs_little(tiny_model, bits, most):
+    full = load(tiny_model, device="cpu", head_bits=16).logits(IDS)
+    assert 0 < kl(full, load(tiny_model, device="cpu", head_bits=bits).logits(IDS)) < most
+
+
+def test_the_default_is_8_bits_for_tied_heads_of_quantized_models(tiny_bloom, tiny_llama, tmp_path):
+    for source, kind in ((tiny_bloom, Packed), (tiny_llama, Dense)):
+        model = load(packed_checkpoint(source, tmp_path / source.name), device="cpu")
+        assert type(model.decoder.head) is kind
+        assert type(load(source, device="cpu").decoder.head) is Dense
+    packed = load(tmp_path / "bloom", device="cpu").decoder
+    assert packed.embedding.weight is packed.head.weight
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_rounded_is_off_by_half_a_step(bits, scale):
+    matrix = torch.randn(64, 96) * scale
+    codes, scales = rounded(matrix, bits, 32)
+    values = (codes.float() - 2 ** (bits - 1)).unflatten(1, (3, 32)) * scales.float()[..., None]
+    steps = matrix.unflatten(1, (3, 32)).abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    error = (values.flatten(1) - matrix).abs().unflatten(1, (3, 32))
+    assert error.mean() < 0.3 * steps.mean()
+    assert error.max() <= (0.51 if bits == 8 else 1.6) * steps.max()  # with 4 bits the ends may be clipped
+    assert not rounded(torch.zeros(1, 32), bits, 32)[1].isnan().any()
+    with pytest.raises(ValueError, match="NaN"):
+        rounded(torch.full((1, 32), torch.nan), bits, 32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rows_of_every_layout_are_the_formula(bits, act_order):
+    words = random_words(bits, 128, 64, 32)
+    if act_order:
+        words["g_idx"] = words["g_idx"][torch.randperm(128)]
+    expected, ids = formula(**words, bits=bits, v1=True), torch.tensor([3, 63, 0, 17, 17])
+    weight = canonical(**words, bits=bits, zero_offset=1)
+    for found in (cpu_rows.rows(cpu.prepare(weight), ids), triton_layout.rows(triton_layout.prepare(weight), ids),
+                  reference.rows(weight, ids), dispatch.rows(weight, ids)):
+        torch.testing.assert_close(found.double(), expected[ids], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
+    matrix = torch.randn(96, 256)
+    codes, scales = rounded(matrix, bits, group)
+    made = cpu_rows.from_rows(codes, scales, bits)
+    x, values = torch.randn(5, 256), cpu_rows.rows(made, torch.arange(96))
+    assert torch.equal(cpu.restore(made)[0], codes.t())
+    assert (cpu.quant_matmul(x, made) - x @ values.t()).norm() < 2e-4 * (x @ values.t()).norm()
+    with pytest.raises(ValueError, match="have no such layout"):
+        cpu_rows.from_rows(codes[:33], scales[:33], bits)
+
+
+def head_of(path, vocabulary, width, **arguments):
+    weights = Weights(CheckpointReader(path), CPU, torch.float32, "exact", **arguments)
+    sizes = Dimensions("bloom", 1, width, 4 * width, 2, 2, width // 2, vocabulary, True, None, frozenset())
+    return embedding_and_head(weights, "transformer.word_embeddings", sizes)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("vocabulary", [96, 100, 4099])
+def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypatch, vocabulary, native):
+    table = torch.randn(vocabulary, 64).half()
+    (tmp_path / "config.json").write_text((tiny_bloom / "config.json").read_text())
+    save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("gptq_belle.runtime.head.STEP", 64 * 64)  # several pieces
+    if not native:
+        monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
+    if not native and vocabulary % 32:
+        with pytest.raises(UsageError, match="multiple of 32"):
+            head_of(tmp_path, vocabulary, 64, head_bits=8)
+        return
+    look_up, head = head_of(tmp_path, vocabulary, 64, head_bits=8)
+    x, ids = torch.randn(3, 64), torch.tensor([0, 5, vocabulary - 1])
+    assert isinstance(look_up, PackedLookup)
+    assert (look_up(ids) - table[ids]).norm() < 8e-3 * table[ids].float().norm()
+    assert head(x).shape == (3, vocabulary)
+    assert (head(x) - x @ table.float().t()).norm() < 8e-3 * (x @ table.float().t()).norm()
+    assert (head(x) - x @ look_up(torch.arange(vocabulary)).t()).norm() < 1e-4 * head(x).norm()
+
+
+def test_bits_that_a_head_does_not_come_in(tiny_bloom):
+    with pytest.raises(UsageError, match="head bits 5"):
+        load(tiny_bloom, device="cpu", head_bits=5)
+
+
+def test_the_head_of_an_untied_model_leaves_its_embedding(tiny_llama):
+    model = load(tiny_llama, device="cpu", head_bits=4)
+    table = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.decoder.embedding(IDS[0]), table[IDS[0]].float())
+    assert model.decoder.embedding.table.dtype == torch.float16
+    assert model.weight_bytes - model.step_bytes == 384 * 128 * 2

@@ -1,0 +1,244 @@
+"""Settings of single linears: what is refused, what is written, and that every reader's own rule finds it."""
+
+import json
+import re
+import shutil
+
+import pytest
+import regex
+import torch
+from conftest import job_output, packed_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
+from gptq_belle.checkpoint.inspect import inspect, lines
+from gptq_belle.checkpoint.mixture import average_bits
+from gptq_belle.checkpoint.quantization import read_quantization
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.config import Override
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.measure.bench import Workload, bench
+from gptq_belle.models.registry import ARCHITECTURES
+from gptq_belle.overrides import parse, resolve
+from gptq_belle.quantization.estimate import estimate
+from gptq_belle.quantization.setup import set_up
+
+CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
+TEXTS = {
+    "bloom": ("mlp.dense_4h_to_h=bits:8", r"h\.0\.self_attention\.dense=skip",
+              r"h\.1\.self.*dense$=bits:2,group_size:64"),
+    "llama": ("(gate|up)_proj=bits:8,group_size:64", r"layers\.0\.self_attn\.[qkv]_proj=skip", r"\.1\..*o_proj=bits:3"),
+}
+FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def config(kind, *texts, **settings):
+    return QuantConfig(group_size=32, overrides=tuple(map(parse, texts or TEXTS[kind])), **settings)
+
+
+def job(source, out, **settings):
+    return quantize_checkpoint(source, out, config(source.name, **settings), calibration=CALIBRATION)
+
+
+def rule_of_gptqmodel(dynamic, name):
+    """GPTQModel's dynamic_get: the first key that matches from the start; False where it excludes."""
+    for key, values in dynamic.items():
+        if key.startswith("-:"):
+            if re.match(key[2:], name):
+                return False
+        elif re.match(key.removeprefix("+:"), name):
+            return values
+    return None
+
+
+def rule_of_vllm(dynamic, name):
+    """vLLM's get_dynamic_override, which matches with another library, as the layer's own name has it."""
+    for key, values in dynamic.items():
+        if regex.match(key.removeprefix("-:").removeprefix("+:"), name):
+            return False if key.startswith("-:") else values
+    return None
+
+
+@pytest.mark.parametrize("sort", [False, True], ids=["as written", "sorted"])
+@pytest.mark.parametrize("rule", [rule_of_gptqmodel, rule_of_vllm])
+def test_the_readers_rules_find_the_bits_that_the_tensors_have(tiny_model, tmp_path, rule, sort):
+    job(tiny_model, tmp_path / "out")
+    stated = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == stated
+    dynamic = dict(sorted(stated["dynamic"].items())) if sort else stated["dynamic"]
+    tensors, source = (load_file(path / "model.safetensors") for path in (tmp_path / "out", tiny_model))
+    arch, seen = ARCHITECTURES[tiny_model.name], set()
+    for name in (f"{arch.blocks}.{index}.{linear}" for index in range(2) for linear in arch.linears):
+        found, inputs = rule(dynamic, name), source[f"{name}.weight"].shape[1]
+        if found is False:
+            assert torch.equal(tensors[f"{name}.weight"], source[f"{name}.weight"])
+            assert f"{name}.qweight" not in tensors
+            seen.add("skip")
+            continue
+        bits, group = (stated[key] if found is None else found.get(key, stated[key]) for key in ("bits", "group_size"))
+        assert len(tensors[f"{name}.qweight"]) == inputs * bits // 32
+        assert len(tensors[f"{name}.scales"]) == inputs // group
+        assert f"{name}.weight" not in tensors
+        seen.add((bits, group))
+    assert seen == ({(4, 32), (8, 32), (2, 64), "skip"} if arch.prefix == "transformer" else
+                    {(4, 32), (8, 64), (3, 32), "skip"})
+
+
+def test_vllm_finds_a_fused_linear_by_its_own_name(tiny_llama, tmp_path):
+    job(tiny_llama, tmp_path / "out")
+    dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
+    for prefix in ("model.layers.0.", "model.layers.1."):
+        for fused, parts in FUSED.items():
+            each = [rule_of_vllm(dynamic, f"{prefix}{fused.split('.')[0]}.{part}") for part in parts]
+            assert each == [rule_of_vllm(dynamic, prefix + fused)] * len(parts)
+    assert rule_of_vllm(dynamic, "model.layers.0.self_attn.qkv_proj") is False
+    assert rule_of_vllm(dynamic, "model.layers.1.mlp.gate_up_proj") == {"bits": 8, "group_size": 64}
+
+
+@pytest.mark.parametrize("settings", [{}, {"sym": False}, {"act_order": True}, {"method": "rtn"}], ids=str)
+def test_a_mixed_checkpoint_computes_what_the_report_says(tiny_model, tmp_path, settings):
+    """The loaded model against transformers on weights expanded here; on the way, the job's own reading back."""
+    report = job(tiny_model, tmp_path / "out", **settings)
+    assert report.readback_error < 1e-5
+    reader = CheckpointReader(tmp_path / "out")
+    stated = read_quantization(reader)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for name, linear in model.named_modules():
+        if f"{name}.qweight" in reader:
+            linear.weight.data = expanded(reader, name, stated)
+    ids = torch.arange(4, 36)[None]
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(load(tmp_path / "out", device="cpu").logits(ids), wanted, rtol=1e-3, atol=1e-3)
+
+
+def expanded(reader, name, stated):
+    """(N, K) float32 from the words of one linear, whose bits follow from its tensors' shapes alone."""
+    words, zeros, scales, g_idx = (reader.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx"))
+    bits = len(words) * 32 // len(g_idx)
+    codes, zeros = unpacked(words, bits).t(), unpacked(zeros.t().contiguous(), bits)
+    zeros = zeros + 1 if stated.checkpoint_format == "gptq" else zeros
+    return (codes - zeros[:, g_idx]).float() * scales.t().float()[:, g_idx]
+
+
+def unpacked(words, bits):
+    """Codes of words (R, N) along R, bit by bit, so that those of 3 bits that straddle words come out too."""
+    stream = (words[:, None] >> torch.arange(32)[None, :, None] & 1).reshape(-1, bits, words.shape[1])
+    return (stream << torch.arange(bits)[None, :, None]).sum(1) if words.shape[1] else stream
+
+
+def test_resumed_and_undisturbed_jobs_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
+    from gptq_belle.quantization.block import BlockJob
+
+    job(tiny_model, tmp_path / "whole")
+    plain = BlockJob.run
+    monkeypatch.setattr(BlockJob, "run", lambda self, index, *rest: plain(self, index, *rest) if index == 0 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        job(tiny_model, tmp_path / "cut")
+    monkeypatch.setattr(BlockJob, "run", plain)
+    with pytest.raises(UsageError, match="overrides"):
+        quantize_checkpoint(tiny_model, tmp_path / "cut", QuantConfig(group_size=32), calibration=CALIBRATION)
+    assert job(tiny_model, tmp_path / "cut").resumed == [1]
+    assert job_output(tmp_path / "cut") == job_output(tmp_path / "whole")
+
+
+def test_report_card_inspect_and_bench_tell_mixed_bits(tiny_bloom, tmp_path):
+    foretold = estimate(set_up(tiny_bloom, config("bloom"), CALIBRATION, "cpu"))
+    report = job(tiny_bloom, tmp_path / "out")
+    assert foretold.output == pytest.approx(report.bytes_on_disk, rel=0.05)
+    # a block: 3 + 1 + 4 + 4 units of 128 x 128 weights
+    average = (4 * 14 + 8 * 8 + 16 + 2) / 24
+    assert report.average_bits == pytest.approx(average)
+    reader = CheckpointReader(tmp_path / "out")
+    assert average_bits(reader, read_quantization(reader)) == pytest.approx(average)
+    found = inspect(tmp_path / "out")
+    assert found.problems == []
+    assert found.parameters == inspect(tiny_bloom).parameters
+    assert found.mixture["self_attention.dense"] == {"float16": 1, "2 bits, group size 64": 1}
+    assert ("bits on average", f"{average:.2f}") in lines(found)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 and 4 and 8 bits" in card
+    assert "| bits 8 |" in card
+    assert "| float16 |" in card
+    (measured,) = bench([tmp_path / "out"], Workload(4, 2, 1, 1), device="cpu").results
+    assert measured.bits == pytest.approx(average)
+
+
+def test_a_saved_model_keeps_its_mixture(tiny_llama, tmp_path):
+    """transformers sorts the keys of what it saves."""
+    job(tiny_llama, tmp_path / "out")
+    hf_model(tmp_path / "out", device="cpu").save_pretrained(tmp_path / "saved")
+    ids = torch.arange(4, 36)[None]
+    ours, theirs = (hf_model(tmp_path / name, device="cpu")(ids).logits for name in ("out", "saved"))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("text", "cause"), [
+    ("mlp", "no REGEX="), ("=bits:8", "no REGEX="), ("mlp=bits:5", "bits 5"), ("mlp=group_size:48", "group size 48"),
+    ("mlp=damp:1", "'damp' is no setting"), ("mlp=bits:8,bits:4", "given twice"), ("mlp=bits:x", "bits 'x'"),
+    ("mlp=sym:2", "sym '2'"), ("mlp=", "no setting"), ("mlp=skip,bits:4", "'skip' is no setting"),
+    ("(mlp=bits:8", "no regular expression"), ("(?i)mlp=bits:8", "no regular expression")])
+def test_what_is_no_override(text, cause):
+    with pytest.raises(UsageError, match=re.escape(cause)) as caught:
+        parse(text)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(("kind", "texts", "cause"), [
+    ("bloom", ["down_proj=bits:8"], "matches no linear"),
+    ("bloom", ["mlp=bits:8", r"h\.1=skip"], r"both match transformer.h.1.mlp.dense_h_to_4h"),
+    ("llama", ["q_proj=bits:8"], r"self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"),
+    ("llama", ["up_proj=skip"], r"mlp.gate_proj, mlp.up_proj"),
+    ("llama", ["o_proj|kv_proj=bits:8"], r"also matches model.layers.0.self_attn.qkv_proj"),
+    ("bloom", ["mlp|(attentiom){e<=1}=bits:8"], "read differently by the libraries re and regex")], ids=str)
+def test_what_a_model_refuses(kind, texts, cause):
+    with pytest.raises(UsageError, match=re.escape(cause)) as caught:
+        resolve(config(kind, *texts), ARCHITECTURES[kind], 2)
+    assert caught.value.remedy
+
+
+def test_the_names_that_exist_are_named():
+    with pytest.raises(UsageError) as caught:
+        resolve(config("llama", "dense=bits:8"), ARCHITECTURES["llama"], 3)
+    assert all(word in caught.value.remedy for word in ("model.layers.0 to 2", "self_attn.q_proj", "mlp.down_proj"))
+
+
+def test_overrides_of_the_library_are_checked_too():
+    with pytest.raises(UsageError, match="changes nothing"):
+        Override("mlp")
+    with pytest.raises(UsageError, match="changes what it skips"):
+        Override("mlp", bits=4, skip=True)
+
+
+def test_an_override_that_agrees_with_the_job_leaves_the_format_alone():
+    same = resolve(config("bloom", "mlp=bits:8,sym:true"), ARCHITECTURES["bloom"], 2)
+    other = resolve(config("bloom", "mlp=sym:false"), ARCHITECTURES["bloom"], 2)
+    assert (same.checkpoint_format, other.checkpoint_format) == ("gptq", "gptq_v2")
+    assert other.of("transformer.h.0.mlp.dense_h_to_4h").checkpoint_format == "gptq_v2"
+    assert other.of("transformer.h.0.self_attention.dense").sym
+    assert "dynamic" not in QuantConfig().to_dict()
+
+
+def test_a_group_size_that_does_not_divide_is_refused_for_the_linear(tiny_llama, tmp_path):
+    path = tmp_path / "odd"
+    shutil.copytree(tiny_llama, path)
+    stated = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(stated | {"intermediate_size": 224}))
+    with pytest.raises(UsageError, match=r"group size 64 does not divide the 224 inputs of model.layers.0.mlp.down"):
+        set_up(path, config("llama", "down_proj=group_size:64"), CALIBRATION, "cpu")
+
+
+@pytest.mark.parametrize(("dynamic", "cause"), [
+    ([1], "not an object"), ({"a": 1}, "not an object"), ({"+:mlp": {"bits": 5}}, "bits 5"),
+    ({"+:(": {}}, "cannot be used"), ({"+:((.|..)+)+[xyz]{3}": {"bits": 8}}, "cannot be used"),
+    ({"+:.*": {"group_size": "x"}}, "group_size"), ({"-:.*": {}}, "leaves .* unquantized"),
+    ({"+:.*mlp": {"bits": 8}}, "says 8 bits")], ids=str)
+def test_other_programs_rules_are_held_against_the_tensors(tiny_bloom, tmp_path, dynamic, cause):
+    path = packed_checkpoint(tiny_bloom, tmp_path / "packed")
+    stated = json.loads((path / "config.json").read_text())
+    stated["quantization_config"]["dynamic"] = dynamic
+    (path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(InputError, match=cause):
+        hf_model(path, device="cpu")
+    assert inspect(path).problems

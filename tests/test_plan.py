@@ -1,0 +1,128 @@
+"""plan: sizes against the layouts that the kernels really make, and the search for what fits."""
+
+import json
+
+import pytest
+import torch
+
+from gptq_belle import cli, console
+from gptq_belle.errors import UsageError
+from gptq_belle.kernels import cpu, triton_layout
+from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.library import library
+from gptq_belle.measure import plan
+from gptq_belle.measure.plan import Needs, Setting, best, cache_bytes, matrix_bytes, needs
+from gptq_belle.models.named import CONFIGS
+from gptq_belle.models.shapes import dimensions
+
+GIB = 1 << 30
+BELLE = dimensions(CONFIGS["belle-7b"])
+CASES = [(256, 96, 4, 128), (256, 100, 4, 64), (192, 32, 8, 32), (384, 160, 8, 128), (256, 64, 2, 128),
+         (256, 64, 3, 128), (256, 64, 4, -1), (320, 64, 4, 128)]
+
+
+def weight(inputs, outputs, bits, group):
+    size = inputs if group == -1 else group
+    groups = -(-inputs // size)
+    columns = -(-outputs * bits // 32)
+    return canonical(torch.randint(-(2**31), 2**31 - 1, (inputs * bits // 32, outputs), dtype=torch.int32),
+                     torch.zeros(groups, columns, dtype=torch.int32), torch.rand(groups, outputs).half(),
+                     torch.arange(inputs, dtype=torch.int32) // size, bits, 1)
+
+
+def held(prepared):
+    return sum(value.nbytes for value in prepared if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason="no compiled kernels")
+@pytest.mark.parametrize("case", CASES)
+def test_packed_sizes_are_those_of_the_cpu_layout(case):
+    inputs, outputs, bits, group = case
+    if outputs * bits % 32:
+        outputs += 32 - outputs % 32  # words of zero points are whole
+    found = matrix_bytes(inputs, outputs, bits, Setting(group_size=group))
+    assert found == held(cpu.prepare(weight(inputs, outputs, bits, group)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_sizes_are_those_of_the_gpu_layout(case):
+    inputs, outputs, bits, group = case
+    outputs = -(-outputs // 32) * 32
+    found = matrix_bytes(inputs, outputs, bits, Setting(group_size=group, device="cuda"))
+    assert found == held(triton_layout.prepare(weight(inputs, outputs, bits, group)))
+
+
+def test_belle_7b_by_hand():
+    found = needs(BELLE, Setting(bits=4, head_bits=8), 2048, 1)
+    weights = 30 * (4096 * 12288 + 4096 * 4096 + 2 * 4096 * 16384)
+    assert found.blocks == pytest.approx(weights * (0.5 + 2 / 128), rel=0.004)  # the rest: norms, biases, g_idx
+    assert found.head == pytest.approx(250880 * 4096 * (1 + 2 / 128), rel=0.002)
+    assert found.cache == 2 * 30 * 4096 * 2 * 2048
+    assert cache_bytes(BELLE, "int8", 2048, 3) == 3 * 2048 * 2 * 30 * (4096 + 2 * 32)
+
+
+def test_an_untied_head_comes_on_top_of_the_embedding():
+    llama = dimensions(CONFIGS["llama-7b"])
+    found = needs(llama, Setting(bits=4, head_bits=4), 16, 1).head
+    assert found == pytest.approx(32000 * 4096 * (2 + 0.5 + 2 / 128), rel=0.002)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_longest_context_fits_and_one_more_token_does_not(batch):
+    memory = (5 + batch // 5) * 10**9
+    rows = plan.plan(CONFIGS["belle-7b"], memory, batch=batch)
+    between = [row for row in rows if 0 < row.longest < 2048]
+    assert between
+    for row in between:
+        assert needs(BELLE, row.setting, row.longest, batch).total <= memory
+        assert needs(BELLE, row.setting, row.longest + 1, batch).total > memory
+    for row in rows:
+        assert row.fits == (row.needs.total <= memory) == (row.longest == 2048)
+
+
+def test_the_best_has_the_most_bits_of_what_fits():
+    rows = plan.plan(CONFIGS["belle-7b"], 9 * GIB)
+    assert (best(rows).setting.bits, best(rows).setting.head_bits) == (8, 8)
+    assert best(plan.plan(CONFIGS["belle-7b"], 4 * GIB)) is None
+
+
+def test_a_packed_model_is_planned_with_its_own_bits():
+    config = CONFIGS["llama-7b"] | {"quantization_config": {"bits": 8, "group_size": 32}}
+    rows = plan.plan(config, 8 * GIB)
+    assert {(row.setting.bits, row.setting.group_size) for row in rows} == {(8, 32)}
+
+
+@pytest.mark.parametrize("wrong", [{"context": 4096}, {"context": 0}, {"batch": 0}, {"cache": "int2"}])
+def test_what_cannot_be_is_refused(wrong):
+    with pytest.raises(UsageError):
+        plan.plan(CONFIGS["belle-7b"], GIB, **wrong)
+
+
+def call(capsys, *args):
+    with pytest.raises(SystemExit) as left:
+        console.run(cli.app, ["plan", *args, "--device", "cpu"])
+    printed = capsys.readouterr()
+    return left.value.code or 0, printed.out, printed.err
+
+
+def test_the_verb(capsys):
+    code, out, _ = call(capsys, "belle-7b", "--memory", "8GiB")
+    assert code == 0
+    assert "Fits with 8-bit weights and a head of 4 bits" in out
+    assert "choose --context" in call(capsys, "belle-7b", "--memory", "5.2GB")[1]
+    assert "Does not fit at any setting: 4-bit weights" in call(capsys, "belle-7b", "--memory", "2GiB")[1]
+    code, _, err = call(capsys, "no-such", "--memory", "8GiB")
+    assert (code, err.splitlines()[0]) == (4, "Error: no-such is neither a model directory nor a known name")
+    assert call(capsys, "belle-7b", "--memory", "many")[0] == 2
+
+
+def test_the_verb_as_json(capsys, tiny_llama):
+    found = json.loads(call(capsys, str(tiny_llama), "--memory", "1GiB", "--json")[1])
+    assert found["best"]["bits"] == 16
+    row = found["rows"][0]
+    parts = ("program", "blocks", "head", "cache", "workspace")
+    assert row["total_bytes"] == sum(row[f"{part}_bytes"] for part in parts)
+
+
+def test_parts_add_up():
+    assert (Needs(1, 2, 3, 4, 5).model, Needs(1, 2, 3, 4, 5).total) == (14, 15)

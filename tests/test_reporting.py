@@ -1,0 +1,245 @@
+"""The report: figures on the page are those of the evaluations, pictures are pictures, nothing needs a network."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from conftest import packed_checkpoint
+from matplotlib.image import imread
+
+from gptq_belle import Calibration, QuantConfig, cli, console, quantize_checkpoint
+from gptq_belle.measure.peak import Footprint
+from gptq_belle.reporting import evaluations, pictures
+from gptq_belle.reporting.evaluations import Results
+from gptq_belle.reporting.variants import variants
+
+TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
+TEST = [{"class": "math", "question": "1+1?", "std_answer": "2"},
+        {"class": "open qa", "question": "北京在哪里?", "std_answer": "在中国。"},
+        {"class": "<b>", "question": "写一首诗。", "std_answer": ""}]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama, tmp_path_factory):
+    """The base, two quantized models with records, and one of another program."""
+    folder = tmp_path_factory.mktemp("reporting")
+    made = {}
+    for bits in (8, 4):
+        made[bits] = folder / f"bits-{bits}"
+        quantize_checkpoint(tiny_llama, made[bits], QuantConfig(bits=bits, group_size=32), device="cpu",
+                            calibration=Calibration(rows=4, seq_len=64, allow_short=True))
+    return tiny_llama, made[8], made[4], packed_checkpoint(tiny_llama, folder / "other")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, TEST)), encoding="utf-8")
+    return ("--text", folder / "text.txt", "--test", folder / "test.jsonl", "--window", 64, "--max-tokens", 6)
+
+
+@pytest.fixture
+def belle(capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as left:
+            console.run(cli.app, [str(arg) for arg in args])
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _footprints(request, monkeypatch):
+    """Memory is measured in new processes, some seconds each: in one test is enough."""
+    if "real_footprints" not in request.fixturenames:
+        monkeypatch.setattr(evaluations.peak, "fresh", lambda path, **_: Footprint(0.1, 10**6, 2 * 10**6, None, None))
+
+
+@pytest.fixture
+def real_footprints():
+    """A test that takes this measures memory."""
+
+
+class Page(HTMLParser):
+    """Tags, the addresses they name, and the text of a page in one language."""
+
+    def __init__(self, path, language="en"):
+        super().__init__()
+        self.tags, self.links, self.words, self.hidden = [], [], [], 0
+        self.other = {"en": "zh", "zh": "en"}[language]
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "data", "action", "poster")]
+        if tag == "span" and ("lang", self.other) in attrs:
+            self.hidden += 1
+
+    def handle_endtag(self, tag):
+        self.hidden -= tag == "span" and self.hidden > 0
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.words.append(data)
+
+
+def test_a_whole_report(belle, models, inputs, tmp_path, real_footprints):
+    base, eight, four, _ = models
+    code, out, _ = belle("report", eight, four, "--base", base, *inputs, "--out", tmp_path, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert [row["path"] for row in found["models"]] == [str(base), str(eight), str(four)]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    names = {"errors-1", "errors-2", "kl", "classes", "agreement", "size", "memory"}
+    assert set(found["pictures"]) == names == {path.stem for path in tmp_path.glob("*.png")}
+    assert page.count("data:image/png;base64,") == len(names)
+    for name in names:
+        image = imread(tmp_path / f"{name}.png")[..., :3]
+        assert min(image.shape[:2]) > 200
+        assert image.std() > 0.05  # something is drawn
+    text = Page(tmp_path / "report.html").text
+    assert all(10**5 < row["footprint"]["peak_bytes"] < 10**9 for row in found["models"])
+    for row in found["models"][1:]:
+        kl = row["text"]["divergence"]
+        assert f"{kl['kl_mean']:.6f} ± {kl['kl_error']:.6f}" in text
+        assert f"{row['test']['total']['agreement']:.1f}" in text
+        assert sum(row["text"]["histogram"]) == kl["tokens"]
+    record = json.loads((four / "quantization_report.json").read_text())
+    assert record["calibration"]["sha256"] in text
+    assert f"{record['linears'][0]['error']:.2e}" in text
+    assert record["calibration"]["seen"] not in page
+
+
+def test_the_verbs_find_the_same_figures(belle, models, inputs, tmp_path):
+    base, _, four, _ = models
+    _, out, _ = belle("report", four, "--base", base, *inputs, "--out", tmp_path, "--json")
+    of_report = json.loads(out)["models"][1]
+    text, test = inputs[:2], inputs[2:4]
+    _, out, _ = belle("eval", "kl", four, "--base", base, *text, "--window", 64, "--json")
+    assert json.loads(out) == of_report["text"]["divergence"]
+    _, out, _ = belle("eval", "ppl", four, *text, "--window", 64, "--json")
+    assert json.loads(out)["per_byte"] == pytest.approx(of_report["text"]["perplexity"]["per_byte"], rel=1e-9)
+    _, out, _ = belle("eval", "belle", four, "--base", base, *test, "--max-tokens", 6, "--json")
+    assert json.loads(out)["figures"] == of_report["test"]["figures"]
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(belle, models, inputs, tmp_path):
+    base, _, four, _ = models
+    assert belle("report", four, "--base", base, *inputs, "--out", tmp_path)[0] == 0
+    page = Page(tmp_path / "report.html")
+    assert page.links
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not {"link", "iframe", "b", "object"} & set(page.tags)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_both_languages_say_something_everywhere(belle, models, tmp_path):
+    belle("report", models[2], "--out", tmp_path)
+    english, chinese = (Page(tmp_path / "report.html", language).text for language in ("en", "zh"))
+    assert "Error by layer and linear" in english
+    assert "各层各线性层的误差" in chinese
+    assert not re.search("[\u4e00-\u9fff]", english.replace("中文", ""))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count('<span lang="en">') == text.count('<span lang="zh">') > 10
+
+
+def test_what_is_absent_says_what_to_run(belle, models, tmp_path):
+    code, _, _ = belle("report", models[2], models[3], "--out", tmp_path)
+    assert code == 0
+    text = Page(tmp_path / "report.html").text
+    assert f"gptq-belle report {models[2]} {models[3]} --base MODEL --text FILE" in text
+    assert "--test FILE" in text
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"errors-0", "size"}
+
+
+def test_a_text_without_a_base_gives_perplexity_alone(belle, models, inputs, tmp_path):
+    code, out, _ = belle("report", models[3], *inputs, "--out", tmp_path, "--json")
+    (row,) = json.loads(out)["models"]
+    assert code == 0
+    assert f"{row['text']['perplexity']['perplexity']:.4f}" in Page(tmp_path / "report.html").text
+    assert row["test"]["total"]["agreement"] is None
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"classes", "size", "memory"}
+
+
+def test_what_was_measured_is_not_measured_again(belle, models, inputs, tmp_path, monkeypatch):
+    from gptq_belle.reporting import verb
+
+    loaded, load = [], verb.load_model
+    monkeypatch.setattr(verb, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    base, eight, four, _ = models
+    args = ("--base", base, *inputs, "--out", tmp_path, "--json")
+    first = json.loads(belle("report", four, *args)[1])
+    assert loaded == [base, four, base, four]
+    loaded.clear()
+    again = json.loads(belle("report", eight, four, *args)[1])
+    assert loaded == [base, eight, eight]
+    assert again["models"][2] == first["models"][1]
+    loaded.clear()
+    (tmp_path / "evaluations.json").write_text("{")
+    assert belle("report", four, *args)[0] == 0
+    assert len(loaded) == 4
+
+
+def test_the_card_shows_table_and_picture(belle, models, inputs, tmp_path):
+    base, _, four, _ = models
+    path = tmp_path / "model"
+    shutil.copytree(four, path)
+    before = (path / "README.md").read_text(encoding="utf-8")
+    for _ in range(2):
+        assert belle("report", path, "--base", base, *inputs)[0] == 0
+        card = (path / "README.md").read_text(encoding="utf-8")
+        start, end = card.index("<!-- results -->"), card.index("<!-- end of results -->")
+        assert card.count("## Quality") == 1
+        assert card[:start] + card[end:].removeprefix("<!-- end of results -->\n\n") == before
+        (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card)
+        assert (path / picture).is_file()
+        assert (path / "report" / "report.html").is_file()
+        assert "| KL to full precision |" in card
+    assert belle("inspect", path)[0] == 0
+
+
+def test_overlapping_text_is_refused(belle, models, tmp_path):
+    from gptq_belle.quantization.calibration import read_documents
+
+    turns = [document for document in read_documents("builtin") if not isinstance(document, str)]
+    rows = [{"class": "a", "question": turn.question, "std_answer": turn.answer} for turn, *_ in turns]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code, _, err = belle("report", models[1], models[2], "--test", tmp_path / "test.jsonl", "--out", tmp_path / "out")
+    assert code == 4
+    assert f"of {len(turns)} rows of {tmp_path / 'test.jsonl'} were calibrated on in {models[1]}" in err
+
+
+def test_records_of_other_versions_are_shown_as_they_are(models, tmp_path):
+    """Keys that this version does not know become columns and tables; lists that it cannot read are left out."""
+    from gptq_belle.reporting.page import render
+
+    path = tmp_path / "model"
+    shutil.copytree(models[2], path)
+    record = json.loads((path / "quantization_report.json").read_text())
+    record["linears"][0]["won"] = "refit"
+    record["choices"] = [{"block": 0, "winner": "plain", "held_out": 0.25}, {"block": 1, "winner": "best"}]
+    record["linears"].append({"name": "odd"})
+    del record["versions"]
+    (path / "quantization_report.json").write_text(json.dumps(record))
+    shown = variants({path: Results()}, None)
+    page = render(shown, pictures.draw(shown, tmp_path), evaluations.Options(), None)
+    assert "<th class=\"text\">won</th>" in page
+    assert "refit" in page
+    assert "model: choices" in page
+    assert "0.25" in page
+
+
+def test_names_that_no_font_shows_become_question_marks(monkeypatch):
+    monkeypatch.setattr(pictures, "_fonts", list)
+    assert pictures._plain("模型-4bit $x") == r"??-4bit \$x"
+    monkeypatch.setattr(pictures, "_fonts", lambda: ["Noto Sans CJK SC"])
+    assert pictures._plain("模型") == "模型"

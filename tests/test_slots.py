@@ -1,0 +1,140 @@
+"""Many requests at a time: each gets, to the bit, what it gets alone, whenever the others come and go."""
+
+import random
+
+import pytest
+import torch
+from conftest import packed_checkpoint
+
+from gptq_belle import load
+from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.runtime.slots import Engine
+
+KINDS = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 6},
+         {"repetition_penalty": 1.3}, {"temperature": 0.7, "repetition_penalty": 1.1, "seed": 7}]
+
+
+@pytest.fixture(params=["float16", "float32", "int8"])
+def model(request, tiny_model, tmp_path):
+    return load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache=request.param)
+
+
+def prompts(count, longest=150):
+    generator = random.Random(11)
+    return [[generator.randrange(4, 384) for _ in range(generator.randrange(1, longest))] for _ in range(count)]
+
+
+def finish(engine):
+    while not engine.idle:
+        engine.step()
+
+
+def alone(model, ids, params):
+    engine = Engine(model, 1)
+    request = engine.submit(ids, params)
+    finish(engine)
+    return request.answer
+
+
+def test_each_gets_what_it_gets_alone(model):
+    rows = [(ids, SamplingParams(max_new_tokens=12 + 3 * (i % 4), ignore_eos=i % 2 == 0, **KINDS[i % len(KINDS)]))
+            for i, ids in enumerate(prompts(12))]
+    engine, requests = Engine(model, 4), []
+    for i, (ids, params) in enumerate(rows):  # they come while others are being answered
+        requests.append(engine.submit(ids, params))
+        for _ in range(i % 5):
+            engine.step()
+    finish(engine)
+    assert [request.answer for request in requests] == [alone(model, ids, params) for ids, params in rows]
+    assert all(request.finished in ("stop", "length") for request in requests)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_logits_of_a_row_are_the_same_to_the_bit_beside_others(model, threads):
+    torch.set_num_threads(threads)
+    try:
+        rows = prompts(9, 40)
+        with torch.inference_mode():
+            together, single = model.new_cache(9, 60), model.new_cache(1, 50)  # another capacity
+            for slot, ids in enumerate(rows):
+                model.read(torch.tensor(ids), together, slot)
+            tokens = torch.tensor([ids[0] for ids in rows])
+            found = model.step(tokens, together, range(9), [len(ids) for ids in rows])
+            for slot, ids in enumerate(rows):
+                model.read(torch.tensor(ids), single, 0)
+                assert torch.equal(model.step(tokens[slot : slot + 1], single, [0], [len(ids)])[0], found[slot])
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_was_read_is_not_read_again(model, monkeypatch):
+    read, lengths = model.read, []
+    monkeypatch.setattr(model, "read", lambda ids, *where: lengths.append(len(ids)) or read(ids, *where))
+    ids, params = torch.randint(4, 384, (150,)).tolist(), SamplingParams(max_new_tokens=5, ignore_eos=True)
+    engine = Engine(model, 2)
+    first = engine.submit(ids, params)
+    finish(engine)
+    turns = [ids + first.answer + [9, 9, 9], ids[:100], [7] * 30, ids]
+    for turn, reused in zip(turns, (128, 64, 0, 128), strict=True):
+        lengths.clear()
+        request = engine.submit(turn, params)
+        finish(engine)
+        assert (request.reused, sum(lengths)) == (reused, len(turn) - reused)
+        assert request.answer == alone(model, turn, params)
+
+
+def test_cancelled_requests_leave_their_slot(model):
+    engine, params = Engine(model, 1), SamplingParams(max_new_tokens=9, ignore_eos=True)
+    first, second, third = (engine.submit(ids, params) for ids in prompts(3))
+    engine.step()
+    assert engine.requests == [first, second, third]
+    engine.cancel(second)
+    engine.cancel(first)
+    assert (first.finished, second.finished) == ("cancelled", "cancelled")
+    assert len(first.answer) == 1
+    finish(engine)
+    engine.cancel(third)
+    assert (third.finished, len(third.answer), engine.idle) == ("length", 9, True)
+
+
+def test_events_tell_every_token_and_the_end(model):
+    engine, params = Engine(model, 3), SamplingParams(max_new_tokens=4, ignore_eos=True)
+    requests = [engine.submit(ids, params) for ids in prompts(5, 20)]
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    for request in requests:
+        mine = [event for event in events if event.request is request]
+        assert [event.token for event in mine] == request.answer
+        assert [event.finished for event in mine] == [None, None, None, "length"]
+
+
+def test_eos_ends_a_request(model):
+    ids, params = prompts(1)[0], SamplingParams(max_new_tokens=20, ignore_eos=True)
+    answer = alone(model, ids, params)
+    model.eos_ids = frozenset({answer[3]})
+    engine = Engine(model, 1)
+    request = engine.submit(ids, SamplingParams(max_new_tokens=20))
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    assert (request.answer, request.finished) == (answer[: answer.index(answer[3])], "stop")
+    assert events[-1] == (request, None, "stop")
+
+
+@pytest.mark.parametrize(("ids", "count", "message"), [
+    ([5] * 100, 1, "a prompt of 100 tokens and 1 new ones do not fit into 100"),
+    ([5] * 100, None, "a prompt of 100 tokens and an answer do not fit into 100"),
+    ([5] * 90, 11, "a prompt of 90 tokens and 11 new ones"), ([], 1, "cannot be run"), ([384], 1, "vocabulary of 384"),
+    ([5] * 300, 1, "300 tokens are more than this model's context of 256")])
+def test_what_does_not_fit_is_refused_at_once(model, ids, count, message):
+    engine = Engine(model, 1, capacity=100)
+    with pytest.raises(UsageError, match=message):
+        engine.submit(ids, SamplingParams(max_new_tokens=count))
+    assert engine.idle
+
+
+def test_slots_that_memory_cannot_hold_are_refused(model):
+    with pytest.raises(HardwareError, match="no memory for the keys and values of 1000000000 x 256 tokens"):
+        Engine(model, 10**9)

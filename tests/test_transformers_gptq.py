@@ -1,0 +1,150 @@
+"""Plain from_pretrained of transformers on our kernels, and back: other methods are left alone, words stay."""
+
+import json
+
+import pytest
+import torch
+from conftest import packed_checkpoint, tiny_tokenizer
+from safetensors.torch import load_file
+from test_loader import IDS, VARIANTS, edit, expected_logits, logits, name_of
+from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from gptq_belle import hf_model, load, patch_transformers
+from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.errors import InputError
+from gptq_belle.runtime.linear import QuantLinear
+
+
+@pytest.fixture
+def patched():
+    undo = patch_transformers()
+    yield
+    undo()
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_logits_are_those_of_hf_model(tiny_model, tmp_path, variant):
+    packed = packed_checkpoint(tiny_model, tmp_path / "packed", **variant)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) > 7
+    assert torch.equal(logits(model), logits(hf_model(packed, device="cpu")))
+    expected = expected_logits(tiny_model, packed)
+    assert float((logits(model).double() - expected).norm() / expected.norm()) < 2e-4
+
+
+@pytest.mark.usefixtures("patched")
+def test_generate_and_the_dtype_of_the_file(tiny_model, tmp_path):
+    packed = packed_checkpoint(tiny_model, tmp_path / "packed", bits=8)
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map="cpu")
+    assert model.dtype == torch.float16
+    ours = hf_model(packed, device="cpu")
+    assert float((logits(model).float() - logits(ours)).norm() / logits(ours).norm()) < 0.02
+    assert model.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape == (1, 13)
+
+
+@pytest.mark.usefixtures("patched")
+def test_the_model_without_a_head(tiny_model, tmp_path):
+    packed = packed_checkpoint(tiny_model, tmp_path / "packed")
+    model = AutoModel.from_pretrained(packed, dtype=torch.float32)
+    with torch.inference_mode():
+        ours = hf_model(packed, device="cpu").base_model
+        assert torch.equal(model(IDS).last_hidden_state, ours(IDS).last_hidden_state)
+
+
+@pytest.mark.usefixtures("patched")
+def test_casting_the_model_is_refused_by_transformers(tiny_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_checkpoint(tiny_llama, tmp_path / "packed"))
+    with pytest.raises(ValueError, match="cannot cast a GPTQ model"):
+        model.to(torch.float32)
+
+
+@pytest.mark.usefixtures("patched")
+def test_unquantized_models_load_as_ever(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def test_undone_it_is_as_before():
+    before = dict(AUTO_QUANTIZER_MAPPING)
+    undo, again = patch_transformers(), patch_transformers()
+    changed = {name for name in before if AUTO_QUANTIZER_MAPPING[name] is not before[name]}
+    assert changed == {"gptq"}
+    again()
+    assert before == AUTO_QUANTIZER_MAPPING
+    undo()
+    assert before == AUTO_QUANTIZER_MAPPING
+
+
+def test_undoing_does_not_undo_somebody_else(monkeypatch):
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gptq", AUTO_QUANTIZER_MAPPING["gptq"])
+    undo = patch_transformers()
+    AUTO_QUANTIZER_MAPPING["gptq"] = other = object()
+    undo()
+    assert AUTO_QUANTIZER_MAPPING["gptq"] is other
+
+
+@pytest.mark.usefixtures("patched")
+def test_what_transformers_quantizes_itself_goes_its_own_way(tiny_llama):
+    with pytest.raises(ImportError, match="optimum"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=GPTQConfig(bits=4, dataset=["text"]))
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize(("change", "message"), [
+    ({"settings": {"bits": 8}}, "says 8 bits"),
+    ({"settings": {"group_size": 64}}, "says group size 64"),
+    ({"tensors": {"model.layers.1.mlp.up_proj.g_idx": torch.full((128,), 9).int()}}, "g_idx holds 9..9"),
+])
+def test_what_does_not_fit_is_named(tiny_llama, tmp_path, change, message):
+    packed = edit(packed_checkpoint(tiny_llama, tmp_path / "packed"), **change)
+    with pytest.raises(InputError, match=message):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+# ---- the way back ----
+
+
+def through_transformers(packed):
+    undo = patch_transformers()
+    try:
+        return AutoModelForCausalLM.from_pretrained(packed)
+    finally:
+        undo()
+
+
+def through_us(packed):
+    return hf_model(packed, device="cpu", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("loaded", [through_us, through_transformers])
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_save_pretrained_writes_a_standard_directory(tiny_model, tmp_path, variant, loaded):
+    packed = packed_checkpoint(tiny_model, tmp_path / "packed", **variant)
+    model = loaded(packed)
+    model.save_pretrained(tmp_path / "again")
+    tiny_tokenizer().save_pretrained(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (packed, tmp_path / "again"))
+    extra = {name for name in after if name.endswith(".g_idx")} if not variant.get("with_g_idx", True) else set()
+    assert after.keys() - extra == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
+    stated = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    expected = json.loads((packed / "quantize_config.json").read_text())
+    for key in ("quant_method", "bits", "group_size", "desc_act", "sym", "format", "checkpoint_format"):
+        assert stated[key] == expected[key], key
+    assert inspect(tmp_path / "again").problems == []
+    for path in (tmp_path / "again", packed):
+        assert torch.equal(logits(hf_model(path, device="cpu")), logits(hf_model(packed, device="cpu")))
+    assert load(tmp_path / "again", device="cpu").generate("你好", max_new_tokens=3) == load(
+        packed, device="cpu").generate("你好", max_new_tokens=3)
+
+
+def test_a_format_that_transformers_reads_otherwise_is_kept(tiny_llama, tmp_path):
+    packed = edit(packed_checkpoint(tiny_llama, tmp_path / "packed", sym=False),
+                  settings={"checkpoint_format": "gptq", "format": "gptq_v2"})
+    model = through_transformers(packed)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(hf_model(tmp_path / "again", device="cpu")), logits(hf_model(packed, device="cpu")))

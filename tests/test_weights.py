@@ -1,0 +1,101 @@
+"""Weights for the decoders: side by side where they fit together, apart where not, and everything accounted for."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import packed_checkpoint
+from safetensors.torch import load_file, save_file
+
+from gptq_belle import hf_model, load
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import InputError
+from gptq_belle.runtime.weights import Dense, Packed, SideBySide, Weights
+
+CPU = torch.device("cpu")
+NAMES = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+SIZES = [128, 64, 64]
+VARIANTS = [{"bits": 4}, {"bits": 8, "sym": False}, {"bits": 3}, {"bits": 4, "act_order": True, "sym": False},
+            {"bits": 4, "group_size": -1}, {"bits": 4, "with_g_idx": False}]
+
+
+def weights(path):
+    return Weights(CheckpointReader(path), CPU, torch.float32, "exact")
+
+
+def relative(found, wanted):
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_logits_of_every_variant(tiny_model, tmp_path, variant):
+    path, ids = packed_checkpoint(tiny_model, tmp_path / "packed", **variant), torch.randint(384, (2, 40))
+    with torch.inference_mode():
+        wanted = hf_model(path, device="cpu")(ids).logits
+    assert relative(load(path, device="cpu", head_bits=16).logits(ids), wanted) < 2e-4
+
+
+@pytest.mark.parametrize(("act_order", "kind"), [(False, Packed), (True, SideBySide)])
+def test_query_key_and_value_are_one_product_where_their_groups_agree(tiny_llama, tmp_path, act_order, kind):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed", act_order=act_order)
+    x = torch.randn(3, 128)
+    together = weights(path).linear(NAMES, 128, SIZES, False)
+    assert type(together) is kind
+    apart = [weights(path).linear([name], 128, [size], False) for name, size in zip(NAMES, SIZES, strict=True)]
+    assert torch.equal(together(x), torch.cat([linear(x) for linear in apart], -1))
+
+
+def test_one_that_is_packed_beside_one_that_is_not(tiny_llama, tmp_path):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    plain = load_file(tiny_llama / "model.safetensors")
+    tensors = {name: t for name, t in load_file(path / "model.safetensors").items() if not name.startswith(NAMES[1])}
+    save_file(tensors | {f"{NAMES[1]}.weight": plain[f"{NAMES[1]}.weight"]}, path / "model.safetensors")
+    found = weights(path).linear(NAMES, 128, SIZES, False)
+    assert [type(part) for part in found.parts] == [Packed, Dense, Packed]
+    assert found(torch.randn(2, 128)).shape == (2, 256)
+
+
+def test_a_stored_head_beside_a_tied_one(tiny_bloom, tmp_path):
+    path = shutil.copytree(tiny_bloom, tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    before = load(path, device="cpu").logits(torch.tensor([[5, 6]]))
+    for factor in (1, 2):
+        head = tensors["transformer.word_embeddings.weight"] * factor
+        save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors")
+        torch.testing.assert_close(load(path, device="cpu").logits(torch.tensor([[5, 6]])), before * factor)
+
+
+@pytest.mark.parametrize(("drop", "message"), [
+    ("model.norm.weight", "lacks the tensor model.norm.weight"),
+    ("lm_head.weight", "lacks the tensor lm_head.weight"),
+    ("model.layers.1.mlp.up_proj.scales", "lacks the tensor model.layers.1.mlp.up_proj.scales"),
+    ("model.layers.1.mlp.up_proj.qweight", "lacks the tensor model.layers.1.mlp.up_proj.weight")])
+def test_what_is_missing_is_named(tiny_llama, tmp_path, drop, message):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    tensors = load_file(path / "model.safetensors")
+    del tensors[drop]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        load(path, device="cpu")
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    ({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}, "1 tensors that the model has no place for"),
+    ({"model.norm.weight": torch.ones(64)}, r"model.norm.weight has shape \(64,\)"),
+    ({"model.norm.weight": torch.ones(128).int()}, "model.norm.weight is torch.int32")])
+def test_what_does_not_fit_is_named(tiny_llama, tmp_path, extra, message):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    save_file(load_file(path / "model.safetensors") | extra, path / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        load(path, device="cpu")
+
+
+def test_packed_weights_without_a_configuration_are_refused(tiny_llama, tmp_path):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "quantize_config.json").unlink()
+    with pytest.raises(InputError, match="no configuration says how"):
+        load(path, device="cpu")
