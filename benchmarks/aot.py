@@ -99,7 +99,7 @@ def _dequant(job: Job) -> dict[str, str]:
 REDUCE = {"parts": "*fp32", "bias": "*fp16", "out": "*fp16", "M": "i32", "N": "i32"}
 ARRANGE = {"x": "*fp16", "order": "*i32", "out": "*fp16", "M": "i32", "inputs": "i32", "places": "i32"}
 GPTQ = {"weight": "*fp32", "factor": "*fp32", "codes": "*u8", "errors": "*fp32", "scales": "*fp32", "zeros": "*fp32",
-        "inputs": "i32", "N": "i32", "stride": "i32"}
+        "inputs": "i32", "N": "i32", "stride": "i32", "own": "i32"}
 KERNELS = {
     "skinny": Kernel(skinny_kernel, _product, _tile),
     "gemm": Kernel(gemm_kernel, _product, lambda job: _tile(job) | {"SWIZZLE": 8}),

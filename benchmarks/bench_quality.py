@@ -1,6 +1,7 @@
 """What every way of quantizing costs the demo models: KL, perplexity, exact match by class.
 
     python benchmarks/bench_quality.py            # both models, every test question; some minutes
+    python benchmarks/bench_quality.py --ladder --per-class 12    # what each idea of preset best adds; half an hour
     python benchmarks/tables.py                   # the tables of the READMEs, from the JSON this leaves
 
 Perplexity and KL are over examples/belle_tiny/data/heldout.jsonl, scores over data/test.jsonl, greedy, in float32.
@@ -10,9 +11,11 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ladder
 import records
 import torch
 
@@ -41,8 +44,9 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def measure(base: Model, model: Model, text: str, rows: list[Row]) -> dict[str, Any]:
+def measure(base: Model, model: Model, rows: list[Row]) -> dict[str, Any]:
     """Figures of one variant; KL is to `base`."""
+    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
     figures = divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW, limit=TOKENS)
     scores = evaluate(model, rows, limit=ANSWER, batch=BATCH)
     return {
@@ -55,7 +59,6 @@ def measure(base: Model, model: Model, text: str, rows: list[Row]) -> dict[str, 
 def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, figures) for every variant of one model."""
     base = load(source)
-    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in VARIANTS.items():
             path, model = source, base
@@ -63,7 +66,7 @@ def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any
                 path = Path(scratch) / name.replace(" ", "-")
                 quantize_checkpoint(source, path, config, calibration=Calibration(seq_len=WINDOW))
                 model = load(path)
-            yield name, {"bytes": weight_bytes(path), **measure(base, model, text, rows)}
+            yield name, {"bytes": weight_bytes(path), **measure(base, model, rows)}
 
 
 def all_variants(architecture: str, rows: list[Row]) -> dict[str, Any]:
@@ -80,8 +83,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--per-class", type=int, help="only the first so many test questions of each class")
+    parser.add_argument("--ladder", action="store_true", help="the ideas of preset best one by one instead")
     args = parser.parse_args()
     rows = read_rows(TINY / "data" / "test.jsonl", args.per_class)
+    if args.ladder:
+        ladder.main({name: TINY / name for name in MODELS}, partial(measure, rows=rows), rows)
+        return
     # A process a model, a thread each: operations of this size gain next to nothing from a second thread.
     with ProcessPoolExecutor(len(MODELS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         models = dict(zip(MODELS, pool.map(all_variants, MODELS, [rows] * len(MODELS)), strict=True))

@@ -52,7 +52,7 @@ def main() -> None:
     for inputs, outputs in LAYERS:
         if deadline.over():
             break
-        config = QuantConfig(bits=4, group_size=128, sym=False)
+        config = QuantConfig(bits=4, group_size=128, sym=False, preset="fast")
         ours, mine = solve(inputs, outputs, config, True, device)
         torchs, theirs = solve(inputs, outputs, config, False, device)
         lines.append({"inputs": inputs, "outputs": outputs, "seconds": ours, "torch_seconds": torchs,

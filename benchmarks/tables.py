@@ -21,6 +21,12 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
 VARIANTS_ZH = {"full precision": "全精度", "8 bit GPTQ": "8 位 GPTQ", "4 bit GPTQ": "4 位 GPTQ",
                "4 bit nearest": "4 位就近舍入", "3 bit GPTQ": "3 位 GPTQ", "3 bit nearest": "3 位就近舍入"}
+RUNGS = {"nearest": "rounding to nearest", "fast": "plain GPTQ (`fast`)", "order": "active inputs first",
+         "search, positive": "+ scale search, positive", "search, signed": "+ both signs",
+         "refine": "+ refit and descent", "targets": "+ full-precision targets", "best": "+ held-out veto (`best`)"}
+RUNGS_ZH = {"nearest": "就近舍入", "fast": "普通 GPTQ（`fast`）", "order": "先求解活跃输入",
+            "search, positive": "+ 缩放搜索，只取正", "search, signed": "+ 正负都搜", "refine": "+ 重拟合与坐标下降",
+            "targets": "+ 以全精度输出为目标", "best": "+ 留出行裁决（`best`）"}
 STACKS_ZH = {"4 bit exact": "4 位 exact", "4 bit fast": "4 位 fast", "8 bit exact": "8 位 exact",
              "dense bfloat16": "bfloat16 全矩阵", "llama.cpp Q4_0": "llama.cpp Q4_0（整词）"}
 CLASSES_ZH = {"open_qa": "开放问答", "closed_qa": "阅读问答", "extract": "信息抽取", "classification": "分类",
@@ -63,6 +69,19 @@ def classes(first: str, variants: dict[str, str], names: dict[str, str]) -> str:
     return markdown(columns, rows)
 
 
+def ladder(columns: list[str], names: dict[str, str]) -> str:
+    """A row for each bits and rung: KL and its spread between seeds, share of plain GPTQ's, perplexity, exact match."""
+    rows = []
+    for architecture, found in result("belle_tiny_ladder")["models"].items():
+        for row in found["summary"]:
+            kl, share = f"{row['kl']:.6f}", f"{row['of_fast']:.2f}"
+            if row["seeds"] > 1:
+                kl, share = f"{kl} ± {row['kl_spread']:.6f}", f"{share} ± {row['of_fast_spread']:.2f}"
+            rows.append([f"{ARCHITECTURES[architecture]}, {row['bits']}", names[row["rung"]], str(row["seeds"]), kl,
+                         share, f"{row['perplexity']:.3f}", f"{row['exact']:.1f}"])
+    return markdown(columns, rows)
+
+
 def training() -> str:
     """What the training runs of the demo models took and reached."""
     figures = (("steps", "{steps}"), ("tokens", "{tokens:,}"), ("minutes on one thread", "{minutes}"),
@@ -88,6 +107,10 @@ TABLES: dict[str, Callable[[], str]] = {
                                          "3 bit nearest": "3 bit nearest"}, {}),
     "classes_zh": lambda: classes("类别", {"full precision": "全精度", "8 bit GPTQ": "8 位", "4 bit GPTQ": "4 位",
                                          "3 bit nearest": "3 位就近舍入"}, CLASSES_ZH),
+    "ladder": lambda: ladder(["model, bits", "", "seeds", "KL to full precision", "of `fast`'s", "perplexity",
+                              "exact match, %"], RUNGS),
+    "ladder_zh": lambda: ladder(["模型，位数", "", "种子数", "与全精度的 KL", "与 `fast` 之比", "困惑度",
+                                 "完全匹配 %"], RUNGS_ZH),
     "cpu": lambda: stack(["linears of 8 blocks and head", "M = {}, tokens/s"], {}),
     "cpu_zh": lambda: stack(["8 层的线性层和输出层", "M = {}，词/秒"], STACKS_ZH),
     "training": training,

@@ -7,6 +7,7 @@ from typing import Any
 
 from gptq_belle import __version__
 from gptq_belle.errors import UsageError
+from gptq_belle.quantization.recipe import IDEAS, RECIPES, Recipe, recipe
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
@@ -67,6 +68,9 @@ class QuantConfig:
         act_order: solve columns by falling Hessian diagonal; groups follow that order (``desc_act`` on disk).
         damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
         method: "gptq", or "rtn" for rounding to nearest without calibration.
+        preset: "best", or "fast" for plain GPTQ (see `quantization.recipe.RECIPES`).
+        without: ideas of the preset that are switched off (see `quantization.recipe.IDEAS`).
+        positive_scales: for readers that cannot take negative ones; costs a little quality.
         head_bits: 16 leaves embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
             embedding too) is stored packed under names of our own, which `gptq_belle.load` alone reads.
         overrides: other settings for some linears (``dynamic`` on disk); no two may match the same one.
@@ -83,6 +87,9 @@ class QuantConfig:
     act_order: bool = False
     damp: float = 0.01
     method: str = "gptq"
+    preset: str = "best"
+    without: tuple[str, ...] = ()
+    positive_scales: bool = False
     overrides: tuple[Override, ...] = ()
     head_bits: int = 16
     auto_bits: str | None = None
@@ -92,8 +99,16 @@ class QuantConfig:
         _check("head bits", self.head_bits, HEAD_BITS)
         _check("group size", self.group_size, GROUP_SIZES)
         _check("method", self.method, METHODS)
+        _check("preset", self.preset, tuple(RECIPES))
+        for idea in self.without:
+            _check("without", idea, tuple(IDEAS))
         if not 0 < self.damp < 1:
             raise UsageError(f"damp {self.damp} is not allowed", "Choose a number above 0 and below 1, such as 0.01.")
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the job does beyond plain GPTQ; nothing where it rounds to nearest."""
+        return recipe("fast") if self.method == "rtn" else recipe(self.preset, self.without)
 
     @property
     def checkpoint_format(self) -> str:
@@ -124,7 +139,7 @@ class QuantConfig:
             "pack_dtype": "int32",
             "lm_head": False,
             "true_sequential": True,
-            "static_groups": False,
+            "static_groups": self.recipe.static_order and not self.act_order,
             "damp_percent": self.damp,
             **({"dynamic": self._dynamic()} if self.overrides else {}),
             **({"head_bits": self.head_bits} if self.head_bits != 16 else {}),

@@ -33,6 +33,11 @@ def command(
     act_order: Annotated[bool, typer.Option("--act-order", help="Solve the most active inputs first.")] = False,
     damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian's mean diagonal.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: rounding without calibration.")] = "gptq",
+    preset: Annotated[str, typer.Option(help="best, or fast: plain GPTQ.")] = "best",
+    without: Annotated[str, typer.Option(metavar="IDEA,...", help="Ideas of the preset to switch off: search, order, "
+                                         "refine, targets, veto.")] = "",
+    positive_scales: Annotated[bool, typer.Option("--positive-scales", help="For readers that cannot take negative "
+                                                  "scales; a little less quality.")] = False,
     override: Annotated[list[str] | None, typer.Option(
         metavar="REGEX=KEY:VALUE,...", show_default=False, help="Other settings for the linears whose name REGEX is "
         "found in, such as 'mlp.dense_4h_to_h=bits:8': bits, group_size, sym; or REGEX=skip to leave them in float16. "
@@ -68,8 +73,9 @@ def command(
     Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
-                         overrides=tuple(map(parse, override or ())), head_bits=head_bits if packed_head_only else 16,
-                         auto_bits=auto_bits)
+                         preset=preset, without=tuple(filter(None, without.split(","))),
+                         positive_scales=positive_scales, overrides=tuple(map(parse, override or ())),
+                         head_bits=head_bits if packed_head_only else 16, auto_bits=auto_bits)
     from gptq_belle.measure.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -92,6 +98,8 @@ def command(
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
     console.say(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
+    if report.winners:
+        console.say("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
 
 
 def _show_choice(choice: dict[str, Any]) -> None:

@@ -40,10 +40,11 @@ def _grid(low, high, LEVELS: tl.constexpr, SYM: tl.constexpr):
     return scale, zero
 
 
-@triton.jit(do_not_specialize=["inputs"])
-def gptq_block(weight, factor, codes, errors, scales, zeros, inputs, N, stride, GROUP: tl.constexpr,
+@triton.jit(do_not_specialize=["inputs", "own"])
+def gptq_block(weight, factor, codes, errors, scales, zeros, inputs, N, stride, own, GROUP: tl.constexpr,
                LEVELS: tl.constexpr, SYM: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr):
-    """Codes and errors of a block; tensors as in `solve_block`, GROUP = 0 where scales and zeros are given."""
+    """Codes and errors of a block; tensors as in `solve_block`. GROUP = 0: scales and zeros are given, and `own` values
+    lie between one input's and the next one's."""
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, BLOCK)
     live = n < N
@@ -56,10 +57,10 @@ def gptq_block(weight, factor, codes, errors, scales, zeros, inputs, N, stride, 
             scale, zero = _grid(low, high, LEVELS, SYM)
             tl.store(scales + first // GROUP * N + n, scale, mask=live)
             tl.store(zeros + first // GROUP * N + n, zero, mask=live)
-        else:
-            scale = tl.load(scales + n, mask=live, other=1.0)
-            zero = tl.load(zeros + n, mask=live, other=0.0)
         for i in range(first, min(first + STEP, inputs)):
+            if GROUP == 0:
+                scale = tl.load(scales + i * own + n, mask=live, other=1.0)
+                zero = tl.load(zeros + i * own + n, mask=live, other=0.0)
             column = tl.sum(tl.where(row[:, None] == i, w, 0.0), 0)
             code = tl.minimum(tl.maximum(_rounded(tl.math.div_rn(column, scale)) + zero, 0.0), LEVELS * 1.0)
             tl.store(codes + i * N + n, code.to(tl.uint8), mask=live)
@@ -79,15 +80,16 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
         Hinv: (B, B) float32: the block's part of the factor, zero below its diagonal.
         codes: (B, N) uint8, contiguous. Written.
         Err: (B, N) float32, contiguous: what each input leaves to those behind the block. Written.
-        scales, zeros: (B / group, N) float32, contiguous. Written; read where `group` is 0. A scale that float16
-            cannot hold comes out infinite, and the codes behind it are then worthless.
-        group: inputs a group, 32, 64 or 128; 0 where one group holds more than the block.
+        scales, zeros: (B / group, N) float32, contiguous. Written; a scale that float16 cannot hold comes out
+            infinite, and the codes behind it are then worthless. Where `group` is 0, they are read: (B, N), each
+            input's own, or (1, N) for all.
+        group: inputs a group, 32, 64 or 128; 0 where the grids are known already.
         bits: bits a code.
         sym: as for min_max_grid.
     """
     inputs, outputs = W.shape
-    factor = Hinv.contiguous()
+    factor, own = Hinv.contiguous(), outputs if len(scales) > 1 else 0
     with torch.cuda.device_of(W):
         gptq_block[(triton.cdiv(outputs, OUTPUTS),)](
-            W, factor, codes, Err, scales, zeros, inputs, outputs, factor.stride(0), GROUP=group, LEVELS=2**bits - 1,
-            SYM=sym, BLOCK=BLOCK, OUTPUTS=OUTPUTS, **OPTIONS)
+            W, factor, codes, Err, scales, zeros, inputs, outputs, factor.stride(0), own, GROUP=group,
+            LEVELS=2**bits - 1, SYM=sym, BLOCK=BLOCK, OUTPUTS=OUTPUTS, **OPTIONS)

@@ -6,7 +6,7 @@
 import pytest
 import torch
 from test_solver import problem
-from test_triton_gptq import BITS, GROUPS, block, block_oracle, check_block, edges, solved
+from test_triton_gptq import BITS, GROUPS, block, block_oracle, check_block, check_mixed_grids, edges, solved
 
 from gptq_belle.config import QuantConfig
 from gptq_belle.kernels.triton_gptq import solve_block
@@ -27,20 +27,25 @@ def test_edges(group, sym):
     check_block(solve_block, *edges(128, 8), group, 8, sym)
 
 
+def test_grids_of_each_input():
+    check_mixed_grids(solve_block)
+
+
 def oracle_solver(W, Hinv, codes, Err, scales, zeros, *, group, bits, sym):
     """`block_oracle` in the place of a solver of blocks."""
-    found = block_oracle(W, Hinv, group, bits, sym, scales[0], zeros[0])
+    found = block_oracle(W, Hinv, group, bits, sym, scales[0] if group else scales, zeros[0] if group else zeros)
     for tensor, values in zip((codes, Err, scales, zeros), found, strict=True):
         tensor.copy_(values)
 
 
-@pytest.mark.parametrize(("sym", "act_order"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("sym", "act_order", "preset"), [(True, False, "fast"), (False, True, "fast"),
+                                                         (True, False, "best")])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_layer(group_size, sym, act_order, monkeypatch):
+def test_layer(group_size, sym, act_order, preset, monkeypatch):
     """Over several blocks, the last of which is short where the group allows."""
     bits = {32: 3, 64: 4, 128: 2, -1: 8}[group_size]
     columns = {32: 160, 64: 192, 128: 256, -1: 150}[group_size]
-    config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order)
+    config = QuantConfig(preset=preset, bits=bits, group_size=group_size, sym=sym, act_order=act_order)
     weight, hessian = (t.float() for t in problem(20, columns, seed=columns, dead=(3, 40)))
     torchs = solver.gptq(weight, hessian, config)
     monkeypatch.setattr(solver, "_block_solver", lambda W: oracle_solver)
@@ -58,7 +63,7 @@ def test_scales_too_large_for_float16(monkeypatch):
     monkeypatch.setattr(solver, "_block_solver", lambda W: solve_block)
     weight, hessian = (t.float() for t in problem(4, 64, seed=1))
     with pytest.raises(solver.InputError, match="too large for float16"):
-        solver.gptq(weight * 1e7, hessian, QuantConfig(group_size=32))
+        solver.gptq(weight * 1e7, hessian, QuantConfig(preset="fast", group_size=32))
 
 
 def test_rounding():

@@ -80,6 +80,26 @@ def gptq_oracle(weight: np.ndarray, hessian: np.ndarray, *, bits: int, group_siz
     return Oracle(original, scales, zeros, g_idx)
 
 
+def static_oracle(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, zeros: np.ndarray, *, bits: int,
+                  damp: float) -> np.ndarray:
+    """Codes (N, K) on grids (N, G) that are given, inputs by falling H_kk, groups as the inputs lie.
+
+    From what equation (2) solves: whatever was rounded stays, the rest takes the values that minimise
+    d (H + damping) d^T.
+    """
+    w, h = np.array(weight, dtype=np.float64), np.array(hessian, dtype=np.float64)
+    order = list(np.argsort(-np.diag(h), kind="stable"))
+    h += damp * np.mean(np.diag(h)) * np.eye(len(h))
+    size = len(h) // scales.shape[1]
+    codes, delta = np.zeros(w.shape, dtype=np.int64), np.zeros(w.shape)
+    for place, k in enumerate(order):
+        done, rest = order[:place], order[place:]
+        moved = -np.linalg.solve(h[np.ix_(rest, rest)], h[np.ix_(rest, done)] @ delta[:, done].T).T
+        codes[:, k] = encode(w[:, k] + moved[:, 0], scales[:, k // size], zeros[:, k // size], bits)
+        delta[:, k] = scales[:, k // size] * (codes[:, k] - zeros[:, k // size]) - w[:, k]
+    return codes
+
+
 def nearest_oracle(weight: np.ndarray, *, bits: int, group_size: int, sym: bool) -> Oracle:
     """Rounding to nearest on the same grid."""
     w = np.array(weight, dtype=np.float64)

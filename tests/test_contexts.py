@@ -1,6 +1,6 @@
 """What attention has computed is kept for the passes behind it, and changes nothing but their number."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from conftest import job_output
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.config import QuantConfig
+from gptq_belle.quantization import activations
 from gptq_belle.quantization.calibration import Calibration
-from gptq_belle.quantization.contexts import Contexts
+from gptq_belle.quantization.contexts import Contexts, Rows
+from gptq_belle.quantization.moments import moments
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.stream import BlockStream
 
@@ -21,33 +23,46 @@ def stream(tiny_model):
     return BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
 
 
-def test_jobs_end_in_the_same_bytes_without_it(tiny_model, tmp_path, monkeypatch):
+class Anew(Contexts):
+    """Keeps nothing."""
+
+    @contextmanager
+    def during(self, *_):
+        yield nullcontext
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_jobs_end_in_the_same_bytes_without_it(tiny_model, tmp_path, monkeypatch, preset):
+    config = QuantConfig(group_size=32, preset=preset)
     for name in ("kept", "anew"):
-        quantize_checkpoint(tiny_model, tmp_path / name, QuantConfig(group_size=32), calibration=CALIBRATION)
-        monkeypatch.setattr(Contexts, "during", lambda *_: nullcontext())
+        quantize_checkpoint(tiny_model, tmp_path / name, config, calibration=CALIBRATION)
+        monkeypatch.setattr(activations, "Contexts", Anew)
     assert job_output(tmp_path / "kept") == job_output(tmp_path / "anew")
+
+
+def hessian(stream, block, stage, rows):
+    return moments(stream, block, stage, rows, None, 1 << 30, lambda: None).hessian
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_attention_runs_once_and_its_successors_see_the_same(stream, tmp_path, on_disk):
-    contexts, arch = Contexts(tmp_path if on_disk else None), stream.arch
-    batches = list(stream.embed(torch.randint(10, 300, (80, 64))))
+    arch = stream.arch
+    rows = Rows(*stream.embed(torch.randint(10, 300, (80, 64))))
     stream.most_rows = 48  # batches of 64 and 16 rows, in three pieces
     block, calls = stream.block(0), []
     block.get_submodule(arch.stages[0][0]).register_forward_hook(lambda *_: calls.append(1))
 
-    def through(during):
-        found = []
-        for stage in arch.stages:
-            with during(block, arch, stage):
-                found.append(stream.hessian(block, stage, batches, lambda: None))
-        with during(block, arch):
-            return [*found, *(stream.run(block, states) for states in batches)]
+    def through(contexts):
+        rows.contexts = contexts
+        found = [hessian(stream, block, stage, rows) for stage in arch.stages]
+        with contexts.during(block, arch) as turn:
+            return [*found, *(stream.run(block, states, turn) for states in rows)]
 
-    expected = through(lambda *_: nullcontext())
+    expected = through(Anew())
     assert len(calls) == 4 * 3  # the pass to the first stage ends in front of it
     calls.clear()
-    assert all(map(torch.equal, through(contexts.during), expected))
+    contexts = Contexts(tmp_path if on_disk else None)
+    assert all(map(torch.equal, through(contexts), expected))
     assert len(calls) == 3
     assert "forward" not in vars(block.get_submodule(arch.attention))
     contexts.clear()
@@ -56,15 +71,14 @@ def test_attention_runs_once_and_its_successors_see_the_same(stream, tmp_path, o
 
 def test_another_output_projection_is_seen(stream):
     """It is quantized between the passes."""
-    contexts, arch = Contexts(), stream.arch
-    states = next(stream.embed(torch.randint(10, 300, (2, 16))))
+    arch = stream.arch
+    rows = Rows(next(stream.embed(torch.randint(10, 300, (2, 16)))))
     block = stream.block(0)
-    with contexts.during(block, arch, arch.stages[1]):
-        stream.hessian(block, arch.stages[1], [states], lambda: None)
+    hessian(stream, block, arch.stages[1], rows)
     block.get_submodule(arch.output).weight.mul_(0.5)
-    with contexts.during(block, arch):
-        replayed = stream.run(block, states)
-    assert torch.equal(replayed, stream.run(block, states))
+    with rows.contexts.during(block, arch) as turn:
+        replayed = stream.run(block, rows.batches[0], turn)
+    assert torch.equal(replayed, stream.run(block, rows.batches[0]))
 
 
 def test_a_pass_that_fails_keeps_nothing(stream):
@@ -72,13 +86,14 @@ def test_a_pass_that_fails_keeps_nothing(stream):
     states = next(stream.embed(torch.randint(10, 300, (2, 16))))
     block = stream.block(0)
 
-    def broken():
-        yield states
-        raise torch.OutOfMemoryError
+    def fail():
+        with contexts.during(block, arch, arch.stages[1]) as turn:
+            stream.run(block, states, turn)
+            raise torch.OutOfMemoryError
 
-    with pytest.raises(torch.OutOfMemoryError), contexts.during(block, arch, arch.stages[1]):
-        stream.hessian(block, arch.stages[1], broken(), lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
     contexts.clear()
-    with contexts.during(block, arch):
-        stream.run(block, states)
+    with contexts.during(block, arch) as turn:
+        stream.run(block, states, turn)
     assert len(list(contexts)) == 1

@@ -37,8 +37,9 @@ def block_oracle(weight, factor, group, bits, sym, scale, zero):
     """The inner loop in float32, each operation rounded once: codes, errors, scales, zeros."""
     w, factor, levels = weight.numpy().copy(), factor.numpy(), np.float32(2**bits - 1)
     codes, errors, scales, zeros = np.empty_like(w, np.uint8), np.empty_like(w), [], []
-    scale, zero = scale.numpy(), zero.numpy()
+    given = np.atleast_2d(scale.numpy()), np.atleast_2d(zero.numpy())
     for i in range(len(w)):
+        scale, zero = (values[i % len(values)] for values in given) if not group else (scale, zero)
         if group and i % group == 0:
             own = np.concatenate([w[i : i + group], np.zeros_like(w[:1])])
             low, high = own.min(0), own.max(0)
@@ -46,7 +47,7 @@ def block_oracle(weight, factor, group, bits, sym, scale, zero):
             scale = (span / levels).astype(np.float16).astype(np.float32)
             scale[scale < 1e-7] = 1
             zero = np.full_like(scale, 2 ** (bits - 1)) if sym else np.clip(np.rint(-low / scale), 0, levels)
-        if i % (group or len(w)) == 0:
+        if i % (group or len(w) // len(given[0])) == 0:
             scales.append(scale)
             zeros.append(zero)
         codes[i] = code = np.clip(np.rint(w[i] / scale) + zero, 0, levels)
@@ -56,12 +57,12 @@ def block_oracle(weight, factor, group, bits, sym, scale, zero):
 
 
 def solved(solve_block, weight, factor, group, bits, sym, scale, zero):
-    """The same from a solver in torch or Triton."""
+    """The same from a solver in torch or Triton; scale and zero are (N,), or (inputs, N) for each input its own."""
     inputs, outputs = weight.shape
-    scales = weight.new_full((inputs // group if group else 1, outputs), torch.nan)
+    scales = weight.new_full((inputs // group if group else len(torch.atleast_2d(scale)), outputs), torch.nan)
     zeros = torch.full_like(scales, torch.nan)
     if not group:
-        scales[0], zeros[0] = scale, zero
+        scales[:], zeros[:] = scale, zero
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     solve_block(weight.clone(), factor, codes, errors, scales, zeros, group=group, bits=bits, sym=sym)
     return tuple(tensor.cpu() for tensor in (codes, errors, scales, zeros))
@@ -77,6 +78,28 @@ def check_block(solve_block, weight, factor, group, bits, sym, device="cpu"):
     others = solved(solver._solve_block, weight, factor, group, bits, sym, scale, zero)
     for output in (found[0] != others[0]).any(0).nonzero().flatten():
         assert_tie(found, others, factor, group, int(output))
+
+
+def mixed_grids(weight, bits):
+    """Scales and zeros (inputs, N): of static groups, solved in an order that is not theirs; half of them negative."""
+    inputs, outputs = weight.shape
+    scale, zero = solver.min_max_grid(weight, bits, True)
+    shares = torch.linspace(0.5, 1.2, 4)[torch.arange(inputs) * 7 % 4, None]
+    signs = torch.where(torch.arange(outputs) % 2 == 0, 1.0, -1.0)
+    return (scale * shares * signs).half().float(), zero.expand(inputs, -1).contiguous()
+
+
+def check_mixed_grids(solve_block, device="cpu"):
+    """Per-input grids: to the bit what NumPy finds."""
+    for bits, (inputs, outputs) in zip(BITS, ((128, 33), (96, 7), (77, 32), (128, 20)), strict=True):
+        weight, factor = block(inputs, outputs, seed=bits)
+        grids = mixed_grids(weight, bits)
+        found = solved(solve_block, weight.to(device), factor.to(device), 0, bits, True, *grids)
+        oracle = block_oracle(weight, factor, 0, bits, True, *grids)
+        for ours, exact in zip(found, oracle, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+        others = solved(solver._solve_block, weight, factor, 0, bits, True, *grids)
+        assert (found[0] == others[0]).all(0).sum() >= outputs - 1  # for one tie
 
 
 def assert_tie(found, others, factor, group, output):
@@ -126,11 +149,18 @@ def test_on_a_device(bits, group, sym):
 
 
 @pytest.mark.gpu
+def test_grids_of_each_input_on_a_device():
+    from gptq_belle.kernels.triton_gptq import solve_block
+
+    check_mixed_grids(solve_block, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_layer_on_a_device(act_order):
     """Factor and products behind a block are rounded differently there, so some codes differ; the error hardly."""
     weight, hessian = (t.float() for t in problem(256, 512, seed=3))
-    config = QuantConfig(group_size=64, act_order=act_order)
+    config = QuantConfig(preset="fast", group_size=64, act_order=act_order)
     ours, torchs = solver.gptq(weight.cuda(), hessian.cuda(), config), solver.gptq(weight, hessian, config)
     assert ours.error == pytest.approx(torchs.error, rel=0.01)
     assert (ours.weight.codes.cpu() != torchs.weight.codes).float().mean() < 0.02

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from gptq_belle.checkpoint.durable import DurableFile, Stamp
 from gptq_belle.checkpoint.tensor_file import DAMAGED, raw
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.contexts import Contexts
-from gptq_belle.quantization.journal import activations_name
+from gptq_belle.quantization.journal import QUANTIZED, activations_name
 
 
 class Activations:
@@ -23,14 +24,16 @@ class Activations:
         partial: ``OUT.partial``, below which their files lie (see `journal.activations_name`).
         shapes: of the batches; none where nothing is calibrated.
         spill: keep them on disk only.
+        model: whose they are, `journal.QUANTIZED` or `journal.FULL`.
 
     Attributes:
         index: the block in front of which they stand.
         contexts: what that block's attention has made of them, kept where they are; empty unless it is being solved.
     """
 
-    def __init__(self, partial: Path, shapes: Iterable[tuple[int, ...]], *, spill: bool = False) -> None:
-        self.partial, self.shapes, self.spill = partial, list(shapes), spill
+    def __init__(self, partial: Path, shapes: Iterable[tuple[int, ...]], *, spill: bool = False,
+                 model: str = QUANTIZED) -> None:
+        self.partial, self.shapes, self.spill, self.model = partial, list(shapes), spill, model
         self.index = 0
         self.contexts = Contexts(partial if spill else None)
         self._kept: list[Tensor] | None = None
@@ -40,6 +43,10 @@ class Activations:
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self._kept if self._kept is not None else self._read()
+
+    def name(self, index: int) -> str:
+        """Path below ``OUT.partial`` of the states in front of block `index`."""
+        return activations_name(index, self.model)
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +60,7 @@ class Activations:
         """
         kept: list[Tensor] | None = None if self.spill else (self._kept or [])
         try:
-            with DurableFile(self.partial / activations_name(index)) as file:
+            with DurableFile(self.partial / self.name(index)) as file:
                 for place, states in enumerate(batches):
                     states = states.to("cpu", torch.float32).contiguous()
                     file.write(raw(states))
@@ -74,16 +81,65 @@ class Activations:
 
     def forget(self, index: int) -> None:
         """The states in front of block `index` are not needed any more."""
-        (self.partial / activations_name(index)).unlink(missing_ok=True)
+        (self.partial / self.name(index)).unlink(missing_ok=True)
 
     def _read(self) -> Iterator[Tensor]:
-        path = self.partial / activations_name(self.index)
+        path = self.partial / self.name(self.index)
         with path.open("rb", buffering=0) as file:
             for shape in self.shapes:
                 states = torch.empty(shape, dtype=torch.float32)
                 if file.readinto(raw(states)) != states.nbytes:
                     raise InputError(f"{path} shrank while it was read", DAMAGED)
                 yield states
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The calibration rows in the quantized model and, where its outputs are aimed at, in the full-precision one.
+
+    Attributes:
+        quantized, full: in front of the same block.
+        seen: how many rows, from the first one on, Hessians see; those behind them are held out.
+    """
+
+    quantized: Activations
+    full: Activations | None = None
+    seen: int = 0
+
+    def __len__(self) -> int:
+        return len(self.quantized)
+
+    @property
+    def models(self) -> list[Activations]:
+        """Those that there are."""
+        return [self.quantized] if self.full is None else [self.quantized, self.full]
+
+    def write(self, index: int, *batches: Callable[[], Iterable[Tensor]]) -> dict[str, Stamp]:
+        """`Activations.write` for each model; where one ends in an error, all are those of before."""
+        before, files = self.quantized.index, {}
+        for states, outputs in zip(self.models, batches, strict=True):
+            try:
+                files[states.name(index)] = states.write(index, outputs())
+            except Exception:
+                if states is not self.quantized:
+                    self.quantized.load(before)
+                raise
+        return files
+
+    def forget_contexts(self) -> None:
+        """`Contexts.clear` for each model."""
+        for states in self.models:
+            states.contexts.clear()
+
+    def load(self, index: int) -> None:
+        """`Activations.load` for each model."""
+        for states in self.models:
+            states.load(index)
+
+    def forget(self, index: int) -> None:
+        """`Activations.forget` for each model."""
+        for states in self.models:
+            states.forget(index)
 
 
 def mapped(function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], advance: Callable[[], None],

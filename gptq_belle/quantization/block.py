@@ -4,7 +4,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,15 @@ from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
 from gptq_belle.measure.memory import PeakMemory, trim_heap
 from gptq_belle.models.skeleton import assign
-from gptq_belle.quantization.activations import Activations, mapped
-from gptq_belle.quantization.journal import Journal, Record, activations_name
+from gptq_belle.quantization.activations import Activations, Streams, mapped
+from gptq_belle.quantization.candidates import Choice, best_of
+from gptq_belle.quantization.journal import Journal, Record
+from gptq_belle.quantization.moments import Moments, Originals, moments
 from gptq_belle.quantization.progress import JobProgress
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import LinearReport
-from gptq_belle.quantization.solver import Factor, factorize, gptq, round_to_nearest
+from gptq_belle.quantization.solver import Factor, factorize, round_to_nearest
 from gptq_belle.quantization.stream import BlockStream
-
-
-class Inputs(NamedTuple):
-    """Of the linears of one stage: the Hessian, and what follows from it alone."""
-
-    hessian: Tensor
-    factor: Factor
 
 
 class BlockJob:
@@ -43,9 +37,9 @@ class BlockJob:
     def steps(self, batches: int) -> int:
         """Solutions, and the batches that run once a stage and once more behind the block (but not the last one)."""
         arch = self.stream.arch
-        return len(arch.linears) + batches * (len(arch.stages) + 1)
+        return len(arch.linears) + batches * (len(arch.stages) + (2 if self.config.recipe.alpha else 1))
 
-    def run(self, index: int, activations: Activations, probe: Probe) -> None:
+    def run(self, index: int, activations: Streams, probe: Probe) -> None:
         """Quantize a block, move the activations behind it, and commit both.
 
         Where a GPU runs out of memory, the block is begun again with half as many rows at a time, at last on the CPU;
@@ -74,10 +68,10 @@ class BlockJob:
         self.journal.commit(record, files, tensors)
         activations.forget(index)
 
-    def _ways(self, activations: Activations) -> Iterator[str]:
+    def _ways(self, activations: Streams) -> Iterator[str]:
         """What is tried one after the other, each in words once it is set."""
         stream = self.stream
-        rows = stream.most_rows or max((shape[0] for shape in activations.shapes), default=1)
+        rows = stream.most_rows or max((shape[0] for shape in activations.quantized.shapes), default=1)
         yield f"on {stream.device} with {rows} rows at a time"
         while rows > 1:
             rows //= 2
@@ -88,40 +82,58 @@ class BlockJob:
         stream.device = torch.device("cpu")
         yield "on the CPU"
 
-    def _attempt(self, index: int, activations: Activations,
+    def _attempt(self, index: int, activations: Streams,
                  probe: Probe) -> tuple[Record, dict[str, Stamp], dict[str, Tensor]]:
         """Everything about a block but the record's last lines."""
-        stream, record = self.stream, Record()
+        stream, record, originals = self.stream, Record(), Originals()
         block = stream.block(index)
         stream.read_ahead(index + 1)
         try:
-            packed = self._solve(index, block, activations, record)
+            packed = self._solve(index, block, activations, originals, record)
             with self.clock("writing"):
                 part = f"block-{index:05d}.safetensors"
                 files = {f"parts/{part}": self.writer.add(part, packed)}
             tensors = probe.expect(stream, block) if index == PROBED_BLOCK else {}
             if len(activations) and index + 1 < stream.count:
-                outputs = mapped(lambda states: stream.run(block, states), activations, self.progress.step)
-                with self.clock("writing"), activations.contexts.during(block, stream.arch):
-                    files[activations_name(index + 1)] = activations.write(index + 1, outputs)
+                with self.clock("writing"):
+                    files |= self._propagate(index, block, activations, originals)
         finally:
-            activations.contexts.clear()
+            activations.forget_contexts()
             stream.drop(block)
         record.peak_memory = self.memory.bytes
         return record, files, tensors
 
-    def _solve(self, index: int, block: nn.Module, activations: Activations, record: Record) -> dict[str, Tensor]:
+    def _propagate(self, index: int, block: nn.Module, activations: Streams, originals: Originals) -> dict[str, Stamp]:
+        """Move the activations behind the block, those of the full-precision model through its original weights."""
+        def outputs(states: Activations) -> Iterator[Tensor]:
+            with states.contexts.during(block, self.stream.arch) as turn:
+                yield from mapped(lambda batch: self.stream.run(block, batch, turn), states, self.progress.step)
+
+        def full() -> Iterator[Tensor]:
+            assert activations.full is not None
+            with originals.in_place(block):
+                yield from outputs(activations.full)
+
+        ways = [lambda: outputs(activations.quantized), full]
+        return activations.write(index + 1, *ways[: len(activations.models)])
+
+    def _solve(self, index: int, block: nn.Module, activations: Streams, originals: Originals,
+               record: Record) -> dict[str, Tensor]:
         """Solve the linears in the order in which they run; the tensors that the file holds of the block."""
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
             own = self.config.of(f"{prefix}.{stage[0]}")  # and of all the stage, see overrides.resolve
-            inputs = self._inputs(block, stage, prefix, activations, own) if len(activations) and own else None
+            found = None
+            if len(activations) and own:
+                found = self._inputs(block, stage, prefix, activations, originals, own)
             for name in stage:
+                if activations.full is not None:
+                    originals.keep(block, f"{name}.weight")
                 if own is None:
                     row = self._leave(block, name, f"{prefix}.{name}")
                 else:
-                    packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, own)
+                    packed, row = self._linear(block, name, f"{prefix}.{name}", found, own)
                     tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
@@ -136,29 +148,32 @@ class BlockJob:
         assign(block, f"{name}.weight", rounded)
         return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
 
-    def _inputs(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: Activations,
-                config: QuantConfig) -> Inputs:
+    def _inputs(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: Streams,
+                originals: Originals, config: QuantConfig) -> tuple[Moments, Factor]:
         """What the solver knows of the inputs that the linears of a stage share."""
-        with activations.contexts.during(block, self.stream.arch, stage):
-            hessian = self.stream.hessian(block, stage, activations, self.progress.step)
+        full = None if activations.full is None else (originals, activations.full)
+        found = moments(self.stream, block, stage, activations.quantized, full, activations.seen, self.progress.step)
         with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
-            return Inputs(hessian, factorize(hessian, config))
+            return found, factorize(found.hessian, config)
 
-    def _linear(self, block: nn.Module, name: str, full_name: str,
-                inputs: Inputs | None, config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
+    def _linear(self, block: nn.Module, name: str, full_name: str, inputs: tuple[Moments, Factor] | None,
+                config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
         """Quantize one linear in place, by its own settings."""
         began = time.perf_counter()
-        weight = block.get_parameter(f"{name}.weight")
+        weight = block.get_parameter(f"{name}.weight").detach()
         N, K = weight.shape
         with self.clock("solving"), _naming(full_name):
-            solution = round_to_nearest(weight, config) if inputs is None else gptq(
-                weight, inputs.hessian, config, inputs.factor)
+            choice = Choice(round_to_nearest(weight, config), "", {}) if inputs is None else best_of(
+                weight, *inputs, config)
+        solution = choice.solution
         with self.clock("packing"):
-            assign(block, f"{name}.weight", dequantize(solution.weight, out=weight.detach()))
+            needed = inputs is not None and inputs[0].cross is not None  # by the full-precision model
+            assign(block, f"{name}.weight", dequantize(solution.weight, out=None if needed else weight))
             packed = pack(solution.weight, config.bits, config.checkpoint_format)
             trim_heap()
         seconds = time.perf_counter() - began
-        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits)
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits, choice.won,
+                                    choice.held_out)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ projection changes any more once that is reached: of four passes through q, k, v
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,6 +16,18 @@ from torch import Tensor, nn
 from gptq_belle.checkpoint.tensor_file import DAMAGED, raw
 from gptq_belle.errors import InputError
 from gptq_belle.models.registry import Architecture
+
+Turn = Callable[[], AbstractContextManager[None]]
+
+
+class Rows:
+    """Batches (rows, T, hidden_size) in front of a block that are at hand, with contexts as `Activations` has them."""
+
+    def __init__(self, *batches: Tensor) -> None:
+        self.batches, self.contexts = batches, Contexts()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
 
 
 class Contexts:
@@ -49,15 +61,23 @@ class Contexts:
             self._file.close()
         self._shapes, self._kept, self._file, self._whole = [], [], None, False
 
-    def during(self, block: nn.Module, arch: Architecture, stage: tuple[str, ...] | None = None,
-               ) -> AbstractContextManager[None]:
+    @contextmanager
+    def during(self, block: nn.Module, arch: Architecture, stage: tuple[str, ...] | None = None) -> Iterator[Turn]:
         """A context for one pass over all pieces, up to a stage or through the whole block.
 
         The first pass that comes to the output projection leaves here what the later ones take.
+
+        Returns:
+            what each piece has to run in; between two pieces the block is as it was, and other rows may run.
         """
         if stage == arch.stages[0]:
-            return nullcontext()
-        return self._replayed(block, arch) if self._whole else self._recorded(block, arch)
+            yield nullcontext
+        elif self._whole:
+            turns = iter(self)
+            yield lambda: self._replayed(block, arch, turns)
+        else:
+            yield lambda: self._recorded(block, arch)
+            self._whole = True
 
     @contextmanager
     def _recorded(self, block: nn.Module, arch: Architecture) -> Iterator[None]:
@@ -66,12 +86,11 @@ class Contexts:
             yield
         finally:
             hook.remove()
-        self._whole = True
 
     @contextmanager
-    def _replayed(self, block: nn.Module, arch: Architecture) -> Iterator[None]:
+    def _replayed(self, block: nn.Module, arch: Architecture, turns: Iterator[Tensor]) -> Iterator[None]:
         attention: Any = block.get_submodule(arch.attention)
-        output, turns = block.get_submodule(arch.output), iter(self)
+        output = block.get_submodule(arch.output)
 
         def forward(*args: Any, **_: Any) -> tuple[Tensor, None]:
             weight = cast(Tensor, output.weight)

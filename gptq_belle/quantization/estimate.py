@@ -4,6 +4,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,12 @@ from gptq_belle.checkpoint.packing import dequantize, pack
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import HardwareError
 from gptq_belle.measure.memory import anonymous_bytes, available_bytes
+from gptq_belle.quantization.candidates import best_of
 from gptq_belle.quantization.checks import linear_shapes
-from gptq_belle.quantization.contexts import Contexts
+from gptq_belle.quantization.contexts import Rows
+from gptq_belle.quantization.moments import Moments, Originals, moments
 from gptq_belle.quantization.setup import Setup
-from gptq_belle.quantization.solver import factorize, gptq, round_to_nearest
+from gptq_belle.quantization.solver import factorize, round_to_nearest
 
 LIBRARIES = 32 << 20  # bytes that torch's and MKL's own buffers grow to during a job
 HIDDEN_ATTENTION, HIDDEN_MLP = 10, 3  # hidden states alive at a time in either half of a block, as measured
@@ -113,7 +116,7 @@ def spills(setup: Setup, limit: int | None) -> bool:
 
 def memory_needed(setup: Setup) -> Memory:
     """The peak of a job's memory by arithmetic."""
-    stream, config = setup.stream, setup.config
+    stream, config, recipe = setup.stream, setup.config, setup.config.recipe
     shapes = linear_shapes(stream)
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
@@ -121,16 +124,41 @@ def memory_needed(setup: Setup) -> Memory:
         config = replace(config, bits=8)  # which a whole block may get
     packed = max(sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
                      for name, (n, k) in shapes.items()) for index in range(stream.count))
-    solutions = [4 * n * k + 2 * n * k + (0 if setup.tokens is None else (4 if config.act_order else 2) * 4 * k * k)
-                 for n, k in shapes.values()]
-    batch = max(setup.shapes, key=math.prod, default=(1, 1, 0))
-    inner = shapes[stream.arch.linears[-1]][1]
+    full = bool(recipe.alpha) and setup.tokens is not None
+    originals = sum(4 * n * k for n, k in shapes.values()) if full else 0
+    work = max([_forward(setup, full), *(_solution(setup, n, k, full) for n, k in shapes.values())])
+    return Memory((anonymous_bytes() or 0) + LIBRARIES, weights + packed + originals, work,
+                  (4 if full else 2) * sum(4 * math.prod(shape) for shape in setup.shapes))
+
+
+def _solution(setup: Setup, n: int, k: int, full: bool) -> int:
+    """Bytes that the solution of a linear takes beside its weight."""
+    recipe, squares = setup.config.recipe, 2 + full  # the Hessian, its factor, and what the targets follow from
+    if setup.tokens is None:
+        return 6 * n * k
+    if setup.config.act_order:
+        squares += 2  # permuted
+    weights = 4 + 4 * bool(recipe.sweeps or recipe.static_order) + 4 * full  # in order of solving, of inputs, target
+    codes = 2 + bool(recipe.sweeps) + bool(setup.held_out)  # with their transpose, and those of earlier candidates
+    return (weights + codes) * n * k + 4 * squares * k * k + _held_out(setup, k, full)
+
+
+def _held_out(setup: Setup, k: int, full: bool) -> int:
+    """Bytes of a linear's inputs in the rows that are held out."""
+    return 0 if setup.tokens is None else (2 if full else 1) * 4 * setup.held_out * setup.tokens.shape[1] * k
+
+
+def _forward(setup: Setup, full: bool) -> int:
+    """Bytes that a forward pass of a batch takes, as it ends in the sums of the widest linear's inputs."""
+    stream = setup.stream
+    batch = max(setup.shapes, key=math.prod, default=None)
+    if batch is None:
+        return 0
+    inner = linear_shapes(stream)[stream.arch.linears[-1]][1]
     tokens = batch[0] * batch[1]
     attention = HIDDEN_ATTENTION * batch[2] * tokens
-    mlp = (HIDDEN_MLP * batch[2] + stream.arch.inner_copies * inner) * tokens
-    forward = 4 * max(attention, mlp + inner * inner) if batch[2] else 0
-    return Memory((anonymous_bytes() or 0) + LIBRARIES, weights + packed, max([*solutions, forward]),
-                  2 * sum(4 * math.prod(shape) for shape in setup.shapes))
+    mlp = (HIDDEN_MLP * batch[2] + (stream.arch.inner_copies + full) * inner) * tokens
+    return 4 * max(attention, mlp + (1 + full) * inner * inner) + _held_out(setup, inner, full)
 
 
 def output_bytes(setup: Setup) -> int:
@@ -157,44 +185,54 @@ def _seconds(setup: Setup, disk: int) -> float:
     """One block's work on one batch, and what follows from it for all."""
     stream, hashed = setup.stream, _seconds_a_byte()
     block = stream.block(0)
-    batch = None
+    batch, models = None, 2 if setup.config.recipe.alpha else 1
     if setup.tokens is not None:
         batch = next(stream.embed(stream.batches(setup.tokens)[0]))
         stream.run(block, batch)  # the first run of anything takes longer
+    rows_of = [] if batch is None else [Rows(batch), Rows(batch.flip(0))][:models]
     stream.clock.restart()
-    contexts = Contexts()
     began = time.perf_counter()
     solving = 0.0
     for stage in stream.arch.stages:
         if (own := setup.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
             continue
-        with contexts.during(block, stream.arch, stage):
-            hessian = None if batch is None else stream.hessian(block, stage, [batch], lambda: None)
-        solving += _seconds_of_solving(own, block, stage, hessian)
+        found = None if batch is None else _moments(setup, block, stage, rows_of)
+        solving += _seconds_of_solving(own, block, stage, found)
     rows = time.perf_counter() - began - solving
     if batch is not None:
-        with contexts.during(block, stream.arch):
-            stream.run(block, batch)
+        for states in rows_of:
+            with states.contexts.during(block, stream.arch) as turn:
+                stream.run(block, states.batches[0], turn)
         rows = time.perf_counter() - began - solving
     stream.drop(block)
     batches = 0.0 if batch is None or setup.tokens is None else setup.tokens.numel() / math.prod(batch.shape[:2])
-    written = 2 * output_bytes(setup) + stream.count * 4 * math.prod(batch.shape if batch is not None else ()) * batches
+    written = 2 * output_bytes(setup) + models * stream.count * 4 * batches * math.prod(
+        batch.shape if batch is not None else ())
     return stream.count * (solving + batches * rows) + hashed * (2 * stream.reader.bytes_on_disk() + written)
 
 
+def _moments(setup: Setup, block: torch.nn.Module, stage: tuple[str, ...], rows: Sequence[Rows]) -> Moments:
+    """Of one batch, for one model or two; as many rows are held out as the job will hold out, and targets differ from
+    a layer's own."""
+    full = (Originals(), rows[1]) if len(rows) == 2 else None
+    seen = len(rows[0].batches[0]) - min(1, setup.held_out)
+    found = moments(setup.stream, block, stage, rows[0], full, seen, lambda: None)
+    return found._replace(held=[pair for pair in found.held for _ in range(setup.held_out)])
+
+
 def _seconds_of_solving(config: QuantConfig, block: torch.nn.Module, stage: tuple[str, ...],
-                        hessian: torch.Tensor | None) -> float:
+                        found: Moments | None) -> float:
     """Of one stage; linears of one size are solved once and counted as often as they are."""
     began = time.perf_counter()
-    factor = None if hessian is None else factorize(hessian, config)
+    factor = None if found is None else factorize(found.hessian, config)
     total = time.perf_counter() - began
     seen: dict[torch.Size, float] = {}
     for name in stage:
-        weight = block.get_parameter(f"{name}.weight")
+        weight = block.get_parameter(f"{name}.weight").detach()
         if weight.shape not in seen:
             began = time.perf_counter()
-            solution = round_to_nearest(weight, config) if hessian is None else gptq(
-                weight, hessian, config, factor)
+            solution = round_to_nearest(weight, config) if found is None or factor is None else best_of(
+                weight, found, factor, config).solution
             dequantize(solution.weight)
             pack(solution.weight, config.bits, config.checkpoint_format)
             seen[weight.shape] = time.perf_counter() - began

@@ -1,6 +1,7 @@
 """What the result of a job follows from: the source's bytes, the calibration tokens and the settings, and nothing else
 but the last bits of floating point."""
 
+import json
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,7 +36,9 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
     return {
         "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
         "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # sha256 says more
-        "settings": asdict(config) | {"overrides": config.to_dict().get("dynamic", {})},
+        "settings": json.loads(json.dumps(asdict(config))) | {  # as it is read back: tuples are lists
+            "overrides": config.to_dict().get("dynamic", {})},
+        "recipe": asdict(config.recipe),
         "program": {"gptq_belle": __version__},
     }
 

@@ -4,12 +4,18 @@ Everything here is laid out inputs first: a group of g inputs and N outputs is (
 contiguous, which is the order in which GPTQ visits them.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError
 
 SMALLEST_SCALE = 1e-7  # float16 still holds it (its smallest step is 6e-8); below, a group counts as all zero
+SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits left there, and a searched or refitted scale is not worth fewer
+POINTS = 28  # of a search, for either sign
+NARROWEST, WIDEST = 0.55, 1.1  # of a search, as shares of the span that reaches the largest weight
+VALUES_AT_A_TIME = 1 << 18  # of a search: what its steps read and write then stays in the cache
 
 
 def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -34,6 +40,66 @@ def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     return scales, (-low / scales).round_().clamp_(0, levels)
 
 
+def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
+                  positive: bool = False) -> tuple[Tensor, Tensor]:
+    """The grid with the smallest error of rounding, each input weighted by how much it matters.
+
+    Minimises sum_k h_k (w_k - s (code_k - zero))^2 over `POINTS` spans; where symmetric, over both signs of s too, for
+    there is one more code below zero than above (weighted clipping search as in AWQ, arXiv 2306.00978, section 3.2;
+    signed scales as in llama.cpp's Q4_0). Of equal ones, the first stays.
+
+    Args:
+        weight: (g, N), the group's weights.
+        importance: (g,), h, such as `hessian.left_after_making_up`; positive.
+        bits, sym: as for `min_max_grid`.
+        positive: no negative scales.
+    Returns:
+        scales (N,) and zeros (N,), as `min_max_grid`; scales may be negative.
+    Raises:
+        InputError: a scale is too large for float16.
+    """
+    check_storable(weight.abs().amax(0) / (1 << (bits - 1)))
+    found = [_search(part, importance, bits, sym, positive)
+             for part in weight.split(max(1, VALUES_AT_A_TIME // len(weight)), dim=1)]
+    scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scales, zeros
+
+
+def _search(weight: Tensor, importance: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
+    """`searched_grid` of some outputs."""
+    low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
+    least = torch.full_like(low, torch.inf)
+    best = torch.ones_like(low), torch.full_like(low, 1 << (bits - 1))
+    for scales, zeros in _spans(low, high, bits, sym, positive):
+        decoded = to_codes(weight, scales, zeros, bits).sub_(zeros).mul_(scales)
+        loss = importance @ decoded.sub_(weight).square_()
+        better = (loss < least) & (scales.abs() >= SMALLEST_SEARCHED)
+        least = torch.where(better, loss, least)
+        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+    return best
+
+
+def _spans(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales, rounded to float16, and zeros that a search looks at, for groups from low <= 0 to high >= 0, each (N,).
+
+    Symmetric: +-(absmax / (2**(b-1) - 0.5)) times `NARROWEST` .. `WIDEST`, and absmax / 2**(b-1), which with the right
+    sign reaches the largest weight exactly. Asymmetric: the min-max span times the same.
+    """
+    half, levels = 1 << (bits - 1), (1 << bits) - 1
+    shares = torch.linspace(NARROWEST, WIDEST, POINTS - 1, dtype=torch.float64).tolist()
+    if not sym:
+        for share in (*shares, 1.0):
+            scales = _halved((high - low) * share / levels)
+            yield scales, (-low * share / scales).round_().nan_to_num_(0).clamp_(0, levels)
+        return
+    largest, zeros = torch.maximum(-low, high), torch.full_like(low, half)
+    for share in (*shares, (half - 0.5) / half):
+        scales = _halved(largest * share / (half - 0.5))
+        yield scales, zeros
+        if not positive:
+            yield -scales, zeros
+
+
 def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """The nearest codes, clamped to 0 .. 2**bits - 1, still in weight's dtype; all arguments broadcast."""
     return (weight / scales).round_().add_(zeros).clamp_(0, (1 << bits) - 1)
@@ -53,5 +119,9 @@ def check_storable(scales: Tensor) -> None:
 def _float16_exact(scales: Tensor) -> Tensor:
     """Round to float16 and back, so that codes are chosen for the scale that the file will hold."""
     check_storable(scales)
-    rounded = scales.to(torch.float16).to(scales.dtype)
+    rounded = _halved(scales)
     return torch.where(rounded < SMALLEST_SCALE, 1.0, rounded)
+
+
+def _halved(scales: Tensor) -> Tensor:
+    return scales.to(torch.float16).to(scales.dtype)

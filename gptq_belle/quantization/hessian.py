@@ -41,6 +41,25 @@ class HessianSum:
         return self._sum
 
 
+class CrossSum:
+    """The running mean of x y^T over calibration tokens, in float32.
+
+    Attributes:
+        value: (K, K) float32.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.value = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._tokens = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in activations x and y (..., K) of any float dtype."""
+        x, y = (part.reshape(-1, part.shape[-1]).float() for part in (x, y))
+        total = self._tokens + x.shape[0]
+        self.value.addmm_(x.t(), y, beta=self._tokens / total, alpha=1 / total)
+        self._tokens = total
+
+
 def live_diagonal(hessian: Tensor) -> Tensor:
     """The diagonal (K,) of H with 1 in the place of 0: an input that was never active is then left alone."""
     diagonal = hessian.diagonal()
@@ -80,6 +99,19 @@ def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) ->
             raise InputError(f"the Hessian is not positive definite, even damped by {damp:g} of its mean diagonal",
                              "Use more or more varied calibration text, and check the model's weights for damage.")
         damp = min(10 * damp, LARGEST_DAMP)
+
+
+def left_after_making_up(upper: Tensor, order: Tensor | None) -> Tensor:
+    """1 / [H^-1]_kk (K,): how much rounding input k costs once all others have made up for it as well as they can.
+
+    It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); H_kk is what it costs where none do.
+
+    Args:
+        upper: U of `inverse_factor`, whose columns' squares sum to the diagonal of the inverse.
+        order: that U was made for.
+    """
+    found = torch.linalg.vector_norm(upper, dim=0).square_().reciprocal_()
+    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
 def _by_columns(matrix: Tensor, order: Tensor | None) -> Tensor:

@@ -23,7 +23,8 @@ from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.quantization.report import LinearReport
 
 JOB = "job.json"
-VERSION = 1
+VERSION = 2
+QUANTIZED, FULL = "hidden", "full"  # the models whose activations are kept
 
 
 @dataclass(slots=True)
@@ -170,14 +171,14 @@ class Journal:
                     file.unlink()
 
 
-def activations_name(index: int) -> str:
-    """Path below ``OUT.partial`` of the activations in front of block `index`."""
-    return f"journal/hidden-{index:05d}.f32"
+def activations_name(index: int, model: str = QUANTIZED) -> str:
+    """Path below ``OUT.partial`` of the activations in front of block `index`, in the quantized or the full model."""
+    return f"journal/{model}-{index:05d}.f32"
 
 
 def is_activations(name: str) -> bool:
     """True for what `activations_name` gives."""
-    return name.startswith("journal/hidden-")
+    return name.startswith((f"journal/{QUANTIZED}-", f"journal/{FULL}-"))
 
 
 def finished_blocks(partial: Path) -> int:

@@ -2,6 +2,7 @@
 
 import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from gptq_belle.checkpoint.directory import write_small_files
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.config import QuantConfig
 from gptq_belle.measure.memory import PeakMemory, steady_heap
-from gptq_belle.quantization.activations import Activations
+from gptq_belle.quantization.activations import Streams
 from gptq_belle.quantization.auto_bits import choose, stages_and_room
 from gptq_belle.quantization.block import BlockJob
 from gptq_belle.quantization.calibration import Calibration
@@ -80,8 +81,8 @@ def quantize_checkpoint(
             setup, report.choice = choose(setup, journal, progress)
             report.settings = setup.config
             writer.keep |= report.choice is not None  # what was measured is worth as much as a block
-            probe = _quantize_blocks(setup, writer, journal, Activations(writer.partial, setup.shapes, spill=spill),
-                                     peak, progress)
+            probe = _quantize_blocks(setup, writer, journal, setup.streams(writer.partial, spill=spill), peak,
+                                     progress)
             progress.phase("writing")
             stream = setup.stream
             write_small_files(writer, stream.reader, setup.config, setup.tokenizer, tied=stream.tied())
@@ -112,7 +113,7 @@ def _journal(writer: CheckpointWriter, setup: Setup, report: Report, progress: J
     return journal
 
 
-def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, activations: Activations,
+def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, activations: Streams,
                      peak: PeakMemory, progress: JobProgress) -> Probe:
     """Every part of the written file: what stays as it is, and the blocks that are not finished yet."""
     stream, done = setup.stream, len(journal.records)
@@ -120,7 +121,7 @@ def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, a
     progress.phase("embedding the calibration rows")
     probe = Probe(stream.embed(_probe_tokens(setup)))
     if setup.tokens is not None and done == 0:
-        activations.write(0, stream.embed(setup.tokens))
+        activations.write(0, *[partial(stream.embed, setup.tokens)] * len(activations.models))
     elif setup.tokens is not None and done < stream.count:
         activations.load(done)
     job = BlockJob(stream, writer, journal, setup.config, peak, progress)

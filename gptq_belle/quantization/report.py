@@ -1,5 +1,6 @@
 """What a quantization job did, as it stands in quantization_report.json."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ class LinearReport:
         seconds: time of its solution.
         inputs, outputs: K and N.
         bits: a weight; 16 where the linear was left in float16, whose rounding is then the error.
+        won: which of the recipe's solutions was taken (see `candidates.Choice`); "" for rtn.
+        held_out: error of every solution on the rows that are held out, which decided; empty where none are.
     """
 
     name: str
@@ -29,6 +32,8 @@ class LinearReport:
     inputs: int
     outputs: int
     bits: int
+    won: str = ""
+    held_out: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -79,6 +84,12 @@ class Report:
         weights = sum(row.inputs * row.outputs for row in self.linears)
         return sum(row.bits * row.inputs * row.outputs for row in self.linears) / max(1, weights)
 
+    @property
+    def winners(self) -> dict[str, int]:
+        """How many linears each kind of solution won, where held-out rows had a choice."""
+        return dict(Counter(row.won for row in self.linears if len(row.held_out) > 1).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        return {**asdict(self), "mean_error": self.mean_error, "average_bits": self.average_bits}
+        return {**asdict(self), "mean_error": self.mean_error, "average_bits": self.average_bits,
+                "winners": self.winners}

@@ -18,6 +18,7 @@ from gptq_belle.checkpoint.packing import dequantize
 from gptq_belle.config import QuantConfig
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign
+from gptq_belle.quantization.hessian import HessianSum
 from gptq_belle.quantization.setup import Setup
 from gptq_belle.quantization.solver import factorize, gptq
 from gptq_belle.quantization.stream import BlockStream
@@ -93,9 +94,12 @@ def _advance(config: QuantConfig, stream: BlockStream, index: int, stages: Seque
 @contextmanager
 def _in_few_bits(config: QuantConfig, stream: BlockStream, block: nn.Module, stage: Sequence[str],
                  solved: Tensor) -> Iterator[None]:
-    """The block with one stage in 4 bits, by the job's solver."""
-    own = replace(config, bits=BITS, overrides=(), auto_bits=None)
-    hessian = stream.hessian(block, stage, solved.split(_batch(stream, solved)), lambda: None)
+    """The block with one stage in 4 bits, by plain GPTQ."""
+    own = replace(config, bits=BITS, preset="fast", without=(), overrides=(), auto_bits=None)
+    total = HessianSum(block.get_parameter(f"{stage[0]}.weight").shape[1], stream.device)
+    for batch in solved.split(_batch(stream, solved)):
+        total.add(stream.reach(block, stage[0], batch))
+    hessian = total.value
     factor = factorize(hessian, own)
     before = {name: block.get_parameter(f"{name}.weight") for name in stage}
     for name, weight in before.items():

@@ -12,8 +12,11 @@ from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.hub import model_directory
 from gptq_belle.config import QuantConfig
 from gptq_belle.overrides import resolve
+from gptq_belle.quantization.activations import Activations, Streams
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
 from gptq_belle.quantization.checks import check_sizes, check_source, widest
+from gptq_belle.quantization.journal import FULL
+from gptq_belle.quantization.moments import held_out_rows
 from gptq_belle.quantization.stream import BlockStream
 from gptq_belle.runtime.chat import choose_style, detect_style
 from gptq_belle.runtime.loader import resolve_device
@@ -36,6 +39,17 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     tokens: Tensor | None = None
     calibration: dict[str, Any] | None = None
+
+    @property
+    def held_out(self) -> int:
+        """How many of the rows, the last ones, no Hessian sees."""
+        return 0 if self.tokens is None else held_out_rows(*self.tokens.shape, share=self.config.recipe.held_out)
+
+    def streams(self, partial: Path, *, spill: bool) -> Streams:
+        """Where the calibration rows will be kept, in the models that the recipe follows."""
+        full = Activations(partial, self.shapes, spill=spill, model=FULL) if self.config.recipe.alpha else None
+        seen = 0 if self.tokens is None else len(self.tokens) - self.held_out
+        return Streams(Activations(partial, self.shapes, spill=spill), full, seen)
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:

@@ -11,17 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import ROWS_AT_A_TIME, QuantizedWeight, all_finite, dequantize
+from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.kernels import triton_matmul
-from gptq_belle.quantization.grid import check_storable, min_max_grid, to_codes
-from gptq_belle.quantization.hessian import inverse_factor, live_diagonal
+from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
+from gptq_belle.quantization.hessian import inverse_factor, left_after_making_up, live_diagonal
+from gptq_belle.quantization.loss import output_error
+from gptq_belle.quantization.refine import refine
 from gptq_belle.quantization.threads import threads
 
 BLOCK = 128  # inputs a lazy block (GPTQ, section 3.3, step 2); every grouped size divides it
 INNER = 32  # inputs a lazy block inside of that, so that a step touches what the cache holds; divides every group size
-COLUMNS_AT_A_TIME = 512
 
 
 class Solution(NamedTuple):
@@ -45,12 +46,13 @@ def factorize(hessian: Tensor, config: QuantConfig) -> Factor:
 
     Args:
         hessian: (K, K) float32 or float64, the mean of x x^T.
-        config: damp, act_order.
+        config: damp, act_order, and its recipe's order.
     Raises:
         InputError: NaN or infinity, or a Hessian that no allowed damping makes positive definite.
     """
     _check_finite(Hessian=hessian)
-    order = torch.argsort(live_diagonal(hessian), descending=True, stable=True) if config.act_order else None
+    by_activity = config.act_order or config.recipe.static_order
+    order = torch.argsort(live_diagonal(hessian), descending=True, stable=True) if by_activity else None
     return Factor(*inverse_factor(hessian, config.damp, order), order)
 
 
@@ -60,7 +62,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | 
     Args:
         weight: (N, K) float32 or float64, which is also the dtype of the arithmetic.
         hessian: (K, K), the mean of x x^T; its scale does not matter.
-        config: bits, group_size, sym, act_order, damp.
+        config: bits, group_size, sym, act_order, damp, positive_scales, and what its recipe says.
         factor: of the same Hessian and config, where it is known already.
     Returns:
         The solution; its error is tr(D H D^T) / tr(W H W^T) with D = W - Q and H undamped.
@@ -68,16 +70,35 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | 
         InputError: NaN or infinity in an argument, or a Hessian that no allowed damping makes positive definite.
         UsageError: group_size does not divide K.
     """
-    group = _group_size(weight, config)
+    factor = factorize(hessian.to(weight.dtype), config) if factor is None else factor
+    *_, quantized = solutions(weight, hessian, config, factor).values()
+    return Solution(quantized, output_error(weight, quantized, hessian), factor.damp)
+
+
+def solutions(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor) -> dict[str, QuantizedWeight]:
+    """What GPTQ makes of a layer, under "gptq", and what the recipe's sweeps make of that, under "refined".
+
+    Static groups (GPTQ's own code, option static_groups): grids come of the weights as they are, so that the order of
+    solving need not be that of the groups, and the most active inputs come first without a g_idx to follow at run time.
+
+    Args, Raises: as `gptq`.
+    """
+    group, recipe = _group_size(weight, config), config.recipe
     _check_finite(weight=weight)
-    Hinv, damp, order = factorize(hessian.to(weight.dtype), config) if factor is None else factor
-    W = weight.t().clone(memory_format=torch.contiguous_format) if order is None else weight.t()[order].contiguous()
-    dead = hessian.diagonal() == 0
-    W[dead if order is None else dead[order]] = 0
-    codes, scales, zeros = _solve(W, Hinv, group, config)
-    del W
-    quantized = _finish(codes, scales, zeros, group, order)
-    return Solution(quantized, _output_error(weight, quantized, hessian), damp)
+    Hinv, _, order = factor
+    grouped, solving = (order, None) if config.act_order else (None, order)  # the order in which groups lie together
+    W = _inputs_first(weight, hessian, grouped)
+    grids = None
+    if recipe.search or recipe.static_order:
+        grids = static_grids(W, left_after_making_up(Hinv, solving), group, config)
+    codes, scales, zeros = _solve(W.clone() if solving is None else W[solving], Hinv, group, config, grids, solving)
+    found = {"gptq": _finish(codes, scales, zeros, group, grouped)}
+    if recipe.sweeps:
+        H = hessian.to(W.dtype) if grouped is None else hessian.to(W.dtype)[grouped][:, grouped]
+        refine(codes, scales, zeros, W, H, bits=config.bits, sweeps=recipe.sweeps,
+               positive=config.positive_scales or not config.sym)
+        found["refined"] = _finish(codes, scales, zeros, group, grouped)
+    return found
 
 
 def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
@@ -92,28 +113,44 @@ def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
     codes = torch.cat([to_codes(part, *grid, config.bits) for part, grid in zip(W.split(group), grids, strict=True)])
     scales, zeros = (torch.stack(rows) for rows in zip(*grids, strict=True))
     quantized = _finish(codes.to(torch.uint8), scales, zeros, group, None)
-    return Solution(quantized, _output_error(weight, quantized, None), 0.0)
+    return Solution(quantized, output_error(weight, quantized, None), 0.0)
 
 
-def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1 on W (K, N), which is used up: codes (K, N) uint8, scales and zeros (G, N)."""
+def static_grids(W: Tensor, importance: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (G, N) of the weights W (K, N) as they are, searched for where the recipe says so."""
+    if config.recipe.search:
+        grids = [searched_grid(part, matters, config.bits, config.sym, positive=config.positive_scales)
+                 for part, matters in zip(W.split(group), importance.split(group), strict=True)]
+    else:
+        grids = [min_max_grid(part, config.bits, config.sym) for part in W.split(group)]
+    scales, zeros = (torch.stack(rows) for rows in zip(*grids, strict=True))
+    return scales, zeros
+
+
+def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tuple[Tensor, Tensor] | None = None,
+           order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 1 on W (K, N), which is used up: codes (K, N) uint8, scales and zeros (G, N).
+
+    Where there are no grids yet, each is that of its group's weights by the time it is reached. Codes come back from
+    `order` to the order of the groups.
+    """
     K, N = W.shape
     whole = group == K
     codes = torch.empty(K, N, dtype=torch.uint8, device=W.device)
-    scales = W.new_empty(K // group, N)
-    zeros = torch.empty_like(scales)
-    if whole:
-        scales[0], zeros[0] = min_max_grid(W, config.bits, config.sym)
+    if grids is None and whole:
+        grids = static_grids(W, W.new_ones(K), group, config)  # its recipe has no search, else there were some
+    scales, zeros = grids or (W.new_empty(K // group, N), W.new_empty(K // group, N))
+    owner = (torch.arange(K, device=W.device) if order is None else order) // group
     solve_block = _block_solver(W)
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty_like(W[i1:i2])
-        groups = slice(None) if whole else slice(i1 // group, i2 // group)
-        solve_block(W[i1:i2], Hinv[i1:i2, i1:i2], codes[i1:i2], Err, scales[groups], zeros[groups],
-                    group=0 if whole else group, bits=config.bits, sym=config.sym)
+        own = slice(i1 // group, i2 // group) if grids is None else owner[:1] if whole else owner[i1:i2]
+        solve_block(W[i1:i2], Hinv[i1:i2, i1:i2], codes[i1:i2], Err, scales[own], zeros[own],
+                    group=group if grids is None else 0, bits=config.bits, sym=config.sym)
         W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
     check_storable(scales)
-    return codes, scales, zeros
+    return codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes), scales, zeros
 
 
 def _block_solver(W: Tensor) -> Callable[..., None]:
@@ -128,11 +165,13 @@ def _block_solver(W: Tensor) -> Callable[..., None]:
 def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
                  bits: int, sym: bool) -> None:
     """The inner loop on the block's inputs W (B, N), which are used up; arguments as of `triton_gptq.solve_block`."""
+    if not group:
+        scales, zeros = scales.expand_as(W), zeros.expand_as(W)
     for j1 in range(0, len(W), INNER):
         j2 = min(j1 + INNER, len(W))
         with threads(1):  # steps of microseconds: others would spend longer waiting for each other
             for i in range(j1, j2):
-                own = i // group if group else 0
+                own = i // group if group else i
                 if group and i % group == 0:
                     scales[own], zeros[own] = min_max_grid(W[i : i + group], bits, sym)
                 scale, zero = scales[own], zeros[own]
@@ -143,40 +182,26 @@ def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Te
         W[j2:].addmm_(Hinv[j1:j2, j2:].t(), Err[j1:j2], alpha=-1)
 
 
+def _inputs_first(weight: Tensor, hessian: Tensor, order: Tensor | None) -> Tensor:
+    """(K, N) of (N, K), in another order where one is given; inputs that were never active are left out of account."""
+    W = weight.t().clone(memory_format=torch.contiguous_format) if order is None else weight.t()[order].contiguous()
+    W[_permuted(hessian.diagonal() == 0, order)] = 0
+    return W
+
+
+def _permuted(vector: Tensor, order: Tensor | None) -> Tensor:
+    return vector if order is None else vector[order]
+
+
 def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Tensor | None) -> QuantizedWeight:
-    """Back from (K, N) in order of solving to (N, K) in the layer's own order."""
+    """Back from (K, N) in order of the groups to (N, K) in the layer's own order."""
     g_idx = torch.arange(codes.shape[0], device=codes.device) // group
     if order is not None:
         position = torch.argsort(order)
         codes, g_idx = codes[position], g_idx[position]
     return QuantizedWeight(
-        codes=codes.t().contiguous(), scales=scales.t().float().contiguous(),
+        codes=codes.t().contiguous(), scales=scales.t().float().clone(memory_format=torch.contiguous_format),
         zeros=zeros.t().to(torch.int32).contiguous(), g_idx=g_idx.to(torch.int32))
-
-
-def _output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
-    """tr(D H D^T) / tr(W H W^T), D = W - Q; H = I where there is none. Summed over some rows at a time."""
-    if hessian is not None:
-        hessian = hessian.to(weight.dtype)
-    whole = lost = 0.0
-    for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
-        part = slice(start, start + ROWS_AT_A_TIME)
-        codes, scales, zeros = (tensor[part] for tensor in quantized[:3])
-        lost += _energy(weight[part] - dequantize(QuantizedWeight(codes, scales, zeros, quantized.g_idx)), hessian)
-        whole += _energy(weight[part], hessian)
-    return max(0.0, lost) / whole if whole > 0 else 0.0
-
-
-def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    """tr(M H M^T), of whose two equal triangles one is computed."""
-    if hessian is None:
-        return float(torch.sum(matrix * matrix, dtype=torch.float64))
-    total, K = 0.0, matrix.shape[1]
-    for k1 in range(0, K, COLUMNS_AT_A_TIME):
-        k2 = min(k1 + COLUMNS_AT_A_TIME, K)
-        image = (matrix[:, k1:k2] @ hessian[k1:k2, k1:]).mul_(matrix[:, k1:])
-        total += 2 * float(image.sum(dtype=torch.float64)) - float(image[:, : k2 - k1].sum(dtype=torch.float64))
-    return total
 
 
 def _group_size(weight: Tensor, config: QuantConfig) -> int:

@@ -1,8 +1,8 @@
 """The source model with one block in memory at a time: load a block, run it on the calibration rows, drop it."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gptq_belle.measure.phases import PhaseClock
 from gptq_belle.models.quick import quicken
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign, empty_model, wrong_shape
-from gptq_belle.quantization.hessian import HessianSum
+from gptq_belle.quantization.contexts import Turn
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKENS_A_BATCH = 4096
@@ -100,35 +100,30 @@ class BlockStream:
         for name in self.arch.before:
             self.model.get_submodule(name).to("meta")
 
-    def hessian(self, block: nn.Module, stage: Sequence[str], batches: Iterable[Tensor],
-                advance: Callable[[], None]) -> Tensor:
-        """The Hessian (K, K) float32 of the inputs that the linears of one stage share.
+    def reach(self, block: nn.Module, linear: str, states: Tensor) -> Tensor:
+        """The input (rows, T, K) of a linear inside the block, on `states` (rows, T, hidden_size); what would come
+        behind it is left out."""
+        found: list[Tensor] = []
 
-        Args:
-            block: the block that `batches` (batch, T, hidden_size) stand in front of.
-            stage: names of linears inside the block that see the same input.
-            batches: the calibration rows.
-            advance: called once a batch, for progress.
-        """
-        linear = block.get_submodule(stage[0])
-        total = HessianSum(block.get_parameter(f"{stage[0]}.weight").shape[1], self.device)
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            with self.clock("hessians"):
-                total.add(inputs[0])
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
             raise _Stop
 
-        with _hooked([linear.register_forward_pre_hook(add)]):
-            for states in batches:
-                for piece in states.split(self.most_rows or len(states)):
-                    with suppress(_Stop):
-                        self._run(block, piece)
-                advance()
-        return total.value
+        with _hooked([block.get_submodule(linear).register_forward_pre_hook(keep)]), suppress(_Stop):
+            self._run(block, states)
+        return found[0]
 
-    def run(self, block: nn.Module, states: Tensor) -> Tensor:
-        """The block's output (batch, T, hidden_size) on the CPU, on `states` of the same shape."""
-        pieces = [self._run(block, piece).cpu() for piece in states.split(self.most_rows or len(states))]
+    def run(self, block: nn.Module, states: Tensor, turn: Turn = nullcontext) -> Tensor:
+        """The block's output (batch, T, hidden_size) on the CPU, on `states` of the same shape.
+
+        Args:
+            block, states: as they are.
+            turn: what each piece runs in, see `Contexts.during`.
+        """
+        pieces = []
+        for piece in states.split(self.most_rows or len(states)):
+            with turn():
+                pieces.append(self._run(block, piece).cpu())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def rest(self) -> list[str]:

@@ -1,0 +1,51 @@
+"""What a preset does beyond plain GPTQ: one table, and the names under which its ideas are switched off."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which ideas a job follows; all at their zeros is plain GPTQ.
+
+    Attributes:
+        search: scales by weighted search instead of by the largest weight (`grid.searched_grid`).
+        static_order: solve the most active inputs first, in groups that stay as they are (`solver.gptq`).
+        sweeps: of scale refit and coordinate descent behind GPTQ (`refine.refine`).
+        alpha: how far targets move towards the full-precision model's outputs, 0 .. 1 (`targets.full_targets`).
+        held_out: every so manieth calibration row is seen by no Hessian, and decides between solutions
+            (`candidates.best_of`); 0 where there is nothing to decide.
+    """
+
+    search: bool = False
+    static_order: bool = False
+    sweeps: int = 0
+    alpha: float = 0.0
+    held_out: int = 0
+
+
+RECIPES = {
+    "fast": Recipe(),
+    "best": Recipe(search=True, static_order=True, sweeps=2, alpha=0.5, held_out=16),
+}
+IDEAS: dict[str, dict[str, Any]] = {  # what is set where an idea is switched off
+    "search": {"search": False},
+    "order": {"static_order": False},
+    "refine": {"sweeps": 0},
+    "targets": {"alpha": 0.0},
+    "veto": {"held_out": 0},
+}
+
+
+def recipe(preset: str, without: Iterable[str] = ()) -> Recipe:
+    """The recipe of a preset, some of its ideas switched off.
+
+    Args:
+        preset: a key of `RECIPES`.
+        without: keys of `IDEAS`.
+    """
+    chosen = RECIPES[preset]
+    for name in without:
+        chosen = replace(chosen, **IDEAS[name])
+    return chosen

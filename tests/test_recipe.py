@@ -1,0 +1,35 @@
+"""Presets, and ideas switched off."""
+
+from dataclasses import replace
+
+import pytest
+
+from gptq_belle.config import QuantConfig
+from gptq_belle.errors import UsageError
+from gptq_belle.quantization.recipe import IDEAS, RECIPES, Recipe, recipe
+
+
+def test_fast_is_plain_gptq_and_best_the_default():
+    assert QuantConfig(preset="fast").recipe == Recipe()
+    assert QuantConfig().recipe == RECIPES["best"]
+
+
+def test_without_all_ideas_best_is_fast():
+    assert recipe("best", IDEAS) == recipe("fast")
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_every_idea_is_one_of_best_and_goes_alone(idea):
+    left = recipe("best", [idea])
+    assert left != RECIPES["best"]
+    assert replace(left, **{name: getattr(RECIPES["best"], name) for name in IDEAS[idea]}) == RECIPES["best"]
+
+
+def test_rounding_to_nearest_knows_no_ideas():
+    assert QuantConfig(method="rtn").recipe == Recipe()
+
+
+@pytest.mark.parametrize(("option", "value"), [("preset", "better"), ("without", ("clipping",))])
+def test_other_names_are_refused(option, value):
+    with pytest.raises(UsageError, match=f"{option} .* is not allowed"):
+        QuantConfig(**{option: value})
