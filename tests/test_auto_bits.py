@@ -101,8 +101,9 @@ def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
             hook.remove()
             hessian = inputs[0].t() @ inputs[0] / len(inputs[0])
             before = [linear.weight.clone() for linear in linears]
+            plain = replace(setup.config, bits=4, preset="fast")
             for linear in linears:
-                linear.weight.copy_(dequantize(gptq(linear.weight, hessian, replace(setup.config, bits=4, preset="fast")).weight))
+                linear.weight.copy_(dequantize(gptq(linear.weight, hessian, plain).weight))
             few = model(rows).logits.double().log_softmax(-1)
             for linear, weight in zip(linears, before, strict=True):
                 linear.weight.copy_(weight)
