@@ -27,6 +27,7 @@ from gptq_belle.options import (
     load_model,
 )
 from gptq_belle.reporting import verb as report
+from gptq_belle.serving import verbs as serving
 
 app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
@@ -34,8 +35,8 @@ app.add_typer(evaluation.app, name="eval", help="Measure quality: perplexity, di
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
 app.command("report")(report.command)
-for verb in (conversion.convert, conversion.decrypt, measure.bench, measure.plan, models.models, measure.tune,
-             measure.doctor):
+for verb in (conversion.convert, conversion.decrypt, serving.serve, measure.bench, measure.plan, models.models,
+             measure.tune, measure.doctor):
     app.command()(verb)
 
 

@@ -120,7 +120,7 @@ def test_eos_ends_a_request(model):
     while not engine.idle:
         events += engine.step()
     assert (request.answer, request.finished) == (answer[: answer.index(answer[3])], "stop")
-    assert events[-1] == (request, None, "stop")
+    assert events[-1][:3] == (request, None, "stop")
 
 
 @pytest.mark.parametrize(("ids", "count", "message"), [

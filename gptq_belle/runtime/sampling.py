@@ -20,11 +20,14 @@ class SamplingParams:
         temperature: divides the logits; 0 takes the likeliest token each time (greedy).
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together have this probability; 1 for all.
+        min_p: only tokens with at least this share of the likeliest one's probability (2407.01082); 0 for all.
         repetition_penalty: tokens that stood before have positive logits divided, negative ones multiplied by it
             (Keskar et al., 1909.05858); 1 for none.
         seed: of the draw; None for a new one each time.
         stop: strings that end the answer and are not part of it.
         ignore_eos: go on behind eos (for benchmarks).
+        logprobs: tell each token's probability and those of so many of the likeliest ones, as they are before
+            temperature and penalty; None to tell none.
         min_p: only tokens that are at least so likely as this share of the likeliest one; 0 for all.
 
     Raises:
@@ -40,6 +43,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     min_p: float = 0.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed, good in (
@@ -48,6 +52,7 @@ class SamplingParams:
             ("top_k", "0 or more", self.top_k >= 0),
             ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
             ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("logprobs", "0 or more", self.logprobs is None or self.logprobs >= 0),
             ("repetition_penalty", "above 0", 0 < self.repetition_penalty < math.inf),
             ("seed", "from 0 to 2**63 - 1", self.seed is None or 0 <= self.seed < 2**63),
         ):

@@ -43,11 +43,18 @@ class Request:
 
 
 class Event(NamedTuple):
-    """What a step did for one request: a token, or its end (both with the last token of a full answer)."""
+    """What a step did for one request: a token, or its end (both with the last token of a full answer).
+
+    Attributes:
+        logprob: the natural logarithm of the token's probability; None unless `SamplingParams.logprobs` asks for it.
+        top: the likeliest tokens and theirs, as many as it asks for.
+    """
 
     request: Request
     token: int | None
     finished: str | None
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(slots=True)
@@ -73,12 +80,14 @@ class Engine:
         model: from `gptq_belle.load`.
         slots: requests that are answered at a time; further ones wait.
         capacity: tokens of prompt and answer together, for each; left out, the model's context.
+    Attributes:
+        slots, capacity: as they are.
     Raises:
         HardwareError: no memory for so many keys and values.
     """
 
     def __init__(self, model: Tokens, slots: int = 1, capacity: int | None = None) -> None:
-        self.model = model
+        self.model, self.slots = model, slots
         self.capacity = min(capacity or model.context or 2048, model.context or 1 << 30)
         self.cache = model.new_cache(slots, self.capacity)
         self._slots = [_Slot() for _ in range(slots)]
@@ -93,6 +102,12 @@ class Engine:
     def requests(self) -> list[Request]:
         """Those that are being answered, then those that wait."""
         return [slot.request for slot in self._slots if slot.request is not None] + list(self._waiting)
+
+    @property
+    def used(self) -> float:
+        """Share of the cache's positions that requests have filled."""
+        held = sum(len(slot.held) for slot in self._slots if slot.request is not None)
+        return held / (self.slots * self.capacity)
 
     def submit(self, ids: Sequence[int], params: SamplingParams) -> Request:
         """Put a request in line; `step` does the work.
@@ -170,9 +185,10 @@ class Engine:
 
     def _drawn(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
         samplers = [slot.sampler for slot in slots if slot.sampler is not None]
-        return [self._take(slot, token) for slot, token in zip(slots, draw(samplers, logits), strict=True)]
+        tokens = draw(samplers, logits)
+        return [self._take(slot, token, row) for slot, token, row in zip(slots, tokens, logits, strict=True)]
 
-    def _take(self, slot: _Slot, token: int) -> Event:
+    def _take(self, slot: _Slot, token: int, logits: Tensor) -> Event:
         request = slot.request
         assert request is not None
         if token in self.model.eos_ids and not request.params.ignore_eos:
@@ -181,7 +197,12 @@ class Engine:
         request.answer.append(token)
         if len(request.answer) == request.room:
             request.finished, slot.request = "length", None
-        return Event(request, token, request.finished)
+        if request.params.logprobs is None:
+            return Event(request, token, request.finished)
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.topk(request.params.logprobs)
+        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Event(request, token, request.finished, float(logprobs[token]), top)
 
 
 def _last(slot: _Slot) -> int:

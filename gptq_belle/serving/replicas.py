@@ -1,0 +1,118 @@
+"""The same server several times behind one address, through Ray Serve: on this machine, or on a cluster of Ray's."""
+
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gptq_belle import console
+from gptq_belle.errors import HardwareError
+from gptq_belle.serving.run import LAST_WORDS
+from gptq_belle.serving.setup import Door, Setup, address
+
+try:
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+except ImportError as error:
+    raise HardwareError(f"--ray needs a package that is not installed: {error.name}",
+                        "Install it: pip install 'gptq-belle[ray]'") from error
+
+NAME = "gptq-belle"
+HEALTH = 1.0  # seconds between two looks at a replica: a dead one is replaced that soon
+
+
+def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any], None] | None = None) -> None:
+    """Serve a model directory by several processes until SIGINT or SIGTERM; answers that run then are finished.
+
+    Ray sends each request to a replica that has room. Where a replica dies, the requests that it held are lost (status
+    500, or a stream that breaks off), all others go to the rest, and a new one is started. With RAY_ADDRESS in the
+    environment the replicas run on that cluster, whose machines must hold the directory under the same path; without
+    it, on this machine, its cores divided between them, or a GPU each.
+
+    Args:
+        setup: the model, and what each replica takes at a time.
+        door: where to listen, and who may ask; port 0 takes a free one.
+        replicas: how many.
+        tell: takes {"url", "model", "slots", "replicas"} once they are ready.
+    Raises:
+        UsageError: beyond loopback without a key.
+        HardwareError: no place for so many replicas, or the model cannot be loaded by them.
+    """
+    door.check()
+    stopped, interrupted = threading.Event(), threading.Event()
+    ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        port = door.port or _free_port(door.host)
+        options = _share(setup, replicas)
+        serve.start(http_options=HTTPOptions(host=door.host, port=port))
+        serve.run(_application(setup, door, replicas, options), name=NAME, logging_config={"log_level": "ERROR"})
+        _on_signals(stopped, interrupted)
+        url = address(door.host, port)
+        if tell is not None:
+            tell({"url": url, "model": setup.name, "slots": replicas * setup.limits.slots, "replicas": replicas})
+        console.note(f"Listening on {url}; {replicas} replicas of {setup.name} are ready.", style=None)
+        stopped.wait()
+        serve.delete(NAME)
+    except RuntimeError as error:
+        raise HardwareError(f"Ray cannot start {replicas} replicas: {_last_line(error)}",
+                            "Serve the model without --ray to see what is wrong with one.") from error
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _application(setup: Setup, door: Door, replicas: int, options: dict[str, Any]) -> serve.Application:
+    def build() -> Any:
+        from gptq_belle.serving.app import create_app
+
+        return create_app(lambda state: setup.service(state.metrics), setup.limits, api_key=door.api_key,
+                          local_only=door.local, at_once=True)
+
+    deployment: Any = serve.deployment(
+        serve.ingress(build)(), name="replica", num_replicas=replicas, ray_actor_options=options,
+        max_ongoing_requests=setup.limits.slots + setup.limits.waiting, health_check_period_s=HEALTH,
+        graceful_shutdown_timeout_s=LAST_WORDS, max_constructor_retry_count=1)
+    return deployment.bind()
+
+
+def _share(setup: Setup, replicas: int) -> dict[str, Any]:
+    """What of the machines each replica gets; Ray sets the number of threads by it."""
+    there = ray.cluster_resources()
+    cores = int(there.get("CPU", 1))
+    if setup.device == "cuda" or (setup.device == "auto" and there.get("GPU", 0) and torch.cuda.is_available()):
+        if there.get("GPU", 0) < replicas:
+            raise HardwareError(f"{replicas} replicas need a GPU each, and there are {int(there.get('GPU', 0))}",
+                                "Ask for fewer --replicas, or for --device cpu.")
+        return {"num_gpus": 1, "num_cpus": max(1, cores // replicas)}
+    if cores < replicas:
+        raise HardwareError(f"{replicas} replicas need a core each, and there are {cores}",
+                            "Ask for fewer --replicas.")
+    return {"num_cpus": cores // replicas}
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody listens on now; Ray takes none by itself."""
+    with socket.create_server((host.strip("[]"), 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as it:
+        return int(it.getsockname()[1])
+
+
+def _on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:
+    def stop(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            interrupted.set()
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().rsplit("\n", 1)[-1]

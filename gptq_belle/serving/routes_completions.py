@@ -1,0 +1,91 @@
+"""POST /v1/completions: text or token ids in, their continuation out; ``echo`` with ``logprobs`` scores a prompt."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from gptq_belle.runtime.scoring import score
+from gptq_belle.serving.answers import Choice, Likely, Piece, Scored, decode, text_logprobs
+from gptq_belle.serving.errors import ApiError
+from gptq_belle.serving.responses import envelope, streamed, usage, whole
+from gptq_belle.serving.schemas import CompletionRequest
+from gptq_belle.serving.service import Service
+from gptq_belle.serving.state import ready
+
+router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt, and what ``echo`` puts in front of its answers."""
+
+    ids: list[int]
+    text: str = ""
+    scored: tuple[Scored | int, ...] = ()
+
+
+@router.post("/v1/completions")
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Continue one prompt or several."""
+    service = ready(request)
+    wanted = 16 if body.max_tokens is None else body.max_tokens
+    if wanted == 0 and (not body.echo or body.stream):
+        raise ApiError(400, "max_tokens: 0 is allowed only with echo, and without stream", "max_tokens",
+                       "invalid_value")
+    ids = [service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    for each in ids:
+        service.check(each, wanted, "prompt")
+    prompts = [await _echoed(service, each, body) if body.echo else _Prompt(each) for each in ids]
+    read = sum(map(len, ids))
+    if wanted == 0:
+        entries = [_entry(service, body, prompt, index, Piece(), "length")
+                   for index, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices))]
+        return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, [])})
+    choices = service.choices(ids, body, wanted, body.logprobs, body.stops)
+
+    def prompt_of(choice: Choice) -> _Prompt:
+        return prompts[choice.index // body.choices]
+
+    if body.stream:
+        def final() -> dict[str, Any] | None:
+            return {"choices": [], "usage": usage(read, choices)} if body.include_usage else None
+
+        def entry(choice: Choice, prompt: _Prompt, piece: Piece, reason: str | None = None) -> dict[str, Any]:
+            return _entry(service, body, prompt, choice.index, piece, reason)
+
+        none = _Prompt([])
+        return streamed(
+            choices, envelope("text_completion", service.name),
+            show=lambda choice, piece: entry(choice, none, piece),
+            first=lambda choice: entry(choice, prompt_of(choice), Piece()) if body.echo else None,
+            last=lambda choice: entry(choice, none, Piece(), choice.reason),
+            final=final)
+    pieces = await whole(request, choices)
+    entries = [_entry(service, body, prompt_of(choice), choice.index, piece, choice.reason)
+               for choice, piece in zip(choices, pieces, strict=True)]
+    return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, choices)})
+
+
+def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: int, piece: Piece,
+           reason: str | None) -> dict[str, Any]:
+    """One element of ``choices``."""
+    found = None
+    if body.logprobs is not None:
+        moved = [one._replace(offset=one.offset + len(prompt.text)) for one in piece.scored]
+        found = text_logprobs(service.tokenizer, [*prompt.scored, *moved])
+    return {"index": index, "text": prompt.text + piece.text, "logprobs": found, "finish_reason": reason}
+
+
+async def _echoed(service: Service, ids: list[int], body: CompletionRequest) -> _Prompt:
+    """A prompt as it is repeated, with the probabilities of its tokens where they are wanted."""
+    text = decode(service.tokenizer, ids)
+    if body.logprobs is None:
+        return _Prompt(ids, text)
+    top = body.logprobs
+    found = await service.scheduler.call(lambda: score(service.model, ids, top))
+    offsets = [min(len(decode(service.tokenizer, ids[:place])), len(text)) for place in range(1, len(ids))]
+    scored = [Scored(Likely(token, logprob), offset, [Likely(*pair) for pair in likely])
+              for token, offset, (logprob, likely) in zip(ids[1:], offsets, found, strict=True)]
+    return _Prompt(ids, text, (ids[0], *scored))

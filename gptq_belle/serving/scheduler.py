@@ -1,0 +1,233 @@
+"""One thread that runs the engine, and the way from it to the tasks that wait for tokens."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.runtime.slots import Engine, Event, Request
+from gptq_belle.serving.errors import ApiError
+from gptq_belle.serving.metrics import Metrics
+
+RETRY_AFTER = "1"  # seconds; a slot comes free as soon as the shortest answer ends
+SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
+
+
+class Answer:
+    """Tokens of one answer, as they come; iterate over it once, in the event loop that asked for it.
+
+    Attributes:
+        reason: why it ended: "stop" or "length"; None before.
+    """
+
+    def __init__(self, scheduler: "Scheduler", ids: Sequence[int], params: SamplingParams) -> None:
+        self.ids, self.params = list(ids), params
+        self.reason: str | None = None
+        self.began = time.perf_counter()
+        self.request: Request | None = None  # once it has a slot; the scheduler's thread only
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[Event | str | BaseException] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            item = await self._arrived.get()
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, str):
+                self.reason = item
+                return
+            yield item
+
+    def cancel(self) -> None:
+        """No more tokens are wanted: the slot is free after the step that is running."""
+        self._scheduler.cancel(self)
+
+    def deliver(self, item: Event | str | BaseException) -> None:
+        """A token, a reason to end, or an error; from the scheduler's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, item)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            self.cancel()
+
+
+class Scheduler:
+    """Hands prompts to the engine as slots come free, and tokens to those who wait.
+
+    Args:
+        engine: used by this object's thread only.
+        most_waiting: answers that may wait for a slot; further ones are refused with 429.
+        metrics: told about everything.
+    """
+
+    def __init__(self, engine: Engine, most_waiting: int, metrics: Metrics) -> None:
+        self.engine, self.most_waiting, self.metrics = engine, most_waiting, metrics
+        self._changed = threading.Condition()
+        self._waiting: deque[Answer] = deque()
+        self._cancelled: list[Answer] = []
+        self._calls: deque[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = deque()
+        self._running: dict[Request, Answer] = {}  # this thread's own
+        self._closing = False
+        self._window = time.perf_counter(), 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Answer]:
+        """Ask for answers; all of them are taken, or none.
+
+        Raises:
+            ApiError: 429 where too many wait already, 503 where the server is about to stop.
+        """
+        with self._changed:
+            if self._closing:
+                raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+            free = self.engine.slots - len(self._running)
+            if len(self._waiting) + len(prompts) > self.most_waiting + max(free, 0):
+                self.metrics.requests.labels("refused").inc(len(prompts))
+                raise ApiError(429, f"{len(self._waiting)} answers wait for a slot already, {self.most_waiting} may",
+                               code="queue_full", headers={"Retry-After": RETRY_AFTER})
+            answers = [Answer(self, ids, params) for ids, params in prompts]
+            self._waiting.extend(answers)
+            self._changed.notify()
+        return answers
+
+    def cancel(self, answer: Answer) -> None:
+        """See `Answer.cancel`."""
+        with self._changed:
+            self._cancelled.append(answer)
+            self._changed.notify()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run something that needs the model between two steps of the engine, in its thread."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        with self._changed:
+            self._calls.append((function, loop, future))
+            self._changed.notify()
+        return await future
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Take nothing new, finish what was taken, and end; False where that took longer than `timeout` seconds."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Answers that have a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for one."""
+        return len(self._waiting)
+
+    def _run(self) -> None:
+        while self._prepare():
+            for call in self._take_calls():
+                _answer_call(*call)
+            if not self._running:
+                continue
+            try:
+                events = self.engine.step()
+            except Exception as error:  # what ran is lost, the server is not
+                self._fail(error)
+                continue
+            self._deliver(events)
+
+    def _prepare(self) -> bool:
+        """Wait until there is something to do; drop what was cancelled and fill free slots. False at the end."""
+        with self._changed:
+            while not (self._waiting or self._running or self._cancelled or self._calls):
+                if self._closing:
+                    return False
+                self.metrics.speed.set(0)
+                self._changed.wait()
+            cancelled, self._cancelled = self._cancelled, []
+            for answer in cancelled:
+                if answer in self._waiting:
+                    self._waiting.remove(answer)
+            new = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._free(cancelled)))]
+        for answer in cancelled:
+            if answer.request is not None and self._running.pop(answer.request, None) is not None:
+                self.engine.cancel(answer.request)
+                self.metrics.requests.labels("cancelled").inc()
+        for answer in new:
+            self._start(answer)
+        self._tell()
+        return True
+
+    def _free(self, cancelled: Sequence[Answer]) -> int:
+        leaving = sum(1 for answer in set(cancelled) if answer.request in self._running)
+        return self.engine.slots - len(self._running) + leaving
+
+    def _start(self, answer: Answer) -> None:
+        try:
+            answer.request = self.engine.submit(answer.ids, answer.params)
+        except Exception as error:
+            self.metrics.requests.labels("failed").inc()
+            answer.deliver(error)
+        else:
+            self._running[answer.request] = answer
+            self.metrics.prompt_tokens.inc(len(answer.ids))
+
+    def _take_calls(self) -> list[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]]:
+        with self._changed:
+            calls, self._calls = list(self._calls), deque()
+        return calls
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            answer = self._running[event.request]
+            if event.token is not None:
+                if len(event.request.answer) == 1:
+                    self.metrics.first.observe(time.perf_counter() - answer.began)
+                answer.deliver(event)
+            if event.finished is not None:
+                del self._running[event.request]
+                self.metrics.requests.labels(event.finished).inc()
+                answer.deliver(event.finished)
+        self._count(sum(event.token is not None for event in events))
+
+    def _fail(self, error: Exception) -> None:
+        for request, answer in list(self._running.items()):
+            self.engine.cancel(request)
+            answer.deliver(error)
+        self.metrics.requests.labels("failed").inc(len(self._running))
+        self._running.clear()
+
+    def _count(self, tokens: int) -> None:
+        self.metrics.tokens.inc(tokens)
+        since, before = self._window
+        seconds = time.perf_counter() - since
+        if seconds >= SPEED_WINDOW:
+            self.metrics.speed.set((before + tokens) / seconds if seconds < 2 * SPEED_WINDOW else 0)
+            self._window = time.perf_counter(), 0
+        else:
+            self._window = since, before + tokens
+
+    def _tell(self) -> None:
+        self.metrics.waiting.set(len(self._waiting))
+        self.metrics.running.set(len(self._running))
+        self.metrics.cache.set(self.engine.used)
+
+
+def _answer_call(function: Callable[[], Any], loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]") -> None:
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not future.cancelled():
+            future.set_result(result) if error is None else future.set_exception(error)
+
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as failure:
+        error = failure
+    try:
+        loop.call_soon_threadsafe(settle, result, error)
+    except RuntimeError:
+        return  # the loop is closed

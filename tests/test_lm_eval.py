@@ -1,0 +1,59 @@
+"""lm-eval's local-completions against the server, on a task made here; slow, and skipped where lm-eval is missing."""
+
+import json
+
+import pytest
+import torch
+from served import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm_eval[api]'")
+ITEMS = [("春天的花", [" 开了", " 很冷", "，红红的"], 0), ("你好，", ["世界", "Human", "。"], 2),
+         ("The weather is", [" fine", "天", "s"], 1), ("一二三", ["四", "五六", "abc"], 0)]
+
+
+def choice_scores(path, context, choices):
+    """Log-likelihood of each choice behind a context, by transformers; lm-eval encodes both together and cuts."""
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).float()
+    scores = []
+    for choice in choices:
+        ids = tokenizer(context + choice, return_tensors="pt").input_ids
+        start = len(tokenizer(context).input_ids)
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        scores.append(float(logprobs[:-1].gather(1, ids[0, 1:, None])[start - 1:].sum()))
+    return scores
+
+
+def test_local_completions(tiny_llama, tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "items.jsonl").write_text("".join(
+        json.dumps({"context": context, "choices": choices, "label": label}, ensure_ascii=False) + "\n"
+        for context, choices, label in ITEMS))
+    (tmp_path / "tiny.yaml").write_text(f"""
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "items.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: label
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""")
+    with serving(tiny_llama, tmp_path / "log", "--precision", "exact", "--cache", "float32") as server:
+        found = lm_eval.simple_evaluate(
+            model="local-completions", tasks=["tiny"], log_samples=True, bootstrap_iters=0,
+            model_args={"base_url": f"{server.url}/v1/completions", "model": tiny_llama.name, "num_concurrent": 2,
+                        "tokenizer": str(tiny_llama), "tokenizer_backend": "huggingface"},
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
+    samples = sorted(found["samples"]["tiny"], key=lambda sample: sample["doc_id"])
+    for sample, (context, choices, _) in zip(samples, ITEMS, strict=True):
+        scores = [float(score[0]) for score in sample["filtered_resps"]]
+        assert scores == pytest.approx(choice_scores(tiny_llama, context, choices), abs=1e-2)
+    right = [max(range(3), key=choice_scores(tiny_llama, context, choices).__getitem__) == label
+             for context, choices, label in ITEMS]
+    assert found["results"]["tiny"]["acc,none"] == pytest.approx(sum(right) / len(right))

@@ -1,0 +1,258 @@
+"""The server as clients meet it: raw HTTP against a live process."""
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+from served import serving
+
+from gptq_belle import load
+
+QUESTION = [{"role": "user", "content": "你好"}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bloom, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serving(tiny_bloom, log, "--max-batch", "4", "--cache", "float32") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bloom):
+    return load(tiny_bloom, device="cpu", cache="float32")
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def chat(client, **fields):
+    return client.post("/v1/chat/completions", json={"messages": QUESTION, "temperature": 0, "max_tokens": 12} | fields)
+
+
+def events(response):
+    data = [line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    return [json.loads(one) for one in data[:-1]]
+
+
+def test_a_chat_answers_what_the_model_answers(client, model, tiny_bloom):
+    body = chat(client).json()
+    expected = model.generate("你好", prompt_style="auto", max_new_tokens=12)
+    choice = body["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": expected, "refusal": None}
+    assert choice["finish_reason"] == "length"
+    assert body["model"] == tiny_bloom.name
+    read = len(model.tokenizer("Human: 你好\n\nAssistant:")["input_ids"])
+    assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12}
+
+
+def test_a_stream_brings_the_same_text_and_the_usage(client):
+    found = events(chat(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in found if event["choices"])
+    whole = chat(client).json()
+    assert text == whole["choices"][0]["message"]["content"]
+    assert found[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert found[-2]["choices"][0]["finish_reason"] == "length"
+    assert found[-1]["choices"] == []
+    assert found[-1]["usage"] == whole["usage"]
+
+
+def test_several_choices_draw_from_seeds_of_their_own(client, model):
+    body = chat(client, n=3, seed=5, temperature=1.0).json()
+    texts = [choice["message"]["content"] for choice in body["choices"]]
+    alone = [model.generate("你好", prompt_style="auto", max_new_tokens=12, temperature=1.0, seed=5 + i)
+             for i in range(3)]
+    assert texts == alone
+    assert len(set(texts)) > 1
+
+
+def test_stop_strings_are_neither_sent_nor_scored(client):
+    text = chat(client).json()["choices"][0]["message"]["content"]
+    stop = text[3:6]
+    for fields in ({"stop": stop}, {"stop": [stop, "never there"]}):
+        choice = chat(client, **fields, logprobs=True).json()["choices"][0]
+        assert choice["message"]["content"] == text[: text.index(stop)]
+        assert choice["finish_reason"] == "stop"
+        told = "".join(one["token"] for one in choice["logprobs"]["content"])
+        assert stop not in told
+    streamed = events(chat(client, stop=stop, stream=True))
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in streamed) == text[: text.index(stop)]
+
+
+def test_probabilities_are_the_models(client, model):
+    import torch
+
+    choice = chat(client, logprobs=True, top_logprobs=3, max_tokens=5).json()["choices"][0]["logprobs"]["content"]
+    ids = model.tokenizer("Human: 你好\n\nAssistant:")["input_ids"]
+    for one in choice:
+        expected = model.logits(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
+        best = expected.topk(3)
+        assert one["logprob"] == pytest.approx(float(best.values[0]), abs=1e-4)
+        assert [top["logprob"] for top in one["top_logprobs"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert bytes(one["bytes"]).decode(errors="replace") == one["token"]
+        ids.append(int(best.indices[0]))
+
+
+def test_echo_scores_a_prompt(client, model):
+    import torch
+
+    ids = model.tokenizer("人工智能正在改变我们的生活")["input_ids"]
+    body = client.post("/v1/completions", json={"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}).json()
+    found = body["choices"][0]["logprobs"]
+    expected = model.logits(torch.tensor([ids]))[0].double().log_softmax(-1)[:-1].gather(
+        1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert found["token_logprobs"][0] is None
+    assert found["token_logprobs"][1:] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert body["choices"][0]["text"] == "人工智能正在改变我们的生活"
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_completions_take_text_and_ids_one_or_several(client, model):
+    text, ids = "春风", model.tokenizer("春风")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=4)
+    for prompt, count in ((text, 1), ([text, text], 2), (ids, 1), ([ids, ids], 2)):
+        body = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4, "temperature": 0}).json()
+        assert [choice["text"] for choice in body["choices"]] == [expected] * count
+        assert body["usage"]["prompt_tokens"] == count * len(ids)
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), [
+    ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"max_tokens": "many"}, "max_tokens", "valid integer"),
+    ({"n": 100}, "n", "less than or equal to 16"),
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'system', 'user' or 'assistant'"),
+    ({"max_tokens": 4000}, "messages", "exceeds the context of 256"),
+    ({"messages": [{"role": "user", "content": "字" * 600}]}, "messages", "exceeds the context of 256"),
+    ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, "messages", "must be the user's"),
+])
+def test_wrong_values_name_the_field_and_what_is_allowed(client, fields, param, words):
+    response = chat(client, **fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_unknown_fields_are_accepted(client):
+    assert chat(client, user="somebody", frequency_penalty=0.5, parallel_tool_calls=True).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages": 1}', b"\xff\xfe", b'{"messages": "x"}'])
+def test_bodies_that_are_none_are_refused(client, body):
+    response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+def test_whoever_goes_away_frees_the_slot(client, server):
+    def hang_up():
+        with httpx.Client(base_url=server.url) as other, other.stream("POST", "/v1/chat/completions", json={
+                "messages": QUESTION, "max_tokens": 200, "stream": True, "temperature": 0}) as response:
+            next(response.iter_lines())
+
+    threads = [threading.Thread(target=hang_up) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    deadline = time.monotonic() + 10
+    while (state := client.get("/health").json())["running"] + state["waiting"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert state["running"] == state["waiting"] == 0
+
+
+def test_metrics_tokens_models_and_templates(client, model):
+    chat(client)
+    text = client.get("/metrics").text
+    assert 'gptq_belle_requests_total{outcome="length"}' in text
+    assert "gptq_belle_time_to_first_token_seconds_count" in text
+    assert client.get("/v1/models").json()["data"][0]["id"] == model.path.name
+    prompt = client.post("/apply-template", json={"messages": QUESTION}).json()["prompt"]
+    assert prompt == "Human: 你好\n\nAssistant:"
+    tokens = client.post("/tokenize", json={"prompt": prompt}).json()
+    assert tokens["tokens"] == model.tokenizer(prompt)["input_ids"]
+    assert client.post("/tokenize", json={"messages": QUESTION}).json()["tokens"] == tokens["tokens"]
+
+
+def test_the_page_and_nothing_else_is_public(tiny_bloom, tmp_path):
+    with serving(tiny_bloom, tmp_path / "log", "--api-key", "secret") as server:
+        for path, status in (("/", 200), ("/static/chat.js", 200), ("/health", 200), ("/v1/models", 401),
+                             ("/metrics", 401), ("/static/%2e%2e/app.py", 404)):
+            assert httpx.get(server.url + path).status_code == status, path
+        for key, status in (("secret", 200), ("secreT", 401), ("secret2", 401)):
+            assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"}
+                             ).status_code == status
+        assert server.end() == 0
+
+
+def test_foreign_hosts_are_refused_without_a_key(server):
+    assert httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_large_bodies_are_refused_with_and_without_a_length(client):
+    large = b'{"messages": "' + b"x" * (5 << 20) + b'"}'
+    assert client.post("/v1/chat/completions", content=large).status_code == 413
+    assert client.post("/v1/chat/completions", content=iter([large])).status_code == 413
+
+
+def test_a_full_queue_says_when_to_come_back(tiny_bloom, tmp_path):
+    with serving(tiny_bloom, tmp_path / "log", "--max-batch", "1", "--max-queue", "1") as server:
+        def ask():
+            return httpx.post(f"{server.url}/v1/chat/completions", timeout=60, json={
+                "messages": QUESTION, "max_tokens": 150, "temperature": 0})
+
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(ask())) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused = [response for response in found if response.status_code == 429]
+        assert refused
+        assert all(response.headers["Retry-After"] == "1" for response in refused)
+        assert len([response for response in found if response.status_code == 200]) == len(found) - len(refused) >= 2
+
+
+def test_sigterm_finishes_what_runs(tiny_bloom, tmp_path):
+    with serving(tiny_bloom, tmp_path / "log") as server, httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", timeout=60,
+            json={"messages": QUESTION, "max_tokens": 100, "stream": True, "temperature": 0}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.terminate()
+        rest = list(lines)
+        assert [line for line in rest if line][-1] == "data: [DONE]"
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(("options", "code", "words"), [
+    (("--host", "0.0.0.0"), 2, "--allow-unauthenticated"),
+    (("--max-len", "1"), 2, "max-len"),
+])
+def test_options_that_are_refused(tiny_bloom, options, code, words):
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "gptq_belle.cli", "serve", str(tiny_bloom), *options],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == code
+    assert words in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "gptq_belle.cli", "serve", str(tmp_path), "--port", "0"],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 4
+    assert "config.json" in done.stderr
