@@ -28,7 +28,6 @@ class SamplingParams:
         ignore_eos: go on behind eos (for benchmarks).
         logprobs: tell each token's probability and those of so many of the likeliest ones, as they are before
             temperature and penalty; None to tell none.
-        min_p: only tokens that are at least so likely as this share of the likeliest one; 0 for all.
 
     Raises:
         UsageError: a value out of range; the message names it and what is allowed.
