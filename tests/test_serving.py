@@ -109,7 +109,10 @@ def test_echo_scores_a_prompt(client, model):
         1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert found["token_logprobs"][0] is None
     assert found["token_logprobs"][1:] == pytest.approx(expected.tolist(), abs=1e-4)
-    assert body["choices"][0]["text"] == "人工智能正在改变我们的生活"
+    text = body["choices"][0]["text"]
+    assert text == "人工智能正在改变我们的生活"
+    before = [model.tokenizer.decode(ids[:place]).rstrip("\ufffd") for place in range(len(ids))]
+    assert found["text_offset"] == [len(part) for part in before]
     assert body["usage"]["completion_tokens"] == 0
 
 
@@ -146,7 +149,8 @@ def test_unknown_fields_are_accepted(client):
     assert chat(client, user="somebody", frequency_penalty=0.5, parallel_tool_calls=True).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages": 1}', b"\xff\xfe", b'{"messages": "x"}'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages": 1}', b"\xff\xfe", b'{"messages": "x"}',
+                                  b'{"messages": [{"role": "user", "content": "\\ud83d"}]}'])
 def test_bodies_that_are_none_are_refused(client, body):
     response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400

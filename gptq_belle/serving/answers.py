@@ -104,6 +104,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Where the text of each token begins, in characters; parts of one character begin where it does."""
+    whole, places, certain = WholeText(lambda part: decode(tokenizer, part)), [], 0
+    for token in ids:
+        places.append(certain)
+        certain += len(whole.feed([token]))
+    return places
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> list[int]:
     """The bytes of a token in UTF-8; a part of a character has the bytes of that part."""
     name = str(tokenizer.convert_ids_to_tokens(token))

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_belle.runtime.scoring import score
-from gptq_belle.serving.answers import Choice, Likely, Piece, Scored, decode, text_logprobs
+from gptq_belle.serving.answers import Choice, Likely, Piece, Scored, decode, offsets, text_logprobs
 from gptq_belle.serving.errors import ApiError
 from gptq_belle.serving.responses import envelope, streamed, usage, whole
 from gptq_belle.serving.schemas import CompletionRequest
@@ -85,7 +85,7 @@ async def _echoed(service: Service, ids: list[int], body: CompletionRequest) -> 
         return _Prompt(ids, text)
     top = body.logprobs
     found = await service.scheduler.call(lambda: score(service.model, ids, top))
-    offsets = [min(len(decode(service.tokenizer, ids[:place])), len(text)) for place in range(1, len(ids))]
-    scored = [Scored(Likely(token, logprob), offset, [Likely(*pair) for pair in likely])
-              for token, offset, (logprob, likely) in zip(ids[1:], offsets, found, strict=True)]
+    places = offsets(service.tokenizer, ids)
+    scored = [Scored(Likely(token, logprob), place, [Likely(*pair) for pair in likely])
+              for token, place, (logprob, likely) in zip(ids[1:], places[1:], found, strict=True)]
     return _Prompt(ids, text, (ids[0], *scored))
