@@ -35,7 +35,7 @@ function blocks(source) {
   if (depth >= DEEPEST) return [element("p", text(source))];
   depth += 1;
   try {
-    return scan(source, BLOCK, (rest) => [rest.match(/^\n*/)[0].length || 1, null]);
+    return scan(source, BLOCK, (rest) => rest.match(/^\n*/)[0].length || 1);
   } finally {
     depth -= 1;
   }
@@ -43,8 +43,8 @@ function blocks(source) {
 
 function inline(source) {
   return scan(source, INLINE, (rest) => {
-    const length = Math.max(1, rest.search(/[`*~[]|https?:\/\//i) > 0 ? rest.search(/[`*~[]|https?:\/\//i) : 1);
-    return [length, null];
+    const next = rest.slice(1).search(/[`*~[]|https?:\/\//i);
+    return next < 0 ? rest.length : next + 1;
   }, true);
 }
 
@@ -67,7 +67,7 @@ function scan(source, rules, skip, keep = false) {
       }
     }
     if (!length) {
-      [length] = skip(source);
+      length = skip(source);
       if (keep) plain += source.slice(0, length);
     }
     source = source.slice(length);
