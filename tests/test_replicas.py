@@ -1,5 +1,8 @@
 """Replicas through Ray Serve: a killed one takes only what it held with it, and comes back."""
 
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +30,12 @@ def replicas(server):
     """The processes of a server's replicas."""
     return [process for process in psutil.Process(server.process.pid).children(recursive=True)
             if "ServeReplica:gptq-belle" in " ".join(process.cmdline())]
+
+
+def run_serve(path, *options):
+    """`gptq-belle serve` where it ends by itself."""
+    return subprocess.run([sys.executable, "-m", "gptq_belle.cli", "serve", str(path), "--device", "cpu", *options],
+                          capture_output=True, text=True, timeout=120)
 
 
 def ask(client):
@@ -84,6 +93,23 @@ def test_streams_and_refusals_pass_through(server):
     refused = httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"temperature": -1})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "temperature"
+
+
+@pytest.mark.parametrize(("options", "code", "words"), [
+    (["--replicas", "1000"], 3, "need a core each"), (["--port", "TAKEN"], 3, "cannot listen on 127.0.0.1:TAKEN")])
+def test_what_cannot_start_says_so(tiny_llama, options, code, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_serve(tiny_llama, "--ray", *[option.replace("TAKEN", port) for option in options])
+    assert done.returncode == code
+    assert words.replace("TAKEN", port) in done.stderr
+
+
+def test_a_directory_without_a_model_is_refused_before_ray_starts(tmp_path):
+    done = run_serve(tmp_path, "--ray")
+    assert done.returncode == 4
+    assert "config.json" in done.stderr
+    assert "Ray" not in done.stderr
 
 
 def test_sigterm_finishes_what_runs(server):

@@ -41,17 +41,19 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
         tell: takes {"url", "model", "slots", "replicas"} once they are ready.
     Raises:
         UsageError: beyond loopback without a key.
-        HardwareError: no place for so many replicas, or the model cannot be loaded by them.
+        InputError: as `Setup.check`.
+        HardwareError: the address cannot be listened on, there is no place for so many replicas, or they do not start.
     """
     door.check()
+    setup.check()
+    port = _free_port(door)
     stopped, interrupted = threading.Event(), threading.Event()
     ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        port = door.port or _free_port(door.host)
-        options = _share(setup, replicas)
+        application = _application(setup, door, replicas, _share(setup, replicas))
         serve.start(http_options=HTTPOptions(host=door.host, port=port))
-        serve.run(_application(setup, door, replicas, options), name=NAME, logging_config={"log_level": "ERROR"})
+        _start(application, replicas)
         _on_signals(stopped, interrupted)
         url = address(door.host, port)
         if tell is not None:
@@ -59,14 +61,19 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
         console.note(f"Listening on {url}; {replicas} replicas of {setup.name} are ready.", style=None)
         stopped.wait()
         serve.delete(NAME)
-    except RuntimeError as error:
-        raise HardwareError(f"Ray cannot start {replicas} replicas: {_last_line(error)}",
-                            "Serve the model without --ray to see what is wrong with one.") from error
     finally:
         serve.shutdown()
         ray.shutdown()
     if interrupted.is_set():
         raise KeyboardInterrupt
+
+
+def _start(application: serve.Application, replicas: int) -> None:
+    try:
+        serve.run(application, name=NAME, logging_config={"log_level": "ERROR"})
+    except RuntimeError as error:
+        raise HardwareError(f"Ray cannot start {replicas} replicas: {str(error).strip().splitlines()[-1]}",
+                            "Serve the model without --ray to see what is wrong with one.") from error
 
 
 def _application(setup: Setup, door: Door, replicas: int, options: dict[str, Any]) -> serve.Application:
@@ -98,10 +105,14 @@ def _share(setup: Setup, replicas: int) -> dict[str, Any]:
     return {"num_cpus": cores // replicas}
 
 
-def _free_port(host: str) -> int:
-    """A port that nobody listens on now; Ray takes none by itself."""
-    with socket.create_server((host.strip("[]"), 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as it:
-        return int(it.getsockname()[1])
+def _free_port(door: Door) -> int:
+    """The port of an address, once seen to be free: Ray chooses none by itself, and says late that one is taken."""
+    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+    try:
+        with socket.create_server((door.host.strip("[]"), door.port), family=family) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise door.refused() from error
 
 
 def _on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:
@@ -112,7 +123,3 @@ def _on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rsplit("\n", 1)[-1]

@@ -84,7 +84,7 @@ def serve(setup: Setup, door: Door, tell: Callable[[Any], None] | None = None) -
     try:
         server.run()
     except SystemExit as error:
-        raise HardwareError(f"cannot listen on {door.host}:{door.port}", "Choose another --port or --host.") from error
+        raise door.refused() from error
     if server.failure is not None:
         raise server.failure
     if server.interrupted:

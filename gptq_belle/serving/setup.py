@@ -4,7 +4,9 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gptq_belle.errors import UsageError
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.models.settings import read_settings
 from gptq_belle.runtime.engine import load
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.service import Limits, Service
@@ -33,6 +35,14 @@ class Setup:
     def name(self) -> str:
         """What clients call the model."""
         return self.path.resolve().name
+
+    def check(self) -> None:
+        """Look at what can be known without the weights.
+
+        Raises:
+            InputError: files that are missing or damaged, an architecture that is not ours.
+        """
+        read_settings(CheckpointReader(self.path).config)
 
     def service(self, metrics: Metrics) -> Service:
         """Load the model.
@@ -74,6 +84,10 @@ class Door:
         if not self.local and not self.api_key and not self.allow_unauthenticated:
             raise UsageError(f"listening on {self.host} without an API key would let everybody there use this model",
                              "Give --api-key, or say --allow-unauthenticated.")
+
+    def refused(self) -> HardwareError:
+        """What is said where the address cannot be listened on."""
+        return HardwareError(f"cannot listen on {self.host}:{self.port}", "Choose another --port or --host.")
 
 
 def is_loopback(host: str) -> bool:
