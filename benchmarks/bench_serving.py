@@ -1,6 +1,7 @@
 """Tokens a second of a server with one stream and with several, taken in turns; time to first token beside them.
 
-    python benchmarks/bench_serving.py examples/belle_tiny/bloom examples/belle_tiny/llama --streams 1 8
+    gptq-belle quantize examples/belle_tiny/bloom build/bloom-4bit --preset fast --allow-short   # and llama
+    python benchmarks/bench_serving.py build/bloom-4bit build/llama-4bit
 """
 
 import argparse
@@ -76,14 +77,14 @@ def measure(path: str, streams: list[int], tokens: int, rounds: int) -> list[dic
                 found = asyncio.run(together(url, count, tokens))
                 if turn:
                     seen[count].append(found)
-    rows: list[dict[str, Any]] = [{"model": Path(path).name, "streams": count,
-             "tokens_per_second": statistics.median(speed for speed, _ in found),
-             "seconds_to_first_token": statistics.median(first for _, first in found)}
-            for count, found in seen.items()]
-    return [row | {"against_first": row["tokens_per_second"] / rows[0]["tokens_per_second"]} for row in rows]
+    medians = {count: [statistics.median(figures) for figures in zip(*found, strict=True)]
+               for count, found in seen.items()}
+    return [{"model": Path(path).name, "streams": count, "tokens_per_second": speed, "seconds_to_first_token": first,
+             "against_first": speed / medians[streams[0]][0]} for count, (speed, first) in medians.items()]
 
 
 def main() -> None:
+    """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", help="model directories")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
