@@ -10,7 +10,7 @@ import torch
 from conftest import SENTENCES, VOCABULARY, packed_checkpoint
 from oracle_format import formula
 from oracle_legacy import old_weight, write_legacy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM
 
@@ -219,6 +219,40 @@ def test_config_and_tokenizer_from_elsewhere(tiny_bloom, tmp_path):
     assert config_of(tmp_path / "new")["tie_word_embeddings"] is True
     assert "lm_head.weight" in state
     assert load(tmp_path / "new", device="cpu").generate("你好", max_new_tokens=3) is not None
+
+
+@pytest.mark.parametrize(("base", "cause"), [("nowhere", "the base .*nowhere is no folder"),
+                                             ("empty", "there is no config.json in .*empty")])
+def test_a_base_that_is_none(tiny_bloom, tmp_path, base, cause):
+    (tmp_path / "empty").mkdir()
+    legacy(tiny_bloom, tmp_path / "old", bits=4, group=32)
+    with pytest.raises(InputError, match=cause):
+        convert(tmp_path / "old" / "checkpoint.pt", tmp_path / "new", base=tmp_path / base)
+
+
+@pytest.mark.parametrize("stated_in", ["config.json", "quantize_config.json"])
+@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
+def test_a_directorys_file_is_read_as_its_directory(tiny_model, tmp_path, checkpoint_format, stated_in):
+    """Named by itself it is no state dictionary of old, whose zero points are all stored minus one."""
+    source = packed_checkpoint(tiny_model, tmp_path / "source", sym=False, checkpoint_format=checkpoint_format)
+    if stated_in == "config.json":
+        (source / "quantize_config.json").unlink()
+    else:
+        config = config_of(source)
+        del config["quantization_config"]
+        (source / "config.json").write_text(json.dumps(config))
+    found = convert(source / "model.safetensors", tmp_path / "new")
+    assert (found.kind, found.read_format, found.written_format) == ("GPTQ directory", checkpoint_format, "gptq_v2")
+    assert torch.equal(hf_model(tmp_path / "new", device="cpu")(IDS).logits, hf_model(source, device="cpu")(IDS).logits)
+
+
+def test_safetensors_of_old_state_no_quantization(tiny_llama, tmp_path):
+    state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    (tmp_path / "old" / "checkpoint.pt").unlink()
+    save_file(state, tmp_path / "old" / "checkpoint.safetensors")
+    found = convert(tmp_path / "old" / "checkpoint.safetensors", tmp_path / "new")
+    assert (found.kind, found.read_format, found.written_format) == ("state dictionary", "gptq", "gptq_v2")
+    assert torch.equal(written_logits(tiny_llama, tmp_path / "new", 4), old_logits(tiny_llama, state, 4, 32))
 
 
 def test_a_head_of_its_own_is_kept(tiny_bloom, tmp_path):

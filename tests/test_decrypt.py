@@ -187,12 +187,24 @@ def test_two_files_of_one_name_and_no_files_at_all_are_refused(published, tmp_pa
     (published / "enc" / "config.json").write_bytes(b"{}")
     with pytest.raises(InputError, match="both become config.json"):
         run(published)
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="holds no files"):
         decrypt(tmp_path / "nothing", tmp_path / "out", tmp_path / "consolidated.00.pth")
     with pytest.raises(UsageError, match="is the source itself"):
         decrypt(tmp_path / "enc", tmp_path / "enc", tmp_path / "consolidated.00.pth")
     with pytest.raises(InputError, match="is encrypted already"):
         encrypt(tmp_path / "enc", tmp_path / "out", tmp_path / "consolidated.00.pth")
+
+
+def test_nothing_is_decrypted_that_is_not_encrypted(published, tmp_path):
+    run(published)
+    with pytest.raises(InputError, match=r"out holds no .enc files"):
+        decrypt(tmp_path / "out", tmp_path / "again", tmp_path / "consolidated.00.pth")
+    with pytest.raises(InputError, match="nowhere is not there"):
+        decrypt(tmp_path / "nowhere", tmp_path / "again", tmp_path / "consolidated.00.pth")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(UsageError, match="consolidated.00.pth is a file"):
+        decrypt(tmp_path / "enc", tmp_path / "consolidated.00.pth", tmp_path / "consolidated.00.pth")
 
 
 @pytest.mark.parametrize("left", [30, 35, 404, 1000])

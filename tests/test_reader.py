@@ -144,7 +144,7 @@ def test_a_truncated_shard(sharded, length):
 
 def test_a_git_lfs_pointer_in_place_of_a_shard(copy):
     (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(copy, "cannot be read as safetensors")
+    refused(copy, "is a git-lfs pointer")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors"])

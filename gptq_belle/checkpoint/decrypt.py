@@ -30,6 +30,7 @@ Outcome = TypeVar("Outcome")
 Progress = Callable[[int, int], None]
 MOST_WORKERS = 4  # files at a time; each holds up to 40 MiB, and hashes in threads of its own
 MOST_NAMED = 3
+FOLDER = "Name the folder of the download, or one of its files."
 
 
 def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
@@ -48,11 +49,14 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
     Returns:
         every file of the output, by name.
     Raises:
-        InputError: an empty, missing or wrong key, a truncated file, a git-lfs pointer, a name against its header.
+        InputError: an empty, missing or wrong key, a truncated file, a git-lfs pointer, a name against its header;
+            nothing that is encrypted.
         UsageError: `out` is `source`, or another process writes there.
     """
     source, out, opened = Path(source), Path(out), Key(Path(key), chunk_bytes)
     jobs = [job_of(path, out) for path in _files(source, out)]
+    if all(job.sha256 is None for job in jobs):
+        raise InputError(f"{source} holds no .enc files: nothing is encrypted there", FOLDER)
     _check_distinct(jobs)
 
     def work(job: Job, moved: Callable[[int], None]) -> Result | Mismatch:
@@ -142,10 +146,14 @@ def _proves_key(done: list[Result]) -> bool:
 def _files(source: Path, out: Path) -> list[Path]:
     if source.is_dir() and out.resolve() == source.resolve():
         raise UsageError(f"{out} is the source itself", "Choose another folder for the output.")
+    if not source.exists():
+        raise InputError(f"{source} is not there", FOLDER)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "Name a folder for the output.")
     found = [source] if source.is_file() else sorted(
         path for path in source.glob("*") if path.is_file() and not path.name.startswith("."))
     if not found:
-        raise InputError(f"{source} holds no files", "Name the folder of the download, or one of its files.")
+        raise InputError(f"{source} holds no files", FOLDER)
     return found
 
 

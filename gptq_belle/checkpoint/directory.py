@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gptq_belle.checkpoint.card import model_card
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
+from gptq_belle.checkpoint.unready import check_fetched
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
@@ -15,6 +16,9 @@ from gptq_belle.runtime.chat import chat_template, detect_style
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, "vocab.json", TOKENIZER_CONFIG)
+NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into the folder; convert takes them from "
+                "--base DIR, too.")
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
                 "add_eos_token": False}
 AS_THEY_ARE = (TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -33,9 +37,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
+        files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+        for file in files:
+            check_fetched(file)
+        if not files:
+            raise InputError(f"{path} holds no tokenizer", NO_TOKENIZER) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} holds no tokenizer that can be loaded: {reason}",
-                         "Copy tokenizer.json and tokenizer_config.json of the model into the folder.") from error
+                         NO_TOKENIZER) from error
     if tokenizer.eos_token is None:
         raise InputError(f"{path}: the tokenizer has no end-of-sequence token",
                          f"Name eos_token in {TOKENIZER_CONFIG}.")

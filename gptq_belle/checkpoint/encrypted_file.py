@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptq_belle.checkpoint.durable import UNFINISHED, sync
-from gptq_belle.checkpoint.keystream import CHUNK_BYTES, Digests, Key, is_pointer, read_chunk, write_all, xor_file
+from gptq_belle.checkpoint.keystream import CHUNK_BYTES, Digests, Key, read_chunk, write_all, xor_file
+from gptq_belle.checkpoint.unready import check_fetched
 from gptq_belle.errors import InputError
 
 HEADER = 32  # bytes of SHA-256 in front
@@ -56,8 +57,7 @@ def job_of(path: Path, out: Path) -> Job:
         InputError: a git-lfs pointer, shorter than its header, or a name that disagrees with the header.
     """
     size = path.stat().st_size
-    if is_pointer(path):
-        raise InputError(f"{path} is a git-lfs pointer, not the file itself", "Fetch it: git lfs pull.")
+    check_fetched(path)
     if path.suffix != ".enc":
         return Job(path, out / path.name, None, size)
     with path.open("rb") as file:

@@ -14,10 +14,10 @@ from typing import Self
 
 import numpy as np
 
+from gptq_belle.checkpoint.unready import is_pointer
 from gptq_belle.errors import InputError
 
 CHUNK_BYTES = 10 * 1024 * 1024
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 Bytes = np.ndarray  # of uint8
 
 
@@ -88,12 +88,6 @@ def read_chunk(file: RawIOBase, count: int) -> Bytes:
     while filled < count and (some := file.readinto(data[filled:].data)):
         filled += some
     return data[:filled]
-
-
-def is_pointer(path: Path) -> bool:
-    """True where git-lfs left its note in place of the file."""
-    with path.open("rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def xor_file(source: RawIOBase, out: RawIOBase, key: Key, plain: Digests, *, first: int = 0, encrypting: bool = False,

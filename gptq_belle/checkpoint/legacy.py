@@ -14,11 +14,13 @@ from torch import nn
 
 from gptq_belle.checkpoint.packing import V1
 from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
-from gptq_belle.checkpoint.reader import CheckpointReader, weight_files
+from gptq_belle.checkpoint.reader import CheckpointReader, read_json, weight_files
+from gptq_belle.checkpoint.unready import unready
 from gptq_belle.config import BITS
 from gptq_belle.errors import InputError, UsageError
 
 POWERS_OF_TWO = tuple(1 << power for power in range(4, 16))
+BASE = "Name a directory with config.json and tokenizer of the model: --base DIR."
 STATE, DIRECTORY = "state dictionary", "GPTQ directory"
 
 
@@ -45,8 +47,10 @@ def open_source(path: Path, base: Path | None = None) -> Source:
     Raises:
         InputError: no weights or no config.json there, or damaged files. UsageError: several .pt files.
     """
+    if path.suffix == ".enc" and (early := unready(path)):
+        raise early
     if path.is_file():
-        weights, kind = [path], STATE
+        weights, kind = [path], DIRECTORY if _states_quantization(path) else STATE
     elif states := sorted(path.glob("*.pt")):
         if len(states) > 1:
             raise UsageError(f"{path} holds {len(states)} checkpoints: {', '.join(state.name for state in states)}",
@@ -56,12 +60,22 @@ def open_source(path: Path, base: Path | None = None) -> Source:
         weights, kind = weight_files(path), DIRECTORY
     else:
         raise InputError(f"{path} is not there", "Give a .pt file, or a directory with a quantized model.")
+    if base is not None and not base.is_dir():
+        raise InputError(f"the base {base} is no folder", BASE)
     beside = path if path.is_dir() else path.parent
     configured = beside if kind == DIRECTORY else base or beside  # a directory's config.json says how it is packed
     if not (configured / "config.json").is_file():
-        raise InputError(f"there is no config.json beside {weights[0]}",
-                         "Name a directory with config.json and tokenizer of the model: --base DIR.")
+        raise InputError(f"there is no config.json {f'beside {weights[0]}' if base is None else f'in {base}'}", BASE)
     return Source(CheckpointReader(configured, weights), kind, base or beside)
+
+
+def _states_quantization(file: Path) -> bool:
+    """Whether a weight file is a GPTQ directory's: what stands beside it says how it is packed, v1 or v2. A .pt file is
+    older than such statements."""
+    config = file.parent / "config.json"
+    return file.suffix in (".safetensors", ".bin") and (
+        (file.parent / "quantize_config.json").is_file()
+        or (config.is_file() and "quantization_config" in read_json(config)))
 
 
 def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

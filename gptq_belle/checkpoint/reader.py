@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, DAMAGED, TensorFile
+from gptq_belle.checkpoint.unready import check_fetched, unready
 from gptq_belle.errors import InputError
 from gptq_belle.models.registry import HEAD, Architecture, architecture
 
@@ -39,7 +40,10 @@ class CheckpointReader:
     def __init__(self, path: str | Path, weights: Sequence[Path] | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise InputError(f"{self.path} is not a model directory", "Give the folder that holds config.json.")
+            raise unready(self.path) or InputError(f"{self.path} is not a model directory",
+                                                   "Give the folder that holds config.json.")
+        if not (self.path / "config.json").exists() and (early := unready(self.path)):
+            raise early
         self.config = read_json(self.path / "config.json")
         self.arch: Architecture = architecture(self.config.get("model_type"))
         self._shards = {file: _open(file) for file in weights or weight_files(self.path)}
@@ -160,8 +164,9 @@ def weight_files(path: Path) -> list[Path]:
             return [path / kind]
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if len(found) != 1:
-        raise InputError(f"{path} holds {len(found)} weight files and no index",
-                         "Expected model.safetensors, shards with model.safetensors.index.json, or pytorch_model.bin.")
+        raise (None if found else unready(path)) or InputError(
+            f"{path} holds {len(found)} weight files and no index",
+            "Expected model.safetensors, shards with model.safetensors.index.json, or pytorch_model.bin.")
     return found
 
 
@@ -180,4 +185,5 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _open(path: Path) -> TensorFile | PickleFile:
+    check_fetched(path)
     return TensorFile(path) if path.suffix == ".safetensors" else PickleFile(path)

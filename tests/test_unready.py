@@ -1,0 +1,74 @@
+"""Files that are no weights yet: what is said of them names what comes first."""
+
+import shutil
+
+import pytest
+import torch
+
+from gptq_belle.checkpoint.directory import load_tokenizer
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.conversion.convert import convert
+from gptq_belle.errors import InputError
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path):
+    return shutil.copytree(tiny_llama, tmp_path / "model")
+
+
+def refused(action, *args):
+    with pytest.raises(InputError) as caught:
+        action(*args)
+    return caught.value.cause, caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_instead_of_weights(model, name):
+    (model / "model.safetensors").unlink()
+    (model / name).write_bytes(POINTER)
+    assert refused(CheckpointReader, model) == (f"{model / name} is a git-lfs pointer, not the file itself",
+                                                "Fetch it: git lfs pull.")
+
+
+def test_a_pointer_instead_of_a_pt_file(model, tmp_path):
+    (model / "old.pt").write_bytes(POINTER)
+    assert "old.pt is a git-lfs pointer" in refused(convert, model, tmp_path / "out")[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pointer_instead_of_a_tokenizer(model):
+    (model / "tokenizer.json").write_bytes(POINTER)
+    assert "tokenizer.json is a git-lfs pointer" in refused(load_tokenizer, model)[0]
+
+
+def test_no_tokenizer_and_a_damaged_one(model):
+    (model / "tokenizer.json").write_text("{")
+    assert "holds no tokenizer that can be loaded: " in refused(load_tokenizer, model)[0]
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    cause, remedy = refused(load_tokenizer, model)
+    assert cause == f"{model} holds no tokenizer"
+    assert "--base" in remedy
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(("name", "verb"), [("a.pt", "convert"), (f"a.bin.{'0' * 64}.enc", "decrypt")])
+def test_the_verb_that_comes_first_is_said(model, name, verb, config):
+    (model / "model.safetensors").rename(model / name)
+    if not config:
+        (model / "config.json").unlink()
+    for path in (model, model / name):
+        assert refused(CheckpointReader, path)[1].startswith(f"First: gptq-belle {verb} {path} OUT")
+
+
+def test_encrypted_files_are_not_converted(model, tmp_path):
+    (model / "model.safetensors").rename(model / "a.pt.enc")
+    for path in (model, model / "a.pt.enc"):
+        assert refused(convert, path, tmp_path / "out")[1].startswith(f"First: gptq-belle decrypt {path} OUT")
+
+
+def test_other_files_beside_the_weights_do_no_harm(model):
+    torch.save({}, model / "optimizer.pt")
+    assert "model.embed_tokens.weight" in CheckpointReader(model)
