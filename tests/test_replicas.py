@@ -105,6 +105,22 @@ def test_what_cannot_start_says_so(tiny_llama, options, code, words):
     assert words.replace("TAKEN", port) in done.stderr
 
 
+@pytest.mark.parametrize(("cores", "replicas", "each"), [([2], 2, 1), ([8, 4], 2, 4), ([8, 4], 3, 4), ([16, 2], 1, 16),
+                                                         ([16, 2], 4, 4), ([2], 3, 0)])
+def test_no_replica_is_promised_cores_of_two_machines(cores, replicas, each):
+    from gptq_belle.serving.replicas import cores_each
+
+    assert cores_each(cores, replicas) == each
+
+
+def test_a_cluster_that_does_not_answer_is_named(tiny_llama, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{closed.getsockname()[1]}")
+    done = run_serve(tiny_llama, "--ray")
+    assert done.returncode == 3
+    assert f"no cluster answers at RAY_ADDRESS={address}" in done.stderr
+
+
 def test_a_directory_without_a_model_is_refused_before_ray_starts(tmp_path):
     done = run_serve(tmp_path, "--ray")
     assert done.returncode == 4

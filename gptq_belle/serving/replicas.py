@@ -1,10 +1,11 @@
 """The same server several times behind one address, through Ray Serve: on this machine, or on a cluster of Ray's."""
 
 import logging
+import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
     setup.check()
     port = _free_port(door)
     stopped, interrupted = threading.Event(), threading.Event()
-    ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    _join()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         application = _application(setup, door, replicas, _share(setup, replicas))
@@ -66,6 +67,20 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
         ray.shutdown()
     if interrupted.is_set():
         raise KeyboardInterrupt
+
+
+def _join() -> None:
+    """Start Ray on this machine, or join the cluster of RAY_ADDRESS; never one that merely happens to run here."""
+    where = os.environ.get("RAY_ADDRESS", "local")
+    host, _, port = where.rpartition(":")
+    try:  # Ray itself would try for minutes
+        if port.isdigit():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise HardwareError(f"no cluster answers at RAY_ADDRESS={where}",
+                            "Start it there with `ray start --head`, or unset RAY_ADDRESS.") from error
+    dashboard: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
+    ray.init(where, logging_level=logging.ERROR, log_to_driver=False, **dashboard)
 
 
 def _start(application: serve.Application, replicas: int) -> None:
@@ -93,16 +108,21 @@ def _application(setup: Setup, door: Door, replicas: int, options: dict[str, Any
 def _share(setup: Setup, replicas: int) -> dict[str, Any]:
     """What of the machines each replica gets; Ray sets the number of threads by it."""
     there = ray.cluster_resources()
-    cores = int(there.get("CPU", 1))
     if setup.device == "cuda" or (setup.device == "auto" and there.get("GPU", 0) and torch.cuda.is_available()):
         if there.get("GPU", 0) < replicas:
             raise HardwareError(f"{replicas} replicas need a GPU each, and there are {int(there.get('GPU', 0))}",
                                 "Ask for fewer --replicas, or for --device cpu.")
-        return {"num_gpus": 1, "num_cpus": max(1, cores // replicas)}
-    if cores < replicas:
-        raise HardwareError(f"{replicas} replicas need a core each, and there are {cores}",
+        return {"num_gpus": 1, "num_cpus": 1}
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if (each := cores_each(cores, replicas)) == 0:
+        raise HardwareError(f"{replicas} replicas need a core each, and there are {sum(cores)}",
                             "Ask for fewer --replicas.")
-    return {"num_cpus": cores // replicas}
+    return {"num_cpus": each}
+
+
+def cores_each(cores: Sequence[int], replicas: int) -> int:
+    """The most that every replica can have of machines with so many cores; no replica spans two of them."""
+    return next((each for each in range(max(cores), 0, -1) if sum(count // each for count in cores) >= replicas), 0)
 
 
 def _free_port(door: Door) -> int:
