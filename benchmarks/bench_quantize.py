@@ -1,58 +1,96 @@
-"""Where a quantization job's seconds go, and how long GPTQModel takes for the same model, rows and settings.
+"""Where a quantization job's seconds go, what the dry run foretold, and how long GPTQModel takes for the same.
 
-    python benchmarks/bench_quantize.py                        # the demo models
-    python benchmarks/bench_quantize.py MODEL... --rows 32 --seq-len 512 --peer PYTHON
+    python benchmarks/bench_quantize.py                        # the demo models, and a random LLaMA of hidden size 1024
+    python benchmarks/bench_quantize.py MODEL... --rows 32 --seq-len 512 --peer-python PYTHON
 
-Ours is timed inside a process of its own, libraries imported. PYTHON is the interpreter of an environment that has
-GPTQModel 7 installed; it gets the same rows of token ids, and is told of four processors where there are fewer, for it
-refuses to start on two. Each is run `--repeats` times, in turns; the medians are quoted.
+PYTHON is the interpreter of an environment that has GPTQModel 7 installed. It gets the token ids that ours calibrates
+on, and is told of four processors where there are fewer, for it refuses to start on two. Each run is a process of its
+own, in turns with the other's, `--repeats` times, and medians are quoted. Seconds go from the source directory to the
+written one, on both sides: importing Python packages is left out, loading the model and writing it are in, and in ours
+also the tokenizing, the checksums of the source, what is kept for a restart, and the reading back. The first run of
+the peer, which compiles its extensions, is not counted.
 """
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import records
+from make_model import make
 
-MODELS = [records.ROOT / "examples" / "belle_tiny" / name for name in ("bloom", "llama")]
-PHASES = ("reading", "forwards", "hessians", "solving", "packing", "writing", "total")
+DEMO = records.ROOT / "examples" / "belle_tiny"
+RANDOM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816,
+          "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 4, "vocab_size": 3072,
+          "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+          "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+PHASES = ("reading", "forwards", "hessians", "solving", "packing", "writing")
 OURS = """
 import json, sys
 from gptq_belle import Calibration, QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-source, out, rows, seq_len = sys.argv[1:]
+source, out, preset, rows, seq_len = sys.argv[1:]
 calibration = Calibration(rows=int(rows), seq_len=int(seq_len), allow_short=True)
-report = quantize_checkpoint(source, out, QuantConfig(), calibration=calibration, resume=False)
+report = quantize_checkpoint(source, out, QuantConfig(preset=preset), calibration=calibration, resume=False)
 print(json.dumps({"seconds": report.seconds, "phases": report.phases, "mean_error": report.mean_error}))
 """
 PEER = """
 import json, os, sys, time
+from importlib.metadata import version
 os.cpu_count = lambda: max(4, len(os.sched_getaffinity(0)))
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 source, out, rows = sys.argv[1:]
-ids = json.load(open(rows))
-examples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+examples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in json.load(open(rows))]
+at = [time.perf_counter()]
 model = GPTQModel.load(source, QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False), device="cpu")
-began = time.perf_counter()
-model.quantize(examples, batch_size=1)
+dtype = str(next(model.model.parameters()).dtype)
+at.append(time.perf_counter())
+log = model.quantize(examples, batch_size=1)
+at.append(time.perf_counter())
 model.save(out)
-print(json.dumps({"seconds": time.perf_counter() - began}))
+at.append(time.perf_counter())
+print()
+print(json.dumps({"seconds": at[-1] - at[0], "phases": dict(zip(("loading", "quantizing", "saving"),
+    (end - begin for begin, end in zip(at, at[1:])))), "dtype": dtype, "threads": torch.get_num_threads(),
+    "versions": {name: version(name) for name in ("gptqmodel", "torch", "transformers")}}))
 """
 
 
-def answer(python: str, code: str, *arguments: object) -> dict[str, Any]:
-    """Run code in a process; the last line that it prints, as JSON."""
-    done = subprocess.run([python, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=records.ROOT)
+def answer(python: str, *arguments: object) -> dict[str, Any]:
+    """Run Python in a process; from the last line that begins an object, what it prints, as JSON.
+
+    The peer's has none of our PYTHON... variables: with the root on its path it would find our `kernels`.
+    """
+    ours = python == sys.executable
+    kept = {key: value for key, value in os.environ.items() if ours or not key.startswith("PYTHON")}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, errors="replace",
+                              cwd=records.ROOT if ours else elsewhere, env=kept | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"{python} failed: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    lines = done.stdout.strip().splitlines()
+    begin = max(at for at, line in enumerate(lines) if line.startswith("{"))
+    result: dict[str, Any] = json.loads("\n".join(lines[begin:]))
     return result
+
+
+def random_model(folder: Path) -> Path:
+    """A LLaMA of random weights that is large enough for the time to go into work, with the demo model's tokenizer."""
+    source = folder / "llama_1024"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(RANDOM))
+    make(source, source, bits=16)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "llama" / name, source)
+    return source
 
 
 def write_rows(source: Path, rows: int, seq_len: int, path: Path) -> None:
@@ -68,43 +106,71 @@ def write_rows(source: Path, rows: int, seq_len: int, path: Path) -> None:
     path.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
 
 
-def measure(source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians of one model, ours by phase and block, and the peer's where there is one."""
-    ours, peers = [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch, "rows.json")
-        write_rows(source, options.rows, options.seq_len, rows)
-        for turn in range(options.repeats):
-            ours.append(answer(sys.executable, OURS, source, Path(scratch, "ours"), options.rows, options.seq_len))
-            if options.peer:
-                peers.append(answer(options.peer, PEER, source, Path(scratch, f"peer{turn}"), rows)["seconds"])
-    median = sorted(ours, key=lambda run: run["seconds"])[len(ours) // 2]
+def measure(source: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Medians of one model: ours by phase and block beside what the dry run says, and the peer's where there is one."""
+    size, rows, out = (options.rows, options.seq_len), scratch / "rows.json", scratch / "ours"
+    write_rows(source, *size, rows)
+    foretold, ours, peers = [], [], []
+    dry = ["-m", "gptq_belle.quantize", source, out, "--preset", options.preset, "--rows", size[0], "--seq-len",
+           size[1], "--allow-short", "--dry-run", "--json"]
+    for turn in range(options.repeats):
+        foretold.append(answer(sys.executable, *dry)["seconds"])
+        ours.append(answer(sys.executable, "-c", OURS, source, out, options.preset, *size))
+        if options.peer_python:
+            peers.append(answer(options.peer_python, "-c", PEER, source, scratch / f"peer{turn}", rows))
+    median = middle(ours)
     found = {"seconds": median["seconds"], "spread": [run["seconds"] for run in ours],
-             "mean_error": median["mean_error"], "blocks": median["phases"],
-             "phases": {name: sum(block.get(name, 0.0) for block in median["phases"]) for name in PHASES}}
+             "foretold_seconds": statistics.median(foretold), "foretold_spread": foretold,
+             "mean_error": median["mean_error"],
+             "phases": {name: sum(block.get(name, 0.0) for block in median["phases"]) for name in PHASES},
+             "blocks": median["phases"]}
+    found["foretold_ratio"] = found["foretold_seconds"] / found["seconds"]
     if peers:
-        found |= {"gptqmodel_seconds": statistics.median(peers), "gptqmodel_spread": peers,
-                  "ratio": median["seconds"] / statistics.median(peers)}
+        theirs = middle(peers)
+        found |= {"gptqmodel": theirs | {"spread": [run["seconds"] for run in peers]},
+                  "ratio": median["seconds"] / theirs["seconds"]}
     return found
 
 
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the median of the seconds."""
+    seconds: Callable[[dict[str, Any]], float] = lambda run: run["seconds"]  # noqa: E731
+    return sorted(runs, key=seconds)[len(runs) // 2]
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """One model's lines of the table."""
+    print(f"{name}: {result['seconds']:.1f} s (foretold {result['foretold_seconds']:.1f}) of which " + ", ".join(
+        f"{phase} {result['phases'][phase]:.2f}" for phase in PHASES))
+    if "ratio" in result:
+        print(f"{name}: GPTQModel {result['gptqmodel']['seconds']:.1f} s, ratio {result['ratio']:.2f}", flush=True)
+
+
 def main() -> None:
-    """Measure, print a table, and leave benchmarks/results/quantize.json."""
+    """Measure, print a table, and leave benchmarks/results/quantize.json, or quantize_PRESET.json of another preset."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("models", nargs="*", type=Path, default=MODELS)
+    parser.add_argument("models", nargs="*", type=Path, help="left out, the demo models and a random one")
+    parser.add_argument("--preset", default="fast", help="best does more than the peer: leave that out then")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer", help="python of an environment with GPTQModel")
+    parser.add_argument("--peer-python", help="of an environment with GPTQModel")
     options = parser.parse_args()
+    sys.argv = ["PYTHON" if word == options.peer_python else word for word in sys.argv]  # as the record tells it
     found = {}
-    for source in options.models:
-        result = found[source.name] = measure(source, options)
-        print(f"{source.name}: {result['seconds']:.1f} s of which " + ", ".join(
-            f"{name} {result['phases'][name]:.2f}" for name in PHASES[:-1]))
-        if options.peer:
-            print(f"{source.name}: GPTQModel {result['gptqmodel_seconds']:.1f} s, ratio {result['ratio']:.2f}")
-    print(records.write("quantize", {"rows": options.rows, "seq_len": options.seq_len, "models": found}))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        models = [path.resolve() for path in options.models] or [DEMO / "bloom", DEMO / "llama", random_model(scratch)]
+        if options.peer_python:
+            write_rows(DEMO / "bloom", 2, 64, scratch / "rows.json")
+            answer(options.peer_python, "-c", PEER, DEMO / "bloom", scratch / "first", scratch / "rows.json")
+        for source in models:
+            found[source.name] = measure(source, options, scratch)
+            show(source.name, found[source.name])
+    name = "quantize" if options.preset == "fast" else f"quantize_{options.preset}"
+    settings = {"preset": options.preset, "bits": 4, "group_size": 128, "rows": options.rows,
+                "seq_len": options.seq_len, "random": RANDOM}
+    print(records.write(name, settings | {"models": found}))
 
 
 if __name__ == "__main__":

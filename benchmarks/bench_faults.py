@@ -1,0 +1,132 @@
+"""What the slow tests of faults do, with a record: jobs killed, cut off from power, out of disk; mutated checkpoints.
+
+    python benchmarks/bench_faults.py kills     # 50 SIGKILLs at random moments of whole jobs on the demo models
+    python benchmarks/bench_faults.py power     # 20 of them, and all that was not synchronised is dropped
+    python benchmarks/bench_faults.py disk      # a disk of one, two, ... nine tenths of what a job needs; wants root
+    python benchmarks/bench_faults.py mutants   # 20,000 mutated checkpoints through `inspect` and `load`
+
+Each stops at the first job that does not end with the bytes of an undisturbed one, or at the first checkpoint that is
+neither refused in one line nor loaded; what passed is left in benchmarks/results/faults_NAME.json. Long ones can be
+done in pieces: `--count 10 --seed 3 --add` adds to what stands there.
+"""
+
+import argparse
+import collections
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import records
+
+sys.path.insert(0, str(records.ROOT / "tests"))
+import faults  # noqa: E402
+import mutations  # noqa: E402
+
+FIRST_SEED = 1000  # of the mutants; those before belong to the quick test
+
+
+def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Jobs killed and resumed, alternately on either model."""
+    with jobs(folder) as (worker, undisturbed):
+        kinds = ["bloom", "llama"] * (count // 2)
+        found = faults.kill_at_random(worker, undisturbed, folder, random.Random(seed), kinds)
+    rows = [{"model": kind, "seconds": round(seconds, 3), "blocks_kept": kept} for kind, seconds, kept in found]
+    return {"killed": len(rows), "identical": len(rows), "with_blocks_to_go_on_behind": sum(
+        row["blocks_kept"] > 0 for row in rows), "jobs": rows}
+
+
+def power(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Power cuts, alternately on either model."""
+    moments, rows = random.Random(seed), []
+    with jobs(folder) as (worker, undisturbed):
+        for number in range(count):
+            kind = ("bloom", "llama")[number % 2]
+            seconds = moments.random() * undisturbed[kind][1]
+            place = folder / f"{number}"
+            place.mkdir()
+            finished, kept = faults.cut_and_resume(worker, kind, undisturbed, place, seconds)
+            rows.append({"model": kind, "seconds": round(seconds, 3), "finished": finished, "blocks_kept": kept})
+    return {"cut": count, "identical": count, "most_blocks_lost": max(row["finished"] - row["blocks_kept"]
+                                                                      for row in rows), "jobs": rows}
+
+
+def disk(folder: Path, _count: int, _seed: int) -> dict[str, Any]:
+    """Disks that fill up at every tenth of what a job needs."""
+    place, rows = folder / "disk", []
+    place.mkdir()
+    with jobs(folder) as (worker, undisturbed):
+        for tenths in range(1, 10):
+            if refusal := faults.mount(place, faults.NEEDED * tenths // 10):
+                sys.exit(refusal)
+            try:
+                kept = faults.fill_and_resume(worker, place, lambda size: faults.mount(place, size),
+                                              undisturbed["bloom"][0], tenths)
+            finally:
+                faults.unmount(place)
+            rows.append({"tenths": tenths, "blocks_kept": kept})
+    return {"bytes_needed": faults.NEEDED, "identical": len(rows), "jobs": rows}
+
+
+def mutants(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Mutated checkpoints: what came of them, by kind."""
+    bases, worker = mutations.bases(folder), mutations.Worker()
+    counts: collections.Counter[str] = collections.Counter()
+    first = FIRST_SEED + seed * count
+    for number in range(first, first + count):
+        outcome, said = worker(mutations.mutant(number, bases[number % len(bases)], folder / "mutant"))
+        if outcome == "failed":
+            sys.exit(f"seed {number}: {said}")
+        counts[outcome] += 1
+        if sum(counts.values()) % 1000 == 0:
+            print(dict(counts), flush=True)
+    worker.close()
+    return {"mutants": count, "refused": counts["refused"], "loaded": counts["valid"]}
+
+
+@contextmanager
+def jobs(folder: Path) -> Iterator[tuple[Any, dict[str, tuple[Path, float]]]]:
+    """A process for jobs, and what undisturbed ones have left."""
+    worker = faults.Worker(folder / "outcome.json")
+    try:
+        yield worker, faults.run_undisturbed(worker, folder)
+    finally:
+        worker.close()
+
+
+def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Figures added up, lists one behind the other; the most lost is the most of both."""
+    return {key: max(value, earlier[key]) if key.startswith("most_") else earlier[key] + value
+            for key, value in now.items()}
+
+
+PARTS: dict[str, tuple[Callable[[Path, int, int], dict[str, Any]], int]] = {
+    "kills": (kills, 50), "power": (power, 20), "disk": (disk, 9), "mutants": (mutants, 20_000)}
+
+
+def main() -> None:
+    """Run one part, and leave its record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--count", type=int, help="in place of the usual number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--add", action="store_true", help="to the record of runs with other seeds")
+    options = parser.parse_args()
+    act, usual = PARTS[options.part]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = act(Path(folder), usual if options.count is None else options.count, options.seed)
+    found |= {"seeds": [options.seed], "minutes": round((time.perf_counter() - began) / 60, 1)}
+    if options.add and (record := records.RESULTS / f"faults_{options.part}.json").exists():
+        found = joined(json.loads(record.read_text()), found)
+    print({key: value for key, value in found.items() if key != "jobs"})
+    print(records.write(f"faults_{options.part}", found))
+
+
+if __name__ == "__main__":
+    main()
