@@ -4,7 +4,8 @@
     python benchmarks/bench_quantize.py MODEL... --rows 32 --seq-len 512 --peer-python PYTHON
 
 PYTHON is the interpreter of an environment that has GPTQModel 7 installed. It gets the token ids that ours calibrates
-on, and is told of four processors where there are fewer, for it refuses to start on two. Each run is a process of its
+on, computes in float32 as ours does (its own choice, bfloat16, is slower on processors that have no instructions for
+it), and is told of four processors where there are fewer, for it refuses to start on two. Each run is a process of its
 own, in turns with the other's, `--repeats` times, and medians are quoted. Seconds go from the source directory to the
 written one, on both sides: importing Python packages is left out, loading the model and writing it are in, and in ours
 also the tokenizing, the checksums of the source, what is kept for a restart, and the reading back. The first run of
@@ -28,7 +29,7 @@ from make_model import make
 
 DEMO = records.ROOT / "examples" / "belle_tiny"
 RANDOM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 2816,
-          "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 4, "vocab_size": 3072,
+          "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 2, "vocab_size": 3072,
           "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
           "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
 PHASES = ("reading", "forwards", "hessians", "solving", "packing", "writing")
@@ -50,7 +51,8 @@ from gptqmodel import GPTQModel, QuantizeConfig
 source, out, rows = sys.argv[1:]
 examples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in json.load(open(rows))]
 at = [time.perf_counter()]
-model = GPTQModel.load(source, QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False), device="cpu")
+model = GPTQModel.load(source, QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False), device="cpu",
+                       dtype=torch.float32)
 dtype = str(next(model.model.parameters()).dtype)
 at.append(time.perf_counter())
 log = model.quantize(examples, batch_size=1)
@@ -138,6 +140,17 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return sorted(runs, key=seconds)[len(runs) // 2]
 
 
+def record_name(preset: str) -> str:
+    """Of the file below benchmarks/results."""
+    return "quantize" if preset == "fast" else f"quantize_{preset}"
+
+
+def models_so_far(options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run has measured."""
+    models: dict[str, Any] = json.loads((records.RESULTS / f"{record_name(options.preset)}.json").read_text())["models"]
+    return models
+
+
 def show(name: str, result: dict[str, Any]) -> None:
     """One model's lines of the table."""
     print(f"{name}: {result['seconds']:.1f} s (foretold {result['foretold_seconds']:.1f}) of which " + ", ".join(
@@ -155,9 +168,10 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-python", help="of an environment with GPTQModel")
+    parser.add_argument("--add", action="store_true", help="to the models that stand in the record")
     options = parser.parse_args()
     sys.argv = ["PYTHON" if word == options.peer_python else word for word in sys.argv]  # as the record tells it
-    found = {}
+    found = models_so_far(options) if options.add else {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         models = [path.resolve() for path in options.models] or [DEMO / "bloom", DEMO / "llama", random_model(scratch)]
@@ -167,10 +181,9 @@ def main() -> None:
         for source in models:
             found[source.name] = measure(source, options, scratch)
             show(source.name, found[source.name])
-    name = "quantize" if options.preset == "fast" else f"quantize_{options.preset}"
-    settings = {"preset": options.preset, "bits": 4, "group_size": 128, "rows": options.rows,
-                "seq_len": options.seq_len, "random": RANDOM}
-    print(records.write(name, settings | {"models": found}))
+    settings = {"bits": 4, "group_size": 128, "rows": options.rows, "seq_len": options.seq_len, "random": RANDOM}
+    print(records.write(record_name(options.preset), settings | {"models": found}))
+
 
 
 if __name__ == "__main__":

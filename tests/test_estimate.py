@@ -111,6 +111,14 @@ def test_time_is_foretold_from_one_block(tiny_model):
     assert many.tokens == 8 * few.tokens
 
 
+def test_linears_of_one_size_are_solved_once_and_counted_each(tiny_model, monkeypatch):
+    """What is counted and was not spent must not be missing from the time of the rows."""
+    monkeypatch.setattr("gptq_belle.quantization.estimate._seconds_of_solving", lambda *_: 100.0)
+    setup = set_up(tiny_model, QuantConfig(group_size=32), CALIBRATION, "cpu")
+    stages = setup.stream.count * len(setup.stream.arch.stages)
+    assert 100 * stages < estimate(setup).seconds < 101 * stages
+
+
 def test_spilled_activations_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("gptq_belle.quantization.estimate.anonymous_bytes", lambda: 256 << 20)  # which grows by itself
     config = QuantConfig(group_size=32)

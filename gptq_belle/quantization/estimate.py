@@ -89,7 +89,7 @@ def estimate(setup: Setup, limit: int | None = None) -> Estimate:
     output = output_bytes(setup)
     generations = (1 if setup.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
     disk = output + max(output, generations * memory.activations // 2)
-    return Estimate(_seconds(setup, disk), memory.floor if spill else memory.total, spill, disk, output,
+    return Estimate(_seconds(setup), memory.floor if spill else memory.total, spill, disk, output,
                     setup.stream.count, setup.stream.count * len(setup.stream.arch.linears),
                     0 if setup.tokens is None else setup.tokens.numel())
 
@@ -181,7 +181,7 @@ def linear_bytes(config: QuantConfig | None, n: int, k: int) -> int:
     return (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k
 
 
-def _seconds(setup: Setup, disk: int) -> float:
+def _seconds(setup: Setup) -> float:
     """One block's work on one batch, and what follows from it for all."""
     stream, hashed = setup.stream, _seconds_a_byte()
     block = stream.block(0)
@@ -190,20 +190,19 @@ def _seconds(setup: Setup, disk: int) -> float:
         batch = next(stream.embed(stream.batches(setup.tokens)[0]))
         stream.run(block, batch)  # the first run of anything takes longer
     rows_of = [] if batch is None else [Rows(batch), Rows(batch.flip(0))][:models]
-    stream.clock.restart()
-    began = time.perf_counter()
-    solving = 0.0
+    rows = solving = 0.0
     for stage in stream.arch.stages:
         if (own := setup.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
             continue
+        began = time.perf_counter()
         found = None if batch is None else _moments(setup, block, stage, rows_of)
+        rows += time.perf_counter() - began
         solving += _seconds_of_solving(own, block, stage, found)
-    rows = time.perf_counter() - began - solving
-    if batch is not None:
-        for states in rows_of:
-            with states.contexts.during(block, stream.arch) as turn:
-                stream.run(block, states.batches[0], turn)
-        rows = time.perf_counter() - began - solving
+    began = time.perf_counter()
+    for states in rows_of:
+        with states.contexts.during(block, stream.arch) as turn:
+            stream.run(block, states.batches[0], turn)
+    rows += time.perf_counter() - began
     stream.drop(block)
     batches = 0.0 if batch is None or setup.tokens is None else setup.tokens.numel() / math.prod(batch.shape[:2])
     written = 2 * output_bytes(setup) + models * stream.count * 4 * batches * math.prod(
