@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, VOCABULARY, packed_checkpoint
+from conftest import SENTENCES, VOCABULARY, packed_checkpoint, tiny_tokenizer
 from oracle_format import formula
 from oracle_legacy import old_weight, write_legacy
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from gptq_belle.checkpoint.decrypt import decrypt, encrypt
 from gptq_belle.checkpoint.inspect import inspect
 from gptq_belle.conversion.convert import convert
+from gptq_belle.conversion.report import lines
 from gptq_belle.conversion.zeros import write_zeros
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.runtime.engine import load
@@ -378,10 +379,39 @@ def published_tokenizer(folder):
         '"tokenizer_class": "LlamaTokenizer", "unk_token": ""}')  # byte for byte the published one
 
 
+WRONG_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}  # of LLaMA's first conversions
+RIGHT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+
+
+def published_ids(folder):
+    """Ids of special tokens as conversions of early 2023 state them."""
+    changed = config_of(folder) | WRONG_IDS | {"architectures": ["LLaMAForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(changed))
+    (folder / "generation_config.json").write_text(json.dumps(WRONG_IDS | {"_from_model_config": True}))
+
+
+def test_wrong_ids_of_special_tokens_are_mended_in_old_checkpoints_only(tiny_llama, tmp_path):
+    legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    assert convert(tmp_path / "old", tmp_path / "right").mended_ids == {}
+    published_ids(tmp_path / "old")
+    right = config_of(tiny_llama) | {"pad_token_id": tiny_tokenizer().pad_token_id}
+    found = convert(tmp_path / "old", tmp_path / "new")
+    assert found.mended_ids == {key: right[key] for key in WRONG_IDS}
+    assert any("eos_token_id 2" in value for _, value in lines(found))
+    for path in (tmp_path / "new" / "config.json", tmp_path / "new" / "generation_config.json"):
+        written = json.loads(path.read_text())
+        assert {key: written[key] for key in WRONG_IDS} == found.mended_ids
+    source = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    (source / "config.json").write_text(json.dumps(config_of(source) | {"eos_token_id": 1}))
+    assert convert(source, tmp_path / "kept").mended_ids == {}
+    assert config_of(tmp_path / "kept")["eos_token_id"] == 1
+
+
 def test_the_whole_old_road(tiny_llama, tmp_path):
     """A LLaMA .pt, published as BELLE did: encrypted with Meta's weights, decrypted, converted, answering."""
     state = legacy(tiny_llama, tmp_path / "plain", bits=4, group=32)
     published_tokenizer(tmp_path / "plain")
+    published_ids(tmp_path / "plain")
     key = tmp_path / "consolidated.00.pth"
     key.write_bytes(np.random.default_rng(0).bytes(100_000))
     encrypt(tmp_path / "plain", tmp_path / "enc", key)
@@ -396,6 +426,7 @@ def test_the_whole_old_road(tiny_llama, tmp_path):
     for name in packed_names(state):
         old.get_submodule(name).weight.data = torch.from_numpy(old_weight(state, name, 4, 32))
     expected = old.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:].tolist()
+    assert RIGHT_IDS.items() <= config_of(tmp_path / "new").items()
     model = load(tmp_path / "new", device="cpu")
     assert model.prompt_style == "llama"
     answer = model.generate("你好", prompt_style="auto", max_new_tokens=12)

@@ -8,6 +8,7 @@ import torch
 from conftest import packed_checkpoint
 
 import gptq_belle
+from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.runtime.chat import STYLES, chat_template
 
@@ -120,6 +121,18 @@ def test_a_question_is_wrapped_and_the_next_question_is_not_shown(model, monkeyp
 
 def test_eos_ends_the_answer_and_is_not_shown(model, monkeypatch):
     script = Scripted(model, monkeypatch, [*model.tokenizer.encode("好"), 2, 50])
+    assert model.generate("你好", max_new_tokens=9) == "好"
+    assert script.ids == [50]
+
+
+def test_the_tokenizers_eos_ends_the_answer_whatever_config_json_says(tiny_llama, tmp_path, monkeypatch):
+    """Conversions of early 2023 say 1 where the tokenizer has 2."""
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        stated = json.loads((path / name).read_text()) | {"eos_token_id": 1}
+        (path / name).write_text(json.dumps(stated))
+    model = gptq_belle.load(path, device="cpu")
+    script = Scripted(model, monkeypatch, [*load_tokenizer(path).encode("好"), 2, 50])
     assert model.generate("你好", max_new_tokens=9) == "好"
     assert script.ids == [50]
 

@@ -7,7 +7,7 @@ import torch
 from conftest import packed_checkpoint, tiny_tokenizer
 from safetensors.torch import load_file
 from test_loader import IDS, VARIANTS, edit, expected_logits, logits, name_of
-from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from gptq_belle import QuantConfig, hf_model, load, patch_transformers, quantize_checkpoint
@@ -65,6 +65,16 @@ def test_casting_the_model_is_refused_by_transformers(tiny_llama, tmp_path):
 def test_unquantized_models_load_as_ever(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+@pytest.mark.usefixtures("patched")
+def test_packed_models_of_other_architectures_are_refused_with_the_way_out(tmp_path):
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=99)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"no kernels for the architecture 'gpt2'(\n.*)*patch_transformers returned"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_undone_it_is_as_before():

@@ -14,6 +14,7 @@ from gptq_belle.errors import InputError
 from gptq_belle.runtime.chat import chat_template, detect_style
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, "vocab.json", TOKENIZER_CONFIG)
@@ -22,7 +23,7 @@ NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
                 "add_eos_token": False}
 AS_THEY_ARE = (TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt", "special_tokens_map.json",
-               "added_tokens.json", "generation_config.json", TEMPLATE)
+               "added_tokens.json", GENERATION, TEMPLATE)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

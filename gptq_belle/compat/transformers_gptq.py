@@ -24,6 +24,7 @@ from gptq_belle.checkpoint.quantization import (
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import prepare
+from gptq_belle.models.registry import ARCHITECTURES
 from gptq_belle.runtime.linear import QuantLinear
 from gptq_belle.runtime.loader import resolve_precision
 
@@ -35,8 +36,9 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 def patch_transformers() -> Callable[[], None]:
     """Make `from_pretrained` of transformers run GPTQ directories of the supported architectures on our kernels.
 
-    Neither optimum nor gptqmodel is needed then. On a CPU say ``dtype=torch.float32``: transformers keeps the file's
-    float16 otherwise. Calling this twice is the same as calling it once.
+    Neither optimum nor gptqmodel is needed then; GPTQ directories of other architectures are refused until it is
+    undone. On a CPU say ``dtype=torch.float32``: transformers keeps the file's float16 otherwise. Calling this twice is
+    the same as calling it once.
 
     Returns:
         a function that undoes it; models that were loaded stay as they are.
@@ -72,6 +74,9 @@ class PackedQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         if not files:
             raise InputError("transformers names no files to load packed weights from", "Load a model directory.")
+        if model.config.model_type not in ARCHITECTURES:
+            raise InputError(f"gptq_belle has no kernels for the architecture {model.config.model_type!r}",
+                             "Call the function that patch_transformers returned, and load it with optimum.")
         reader = CheckpointReader(Path(files[0]).parent)
         found = read_quantization(reader)
         if found is None:

@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.card import converted_card
-from gptq_belle.checkpoint.directory import copy_tokenizer, load_tokenizer, write_configuration
+from gptq_belle.checkpoint.directory import GENERATION, copy_tokenizer, load_tokenizer, write_configuration
 from gptq_belle.checkpoint.inspect import inspect
-from gptq_belle.checkpoint.legacy import Source, open_source, packed_linears, quantization_of
+from gptq_belle.checkpoint.legacy import STATE, Source, open_source, packed_linears, quantization_of
 from gptq_belle.checkpoint.packing import V1, V2
 from gptq_belle.checkpoint.quantization import Quantization, stated_quantization
+from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.conversion.report import Conversion
+from gptq_belle.conversion.token_ids import mended
 from gptq_belle.conversion.verify import largest_deviation
 from gptq_belle.conversion.zeros import Census, census, choose_format, read_zeros, repaired, write_zeros
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
@@ -78,8 +81,11 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
             progress(index + 1, total)
         writer.merge()
         model, settings = job.source.reader.config, _settings(job)
-        write_configuration(writer, model, settings, tied=job.report.tied)
+        if job.source.kind == STATE:
+            job.report.mended_ids = mended(model, tokenizer)
+        write_configuration(writer, model | job.report.mended_ids, settings, tied=job.report.tied)
         copy_tokenizer(writer, job.source.folder, tokenizer, model)
+        _mend_generation(job, writer, tokenizer)
         writer.write_text("README.md", converted_card(Path(source), model["model_type"], settings))
         _read_back(job, writer.files, lambda index: progress(job.stream.count + index, total))
         job.report.bytes_written = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
@@ -103,6 +109,12 @@ def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bo
         choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.behind, zeros.wrapped if repair else 0,
         tied=stream.tied(), bytes_read=source.reader.bytes_on_disk())
     return _Job(source, stream, packed, linears, zeros, repair, report)
+
+
+def _mend_generation(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = job.source.folder / GENERATION
+    if job.source.kind == STATE and path.is_file() and (changed := mended(stated := read_json(path), tokenizer)):
+        writer.write_json(GENERATION, stated | changed)
 
 
 def _is_act_order(source: Source, name: str) -> bool:
@@ -188,7 +200,7 @@ def _check_nothing_left(source: Source, stream: BlockStream, linears: dict[str, 
 
 def _settings(job: _Job) -> dict[str, Any]:
     """The quantization_config: what the source states, with what was found in the tensors put right."""
-    stated = stated_quantization(job.source.reader) if job.source.kind != "state dictionary" else None
+    stated = stated_quantization(job.source.reader) if job.source.kind != STATE else None
     report, before = job.report, (stated or {}).get("meta")
     kept = {key: value for key, value in (stated or {}).items() if key in ("damp_percent", "static_groups",
                                                                           "true_sequential")}

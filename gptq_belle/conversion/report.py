@@ -1,6 +1,6 @@
 """What a conversion found and wrote."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -18,6 +18,7 @@ class Conversion:
         repaired_zeros: how many were written as 0 instead.
         vanished_scales: scales too small for float16, written as 0.
         dropped_biases: biases of zeros of layers that have none.
+        mended_ids: ids of special tokens that config.json states otherwise than the tokenizer, as they were written.
         tied: the head is the embedding and was written once.
         deviation: largest difference of a dequantized weight, as a share of the largest weight of its linear.
         bytes_read, bytes_written: size of the weight files.
@@ -40,6 +41,7 @@ class Conversion:
     repaired_zeros: int
     vanished_scales: int = 0
     dropped_biases: int = 0
+    mended_ids: dict[str, int | None] = field(default_factory=dict)
     tied: bool = False
     deviation: float = 0.0
     bytes_read: int = 0
@@ -64,6 +66,9 @@ def lines(found: Conversion) -> list[tuple[str, str]]:
     ]
     if found.dropped_biases:
         rows.append(("biases", f"{found.dropped_biases} left out: zeros, of layers that have none"))
+    if found.mended_ids:
+        ids = ", ".join(f"{key} {value}" for key, value in found.mended_ids.items())
+        rows.append(("tokens", f"written as the tokenizer has them, config.json said otherwise: {ids}"))
     if found.vanished_scales:
         rows.append(("scales", f"{found.vanished_scales} too small for float16, written as 0"))
     if found.wrapped_zeros:

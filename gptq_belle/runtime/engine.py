@@ -71,12 +71,14 @@ class Model(Tokens):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The directory's tokenizer.
+        """The directory's tokenizer; its end of a sequence ends answers, too, whatever config.json says.
 
         Raises:
             InputError: it has none.
         """
-        return load_tokenizer(self.path)
+        found = load_tokenizer(self.path)
+        self.eos_ids |= {found.eos_token_id}
+        return found
 
     @cached_property
     def prompt_style(self) -> str:
