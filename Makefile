@@ -2,7 +2,8 @@
 # make test   sets up what is missing, then lints, checks types and runs the tests
 # make lint   the first half of it
 # make sanitize  runs the tests of the CPU kernels and of hostile files with address and undefined-behaviour sanitizers
-# make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in environments of their own under build/interop
+# make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in environments of their own under build/interop;
+#             GPTQ_BELLE_PEER_GPTQMODEL and GPTQ_BELLE_PEER_AUTOGPTQ name the python of ones that exist
 # make clean  removes the environment and everything that was built
 #
 # PYTHON names the interpreter that makes the environment (3.11 or newer). On Linux the default build of torch brings

@@ -273,5 +273,6 @@ def test_files_that_are_missing_or_cut_short(tiny_llama, tmp_path):
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="holds no adapter_model.safetensors or"):
         open_source(tiny_llama, adapter)
-    with pytest.raises(InputError, match="adapter_config.json is missing"):
-        open_source(tiny_llama, tiny_llama)
+    for path in (tiny_llama, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"adapter_config.json is missing\nGive the folder that peft saved"):
+            open_source(tiny_llama, path)

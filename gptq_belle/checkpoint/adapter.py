@@ -25,6 +25,7 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others ch
 BEYOND = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication",
           "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config",
           "monteclora_config", "kasa_config")
+SAVED = "Give the folder that peft saved."
 MERGE_BEFORE = "Merge the adapter with peft (merge_and_unload), save the model, and quantize that."
 
 
@@ -42,12 +43,14 @@ class Adapter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not (self.path / CONFIG).exists():
+            raise InputError(f"{self.path / CONFIG} is missing", SAVED)
         self.config = read_json(self.path / CONFIG)
         _check_kind(self.path, self.config)
         self._alpha, self._patterns = _alphas(self.path / CONFIG, self.config)
         found = [self.path / name for name in WEIGHTS if (self.path / name).is_file()]
         if not found:
-            raise InputError(f"{self.path} holds no {' or '.join(WEIGHTS)}", "Give the folder that peft saved.")
+            raise InputError(f"{self.path} holds no {' or '.join(WEIGHTS)}", SAVED)
         self.files = [self.path / CONFIG, found[0]]
         self._file = TensorFile(found[0]) if found[0].suffix == ".safetensors" else PickleFile(found[0])
         names = self._file.names()
