@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.decrypt import decrypt, encrypt
 from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.config import QuantConfig
 from gptq_belle.conversion.convert import convert
 from gptq_belle.conversion.report import lines
 from gptq_belle.conversion.zeros import write_zeros
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
+from gptq_belle.overrides import parse
+from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.runtime.engine import load
 from gptq_belle.runtime.loader import hf_model
 
@@ -326,6 +329,32 @@ def test_directories_of_others_there_and_back(tiny_model, tmp_path, how):
     assert not any(torch.equal(first[f"{name}.qzeros"], second[f"{name}.qzeros"]) for name in packed_names(first))
     assert torch.equal(hf_model(source, device="cpu")(IDS).logits, hf_model(tmp_path / "v2", device="cpu")(IDS).logits)
     assert config_of(tmp_path / "v1")["quantization_config"]["meta"]["quantizer"][0].startswith("gptq_belle:")
+
+
+def test_directories_of_mixed_bits_there_and_back(tiny_model, tmp_path):
+    """With linears of other bits and groups, and unquantized ones, by `dynamic`."""
+    rules = (parse("down_proj|dense_4h_to_h=bits:8,group_size:64"), parse("o_proj|self_attention.dense=skip"))
+    quantize_checkpoint(tiny_model, tmp_path / "mixed", QuantConfig(group_size=32, method="rtn", overrides=rules))
+    source = foreign(tmp_path / "mixed", "gptqmodel:7.0.0")
+    found = convert(source, tmp_path / "v2", checkpoint_format="gptq_v2")
+    assert (found.bits, found.group_size, found.mixed) == (4, 32, 2)  # one in each of two blocks
+    convert(tmp_path / "v2", tmp_path / "v1", checkpoint_format="gptq")
+    first, last = (load_file(path / "model.safetensors") for path in (source, tmp_path / "v1"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in first.items())
+    assert torch.equal(hf_model(source, device="cpu")(IDS).logits, hf_model(tmp_path / "v2", device="cpu")(IDS).logits)
+    dynamic = config_of(source)["quantization_config"]["dynamic"]
+    assert len(dynamic) == 2
+    assert config_of(tmp_path / "v1")["quantization_config"]["dynamic"] == dynamic
+
+
+def test_a_linear_that_is_packed_against_what_is_stated(tiny_llama, tmp_path):
+    source = packed_checkpoint(tiny_llama, tmp_path / "source")
+    config = config_of(source)
+    config["quantization_config"]["dynamic"] = {r"-:.*down_proj": {}}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="dynamic leaves .*down_proj unquantized, but it is packed"):
+        convert(source, tmp_path / "new")
 
 
 def test_a_bin_of_auto_gptq(tiny_model, tmp_path):

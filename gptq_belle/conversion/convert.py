@@ -16,7 +16,15 @@ from gptq_belle import __version__
 from gptq_belle.checkpoint.card import converted_card
 from gptq_belle.checkpoint.directory import GENERATION, copy_tokenizer, load_tokenizer, write_configuration
 from gptq_belle.checkpoint.inspect import inspect
-from gptq_belle.checkpoint.legacy import STATE, Source, open_source, packed_linears, quantization_of
+from gptq_belle.checkpoint.legacy import (
+    STATE,
+    Source,
+    group_index,
+    open_source,
+    own_quantization,
+    packed_linears,
+    quantization_of,
+)
 from gptq_belle.checkpoint.packing import V1, V2
 from gptq_belle.checkpoint.quantization import Quantization, stated_quantization
 from gptq_belle.checkpoint.reader import read_json
@@ -32,6 +40,9 @@ from gptq_belle.runtime.chat import choose_style
 from gptq_belle.runtime.loader import COMPUTED
 
 Progress = Callable[[int, int], None]
+
+
+KEPT = ("damp_percent", "static_groups", "true_sequential", "dynamic")  # of what the source states
 
 
 class _Job(NamedTuple):
@@ -101,12 +112,14 @@ def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bo
     linears = dict(packed_linears(source.reader, stream.model))
     _check_nothing_left(source, stream, linears)
     read = packed.checkpoint_format
-    zeros = census((read_zeros(source.reader.tensor(f"{name}.qzeros"), packed.bits, read) for name in linears),
-                   packed.bits)
+    own = {name: own_quantization(packed, name) for name in linears}
+    zeros = census((read_zeros(source.reader.tensor(f"{name}.qzeros"), each.bits, read), each.bits)
+                   for name, each in own.items())
     report = Conversion(
         path, out, source.kind, source.reader.config["model_type"], len(linears), packed.bits, packed.group_size,
         zeros.symmetric, any(_is_act_order(source, name) for name in linears), read,
         choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.behind, zeros.wrapped if repair else 0,
+        mixed=sum((each.bits, each.group_size) != (packed.bits, packed.group_size) for each in own.values()),
         tied=stream.tied(), bytes_read=source.reader.bytes_on_disk())
     return _Job(source, stream, packed, linears, zeros, repair, report)
 
@@ -150,7 +163,7 @@ def _block(job: _Job, index: int) -> dict[str, Tensor]:
 
 def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     """One packed linear: words of codes as they are, zero points in the format to be written, the rest in float16."""
-    reader, packed, report = job.source.reader, job.packed, job.report
+    reader, packed, report = job.source.reader, own_quantization(job.packed, name), job.report
     scales = reader.tensor(f"{name}.scales")
     half = job.stream.float16(f"{name}.scales", scales)
     report.vanished_scales += int(((half == 0) & (scales != 0)).sum())
@@ -172,22 +185,6 @@ def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def group_index(source: Source, packed: Quantization, name: str) -> Tensor:
-    """The group of each input (K,): as stored, else k // group size.
-
-    Raises:
-        InputError: it names groups that are not there.
-    """
-    groups = source.reader.shape(f"{name}.scales")[0]
-    if f"{name}.g_idx" not in source.reader:
-        inputs = source.reader.shape(f"{name}.qweight")[0] * 32 // packed.bits
-        return torch.arange(inputs) // (inputs if packed.group_size == -1 else packed.group_size)
-    g_idx = source.reader.tensor(f"{name}.g_idx")
-    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise InputError(f"{name}.g_idx names groups outside of 0..{groups - 1}", "The file is damaged.")
-    return g_idx
-
-
 def _check_nothing_left(source: Source, stream: BlockStream, linears: dict[str, nn.Linear]) -> None:
     parts = ("qweight", "qzeros", "scales", "g_idx", "bias")
     known = {f"{name}.{part}" for name in linears for part in parts} | {f"{HEAD}.weight"}
@@ -202,8 +199,7 @@ def _settings(job: _Job) -> dict[str, Any]:
     """The quantization_config: what the source states, with what was found in the tensors put right."""
     stated = stated_quantization(job.source.reader) if job.source.kind != STATE else None
     report, before = job.report, (stated or {}).get("meta")
-    kept = {key: value for key, value in (stated or {}).items() if key in ("damp_percent", "static_groups",
-                                                                          "true_sequential")}
+    kept = {key: value for key, value in (stated or {}).items() if key in KEPT}
     return kept | {
         "quant_method": "gptq", "bits": report.bits, "group_size": report.group_size, "desc_act": report.act_order,
         "sym": report.symmetric, "checkpoint_format": report.written_format, "format": report.written_format,

@@ -18,6 +18,7 @@ class Conversion:
         repaired_zeros: how many were written as 0 instead.
         vanished_scales: scales too small for float16, written as 0.
         dropped_biases: biases of zeros of layers that have none.
+        mixed: linears with other bits or groups than these.
         mended_ids: ids of special tokens that config.json states otherwise than the tokenizer, as they were written.
         tied: the head is the embedding and was written once.
         deviation: largest difference of a dequantized weight, as a share of the largest weight of its linear.
@@ -41,6 +42,7 @@ class Conversion:
     repaired_zeros: int
     vanished_scales: int = 0
     dropped_biases: int = 0
+    mixed: int = 0
     mended_ids: dict[str, int | None] = field(default_factory=dict)
     tied: bool = False
     deviation: float = 0.0
@@ -53,12 +55,13 @@ def lines(found: Conversion) -> list[tuple[str, str]]:
     """(name, value) pairs for reading."""
     group = "a whole row" if found.group_size == -1 else str(found.group_size)
     order = ", act-order" if found.act_order else ""
+    mixed = f"; {found.mixed} linears otherwise" if found.mixed else ""
     symmetric = "symmetric" if found.symmetric else "asymmetric"
     head = "tied" if found.tied else "of its own"
     rows = [
         ("source", f"{found.kind}, {found.bytes_read / 1e6:,.2f} MB"),
         ("model", f"{found.architecture}, {found.linears} packed linears, head {head}"),
-        ("weights", f"{found.bits} bits, group size {group}, {symmetric}{order}"),
+        ("weights", f"{found.bits} bits, group size {group}, {symmetric}{order}{mixed}"),
         ("format", f"{found.written_format}" + ("" if found.read_format == found.written_format
                                               else f", was {found.read_format}")),
         ("written", f"{found.bytes_written / 1e6:,.2f} MB in {found.seconds:.1f} s"),

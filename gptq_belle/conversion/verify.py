@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gptq_belle.checkpoint.legacy import own_quantization
 from gptq_belle.checkpoint.packing import QuantizedWeight, dequantize, unpack_rows
 from gptq_belle.checkpoint.quantization import Quantization, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
@@ -48,8 +49,9 @@ def largest_deviation(old: CheckpointReader, files: Path, packed: Quantization, 
 
 def _deviation(old: CheckpointReader, new: CheckpointReader, packed: Quantization, name: str, g_idx: Tensor,
                repair: bool) -> float:
-    ours = read_quantization(new)
-    assert ours is not None
+    stated = read_quantization(new)
+    assert stated is not None
+    ours, packed = own_quantization(stated, name), own_quantization(packed, name)
     words, scales = old.tensor(f"{name}.qweight"), old.tensor(f"{name}.scales").float()
     zeros = read_zeros(old.tensor(f"{name}.qzeros"), packed.bits, packed.checkpoint_format)
     zeros = repaired(zeros, packed.bits) if repair else zeros

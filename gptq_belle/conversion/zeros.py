@@ -36,10 +36,10 @@ def read_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     return true_zeros(unpack_rows(qzeros.t(), bits), checkpoint_format).t().contiguous()
 
 
-def census(zeros: Iterable[Tensor], bits: int) -> Census:
-    """Count over the zero points (G, N) of all linears."""
-    symmetric, lowest, wrapped, behind = True, 1 << bits, 0, 0
-    for each in zeros:
+def census(zeros: Iterable[tuple[Tensor, int]]) -> Census:
+    """Count over the zero points (G, N) of all linears, each with its bits."""
+    symmetric, lowest, wrapped, behind = True, 1 << 8, 0, 0
+    for each, bits in zeros:
         symmetric &= bool((each == 1 << (bits - 1)).all())
         lowest = min(lowest, int(each.min()))
         full = each == 1 << bits
