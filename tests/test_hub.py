@@ -26,7 +26,7 @@ def command(tmp_path):
                                     "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
         environment.pop("HF_HUB_CACHE", None)
         done = subprocess.run([sys.executable, "-m", "gptq_belle.cli", *map(str, args)], capture_output=True, text=True,
-                              env=environment, timeout=120)
+                              env=environment, timeout=300)
         return done.returncode, done.stdout, done.stderr
 
     return call
