@@ -1,7 +1,7 @@
 """GPTQModel, transformers with optimum, and AutoGPTQ read what we write with our logits, and we read what they write.
 
 Each runs in an environment of its own, on the demo models. The yardstick is rounding to float16, in which they compute:
-their logits may be three times as far from ours in float32 as ours in float16 are. `make interop` runs this and leaves
+their logits may be twice as far from ours in float32 as ours in float16 are. `make interop` runs this and leaves
 benchmarks/results/interop.json.
 """
 
@@ -37,7 +37,7 @@ OURS = {"4 bit": QuantConfig(), "8 bit": QuantConfig(bits=8), "act-order": Quant
 THEIRS = {name: {"bits": config.bits, "group_size": 128, "sym": config.sym, "desc_act": config.act_order}
           for name, config in OURS.items()}
 ARCHITECTURES = ("bloom", "llama")
-MOST = 3.0
+MOST = 2.0
 TODAY = datetime.date.today().isoformat()
 
 
