@@ -1,7 +1,8 @@
 """What every way of quantizing costs the demo models: KL, perplexity, exact match by class.
 
     python benchmarks/bench_quality.py            # both models, every test question; some minutes
-    python benchmarks/bench_quality.py --ladder --per-class 12    # what each idea of preset best adds; half an hour
+    python benchmarks/bench_quality.py --ladder --per-class 12    # what each idea of the presets adds; an hour
+    python benchmarks/bench_quality.py --ladder --per-class 12 --rungs max    # preset max alone; half an hour
     python benchmarks/tables.py                   # the tables of the READMEs, from the JSON this leaves
 
 Perplexity and KL are over examples/belle_tiny/data/heldout.jsonl, scores over data/test.jsonl, greedy, in float32.
@@ -84,10 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--per-class", type=int, help="only the first so many test questions of each class")
     parser.add_argument("--ladder", action="store_true", help="the ideas of preset best one by one instead")
+    parser.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=[], help="measure only these again")
     args = parser.parse_args()
     rows = read_rows(TINY / "data" / "test.jsonl", args.per_class)
     if args.ladder:
-        ladder.main({name: TINY / name for name in MODELS}, partial(measure, rows=rows), rows)
+        ladder.main({name: TINY / name for name in MODELS}, partial(measure, rows=rows), rows, args.rungs)
         return
     # A process a model, a thread each: operations of this size gain next to nothing from a second thread.
     with ProcessPoolExecutor(len(MODELS), initializer=torch.set_num_threads, initargs=(1,)) as pool:

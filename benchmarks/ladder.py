@@ -1,12 +1,16 @@
-"""What each idea of preset best adds, rung by rung: `bench_quality.py --ladder`.
+"""What each idea of the presets best and max adds, rung by rung: `bench_quality.py --ladder`.
 
 A rung has all ideas of the rungs below it. Spread is over seeds of the calibration rows, which choose other text.
 """
 
+import datetime
+import json
+import shlex
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +33,12 @@ RUNGS: dict[str, dict[str, Any]] = {
     "refine": {"without": ("targets", "veto")},
     "targets": {"without": ("veto",)},
     "best": {},
+    "max": {"preset": "max"},
 }
-ENDS = ("nearest", "fast", "best")  # at other bits than 4
+PLAN = (  # bits, rungs, seeds; tuning takes ten times as long as all the rest
+    (4, tuple(RUNGS)[:-1], SEEDS), (3, ("nearest", "fast", "best"), 2), (2, ("nearest", "fast", "best"), 2),
+    (8, ("nearest", "fast", "best"), 2), (4, ("max",), 2),
+)
 
 
 class Run(NamedTuple):
@@ -45,35 +53,46 @@ class Run(NamedTuple):
         return QuantConfig(bits=self.bits, **RUNGS[self.rung])
 
 
-def runs() -> Iterator[Run]:
-    """All of one model; rounding to nearest has no seed."""
-    for bits, rungs, seeds in ((4, tuple(RUNGS), SEEDS), (3, ENDS, 2), (2, ENDS, 2), (8, ENDS, 2)):
+def runs(only: Sequence[str]) -> Iterator[Run]:
+    """All of one model, or of some rungs only; rounding to nearest has no seed."""
+    for bits, rungs, seeds in PLAN:
         for seed in range(seeds):
-            yield from (Run(bits, rung, seed) for rung in rungs if rung != "nearest" or seed == 0)
+            yield from (Run(bits, rung, seed) for rung in rungs
+                        if (rung != "nearest" or seed == 0) and rung in (only or RUNGS))
 
 
-def climb(source: Path, measure: Callable[[Model, Model], dict[str, Any]]) -> list[dict[str, Any]]:
+def climb(source: Path, measure: Callable[[Model, Model], dict[str, Any]], only: Sequence[str]) -> list[dict[str, Any]]:
     """Figures of every run on one model, each printed as soon as it is there."""
     base, found = load(source), []
-    for run in runs():
-        with tempfile.TemporaryDirectory() as scratch:
-            began = time.perf_counter()
-            report = quantize_checkpoint(source, Path(scratch) / "out", run.config,
-                                         calibration=Calibration(rows=ROWS, seq_len=LENGTH, seed=run.seed))
-            seconds = time.perf_counter() - began
-            figures = measure(base, load(Path(scratch) / "out"))
-        del figures["classes"]
-        found.append({**run._asdict(), **figures, "seconds": seconds, "winners": report.winners})
-        print(f"{source.name} {run.bits} bit, seed {run.seed}, {run.rung:<17} KL {figures['kl']:.6f}  perplexity "
-              f"{figures['perplexity']:.4f}  exact {figures['exact']:.1f} %  {seconds:.0f} s", flush=True)
+    for run in runs(only):
+        found.append(run._asdict() | one(source, base, run, measure))
+        if run.rung == "max":  # last bits differ between processors, and what follows from them by a twentieth of KL
+            found[-1]["kl_of_best"] = one(source, base, run._replace(rung="best"), measure)["kl"]
+        print(f"{source.name} {run.bits} bit, seed {run.seed}, {run.rung:<17} " + "  ".join(
+            f"{name} {found[-1][name]:.6g}" for name in ("kl", "kl_of_best", "perplexity", "exact", "seconds")
+            if name in found[-1]), flush=True)
     return found
+
+
+def one(source: Path, base: Model, run: Run, measure: Callable[[Model, Model], dict[str, Any]]) -> dict[str, Any]:
+    """Quantize and measure."""
+    with tempfile.TemporaryDirectory() as scratch:
+        began = time.perf_counter()
+        report = quantize_checkpoint(source, Path(scratch) / "out", run.config,
+                                     calibration=Calibration(rows=ROWS, seq_len=LENGTH, seed=run.seed))
+        seconds = time.perf_counter() - began
+        figures = measure(base, load(Path(scratch) / "out"))
+    del figures["classes"]
+    return {**figures, "seconds": seconds, "winners": report.winners, "tuning": report.tuning}
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each bits and rung: means over the seeds, and the spread of KL between them."""
     fast = {(row["bits"], row["seed"]): row["kl"] for row in found if row["rung"] == "fast"}
     rows = []
-    for bits, rung in dict.fromkeys((row["bits"], row["rung"]) for row in found):
+    keys = {(row["bits"], row["rung"]) for row in found}
+    every = [(bits, rung) for bits in (4, 3, 2, 8) for rung in RUNGS if (bits, rung) in keys]
+    for bits, rung in every:
         some = [row for row in found if (row["bits"], row["rung"]) == (bits, rung)]
         kls = [row["kl"] for row in some]
         shares = [row["kl"] / fast[bits, row["seed"]] for row in some]
@@ -85,11 +104,30 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(models: dict[str, Path], measure: Callable[[Model, Model], dict[str, Any]], rows: list[Row]) -> None:
-    """Both models side by side, and the record."""
+def main(models: dict[str, Path], measure: Callable[[Model, Model], dict[str, Any]], rows: list[Row],
+         only: Sequence[str]) -> None:
+    """Both models side by side, and the record; where it is some rungs only, those of the record are replaced."""
     with ProcessPoolExecutor(len(models), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = dict(zip(models, pool.map(climb, models.values(), [measure] * len(models)), strict=True))
+        found = dict(zip(models, pool.map(climb, models.values(), [measure] * len(models), [only] * len(models)),
+                         strict=True))
+    if only:
+        print(_replaced(found, only))
+        return
     settings = {"group_size": 128, "calibration": f"builtin, {ROWS} rows of {LENGTH} tokens", "questions": len(rows)}
     print(records.write("belle_tiny_ladder", {
         "settings": settings, "models": {name: {"summary": summary(runs), "runs": runs}
                                          for name, runs in found.items()}}))
+
+
+def _replaced(found: dict[str, list[dict[str, Any]]], only: Sequence[str]) -> Path:
+    """Put runs in the place of the record's of the same rungs; it says when and how they were made."""
+    path = records.RESULTS / "belle_tiny_ladder.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name, new in found.items():
+        kept = [row for row in record["models"][name]["runs"] if row["rung"] not in only]
+        record["models"][name] = {"summary": summary(kept + new), "runs": kept + new}
+    record.setdefault("later", []).append({
+        "rungs": list(only), "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/bench_quality.py", *sys.argv[1:]])})
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path

@@ -23,10 +23,11 @@ VARIANTS_ZH = {"full precision": "全精度", "8 bit GPTQ": "8 位 GPTQ", "4 bit
                "4 bit nearest": "4 位就近舍入", "3 bit GPTQ": "3 位 GPTQ", "3 bit nearest": "3 位就近舍入"}
 RUNGS = {"nearest": "rounding to nearest", "fast": "plain GPTQ (`fast`)", "order": "active inputs first",
          "search, positive": "+ scale search, positive", "search, signed": "+ both signs",
-         "refine": "+ refit and descent", "targets": "+ full-precision targets", "best": "+ held-out veto (`best`)"}
+         "refine": "+ refit and descent", "targets": "+ full-precision targets", "best": "+ held-out veto (`best`)",
+         "max": "+ end-to-end tuning (`max`)"}
 RUNGS_ZH = {"nearest": "就近舍入", "fast": "普通 GPTQ（`fast`）", "order": "先求解活跃输入",
             "search, positive": "+ 缩放搜索，只取正", "search, signed": "+ 正负都搜", "refine": "+ 重拟合与坐标下降",
-            "targets": "+ 以全精度输出为目标", "best": "+ 留出行裁决（`best`）"}
+            "targets": "+ 以全精度输出为目标", "best": "+ 留出行裁决（`best`）", "max": "+ 端到端微调（`max`）"}
 STACKS_ZH = {"4 bit exact": "4 位 exact", "4 bit fast": "4 位 fast", "8 bit exact": "8 位 exact",
              "dense bfloat16": "bfloat16 全矩阵", "llama.cpp Q4_0": "llama.cpp Q4_0（整词）"}
 CLASSES_ZH = {"open_qa": "开放问答", "closed_qa": "阅读问答", "extract": "信息抽取", "classification": "分类",

@@ -68,7 +68,8 @@ class QuantConfig:
         act_order: solve columns by falling Hessian diagonal; groups follow that order (``desc_act`` on disk).
         damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
         method: "gptq", or "rtn" for rounding to nearest without calibration.
-        preset: "best", or "fast" for plain GPTQ (see `quantization.recipe.RECIPES`).
+        preset: "best", "fast" for plain GPTQ, or "max", which also tunes the whole model (see
+            `quantization.recipe.RECIPES`).
         without: ideas of the preset that are switched off (see `quantization.recipe.IDEAS`).
         positive_scales: for readers that cannot take negative ones; costs a little quality.
         head_bits: 16 leaves embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the

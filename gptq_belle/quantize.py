@@ -33,9 +33,10 @@ def command(
     act_order: Annotated[bool, typer.Option("--act-order", help="Solve the most active inputs first.")] = False,
     damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian's mean diagonal.")] = 0.01,
     method: Annotated[str, typer.Option(help="gptq, or rtn: rounding without calibration.")] = "gptq",
-    preset: Annotated[str, typer.Option(help="best, or fast: plain GPTQ.")] = "best",
+    preset: Annotated[str, typer.Option(help="fast: plain GPTQ; best; or max: also tunes the whole model, which takes "
+                                         "the memory for all of it.")] = "best",
     without: Annotated[str, typer.Option(metavar="IDEA,...", help="Ideas of the preset to switch off: search, order, "
-                                         "refine, targets, veto.")] = "",
+                                         "refine, targets, veto, tuning.")] = "",
     positive_scales: Annotated[bool, typer.Option("--positive-scales", help="For readers that cannot take negative "
                                                   "scales; a little less quality.")] = False,
     override: Annotated[list[str] | None, typer.Option(
@@ -80,6 +81,7 @@ def command(
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.progress import ConsoleProgress
+    from gptq_belle.quantization.report import tuning_in_words
     from gptq_belle.quantization.setup import set_up
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
@@ -100,6 +102,8 @@ def command(
                 f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
     if report.winners:
         console.say("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
+    if report.tuning is not None:
+        console.say(f"tuning: {tuning_in_words(report.tuning)}")
 
 
 def _show_choice(choice: dict[str, Any]) -> None:

@@ -94,6 +94,11 @@ class CheckpointWriter:
         """Put one tensor on disk that is too large for memory and comes in pieces of some rows each."""
         return write_rows(self.parts / part, name, shape, rows, dtype)
 
+    def written(self) -> dict[str, TensorFile]:
+        """Every tensor of the parts by its name, and the part that holds it."""
+        files = [TensorFile(file) for file in sorted(self.parts.iterdir())]
+        return {name: file for file in files for name in file.names()}
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """One JSON file of the directory."""
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -152,7 +157,10 @@ def check_output(out: Path) -> None:
 
 
 def _entries(parts: Path) -> list[_Entry]:
-    return [_Entry(name, file, at) for file in sorted(parts.iterdir()) for name, at in TensorFile(file).entries.items()]
+    """In the order of the parts' names; what two of them hold is the later one's."""
+    found = {name: _Entry(name, file, at) for file in sorted(parts.iterdir())
+             for name, at in TensorFile(file).entries.items()}
+    return list(found.values())
 
 
 def _size(entry: _Entry) -> int:

@@ -19,6 +19,8 @@ from gptq_belle.quantization.contexts import Rows
 from gptq_belle.quantization.moments import Moments, Originals, moments
 from gptq_belle.quantization.setup import Setup
 from gptq_belle.quantization.solver import factorize, round_to_nearest
+from gptq_belle.quantization.tuning_cost import check_memory, tuning_seconds
+from gptq_belle.quantization.tuning_rows import scratch_bytes
 
 LIBRARIES = 32 << 20  # bytes that torch's and MKL's own buffers grow to during a job
 HIDDEN_ATTENTION, HIDDEN_MLP = 10, 3  # hidden states alive at a time in either half of a block, as measured
@@ -83,13 +85,14 @@ def estimate(setup: Setup, limit: int | None = None) -> Estimate:
         setup: the job.
         limit: see `spills`.
     Raises:
-        HardwareError: see `spills`.
+        HardwareError: see `spills` and `tuning_cost.check_memory`.
     """
     memory, spill = memory_needed(setup), spills(setup, limit)
     output = output_bytes(setup)
     generations = (1 if setup.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
-    disk = output + max(output, generations * memory.activations // 2)
-    return Estimate(_seconds(setup), memory.floor if spill else memory.total, spill, disk, output,
+    tuning = check_memory(setup, limit) if setup.config.recipe.steps else 0
+    disk = output + max(output, generations * memory.activations // 2, scratch_bytes(setup) if tuning else 0)
+    return Estimate(_seconds(setup), max(memory.floor if spill else memory.total, tuning), spill, disk, output,
                     setup.stream.count, setup.stream.count * len(setup.stream.arch.linears),
                     0 if setup.tokens is None else setup.tokens.numel())
 
@@ -203,11 +206,12 @@ def _seconds(setup: Setup) -> float:
         with states.contexts.during(block, stream.arch) as turn:
             stream.run(block, states.batches[0], turn)
     rows += time.perf_counter() - began
+    tuning = tuning_seconds(setup, block) if setup.config.recipe.steps else 0.0
     stream.drop(block)
     batches = 0.0 if batch is None or setup.tokens is None else setup.tokens.numel() / math.prod(batch.shape[:2])
     written = 2 * output_bytes(setup) + models * stream.count * 4 * batches * math.prod(
         batch.shape if batch is not None else ())
-    return stream.count * (solving + batches * rows) + hashed * (2 * stream.reader.bytes_on_disk() + written)
+    return tuning + stream.count * (solving + batches * rows) + hashed * (2 * stream.reader.bytes_on_disk() + written)
 
 
 def _moments(setup: Setup, block: torch.nn.Module, stage: tuple[str, ...], rows: Sequence[Rows]) -> Moments:

@@ -21,9 +21,10 @@ from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.tensor_file import TensorFile, write_tensors
 from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.quantization.report import LinearReport
+from gptq_belle.quantization.savepoint import PREFIX
 
 JOB = "job.json"
-VERSION = 2
+VERSION = 3
 QUANTIZED, FULL = "hidden", "full"  # the models whose activations are kept
 
 
@@ -167,7 +168,8 @@ class Journal:
         named = {name for record in self.records for name in record.files}
         for folder in (self.folder, self.partial / "parts"):
             for file in folder.iterdir() if folder.is_dir() else ():
-                if file.name not in known and f"{folder.name}/{file.name}" not in named:
+                ours = file.name in known or f"{folder.name}/{file.name}" in named
+                if not ours and not (self.records and file.name.startswith(PREFIX)):
                     file.unlink()
 
 

@@ -18,6 +18,7 @@ from gptq_belle.quantization.activations import Streams
 from gptq_belle.quantization.auto_bits import choose, stages_and_room
 from gptq_belle.quantization.block import BlockJob
 from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.distill import distill
 from gptq_belle.quantization.estimate import spills
 from gptq_belle.quantization.fingerprint import differences, environment, fingerprint
 from gptq_belle.quantization.journal import Journal
@@ -27,6 +28,7 @@ from gptq_belle.quantization.report import Report
 from gptq_belle.quantization.rest import write_rest
 from gptq_belle.quantization.setup import Setup, set_up
 from gptq_belle.quantization.threads import threads
+from gptq_belle.quantization.tuning_cost import check_memory
 
 PROBE_TOKENS = 64  # of the row that is run through the first block before and after writing
 
@@ -71,6 +73,8 @@ def quantize_checkpoint(
     if setup.config.auto_bits is not None:
         stages_and_room(setup)  # refuses a budget that cannot be kept
     steady_heap()
+    if setup.config.recipe.steps:
+        check_memory(setup, memory)
     spill = spills(setup, memory)
     report = Report(str(source), setup.config, setup.calibration, versions=_versions())
     if lora is not None:
@@ -83,12 +87,14 @@ def quantize_checkpoint(
             writer.keep |= report.choice is not None  # what was measured is worth as much as a block
             probe = _quantize_blocks(setup, writer, journal, setup.streams(writer.partial, spill=spill), peak,
                                      progress)
+            stream, expected = setup.stream, journal.tensors(PROBED_BLOCK)
+            if setup.config.recipe.steps:
+                report.tuning, expected = distill(setup, writer, journal, probe, progress)
             progress.phase("writing")
-            stream = setup.stream
             write_small_files(writer, stream.reader, setup.config, setup.tokenizer, tied=stream.tied())
             writer.merge()
             progress.phase("reading back")
-            report.readback_error = probe.compare(writer.files, stream, journal.tensors(PROBED_BLOCK))
+            report.readback_error = probe.compare(writer.files, stream, expected)
         _complete(report, journal, writer, peak, time.perf_counter() - began)
         writer.publish()
     return report

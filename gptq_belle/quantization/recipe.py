@@ -16,6 +16,7 @@ class Recipe:
         alpha: how far targets move towards the full-precision model's outputs, 0 .. 1 (`targets.full_targets`).
         held_out: every so manieth calibration row is seen by no Hessian, and decides between solutions
             (`candidates.best_of`); 0 where there is nothing to decide.
+        steps: of tuning the whole model behind its last block (`distill.distill`), at most.
     """
 
     search: bool = False
@@ -23,11 +24,14 @@ class Recipe:
     sweeps: int = 0
     alpha: float = 0.0
     held_out: int = 0
+    steps: int = 0
 
 
+_BEST = Recipe(search=True, static_order=True, sweeps=2, alpha=0.5, held_out=16)
 RECIPES = {
     "fast": Recipe(),
-    "best": Recipe(search=True, static_order=True, sweeps=2, alpha=0.5, held_out=16),
+    "best": _BEST,
+    "max": replace(_BEST, steps=100),
 }
 IDEAS: dict[str, dict[str, Any]] = {  # what is set where an idea is switched off
     "search": {"search": False},
@@ -35,6 +39,7 @@ IDEAS: dict[str, dict[str, Any]] = {  # what is set where an idea is switched of
     "refine": {"sweeps": 0},
     "targets": {"alpha": 0.0},
     "veto": {"held_out": 0},
+    "tuning": {"steps": 0},
 }
 
 

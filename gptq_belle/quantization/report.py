@@ -1,6 +1,7 @@
 """What a quantization job did, as it stands in quantization_report.json."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,6 +50,8 @@ class Report:
         phases: seconds of every block by what they went into; "total" is all of the block.
         choice: of bits a stage, with what 4 bits were measured to cost it (see `auto_bits.choose`); None where the
             settings say all.
+        tuning: steps of end-to-end tuning, the best one, and the held-out rows' KL at every look (see `tuning.Tuned`);
+            None where the recipe has none.
         notes: what went otherwise than planned, such as a block that fell back to the CPU.
         resumed: the first block of this run, where it went on with an earlier one; else empty.
         seconds: working time of the job, without blocks that were begun and not finished.
@@ -65,6 +68,7 @@ class Report:
     choice: dict[str, Any] | None = None
     linears: list[LinearReport] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
+    tuning: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -93,3 +97,13 @@ class Report:
         """The report as JSON-ready values."""
         return {**asdict(self), "mean_error": self.mean_error, "average_bits": self.average_bits,
                 "winners": self.winners}
+
+
+def tuning_in_words(tuning: Mapping[str, Any]) -> str:
+    """What end-to-end tuning did (see `quantization.tuning.Tuned`), in one line; "" where the record is no such."""
+    try:
+        kl = {int(step): float(value) for step, value in tuning["kl"].items()}
+        return (f"{tuning['steps']} steps; held-out KL {kl[0]:.6f} before, {kl[tuning['best']]:.6f} behind step "
+                f"{tuning['best']}, which is in the file")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gptq_belle.checkpoint.packing import dequantize
 from gptq_belle.config import QuantConfig
-from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import assign
 from gptq_belle.quantization.hessian import HessianSum
 from gptq_belle.quantization.setup import Setup
@@ -115,15 +114,17 @@ def _batch(stream: BlockStream, states: Tensor) -> int:
 
 def _divergences(stream: BlockStream, versions: Tensor) -> list[float]:
     """KL of each version's predictions to the first one's, with some rows of the head in memory at a time."""
-    _normalize(stream, versions)
+    with stream.behind() as normalize:
+        for version in versions:
+            version.copy_(normalize(version))
     states = versions.flatten(1, 2)
     full, *others = states.to(stream.device) if stream.device.type == "cuda" else states
     clean = torch.full((len(full),), -torch.inf, device=full.device)
-    for head in _head(stream):
+    for head in stream.head():
         clean = torch.logaddexp(clean, (full @ head.t()).logsumexp(1))
     cross = torch.zeros(len(others), len(full), dtype=torch.float64)
     norms = torch.full((len(others), len(full)), -torch.inf, dtype=torch.float64)
-    for head in _head(stream):
+    for head in stream.head():
         logits = full @ head.t()
         chances = (logits - clean[:, None]).exp()
         for place, other in enumerate(others):
@@ -131,22 +132,3 @@ def _divergences(stream: BlockStream, versions: Tensor) -> list[float]:
             cross[place] += ((logits - theirs) * chances).sum(1, dtype=torch.float64).cpu()
             norms[place] = torch.logaddexp(norms[place], theirs.logsumexp(1).double().cpu())
     return [max(0.0, value) for value in (cross + norms - clean.double().cpu()).mean(1).tolist()]
-
-
-def _normalize(stream: BlockStream, versions: Tensor) -> None:
-    """Run what comes behind the last block, in place."""
-    for root in stream.arch.after:
-        module = stream.model.get_submodule(root)
-        for name, _ in list(module.named_parameters()):
-            full_name = f"{root}.{name}"
-            tensor = stream.float16(full_name, stream.reader.tensor(full_name))
-            assign(module, name, tensor.to(stream.device, torch.float32))
-        for version in versions:
-            version.copy_(module(version.to(stream.device)))
-        module.to("meta")
-
-
-def _head(stream: BlockStream) -> Iterator[Tensor]:
-    name = f"{stream.arch.before[0]}.weight" if stream.tied() else f"{HEAD}.weight"
-    for chunk in stream.reader.chunks(name):
-        yield stream.float16(name, chunk).to(stream.device, torch.float32)

@@ -10,7 +10,7 @@ from gptq_belle.checkpoint.durable import stamp_of
 from gptq_belle.checkpoint.inspect import Inspection, inspect
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.report import REPORT
+from gptq_belle.quantization.report import REPORT, tuning_in_words
 from gptq_belle.reporting.evaluations import Results
 
 BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
@@ -108,6 +108,11 @@ def settings(variant: Variant) -> dict[str, str]:
     notes = record.get("notes")
     if isinstance(notes, list) and notes:
         rows["notes"] = "; ".join(map(str, notes))
+    winners, tuning = record.get("winners"), record.get("tuning")
+    if isinstance(winners, dict) and winners:
+        rows["held-out rows chose"] = ", ".join(f"{name}: {count}" for name, count in winners.items())
+    if isinstance(tuning, dict):
+        rows["tuning"] = tuning_in_words(tuning)
     return rows | {f"sha256 {name}": digest for name, digest in variant.hashes.items()}
 
 

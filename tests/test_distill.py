@@ -1,0 +1,208 @@
+"""End-to-end tuning: gradients against dense algebra, only what may change changes, and a job that cannot be lost."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import job_output, random_quantized
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
+from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.quantization import tuning
+from gptq_belle.quantization.changes import Changes
+from gptq_belle.quantization.estimate import estimate
+from gptq_belle.quantization.recipe import RECIPES
+from gptq_belle.quantization.savepoint import Savepoint
+from gptq_belle.quantization.setup import set_up
+from gptq_belle.quantization.student import Student
+from gptq_belle.quantization.tunable import TunableLinear
+from gptq_belle.quantization.tuning import Tuned, Tuning, divergence, learn
+from gptq_belle.quantization.tuning_rows import Rows, cut
+
+CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    monkeypatch.setitem(RECIPES, "max", replace(RECIPES["max"], steps=20))
+    monkeypatch.setattr(tuning, "PATIENCE", 2)
+
+
+def config(preset="max", **settings):
+    return QuantConfig(group_size=32, preset=preset, **settings)
+
+
+def job(source, out, preset="max", **settings):
+    return quantize_checkpoint(source, out, config(preset, **settings), calibration=CALIBRATION)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("sym", "act_order"), [(True, False), (False, False), (True, True), (False, True)])
+def test_gradients_are_those_of_the_dense_weight(bits, sym, act_order):
+    weight = random_quantized(torch.randn(64, 96), bits, 32, sym=sym, act_order=act_order)
+    weight.scales[::3] *= -1
+    linear = TunableLinear(weight, torch.nn.Parameter(torch.randn(64)))
+    x = torch.randn(2, 5, 96, requires_grad=True)
+    aim = torch.randn(2, 5, 64)
+    (linear(x) * aim).sum().backward()
+
+    scales = weight.scales.double().requires_grad_()
+    own = x.detach().double().requires_grad_()
+    groups = weight.g_idx.long()
+    dense = scales[:, groups] * (weight.codes.double() - weight.zeros.double()[:, groups])
+    (torch.einsum("btk,nk->btn", own, dense) * aim).sum().backward()
+    torch.testing.assert_close(x.grad.double(), own.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.scales.grad.double(), scales.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(linear.bias.grad, aim.sum((0, 1)))
+
+
+def test_the_divergence_and_its_gradient_by_chunks_are_those_of_the_whole():
+    head, aims = torch.randn(50, 16), torch.randn(3, 100, 16)
+    layer = torch.nn.Linear(16, 16)
+
+    class Whole(Student):
+        def run(self, states):
+            return layer(states)
+
+    states = torch.randn(3, 100, 16)
+    learn(Whole(None, [], [], {}), head, states, aims)
+    found = layer.weight.grad.clone()
+    layer.zero_grad()
+    own = (layer(states) @ head.t()).double().log_softmax(-1).flatten(0, 1)
+    loss = F.kl_div(own, (aims @ head.t()).double().log_softmax(-1).flatten(0, 1), reduction="batchmean",
+                    log_target=True)
+    loss.backward()
+    torch.testing.assert_close(found, layer.weight.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        total = divergence(head, layer(states).flatten(0, 1), aims.flatten(0, 1)) / 300
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_changes_are_shares_of_scales_and_of_the_mean_square_of_vectors():
+    scales, vector = torch.nn.Parameter(torch.tensor([[0.5, -4.0]])), torch.nn.Parameter(torch.tensor([0.0, 2.0]))
+    changes = Changes([scales, vector])
+    scales.grad, vector.grad = torch.tensor([[1.0, 1.0]]), torch.tensor([1.0, 1.0])
+    changes.collect()
+    torch.testing.assert_close(changes.vector.grad, torch.tensor([0.5, 4.0, 2**0.5, 2**0.5]))
+    changes.apply(torch.tensor([0.1, 0.1, 0.1, -0.1]))
+    expected = torch.tensor([0.55, -3.6, 0.1 * 2**0.5, 2 - 0.1 * 2**0.5]).half().float()
+    torch.testing.assert_close(torch.cat([scales[0], vector]).detach(), expected, rtol=0, atol=0)
+
+
+def test_every_row_comes_once_before_any_comes_again():
+    states = torch.arange(12.0).view(12, 1, 1).expand(12, 8, 4)
+    rows = Rows(states, -states, seed=3)
+    seen = [int(state) for step in range(6) for state in rows.batch(step, 32)[0][:, 0, 0]]
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+    assert seen[:12] != seen[12:]
+    assert torch.equal(rows.batch(2, 32)[1], -rows.batch(2, 32)[0])
+
+
+def test_rows_to_stop_by_come_from_the_end():
+    learnt, held = cut(torch.arange(64 * 256).view(64, 256))
+    assert len(learnt) == 60
+    assert len(held) == 4
+    assert int(held[-1, -1]) == 64 * 256 - 1
+    assert not set(learnt.flatten().tolist()) & set(held.flatten().tolist())
+    with pytest.raises(UsageError, match="two rows"):
+        cut(torch.zeros(1, 300, dtype=torch.int64))
+
+
+def test_codes_stay_and_the_held_out_rows_gain(tiny_model, tmp_path):
+    best, most = tmp_path / "best", tmp_path / "max"
+    job(tiny_model, best, "best")
+    report = job(tiny_model, most)
+    before, after = load_file(best / "model.safetensors"), load_file(most / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert "scales" in changed
+    assert changed <= {"scales", "bias", "weight"}
+    assert all(tensor.ndim == 1 for name, tensor in after.items()
+               if name.endswith("weight") and not torch.equal(tensor, before[name]))
+    told = report.tuning
+    assert told["kl"][told["best"]] == min(told["kl"].values()) < told["kl"][0]
+    assert json.loads((most / "quantization_report.json").read_text())["tuning"]["best"] == told["best"]
+    setup = set_up(tiny_model, config(), CALIBRATION, "cpu")
+    held = cut(setup.tokens)[1]
+    full, own = (load(path, head_bits=16).logits(held).double().log_softmax(-1) for path in (tiny_model, most))
+    measured = float(((full - own) * full.exp()).sum(-1).mean())
+    assert measured == pytest.approx(told["kl"][told["best"]], rel=0.02)  # the source is in float16 there, too
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_tuning_ends_bit_for_bit_where_it_would_have(tiny_model, tmp_path, monkeypatch):
+    whole, cut_off = tmp_path / "whole", tmp_path / "cut"
+    job(tiny_model, whole)
+    step = Tuning._step
+    taken = []
+
+    def interrupted(self, number):
+        taken.append(number)
+        if number == 13:
+            raise Interrupted
+        step(self, number)
+
+    monkeypatch.setattr(Tuning, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        job(tiny_model, cut_off)
+    monkeypatch.setattr(Tuning, "_step", lambda self, number: (taken.append(number), step(self, number)))
+    report = job(tiny_model, cut_off)
+    assert taken[:15] == [*range(14), 10]  # on behind the last look
+    assert report.resumed == [len(report.phases)]
+    assert job_output(cut_off)[0] == job_output(whole)[0]
+
+
+def test_tuning_that_gains_nothing_stops_and_leaves_what_was_solved(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "RATE", 1.0)
+    best, most = tmp_path / "best", tmp_path / "max"
+    job(tiny_llama, best, "best")
+    told = job(tiny_llama, most).tuning
+    assert told["best"] == 0
+    assert told["steps"] == tuning.EVERY * tuning.PATIENCE
+    before, after = load_file(best / "model.safetensors"), load_file(most / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_what_a_look_means():
+    told = Tuned()
+    assert told.look(0, 1.0)
+    assert told.look(10, 0.5)
+    assert not told.look(20, 0.5)
+    assert not told.over
+    assert not any(told.look(step, 0.6) for step in (30,))
+    assert told.over
+    assert told.best == 10
+
+
+def test_a_model_too_large_to_be_tuned_is_refused_with_what_it_needs(tiny_model, tmp_path):
+    setup = set_up(tiny_model, config(), CALIBRATION, "cpu")
+    needed = estimate(setup).memory
+    with pytest.raises(HardwareError, match=r"tuning this model as a whole takes [\d,]+ MiB, [\d,]+ MiB are allowed"):
+        quantize_checkpoint(tiny_model, tmp_path / "out", config(), calibration=CALIBRATION, memory=needed // 4)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_tuning_switched_off_is_best(tiny_llama, tmp_path):
+    job(tiny_llama, tmp_path / "best", "best")
+    report = job(tiny_llama, tmp_path / "max", without=("tuning",))
+    assert report.tuning is None
+    assert (tmp_path / "max/model.safetensors").read_bytes() == (tmp_path / "best/model.safetensors").read_bytes()
+
+
+def test_a_savepoint_of_another_job_or_a_damaged_one_counts_for_nothing(tmp_path):
+    saved = Savepoint(tmp_path, [1, "a"])
+    saved.save(3, {"x": 1}, {"t": torch.ones(2)})
+    saved.save(7, {"x": 2}, {"t": torch.zeros(2)})
+    found = Savepoint(tmp_path, [1, "a"]).load()
+    assert (found.step, found.state, found.tensors["t"].tolist()) == (7, {"x": 2}, [0.0, 0.0])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert Savepoint(tmp_path, [2, "a"]).load() is None
+    file = next(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert saved.load() is None
