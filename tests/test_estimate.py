@@ -75,7 +75,7 @@ def test_memory_is_foretold(kind, hidden, rows, length, tmp_path):
 def test_a_model_several_times_larger_than_the_allowed_memory(kind, tmp_path):
     source = random_model(kind, tmp_path / "source", hidden=2048, inner=2048, blocks=40 if kind == "llama" else 34)
     weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    limit = 672 << 20 if kind == "llama" else 1100 << 20
+    limit = (744 if kind == "llama" else 1200) << 20
     options = ["--rows", "8", "--seq-len", "256", "--memory", f"{limit >> 20}MiB"]
     foretold = command(source, tmp_path / "out", *options, "--dry-run")
     report = command(source, tmp_path / "out", *options)

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from gptq_belle.checkpoint.inspect import inspect
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
+from gptq_belle.quantization.activations import Activations
 from gptq_belle.runtime.loader import hf_model
 
 PIECE = 1000
@@ -198,6 +201,33 @@ def test_pickles_execute_nothing(model, tmp_path, zipped):
     with pytest.raises(InputError, match="more than plain tensors|cannot be read as a PyTorch file"):
         CheckpointReader(model)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("place", ["../climbed", "../../climbed/data", "/climbed"])
+def test_paths_in_an_archive_lead_nowhere(model, tmp_path, place):
+    """Archives are read where they lie: no member's name becomes a file's."""
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with zipfile.ZipFile(model / "pytorch_model.bin") as archive:
+        members = {info.filename.partition("/")[2]: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(model / "pytorch_model.bin", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{place}/{name}", content)
+    before = sorted(tmp_path.rglob("*"))
+    with contextlib.suppress(InputError):
+        reader = CheckpointReader(model)
+        assert all(len(reader.tensor(name)) for name in reader)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("/climbed").exists()
+
+
+def test_activations_that_shrink_are_named(tmp_path):
+    (tmp_path / "journal").mkdir()
+    states = Activations(tmp_path, [(2, 8)] * 2, spill=True)
+    states.write(1, [torch.ones(2, 8)] * 2)
+    os.truncate(tmp_path / states.name(1), 100)
+    with pytest.raises(InputError, match="shrank while it was read"):
+        list(states)
 
 
 def edited(model, name, change):
