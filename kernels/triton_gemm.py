@@ -35,6 +35,7 @@ def gemm_kernel(
     SWIZZLE: tl.constexpr,  # tiles of rows that are walked together
     ASM: tl.constexpr,
 ):
+    """out = x @ W + bias, a tile of BM x BN a program, the weight expanded in registers step by step."""
     SLICES: tl.constexpr = 16 // BITS
     STRIDE: tl.constexpr = BLOCK // SLICES  # words of a column in a block, and the length of a slice
     WIDTH: tl.constexpr = BK // SLICES  # words of a column in a step

@@ -34,6 +34,7 @@ def skinny_kernel(
     SPLIT_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
+    """out = x @ W + bias for few rows, a tile of BM x BN a program, scales put on the sums of each run."""
     SLICES: tl.constexpr = 16 // BITS
     STRIDE: tl.constexpr = BLOCK // SLICES  # words of a column in a block, and the length of a slice
     WIDTH: tl.constexpr = BK // SLICES  # words of a column in a step

@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from gptq_belle.checkpoint.directory import load_tokenizer
 from gptq_belle.checkpoint.mixture import average_bits, mixture
 from gptq_belle.checkpoint.packed_head import CODES, SCALES
-from gptq_belle.checkpoint.packing import V1, unpack_rows
-from gptq_belle.checkpoint.quantization import Quantization, check_geometry, read_quantization
+from gptq_belle.checkpoint.quantization import Quantization, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.soundness import is_act_ordered, problems
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.skeleton import empty_model
@@ -23,7 +22,6 @@ from gptq_belle.runtime.chat import detect_style
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions")  # LLaMA's name, then BLOOM's
-MANY = 5  # problems of one kind that are named; the rest is counted
 
 
 @dataclass(slots=True)
@@ -91,12 +89,11 @@ def inspect(path: str | Path) -> Inspection:
         if found.quantization is not None:
             found.average_bits = average_bits(reader, found.quantization)
             found.mixture = mixture(reader, found.quantization)
+            found.act_order = is_act_ordered(reader)
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found
-    found.problems += _few(_missing(found, reader, model))
-    found.problems += _few(_packed_problems(found, reader, model))
-    found.problems += _tokenizer_problems(reader.path, found.vocabulary)
+    found.problems += problems(reader, model, found.quantization, found.tied)
     return found
 
 
@@ -178,85 +175,9 @@ def _part(name: str, reader: CheckpointReader) -> str:
     return "unpacked linears" if linear else "norms and biases"
 
 
-def _missing(found: Inspection, reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
-    for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        packed = leaf == "weight" and f"{module}.qweight" in reader
-        packed |= CODES in reader and module == (reader.arch.before[0] if found.tied else HEAD)
-        if name not in reader and not packed and not (module == HEAD and found.tied):
-            yield f"tensor {name} is missing"
-        elif name in reader and (reader.shape(name) != tuple(parameter.shape) or
-                                 not reader.dtype(name).is_floating_point):
-            yield (f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating point "
-                   f"{tuple(parameter.shape)}")
-
-
-def _packed_problems(found: Inspection, reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
-    names = [name.removesuffix(".qweight") for name in reader if name.endswith(".qweight")]
-    if names and found.quantization is None:
-        yield f"{len(names)} packed linears, but no configuration says how they are packed"
-    if found.quantization is None:
-        return
-    if not names:
-        yield "the configuration says GPTQ, but nothing is packed"
-        return
-    found.act_order = False
-    for name in names:
-        try:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            own = found.quantization.of(name)
-            if own is None:
-                yield f"{name}: packed, although dynamic leaves it unquantized"
-                continue
-            check_geometry(reader, name, own, linear.in_features, linear.out_features)
-        except (GptqBelleError, AttributeError, AssertionError) as error:
-            yield error.cause if isinstance(error, GptqBelleError) else f"the model has no linear {name}"
-            continue
-        yield from _values(found, own, reader, name)
-
-
-def _values(found: Inspection, stated: Quantization, reader: CheckpointReader, name: str) -> Iterator[str]:
-    """Problems in the small tensors of one packed linear of the right shapes."""
-    scales = reader.tensor(f"{name}.scales")
-    if not torch.isfinite(scales).all():
-        yield f"{name}: scales hold NaN or infinity"
-    if f"{name}.g_idx" in reader:
-        g_idx = reader.tensor(f"{name}.g_idx")
-        if len(g_idx) == 0 or int(g_idx.min()) < 0 or int(g_idx.max()) >= len(scales):
-            yield f"{name}: g_idx names groups outside of 0..{len(scales) - 1}"
-        elif bool((g_idx[1:] < g_idx[:-1]).any()):
-            found.act_order = True
-    elif stated.desc_act:
-        yield f"{name}: the configuration says act-order, but there is no g_idx"
-    zeros = unpack_rows(reader.tensor(f"{name}.qzeros").t(), stated.bits).int() + stated.zero_offset
-    middle = 1 << (stated.bits - 1)
-    if stated.sym and bool((zeros != middle).any()):
-        other = "gptq_v2" if stated.checkpoint_format == V1 else "gptq (v1)"
-        off_by_one = bool((zeros == middle + (1 if stated.checkpoint_format == V1 else -1)).all())
-        yield f"{name}: zero points are not the {middle} of symmetric weights" + (
-            f"; they would be under format {other}, so the file is probably labelled wrongly" if off_by_one else "")
-
-
 def _template(path: Path) -> str | None:
     """The directory's chat template; None where it has none, or no tokenizer."""
     try:
         return getattr(load_tokenizer(path), "chat_template", None)
     except GptqBelleError:
         return None
-
-
-def _tokenizer_problems(path: Path, vocabulary: int) -> list[str]:
-    try:
-        tokenizer = load_tokenizer(path)
-    except GptqBelleError as error:
-        return [error.cause]
-    if len(tokenizer) > vocabulary:
-        return [f"the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}"]
-    return []
-
-
-def _few(problems: Iterator[str]) -> list[str]:
-    """The first few, and how many more there are."""
-    found = list(problems)
-    return found[:MANY] + ([f"... and {len(found) - MANY} more like these"] if len(found) > MANY else [])
