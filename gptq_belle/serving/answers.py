@@ -2,7 +2,7 @@
 """
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -39,23 +39,26 @@ class Piece:
     text: str = ""
     scored: list[Scored] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return bool(self.text or self.scored)
+
 
 class Choice:
     """One answer to one prompt.
 
     Args:
-        answer: its tokens.
+        answer: that was asked for.
         tokenizer: the model's.
         stops: strings that end it and are never shown.
-        index: its number among the choices of a request.
 
     Attributes:
+        index: its number among the choices of a request.
         count: tokens so far.
         reason: "stop" or "length", once it has ended.
     """
 
-    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], index: int) -> None:
-        self.answer, self.tokenizer, self.index = answer, tokenizer, index
+    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+        self.answer, self.tokenizer, self.index = answer, tokenizer, answer.index
         self.count = 0
         self.reason: str | None = None
         self._whole = WholeText(lambda ids: decode(tokenizer, ids))
@@ -63,24 +66,25 @@ class Choice:
         self._certain = self._shown = 0  # characters before and behind the stop strings' hold
         self._pending: list[Scored] = []
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The answer, piece by piece; closing this generator frees the slot."""
-        try:
-            async for event in self.answer:
-                self.count += 1
-                assert event.token is not None  # the scheduler delivers ends as reasons
-                if (piece := self._feed(event.token, event)).text or piece.scored:
-                    yield piece
-                if self._stops.stopped:
-                    self.reason = "stop"
-                    return
+    def feed(self, item: Event | str) -> Piece:
+        """What may be shown now that a token has come, or the reason why there will be none."""
+        if isinstance(item, str):
             rest = self._stops.feed(self._whole.finish())
-            if (piece := self._released(rest + self._stops.finish(), last=True)).text or piece.scored:
-                yield piece
-            self.reason = "stop" if self._stops.stopped else self.answer.reason
-        finally:
-            if self.answer.reason is None:
-                self.answer.cancel()
+            piece = self._released(rest + self._stops.finish(), last=True)
+            self.reason = "stop" if self._stops.stopped else item
+            return piece
+        assert item.token is not None  # ends come as reasons
+        self.count += 1
+        piece = self._feed(item.token, item)
+        if self._stops.stopped:
+            self.close()
+            self.reason = "stop"
+        return piece
+
+    def close(self) -> None:
+        """Free the slot, unless the answer has ended."""
+        if self.reason is None:
+            self.answer.cancel()
 
     def _feed(self, token: int, event: Event) -> Piece:
         if event.logprob is not None:

@@ -4,21 +4,21 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from gptq_belle.serving.answers import Choice, Piece
 from gptq_belle.serving.errors import ApiError, from_exception
+from gptq_belle.serving.scheduler import Arrivals, Item
 
-KEEP_ALIVE = 10  # seconds of silence after which a comment is sent: proxies drop silent connections
-LINE_END = "\n"  # some clients split at it alone
-AppStatus.disable_automatic_graceful_drain()  # it would cut streams off at SIGTERM; ours are finished
-DONE = ServerSentEvent(data="[DONE]", sep=LINE_END)
+KEEP_ALIVE = 10.0  # seconds of silence after which a comment is sent: proxies drop silent connections
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall pass each event on as it comes
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def envelope(kind: str, model: str) -> dict[str, Any]:
@@ -39,89 +39,108 @@ async def whole(request: Request, choices: Sequence[Choice]) -> list[Piece]:
     Raises:
         ApiError: the client went away.
     """
-    async def one(choice: Choice) -> Piece:
-        total = Piece()
-        async with aclosing(choice.pieces()) as pieces:
-            async for piece in pieces:
-                total.text += piece.text
-                total.scored += piece.scored
-        return total
-
-    tasks = [asyncio.create_task(one(choice)) for choice in choices]
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        everything = asyncio.gather(*tasks)
-        either: list[asyncio.Future[Any]] = [everything, gone]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not everything.done():
-            raise ApiError(499, "the client went away")  # nobody reads it
-        return list(await everything)
-    finally:
-        gone.cancel()
-        for task in tasks:
-            task.cancel()
+    totals = [Piece() for _ in choices]
+    async with aclosing(_pieces(request, choices)) as arriving:
+        async for batch in arriving:
+            for choice, piece in batch:
+                if piece is None:
+                    continue
+                totals[choice.index].text += piece.text
+                totals[choice.index].scored += piece.scored
+    return totals
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def streamed(choices: Sequence[Choice], head: dict[str, Any], show: Callable[[Choice, Piece], dict[str, Any]],
-             first: Callable[[Choice], dict[str, Any] | None], last: Callable[[Choice], dict[str, Any]],
-             final: Callable[[], dict[str, Any] | None]) -> EventSourceResponse:
+def streamed(request: Request, choices: Sequence[Choice], head: dict[str, Any],
+             show: Callable[[Choice, Piece], dict[str, Any]], first: Callable[[Choice], dict[str, Any] | None],
+             last: Callable[[Choice], dict[str, Any]], final: Callable[[], dict[str, Any] | None]) -> StreamingResponse:
     """A stream of events, the choices' pieces mixed as they come, closed by ``[DONE]``.
 
+    An event holds the text of one token; those that have come together are written together.
+
     Args:
-        choices: of the request.
+        request, choices: as `whole`.
         head: what every event begins with.
         show, first, last: the ``choices`` entry of a piece, in front of all pieces, and behind them.
         final: what the last event holds (the usage), if anything.
     """
-    def event(**fields: Any) -> ServerSentEvent:
-        return ServerSentEvent(data=json.dumps(head | fields, ensure_ascii=False), sep=LINE_END)
+    def entry(fields: dict[str, Any]) -> bytes:
+        return _event(head | {"choices": [fields]})
 
-    async def events() -> AsyncIterator[ServerSentEvent]:
+    async def events() -> AsyncGenerator[bytes, None]:
         try:
-            for choice in choices:
-                if (entry := first(choice)) is not None:
-                    yield event(choices=[entry])
-            async with aclosing(_mixed(choices)) as pieces:
-                async for choice, piece in pieces:
-                    yield event(choices=[last(choice) if piece is None else show(choice, piece)])
+            if opening := [entry(fields) for choice in choices if (fields := first(choice)) is not None]:
+                yield b"".join(opening)
+            async with aclosing(_pieces(request, choices)) as arriving:
+                async for batch in arriving:
+                    yield b"".join([entry(last(choice) if piece is None else show(choice, piece))
+                                    for choice, piece in batch]) or b": still there\n\n"
             if (fields := final()) is not None:
-                yield event(**fields)
+                yield _event(head | fields)
         except Exception as error:  # headers are out: the error is an event
-            yield ServerSentEvent(data=json.dumps(from_exception(error).body, ensure_ascii=False), sep=LINE_END)
+            yield _event(from_exception(error).body)
             return
-        yield DONE
+        yield b"data: [DONE]\n\n"
 
-    return EventSourceResponse(events(), ping=KEEP_ALIVE, sep=LINE_END)
+    return _EventStream(events(), headers=HEADERS)
 
 
-async def _mixed(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece | None], None]:
-    """Pieces of all choices as they come, None behind the last one of each."""
-    arrived: asyncio.Queue[tuple[Choice, Piece | None] | BaseException] = asyncio.Queue()
+class _EventStream(StreamingResponse):
+    """Server-sent events; `_pieces` notices by itself when the client goes away."""
 
-    async def forward(choice: Choice) -> None:
-        try:
-            async with aclosing(choice.pieces()) as pieces:
-                async for piece in pieces:
-                    await arrived.put((choice, piece))
-            await arrived.put((choice, None))
-        except Exception as error:
-            await arrived.put(error)
+    media_type = "text/event-stream"
 
-    tasks = [asyncio.create_task(forward(choice)) for choice in choices]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+            await self.stream_response(send)
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(body).encode() + b"\n\n"
+
+
+async def _pieces(request: Request,
+                  choices: Sequence[Choice]) -> AsyncGenerator[list[tuple[Choice, Piece | None]], None]:
+    """Pieces of all choices as they come, None behind the last one of each; an empty list after long silence.
+
+    Closing it frees the slots.
+    """
+    arrived = choices[0].answer.arrived
+    gone = asyncio.create_task(_until_gone(request, arrived))
     try:
-        left = len(choices)
-        while left:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            left -= item[1] is None
-            yield item
+        while any(choice.reason is None for choice in choices):
+            items = await _arrivals(arrived)
+            batch: list[tuple[Choice, Piece | None]] = []
+            for index, item in items:
+                if isinstance(item, BaseException):
+                    raise item
+                choice = choices[index]
+                if choice.reason is not None:  # a stop string ended it; this was under way
+                    continue
+                if piece := choice.feed(item):
+                    batch.append((choice, piece))
+                if choice.reason is not None:
+                    batch.append((choice, None))
+            if batch or not items:
+                yield batch
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        gone.cancel()
+        for choice in choices:
+            choice.close()
+
+
+async def _arrivals(arrived: Arrivals) -> list[tuple[int, Item]]:
+    """All that has arrived, one item at least; nothing after KEEP_ALIVE seconds."""
+    try:
+        async with asyncio.timeout(KEEP_ALIVE):
+            items = [await arrived.get()]
+    except TimeoutError:
+        return []
+    while not arrived.empty():
+        items.append(arrived.get_nowait())
+    return items
+
+
+async def _until_gone(request: Request, arrived: Arrivals) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    arrived.put_nowait((0, ApiError(499, "the client went away")))  # nobody reads it

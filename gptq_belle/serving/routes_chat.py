@@ -34,7 +34,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
             return {"choices": [], "usage": usage(len(ids), choices)} if body.include_usage else None
 
         return streamed(
-            choices, envelope("chat.completion.chunk", service.name),
+            request, choices, envelope("chat.completion.chunk", service.name),
             show=lambda choice, piece: entry(choice, "delta", {"content": piece.text}, piece) | {"finish_reason": None},
             first=lambda choice: {"index": choice.index, "delta": {"role": "assistant", "content": ""},
                                   "logprobs": None, "finish_reason": None},

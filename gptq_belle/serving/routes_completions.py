@@ -57,7 +57,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
 
         none = _Prompt([])
         return streamed(
-            choices, envelope("text_completion", service.name),
+            request, choices, envelope("text_completion", service.name),
             show=lambda choice, piece: entry(choice, none, piece),
             first=lambda choice: entry(choice, prompt_of(choice), Piece()) if body.echo else None,
             last=lambda choice: entry(choice, none, Piece(), choice.reason),

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptq_belle.runtime.sampling import SamplingParams
@@ -16,42 +16,30 @@ RETRY_AFTER = "1"  # seconds; a slot comes free as soon as the shortest answer e
 SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
 
 
+Item = Event | str | BaseException  # a token, why an answer ended ("stop" or "length"), or an error
+Arrivals = asyncio.Queue[tuple[int, Item]]
+
+
 class Answer:
-    """Tokens of one answer, as they come; iterate over it once, in the event loop that asked for it.
+    """One answer that was asked for.
 
     Attributes:
-        reason: why it ended: "stop" or "length"; None before.
+        index: its number among those that were asked for together.
+        arrived: where they all arrive, each item with the index of its answer.
+        began: when it was asked for.
+        request: once it has a slot; the scheduler's thread only.
     """
 
-    def __init__(self, scheduler: "Scheduler", ids: Sequence[int], params: SamplingParams) -> None:
-        self.ids, self.params = list(ids), params
-        self.reason: str | None = None
-        self.began = time.perf_counter()
-        self.request: Request | None = None  # once it has a slot; the scheduler's thread only
+    def __init__(self, scheduler: "Scheduler", index: int, ids: Sequence[int], params: SamplingParams,
+                 arrived: Arrivals) -> None:
         self._scheduler = scheduler
-        self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[Event | str | BaseException] = asyncio.Queue()
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        while True:
-            item = await self._arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            if isinstance(item, str):
-                self.reason = item
-                return
-            yield item
+        self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
+        self.began = time.perf_counter()
+        self.request: Request | None = None
 
     def cancel(self) -> None:
         """No more tokens are wanted: the slot is free after the step that is running."""
         self._scheduler.cancel(self)
-
-    def deliver(self, item: Event | str | BaseException) -> None:
-        """A token, a reason to end, or an error; from the scheduler's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, item)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            self.cancel()
 
 
 class Scheduler:
@@ -70,13 +58,14 @@ class Scheduler:
         self._cancelled: list[Answer] = []
         self._calls: deque[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = deque()
         self._running: dict[Request, Answer] = {}  # this thread's own
+        self._loop: asyncio.AbstractEventLoop | None = None  # of those who ask; a server has one
         self._closing = False
         self._window = time.perf_counter(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Answer]:
-        """Ask for answers; all of them are taken, or none.
+        """Ask for answers, in the event loop of the server; all of them are taken, or none. They share one `arrived`.
 
         Raises:
             ApiError: 429 where too many wait already, 503 where the server is about to stop.
@@ -89,7 +78,8 @@ class Scheduler:
                 self.metrics.requests.labels("refused").inc(len(prompts))
                 raise ApiError(429, f"{len(self._waiting)} answers wait for a slot already, {self.most_waiting} may",
                                code="queue_full", headers={"Retry-After": RETRY_AFTER})
-            answers = [Answer(self, ids, params) for ids, params in prompts]
+            self._loop, arrived = asyncio.get_running_loop(), Arrivals()
+            answers = [Answer(self, index, ids, params, arrived) for index, (ids, params) in enumerate(prompts)]
             self._waiting.extend(answers)
             self._changed.notify()
         return answers
@@ -171,7 +161,7 @@ class Scheduler:
             answer.request = self.engine.submit(answer.ids, answer.params)
         except Exception as error:
             self.metrics.requests.labels("failed").inc()
-            answer.deliver(error)
+            self._hand_out([(answer, error)])
         else:
             self._running[answer.request] = answer
             self.metrics.prompt_tokens.inc(len(answer.ids))
@@ -182,24 +172,35 @@ class Scheduler:
         return calls
 
     def _deliver(self, events: Sequence[Event]) -> None:
+        items: list[tuple[Answer, Item]] = []
         for event in events:
             answer = self._running[event.request]
             if event.token is not None:
                 if len(event.request.answer) == 1:
                     self.metrics.first.observe(time.perf_counter() - answer.began)
-                answer.deliver(event)
+                items.append((answer, event))
             if event.finished is not None:
                 del self._running[event.request]
                 self.metrics.requests.labels(event.finished).inc()
-                answer.deliver(event.finished)
+                items.append((answer, event.finished))
+        self._hand_out(items)
         self._count(sum(event.token is not None for event in events))
 
     def _fail(self, error: Exception) -> None:
-        for request, answer in list(self._running.items()):
+        for request in self._running:
             self.engine.cancel(request)
-            answer.deliver(error)
+        self._hand_out([(answer, error) for answer in self._running.values()])
         self.metrics.requests.labels("failed").inc(len(self._running))
         self._running.clear()
+
+    def _hand_out(self, items: Sequence[tuple[Answer, Item]]) -> None:
+        """All that a step brought in one call: waking the event loop costs as much as writing a token."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_put, items)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            for answer, _ in items:
+                answer.cancel()
 
     def _count(self, tokens: int) -> None:
         self.metrics.tokens.inc(tokens)
@@ -215,6 +216,11 @@ class Scheduler:
         self.metrics.waiting.set(len(self._waiting))
         self.metrics.running.set(len(self._running))
         self.metrics.cache.set(self.engine.used)
+
+
+def _put(items: Sequence[tuple[Answer, Item]]) -> None:
+    for answer, item in items:
+        answer.arrived.put_nowait((answer.index, item))
 
 
 def _answer_call(function: Callable[[], Any], loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]") -> None:

@@ -107,5 +107,4 @@ class Service:
         """
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
             (ids, body.params(number, most_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
-        answers = self.scheduler.submit(wanted)
-        return [Choice(answer, self.tokenizer, stops, index) for index, answer in enumerate(answers)]
+        return [Choice(answer, self.tokenizer, stops) for answer in self.scheduler.submit(wanted)]
