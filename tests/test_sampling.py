@@ -122,3 +122,15 @@ def test_values_out_of_range_are_refused(option, value):
     with pytest.raises(UsageError, match=option) as caught:
         SamplingParams(**{option: value})
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("extreme", [{"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": 1e308},
+                                     {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e308},
+                                     {"top_k": 10**400}, {"min_p": 5e-324}, {"min_p": 1.0}])
+def test_values_that_float32_does_not_hold_draw_a_token_all_the_same(extreme):
+    logits = torch.tensor([0.0, 30.0, -40.0, 3.0])
+    sampler = Sampler(SamplingParams(**({"temperature": 1.0, "seed": 1} | extreme)), [0, 2], torch.device("cpu"))
+    tokens = {sampler(logits) for _ in range(8)}
+    assert tokens <= {0, 1, 2, 3}
+    if extreme.keys() & {"top_p", "min_p"} or extreme.get("temperature") == 5e-324:
+        assert tokens == {1}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gptq_belle.errors import UsageError
 
+LEAST, MOST = 1e-10, 1e10  # of temperature and penalty: beyond them float32 holds 0 or infinity, and logits NaN
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -110,7 +112,7 @@ def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
 
 def drawn(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
     """Tokens (n,) of logits (n, V) by inverting the distribution function at a number in 0..1 for each row."""
-    values, order = kept(logits / _column(logits, [p.temperature for p in params]), params)
+    values, order = kept(logits / _column(logits, [max(p.temperature, LEAST) for p in params]), params)
     total = values.double().softmax(-1).cumsum(-1)
     places = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
     last = values.isfinite().sum(-1, keepdim=True) - 1
@@ -124,18 +126,19 @@ def kept(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tens
     """
     values, order = logits.sort(stable=True, dim=-1, descending=True)
     width = logits.shape[-1]
-    counts = _column(values, [p.top_k or width for p in params])
+    counts = _column(values, [min(p.top_k or width, width) for p in params])
     values = values.masked_fill(torch.arange(width, device=values.device) >= counts, -math.inf)
     probabilities = values.softmax(-1)
     enough = probabilities.cumsum(-1) - probabilities >= _column(values, [p.top_p for p in params])
     unlikely = probabilities < _column(values, [p.min_p for p in params]) * probabilities[:, :1]
     enough &= _column(values, [p.top_p for p in params]) < 1
+    enough[:, 0] = False  # a top_p below what float32 holds is 0
     return values.masked_fill(enough | unlikely, -math.inf), order
 
 
 def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
     """Logits (V,) with those of the token ids `before` (n,) made less likely."""
-    values = logits[before]
+    values, penalty = logits[before], min(max(penalty, LEAST), MOST)
     return logits.scatter(0, before, torch.where(values > 0, values / penalty, values * penalty))
 
 
