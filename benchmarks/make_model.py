@@ -2,6 +2,7 @@
 
     python benchmarks/make_model.py belle-7b /tmp/belle-7b-4bit                       # 4 bit, groups of 128
     python benchmarks/make_model.py llama-7b /tmp/llama-8 --layers 8 --bits 8         # cut down to 8 blocks
+    python benchmarks/make_model.py belle-7b /tmp/belle-7b-small --head-bits 8        # the head stored packed alone
     python benchmarks/make_model.py path/to/config.json /tmp/model --bits 16          # not quantized
 
 Good for speed and memory, not for text: there is no tokenizer. The words are drawn at random, which gives uniform
@@ -22,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptq_belle.checkpoint.directory import quantized_config
+from gptq_belle.checkpoint.packed_head import CODES, SCALES, group_of
 from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, header_bytes
 from gptq_belle.checkpoint.writer import SHARD_BYTES
 from gptq_belle.config import BITS, QuantConfig
-from gptq_belle.models.registry import architecture
+from gptq_belle.models.registry import HEAD, architecture
 from gptq_belle.models.shapes import (
     Dimensions,
     dimensions,
@@ -36,7 +38,7 @@ from gptq_belle.models.shapes import (
 )
 
 EMBEDDING = 0.02  # standard deviation, as transformers draws embeddings
-BYTES = {"I32": 4, "F16": 2}
+BYTES = {"I32": 4, "F16": 2, "U8": 1}
 # What random bytes stand for where floats are wanted: 256 quantiles of the normal distribution. A look-up is twenty
 # times as fast as drawing, and the 2 GB of BLOOM's embedding are drawn a byte a number.
 QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], np.float16)
@@ -71,12 +73,17 @@ def signed_scales(size: float) -> Draw:
 
 def looked_up(table: NDArray[Any]) -> Draw:
     """Entries of a table of 256, at random."""
-    return lambda random, count: table[words(random, -(-count // 4)).view(np.uint8)[:count]]
+    return lambda random, count: table[octets(random, count)]
 
 
 def words(random: Random, count: int) -> NDArray[Any]:
     """Random int32. Straight from the generator: six times as fast as its distributions."""
     return random.random_raw(-(-count // 2)).view(np.int32)[:count]
+
+
+def octets(random: Random, count: int) -> NDArray[Any]:
+    """Random bytes."""
+    return words(random, -(-count // 4)).view(np.uint8)[:count]
 
 
 def constant(value: int | float, dtype: Any) -> Draw:
@@ -101,10 +108,24 @@ def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: floa
     yield f"{name}.scales", Tensor("F16", (groups, outputs), signed_scales(gain / spread / math.sqrt(inputs)))
 
 
+def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that stand for the head where it is packed (see `checkpoint.packed_head`)."""
+    group = group_of(d.width)
+    if group is None:
+        raise SystemExit(f"a width of {d.width} is too odd for a packed head")
+    spread = math.sqrt((4**bits - 1) / 12)
+    yield CODES, Tensor("U8", (d.vocabulary, d.width * bits // 8), octets)
+    yield SCALES, Tensor("F16", (d.vocabulary, d.width // group), signed_scales(EMBEDDING / spread))
+
+
 def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint by its name, in the model's order; `config` is None for float16."""
     arch = architecture(d.model_type)
+    head = f"{arch.before[0]}.weight" if d.tied else f"{HEAD}.weight"
     for name, shape in outer_shapes(d).items():
+        if name == head and config is not None and config.head_bits != 16:
+            yield from packed_head(d, config.head_bits)
+            continue
         one = name.endswith("norm.weight") or name.endswith("ln_f.weight")
         yield name, Tensor("F16", shape, normal(EMBEDDING) if len(shape) == 2 else constant(int(one), np.float16))
     for block in range(d.blocks):
@@ -142,7 +163,7 @@ def write(path: Path, content: Mapping[str, Tensor], random: Random) -> None:
 
 
 def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, layers: int | None = None,
-         context: int | None = None, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
+         context: int | None = None, head_bits: int = 16, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
     """Write a directory that the loader takes.
 
     Args:
@@ -151,6 +172,7 @@ def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, 
         bits: 2, 4 or 8; 16 writes float16 and no quantization.
         group_size: inputs that share a scale.
         layers, context: in place of the configuration's number of blocks and longest context.
+        head_bits: 8 or 4 stores the head (of BLOOM the embedding too) packed and nowhere else.
         seed: of the weights.
         shard_bytes: largest weight file.
     Returns:
@@ -160,7 +182,8 @@ def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, 
     stated = {"n_layer": layers, "seq_length": context} if plain["model_type"] == "bloom" else {
         "num_hidden_layers": layers, "max_position_embeddings": context}
     plain |= {key: value for key, value in stated.items() if value is not None}
-    d, config = dimensions(plain), None if bits == 16 else QuantConfig(bits=bits, group_size=group_size, method="rtn")
+    d, config = dimensions(plain), None if bits == 16 else QuantConfig(
+        bits=bits, group_size=group_size, method="rtn", head_bits=head_bits)
     out.mkdir(parents=True, exist_ok=True)
     files = shards(dict(tensors(d, config)), shard_bytes)
     for old in out.glob("model*.safetensors*"):
@@ -195,11 +218,12 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--layers", type=int, help="blocks; left out, as many as the model has")
     parser.add_argument("--context", type=int, help="longest context; left out, the model's")
+    parser.add_argument("--head-bits", type=int, default=16, choices=(16, 8, 4), help="below 16, the head is packed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()
     size = make(options.model, options.out, bits=options.bits, group_size=options.group_size, layers=options.layers,
-                context=options.context, seed=options.seed)
+                context=options.context, head_bits=options.head_bits, seed=options.seed)
     taken = time.perf_counter() - began
     print(f"{options.out}: {size / 1e9:.2f} GB in {taken:.1f} s, {size / taken / 1e9:.2f} GB/s")
 

@@ -9,6 +9,7 @@ import torch
 
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.packed_head import stored_bits
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -60,6 +61,18 @@ def test_outputs_of_linears_are_as_large_as_their_inputs(config, tmp_path):
     model(input_ids=torch.randint(640, (2, 64)))
     assert min(ratios) > 0.7
     assert max(ratios) < 1.4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_head_is_read_from_where_it_is_stored(config, tmp_path, bits):
+    out = tmp_path / "out"
+    whole, packed = make_model.make(config, out, bits=4), make_model.make(config, out, bits=4, head_bits=bits)
+    shape = json.loads(config.read_text())
+    assert whole - packed == pytest.approx(640 * shape["hidden_size"] * (2 - bits / 8 - 2 / 128), abs=500)
+    assert stored_bits(CheckpointReader(out), 640, shape["hidden_size"]) == bits
+    model = load(out, device="cpu")
+    logits = model.logits(torch.randint(640, (2, 16)))
+    assert len(set(logits.argmax(-1).flatten().tolist())) > 8
 
 
 def test_shards_are_cut_by_size_and_a_second_run_leaves_nothing_of_the_first(config, tmp_path):

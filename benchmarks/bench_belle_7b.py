@@ -1,0 +1,111 @@
+"""BELLE-7B in its true shape, random weights: size of the files, load time against reading, memory, tokens a second.
+
+    python benchmarks/bench_belle_7b.py FOLDER       # writes and removes models of up to 8.3 GB there; minutes
+
+Four checkpoints: 4 and 8 bits, each with the head in float16, as every reader takes it, and with the head packed alone.
+Memory is that of a process which reads a prompt up to a context of 2,048 tokens and decodes; the head is in 8 bits, and
+so in memory it is the same from either file. Reading is timed over the same files, as often as loading and in turns
+with it, out of the system's cache; where memory was measured first, that load has paid for the disk. Limits are the
+project's goals.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import records
+import torch
+from make_model import make
+
+from gptq_belle import load
+from gptq_belle.measure import peak
+
+CONTEXT, HEAD, TOKENS, TURNS = 2048, 8, 8, 3
+
+
+class Case(NamedTuple):
+    """A checkpoint and what it may take, in GB: its file, and memory by kind of cache."""
+
+    bits: int
+    stored_head: int
+    file: float
+    memory: dict[str, float]
+
+
+CASES = (
+    Case(4, 16, 5.3, {"float16": 5.3, "int8": 4.8}),
+    Case(4, 8, 4.3, {}),
+    Case(8, 16, 8.3, {"float16": 8.4}),
+    Case(8, 8, 7.3, {}),
+)
+PROCESS, LOAD = 0.6, 1.5  # GB that a process may take beside the model; times that reading the file takes
+
+
+def seconds_to_read(folder: Path) -> float:
+    """Of all weight files, front to back, into one buffer."""
+    buffer = bytearray(16 << 20)
+    began = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
+
+
+def speed(folder: Path) -> float:
+    """Tokens a second of greedy decoding behind a short prompt."""
+    model = load(folder, head_bits=HEAD)
+    logits, session = model.prefill(torch.ones(1, 16, dtype=torch.int64))
+    seconds = []
+    for _ in range(TOKENS):
+        began = time.perf_counter()
+        logits = model.decode(logits.argmax(-1), session)
+        seconds.append(time.perf_counter() - began)
+    return 1 / statistics.median(seconds)
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Everything about one checkpoint, beside its limits."""
+    size = make("belle-7b", folder, bits=case.bits, head_bits=case.stored_head)
+    reads, loads, memory = [], [], {}
+    for cache, limit in case.memory.items():
+        found = peak.fresh(folder, device="cpu", head_bits=HEAD, cache=cache, prompt=CONTEXT - peak.STEPS)
+        memory[cache] = asdict(found) | {"limit_bytes": limit * 1e9}
+    for _ in range(TURNS):
+        reads.append(seconds_to_read(folder))
+        loads.append(peak.fresh(folder, device="cpu", head_bits=HEAD).load_seconds)
+    return {**case._asdict(), "file_bytes": size, "file_limit_bytes": case.file * 1e9, "memory": memory,
+            "read_seconds": statistics.median(reads), "load_seconds": statistics.median(loads),
+            "load_of_read": statistics.median(loads) / statistics.median(reads), "load_limit": LOAD,
+            "process_limit_bytes": PROCESS * 1e9, "tokens_per_second": speed(folder)}
+
+
+def show(row: dict[str, Any]) -> None:
+    """A line a figure, with its limit."""
+    print(f"{row['bits']} bits, head stored in {row['stored_head']}: {row['file_bytes'] / 1e9:.2f} GB "
+          f"(limit {row['file_limit_bytes'] / 1e9:.1f}), load {row['load_seconds']:.1f} s, {row['load_of_read']:.2f} "
+          f"of reading (limit {LOAD}), {row['tokens_per_second']:.2f} tokens/s")
+    for cache, found in row["memory"].items():
+        print(f"  {cache} cache: model {found['peak_bytes'] / 1e9:.2f} GB (limit {found['limit_bytes'] / 1e9:.1f}), "
+              f"process {found['process_bytes'] / 1e9:.2f} GB", flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where there are 9 GB of disk, and memory to cache them")
+    options = parser.parse_args()
+    rows = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            rows.append(measure(case, Path(folder)))
+        show(rows[-1])
+    print(records.write("belle_7b", {"context": CONTEXT, "head_bits": HEAD, "results": rows}))
+
+
+if __name__ == "__main__":
+    main()
