@@ -19,10 +19,14 @@ def test_without_all_ideas_best_is_fast():
 
 
 @pytest.mark.parametrize("idea", IDEAS)
-def test_every_idea_is_one_of_best_and_goes_alone(idea):
-    left = recipe("best", [idea])
-    assert left != RECIPES["best"]
-    assert replace(left, **{name: getattr(RECIPES["best"], name) for name in IDEAS[idea]}) == RECIPES["best"]
+def test_every_idea_is_one_of_max_and_goes_alone(idea):
+    left = recipe("max", [idea])
+    assert left != RECIPES["max"]
+    assert replace(left, **{name: getattr(RECIPES["max"], name) for name in IDEAS[idea]}) == RECIPES["max"]
+
+
+def test_best_is_max_without_tuning():
+    assert recipe("max", ["tuning"]) == RECIPES["best"]
 
 
 def test_rounding_to_nearest_knows_no_ideas():
