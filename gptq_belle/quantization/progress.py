@@ -59,7 +59,7 @@ class ConsoleProgress:
         self._bar.stop()
 
     def start(self, blocks: int, steps: int, finished: int) -> None:
-        self.blocks, self.left, self.began = blocks, (blocks - finished) * steps, time.monotonic()
+        self.blocks, self.left, self.began, self.done = blocks, (blocks - finished) * steps, time.monotonic(), 0
         self._bar.reset(self._task, total=self.left, description=f"block {finished + 1}")
 
     def step(self) -> None:
