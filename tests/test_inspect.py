@@ -43,6 +43,14 @@ def test_a_full_precision_model(tiny_model):
     assert found.context == 256
 
 
+def test_a_group_index_of_64_bits_counts(tiny_llama, tmp_path):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed", act_order=True)
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: tensor.long() if name.endswith("g_idx") else tensor for name, tensor in tensors.items()},
+              path / "model.safetensors")
+    assert inspect(path).act_order is True
+
+
 @pytest.mark.parametrize(("bits", "sym", "act_order"), [(4, True, False), (3, False, True), (8, True, True)])
 def test_a_packed_model(tiny_model, tmp_path, bits, sym, act_order):
     path = packed_checkpoint(tiny_model, tmp_path / "packed", bits=bits, sym=sym, act_order=act_order)

@@ -89,7 +89,7 @@ def inspect(path: str | Path) -> Inspection:
         if found.quantization is not None:
             found.average_bits = average_bits(reader, found.quantization)
             found.mixture = mixture(reader, found.quantization)
-            found.act_order = is_act_ordered(reader)
+            found.act_order = is_act_ordered(reader) if reader.packed else None
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found

@@ -85,7 +85,7 @@ def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple
     Raises:
         InputError: none at all, or one that the model does not have.
     """
-    names = [name.removesuffix(".qweight") for name in reader if name.endswith(".qweight")]
+    names = reader.packed
     if not names:
         older = any(name.endswith(".zeros") for name in reader)
         raise InputError(f"{reader.path}: nothing is packed" + (" but 3-bit weights of before March 2023" if older

@@ -57,6 +57,11 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
+    @property
+    def packed(self) -> list[str]:
+        """Full names of the linears whose words the files hold."""
+        return [name.removesuffix(".qweight") for name in self if name.endswith(".qweight")]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header alone."""
         file, stored = self._find(name)

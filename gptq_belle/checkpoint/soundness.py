@@ -32,17 +32,12 @@ def problems(reader: CheckpointReader, model: nn.Module, quantization: Quantizat
             *_of_tokenizer(reader.path, config.vocab_size)]
 
 
-def packed_linears(reader: CheckpointReader) -> list[str]:
-    """Full names of the linears whose words the directory holds."""
-    return [name.removesuffix(".qweight") for name in reader if name.endswith(".qweight")]
-
-
-def is_act_ordered(reader: CheckpointReader) -> bool | None:
-    """Whether a group index is really out of order; None where nothing is packed."""
-    names = [f"{name}.g_idx" for name in packed_linears(reader)]
+def is_act_ordered(reader: CheckpointReader) -> bool:
+    """Whether the group index of a packed linear is really out of order; one of another form is not looked at."""
+    names = (f"{name}.g_idx" for name in reader.packed)
     found = (reader.tensor(name) for name in names
-             if name in reader and reader.dtype(name) == torch.int32 and len(reader.shape(name)) == 1)
-    return any(bool((g_idx[1:] < g_idx[:-1]).any()) for g_idx in found) if names else None
+             if name in reader and reader.dtype(name) in (torch.int32, torch.int64) and len(reader.shape(name)) == 1)
+    return any(bool((g_idx[1:] < g_idx[:-1]).any()) for g_idx in found)
 
 
 def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator[str]:
@@ -59,7 +54,7 @@ def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator
 
 
 def _packed(reader: CheckpointReader, model: nn.Module, quantization: Quantization | None) -> Iterator[str]:
-    names = packed_linears(reader)
+    names = reader.packed
     if names and quantization is None:
         yield f"{len(names)} packed linears, but no configuration says how they are packed"
     if quantization is None:

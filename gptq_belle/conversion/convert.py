@@ -28,6 +28,7 @@ from gptq_belle.checkpoint.legacy import (
 from gptq_belle.checkpoint.packing import V1, V2
 from gptq_belle.checkpoint.quantization import Quantization, stated_quantization
 from gptq_belle.checkpoint.reader import read_json
+from gptq_belle.checkpoint.soundness import is_act_ordered
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.conversion.report import Conversion
 from gptq_belle.conversion.token_ids import mended
@@ -117,7 +118,7 @@ def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bo
                    for name, each in own.items())
     report = Conversion(
         path, out, source.kind, source.reader.config["model_type"], len(linears), packed.bits, packed.group_size,
-        zeros.symmetric, any(_is_act_order(source, name) for name in linears), read,
+        zeros.symmetric, is_act_ordered(source.reader), read,
         choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.behind, zeros.wrapped if repair else 0,
         mixed=sum((each.bits, each.group_size) != (packed.bits, packed.group_size) for each in own.values()),
         tied=stream.tied(), bytes_read=source.reader.bytes_on_disk())
@@ -128,13 +129,6 @@ def _mend_generation(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedT
     path = job.source.folder / GENERATION
     if job.source.kind == STATE and path.is_file() and (changed := mended(stated := read_json(path), tokenizer)):
         writer.write_json(GENERATION, stated | changed)
-
-
-def _is_act_order(source: Source, name: str) -> bool:
-    if f"{name}.g_idx" not in source.reader:
-        return False
-    g_idx = source.reader.tensor(f"{name}.g_idx")
-    return bool((g_idx[1:] < g_idx[:-1]).any())
 
 
 def _write_rest(job: _Job, writer: CheckpointWriter) -> None:

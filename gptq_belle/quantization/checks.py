@@ -14,7 +14,7 @@ def check_source(reader: CheckpointReader) -> None:
     Raises:
         InputError: it is.
     """
-    if "quantization_config" in reader.config or any(name.endswith(".qweight") for name in reader):
+    if "quantization_config" in reader.config or reader.packed:
         raise InputError(f"{reader.path} is quantized already", "Give the full-precision model.")
 
 
