@@ -1,11 +1,13 @@
 """End-to-end tuning: gradients against dense algebra, only what may change changes, and a job that cannot be lost."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import job_output, random_quantized
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -14,13 +16,14 @@ from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.quantization import tuning
 from gptq_belle.quantization.changes import Changes
 from gptq_belle.quantization.estimate import estimate
+from gptq_belle.quantization.progress import ConsoleProgress
 from gptq_belle.quantization.recipe import RECIPES
 from gptq_belle.quantization.savepoint import Savepoint
 from gptq_belle.quantization.setup import set_up
 from gptq_belle.quantization.student import Student
 from gptq_belle.quantization.tunable import TunableLinear
 from gptq_belle.quantization.tuning import Tuned, Tuning, divergence, learn
-from gptq_belle.quantization.tuning_rows import Rows, cut
+from gptq_belle.quantization.tuning_rows import TuningRows, cut
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 
@@ -94,7 +97,7 @@ def test_changes_are_shares_of_scales_and_of_the_mean_square_of_vectors():
 
 def test_every_row_comes_once_before_any_comes_again():
     states = torch.arange(12.0).view(12, 1, 1).expand(12, 8, 4)
-    rows = Rows(states, -states, seed=3)
+    rows = TuningRows(states, -states, seed=3)
     seen = [int(state) for step in range(6) for state in rows.batch(step, 32)[0][:, 0, 0]]
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
     assert seen[:12] != seen[12:]
@@ -206,3 +209,19 @@ def test_a_savepoint_of_another_job_or_a_damaged_one_counts_for_nothing(tmp_path
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     assert saved.load() is None
+
+
+def test_the_bar_of_tuning_begins_at_nothing():
+    shown = ConsoleProgress(Console(file=io.StringIO()))
+    shown.start(2, 3, 0)
+    for _ in range(6):
+        shown.step()
+    shown.start(1, 10, 0)
+    assert (shown.done, shown.left) == (0, 10)
+
+
+def test_too_little_text_is_refused_before_any_block(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="two rows"):
+        quantize_checkpoint(tiny_llama, tmp_path / "out", config(),
+                            calibration=Calibration(rows=1, seq_len=64, allow_short=True))
+    assert not (tmp_path / "out.partial").exists()

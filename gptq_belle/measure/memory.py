@@ -62,6 +62,11 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def mib(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 2**20:,.0f} MiB"
+
+
 def parse_bytes(text: str) -> int:
     """A size such as 8GiB, 500MB or 1.5G: units of 1024 with an i or alone, else of 1000; bytes without a unit.
 

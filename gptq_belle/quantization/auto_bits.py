@@ -18,8 +18,8 @@ from gptq_belle.errors import UsageError
 from gptq_belle.measure.memory import parse_bytes
 from gptq_belle.overrides import resolve
 from gptq_belle.quantization.checks import linear_shapes
-from gptq_belle.quantization.estimate import linear_bytes, output_bytes
 from gptq_belle.quantization.journal import Journal
+from gptq_belle.quantization.needs import linear_bytes, output_bytes
 from gptq_belle.quantization.progress import JobProgress
 from gptq_belle.quantization.sensitivity import BITS, measure, scratch_bytes
 from gptq_belle.quantization.setup import Setup

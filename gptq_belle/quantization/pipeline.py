@@ -19,16 +19,16 @@ from gptq_belle.quantization.auto_bits import choose, stages_and_room
 from gptq_belle.quantization.block import BlockJob
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.distill import distill
-from gptq_belle.quantization.estimate import spills
 from gptq_belle.quantization.fingerprint import differences, environment, fingerprint
 from gptq_belle.quantization.journal import Journal
+from gptq_belle.quantization.needs import spills
 from gptq_belle.quantization.progress import JobProgress, Silent
 from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
 from gptq_belle.quantization.report import Report
 from gptq_belle.quantization.rest import write_rest
 from gptq_belle.quantization.setup import Setup, set_up
 from gptq_belle.quantization.threads import threads
-from gptq_belle.quantization.tuning_cost import check_memory
+from gptq_belle.quantization.tuning_cost import check_tuning
 
 PROBE_TOKENS = 64  # of the row that is run through the first block before and after writing
 
@@ -73,8 +73,7 @@ def quantize_checkpoint(
     if setup.config.auto_bits is not None:
         stages_and_room(setup)  # refuses a budget that cannot be kept
     steady_heap()
-    if setup.config.recipe.steps:
-        check_memory(setup, memory)
+    check_tuning(setup, memory)
     spill = spills(setup, memory)
     report = Report(str(source), setup.config, setup.calibration, versions=_versions())
     if lora is not None:

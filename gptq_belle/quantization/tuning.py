@@ -17,7 +17,7 @@ from gptq_belle.quantization.changes import Changes
 from gptq_belle.quantization.progress import JobProgress
 from gptq_belle.quantization.savepoint import Savepoint
 from gptq_belle.quantization.student import Student
-from gptq_belle.quantization.tuning_rows import Rows
+from gptq_belle.quantization.tuning_rows import TuningRows
 
 BATCH = 2048  # tokens a step
 CHUNK = 128  # tokens whose predictions over the vocabulary are in memory at a time
@@ -66,7 +66,7 @@ class Tuning:
         steps: how many, at most.
     """
 
-    def __init__(self, student: Student, head: Tensor, rows: Rows, held_out: Rows, savepoint: Savepoint,
+    def __init__(self, student: Student, head: Tensor, rows: TuningRows, held_out: TuningRows, savepoint: Savepoint,
                  steps: int) -> None:
         self.student, self.head, self.rows, self.held_out = student, head, rows, held_out
         self.savepoint, self.steps = savepoint, steps

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gptq_belle.errors import HardwareError
-from gptq_belle.measure.memory import anonymous_bytes, available_bytes
+from gptq_belle.measure.memory import anonymous_bytes, available_bytes, mib
 from gptq_belle.quantization.checks import linear_shapes
 from gptq_belle.quantization.setup import Setup
 from gptq_belle.quantization.solver import round_to_nearest
@@ -45,27 +45,31 @@ def tuning_bytes(setup: Setup) -> int:
     return total + 4 * vocabulary * (hidden + PREDICTIONS * CHUNK) + states + 3 * 4 * widest
 
 
-def check_memory(setup: Setup, limit: int | None) -> int:
-    """Refuse a model that is too large to be tuned here, before anything else is done.
+def check_tuning(setup: Setup, limit: int | None) -> int:
+    """Refuse a job whose model cannot be tuned here, before anything else is done.
 
     Args:
         setup: the job.
-        limit: bytes of anonymous memory to keep to; None for what is free.
+        limit: bytes of anonymous memory to keep to; None for what is free. Of a GPU it is what is free there.
     Returns:
-        The peak of the process, in bytes.
+        The peak of the process's anonymous memory in bytes, where it tunes on the CPU; 0 where on a GPU or not at all.
     Raises:
         HardwareError: the model does not fit; what it needs is said.
+        UsageError: too little text to calibrate on.
     """
-    process, device = anonymous_bytes() or 0, setup.stream.device
-    needed, free = tuning_bytes(setup), available_bytes() if limit is None else limit - process
+    if not setup.config.recipe.steps or setup.tokens is None:
+        return 0
+    cut(setup.tokens)
+    device, needed, process = setup.stream.device, tuning_bytes(setup), anonymous_bytes() or 0
+    free = available_bytes() if limit is None else limit - process
     if device.type == "cuda":
         process, free = 0, torch.cuda.mem_get_info(device)[0]
     if free is not None and needed > free:
         raise HardwareError(
-            f"tuning this model as a whole takes {_mib(process + needed)}, {_mib(process + max(0, free))} are "
+            f"tuning this model as a whole takes {mib(process + needed)}, {mib(process + max(0, free))} are "
             f"{'allowed' if limit is not None and device.type == 'cpu' else 'free'}", "Take --preset best, which keeps "
             "one block in memory at a time, or a machine with more.")
-    return process + needed
+    return process + needed if device.type == "cpu" else 0
 
 
 def tuning_seconds(setup: Setup, block: nn.Module) -> float:
@@ -108,7 +112,3 @@ def _tunable(setup: Setup, block: nn.Module) -> Iterator[nn.Module]:
     finally:
         for name, linear in before.items():
             block.set_submodule(name, linear)
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"

@@ -15,8 +15,8 @@ TOKENS, HELD_OUT = 1 << 17, 1 << 13  # at most, of rows to learn from and of tho
 SHARE = 16  # one in so many rows is held out
 
 
-class Rows:
-    """Rows of tokens.
+class TuningRows:
+    """Rows of tokens, in the two models.
 
     Args:
         states: (rows, T, hidden_size) float32, in front of the first block.
@@ -29,8 +29,10 @@ class Rows:
 
     def batch(self, step: int, tokens: int) -> tuple[Tensor, Tensor]:
         """The rows of one step, about so many tokens: every row once before any comes again, in random order."""
-        count = self._rows_of(tokens)
-        places = [self._place(step * count + place) for place in range(count)]
+        count, length = self._rows_of(tokens), len(self.states)
+        numbers = range(step * count, (step + 1) * count)
+        orders = {turn: self._order(turn) for turn in {number // length for number in numbers}}
+        places = [orders[number // length][number % length] for number in numbers]
         return self.states[places], self.aims[places]
 
     def batches(self, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -41,10 +43,10 @@ class Rows:
     def _rows_of(self, tokens: int) -> int:
         return max(1, min(len(self.states), tokens // self.states.shape[1]))
 
-    def _place(self, number: int) -> int:
-        turn, place = divmod(number, len(self.states))
-        order = torch.Generator().manual_seed(self.seed + turn)
-        return int(torch.randperm(len(self.states), generator=order)[place])
+    def _order(self, turn: int) -> list[int]:
+        found: list[int] = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(self.seed + turn)
+                                          ).tolist()
+        return found
 
 
 def cut(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,7 @@ def cut(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return pieces[: min(len(pieces) - held, TOKENS // length)], pieces[-held:]
 
 
-def tuning_rows(setup: Setup, scratch: Path, step: Callable[[int], None]) -> tuple[Rows, Rows]:
+def tuning_rows(setup: Setup, scratch: Path, step: Callable[[int], None]) -> tuple[TuningRows, TuningRows]:
     """Run the full-precision model, with one block in memory at a time.
 
     Args:
@@ -95,7 +97,8 @@ def tuning_rows(setup: Setup, scratch: Path, step: Callable[[int], None]) -> tup
         for batch in aims.split(count):
             batch.copy_(normalize(batch))
     seed = int((setup.calibration or {}).get("seed", 0))
-    return Rows(states[: len(learnt)], aims[: len(learnt)], seed), Rows(states[len(learnt) :], aims[len(learnt) :])
+    at = len(learnt)
+    return TuningRows(states[:at], aims[:at], seed), TuningRows(states[at:], aims[at:])
 
 
 def scratch_bytes(setup: Setup) -> int:
