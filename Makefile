@@ -21,8 +21,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/gptq-belle demo
 
+# A test computes with one thread, so the cores run several side by side; each process takes up to 2 GB.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
