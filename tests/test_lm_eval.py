@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm_eval[api]'")
+pytest.importorskip("tenacity", reason="pip install 'lm_eval[api]'")
 ITEMS = [("春天的花", [" 开了", " 很冷", "，红红的"], 0), ("你好，", ["世界", "Human", "。"], 2),
          ("The weather is", [" fine", "天", "s"], 1), ("一二三", ["四", "五六", "abc"], 0)]
 
