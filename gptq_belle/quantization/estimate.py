@@ -26,7 +26,7 @@ class Estimate:
     """What `quantize --dry-run` prints.
 
     Attributes:
-        seconds: wall time; None where one block already needs more memory than allowed.
+        seconds: wall time.
         memory: peak of anonymous memory, in bytes.
         spilled: activations are kept on disk only.
         disk: bytes that ``OUT.partial`` and the output hold at their fullest.
