@@ -73,7 +73,7 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
     scales = weight.scales if weight.scales.dtype == torch.float16 else weight.scales.float()
     codes = empty_codes(blocks, len(runs.groups), runs.run * bits // 32)
     words = weight.qweight.contiguous()
-    _native().pack(
+    native().pack(
         WordsStruct(words.data_ptr(), _pointer(runs.order), weight.in_features, outputs, len(runs.groups), weight.bits,
                     runs.run, bits), codes.data_ptr(), torch.get_num_threads())
     return CpuWeight(
@@ -150,19 +150,19 @@ def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, is
     Raises:
         ValueError: tensors that do not fit together; nothing was read or written.
     """
-    native = _native()
+    lib = native()
     rows = x.reshape(-1, weight.in_features).to(torch.float32).contiguous()
     bias = None if bias is None else bias.to(torch.float32).contiguous()
     _check(rows, weight, bias)
-    if isa is not None and isa not in native.usable:
-        raise ValueError(f"instruction set {isa!r} is not one of {', '.join(native.usable)}")
+    if isa is not None and isa not in lib.usable:
+        raise ValueError(f"instruction set {isa!r} is not one of {', '.join(lib.usable)}")
     y = torch.empty(rows.shape[0], weight.out_features)
     struct = WeightStruct(
         weight.codes.data_ptr(), weight.scales.data_ptr(), _pointer(weight.zeros), _pointer(weight.order),
         _pointer(bias), weight.in_features, weight.out_features, weight.codes.shape[1], weight.run, weight.bits,
         weight.scales.dtype == torch.float16, weight.zero)
-    outcome = native.matmul(struct, rows.data_ptr(), rows.shape[0], weight.parts, y.data_ptr(),
-                            torch.get_num_threads(), ISAS.index(isa or native.isa))
+    outcome = lib.matmul(struct, rows.data_ptr(), rows.shape[0], weight.parts, y.data_ptr(),
+                            torch.get_num_threads(), ISAS.index(isa or lib.isa))
     if outcome:
         raise ValueError(f"order holds inputs that are not -1..{weight.in_features - 1}") if outcome == 1 else (
             MemoryError(f"no memory for the activations of {rows.shape[0]} rows"))
@@ -176,8 +176,8 @@ def read(tensor: Tensor) -> int:
     """
     if not (tensor.is_cpu and tensor.is_contiguous()):
         raise ValueError("only a contiguous tensor on the CPU can be read")
-    native = _native()
-    return int(native.read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads(), ISAS.index(native.isa)))
+    lib = native()
+    return int(lib.read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads(), ISAS.index(lib.isa)))
 
 
 @torch.library.custom_op("gptq_belle::cpu_matmul", mutates_args=())
@@ -202,7 +202,8 @@ def op(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-def _native() -> Library:
+def native() -> Library:
+    """The library; RuntimeError where there is none."""
     found = library()
     if isinstance(found, str):
         raise RuntimeError(found)

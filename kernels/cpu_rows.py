@@ -3,33 +3,40 @@
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, PADDED, PARTS, CpuWeight, empty_codes
+from .cpu import BLOCK, PADDED, PARTS, CpuWeight, empty_codes, native
+from .library import RowsStruct
 from .runs import RUNS
 
 
-def from_rows(codes: Tensor, scales: Tensor, bits: int, precision: str = "exact") -> CpuWeight:
-    """Lay out symmetric codes of a matrix (N, K) whose inputs stand in order, such as an embedding.
+def from_rows(matrix: Tensor, scales: Tensor, bits: int, precision: str = "exact",
+              codes: Tensor | None = None) -> CpuWeight:
+    """Lay out a symmetric matrix (N, K) whose inputs stand in order, such as an embedding.
 
     Args:
-        codes: (N, K) uint8 below 2**bits, the zero point in the middle; N a multiple of 32.
+        matrix: (N, K) uint8 codes below 2**bits, the zero point in the middle; or, with 8 bits, the float32 numbers
+            themselves, all finite, which are rounded by their scales. N a multiple of 32.
         scales: (N, G) float16, G runs of 32, 64 or 128 inputs.
         bits: 4 or 8.
         precision: as `prepare`.
+        codes: memory for the codes, from `empty_codes`.
+    Raises:
+        ValueError: anything else.
     """
-    outputs, inputs = codes.shape
-    groups, fields = scales.shape[1], 8 // bits
-    run = inputs // groups
-    if outputs % PADDED or run not in RUNS or groups * run != inputs or bits not in (4, 8):
-        raise ValueError(f"codes {tuple(codes.shape)} of {bits} bits with {groups} groups have no such layout")
-    laid = empty_codes(outputs // BLOCK, groups, run * bits // 32)
-    places = codes.view(outputs // BLOCK, BLOCK, groups, -1, fields, 4).permute(4, 0, 2, 3, 1, 5)
-    shape = (*laid.shape[:-1], BLOCK, 4)
-    laid.view(shape).copy_(places[0])
-    for field in range(1, fields):
-        laid.view(shape).bitwise_or_(places[field] << field * bits)
+    (outputs, inputs), groups = matrix.shape, scales.shape[1]
+    run, rounds = inputs // groups, bits == 8 and matrix.dtype == torch.float32
+    fits = outputs % PADDED == 0 and scales.shape[0] == outputs and run in RUNS and groups * run == inputs
+    if not fits or bits not in (4, 8) or not (rounds or matrix.dtype == torch.uint8):
+        raise ValueError(f"{matrix.dtype} {tuple(matrix.shape)} of {bits} bits and {groups} groups have no such layout")
+    shape = outputs // BLOCK, groups, run * bits // 32
+    codes = empty_codes(*shape) if codes is None else codes
+    if codes.shape != (*shape, 64) or not codes.is_contiguous() or codes.dtype != torch.uint8:
+        raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} are no contiguous memory for {(*shape, 64)}")
+    rows, divisors = matrix.contiguous(), scales.float().contiguous()
+    native().pack_rows(RowsStruct(rows.data_ptr(), divisors.data_ptr() if rounds else None, outputs, groups, run, bits),
+                       codes.data_ptr(), torch.get_num_threads())
     g_idx = torch.arange(inputs, dtype=torch.int32) // run
     table = scales.view(-1, BLOCK, groups).transpose(1, 2).contiguous()
-    return CpuWeight(laid, table, None, None, g_idx, inputs, outputs, run, bits, 1 << (bits - 1), PARTS[precision],
+    return CpuWeight(codes, table, None, None, g_idx, inputs, outputs, run, bits, 1 << (bits - 1), PARTS[precision],
                      bits, groups, 1)
 
 

@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ABI = 5  # of native/native.h
+ABI = 6  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
@@ -34,6 +34,13 @@ class WordsStruct(ctypes.Structure):
     _fields_ = [("words", ctypes.c_void_p), ("order", ctypes.c_void_p), ("inputs", ctypes.c_int64),
                 ("outputs", ctypes.c_int64), ("groups", ctypes.c_int64), ("bits", ctypes.c_int32),
                 ("run", ctypes.c_int32), ("container", ctypes.c_int32)]
+
+
+class RowsStruct(ctypes.Structure):
+    """`BelleRows` of native.h."""
+
+    _fields_ = [("matrix", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("count", ctypes.c_int64),
+                ("groups", ctypes.c_int64), ("run", ctypes.c_int32), ("bits", ctypes.c_int32)]
 
 
 class AttentionStruct(ctypes.Structure):
@@ -63,6 +70,9 @@ class Library:
         self.pack = self._c.belle_pack
         self.pack.argtypes = [ctypes.POINTER(WordsStruct), ctypes.c_void_p, ctypes.c_int]
         self.pack.restype = None
+        self.pack_rows = self._c.belle_pack_rows
+        self.pack_rows.argtypes = [ctypes.POINTER(RowsStruct), ctypes.c_void_p, ctypes.c_int]
+        self.pack_rows.restype = None
         self.read = self._c.belle_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
         self.read.restype = ctypes.c_uint32

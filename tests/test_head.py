@@ -7,7 +7,7 @@ from oracle_format import formula, random_words
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import load
-from gptq_belle.checkpoint.packed_head import rounded
+from gptq_belle.checkpoint.packed_head import rounded, scaled
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu, cpu_rows, dispatch, reference, triton_layout
@@ -79,6 +79,22 @@ def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
     assert (cpu.quant_matmul(x, made) - x @ values.t()).norm() < 2e-4 * (x @ values.t()).norm()
     with pytest.raises(ValueError, match="have no such layout"):
         cpu_rows.from_rows(codes[:33], scales[:33], bits)
+    with pytest.raises(ValueError, match="no contiguous memory"):
+        cpu_rows.from_rows(codes, scales, bits, codes=made.codes[:2])
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_numbers_are_rounded_as_they_are_laid_out(group):
+    matrix = torch.randn(64, 256) * torch.logspace(-9, 4, 64)[:, None]  # down to scales that float16 hardly holds
+    matrix[0], matrix[1, :3] = 0, torch.tensor([0.5, 1.5, -2.5])  # ties, with the scale 1
+    matrix[1, 3::group] = 127
+    values, scales = scaled(matrix.half(), group)
+    codes, expected = rounded(matrix.half(), 8, group)
+    assert torch.equal(scales, expected)
+    assert codes[1, :3].tolist() == [128, 130, 126]
+    assert torch.equal(cpu_rows.from_rows(values, scales, 8).codes, cpu_rows.from_rows(codes, scales, 8).codes)
+    with pytest.raises(ValueError, match="NaN"):
+        scaled(torch.full((1, group), torch.inf), group)
 
 
 def head_of(path, vocabulary, width, **arguments):

@@ -5,7 +5,8 @@ the low half; ``gptq_belle.head.scales`` (V, H / group) float16. ``W = (code - 2
 follow from the shapes. No other program knows these names.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from gptq_belle.errors import InputError
 CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
 BITS = (8, 4)
 GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
-STEP = 1 << 24  # weights rounded at a time
-CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8)}  # shares of a group's largest weight tried as the end of the grid
+STEP = 1 << 20  # weights rounded at a time: what that makes stays in the cache
+CLIPS = {8: (), 4: (0.9, 0.8)}  # shares of a group's largest weight that are tried as the end of the grid, too
 
 
 def group_of(width: int) -> int | None:
@@ -33,25 +34,43 @@ def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: it holds NaN or infinity.
     """
-    groups = matrix.float().unflatten(-1, (-1, group))
-    largest, top = groups.abs().amax(-1, keepdim=True), (1 << (bits - 1)) - 1
+    groups, top = matrix.float().unflatten(-1, (-1, group)), (1 << (bits - 1)) - 1
+    largest = _largest(groups)
+    best = _rounded(groups, _scales(largest, bits), top)
+    for clip in CLIPS[bits]:
+        found = _rounded(groups, _scales(largest * clip, bits), top)
+        better = found.error < best.error
+        best = _Rounded(*(torch.where(better, new, old) for new, old in zip(found, best, strict=True)))
+    return best.codes.add_(top + 1).to(torch.uint8).flatten(1), best.scales.squeeze(-1).half()
+
+
+def scaled(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Rows (n, H) in float32 and the scales (n, H / group) float16 of their 8 bits, as `rounded` has them; raises as it
+    does."""
+    values = matrix.float()
+    return values, _scales(_largest(values.unflatten(-1, (-1, group))), 8).squeeze(-1).half()
+
+
+class _Rounded(NamedTuple):
+    codes: Tensor  # (n, groups, group), in float32, signed
+    scales: Tensor  # (n, groups, 1)
+    error: Tensor  # likewise
+
+
+def _largest(groups: Tensor) -> Tensor:
+    largest = groups.abs().amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise ValueError("it holds NaN or infinity")
-    best: tuple[Tensor, Tensor] | None = None
-    error = torch.full_like(largest, torch.inf)
-    for clip in CLIPS[bits]:
-        scales = (largest * clip / top).clamp_(min=6e-8, max=65504).half().float()
-        codes = (groups / scales).round_().clamp_(-top - 1, top)
-        if best is None and len(CLIPS[bits]) == 1:
-            best = codes, scales
-            break
-        found = (codes * scales - groups).square_().sum(-1, keepdim=True)
-        better = found < error
-        error = torch.where(better, found, error)
-        best = (codes, scales) if best is None else (torch.where(better, codes, best[0]),
-                                                     torch.where(better, scales, best[1]))
-    assert best is not None
-    return best[0].add_(top + 1).to(torch.uint8).flatten(1), best[1].squeeze(-1).half()
+    return largest
+
+
+def _scales(largest: Tensor, bits: int) -> Tensor:
+    return (largest / ((1 << (bits - 1)) - 1)).clamp_(min=6e-8, max=65504).half().float()
+
+
+def _rounded(groups: Tensor, scales: Tensor, top: int) -> _Rounded:
+    codes = (groups / scales).round_().clamp_(-top - 1, top)
+    return _Rounded(codes, scales, (codes * scales - groups).square_().sum(-1, keepdim=True))
 
 
 def to_bytes(codes: Tensor, bits: int) -> Tensor:
@@ -95,7 +114,3 @@ def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tupl
             raise ValueError(f"{SCALES} hold NaN or infinity")
         yield from_bytes(reader.rows(CODES, rows), bits), scales
 
-
-def rounded_rows(pieces: Iterable[Tensor], bits: int, group: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`rounded` of every piece (n, H)."""
-    return (rounded(piece, bits, group) for piece in pieces)

@@ -17,7 +17,8 @@ from gptq_belle.checkpoint.packed_head import (
     SCALES,
     STEP,
     group_of,
-    rounded_rows,
+    rounded,
+    scaled,
     stored_bits,
     stored_rows,
 )
@@ -33,7 +34,8 @@ from gptq_belle.runtime.weights import Dense, Packed, Product, Weights
 
 PADDED = cpu.PADDED  # rows come in multiples of it
 HEAD_BITS = (16, 8, 4)
-Rounded = Iterable[tuple[Tensor, Tensor]]  # codes (n, H) uint8 and scales (n, groups) float16, some rows at a time
+# Some rows at a time: codes (n, H) uint8, or what `cpu_rows.from_rows` rounds, and scales (n, groups) float16.
+Rounded = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
@@ -90,8 +92,7 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
     if bits != 16:
         source = embedding if tied else stored
         weights.expect(source, *shape)
-        pieces = rounded_rows(_pieces(weights, source, shape), bits, group_of(shape[1]) or 0)
-        weight = _packed(weights, source, shape, bits, pieces)
+        weight = _packed(weights, source, shape, bits, _rounded(weights, source, shape, bits))
         head = Packed(weight, None)
         if tied:
             return PackedLookup(weight, weights.dtype), head
@@ -151,10 +152,11 @@ def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pie
     codes = cpu.empty_codes(blocks, shape[1] // group, group * bits // 32)
     scales = torch.empty(blocks, shape[1] // group, cpu.BLOCK, dtype=torch.float16)
     at = 0
-    for piece in _filled(pieces):
-        part = cpu_rows.from_rows(*piece, bits, weights.precision)
-        codes[at : at + len(part.codes)], scales[at : at + len(part.codes)] = part.codes, part.scales
-        at += len(part.codes)
+    for values, scale in _filled(pieces):
+        stop = at + len(values) // cpu.BLOCK
+        part = cpu_rows.from_rows(values, scale, bits, weights.precision, codes[at:stop])
+        scales[at:stop] = part.scales
+        at = stop
     return part._replace(codes=codes, scales=scales, out_features=shape[0])
 
 
@@ -179,9 +181,19 @@ def _words(weights: Weights, shape: tuple[int, int], bits: int, group: int, piec
 def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
     """Every piece with as many rows as a multiple of PADDED; those added have the scale 0."""
     for piece in pieces:
-        missing = -len(piece[0]) % PADDED
-        codes, scales = (torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in piece)
-        yield codes, scales
+        if missing := -len(piece[0]) % PADDED:
+            piece = torch.nn.functional.pad(piece[0], (0, 0, 0, missing)), torch.nn.functional.pad(
+                piece[1], (0, 0, 0, missing))
+        yield piece
+
+
+def _rounded(weights: Weights, name: str, shape: tuple[int, int], bits: int) -> Rounded:
+    """The rows of a matrix in so many bits; in 8, the native kernels round them as they lay them out: a third of the
+    time."""
+    group = group_of(shape[1]) or 0
+    if bits == 8 and _kernel(weights, shape) == "native":
+        return (scaled(piece, group) for piece in _pieces(weights, name, shape))
+    return (rounded(piece, bits, group) for piece in _pieces(weights, name, shape))
 
 
 def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:

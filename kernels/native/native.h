@@ -41,6 +41,13 @@ struct BelleWords {        // a weight as GPTQ files hold it
   int32_t run, container;  // of the layout to make
 };
 
+struct BelleRows {         // a matrix (N, K), its rows the outputs, inputs in order, symmetric
+  const void* matrix;      // (N, K) uint8 codes; or float32, with 8 bits and `scales`, by which they are rounded
+  const float* scales;     // (N, G), or null for codes
+  int64_t count, groups;   // N, a multiple of 16, and G = K / run
+  int32_t run, bits;       // 32, 64 or 128; 4 or 8
+};
+
 struct BelleAttention {    // one new token in each of some slots of a cache: M rows, H heads, H' of keys and values
   const float* query;      // (M, H, head_dim) with the strides below, in floats; the last is 1
   const void* keys;        // (slot_count, H', capacity, head_dim) of `kind`
@@ -60,7 +67,7 @@ struct BelleAttention {    // one new token in each of some slots of a cache: M 
 
 namespace belle {
 
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
