@@ -106,10 +106,10 @@ def call(capsys, *args):
 
 
 def test_the_verb(capsys):
-    code, out, _ = call(capsys, "belle-7b", "--memory", "8GiB")
+    code, out, _ = call(capsys, "belle-7b", "--memory", "8.2GB")
     assert code == 0
     assert "Fits with 8-bit weights and a head of 4 bits" in out
-    assert "choose --context" in call(capsys, "belle-7b", "--memory", "5.2GB")[1]
+    assert "choose --context" in call(capsys, "belle-7b", "--memory", "5.0GB")[1]
     assert "Does not fit at any setting: 4-bit weights" in call(capsys, "belle-7b", "--memory", "2GiB")[1]
     code, _, err = call(capsys, "no-such", "--memory", "8GiB")
     assert (code, err.splitlines()[0]) == (4, "Error: no-such is neither a model directory nor a known name")

@@ -16,7 +16,7 @@ from gptq_belle.models.shapes import Dimensions, dimensions, linear_shapes, oute
 
 FULL = 16  # "bits" of what is not packed
 BITS = (FULL, 8, 4)
-CHUNK = 512  # tokens of a prompt that the engine reads at a time
+CHUNK, QUERIES, KV_HEADS = 256, 64, 8  # of the engine: tokens of a prompt read at a time, and what meets keys at a time
 COLUMNS = {"cpu": 32, "cuda": 128}  # outputs are padded to multiples of these
 CONTAINERS = {2: {"cpu": 2, "cuda": 4}, 3: {"cpu": 4, "cuda": 4}, 4: {"cpu": 4, "cuda": 4}, 8: {"cpu": 8, "cuda": 8}}
 PROGRAM = {"cpu": 270_000_000, "cuda": 0}  # anonymous memory behind importing everything, as measured
@@ -132,13 +132,14 @@ def workspace_bytes(d: Dimensions, s: Setting, context: int, batch: int) -> int:
     """Both halves of a block with R = min(CHUNK, T) rows (the C heap keeps what one of them freed beside what the
     other takes; a sum is what was measured), and the logits of B rows, twice.
 
-    Attention: input, norm, query-key-value and output of R rows; keys and values of one sequence in the activations'
-    type; with ALiBi, biases of heads x R x T. Feed-forward: input, norm, output, and INNER_COPIES of the inner size.
+    Attention: input, norm, query-key-value and output of R rows; keys and values of KV_HEADS heads of one sequence in
+    the activations' type; with ALiBi, biases of heads x min(QUERIES, R) x T. Feed-forward: input, norm, output, and
+    INNER_COPIES of the inner size.
     """
     size, rows = ACTIVATION[s.device], max(min(CHUNK, context), batch)
-    kv = d.kv_heads * d.head_dim
-    biases = d.heads * rows * context if d.model_type == "bloom" else 0
-    attention = rows * (3 * d.width + 2 * (d.heads * d.head_dim + 2 * kv)) + 2 * kv * context + biases
+    kv, read = d.kv_heads * d.head_dim, min(KV_HEADS, d.kv_heads) * d.head_dim
+    biases = d.heads * min(QUERIES, rows) * context if d.model_type == "bloom" else 0
+    attention = rows * (3 * d.width + 2 * (d.heads * d.head_dim + 2 * kv)) + 2 * read * context + biases
     mlp = rows * (3 * d.width + INNER_COPIES["bloom" if d.model_type == "bloom" else "llama"] * d.inner)
     return size * (attention + mlp) + 2 * 4 * batch * d.vocabulary
 

@@ -1,5 +1,6 @@
 """BLOOM (2211.05100): layer norms with biases, ALiBi, a GELU, the head tied to the embedding."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,7 +42,8 @@ class _Block:
         query, key, value = self.qkv(normed).view(len(x), self.heads, 3, self.head_dim).unbind(2)
         x = self.out(attend(index, query, key, value)).add_(normed if self.normed else x)
         normed = self.mlp_norm(x)
-        return self.down(F.gelu(self.up(normed), approximate="tanh")).add_(normed if self.normed else x)
+        inner = torch.ops.aten.gelu_(self.up(normed), approximate="tanh")  # in place: of a prompt, 17 MB in BELLE-7B
+        return self.down(inner).add_(normed if self.normed else x)
 
 
 class Bloom:

@@ -17,6 +17,7 @@ from gptq_belle.kernels import cpu_attention
 from gptq_belle.runtime.cache import Cache
 
 QUERIES = 64
+KV_HEADS = 8  # of the cache that a prompt meets at a time: they are widened to the activations' type for it
 
 
 class Attend(Protocol):
@@ -71,24 +72,40 @@ def rotated(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 class Piece:
-    """Causal attention of positions start .. stop of one sequence; biases are made once for all blocks."""
+    """Causal attention of positions start .. stop of one sequence; biases are made once for all blocks.
+
+    They follow from how far a key is behind its query, so that those of every part are columns of one table, the last
+    part's: of 2,048 tokens of BELLE-7B 17 MB, where tables of their own would take 67.
+    """
 
     def __init__(self, heads: Heads, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> None:
         first = start // QUERIES * QUERIES
         edges = [start, *range(first + QUERIES, stop, QUERIES), stop]
+        parts = list(zip(edges, edges[1:], strict=False))
+        (last, _), most = parts[-1], max(b - a for a, b in parts)
+        table = heads.bias(last, last + most, device, dtype)
         self.heads, self.start = heads, start
-        self.parts = [(a, b, heads.bias(a, b, device, dtype)) for a, b in zip(edges, edges[1:], strict=False)]
+        self.parts = [(a, b, self._columns(table, most, a, b, last - a)) for a, b in parts]
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """query (T, heads, head_dim); keys, values (kv_heads, stop, head_dim): (T, heads * head_dim)."""
-        h = self.heads
+    def _columns(self, table: Tensor | None, most: int, begin: int, end: int, further: int) -> Tensor | None:
+        """Biases of queries begin .. end, from a table of `most` queries that begin so much further on."""
+        if table is None or (self.heads.slopes is None and end == begin + 1):
+            return None
+        rows = table.unflatten(1, (-1, most))[:, :, : end - begin, further : further + end]
+        return rows.flatten(1, 2)  # a copy only where there are fewer queries, and several heads share keys
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, first: int = 0) -> Tensor:
+        """query (T, h, head_dim); keys, values (h', stop, head_dim), from key head `first` on: (T, h * head_dim)."""
+        count, head_dim = len(keys), self.heads.head_dim
         outputs = []
         for begin, end, bias in self.parts:
             # Heads that share keys count as further queries of theirs.
-            rows = query[begin - self.start : end - self.start].transpose(0, 1).reshape(1, h.kv_heads, -1, h.head_dim)
+            rows = query[begin - self.start : end - self.start].transpose(0, 1).reshape(1, count, -1, head_dim)
+            if bias is not None and len(bias) > 1:
+                bias = bias[first : first + count]
             found = scaled_dot_product_attention(rows, keys[None, :, :end], values[None, :, :end],
                                                  None if bias is None else bias[None])
-            outputs.append(found.view(h.heads, end - begin, h.head_dim).transpose(0, 1).flatten(1))
+            outputs.append(found.view(-1, end - begin, head_dim).transpose(0, 1).flatten(1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -116,8 +133,13 @@ class Prefill:
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.cache.write(block, self.slot, self.start, rotated(key, self.rotation), value)
-        keys, values = self.cache.read(block, self.slot, self.stop, query.dtype)
-        return self.piece(rotated(query, self.rotation), keys, values)
+        query, heads = rotated(query, self.rotation), self.piece.heads
+        group, outputs = heads.heads // heads.kv_heads, []
+        for first in range(0, heads.kv_heads, KV_HEADS):
+            last = min(first + KV_HEADS, heads.kv_heads)
+            keys, values = self.cache.read(block, self.slot, self.stop, query.dtype, slice(first, last))
+            outputs.append(self.piece(query[:, group * first : group * last], keys, values, first))
+        return torch.cat(outputs, 1)
 
 
 class Decode:

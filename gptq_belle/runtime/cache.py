@@ -77,9 +77,10 @@ class Cache:
         """Scales of keys and values; none where they are kept as they are."""
         return (self.key_scales[block], self.value_scales[block]) if self.key_scales else None
 
-    def read(self, block: int, slot: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def read(self, block: int, slot: int, stop: int, dtype: torch.dtype,
+             heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys and values (heads, stop, head_dim) of the first positions of a slot in the dtype of activations."""
-        place = (slot, slice(None), slice(stop))
+        place = (slot, heads, slice(stop))
         keys, values = self.keys[block][place].to(dtype), self.values[block][place].to(dtype)
         if self.key_scales:
             keys *= self.key_scales[block][place].to(dtype)
