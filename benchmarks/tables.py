@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "belle_tiny"
 RESULTS = ROOT / "benchmarks" / "results"
-READMES = (ROOT / "README.md", ROOT / "README_zh.md", TINY / "README.md")
+READMES = (ROOT / "README.md", ROOT / "README_zh.md", TINY / "README.md", RESULTS / "README.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
@@ -100,6 +100,39 @@ def stack(columns: list[str], names: dict[str, str]) -> str:
                     [[names.get(str(v), str(v)), *(f"{found[v, m]:.1f}" for m in rows)] for v in variants])
 
 
+def interop() -> str:
+    """A row a tool, model and direction: errors against ours beside those of our own float16, over all kinds."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in result("interop")["rows"]:
+        found.setdefault((row["peer"], ARCHITECTURES[row["architecture"]], row["direction"]), []).append(row)
+
+    def span(rows: list[dict[str, Any]], name: str) -> str:
+        values = [1000 * row[name] for row in rows]
+        return f"{min(values):.2f} to {max(values):.2f}"
+
+    return markdown(
+        ["tool", "model", "", "kinds", "relative error, 1e-3", "float16 alone, 1e-3", "at most", "same top token, %"],
+        [[*key, str(len(rows)), span(rows, "relative_error"), span(rows, "float16_rounding"),
+          f"{max(row['relative_error'] / row['float16_rounding'] for row in rows):.2f} times",
+          f"{100 * min(row['same_top_token'] for row in rows):.1f}"] for key, rows in found.items()])
+
+
+def belle_7b() -> str:
+    """A row a checkpoint and cache: file, load time against reading from the disk, memory; limits in brackets."""
+    rows = []
+    for row in result("belle_7b")["results"]:
+        first = [f"{row['bits']}, {row['stored_head']}", f"{row['file_bytes'] / 1e9:.2f} ({row['file']})",
+                 f"{row['load_seconds']:.1f}, {row['load_of_read']:.1f} ({row['load_limit']}) times reading",
+                 f"{row['tokens_per_second']:.1f}"]
+        for cache, found in row["memory"].items() or [("", None)]:
+            memory = [f"{found['peak_bytes'] / 1e9:.2f} ({found['limit_bytes'] / 1e9:.1f})",
+                      f"{found['process_bytes'] / 1e9:.2f}"] if found else ["", ""]
+            rows.append([*first, cache, *memory])
+            first = [""] * len(first)
+    return markdown(["bits, those of the stored head", "file, GB", "load, s", "tokens/s", "cache", "memory, GB",
+                     "process, GB"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": lambda: quality(["model", "MB", "KL to full precision", "same top token, %", "perplexity",
                                 "exact match, %"], {}),
@@ -115,6 +148,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: stack(["linears of 8 blocks and head", "M = {}, tokens/s"], {}),
     "cpu_zh": lambda: stack(["8 层的线性层和输出层", "M = {}，词/秒"], STACKS_ZH),
     "training": training,
+    "interop": interop,
+    "belle_7b": belle_7b,
 }
 
 
