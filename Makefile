@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/gptq-belle demo
 
-# A test computes with one thread, so the cores run several side by side; each process takes up to 2 GB.
+# A test computes with one thread, so the cores run several side by side.
 test: lint
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 

@@ -162,7 +162,7 @@ def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, is
         _pointer(bias), weight.in_features, weight.out_features, weight.codes.shape[1], weight.run, weight.bits,
         weight.scales.dtype == torch.float16, weight.zero)
     outcome = lib.matmul(struct, rows.data_ptr(), rows.shape[0], weight.parts, y.data_ptr(),
-                            torch.get_num_threads(), ISAS.index(isa or lib.isa))
+                         torch.get_num_threads(), ISAS.index(isa or lib.isa))
     if outcome:
         raise ValueError(f"order holds inputs that are not -1..{weight.in_features - 1}") if outcome == 1 else (
             MemoryError(f"no memory for the activations of {rows.shape[0]} rows"))

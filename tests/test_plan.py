@@ -126,3 +126,10 @@ def test_the_verb_as_json(capsys, tiny_llama):
 
 def test_parts_add_up():
     assert (Needs(1, 2, 3, 4, 5).model, Needs(1, 2, 3, 4, 5).total) == (14, 15)
+
+
+def test_the_engine_reads_prompts_as_planned():
+    from gptq_belle.measure import plan
+    from gptq_belle.runtime import attention, tokens
+
+    assert (plan.CHUNK, plan.QUERIES, plan.KV_HEADS) == (tokens.CHUNK, attention.QUERIES, attention.KV_HEADS)

@@ -39,7 +39,7 @@ def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     best = _rounded(groups, _scales(largest, bits), top)
     for clip in CLIPS[bits]:
         found = _rounded(groups, _scales(largest * clip, bits), top)
-        better = found.error < best.error
+        better = found.error(groups) < best.error(groups)
         best = _Rounded(*(torch.where(better, new, old) for new, old in zip(found, best, strict=True)))
     return best.codes.add_(top + 1).to(torch.uint8).flatten(1), best.scales.squeeze(-1).half()
 
@@ -54,7 +54,10 @@ def scaled(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
 class _Rounded(NamedTuple):
     codes: Tensor  # (n, groups, group), in float32, signed
     scales: Tensor  # (n, groups, 1)
-    error: Tensor  # likewise
+
+    def error(self, groups: Tensor) -> Tensor:
+        """Sum of squares (n, groups, 1)."""
+        return (self.codes * self.scales - groups).square_().sum(-1, keepdim=True)
 
 
 def _largest(groups: Tensor) -> Tensor:
@@ -69,8 +72,7 @@ def _scales(largest: Tensor, bits: int) -> Tensor:
 
 
 def _rounded(groups: Tensor, scales: Tensor, top: int) -> _Rounded:
-    codes = (groups / scales).round_().clamp_(-top - 1, top)
-    return _Rounded(codes, scales, (codes * scales - groups).square_().sum(-1, keepdim=True))
+    return _Rounded((groups / scales).round_().clamp_(-top - 1, top), scales)
 
 
 def to_bytes(codes: Tensor, bits: int) -> Tensor:
