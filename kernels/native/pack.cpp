@@ -59,7 +59,7 @@ inline uint32_t transposed_4(uint32_t x) {
 }
 
 // The same where inputs stand in order and codes are as wide as they will be: a word of the file is a word of the
-// layout, its fields moved. A third of the time that `gather` takes, and what a model's loading is made of.
+// layout, its fields moved. 0.7 (4 bits) and 0.55 (8 bits) of the time that `gather` takes.
 void move(const BelleWords& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
   if (place >= w.inputs) return;
   const int32_t* words = w.words + place * w.bits / 32 * w.outputs + n;
