@@ -9,7 +9,7 @@ it), and is told of four processors where there are fewer, for it refuses to sta
 own, in turns with the other's, `--repeats` times, and medians are quoted. Seconds go from the source directory to the
 written one, on both sides: importing Python packages is left out, loading the model and writing it are in, and in ours
 also the tokenizing, the checksums of the source, what is kept for a restart, and the reading back. The first run of
-the peer, which compiles its extensions, is not counted.
+the peer, which compiles its extensions, is not counted. Another preset than fast takes turns with fast.
 """
 
 import argparse
@@ -112,12 +112,14 @@ def measure(source: Path, options: argparse.Namespace, scratch: Path) -> dict[st
     """Medians of one model: ours by phase and block beside what the dry run says, and the peer's where there is one."""
     size, rows, out = (options.rows, options.seq_len), scratch / "rows.json", scratch / "ours"
     write_rows(source, *size, rows)
-    foretold, ours, peers = [], [], []
+    foretold, ours, plain, peers = [], [], [], []
     dry = ["-m", "gptq_belle.quantize", source, out, "--preset", options.preset, "--rows", size[0], "--seq-len",
            size[1], "--allow-short", "--dry-run", "--json"]
     for turn in range(options.repeats):
         foretold.append(answer(sys.executable, *dry)["seconds"])
         ours.append(answer(sys.executable, "-c", OURS, source, out, options.preset, *size))
+        if options.preset != "fast":
+            plain.append(answer(sys.executable, "-c", OURS, source, out, "fast", *size)["seconds"])
         if options.peer_python:
             peers.append(answer(options.peer_python, "-c", PEER, source, scratch / f"peer{turn}", rows))
     median = middle(ours)
@@ -127,6 +129,9 @@ def measure(source: Path, options: argparse.Namespace, scratch: Path) -> dict[st
              "phases": {name: sum(block.get(name, 0.0) for block in median["phases"]) for name in PHASES},
              "blocks": median["phases"]}
     found["foretold_ratio"] = found["foretold_seconds"] / found["seconds"]
+    if plain:
+        found |= {"fast_seconds": statistics.median(plain), "fast_spread": plain,
+                  "times_fast": median["seconds"] / statistics.median(plain)}
     if peers:
         theirs = middle(peers)
         found |= {"gptqmodel": theirs | {"spread": [run["seconds"] for run in peers]},
@@ -155,6 +160,8 @@ def show(name: str, result: dict[str, Any]) -> None:
     """One model's lines of the table."""
     print(f"{name}: {result['seconds']:.1f} s (foretold {result['foretold_seconds']:.1f}) of which " + ", ".join(
         f"{phase} {result['phases'][phase]:.2f}" for phase in PHASES))
+    if "times_fast" in result:
+        print(f"{name}: {result['times_fast']:.2f} times preset fast's {result['fast_seconds']:.1f} s", flush=True)
     if "ratio" in result:
         print(f"{name}: GPTQModel {result['gptqmodel']['seconds']:.1f} s, ratio {result['ratio']:.2f}", flush=True)
 
@@ -183,7 +190,6 @@ def main() -> None:
             show(source.name, found[source.name])
     settings = {"bits": 4, "group_size": 128, "rows": options.rows, "seq_len": options.seq_len, "random": RANDOM}
     print(records.write(record_name(options.preset), settings | {"models": found}))
-
 
 
 if __name__ == "__main__":

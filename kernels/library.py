@@ -7,10 +7,12 @@ knows nothing of torch; `cpu.py` passes it pointers that it has checked.
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import cast
 
-ABI = 6  # of native/native.h
+ABI = 7  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
@@ -55,6 +57,34 @@ class AttentionStruct(ctypes.Structure):
                 ("kind", ctypes.c_int32)]
 
 
+class GptqBlockStruct(ctypes.Structure):
+    """`BelleGptqBlock` of native.h."""
+
+    _fields_ = [("weights", ctypes.c_void_p), ("factor", ctypes.c_void_p), ("codes", ctypes.c_void_p),
+                ("errors", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
+                ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("factor_step", ctypes.c_int64),
+                ("factor_input", ctypes.c_int64), ("own", ctypes.c_int64), ("group", ctypes.c_int32),
+                ("levels", ctypes.c_int32), ("symmetric", ctypes.c_int32)]
+
+
+class DescentStruct(ctypes.Structure):
+    """`BelleDescent` of native.h."""
+
+    _fields_ = [("codes", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+                ("zero", ctypes.c_void_p), ("hessian", ctypes.c_void_p), ("diagonal", ctypes.c_void_p),
+                ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("stride", ctypes.c_int64),
+                ("levels", ctypes.c_int32)]
+
+
+class SearchStruct(ctypes.Structure):
+    """`BelleSearch` of native.h."""
+
+    _fields_ = [("weights", ctypes.c_void_p), ("importance", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+                ("zeros", ctypes.c_void_p), ("best", ctypes.c_void_p), ("inputs", ctypes.c_int64),
+                ("outputs", ctypes.c_int64), ("candidates", ctypes.c_int64), ("smallest", ctypes.c_float),
+                ("levels", ctypes.c_int32)]
+
+
 class Library:
     """The loaded library, with the instruction set that it is to use."""
 
@@ -78,6 +108,9 @@ class Library:
         self.read.restype = ctypes.c_uint32
         self.attend = self._c.belle_attend
         self.attend.argtypes = [ctypes.POINTER(AttentionStruct), ctypes.c_int, ctypes.c_int]
+        self.gptq_block = self._solver("gptq_block", GptqBlockStruct)
+        self.descend = self._solver("descend", DescentStruct)
+        self.search = self._solver("search", SearchStruct)
         self.usable = tuple(name for name in FASTEST if self._c.belle_usable(ISAS.index(name)))
         wanted = os.environ.get(CHOICE, self.usable[0])
         if wanted not in self.usable:
@@ -85,6 +118,13 @@ class Library:
         self.isa = wanted
         self._c.belle_use_openmp.argtypes = [ctypes.c_void_p]
         self._c.belle_use_openmp(_openmp_entry())
+
+    def _solver(self, name: str, struct: type[ctypes.Structure]) -> Callable[[ctypes.Structure, int, int], None]:
+        """A function of solver.cpp: it takes its struct, threads and the instruction set's number."""
+        function = getattr(self._c, f"belle_{name}")
+        function.argtypes = [ctypes.POINTER(struct), ctypes.c_int, ctypes.c_int]
+        function.restype = None
+        return cast(Callable[[ctypes.Structure, int, int], None], function)
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from test_solver import problem
 
 from gptq_belle.config import QuantConfig
+from gptq_belle.kernels.library import library
 from gptq_belle.quantization import solver
 
 BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
@@ -128,13 +129,16 @@ def edges(inputs, outputs):
 
 
 @pytest.mark.parametrize(("device", "dtype", "lacking", "kernel"), [
-    ("cuda", torch.float32, None, True), ("cuda", torch.float64, None, False),
-    ("cuda", torch.float32, "no compiler", False), ("cpu", torch.float32, None, False)])
-def test_when_the_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
+    ("cuda", torch.float32, None, "triton_gptq"), ("cuda", torch.float64, None, "solver"),
+    ("cuda", torch.float32, "no compiler", "solver"), ("cpu", torch.float32, None, "cpu_solver"),
+    ("cpu", torch.float64, None, "solver")])
+def test_when_a_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
     pytest.importorskip("triton")
+    if kernel == "cpu_solver" and isinstance(library(), str):
+        pytest.skip(library())
     monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable", lambda device: lacking)
-    W = SimpleNamespace(is_cuda=device == "cuda", device=torch.device(device), dtype=dtype)
-    assert (solver._block_solver(W) is not solver._solve_block) == kernel
+    W = SimpleNamespace(is_cuda=device == "cuda", is_cpu=device == "cpu", device=torch.device(device), dtype=dtype)
+    assert solver._block_solver(W).__module__.rpartition(".")[2] == kernel
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from gptq_belle.checkpoint.directory import AS_THEY_ARE, TOKENIZER_CONFIG
 from gptq_belle.checkpoint.durable import stamp_of
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.config import QuantConfig
+from gptq_belle.kernels.library import library
 
 
 def fingerprint(reader: CheckpointReader, config: QuantConfig,
@@ -52,6 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """
     return {"device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             "threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability(),
+            "solver": "torch" if isinstance(library(), str) else "native",
             "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
 
 

@@ -4,18 +4,17 @@ Everything here is laid out inputs first: a group of g inputs and N outputs is (
 contiguous, which is the order in which GPTQ visits them.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError
+from gptq_belle.kernels import cpu_solver
 
 SMALLEST_SCALE = 1e-7  # float16 still holds it (its smallest step is 6e-8); below, a group counts as all zero
 SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits left there, and a searched or refitted scale is not worth fewer
 POINTS = 28  # of a search, for either sign
 NARROWEST, WIDEST = 0.55, 1.1  # of a search, as shares of the span that reaches the largest weight
-VALUES_AT_A_TIME = 1 << 18  # of a search: what its steps read and write then stays in the cache
+VALUES_AT_A_TIME = 1 << 18  # of a search in torch: what its steps read and write then stays in the cache
 
 
 def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -58,46 +57,52 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
     Raises:
         InputError: a scale is too large for float16.
     """
-    check_storable(weight.abs().amax(0) / (1 << (bits - 1)))
-    found = [_search(part, importance, bits, sym, positive)
-             for part in weight.split(max(1, VALUES_AT_A_TIME // len(weight)), dim=1)]
-    scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return scales, zeros
-
-
-def _search(weight: Tensor, importance: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
-    """`searched_grid` of some outputs."""
     low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
-    least = torch.full_like(low, torch.inf)
-    best = torch.ones_like(low), torch.full_like(low, 1 << (bits - 1))
-    for scales, zeros in _spans(low, high, bits, sym, positive):
-        decoded = to_codes(weight, scales, zeros, bits).sub_(zeros).mul_(scales)
+    check_storable(torch.maximum(-low, high) / (1 << (bits - 1)))
+    scales, zeros = _spans(low, high, bits, sym, positive)
+    if cpu_solver.serves(weight):
+        best = cpu_solver.search(weight, importance.float(), scales, zeros, bits, SMALLEST_SEARCHED).long()
+    else:
+        parts = (part.split(max(1, VALUES_AT_A_TIME // len(weight)), dim=-1) for part in (weight, scales, zeros))
+        best = torch.cat([_search(*part, importance, bits) for part in zip(*parts, strict=True)])
+    found = best.clamp(min=0)[None]
+    scales, zeros = (table.gather(0, found)[0] for table in (scales, zeros))
+    return torch.where(best < 0, 1.0, scales), torch.where(best < 0, float(1 << (bits - 1)), zeros)
+
+
+def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """The first of the best candidates for some outputs, (N,) int64; -1 where none counts. `cpu_solver.search`."""
+    least = torch.full_like(scales[0], torch.inf)
+    best = torch.full(least.shape, -1, device=least.device)
+    for index, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        decoded = to_codes(weight, scale, zero, bits).sub_(zero).mul_(scale)
         loss = importance @ decoded.sub_(weight).square_()
-        better = (loss < least) & (scales.abs() >= SMALLEST_SEARCHED)
+        better = (loss < least) & (scale.abs() >= SMALLEST_SEARCHED)
         least = torch.where(better, loss, least)
-        best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+        best = torch.where(better, index, best)
     return best
 
 
-def _spans(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _spans(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
     """Scales, rounded to float16, and zeros that a search looks at, for groups from low <= 0 to high >= 0, each (N,).
 
     Symmetric: +-(absmax / (2**(b-1) - 0.5)) times `NARROWEST` .. `WIDEST`, and absmax / 2**(b-1), which with the right
     sign reaches the largest weight exactly. Asymmetric: the min-max span times the same.
+
+    Returns:
+        (candidates, N) both.
     """
     half, levels = 1 << (bits - 1), (1 << bits) - 1
-    shares = torch.linspace(NARROWEST, WIDEST, POINTS - 1, dtype=torch.float64).tolist()
+    last = (half - 0.5) / half if sym else 1.0
+    shares = torch.cat([torch.linspace(NARROWEST, WIDEST, POINTS - 1, dtype=torch.float64), torch.tensor([last])])
+    shares = shares.to(low)[:, None]
     if not sym:
-        for share in (*shares, 1.0):
-            scales = _halved((high - low) * share / levels)
-            yield scales, (-low * share / scales).round_().nan_to_num_(0).clamp_(0, levels)
-        return
-    largest, zeros = torch.maximum(-low, high), torch.full_like(low, half)
-    for share in (*shares, (half - 0.5) / half):
-        scales = _halved(largest * share / (half - 0.5))
-        yield scales, zeros
-        if not positive:
-            yield -scales, zeros
+        scales = _halved((high - low) * shares / levels)
+        return scales, (-low * shares / scales).round_().nan_to_num_(0).clamp_(0, levels)
+    scales = _halved(torch.maximum(-low, high) * shares / (half - 0.5))
+    if not positive:
+        scales = torch.stack([scales, -scales], 1).flatten(0, 1)
+    return scales, torch.full_like(scales, half)
 
 
 def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:

@@ -6,19 +6,19 @@ Laid out inputs first, as in the solver. With D = Q - W, the error is tr(D^T H D
 import torch
 from torch import Tensor
 
+from gptq_belle.kernels import cpu_solver
 from gptq_belle.quantization.grid import SMALLEST_SEARCHED
 from gptq_belle.quantization.hessian import live_diagonal
 from gptq_belle.quantization.threads import threads
 
-INNER = 32  # inputs whose own changes R takes in one at a time; the rest of the group gets them together
+INNER = 32  # inputs, in torch, whose own changes R takes in one at a time; the rest of the group gets them together
 
 
 def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *, bits: int, sweeps: int,
            positive: bool = False) -> None:
     """Sweeps of scale refit and coordinate descent over all groups; no step makes the error larger.
 
-    Within a group only its own rows of R are kept current; the other rows get the group's changes in one product, the
-    lazy blocks of GPTQ (arXiv 2210.17323, section 3.3, step 2). A sweep takes about as long as GPTQ.
+    A group's rows of R are computed when its turn comes. A sweep is one product of H and D, twice that of GPTQ.
 
     Args:
         codes: (K, N) uint8; changed in place, as are the scales.
@@ -29,23 +29,19 @@ def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *
         sweeps: how many.
         positive: no scale may turn negative.
     """
-    K, group = len(codes), len(codes) // len(scales)
-    D = W
-    for g, start in enumerate(range(0, K, group)):
-        part = slice(start, start + group)
+    D, parts = W, [slice(start, start + len(codes) // len(scales)) for start in
+                   range(0, len(codes), len(codes) // len(scales))]
+    for g, part in enumerate(parts):
         torch.sub((codes[part] - zeros[g]).mul_(scales[g]), W[part], out=D[part])
-    R = H @ D
-    del D, W
     diagonal = live_diagonal(H)
     for _ in range(sweeps):
-        for g, start in enumerate(range(0, K, group)):
-            part = slice(start, start + group)
-            code, residual, block = codes[part] - zeros[g], R[part].clone(), H[part, part]
+        for g, part in enumerate(parts):
+            code, residual, block = codes[part] - zeros[g], H[part] @ D, H[part, part]
             before = code * scales[g]
             scales[g] = refit_scales(code, scales[g], residual, block, positive=positive)
             descend(code, scales[g], zeros[g], residual, block, diagonal[part], bits)
             codes[part] = code + zeros[g]
-            R.addmm_(H[:, part], code.mul_(scales[g]).sub_(before))
+            D[part] += code.mul_(scales[g]).sub_(before)
 
 
 def refit_scales(code: Tensor, scale: Tensor, residual: Tensor, block: Tensor, *, positive: bool = False) -> Tensor:
@@ -90,15 +86,23 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
         diagonal: (g,), of H, without zeros.
         bits: bits a code.
     """
+    step, sweep = (cpu_solver.BLOCK, cpu_solver.descend) if cpu_solver.serves(code) else (INNER, _descend)
+    for j1 in range(0, len(code), step):
+        part, rest = slice(j1, j1 + step), slice(j1 + step, None)
+        before = code[part].clone() if j1 + step < len(code) else None
+        sweep(code[part], scale, zero, residual[part], block[part, part], diagonal[part], bits)
+        if before is not None:
+            residual[rest].addmm_(block[rest, part], (code[part] - before).mul_(scale))
+
+
+def _descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor,
+             bits: int) -> None:
+    """`descend` of some inputs, in torch: a few operations an input."""
     low, high = -zero, ((1 << bits) - 1) - zero
-    change = torch.empty_like(code)
-    for j1 in range(0, len(code), INNER):
-        j2 = min(j1 + INNER, len(code))
-        with threads(1):  # as in the solver: steps of microseconds
-            for j in range(j1, j2):
-                wanted = torch.addcdiv(code[j], residual[j], scale * diagonal[j], value=-1).round_()
-                wanted = torch.minimum(torch.maximum(wanted, low, out=wanted), high, out=wanted)
-                torch.sub(wanted, code[j], out=change[j]).mul_(scale)
-                code[j] = wanted
-                residual[j + 1 : j2].addr_(block[j, j + 1 : j2], change[j])
-        residual[j2:].addmm_(block[j2:, j1:j2], change[j1:j2])
+    with threads(1):  # as in the solver: steps of microseconds
+        for j in range(len(code)):
+            wanted = torch.addcdiv(code[j], residual[j], scale * diagonal[j], value=-1).round_()
+            wanted = torch.minimum(torch.maximum(wanted, low, out=wanted), high, out=wanted)
+            change = (wanted - code[j]).mul_(scale)
+            code[j] = wanted
+            residual[j + 1 :].addr_(block[j, j + 1 :], change)

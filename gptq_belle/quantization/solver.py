@@ -14,7 +14,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.kernels import triton_matmul
+from gptq_belle.kernels import cpu_solver, triton_matmul
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
 from gptq_belle.quantization.hessian import inverse_factor, left_after_making_up, live_diagonal
 from gptq_belle.quantization.loss import output_error
@@ -154,7 +154,10 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
 
 
 def _block_solver(W: Tensor) -> Callable[..., None]:
-    """What walks through a block: one kernel where Triton serves, else torch, a few operations a step."""
+    """What walks through a block: one kernel where the native ones or Triton serve, else torch, operation by operation.
+    """
+    if cpu_solver.serves(W):
+        return cpu_solver.solve_block
     if not W.is_cuda or W.dtype != torch.float32 or triton_matmul.unavailable(W.device):
         return _solve_block
     from gptq_belle.kernels import triton_gptq

@@ -16,3 +16,4 @@ struct Isa : Registers512 {
 
 #include "tile.h"
 #include "attend.h"
+#include "gptq.h"

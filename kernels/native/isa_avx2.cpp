@@ -17,5 +17,6 @@ struct Isa : Registers256 {
 
 #include "tile.h"
 #include "attend.h"
+#include "gptq.h"
 
-const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend};
+const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend, gptq_block, descend, search};

@@ -16,5 +16,6 @@ struct Isa : Registers512 {
 
 #include "tile.h"
 #include "attend.h"
+#include "gptq.h"
 
-const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend};
+const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, gptq_block, descend, search};

@@ -16,5 +16,6 @@ struct Isa : Registers256 {
 
 #include "tile.h"
 #include "attend.h"
+#include "gptq.h"
 
-const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend};
+const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend, gptq_block, descend, search};

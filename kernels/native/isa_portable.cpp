@@ -86,5 +86,6 @@ struct Isa {
 
 #include "tile.h"
 #include "attend.h"
+#include "gptq.h"
 
-const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, gptq_block, descend, search};

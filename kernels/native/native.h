@@ -63,15 +63,53 @@ struct BelleAttention {    // one new token in each of some slots of a cache: M 
   int32_t kind;            // 0: float32, 1: float16, 2: int8
 };
 
+struct BelleGptqBlock {    // GPTQ's walk through a block of B <= 128 inputs; tables (B, N) unless said otherwise
+  float* weights;          // used up
+  const float* factor;     // (B, B) of the inverse Hessian, upper triangular; strides below, in floats
+  uint8_t* codes;          // written
+  float* errors;           // written: what each input leaves to those behind the block
+  float* scales;           // `group` > 0: (B / group, N), written; else read, `own` values from input to input
+  float* zeros;            // likewise
+  int64_t inputs, outputs; // B, N
+  int64_t factor_step, factor_input;  // from one of the factor's rows (steps) or columns (inputs) to the next
+  int64_t own;             // N, or 0: one row for all inputs
+  int32_t group;           // 32, 64 or 128 inputs, of B; 0 where the grids are known
+  int32_t levels;          // the largest code
+  int32_t symmetric;
+};
+
+struct BelleDescent {      // one sweep over g <= 128 inputs of a group
+  float* codes;            // (g, N), less their zero points; changed
+  const float* residual;   // (g, N) of H (Q - W)
+  const float* scale;      // (N)
+  const float* zero;       // (N)
+  const float* hessian;    // (g, g), symmetric, with `stride` floats a row
+  const float* diagonal;   // (g), none 0
+  int64_t inputs, outputs, stride;
+  int32_t levels;
+};
+
+struct BelleSearch {       // the grid of a group of g inputs with the least weighted error of rounding
+  const float* weights;    // (g, N), N a multiple of 16
+  const float* importance; // (g)
+  const float* scales;     // (candidates, N)
+  const float* zeros;      // (candidates, N)
+  int32_t* best;           // (N), written: the first of the best; -1 where none is
+  int64_t inputs, outputs, candidates;
+  float smallest;          // scale that counts
+  int32_t levels;
+};
+
 }  // extern "C"
 
 namespace belle {
 
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
 constexpr int kMostRows = 256;          // rows of x that a unit of work takes at most
+constexpr int kSolved = 64;             // outputs of a unit of work of the solver
 constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
 
 // One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
@@ -104,6 +142,10 @@ struct Kernel {
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
   void (*attend)(const BelleAttention&, int64_t row, int64_t kv_head, float* scratch);  // see attend.h
+  // See gptq.h; `count` outputs from n on, at most kSolved, or 16 of them.
+  void (*gptq_block)(const BelleGptqBlock&, int64_t n, int64_t count);
+  void (*descend)(const BelleDescent&, int64_t n, int64_t count);
+  void (*search)(const BelleSearch&, int64_t n);
 };
 
 const Kernel* kernel(int isa);  // of the numbers of cpu_features.h; the portable one where an instruction set is missing

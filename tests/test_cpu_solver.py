@@ -1,0 +1,182 @@
+"""The native inner loops of quantizing: every instruction set to the bit what NumPy computes in float32."""
+
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from test_triton_gptq import BITS, GROUPS, block, check_block, check_mixed_grids, edges
+
+from gptq_belle.kernels import cpu_solver
+from gptq_belle.kernels.library import PLACE, Library, library
+from gptq_belle.quantization import grid, refine
+
+FOUND = library()
+ISAS = FOUND.usable if isinstance(FOUND, Library) else ()
+
+pytestmark = pytest.mark.skipif(not ISAS and PLACE not in os.environ, reason=str(FOUND))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("bits", BITS)
+def test_block(bits, group, isa):
+    solve = partial(cpu_solver.solve_block, isa=isa)
+    for inputs, outputs in ((128, 130), (max(group, 1), 1)) if group else ((77, 65), (1, 3)):
+        check_block(solve, *block(inputs, outputs, seed=10 * bits + group), group, bits, bits % 2 == 0)
+        check_block(solve, *block(inputs, outputs, seed=11 * bits + group), group, bits, bits % 2 == 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", GROUPS)
+def test_edges(group, sym, isa):
+    check_block(partial(cpu_solver.solve_block, isa=isa), *edges(128, 8), group, 8, sym)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_grids_of_each_input(isa):
+    check_mixed_grids(partial(cpu_solver.solve_block, isa=isa))
+
+
+def test_a_factor_that_lies_column_by_column():
+    weight, factor = block(128, 20, seed=1)
+    check_block(cpu_solver.solve_block, weight, factor.t().contiguous().t(), 64, 4, True)
+
+
+def test_scales_are_rounded_as_float16_is():
+    """float16's positive numbers and both neighbours of each midpoint, as the scale of a group at 8 bits."""
+    exact = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (exact[:-1] + exact[1:]) / 2
+    wanted = np.concatenate([exact, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, exact[-1])])
+    weight = torch.zeros(32, int((wanted < 50_000).sum()))
+    weight[0] = torch.from_numpy(wanted[wanted < 50_000]) * 127.5  # the check itself needs some room above
+    check_block(cpu_solver.solve_block, weight, torch.eye(32), 32, 8, True)
+
+
+def test_infinite_scales_come_out_infinite():
+    weight = torch.tensor([1e9, 65519.0 * 7.5, 65520.0 * 7.5, 3e38]).repeat(32, 1)
+    scales, zeros, codes, errors = torch.ones(1, 4), torch.ones(1, 4), torch.ones(32, 4, dtype=torch.uint8), weight + 0
+    cpu_solver.solve_block(weight, torch.eye(32), codes, errors, scales, zeros, group=32, bits=4, sym=True)
+    assert scales.tolist() == [[torch.inf, 65504.0, torch.inf, torch.inf]]
+
+
+# Coordinate descent.
+
+
+def descent(inputs, outputs, bits, seed):
+    """Arguments of `descend`, in order: a group that GPTQ could have left."""
+    weight, factor = block(inputs, outputs, seed)
+    H = torch.linalg.inv((factor.t() @ factor).double()).float().contiguous()
+    scale, zero = grid.min_max_grid(weight, bits, seed % 2 == 0)
+    scale[::3] *= -1
+    code = grid.to_codes(weight, scale, zero, bits).sub_(zero)
+    return code, scale, zero, H @ (code * scale - weight), H, H.diagonal().contiguous()
+
+
+def descend_oracle(code, scale, zero, residual, block, diagonal, bits):
+    """In float32, each operation rounded once."""
+    code, residual = code.numpy().copy(), residual.numpy().copy()
+    scale, zero, block, diagonal = (part.numpy() for part in (scale, zero, block, diagonal))
+    for j in range(len(code)):
+        wanted = np.rint(code[j] - residual[j] / (scale * diagonal[j]))
+        wanted = np.clip(wanted, -zero, np.float32(2**bits - 1) - zero)
+        residual[j + 1 :] += block[j, j + 1 :, None] * ((wanted - code[j]) * scale)
+        code[j] = wanted
+    return torch.from_numpy(code)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", BITS)
+def test_descent(bits, isa):
+    for inputs, outputs in ((128, 130), (64, 64), (77, 33), (1, 1)):
+        for seed in range(4):
+            given = descent(inputs, outputs, bits, seed)
+            expected = descend_oracle(*given, bits)
+            assert seed or inputs == 1 or not torch.equal(given[0], expected)
+            cpu_solver.descend(*given, bits, isa=isa)
+            assert torch.equal(given[0], expected)
+
+
+@pytest.mark.parametrize("inputs", [128, 300])
+def test_a_whole_group_in_parts_and_in_torch(inputs, monkeypatch):
+    """Groups of more than 128 inputs; what torch finds differs where a code is a tie to the last bits only."""
+    given = descent(inputs, 40, 4, seed=1)
+    others = tuple(part.clone() for part in given)
+    refine.descend(*given, 4)
+    monkeypatch.setattr("gptq_belle.kernels.cpu_solver.serves", lambda tensor: False)
+    refine.descend(*others, 4)
+    assert (given[0] == others[0]).all(0).sum() >= 38
+
+
+# Search.
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_search(bits, sym, isa):
+    """No worse than what torch finds in float64, output by output."""
+    for inputs, outputs in ((128, 130), (32, 16), (77, 5), (1, 1)):
+        generator = torch.Generator().manual_seed(inputs + bits)
+        weight = torch.randn(inputs, outputs, generator=generator) ** 3
+        weight[:, 0] = 0
+        importance = torch.rand(inputs, generator=generator) ** 2 + 0.01
+        low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
+        scales, zeros = grid._spans(low, high, bits, sym, False)
+        found = cpu_solver.search(weight, importance, scales, zeros, bits, grid.SMALLEST_SEARCHED, isa=isa)
+        exact = grid._search(weight.double(), scales.double(), zeros.double(), importance.double(), bits)
+        assert found[0] == exact[0] == -1
+        for output in range(1, outputs):
+            ours, best = (loss(weight[:, output], importance, scales[at, output], zeros[at, output], bits)
+                          for at in (int(found[output]), int(exact[output])))
+            assert ours == pytest.approx(best, rel=1e-5)
+        assert (found == exact).sum() >= 0.9 * outputs  # else equal losses decide otherwise
+
+
+def loss(weight, importance, scale, zero, bits):
+    decoded = grid.to_codes(weight.double(), scale.double(), zero.double(), bits).sub_(zero).mul_(scale)
+    return float(importance.double() @ (decoded - weight).square())
+
+
+def test_the_first_of_equal_grids_wins():
+    weight, ones = torch.tensor([[1.0], [-1.0]]).repeat(1, 20), torch.ones(5, 20)
+    found = cpu_solver.search(weight, torch.ones(2), ones * torch.tensor([[3.0], [1e-9], [1.0], [-1.0], [0.5]]), 8 * ones,
+                              4, grid.SMALLEST_SEARCHED)
+    assert (found == 2).all()
+
+
+# Any number of threads gives the same bits, and nothing that does not fit is read.
+
+
+def test_threads_do_not_matter():
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            weight, factor = block(128, 200, seed=2)
+            codes, errors, scales = torch.empty_like(weight, dtype=torch.uint8), weight + 0, torch.ones(2, 200)
+            cpu_solver.solve_block(weight, factor, codes, errors, scales, scales + 0, group=64, bits=3, sym=False)
+            found.append((codes, errors, scales))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_does_not_fit_is_refused():
+    weight, factor = block(64, 8, seed=3)
+    rest = {"codes": torch.empty(64, 8, dtype=torch.uint8), "Err": weight + 0, "scales": torch.ones(1, 8),
+            "zeros": torch.ones(1, 8)}
+    settings = {"group": 64, "bits": 4, "sym": True}
+    for wrong in ({"codes": rest["codes"].int()}, {"Err": weight[:32]}, {"scales": torch.ones(2, 8)}, {"group": 48},
+                  {"zeros": torch.ones(8)}, {"Hinv": factor[:32]}, {"Hinv": factor.double()}, {"W": weight.t()},
+                  {"W": torch.ones(129, 8)}, {"scales": torch.ones(8, 1).expand(8, 8)[:1].t()}):
+        with pytest.raises(ValueError, match=r"not|grids"):
+            cpu_solver.solve_block(**({"W": weight, "Hinv": factor} | rest | settings | wrong))
+    given = descent(32, 8, 4, seed=0)
+    for place, wrong in enumerate((given[0].t(), torch.ones(9), torch.ones(7), given[3][:31], given[4].t()[:, :31])):
+        with pytest.raises(ValueError, match=r"not|Hessian"):
+            cpu_solver.descend(*given[:place], wrong, *given[place + 1 :], 4)
+    with pytest.raises(ValueError, match="scales"):
+        cpu_solver.search(weight, torch.ones(64), torch.ones(3, 9), torch.ones(3, 8), 4, 1e-5)
