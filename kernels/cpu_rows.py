@@ -1,11 +1,51 @@
-"""The matrix (N, K) of a product in `cpu.py`'s layout, row by row: made from its rows, and looked up by row."""
+"""The matrix (N, K) of a product in `cpu.py`'s layout, row by row: rounded, made from its rows, and looked up by row."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .cpu import BLOCK, PADDED, PARTS, CpuWeight, empty_codes, native
-from .library import RowsStruct
+from .library import ISAS, Library, RoundingStruct, RowsStruct, library
 from .runs import RUNS
+
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def serves(matrix: Tensor) -> bool:
+    """Whether `round_rows` takes such a matrix, and the library is built."""
+    return matrix.dtype in KINDS and matrix.is_cpu and isinstance(library(), Library)
+
+
+def round_rows(matrix: Tensor, bits: int, group: int, clips: Sequence[float] = (), *,
+               isa: str | None = None) -> tuple[Tensor, Tensor]:
+    """Round the rows of a matrix (N, K) to symmetric codes, one scale for `group` inputs, halves to even.
+
+    Args:
+        matrix: float32, float16 or bfloat16.
+        bits: 4 or 8.
+        group: 32, 64 or 128, a divisor of K.
+        clips: shares of a group's largest magnitude that are tried as the end of the grid beside 1; that with the
+            least sum of squared errors is taken.
+        isa: one of `library().usable`; left out, the fastest.
+    Returns:
+        codes (N, K) uint8, the zero point at 2**(bits - 1); scales (N, K / group) float16.
+    Raises:
+        ValueError: it holds NaN or infinity; another dtype, shape or device.
+    """
+    if matrix.dtype not in KINDS or not matrix.is_cpu or matrix.dim() != 2:
+        raise ValueError(f"{matrix.dtype} {tuple(matrix.shape)} on {matrix.device} cannot be rounded here")
+    count, inputs = matrix.shape
+    if group not in RUNS or inputs % group or bits not in (4, 8):
+        raise ValueError(f"{inputs} inputs in groups of {group}, {bits} bits: not {RUNS}, 4 or 8")
+    matrix, tried, lib = matrix.contiguous(), torch.tensor(clips, dtype=torch.float32), native()
+    codes = torch.empty(count, inputs, dtype=torch.uint8)
+    scales = torch.empty(count, inputs // group, dtype=torch.float16)
+    struct = RoundingStruct(matrix.data_ptr(), codes.data_ptr(), scales.data_ptr(), tried.data_ptr(), count, inputs,
+                            len(tried), group, bits, KINDS[matrix.dtype])
+    if lib.round_rows(struct, torch.get_num_threads(), ISAS.index(isa or lib.isa)):
+        raise ValueError("it holds NaN or infinity")
+    return codes, scales
 
 
 def from_rows(matrix: Tensor, scales: Tensor, bits: int, precision: str = "exact",
@@ -13,8 +53,7 @@ def from_rows(matrix: Tensor, scales: Tensor, bits: int, precision: str = "exact
     """Lay out a symmetric matrix (N, K) whose inputs stand in order, such as an embedding.
 
     Args:
-        matrix: (N, K) uint8 codes below 2**bits, the zero point in the middle; or, with 8 bits, the float32 numbers
-            themselves, all finite, which are rounded by their scales. N a multiple of 32.
+        matrix: (N, K) uint8 codes below 2**bits, the zero point in the middle. N a multiple of 32.
         scales: (N, G) float16, G runs of 32, 64 or 128 inputs.
         bits: 4 or 8.
         precision: as `prepare`.
@@ -23,17 +62,17 @@ def from_rows(matrix: Tensor, scales: Tensor, bits: int, precision: str = "exact
         ValueError: anything else.
     """
     (outputs, inputs), groups = matrix.shape, scales.shape[1]
-    run, rounds = inputs // groups, bits == 8 and matrix.dtype == torch.float32
+    run = inputs // groups
     fits = outputs % PADDED == 0 and scales.shape[0] == outputs and run in RUNS and groups * run == inputs
-    if not fits or bits not in (4, 8) or not (rounds or matrix.dtype == torch.uint8):
+    if not fits or bits not in (4, 8) or matrix.dtype != torch.uint8:
         raise ValueError(f"{matrix.dtype} {tuple(matrix.shape)} of {bits} bits and {groups} groups have no such layout")
     shape = outputs // BLOCK, groups, run * bits // 32
     codes = empty_codes(*shape) if codes is None else codes
     if codes.shape != (*shape, 64) or not codes.is_contiguous() or codes.dtype != torch.uint8:
         raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} are no contiguous memory for {(*shape, 64)}")
-    rows, divisors = matrix.contiguous(), scales.float().contiguous()
-    native().pack_rows(RowsStruct(rows.data_ptr(), divisors.data_ptr() if rounds else None, outputs, groups, run, bits),
-                       codes.data_ptr(), torch.get_num_threads())
+    rows = matrix.contiguous()
+    native().pack_rows(RowsStruct(rows.data_ptr(), outputs, groups, run, bits), codes.data_ptr(),
+                       torch.get_num_threads())
     g_idx = torch.arange(inputs, dtype=torch.int32) // run
     table = scales.view(-1, BLOCK, groups).transpose(1, 2).contiguous()
     return CpuWeight(codes, table, None, None, g_idx, inputs, outputs, run, bits, 1 << (bits - 1), PARTS[precision],

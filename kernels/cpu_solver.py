@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .cpu import native
 from .library import ISAS, DescentStruct, GptqBlockStruct, Library, SearchStruct, library
 
 BLOCK = 128  # most inputs at a time, of a walk and of a descent
@@ -29,7 +30,7 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
     Raises:
         ValueError: tensors that do not fit together; nothing was read or written.
     """
-    native = _native()
+    lib = native()
     inputs, outputs = W.shape
     tables = (inputs // group if group else scales.shape[0], outputs)
     if not 0 < inputs <= BLOCK or group and inputs % group or not group and tables[0] not in (1, inputs):
@@ -38,11 +39,11 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
     _check(torch.uint8, codes=(codes, (inputs, outputs)))
     if Hinv.shape != (inputs, inputs) or Hinv.dtype != torch.float32 or not Hinv.is_cpu:
         raise ValueError(f"Hinv: {Hinv.dtype} {tuple(Hinv.shape)}, not float32 {(inputs, inputs)}")
-    native.gptq_block(
+    lib.gptq_block(
         GptqBlockStruct(W.data_ptr(), Hinv.data_ptr(), codes.data_ptr(), Err.data_ptr(), scales.data_ptr(),
                         zeros.data_ptr(), inputs, outputs, Hinv.stride(0), Hinv.stride(1),
                         outputs if tables[0] > 1 else 0, group, 2**bits - 1, sym),
-        torch.get_num_threads(), ISAS.index(isa or native.isa))
+        torch.get_num_threads(), ISAS.index(isa or lib.isa))
 
 
 def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor, bits: int, *,
@@ -55,17 +56,17 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
     Raises:
         ValueError: as there.
     """
-    native = _native()
+    lib = native()
     inputs, outputs = code.shape
     if not 0 < inputs <= BLOCK or block.shape != (inputs, inputs):
         raise ValueError(f"{inputs} inputs with a block {tuple(block.shape)} of the Hessian")
     block = block if block.stride(1) == 1 else block.contiguous()
     _check(code=(code, (inputs, outputs)), residual=(residual, (inputs, outputs)), scale=(scale, (outputs,)),
            zero=(zero, (outputs,)), block=(block[0], (inputs,)), diagonal=(diagonal, (inputs,)))
-    native.descend(
+    lib.descend(
         DescentStruct(code.data_ptr(), residual.data_ptr(), scale.data_ptr(), zero.data_ptr(), block.data_ptr(),
                       diagonal.data_ptr(), inputs, outputs, block.stride(0), 2**bits - 1),
-        torch.get_num_threads(), ISAS.index(isa or native.isa))
+        torch.get_num_threads(), ISAS.index(isa or lib.isa))
 
 
 def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, smallest: float, *,
@@ -84,7 +85,7 @@ def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bi
     Raises:
         ValueError: as for `solve_block`.
     """
-    native = _native()
+    lib = native()
     (inputs, outputs), padding = weight.shape, -weight.shape[1] % LANES
     if padding:
         weight, scales, zeros = (pad(table, (0, padding)) for table in (weight, scales, zeros))
@@ -93,18 +94,11 @@ def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bi
     _check(weight=(weight, (inputs, tables[1])), importance=(importance, (inputs,)), scales=(scales, tables),
            zeros=(zeros, tables))
     best = torch.empty(tables[1], dtype=torch.int32)
-    native.search(
+    lib.search(
         SearchStruct(weight.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(), best.data_ptr(),
                      inputs, tables[1], tables[0], smallest, 2**bits - 1),
-        torch.get_num_threads(), ISAS.index(isa or native.isa))
+        torch.get_num_threads(), ISAS.index(isa or lib.isa))
     return best[:outputs]
-
-
-def _native() -> Library:
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
 
 
 def _check(dtype: torch.dtype = torch.float32, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:

@@ -41,8 +41,17 @@ class WordsStruct(ctypes.Structure):
 class RowsStruct(ctypes.Structure):
     """`BelleRows` of native.h."""
 
-    _fields_ = [("matrix", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("count", ctypes.c_int64),
-                ("groups", ctypes.c_int64), ("run", ctypes.c_int32), ("bits", ctypes.c_int32)]
+    _fields_ = [("matrix", ctypes.c_void_p), ("count", ctypes.c_int64), ("groups", ctypes.c_int64),
+                ("run", ctypes.c_int32), ("bits", ctypes.c_int32)]
+
+
+class RoundingStruct(ctypes.Structure):
+    """`BelleRounding` of native.h."""
+
+    _fields_ = [("matrix", ctypes.c_void_p), ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+                ("clips", ctypes.c_void_p), ("count", ctypes.c_int64), ("inputs", ctypes.c_int64),
+                ("clip_count", ctypes.c_int64), ("run", ctypes.c_int32), ("bits", ctypes.c_int32),
+                ("kind", ctypes.c_int32)]
 
 
 class AttentionStruct(ctypes.Structure):
@@ -103,6 +112,8 @@ class Library:
         self.pack_rows = self._c.belle_pack_rows
         self.pack_rows.argtypes = [ctypes.POINTER(RowsStruct), ctypes.c_void_p, ctypes.c_int]
         self.pack_rows.restype = None
+        self.round_rows = self._c.belle_round_rows
+        self.round_rows.argtypes = [ctypes.POINTER(RoundingStruct), ctypes.c_int, ctypes.c_int]
         self.read = self._c.belle_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
         self.read.restype = ctypes.c_uint32

@@ -1,5 +1,6 @@
 """The packed head: one copy for look-up and product, close to the full one, in every layout and for odd sizes."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import packed_checkpoint
@@ -7,17 +8,20 @@ from oracle_format import formula, random_words
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import load
-from gptq_belle.checkpoint.packed_head import rounded, scaled
+from gptq_belle.checkpoint.packed_head import CLIPS, rounded
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu, cpu_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.library import Library, library
 from gptq_belle.models.shapes import Dimensions
 from gptq_belle.runtime.head import PackedLookup, embedding_and_head
 from gptq_belle.runtime.weights import Dense, Packed, Weights
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
 CPU = torch.device("cpu")
+FOUND = library()
+ISAS = FOUND.usable if isinstance(FOUND, Library) else ()
 
 
 def kl(base, other):
@@ -83,18 +87,52 @@ def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
         cpu_rows.from_rows(codes, scales, bits, codes=made.codes[:2])
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_numbers_are_rounded_as_they_are_laid_out(group):
-    matrix = torch.randn(64, 256) * torch.logspace(-9, 4, 64)[:, None]  # down to scales that float16 hardly holds
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 64), (4, 128)])
+def test_native_rounding(bits, group, dtype, isa):
+    """To the bit what NumPy computes in float32; where two clips cost the same to the last bits, either."""
+    matrix = torch.randn(67, 256) ** 3 * torch.logspace(-9, 3, 67)[:, None]  # down to scales that float16 hardly holds
+    top = 2 ** (bits - 1) - 1
     matrix[0], matrix[1, :3] = 0, torch.tensor([0.5, 1.5, -2.5])  # ties, with the scale 1
-    matrix[1, 3::group] = 127
-    values, scales = scaled(matrix.half(), group)
-    codes, expected = rounded(matrix.half(), 8, group)
-    assert torch.equal(scales, expected)
-    assert codes[1, :3].tolist() == [128, 130, 126]
-    assert torch.equal(cpu_rows.from_rows(values, scales, 8).codes, cpu_rows.from_rows(codes, scales, 8).codes)
-    with pytest.raises(ValueError, match="NaN"):
-        scaled(torch.full((1, group), torch.inf), group)
+    matrix[1, 3::group] = top
+    matrix = matrix.to(dtype)
+    codes, scales = cpu_rows.round_rows(matrix, bits, group, CLIPS[bits], isa=isa)
+    values, errors = matrix.float().numpy().reshape(67, -1, group), []
+    grids = [np.clip(np.abs(values).max(-1, keepdims=True) * np.float32(clip) / np.float32(top), np.float32(6e-8),
+                     np.float32(65504)).astype(np.float16).astype(np.float32) for clip in (1, *CLIPS[bits])]
+    ways = [np.clip(np.rint(values / grid), -top - 1, top) for grid in grids]
+    errors = np.stack([((way * grid - values).astype(np.float64) ** 2).sum(-1) for way, grid in zip(ways, grids, strict=True)])
+    found = (scales.numpy()[..., None] == np.stack([grid.astype(np.float16) for grid in grids])).squeeze(-1)
+    assert found.any(0).all()
+    assert (np.where(found, errors, np.inf).min(0) <= errors.min(0) * (1 + 1e-5)).all()
+    chosen = found.argmax(0)
+    expected = np.take_along_axis(np.stack(ways), chosen[None, ..., None], 0)[0] + top + 1
+    np.testing.assert_array_equal(codes.numpy().reshape(expected.shape), expected)
+    if bits == 8:
+        assert codes[1, :3].tolist() == [128, 130, 126]
+
+
+def test_native_rounding_refuses():
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        matrix = torch.zeros(40, 64)
+        matrix[33, 50] = bad
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            with pytest.raises(ValueError, match="NaN"):
+                cpu_rows.round_rows(matrix.to(dtype), 8, 32)
+    for matrix, bits, group in ((torch.zeros(2, 64).double(), 8, 32), (torch.zeros(2, 64), 3, 32),
+                                (torch.zeros(2, 96), 8, 64), (torch.zeros(2, 64), 8, 16), (torch.zeros(64), 8, 32)):
+        with pytest.raises(ValueError, match="cannot be rounded|not"):
+            cpu_rows.round_rows(matrix, bits, group)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_torch_rounds_as_the_native_kernel_does(bits, monkeypatch):
+    matrix = torch.randn(96, 256).half()
+    native = rounded(matrix, bits, 64)
+    monkeypatch.setattr("gptq_belle.kernels.cpu_rows.library", lambda: "no compiler")
+    for ours, others in zip(native, rounded(matrix, bits, 64), strict=True):
+        assert torch.equal(ours, others)
 
 
 def head_of(path, vocabulary, width, **arguments):
@@ -111,7 +149,8 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
     monkeypatch.setattr("gptq_belle.runtime.head.STEP", 64 * 64)  # several pieces
     if not native:
-        monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
+        for module in ("cpu", "cpu_rows"):
+            monkeypatch.setattr(f"gptq_belle.kernels.{module}.library", lambda: "no compiler")
     if not native and vocabulary % 32:
         with pytest.raises(UsageError, match="multiple of 32"):
             head_of(tmp_path, vocabulary, 64, head_bits=8)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
+from gptq_belle.kernels import cpu_rows
 
 CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
 BITS = (8, 4)
 GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
 STEP = 1 << 20  # weights rounded at a time: what that makes stays in the cache
-CLIPS = {8: (), 4: (0.9, 0.8)}  # shares of a group's largest weight that are tried as the end of the grid, too
+CLIPS: dict[int, tuple[float, ...]] = {8: (), 4: (0.9, 0.8)}  # shares of a group's largest weight that are tried as the end of the grid, too
 
 
 def group_of(width: int) -> int | None:
@@ -34,21 +35,18 @@ def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: it holds NaN or infinity.
     """
+    if cpu_rows.serves(matrix):
+        return cpu_rows.round_rows(matrix, bits, group, CLIPS[bits])
     groups, top = matrix.float().unflatten(-1, (-1, group)), (1 << (bits - 1)) - 1
-    largest = _largest(groups)
-    best = _rounded(groups, _scales(largest, bits), top)
+    largest = groups.abs().amax(-1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("it holds NaN or infinity")
+    best = _rounded(groups, largest, top)
     for clip in CLIPS[bits]:
-        found = _rounded(groups, _scales(largest * clip, bits), top)
+        found = _rounded(groups, largest * clip, top)
         better = found.error(groups) < best.error(groups)
         best = _Rounded(*(torch.where(better, new, old) for new, old in zip(found, best, strict=True)))
     return best.codes.add_(top + 1).to(torch.uint8).flatten(1), best.scales.squeeze(-1).half()
-
-
-def scaled(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Rows (n, H) in float32 and the scales (n, H / group) float16 of their 8 bits, as `rounded` has them; raises as it
-    does."""
-    values = matrix.float()
-    return values, _scales(_largest(values.unflatten(-1, (-1, group))), 8).squeeze(-1).half()
 
 
 class _Rounded(NamedTuple):
@@ -60,18 +58,9 @@ class _Rounded(NamedTuple):
         return (self.codes * self.scales - groups).square_().sum(-1, keepdim=True)
 
 
-def _largest(groups: Tensor) -> Tensor:
-    largest = groups.abs().amax(-1, keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise ValueError("it holds NaN or infinity")
-    return largest
-
-
-def _scales(largest: Tensor, bits: int) -> Tensor:
-    return (largest / ((1 << (bits - 1)) - 1)).clamp_(min=6e-8, max=65504).half().float()
-
-
-def _rounded(groups: Tensor, scales: Tensor, top: int) -> _Rounded:
+def _rounded(groups: Tensor, largest: Tensor, top: int) -> _Rounded:
+    """Rounded on the grid that ends at `largest` (n, groups, 1)."""
+    scales = (largest / top).clamp_(min=6e-8, max=65504).half().float()
     return _Rounded((groups / scales).round_().clamp_(-top - 1, top), scales)
 
 

@@ -18,7 +18,6 @@ from gptq_belle.checkpoint.packed_head import (
     STEP,
     group_of,
     rounded,
-    scaled,
     stored_bits,
     stored_rows,
 )
@@ -34,7 +33,7 @@ from gptq_belle.runtime.weights import Dense, Packed, Product, Weights
 
 PADDED = cpu.PADDED  # rows come in multiples of it
 HEAD_BITS = (16, 8, 4)
-# Some rows at a time: codes (n, H) uint8, or what `cpu_rows.from_rows` rounds, and scales (n, groups) float16.
+# Some rows at a time: codes (n, H) uint8, and scales (n, groups) float16.
 Rounded = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -92,7 +91,8 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
     if bits != 16:
         source = embedding if tied else stored
         weights.expect(source, *shape)
-        weight = _packed(weights, source, shape, bits, _rounded(weights, source, shape, bits))
+        pieces = (rounded(piece, bits, group_of(shape[1]) or 0) for piece in _pieces(weights, source, shape))
+        weight = _packed(weights, source, shape, bits, pieces)
         head = Packed(weight, None)
         if tied:
             return PackedLookup(weight, weights.dtype), head
@@ -152,9 +152,9 @@ def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pie
     codes = cpu.empty_codes(blocks, shape[1] // group, group * bits // 32)
     scales = torch.empty(blocks, shape[1] // group, cpu.BLOCK, dtype=torch.float16)
     at = 0
-    for values, scale in _filled(pieces):
-        stop = at + len(values) // cpu.BLOCK
-        part = cpu_rows.from_rows(values, scale, bits, weights.precision, codes[at:stop])
+    for piece, scale in _filled(pieces):
+        stop = at + len(piece) // cpu.BLOCK
+        part = cpu_rows.from_rows(piece, scale, bits, weights.precision, codes[at:stop])
         scales[at:stop] = part.scales
         at = stop
     return part._replace(codes=codes, scales=scales, out_features=shape[0])
@@ -185,15 +185,6 @@ def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
             piece = torch.nn.functional.pad(piece[0], (0, 0, 0, missing)), torch.nn.functional.pad(
                 piece[1], (0, 0, 0, missing))
         yield piece
-
-
-def _rounded(weights: Weights, name: str, shape: tuple[int, int], bits: int) -> Rounded:
-    """The rows of a matrix in so many bits; in 8, the native kernels round them as they lay them out: a third of the
-    time."""
-    group = group_of(shape[1]) or 0
-    if bits == 8 and _kernel(weights, shape) == "native":
-        return (scaled(piece, group) for piece in _pieces(weights, name, shape))
-    return (rounded(piece, bits, group) for piece in _pieces(weights, name, shape))
 
 
 def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:

@@ -17,3 +17,4 @@ struct Isa : Registers512 {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "rounding.h"

@@ -17,5 +17,6 @@ struct Isa : Registers512 {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "rounding.h"
 
-const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, gptq_block, descend, search};
+const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, round_row, gptq_block, descend, search};

@@ -87,5 +87,6 @@ struct Isa {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "rounding.h"
 
-const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, gptq_block, descend, search};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, round_row, gptq_block, descend, search};

@@ -41,11 +41,21 @@ struct BelleWords {        // a weight as GPTQ files hold it
   int32_t run, container;  // of the layout to make
 };
 
-struct BelleRows {         // a matrix (N, K), its rows the outputs, inputs in order, symmetric
-  const void* matrix;      // (N, K) uint8 codes; or float32, with 8 bits and `scales`, by which they are rounded
-  const float* scales;     // (N, G), or null for codes
+struct BelleRows {         // a matrix (N, K) of codes, its rows the outputs, inputs in order, symmetric
+  const uint8_t* matrix;   // (N, K)
   int64_t count, groups;   // N, a multiple of 16, and G = K / run
   int32_t run, bits;       // 32, 64 or 128; 4 or 8
+};
+
+struct BelleRounding {     // the same from numbers
+  const void* matrix;      // (N, K) of `kind`
+  uint8_t* codes;          // (N, K), written, the zero point at 2^(bits - 1)
+  uint16_t* scales;        // (N, K / run) float16, written
+  const float* clips;      // shares of a run's largest magnitude that are tried as the end of the grid beside 1
+  int64_t count, inputs;   // N, K
+  int64_t clip_count;
+  int32_t run, bits;       // 32, 64 or 128; 4 or 8
+  int32_t kind;            // 0: float32, 1: float16, 2: bfloat16
 };
 
 struct BelleAttention {    // one new token in each of some slots of a cache: M rows, H heads, H' of keys and values
@@ -142,6 +152,7 @@ struct Kernel {
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
   void (*attend)(const BelleAttention&, int64_t row, int64_t kv_head, float* scratch);  // see attend.h
+  bool (*round_row)(const BelleRounding&, int64_t row);  // see rounding.h
   // See gptq.h; `count` outputs from n on, at most kSolved, or 16 of them.
   void (*gptq_block)(const BelleGptqBlock&, int64_t n, int64_t count);
   void (*descend)(const BelleDescent&, int64_t n, int64_t count);

@@ -1,4 +1,4 @@
-// The layout of native.h, made from the rows of a matrix such as an embedding.
+// The rows of a matrix such as an embedding: rounded, and laid out as native.h says.
 #include "native.h"
 
 #include <atomic>
@@ -13,30 +13,13 @@ struct RowsTask {
   std::atomic<int64_t> next{0};
 };
 
-// Numbers / scale, to the nearest whole number, the even one of two, in -128 .. 127; 128 is added.
-inline void round_run(const float* values, float scale, int run, uint8_t* codes) {
-  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
-  const float divisor = scale == 0.0f ? 1.0f : scale;
-  for (int i = 0; i < run; ++i) {
-    float q = values[i] / divisor;
-    q = q < -128.0f ? -128.0f : q;
-    q = q > 127.0f ? 127.0f : q;
-    codes[i] = static_cast<uint8_t>(static_cast<int32_t>((q + kWhole) - kWhole) + 128);
-  }
-}
-
 void lay_block(const BelleRows& r, int64_t block, uint8_t* out) {
   const int fields = 8 / r.bits, vectors = r.run * r.bits / 32;
-  uint8_t rounded[kMostRun];
   out += block * r.groups * vectors * 64;
   for (int64_t g = 0; g < r.groups; ++g, out += vectors * 64) {
     for (int lane = 0; lane < kBlock; ++lane) {
       const int64_t row = block * kBlock + lane, at = (row * r.groups + g) * r.run;
-      const uint8_t* codes = static_cast<const uint8_t*>(r.matrix) + at;
-      if (r.scales != nullptr) {
-        round_run(static_cast<const float*>(r.matrix) + at, r.scales[row * r.groups + g], r.run, rounded);
-        codes = rounded;
-      }
+      const uint8_t* codes = r.matrix + at;
       for (int v = 0; v < vectors; ++v, codes += 4 * fields) {
         uint32_t word = 0, four;
         for (int field = 0; field < fields; ++field) {
@@ -54,10 +37,36 @@ void lay_blocks(void* context) {
   for (int64_t block; (block = task.next++) < task.r.count / kBlock;) lay_block(task.r, block, task.out);
 }
 
+constexpr int64_t kRowsAtATime = 8;
+
+struct RoundingTask {
+  const BelleRounding& r;
+  const Kernel* kernel;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> finite{true};
+};
+
+void round_rows(void* context) {
+  RoundingTask& task = *static_cast<RoundingTask*>(context);
+  for (int64_t row; (row = kRowsAtATime * task.next++) < task.r.count && task.finite;) {
+    const int64_t end = row + kRowsAtATime < task.r.count ? row + kRowsAtATime : task.r.count;
+    for (; row < end; ++row) {
+      if (!task.kernel->round_row(task.r, row)) task.finite = false;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace belle
 
-// Fill `out` (N / 16, G, run * bits / 32, 64); the caller has checked shapes, and that all numbers are finite.
+// 0, or 1 where there is NaN or infinity. The caller has checked shapes.
+BELLE_API int belle_round_rows(const BelleRounding* rounding, int threads, int isa) {
+  belle::RoundingTask task{*rounding, belle::kernel(isa), {}, {true}};
+  belle::parallel(threads, belle::round_rows, &task);
+  return task.finite ? 0 : 1;
+}
+
+// Fill `out` (N / 16, G, run * bits / 32, 64); the caller has checked shapes.
 BELLE_API void belle_pack_rows(const BelleRows* rows, uint8_t* out, int threads) {
   belle::RowsTask task{*rows, out, {}};
   belle::parallel(threads, belle::lay_blocks, &task);

@@ -1,0 +1,107 @@
+// Rows of a matrix rounded to symmetric codes, one scale for each run of inputs. A file isa_*.cpp includes it behind
+// tile.h. Every operation is rounded on its own, so that instruction sets agree to the bit.
+#include "native.h"
+
+#include <cstring>
+
+namespace belle {
+namespace {
+
+inline void load_run(const BelleRounding& r, int64_t at, float* values) {
+  if (r.kind == 0) {
+    std::memcpy(values, static_cast<const float*>(r.matrix) + at, r.run * sizeof(float));
+  } else if (r.kind == 1) {
+    const uint16_t* from = static_cast<const uint16_t*>(r.matrix) + at;
+    for (int i = 0; i < r.run; i += Isa::kLanes) Isa::store_float(values + i, Isa::load_half(from + i));
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(r.matrix) + at;
+    for (int i = 0; i < r.run; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(values + i, &bits, 4);
+    }
+  }
+}
+
+// The bits of the largest magnitude: as whole numbers, NaN and infinity stand above all numbers.
+inline int32_t largest_bits(const float* values, int run) {
+  int32_t largest = 0;
+  for (int i = 0; i < run; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, values + i, 4);
+    bits &= 0x7FFFFFFF;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// The bits of the float16 that is nearest to x in 6e-8 .. 65504, halves to even.
+inline uint16_t to_half(float x) {
+  uint32_t bits;
+  if (x < 6.103515625e-05f) {  // its smallest step is that of a float in front of 1
+    x += 0.5f;
+    std::memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>(bits - 0x3F000000u);
+  }
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + 0xFFFu + (bits >> 13 & 1) - 0x38000000u) >> 13);
+}
+
+// Codes of a run less their zero point, to the scale that belongs to `largest`; returns the sum of squared errors.
+inline float round_run(const float* __restrict values, float largest, int run, float top, uint16_t* scale,
+                       float* __restrict codes) {
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
+  constexpr int kSums = 16;
+  float wanted = largest / top;
+  wanted = wanted < 6e-8f ? 6e-8f : wanted;
+  wanted = wanted > 65504.0f ? 65504.0f : wanted;
+  *scale = to_half(wanted);
+  const float divisor = half_to_float(*scale);
+  float sums[kSums] = {};
+  for (int i = 0; i < run; i += kSums) {
+    for (int lane = 0; lane < kSums; ++lane) {
+      float q = values[i + lane] / divisor;
+      q = q < -top - 1.0f ? -top - 1.0f : q;
+      q = q > top ? top : q;
+      q = (q + kWhole) - kWhole;
+      const float off = q * divisor - values[i + lane];
+      sums[lane] += off * off;
+      codes[i + lane] = q;
+    }
+  }
+  float sum = 0.0f;
+  for (float part : sums) sum += part;
+  return sum;
+}
+
+inline void store_codes(uint8_t* __restrict to, const float* __restrict codes, int run, float zero) {
+  for (int i = 0; i < run; ++i) to[i] = static_cast<uint8_t>(static_cast<int32_t>(codes[i] + zero));
+}
+
+// One row; false where it holds NaN or infinity.
+bool round_row(const BelleRounding& r, int64_t row) {
+  const int64_t groups = r.inputs / r.run;
+  const float top = static_cast<float>((1 << (r.bits - 1)) - 1);
+  float values[kMostRun], found[2][kMostRun];
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = row * r.inputs + g * r.run;
+    load_run(r, at, values);
+    const int32_t bits = largest_bits(values, r.run);
+    if (bits >= (r.kind == 1 ? 0x47800000 : 0x7F800000)) return false;  // float16's may have become 65536 and more
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    uint16_t* scale = r.scales + row * groups + g;
+    float* best = found[0];
+    float least = round_run(values, largest, r.run, top, scale, best);
+    for (int64_t c = 0; c < r.clip_count; ++c) {
+      float* other = best == found[0] ? found[1] : found[0];
+      uint16_t its_scale;
+      const float error = round_run(values, largest * r.clips[c], r.run, top, &its_scale, other);
+      if (error < least) least = error, best = other, *scale = its_scale;
+    }
+    store_codes(r.codes + at, best, r.run, top + 1.0f);
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace belle
