@@ -1,4 +1,4 @@
-"""The matrix (N, K) of a product in `cpu.py`'s layout, row by row: rounded, made from its rows, and looked up by row."""
+"""The matrix (N, K) of a product in `cpu.py`'s layout, row by row: rounded, laid out, and looked up."""
 
 from collections.abc import Sequence
 

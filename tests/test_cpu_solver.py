@@ -142,8 +142,8 @@ def loss(weight, importance, scale, zero, bits):
 
 def test_the_first_of_equal_grids_wins():
     weight, ones = torch.tensor([[1.0], [-1.0]]).repeat(1, 20), torch.ones(5, 20)
-    found = cpu_solver.search(weight, torch.ones(2), ones * torch.tensor([[3.0], [1e-9], [1.0], [-1.0], [0.5]]), 8 * ones,
-                              4, grid.SMALLEST_SEARCHED)
+    scales = ones * torch.tensor([[3.0], [1e-9], [1.0], [-1.0], [0.5]])
+    found = cpu_solver.search(weight, torch.ones(2), scales, 8 * ones, 4, grid.SMALLEST_SEARCHED)
     assert (found == 2).all()
 
 

@@ -102,7 +102,8 @@ def test_native_rounding(bits, group, dtype, isa):
     grids = [np.clip(np.abs(values).max(-1, keepdims=True) * np.float32(clip) / np.float32(top), np.float32(6e-8),
                      np.float32(65504)).astype(np.float16).astype(np.float32) for clip in (1, *CLIPS[bits])]
     ways = [np.clip(np.rint(values / grid), -top - 1, top) for grid in grids]
-    errors = np.stack([((way * grid - values).astype(np.float64) ** 2).sum(-1) for way, grid in zip(ways, grids, strict=True)])
+    errors = np.stack([((way * grid - values).astype(np.float64) ** 2).sum(-1)
+                       for way, grid in zip(ways, grids, strict=True)])
     found = (scales.numpy()[..., None] == np.stack([grid.astype(np.float16) for grid in grids])).squeeze(-1)
     assert found.any(0).all()
     assert (np.where(found, errors, np.inf).min(0) <= errors.min(0) * (1 + 1e-5)).all()

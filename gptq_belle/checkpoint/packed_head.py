@@ -6,11 +6,13 @@ follow from the shapes. No other program knows these names.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptq_belle.checkpoint.ahead import one_ahead
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import cpu_rows
@@ -19,7 +21,8 @@ CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
 BITS = (8, 4)
 GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
 STEP = 1 << 20  # weights rounded at a time: what that makes stays in the cache
-CLIPS: dict[int, tuple[float, ...]] = {8: (), 4: (0.9, 0.8)}  # shares of a group's largest weight that are tried as the end of the grid, too
+# Shares of a group's largest weight that are tried as the end of the grid, too.
+CLIPS: dict[int, tuple[float, ...]] = {8: (), 4: (0.9, 0.8)}
 
 
 def group_of(width: int) -> int | None:
@@ -98,10 +101,12 @@ def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tupl
         ValueError: a scale is NaN or infinite.
     """
     count = reader.shape(CODES)[0]
-    for begin in range(0, count, step):
-        rows = range(begin, min(begin + step, count))
-        scales = reader.rows(SCALES, rows)
+    parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
+    for codes, scales in one_ahead(partial(_stored, reader, part) for part in parts):
         if not bool(scales.isfinite().all()):
             raise ValueError(f"{SCALES} hold NaN or infinity")
-        yield from_bytes(reader.rows(CODES, rows), bits), scales
+        yield from_bytes(codes, bits), scales
 
+
+def _stored(reader: CheckpointReader, rows: range) -> tuple[Tensor, Tensor]:
+    return reader.rows(CODES, rows), reader.rows(SCALES, rows)

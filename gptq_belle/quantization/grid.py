@@ -63,8 +63,9 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
     if cpu_solver.serves(weight):
         best = cpu_solver.search(weight, importance.float(), scales, zeros, bits, SMALLEST_SEARCHED).long()
     else:
-        parts = (part.split(max(1, VALUES_AT_A_TIME // len(weight)), dim=-1) for part in (weight, scales, zeros))
-        best = torch.cat([_search(*part, importance, bits) for part in zip(*parts, strict=True)])
+        step = max(1, VALUES_AT_A_TIME // len(weight))
+        parts = zip(*(table.split(step, dim=-1) for table in (weight, scales, zeros)), strict=True)
+        best = torch.cat([_search(part, scale, zero, importance, bits) for part, scale, zero in parts])
     found = best.clamp(min=0)[None]
     scales, zeros = (table.gather(0, found)[0] for table in (scales, zeros))
     return torch.where(best < 0, 1.0, scales), torch.where(best < 0, float(1 << (bits - 1)), zeros)

@@ -7,10 +7,12 @@ look-up and the product. Rows are rounded some at a time while they are read: no
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gptq_belle.checkpoint.ahead import one_ahead
 from gptq_belle.checkpoint.packed_head import (
     CODES,
     GROUPS,
@@ -189,8 +191,9 @@ def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
     """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
-    for begin in range(0, shape[0], _step(shape)):
-        yield weights.reader.rows(name, range(begin, min(begin + _step(shape), shape[0]))).to(weights.device)
+    parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
+    for piece in one_ahead(partial(weights.reader.rows, name, part) for part in parts):
+        yield piece.to(weights.device)
 
 
 def _step(shape: tuple[int, int]) -> int:

@@ -4,13 +4,15 @@ Packed linears that meet the same activations (query, key, value; gate, up) are 
 and bits allow, so that one product serves them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptq_belle.checkpoint.ahead import one_ahead
 from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
@@ -83,6 +85,18 @@ class Weights:
         self.quantization = read_quantization(reader)
         self.nbytes = 0
         self._used: set[str] = set()
+        self._early: dict[str, Tensor] = {}  # of the block that is loaded now
+
+    def in_turn(self, blocks: Sequence[str]) -> Iterator[str]:
+        """The names of blocks one after another; while one's tensors are laid out, the next one's are read."""
+        names: dict[str, list[str]] = {block: [] for block in blocks}
+        for name in self.reader:
+            block = ".".join(name.split(".")[: blocks[0].count(".") + 1])
+            if block in names:
+                names[block].append(name)
+        reads = (partial(self._read, names[block]) for block in blocks)
+        for block, self._early in zip(blocks, one_ahead(reads), strict=True):
+            yield block
 
     def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
         """A floating point tensor of that shape on the device, in the dtype of activations.
@@ -94,7 +108,7 @@ class Weights:
         """
         kind = self.expect(name, *shape)
         dtype = kind if narrow and kind.itemsize < self.dtype.itemsize else self.dtype
-        tensor = self.reader.tensor(name).to(self.device, dtype)
+        tensor = self._taken(name).to(self.device, dtype)
         self.nbytes += tensor.nbytes
         return tensor
 
@@ -192,7 +206,14 @@ class Weights:
 
     def _stored(self, name: str) -> Tensor:
         self._used.add(name)
-        return self.reader.tensor(name)
+        return self._taken(name)
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.reader.tensor(name) for name in names}
+
+    def _taken(self, name: str) -> Tensor:
+        early = self._early.pop(name, None)
+        return self.reader.tensor(name) if early is None else early
 
     def _damaged(self, name: str, error: ValueError) -> InputError:
         return InputError(f"{self.reader.path}: {name}: {error}",

@@ -1,0 +1,64 @@
+"""Reading ahead: in order, beside what is done with the result before, and nothing held that was handed out."""
+
+import gc
+import threading
+import weakref
+from functools import partial
+
+import pytest
+from conftest import packed_checkpoint
+
+from gptq_belle import load
+from gptq_belle.checkpoint.ahead import one_ahead
+from gptq_belle.checkpoint.reader import CheckpointReader
+
+
+class Piece:
+    def __init__(self, number):
+        self.number = number
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_results_come_in_order(count):
+    assert [piece.number for piece in one_ahead(partial(Piece, i) for i in range(count))] == list(range(count))
+
+
+def test_the_next_call_runs_while_a_result_is_used():
+    begun = [threading.Event() for _ in range(4)]
+    for number, _ in enumerate(one_ahead([event.set for event in begun])):
+        for event in begun[: number + 2]:
+            assert event.wait(10)
+        assert not any(event.is_set() for event in begun[number + 2 :])
+
+
+def test_a_result_is_gone_once_its_user_has_let_go():
+    for piece in one_ahead(partial(Piece, i) for i in range(3)):
+        seen = weakref.ref(piece)
+        del piece
+        gc.collect()
+        assert seen() is None
+
+
+def test_an_error_comes_in_its_turn():
+    def fail():
+        raise OSError("no more")
+
+    pieces = one_ahead([partial(Piece, 0), fail, partial(Piece, 2)])
+    assert next(pieces).number == 0
+    with pytest.raises(OSError, match="no more"):
+        next(pieces)
+
+
+def test_every_tensor_of_a_model_is_read_once(tiny_model, tmp_path, monkeypatch):
+    read, plain = [], CheckpointReader.tensor
+
+    def tensor(self, name):
+        read.append((name, threading.current_thread() is threading.main_thread()))
+        return plain(self, name)
+
+    path = packed_checkpoint(tiny_model, tmp_path / "packed")
+    monkeypatch.setattr(CheckpointReader, "tensor", tensor)
+    load(path, device="cpu")
+    names = [name for name, _ in read]
+    assert len(names) == len(set(names))
+    assert {name for name, main in read if not main} == {name for name in names if ".h." in name or ".layers." in name}
