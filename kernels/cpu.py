@@ -68,25 +68,25 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
     runs = cut_runs(weight.g_idx)
     bits, outputs = CONTAINERS[weight.bits], weight.out_features
     blocks = -(-outputs // PADDED) * PADDED // BLOCK
-    zeros = unpack(weight.qzeros.t(), weight.bits).t() + weight.zero_offset
-    low, high = int(zeros.min()), int(zeros.max())
+    only = _only_zero(weight.qzeros, weight.bits)
+    zeros = None if only is not None else unpack(weight.qzeros.t(), weight.bits).t() + weight.zero_offset
     scales = weight.scales if weight.scales.dtype == torch.float16 else weight.scales.float()
     codes = empty_codes(blocks, len(runs.groups), runs.run * bits // 32)
-    words = weight.qweight.contiguous()
-    native().pack(
+    words, lib = weight.qweight.contiguous(), native()
+    lib.pack(
         WordsStruct(words.data_ptr(), _pointer(runs.order), weight.in_features, outputs, len(runs.groups), weight.bits,
-                    runs.run, bits), codes.data_ptr(), torch.get_num_threads())
+                    runs.run, bits), codes.data_ptr(), torch.get_num_threads(), ISAS.index(lib.isa))
     return CpuWeight(
         codes=codes,
         scales=_blocks(scales, runs.groups, blocks),
-        zeros=None if low == high else _blocks(zeros.to(torch.int16), runs.groups, blocks),
+        zeros=None if zeros is None else _blocks(zeros.to(torch.int16), runs.groups, blocks),
         order=runs.order,
         g_idx=weight.g_idx.clone(),
         in_features=weight.in_features,
         out_features=outputs,
         run=runs.run,
         bits=bits,
-        zero=low if low == high else 0,
+        zero=0 if only is None else only + weight.zero_offset,
         parts=PARTS[precision],
         source=weight.bits,
         source_groups=weight.scales.shape[0],
@@ -208,6 +208,15 @@ def native() -> Library:
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
+
+
+def _only_zero(words: Tensor, bits: int) -> int | None:
+    """The stored zero of every group and output where they are all alike, else None."""
+    if 32 % bits:
+        found = unpack(words.t(), bits).unique()
+    else:  # a word holds whole zeros: one of them tells
+        found = unpack(words[:1, :1], bits).unique() if bool((words == words[0, 0]).all()) else words.new_empty(0)
+    return int(found) if len(found) == 1 else None
 
 
 def _blocks(table: Tensor, groups: Tensor, blocks: int) -> Tensor:

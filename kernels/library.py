@@ -107,7 +107,7 @@ class Library:
         self.matmul.argtypes = [ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
                                 ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self.pack = self._c.belle_pack
-        self.pack.argtypes = [ctypes.POINTER(WordsStruct), ctypes.c_void_p, ctypes.c_int]
+        self.pack.argtypes = [ctypes.POINTER(WordsStruct), ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self.pack.restype = None
         self.pack_rows = self._c.belle_pack_rows
         self.pack_rows.argtypes = [ctypes.POINTER(RowsStruct), ctypes.c_void_p, ctypes.c_int]

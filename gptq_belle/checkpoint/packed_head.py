@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.ahead import one_ahead
+from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import cpu_rows
@@ -103,7 +104,7 @@ def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tupl
     count = reader.shape(CODES)[0]
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
     for codes, scales in one_ahead(partial(_stored, reader, part) for part in parts):
-        if not bool(scales.isfinite().all()):
+        if not all_finite(scales):
             raise ValueError(f"{SCALES} hold NaN or infinity")
         yield from_bytes(codes, bits), scales
 

@@ -17,4 +17,5 @@ struct Isa : Registers512 {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "packing.h"
 #include "rounding.h"

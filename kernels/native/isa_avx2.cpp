@@ -18,6 +18,7 @@ struct Isa : Registers256 {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};

@@ -17,6 +17,7 @@ struct Isa : Registers512 {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};

@@ -17,6 +17,7 @@ struct Isa : Registers256 {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};

@@ -87,6 +87,7 @@ struct Isa {
 #include "tile.h"
 #include "attend.h"
 #include "gptq.h"
+#include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};

@@ -119,6 +119,7 @@ constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
 constexpr int kMostRows = 256;          // rows of x that a unit of work takes at most
+constexpr int kPacked = 512;            // outputs packed together
 constexpr int kSolved = 64;             // outputs of a unit of work of the solver
 constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
 
@@ -152,6 +153,7 @@ struct Kernel {
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
   void (*attend)(const BelleAttention&, int64_t row, int64_t kv_head, float* scratch);  // see attend.h
+  void (*pack)(const BelleWords&, int64_t strip, uint8_t* out);  // see packing.h; kPacked outputs
   bool (*round_row)(const BelleRounding&, int64_t row);  // see rounding.h
   // See gptq.h; `count` outputs from n on, at most kSolved, or 16 of them.
   void (*gptq_block)(const BelleGptqBlock&, int64_t n, int64_t count);

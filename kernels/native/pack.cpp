@@ -1,109 +1,28 @@
-// The layout of native.h, made from the words of a GPTQ file.
+// The entry point of packing: strips of outputs are units of work.
 #include "native.h"
 
 #include <atomic>
-#include <cstring>
 
-namespace belle {
 namespace {
 
-constexpr int64_t kStrip = 16 * kBlock;  // outputs packed together: every row of words is another page
-
 struct PackTask {
-  BelleWords w;
+  const BelleWords& words;
+  const belle::Kernel* kernel;
   uint8_t* out;
   std::atomic<int64_t> next{0};
 };
 
-// The codes of input k of `count` outputs from n on, one a lane.
-inline void load_codes(const BelleWords& w, int64_t k, int64_t n, int64_t count, uint32_t* codes) {
-  const int64_t bit = k * w.bits, row = bit / 32;
-  const int shift = static_cast<int>(bit % 32);
-  const uint32_t mask = (1u << w.bits) - 1;
-  const int32_t* words = w.words + row * w.outputs + n;
-  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint32_t>(words[i]) >> shift & mask;
-  if (shift + w.bits > 32) {  // a code of 3 bits that begins in one word and ends in the next
-    const int32_t* behind = words + w.outputs;
-    for (int64_t i = 0; i < count; ++i) codes[i] |= static_cast<uint32_t>(behind[i]) << (32 - shift) & mask;
-  }
-}
-
-// The bytes of `count` outputs from n on that hold the inputs from `place` on, gathered one by one.
-void gather(const BelleWords& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
-  for (int j = 0; j < 8 / w.container; ++j) {
-    for (int i = 0; i < 4; ++i, ++place) {
-      const int64_t input = w.order != nullptr ? w.order[place] : place < w.inputs ? place : -1;
-      if (input < 0) continue;
-      uint32_t codes[kStrip] = {};
-      load_codes(w, input, n, count, codes);
-      const int shift = 8 * i + w.container * j;
-      for (int64_t lane = 0; lane < kStrip; ++lane) packed[lane] |= codes[lane] << shift;
-    }
-  }
-}
-
-// Fields of 2 bits 4 j + i of a word to the places 4 i + j.
-inline uint32_t transposed_2(uint32_t x) {
-  uint32_t swap = (x ^ x >> 6) & 0x00CC00CCu;
-  x ^= swap ^ swap << 6;
-  swap = (x ^ x >> 12) & 0x0000F0F0u;
-  return x ^ swap ^ swap << 12;
-}
-
-// Those of 4 bits 4 j + i to the places 2 i + j: the halves of the word are dealt out in turns.
-inline uint32_t transposed_4(uint32_t x) {
-  uint32_t low = x & 0xFFFFu, high = x >> 16;
-  low = (low | low << 8) & 0x00FF00FFu;
-  high = (high | high << 8) & 0x00FF00FFu;
-  return ((low | low << 4) & 0x0F0F0F0Fu) | ((high | high << 4) & 0x0F0F0F0Fu) << 4;
-}
-
-// The same where inputs stand in order and codes are as wide as they will be: a word of the file is a word of the
-// layout, its fields moved. 0.7 (4 bits) and 0.55 (8 bits) of the time that `gather` takes.
-void move(const BelleWords& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
-  if (place >= w.inputs) return;
-  const int32_t* words = w.words + place * w.bits / 32 * w.outputs + n;
-  switch (w.bits) {
-    case 2:
-      for (int64_t i = 0; i < count; ++i) packed[i] = transposed_2(static_cast<uint32_t>(words[i]));
-      break;
-    case 4:
-      for (int64_t i = 0; i < count; ++i) packed[i] = transposed_4(static_cast<uint32_t>(words[i]));
-      break;
-    default:
-      std::memcpy(packed, words, 4 * count);
-  }
-}
-
-void pack_strip(const BelleWords& w, int64_t strip, uint8_t* out) {
-  const int vectors = w.run * w.container / 32, inputs = 32 / w.container;
-  const int64_t n = strip * kStrip, padded = (w.outputs + kPair - 1) / kPair * kPair;
-  const int64_t count = w.outputs - n < kStrip ? w.outputs - n : kStrip;
-  const int64_t lanes = padded - n < kStrip ? padded - n : kStrip;
-  const auto fill = w.order == nullptr && w.bits == w.container ? move : gather;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    for (int v = 0; v < vectors; ++v) {
-      uint32_t packed[kStrip] = {};
-      fill(w, g * w.run + inputs * v, n, count, packed);
-      for (int64_t lane = 0; lane < lanes; lane += kBlock) {
-        const int64_t block = (n + lane) / kBlock;
-        std::memcpy(out + ((block * w.groups + g) * vectors + v) * 64, packed + lane, 64);
-      }
-    }
-  }
-}
-
 void pack_strips(void* context) {
   PackTask& task = *static_cast<PackTask*>(context);
-  const int64_t strips = (task.w.outputs + kStrip - 1) / kStrip;
-  for (int64_t strip; (strip = task.next++) < strips;) pack_strip(task.w, strip, task.out);
+  const int64_t strips = (task.words.outputs + belle::kPacked - 1) / belle::kPacked;
+  for (int64_t strip; (strip = task.next++) < strips;) task.kernel->pack(task.words, strip, task.out);
 }
 
 }  // namespace
-}  // namespace belle
 
-// Fill `out` (padded N / 16, G, run * container / 32, 64); the caller has checked shapes and `order`.
-BELLE_API void belle_pack(const BelleWords* words, uint8_t* out, int threads) {
-  belle::PackTask task{*words, out, {}};
-  belle::parallel(threads, belle::pack_strips, &task);
+// Fill `out` (padded N / 16, G, run * container / 32, 64), which begins a line of the cache; the caller has checked shapes
+// and `order`.
+BELLE_API void belle_pack(const BelleWords* words, uint8_t* out, int threads, int isa) {
+  PackTask task{*words, belle::kernel(isa), out, {}};
+  belle::parallel(threads, pack_strips, &task);
 }
