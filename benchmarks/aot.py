@@ -100,6 +100,8 @@ REDUCE = {"parts": "*fp32", "bias": "*fp16", "out": "*fp16", "M": "i32", "N": "i
 ARRANGE = {"x": "*fp16", "order": "*i32", "out": "*fp16", "M": "i32", "inputs": "i32", "places": "i32"}
 GPTQ = {"weight": "*fp32", "factor": "*fp32", "codes": "*u8", "errors": "*fp32", "scales": "*fp32", "zeros": "*fp32",
         "inputs": "i32", "N": "i32", "stride": "i32", "own": "i32"}
+DESCENT = {"codes": "*fp32", "residual": "*fp32", "scales": "*fp32", "zeros": "*fp32", "hessian": "*fp32",
+           "diagonal": "*fp32", "inputs": "i32", "N": "i32", "stride": "i32"}
 KERNELS = {
     "skinny": Kernel(skinny_kernel, _product, _tile),
     "gemm": Kernel(gemm_kernel, _product, lambda job: _tile(job) | {"SWIZZLE": 8}),
@@ -109,6 +111,9 @@ KERNELS = {
     "gptq": Kernel(triton_gptq.gptq_block, lambda job: GPTQ, lambda job: {
         "GROUP": job.run, "LEVELS": 2 ** (job.bits or 4) - 1, "SYM": job.zero == SAME,
         "BLOCK": triton_gptq.BLOCK, "OUTPUTS": triton_gptq.OUTPUTS}, triton_gptq.OPTIONS),
+    "descent": Kernel(triton_gptq.descent_block, lambda job: DESCENT, lambda job: {
+        "LEVELS": 2 ** (job.bits or 4) - 1, "BLOCK": triton_gptq.BLOCK, "OUTPUTS": triton_gptq.OUTPUTS},
+        triton_gptq.OPTIONS),
 }
 
 
@@ -127,7 +132,8 @@ def split_in_two(config: Config) -> Config:
 def usual(arch: int) -> list[Job]:
     """The jobs of 4 bits in float16 with one zero point, which is what most checkpoints are, and the solver's."""
     return [*(Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))),
-            Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME)]
+            Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME),
+            Job(arch, "descent", 4)]
 
 
 def jobs(arch: int) -> Iterator[Job]:

@@ -6,8 +6,6 @@ row m of y depends, to the bit, on row m of x alone: not on M, threads or the in
 rounds products before it adds them).
 """
 
-import contextlib
-import mmap
 from typing import NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from .layout import CanonicalWeight
 from .library import ISAS, Library, WeightStruct, WordsStruct, library
+from .memory import empty_bytes
 from .reference import unpack
 from .runs import RUNS, cut_runs, wasteful
 
@@ -22,7 +21,6 @@ BLOCK = 16  # outputs of a block of codes
 PADDED = 32  # N is padded to multiples of it
 CONTAINERS = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
 PARTS = {"exact": 2, "fast": 1}
-HUGE_PAGE = 1 << 21  # bytes
 
 
 class CpuWeight(NamedTuple):
@@ -125,20 +123,8 @@ def by_run(values: Tensor) -> Tensor:
 
 
 def empty_codes(blocks: int, groups: int, vectors: int) -> Tensor:
-    """Memory for codes (blocks, groups, vectors, 64), in huge pages where the system has them.
-
-    With pages of 4 KiB, a product with one row of x spends a third of its time on translating addresses. The memory is
-    mapped anew: what an allocator gives may have been touched before, in small pages, which stay small.
-    """
-    size = blocks * groups * vectors * 64
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(blocks, groups, vectors, 64, dtype=torch.uint8)
-    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel built without them
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(mapped, dtype=torch.uint8)
-    start = -memory.data_ptr() % HUGE_PAGE  # what lies in front is never touched
-    return memory[start : start + size].view(blocks, groups, vectors, 64)
+    """Memory for codes (blocks, groups, vectors, 64)."""
+    return empty_bytes(blocks * groups * vectors * 64).view(blocks, groups, vectors, 64)
 
 
 def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:

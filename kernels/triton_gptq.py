@@ -1,10 +1,10 @@
-"""GPTQ's walk through one block of inputs as one Triton kernel: 128 steps without a return to Python.
+"""The inner loops of quantizing on a GPU: 128 steps of GPTQ's walk or of coordinate descent in one Triton kernel.
 
-Frantar et al., arXiv 2210.17323, Algorithm 1, the inner loop. Outputs never meet there: a program takes some, and holds
-their weights of the block in registers. Operations and their order are those of the solver in torch. No multiplication
-is fused with an addition, so that every float32 operation rounds as it does in NumPy and a block comes out the same to
-the bit wherever it is solved. (torch's `addr_` fuses them in most places, and in some not: there a last bit may differ,
-and once in a great many codes a code.)
+Frantar et al., arXiv 2210.17323, Algorithm 1, the inner loop; `quantization/refine.py` for the descent. Outputs never
+meet there: a program takes some, and holds their weights of the block, or their residuals, in registers. Operations and
+their order are those of the solver in torch. No multiplication is fused with an addition, so that every float32
+operation rounds as it does in NumPy and a block comes out the same to the bit wherever it is solved. (torch's `addr_`
+fuses them in most places, and in some not: there a last bit may differ, and once in a great many codes a code.)
 """
 
 import torch
@@ -93,3 +93,40 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
         gptq_block[(triton.cdiv(outputs, OUTPUTS),)](
             W, factor, codes, Err, scales, zeros, inputs, outputs, factor.stride(0), own, GROUP=group,
             LEVELS=2**bits - 1, SYM=sym, BLOCK=BLOCK, OUTPUTS=OUTPUTS, **OPTIONS)
+
+
+@triton.jit(do_not_specialize=["inputs"])
+def descent_block(codes, residual, scales, zeros, hessian, diagonal, inputs, N, stride, LEVELS: tl.constexpr,
+                  BLOCK: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Codes behind one sweep; tensors as in `descend`."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.arange(0, BLOCK)
+    live = n < N
+    rest = tl.load(residual + row[:, None] * N + n[None, :], mask=(row[:, None] < inputs) & live[None, :], other=0.0)
+    scale = tl.load(scales + n, mask=live, other=1.0)
+    zero = tl.load(zeros + n, mask=live, other=0.0)
+    for i in range(0, inputs):
+        code = tl.load(codes + i * N + n, mask=live, other=0.0)
+        slope = tl.sum(tl.where(row[:, None] == i, rest, 0.0), 0)
+        wanted = _rounded(code - tl.math.div_rn(slope, scale * tl.load(diagonal + i)))
+        found = tl.minimum(tl.maximum(wanted, -zero), LEVELS - zero)
+        tl.store(codes + i * N + n, found, mask=live)
+        own = tl.load(hessian + i * stride + row, mask=row < inputs, other=0.0)
+        rest += own[:, None] * ((found - code) * scale)[None, :]
+
+
+def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor,
+            bits: int) -> None:
+    """One sweep of coordinate descent over at most 128 inputs of a group; arguments as of `refine.descend`.
+
+    Args:
+        code: (g, N) float32, contiguous, g <= 128. Changed.
+        residual: (g, N) float32, contiguous. Left as it is.
+        block: (g, g) float32, symmetric.
+    """
+    inputs, outputs = code.shape
+    block = block if block.stride(1) == 1 else block.contiguous()
+    with torch.cuda.device_of(code):
+        descent_block[(triton.cdiv(outputs, OUTPUTS),)](
+            code, residual, scale, zero, block, diagonal, inputs, outputs, block.stride(0), LEVELS=2**bits - 1,
+            BLOCK=BLOCK, OUTPUTS=OUTPUTS, **OPTIONS)

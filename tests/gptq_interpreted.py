@@ -6,10 +6,20 @@
 import pytest
 import torch
 from test_solver import problem
-from test_triton_gptq import BITS, GROUPS, block, block_oracle, check_block, check_mixed_grids, edges, solved
+from test_triton_gptq import (
+    BITS,
+    GROUPS,
+    block,
+    block_oracle,
+    check_block,
+    check_descent,
+    check_mixed_grids,
+    edges,
+    solved,
+)
 
 from gptq_belle.config import QuantConfig
-from gptq_belle.kernels.triton_gptq import solve_block
+from gptq_belle.kernels.triton_gptq import descend, solve_block
 from gptq_belle.quantization import solver
 
 
@@ -19,6 +29,11 @@ def test_block(bits, group):
     sym = (BITS.index(bits) + GROUPS.index(group)) % 2 == 0
     inputs, outputs = {32: (96, 5), 64: (64, 33), 128: (128, 20), 0: (77, 32)}[group]
     check_block(solve_block, *block(inputs, outputs, seed=10 * bits + group), group, bits, sym)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_descent(bits):
+    check_descent(descend, bits, [(128, 20), (77, 33), (1, 1)])
 
 
 @pytest.mark.parametrize("sym", [True, False])

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_triton_gptq import BITS, GROUPS, block, check_block, check_mixed_grids, edges
+from test_triton_gptq import BITS, GROUPS, block, check_block, check_descent, check_mixed_grids, descent, edges
 
 from gptq_belle.kernels import cpu_solver
 from gptq_belle.kernels.library import PLACE, Library, library
@@ -65,38 +65,10 @@ def test_infinite_scales_come_out_infinite():
 # Coordinate descent.
 
 
-def descent(inputs, outputs, bits, seed):
-    """Arguments of `descend`, in order: a group that GPTQ could have left."""
-    weight, factor = block(inputs, outputs, seed)
-    H = torch.linalg.inv((factor.t() @ factor).double()).float().contiguous()
-    scale, zero = grid.min_max_grid(weight, bits, seed % 2 == 0)
-    scale[::3] *= -1
-    code = grid.to_codes(weight, scale, zero, bits).sub_(zero)
-    return code, scale, zero, H @ (code * scale - weight), H, H.diagonal().contiguous()
-
-
-def descend_oracle(code, scale, zero, residual, block, diagonal, bits):
-    """In float32, each operation rounded once."""
-    code, residual = code.numpy().copy(), residual.numpy().copy()
-    scale, zero, block, diagonal = (part.numpy() for part in (scale, zero, block, diagonal))
-    for j in range(len(code)):
-        wanted = np.rint(code[j] - residual[j] / (scale * diagonal[j]))
-        wanted = np.clip(wanted, -zero, np.float32(2**bits - 1) - zero)
-        residual[j + 1 :] += block[j, j + 1 :, None] * ((wanted - code[j]) * scale)
-        code[j] = wanted
-    return torch.from_numpy(code)
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", BITS)
 def test_descent(bits, isa):
-    for inputs, outputs in ((128, 130), (64, 64), (77, 33), (1, 1)):
-        for seed in range(4):
-            given = descent(inputs, outputs, bits, seed)
-            expected = descend_oracle(*given, bits)
-            assert seed or inputs == 1 or not torch.equal(given[0], expected)
-            cpu_solver.descend(*given, bits, isa=isa)
-            assert torch.equal(given[0], expected)
+    check_descent(partial(cpu_solver.descend, isa=isa), bits, [(128, 130), (64, 64), (77, 33), (1, 1)])
 
 
 @pytest.mark.parametrize("inputs", [128, 300])

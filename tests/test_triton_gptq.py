@@ -114,6 +114,39 @@ def assert_tie(found, others, factor, group, output):
         assert float(abs(errors[i, output] * factor[i, i] / scales[own, output])) == pytest.approx(0.5, abs=1e-4)
 
 
+def descent(inputs, outputs, bits, seed):
+    """Arguments of `descend`, in order: a group that GPTQ could have left."""
+    weight, factor = block(inputs, outputs, seed)
+    H = torch.linalg.inv((factor.t() @ factor).double()).float().contiguous()
+    scale, zero = solver.min_max_grid(weight, bits, seed % 2 == 0)
+    scale[::3] *= -1
+    code = solver.to_codes(weight, scale, zero, bits).sub_(zero)
+    return code, scale, zero, H @ (code * scale - weight), H, H.diagonal().contiguous()
+
+
+def descend_oracle(code, scale, zero, residual, block, diagonal, bits):
+    """In float32, each operation rounded once."""
+    code, residual = code.numpy().copy(), residual.numpy().copy()
+    scale, zero, block, diagonal = (part.numpy() for part in (scale, zero, block, diagonal))
+    for j in range(len(code)):
+        wanted = np.rint(code[j] - residual[j] / (scale * diagonal[j]))
+        wanted = np.clip(wanted, -zero, np.float32(2**bits - 1) - zero)
+        residual[j + 1 :] += block[j, j + 1 :, None] * ((wanted - code[j]) * scale)
+        code[j] = wanted
+    return torch.from_numpy(code)
+
+
+def check_descent(descend, bits, shapes, device="cpu"):
+    """To the bit what NumPy finds."""
+    for inputs, outputs in shapes:
+        for seed in range(2):
+            given = descent(inputs, outputs, bits, seed)
+            expected, found = descend_oracle(*given, bits), [part.clone().to(device) for part in given]
+            descend(*found, bits)
+            assert torch.equal(found[0].cpu(), expected)
+            assert inputs == 1 or not torch.equal(given[0], expected)
+
+
 def edges(inputs, outputs):
     """A block whose outputs are at the edges of the grid."""
     weight, factor = block(inputs, outputs, seed=5)
@@ -157,6 +190,14 @@ def test_grids_of_each_input_on_a_device():
     from gptq_belle.kernels.triton_gptq import solve_block
 
     check_mixed_grids(solve_block, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", BITS)
+def test_descent_on_a_device(bits):
+    from gptq_belle.kernels.triton_gptq import descend
+
+    check_descent(descend, bits, [(128, 1000), (77, 33)], "cuda")
 
 
 @pytest.mark.gpu

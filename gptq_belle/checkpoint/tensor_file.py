@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.durable import DurableFile, Stamp
 from gptq_belle.errors import InputError
+from gptq_belle.kernels.memory import empty_bytes
 
 DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
@@ -75,7 +76,7 @@ class TensorFile:
             InputError: the file ends before the tensor does.
         """
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor = empty_bytes(entry.end - entry.begin).view(DTYPES[entry.dtype]).view(entry.shape)
         self._fill(name, tensor, entry.begin)
         return tensor
 

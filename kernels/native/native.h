@@ -1,4 +1,4 @@
-// What the library offers and what its files share. The C ABI below is mirrored by kernels/cpu.py; raise kAbi with it.
+// What the library offers and what its files share. The C ABI below is mirrored by kernels/library.py; raise kAbi with it.
 //
 // K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one
 // scale and zero an output; longer groups of a checkpoint are several of them. Inputs stand in the order of the groups,
