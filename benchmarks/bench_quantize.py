@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--add", action="store_true", help="to the models that stand in the record")
     options = parser.parse_args()
     sys.argv = ["PYTHON" if word == options.peer_python else word for word in sys.argv]  # as the record tells it
+    options.peer_python = options.peer_python and os.path.abspath(options.peer_python)  # it runs in another folder
     found = models_so_far(options) if options.add else {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
