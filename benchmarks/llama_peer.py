@@ -55,7 +55,11 @@ class LlamaCpp:
         assert self.process.stdout is not None
         self.process.stdin.write(f"{context} {rows} {steps}\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"llama.cpp ended with {self.process.wait()}; -4 is an instruction that it may not use here: "
+                     "build it for another processor (CMAKE_ARGS, see its documentation)")
+        return float(answer)
 
 
 def serve(shape: Shape, threads: int) -> None:

@@ -58,8 +58,7 @@ class Bloom:
         sizes, eps = settings.sizes, settings.eps
         self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", sizes)
         self.embedding_norm = _Norm(weights, "transformer.word_embeddings_layernorm", sizes.width, eps)
-        names = [f"transformer.h.{i}" for i in range(sizes.blocks)]
-        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn(names)]
+        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("transformer.h", sizes.blocks)]
         self.norm = _Norm(weights, "transformer.ln_f", sizes.width, eps)
         self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, None, settings.slopes)
 

@@ -58,8 +58,7 @@ class Llama:
     def __init__(self, weights: Weights, settings: Settings) -> None:
         sizes = settings.sizes
         self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", sizes)
-        names = [f"model.layers.{i}" for i in range(sizes.blocks)]
-        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn(names)]
+        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("model.layers", sizes.blocks)]
         self.norm = _Norm(weights, "model.norm", sizes.width, settings.eps)
         self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, settings.frequencies, None)
 

@@ -4,6 +4,7 @@ Packed linears that meet the same activations (query, key, value; gate, up) are 
 and bits allow, so that one product serves them.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,14 +88,13 @@ class Weights:
         self._used: set[str] = set()
         self._early: dict[str, Tensor] = {}  # of the block that is loaded now
 
-    def in_turn(self, blocks: Sequence[str]) -> Iterator[str]:
-        """The names of blocks one after another; while one's tensors are laid out, the next one's are read."""
-        names: dict[str, list[str]] = {block: [] for block in blocks}
+    def in_turn(self, prefix: str, count: int) -> Iterator[str]:
+        """The names of blocks, prefix.0 and on; while one's tensors are laid out, the next one's are read."""
+        depth, names = prefix.count(".") + 2, defaultdict[str, list[str]](list)
         for name in self.reader:
-            block = ".".join(name.split(".")[: blocks[0].count(".") + 1])
-            if block in names:
-                names[block].append(name)
-        reads = (partial(self._read, names[block]) for block in blocks)
+            names[".".join(name.split(".")[:depth])].append(name)
+        blocks = (f"{prefix}.{index}" for index in range(count))
+        reads = (partial(self._read, names.get(f"{prefix}.{index}", [])) for index in range(count))
         for block, self._early in zip(blocks, one_ahead(reads), strict=True):
             yield block
 
