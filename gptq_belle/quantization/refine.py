@@ -31,8 +31,8 @@ def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *
         sweeps: how many.
         positive: no scale may turn negative.
     """
-    D, parts = W, [slice(start, start + len(codes) // len(scales)) for start in
-                   range(0, len(codes), len(codes) // len(scales))]
+    D, group = W, len(codes) // len(scales)
+    parts = [slice(start, start + group) for start in range(0, len(codes), group)]
     for g, part in enumerate(parts):
         torch.sub((codes[part] - zeros[g]).mul_(scales[g]), W[part], out=D[part])
     diagonal = live_diagonal(H)
