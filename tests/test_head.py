@@ -98,7 +98,7 @@ def test_native_rounding(bits, group, dtype, isa):
     matrix[1, 3::group] = top
     matrix = matrix.to(dtype)
     codes, scales = cpu_rows.round_rows(matrix, bits, group, CLIPS[bits], isa=isa)
-    values, errors = matrix.float().numpy().reshape(67, -1, group), []
+    values = matrix.float().numpy().reshape(67, -1, group)
     grids = [np.clip(np.abs(values).max(-1, keepdims=True) * np.float32(clip) / np.float32(top), np.float32(6e-8),
                      np.float32(65504)).astype(np.float16).astype(np.float32) for clip in (1, *CLIPS[bits])]
     ways = [np.clip(np.rint(values / grid), -top - 1, top) for grid in grids]
