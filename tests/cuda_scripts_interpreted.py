@@ -147,10 +147,10 @@ def test_the_timer_refuses_wrong_products(monkeypatch):
 
 
 def test_solver(monkeypatch, tmp_path):
-    from gptq_belle.kernels.triton_gptq import solve_block
+    from gptq_belle.kernels import triton_gptq
 
     monkeypatch.setattr(bench_solver_cuda, "LAYERS", ((128, 40),))
-    monkeypatch.setattr(bench_solver_cuda.solver, "_block_solver", lambda W: solve_block)
+    monkeypatch.setattr(bench_solver_cuda.loops, "kernels", lambda tensor: triton_gptq)
     run(bench_solver_cuda, monkeypatch, tmp_path)
     [line] = json.loads((tmp_path / "cuda_solver.json").read_text())["results"]
     assert line["same_codes"] > 0.99

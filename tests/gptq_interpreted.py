@@ -3,6 +3,8 @@
 `test_triton_gptq.py` runs this file in a process of its own: TRITON_INTERPRET has to be set before Triton is imported.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_solver import problem
@@ -14,13 +16,15 @@ from test_triton_gptq import (
     check_block,
     check_descent,
     check_mixed_grids,
+    descend_oracle,
     edges,
     solved,
 )
 
 from gptq_belle.config import QuantConfig
+from gptq_belle.kernels import triton_gptq
 from gptq_belle.kernels.triton_gptq import descend, solve_block
-from gptq_belle.quantization import solver
+from gptq_belle.quantization import loops, solver
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -53,6 +57,11 @@ def oracle_solver(W, Hinv, codes, Err, scales, zeros, *, group, bits, sym):
         tensor.copy_(values)
 
 
+def oracle_descend(code, *rest):
+    """`descend` in NumPy."""
+    code.copy_(descend_oracle(code, *rest))
+
+
 @pytest.mark.parametrize(("sym", "act_order", "preset"), [(True, False, "fast"), (False, True, "fast"),
                                                          (True, False, "best")])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
@@ -63,9 +72,10 @@ def test_layer(group_size, sym, act_order, preset, monkeypatch):
     config = QuantConfig(preset=preset, bits=bits, group_size=group_size, sym=sym, act_order=act_order)
     weight, hessian = (t.float() for t in problem(20, columns, seed=columns, dead=(3, 40)))
     torchs = solver.gptq(weight, hessian, config)
-    monkeypatch.setattr(solver, "_block_solver", lambda W: oracle_solver)
+    oracles = SimpleNamespace(solve_block=oracle_solver, descend=oracle_descend, BLOCK=128)
+    monkeypatch.setattr(loops, "kernels", lambda tensor: oracles)
     expected = solver.gptq(weight, hessian, config)
-    monkeypatch.setattr(solver, "_block_solver", lambda W: solve_block)
+    monkeypatch.setattr(loops, "kernels", lambda tensor: triton_gptq)
     found = solver.gptq(weight, hessian, config)
     for name in found.weight._fields:
         assert torch.equal(getattr(found.weight, name), getattr(expected.weight, name)), name
@@ -75,7 +85,7 @@ def test_layer(group_size, sym, act_order, preset, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, at what the solver refuses afterwards
 def test_scales_too_large_for_float16(monkeypatch):
-    monkeypatch.setattr(solver, "_block_solver", lambda W: solve_block)
+    monkeypatch.setattr(loops, "kernels", lambda tensor: triton_gptq)
     weight, hessian = (t.float() for t in problem(4, 64, seed=1))
     with pytest.raises(solver.InputError, match="too large for float16"):
         solver.gptq(weight * 1e7, hessian, QuantConfig(preset="fast", group_size=32))

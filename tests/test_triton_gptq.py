@@ -14,7 +14,7 @@ from test_solver import problem
 
 from gptq_belle.config import QuantConfig
 from gptq_belle.kernels.library import library
-from gptq_belle.quantization import solver
+from gptq_belle.quantization import loops, solver
 
 BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
 
@@ -162,16 +162,17 @@ def edges(inputs, outputs):
 
 
 @pytest.mark.parametrize(("device", "dtype", "lacking", "kernel"), [
-    ("cuda", torch.float32, None, "triton_gptq"), ("cuda", torch.float64, None, "solver"),
-    ("cuda", torch.float32, "no compiler", "solver"), ("cpu", torch.float32, None, "cpu_solver"),
-    ("cpu", torch.float64, None, "solver")])
+    ("cuda", torch.float32, None, "triton_gptq"), ("cuda", torch.float64, None, None),
+    ("cuda", torch.float32, "no compiler", None), ("cpu", torch.float32, None, "cpu_solver"),
+    ("cpu", torch.float64, None, None)])
 def test_when_a_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
     pytest.importorskip("triton")
     if kernel == "cpu_solver" and isinstance(library(), str):
         pytest.skip(library())
     monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable", lambda device: lacking)
     W = SimpleNamespace(is_cuda=device == "cuda", is_cpu=device == "cpu", device=torch.device(device), dtype=dtype)
-    assert solver._block_solver(W).__module__.rpartition(".")[2] == kernel
+    found = loops.kernels(W)
+    assert (found and found.__name__.rpartition(".")[2]) == kernel
 
 
 @pytest.mark.gpu

@@ -3,12 +3,10 @@
 Laid out inputs first, as in the solver. With D = Q - W, the error is tr(D^T H D), and R = H D is half its gradient.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from gptq_belle.kernels import cpu_solver, triton_matmul
+from gptq_belle.quantization import loops
 from gptq_belle.quantization.grid import SMALLEST_SEARCHED
 from gptq_belle.quantization.hessian import live_diagonal
 from gptq_belle.quantization.threads import threads
@@ -88,24 +86,14 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
         diagonal: (g,), of H, without zeros.
         bits: bits a code.
     """
-    step, sweep = _sweeper(code)
+    found = loops.kernels(code)
+    step, sweep = (found.BLOCK, found.descend) if found else (INNER, _descend)
     for j1 in range(0, len(code), step):
         part, rest = slice(j1, j1 + step), slice(j1 + step, None)
         before = code[part].clone() if j1 + step < len(code) else None
         sweep(code[part], scale, zero, residual[part], block[part, part], diagonal[part], bits)
         if before is not None:
             residual[rest].addmm_(block[rest, part], (code[part] - before).mul_(scale))
-
-
-def _sweeper(code: Tensor) -> tuple[int, Callable[..., None]]:
-    """Inputs at a time, and what goes over them: as `solver._block_solver`."""
-    if cpu_solver.serves(code):
-        return cpu_solver.BLOCK, cpu_solver.descend
-    if not code.is_cuda or code.dtype != torch.float32 or triton_matmul.unavailable(code.device):
-        return INNER, _descend
-    from gptq_belle.kernels import triton_gptq
-
-    return triton_gptq.BLOCK, triton_gptq.descend
 
 
 def _descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor,

@@ -5,7 +5,6 @@ Algorithm 1, in its names: W, H, Hinv (its upper Cholesky factor), Err, i1, i2. 
 a step touches one input, and its N weights are then contiguous.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.kernels import cpu_solver, triton_matmul
+from gptq_belle.quantization import loops
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
 from gptq_belle.quantization.hessian import inverse_factor, left_after_making_up, live_diagonal
 from gptq_belle.quantization.loss import output_error
@@ -141,7 +140,8 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
         grids = static_grids(W, W.new_ones(K), group, config)  # its recipe has no search, else there were some
     scales, zeros = grids or (W.new_empty(K // group, N), W.new_empty(K // group, N))
     owner = (torch.arange(K, device=W.device) if order is None else order) // group
-    solve_block = _block_solver(W)
+    found = loops.kernels(W)
+    solve_block = found.solve_block if found else _solve_block
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty_like(W[i1:i2])
@@ -151,18 +151,6 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
         W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
     check_storable(scales)
     return codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes), scales, zeros
-
-
-def _block_solver(W: Tensor) -> Callable[..., None]:
-    """What walks through a block: one kernel where the native ones or Triton serve, else torch, operation by operation.
-    """
-    if cpu_solver.serves(W):
-        return cpu_solver.solve_block
-    if not W.is_cuda or W.dtype != torch.float32 or triton_matmul.unavailable(W.device):
-        return _solve_block
-    from gptq_belle.kernels import triton_gptq
-
-    return triton_gptq.solve_block
 
 
 def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
