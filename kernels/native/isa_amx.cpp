@@ -325,7 +325,8 @@ void multiply_amx(const Task& t, int64_t row_begin, int64_t row_end, int64_t pai
 }  // namespace
 }  // namespace belle
 
-const belle::Kernel belle::kAmx = {1, belle::kChunk, split, multiply_amx, read, attend, pack_strip, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAmx = {1, belle::kChunk, split, multiply_amx, read, attend, pack_strip, round_row,
+    gptq_block, descend, search};
 
 bool belle::amx_usable() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA

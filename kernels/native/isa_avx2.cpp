@@ -21,4 +21,5 @@ struct Isa : Registers256 {
 #include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAvx2 = {2, 0, split, multiply, read, attend, pack_strip, round_row,
+    gptq_block, descend, search};

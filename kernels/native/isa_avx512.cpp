@@ -20,4 +20,5 @@ struct Isa : Registers512 {
 #include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAvx512 = {2, 0, split, multiply, read, attend, pack_strip, round_row,
+    gptq_block, descend, search};

@@ -20,4 +20,5 @@ struct Isa : Registers256 {
 #include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend, pack_strip, round_row,
+    gptq_block, descend, search};

@@ -90,4 +90,5 @@ struct Isa {
 #include "packing.h"
 #include "rounding.h"
 
-const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, pack_strip, round_row, gptq_block, descend, search};
+const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, pack_strip, round_row,
+    gptq_block, descend, search};

@@ -22,18 +22,6 @@ inline void load_run(const BelleRounding& r, int64_t at, float* values) {
   }
 }
 
-// The bits of the largest magnitude: as whole numbers, NaN and infinity stand above all numbers.
-inline int32_t largest_bits(const float* values, int run) {
-  int32_t largest = 0;
-  for (int i = 0; i < run; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, values + i, 4);
-    bits &= 0x7FFFFFFF;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
 // The bits of the float16 that is nearest to x in 6e-8 .. 65504, halves to even.
 inline uint16_t to_half(float x) {
   uint32_t bits;

@@ -42,19 +42,25 @@ struct Split {
   int32_t sum;
 };
 
-// Split one group of one row. Rounding is to nearest, through the bits of 1.5 * 2^23 + x. The largest magnitude is found
-// among bit patterns, where NaN and infinity stand above all numbers: they make the whole row NaN.
+// The bits of the largest magnitude: as whole numbers, NaN and infinity stand above all numbers.
+inline int32_t largest_bits(const float* values, int run) {
+  int32_t largest = 0;
+  for (int i = 0; i < run; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, values + i, 4);
+    bits &= 0x7FFFFFFF;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Split one group of one row. Rounding is to nearest, through the bits of 1.5 * 2^23 + x. NaN and infinity make the whole
+// row NaN.
 template <int PARTS>
 inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1) {
   constexpr float kRound = 12582912.0f;
   constexpr int32_t kRoundBits = 0x4B400000, kInfinity = 0x7F800000, kTiny = 0x0C000000;  // 2^-103: 127 / x is finite
-  int32_t most = 0;
-  for (int i = 0; i < run; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, v + i, 4);
-    bits &= 0x7FFFFFFF;
-    most = bits > most ? bits : most;
-  }
+  const int32_t most = largest_bits(v, run);
   float largest, inverse = 0.0f, scale = 0.0f;
   std::memcpy(&largest, &most, 4);
   if (most >= kInfinity) {
