@@ -17,7 +17,8 @@ from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
 NATIVE = Path("kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-rtti",
          "-ffp-contract=off",  # the arithmetic is the same with every compiler and instruction set
-         "-fno-math-errno", "-fno-trapping-math",  # let plain loops become vectors
+         # Plain loops become vectors; Python's own flags hold -fwrapv, with which gcc 12 leaves many as they are.
+         "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv",
          "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
 SANITIZED = bool(os.environ.get("GPTQ_BELLE_SANITIZE"))  # for `make sanitize`

@@ -34,26 +34,32 @@ inline uint16_t to_half(float x) {
   return static_cast<uint16_t>((bits + 0xFFFu + (bits >> 13 & 1) - 0x38000000u) >> 13);
 }
 
-// Codes of a run less their zero point, to the scale that belongs to `largest`; returns the sum of squared errors.
-inline float round_run(const float* __restrict values, float largest, int run, float top, uint16_t* scale,
-                       float* __restrict codes) {
+// Codes of a run less their zero point, to the scale that belongs to `largest`, which is returned.
+inline uint16_t round_run(const float* __restrict values, float largest, int run, float top, float* __restrict codes) {
   constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
-  constexpr int kSums = 16;
   float wanted = largest / top;
   wanted = wanted < 6e-8f ? 6e-8f : wanted;
   wanted = wanted > 65504.0f ? 65504.0f : wanted;
-  *scale = to_half(wanted);
-  const float divisor = half_to_float(*scale);
+  const uint16_t scale = to_half(wanted);
+  const float divisor = half_to_float(scale);
+  for (int i = 0; i < run; ++i) {
+    float q = values[i] / divisor;
+    q = q < -top - 1.0f ? -top - 1.0f : q;
+    q = q > top ? top : q;
+    codes[i] = (q + kWhole) - kWhole;
+  }
+  return scale;
+}
+
+// The sum of squared errors of a run.
+inline float error_of(const float* __restrict values, const float* __restrict codes, uint16_t scale, int run) {
+  constexpr int kSums = 16;
+  const float factor = half_to_float(scale);
   float sums[kSums] = {};
   for (int i = 0; i < run; i += kSums) {
     for (int lane = 0; lane < kSums; ++lane) {
-      float q = values[i + lane] / divisor;
-      q = q < -top - 1.0f ? -top - 1.0f : q;
-      q = q > top ? top : q;
-      q = (q + kWhole) - kWhole;
-      const float off = q * divisor - values[i + lane];
+      const float off = codes[i + lane] * factor - values[i + lane];
       sums[lane] += off * off;
-      codes[i + lane] = q;
     }
   }
   float sum = 0.0f;
@@ -77,15 +83,16 @@ bool round_row(const BelleRounding& r, int64_t row) {
     if (bits >= (r.kind == 1 ? 0x47800000 : 0x7F800000)) return false;  // float16's may have become 65536 and more
     float largest;
     std::memcpy(&largest, &bits, 4);
-    uint16_t* scale = r.scales + row * groups + g;
     float* best = found[0];
-    float least = round_run(values, largest, r.run, top, scale, best);
+    uint16_t scale = round_run(values, largest, r.run, top, best);
+    float least = r.clip_count > 0 ? error_of(values, best, scale, r.run) : 0.0f;
     for (int64_t c = 0; c < r.clip_count; ++c) {
       float* other = best == found[0] ? found[1] : found[0];
-      uint16_t its_scale;
-      const float error = round_run(values, largest * r.clips[c], r.run, top, &its_scale, other);
-      if (error < least) least = error, best = other, *scale = its_scale;
+      const uint16_t its_scale = round_run(values, largest * r.clips[c], r.run, top, other);
+      const float error = error_of(values, other, its_scale, r.run);
+      if (error < least) least = error, best = other, scale = its_scale;
     }
+    r.scales[row * groups + g] = scale;
     store_codes(r.codes + at, best, r.run, top + 1.0f);
   }
   return true;
