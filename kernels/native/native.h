@@ -121,6 +121,7 @@ constexpr int kMostRun = 128;
 constexpr int kMostRows = 256;          // rows of x that a unit of work takes at most
 constexpr int kPacked = 512;            // outputs packed together
 constexpr int kSolved = 64;             // outputs of a unit of work of the solver
+constexpr int64_t kHugePage = 1 << 21;  // bytes
 constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
 
 // One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
@@ -164,6 +165,10 @@ struct Kernel {
 const Kernel* kernel(int isa);  // of the numbers of cpu_features.h; the portable one where an instruction set is missing
 
 extern const Kernel kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;
+
+// How many pieces of a layout, `bytes` each, one thread lays at a time: a huge page of them. Where two threads meet a page
+// for the first time together, both clear one, and one is thrown away.
+inline int64_t pieces_of_page(int64_t bytes) { return bytes < kHugePage ? kHugePage / bytes : 1; }
 
 // Calls work(context) from `threads` threads at once, the caller among them, and returns when all have.
 void parallel(int threads, void (*work)(void*), void* context);

@@ -14,8 +14,13 @@ struct PackTask {
 
 void pack_strips(void* context) {
   PackTask& task = *static_cast<PackTask*>(context);
-  const int64_t strips = (task.words.outputs + belle::kPacked - 1) / belle::kPacked;
-  for (int64_t strip; (strip = task.next++) < strips;) task.kernel->pack(task.words, strip, task.out);
+  const BelleWords& w = task.words;
+  const int64_t strips = (w.outputs + belle::kPacked - 1) / belle::kPacked;
+  const int64_t unit = belle::pieces_of_page(w.groups * w.run * w.container / 8 * belle::kPacked);
+  for (int64_t strip; (strip = unit * task.next++) < strips;) {
+    const int64_t end = strip + unit < strips ? strip + unit : strips;
+    for (; strip < end; ++strip) task.kernel->pack(w, strip, task.out);
+  }
 }
 
 }  // namespace

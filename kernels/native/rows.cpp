@@ -34,7 +34,12 @@ void lay_block(const BelleRows& r, int64_t block, uint8_t* out) {
 
 void lay_blocks(void* context) {
   RowsTask& task = *static_cast<RowsTask*>(context);
-  for (int64_t block; (block = task.next++) < task.r.count / kBlock;) lay_block(task.r, block, task.out);
+  const int64_t blocks = task.r.count / kBlock;
+  const int64_t unit = pieces_of_page(task.r.groups * task.r.run * task.r.bits / 8 * kBlock);
+  for (int64_t block; (block = unit * task.next++) < blocks;) {
+    const int64_t end = block + unit < blocks ? block + unit : blocks;
+    for (; block < end; ++block) lay_block(task.r, block, task.out);
+  }
 }
 
 constexpr int64_t kRowsAtATime = 8;
