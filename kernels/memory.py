@@ -2,11 +2,15 @@
 
 import contextlib
 import mmap
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21  # bytes
+Memory = Callable[[int], Tensor]  # gives so many bytes, (size,) uint8, with any contents
 
 
 def empty_bytes(size: int) -> Tensor:
@@ -16,11 +20,43 @@ def empty_bytes(size: int) -> Tensor:
     the system's cache is read at 1.6 GB/s instead of 4. The memory is mapped anew: what an allocator gives may have
     been touched before, in small pages, which stay small.
     """
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
+    return _within(_mapped(size), size) if _worthwhile(size) else torch.empty(size, dtype=torch.uint8)
+
+
+class Reused:
+    """`empty_bytes` out of memory that was given out before, as soon as no tensor holds it any more.
+
+    For what is read and soon dropped, such as a checkpoint's words: the first touch of a page takes 0.3 s a GB, on a
+    virtual machine whose host has to find the page, too, more than 1 s. All of it is freed with this object.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
+
+    def __call__(self, size: int) -> Tensor:
+        """Memory with any contents, (size,) uint8."""
+        if not _worthwhile(size):
+            return empty_bytes(size)
+        free = self._free[size]
+        mapped = free.pop() if free else _mapped(size)
+        view = memoryview(mapped)  # the tensor's only hold on it
+        weakref.finalize(view, free.append, mapped).atexit = False
+        return _within(view, size)
+
+
+def _worthwhile(size: int) -> bool:
+    return size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def _mapped(size: int) -> mmap.mmap:
     mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without them
         mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
+
+
+def _within(mapped: mmap.mmap | memoryview, size: int) -> Tensor:
+    """From the first huge page on; what lies in front is never touched."""
     memory = torch.frombuffer(mapped, dtype=torch.uint8)
-    start = -memory.data_ptr() % HUGE_PAGE  # what lies in front is never touched
+    start = -memory.data_ptr() % HUGE_PAGE
     return memory[start : start + size]

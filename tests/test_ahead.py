@@ -52,9 +52,9 @@ def test_an_error_comes_in_its_turn():
 def test_every_tensor_of_a_model_is_read_once(tiny_model, tmp_path, monkeypatch):
     read, plain = [], CheckpointReader.tensor
 
-    def tensor(self, name):
+    def tensor(self, name, *memory):
         read.append((name, threading.current_thread() is threading.main_thread()))
-        return plain(self, name)
+        return plain(self, name, *memory)
 
     path = packed_checkpoint(tiny_model, tmp_path / "packed")
     monkeypatch.setattr(CheckpointReader, "tensor", tensor)

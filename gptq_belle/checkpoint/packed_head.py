@@ -17,11 +17,12 @@ from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import cpu_rows
+from gptq_belle.kernels.memory import Memory, Reused
 
 CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
 BITS = (8, 4)
 GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
-STEP = 1 << 20  # weights rounded at a time: what that makes stays in the cache
+STEP = 1 << 22  # weights rounded at a time: two threads then lay them into different huge pages
 # Shares of a group's largest weight that are tried as the end of the grid, too.
 CLIPS: dict[int, tuple[float, ...]] = {8: (), 4: (0.9, 0.8)}
 
@@ -103,11 +104,12 @@ def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tupl
     """
     count = reader.shape(CODES)[0]
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
-    for codes, scales in one_ahead(partial(_stored, reader, part) for part in parts):
+    memory = Reused()
+    for codes, scales in one_ahead(partial(_stored, reader, part, memory) for part in parts):
         if not all_finite(scales):
             raise ValueError(f"{SCALES} hold NaN or infinity")
         yield from_bytes(codes, bits), scales
 
 
-def _stored(reader: CheckpointReader, rows: range) -> tuple[Tensor, Tensor]:
-    return reader.rows(CODES, rows), reader.rows(SCALES, rows)
+def _stored(reader: CheckpointReader, rows: range, memory: Memory) -> tuple[Tensor, Tensor]:
+    return reader.rows(CODES, rows, memory), reader.rows(SCALES, rows, memory)

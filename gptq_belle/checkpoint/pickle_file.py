@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.tensor_file import DAMAGED, raw, runs
 from gptq_belle.errors import InputError
+from gptq_belle.kernels.memory import Memory, empty_bytes
 
 
 class PickleFile:
@@ -60,16 +61,16 @@ class PickleFile:
         """The dtype of a tensor."""
         return self._state[name].dtype
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor.
+    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+        """One tensor; `memory` as of `TensorFile.tensor`.
 
         Raises:
             InputError: the file ends before the tensor does, or the tensor is larger than its storage.
         """
-        return self._read(name) if self._zipped else self._state[name].detach()
+        return self._read(name, memory) if self._zipped else self._state[name].detach()
 
-    def rows(self, name: str, indices: Iterable[int]) -> Tensor:
-        """Some rows of a tensor, in the order asked for.
+    def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
+        """Some rows of a tensor, in the order asked for. `memory` as of `TensorFile.tensor`.
 
         Raises:
             InputError: as `tensor`.
@@ -81,7 +82,8 @@ class PickleFile:
         if not self._zipped or not self._state[name].is_contiguous():
             return self.tensor(name)[chosen]
         state = self._state[name]
-        rows, size = torch.empty(len(chosen), *state.shape[1:], dtype=state.dtype), state[0].nbytes
+        size = state[0].nbytes
+        rows = memory(len(chosen) * size).view(state.dtype).view(len(chosen), *state.shape[1:])
         for place, count in runs(chosen):
             skip = int(state.storage_offset()) * state.element_size() + chosen[place] * size
             self._fill(name, raw(rows[place : place + count]), skip)
@@ -92,12 +94,12 @@ class PickleFile:
         if self._zipped:
             self._read(name)
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, memory: Memory = empty_bytes) -> Tensor:
         meta = self._state[name]
         last = sum((size - 1) * step for size, step in zip(meta.shape, meta.stride(), strict=True))
         if meta.numel() == 0:
             return torch.empty(meta.shape, dtype=meta.dtype)
-        flat = torch.empty(last + 1, dtype=meta.dtype)
+        flat = memory((last + 1) * meta.element_size()).view(meta.dtype)
         self._fill(name, raw(flat), int(meta.storage_offset()) * meta.element_size())
         return flat.as_strided(meta.shape, meta.stride())
 

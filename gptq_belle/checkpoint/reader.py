@@ -14,6 +14,7 @@ from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, DAMAGED, TensorFile
 from gptq_belle.checkpoint.unready import check_fetched, unready
 from gptq_belle.errors import InputError
+from gptq_belle.kernels.memory import Memory, empty_bytes
 from gptq_belle.models.registry import HEAD, Architecture, architecture
 
 MOST_JSON_BYTES = 64 << 20  # the largest real one, an index of a model of a thousand shards, is below 20 MB
@@ -67,14 +68,17 @@ class CheckpointReader:
         file, stored = self._find(name)
         return self._shards[file].shape(stored)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
         """One tensor on the CPU, in the dtype of the file.
 
+        Args:
+            name: of the tensor.
+            memory: where it is put.
         Raises:
             InputError: it is not there, or its bytes cannot be read.
         """
         file, stored = self._find(name)
-        return self._shards[file].tensor(stored)
+        return self._shards[file].tensor(stored, memory)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the file, from the header alone."""
@@ -85,7 +89,7 @@ class CheckpointReader:
         """Bytes of a tensor in the file, from the header alone."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def rows(self, name: str, indices: Iterable[int]) -> Tensor:
+    def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
         """Some rows of a matrix, without the others in memory.
 
         Raises:
@@ -93,7 +97,7 @@ class CheckpointReader:
         """
         file, stored = self._find(name)
         try:
-            return self._shards[file].rows(stored, indices)
+            return self._shards[file].rows(stored, indices, memory)
         except IndexError as error:
             raise InputError(f"{self.path}: token ids outside of the {self.shape(name)[:1]} rows of {name}",
                              "The tokenizer belongs to another model: fetch the directory again.") from error

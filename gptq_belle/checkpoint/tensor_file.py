@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.durable import DurableFile, Stamp
 from gptq_belle.errors import InputError
-from gptq_belle.kernels.memory import empty_bytes
+from gptq_belle.kernels.memory import Memory, empty_bytes
 
 DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
@@ -69,19 +69,22 @@ class TensorFile:
         """The dtype of a tensor."""
         return DTYPES[self.entries[name].dtype]
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
         """One tensor, in memory of its own.
 
+        Args:
+            name: of the tensor.
+            memory: gives so many bytes, (size,) uint8.
         Raises:
             InputError: the file ends before the tensor does.
         """
         entry = self.entries[name]
-        tensor = empty_bytes(entry.end - entry.begin).view(DTYPES[entry.dtype]).view(entry.shape)
+        tensor = memory(entry.end - entry.begin).view(DTYPES[entry.dtype]).view(entry.shape)
         self._fill(name, tensor, entry.begin)
         return tensor
 
-    def rows(self, name: str, indices: Iterable[int]) -> Tensor:
-        """Some rows of a tensor, in the order asked for; the others are not read.
+    def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
+        """Some rows of a tensor, in the order asked for; the others are not read. `memory` as of `tensor`.
 
         Raises:
             InputError: as `tensor`.
@@ -90,8 +93,8 @@ class TensorFile:
         entry, chosen = self.entries[name], list(indices)
         if any(not 0 <= row < entry.shape[0] for row in chosen):
             raise IndexError(f"{name} has {entry.shape[0]} rows")
-        rows = torch.empty((len(chosen), *entry.shape[1:]), dtype=DTYPES[entry.dtype])
         size = (entry.end - entry.begin) // max(1, entry.shape[0])
+        rows = memory(len(chosen) * size).view(DTYPES[entry.dtype]).view(len(chosen), *entry.shape[1:])
         for place, count in runs(chosen):
             self._fill(name, rows[place : place + count], entry.begin + chosen[place] * size)
         return rows

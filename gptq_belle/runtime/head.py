@@ -28,6 +28,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.kernels import cpu, cpu_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose, prepare, rows
 from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.memory import Reused
 from gptq_belle.kernels.triton_layout import SlicedWeight
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.shapes import Dimensions
@@ -192,7 +193,8 @@ def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
 def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
     """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
     parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
-    for piece in one_ahead(partial(weights.reader.rows, name, part) for part in parts):
+    memory = Reused()
+    for piece in one_ahead(partial(weights.reader.rows, name, part, memory) for part in parts):
         yield piece.to(weights.device)
 
 

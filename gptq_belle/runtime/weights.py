@@ -19,6 +19,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import PreparedWeight, prepare, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
+from gptq_belle.kernels.memory import Memory, Reused
 from gptq_belle.models.skeleton import wrong_shape
 
 ROWS_ALONE = 64
@@ -93,8 +94,8 @@ class Weights:
         depth, names = prefix.count(".") + 2, defaultdict[str, list[str]](list)
         for name in self.reader:
             names[".".join(name.split(".")[:depth])].append(name)
-        blocks = (f"{prefix}.{index}" for index in range(count))
-        reads = (partial(self._read, names.get(f"{prefix}.{index}", [])) for index in range(count))
+        blocks, memory = (f"{prefix}.{index}" for index in range(count)), Reused()
+        reads = (partial(self._read, names.get(f"{prefix}.{index}", []), memory) for index in range(count))
         for block, self._early in zip(blocks, one_ahead(reads), strict=True):
             yield block
 
@@ -208,8 +209,8 @@ class Weights:
         self._used.add(name)
         return self._taken(name)
 
-    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self.reader.tensor(name) for name in names}
+    def _read(self, names: Sequence[str], memory: Memory) -> dict[str, Tensor]:
+        return {name: self.reader.tensor(name, memory) for name in names}
 
     def _taken(self, name: str) -> Tensor:
         early = self._early.pop(name, None)
