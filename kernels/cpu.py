@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .layout import CanonicalWeight
 from .library import ISAS, Library, WeightStruct, WordsStruct, library
@@ -207,8 +208,7 @@ def _only_zero(words: Tensor, bits: int) -> int | None:
 
 def _blocks(table: Tensor, groups: Tensor, blocks: int) -> Tensor:
     """A table (groups, N) as (blocks, G, 16), padded with zeros."""
-    padded = table.new_zeros(len(groups), blocks * BLOCK)
-    padded[:, : table.shape[1]] = table[groups]
+    padded = pad(table[groups], (0, blocks * BLOCK - table.shape[1]))
     return padded.view(len(groups), blocks, BLOCK).transpose(0, 1).contiguous()
 
 

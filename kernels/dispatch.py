@@ -51,27 +51,38 @@ def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device,
 
 def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int, *,
             device: torch.device, dtype: torch.dtype, precision: str = "exact") -> PreparedWeight:
-    """Check one packed weight and lay it out for its kernel; the arguments are left as they are.
+    """`lay_out` for the tensors of a file, which are checked.
 
     Args:
         qweight, qzeros, scales, g_idx, bits, zero_offset: see `layout.canonical`.
+        device, dtype, precision: see `lay_out`.
+    Raises:
+        ValueError: tensors that do not fit together; the message says what is allowed.
+    """
+    return lay_out(canonical(qweight, qzeros, scales, g_idx, bits, zero_offset), device=device, dtype=dtype,
+                   precision=precision)
+
+
+def lay_out(weight: CanonicalWeight, *, device: torch.device, dtype: torch.dtype,
+            precision: str = "exact") -> PreparedWeight:
+    """Lay out one packed weight for its kernel; it is left as it is.
+
+    Args:
+        weight: as it stands in files.
         device: where the weight will live.
         dtype: of the activations that it will meet. Others work too, only slower or less exactly.
         precision: on a CPU, "exact" (16 bits of each activation) or "fast" (8 bits). CUDA has one precision a dtype.
     Returns:
         the words copied to `device`, or another layout that replaces them.
-    Raises:
-        ValueError: tensors that do not fit together; the message says what is allowed.
     """
-    weight = canonical(qweight, qzeros, scales, g_idx, bits, zero_offset)
-    choice = choose(bits, weight.g_idx, weight.out_features, device=device, dtype=dtype, precision=precision)
+    choice = choose(weight.bits, weight.g_idx, weight.out_features, device=device, dtype=dtype, precision=precision)
     if choice.kernel == "native":
         return cpu.prepare(weight, precision)
     if choice.kernel == "torch-int4":
         return torch_int4.prepare(weight)
     there = weight._replace(
-        qweight=qweight.to(device, copy=True), qzeros=qzeros.to(device, copy=True),
-        scales=scales.to(device, copy=True), g_idx=weight.g_idx.to(device, copy=True),
+        qweight=weight.qweight.to(device, copy=True), qzeros=weight.qzeros.to(device, copy=True),
+        scales=weight.scales.to(device, copy=True), g_idx=weight.g_idx.to(device, copy=True),
     )
     return triton_layout.prepare(there) if choice.kernel == "triton" else there
 

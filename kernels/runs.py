@@ -40,7 +40,7 @@ def cut_runs(g_idx: Tensor, block: int = 1) -> Runs:
 
 def padded(g_idx: Tensor, run: int) -> int:
     """Places that the inputs of g_idx (K,) take when every group is filled up to whole runs."""
-    return int((-(-g_idx.unique(return_counts=True)[1] // run)).sum()) * run
+    return int((-(-g_idx.bincount() // run)).sum()) * run
 
 
 def wasteful(g_idx: Tensor) -> bool:

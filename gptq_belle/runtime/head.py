@@ -26,7 +26,7 @@ from gptq_belle.checkpoint.packed_head import (
 from gptq_belle.checkpoint.packing import pack_rows
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.kernels import cpu, cpu_rows
-from gptq_belle.kernels.dispatch import PreparedWeight, choose, prepare, rows
+from gptq_belle.kernels.dispatch import PreparedWeight, choose, lay_out, rows
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.memory import Reused
 from gptq_belle.kernels.triton_layout import SlicedWeight
@@ -175,9 +175,9 @@ def _words(weights: Weights, shape: tuple[int, int], bits: int, group: int, piec
         at = stop
     stored = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
     weight = canonical(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
-    if device.type == "cpu":  # not through `prepare`: torch's int4 layout cannot be looked into
+    if device.type == "cpu":  # not through `lay_out`: torch's int4 layout cannot be looked into
         return weight
-    prepared = prepare(*weight[:4], bits, 1, device=device, dtype=weights.dtype)
+    prepared = lay_out(weight, device=device, dtype=weights.dtype)
     return prepared._replace(out_features=shape[0]) if isinstance(prepared, SlicedWeight) else prepared
 
 

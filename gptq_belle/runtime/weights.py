@@ -17,7 +17,7 @@ from gptq_belle.checkpoint.ahead import one_ahead
 from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
-from gptq_belle.kernels.dispatch import PreparedWeight, prepare, quant_matmul
+from gptq_belle.kernels.dispatch import PreparedWeight, lay_out, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
 from gptq_belle.kernels.memory import Memory, Reused
 from gptq_belle.models.skeleton import wrong_shape
@@ -149,9 +149,8 @@ class Weights:
             try:
                 together = fuse(words) if len(words) > 1 else words[0]
             except ValueError:  # other bits, groups or formats: side by side in a sum only
-                return SideBySide([self._packed(name, word, bias)
-                                   for name, word, bias in zip(names, words, biases, strict=True)])
-            return self._packed(names[0], together, self._joined(biases, outputs))
+                return SideBySide([self._packed(word, bias) for word, bias in zip(words, biases, strict=True)])
+            return self._packed(together, self._joined(biases, outputs))
         parts = [self.linear([name], inputs, [size], biased) for name, size in zip(names, outputs, strict=True)]
         return SideBySide([part for part in parts if not isinstance(part, SideBySide)])
 
@@ -176,7 +175,8 @@ class Weights:
             return canonical(self._stored(f"{name}.qweight"), self._stored(f"{name}.qzeros"),
                              self._stored(f"{name}.scales"), g_idx, quantization.bits, quantization.zero_offset)
         except ValueError as error:
-            raise self._damaged(name, error) from error
+            raise InputError(f"{self.reader.path}: {name}: {error}",
+                             "The file is damaged, or was not written in the GPTQ format.") from error
 
     def _quantization(self, name: str) -> Quantization:
         if self.quantization is None:
@@ -187,12 +187,8 @@ class Weights:
             raise InputError(f"{self.reader.path}: dynamic leaves {name} unquantized, but it is packed", WRONG_CONFIG)
         return own
 
-    def _packed(self, name: str, words: CanonicalWeight, bias: Tensor | None) -> Packed:
-        try:
-            prepared = prepare(words.qweight, words.qzeros, words.scales, words.g_idx, words.bits, words.zero_offset,
-                               device=self.device, dtype=self.dtype, precision=self.precision)
-        except ValueError as error:
-            raise self._damaged(name, error) from error
+    def _packed(self, words: CanonicalWeight, bias: Tensor | None) -> Packed:
+        prepared = lay_out(words, device=self.device, dtype=self.dtype, precision=self.precision)
         self.nbytes += sum(value.nbytes for value in prepared._asdict().values() if isinstance(value, Tensor))
         return Packed(prepared, bias)
 
@@ -215,9 +211,3 @@ class Weights:
     def _taken(self, name: str) -> Tensor:
         early = self._early.pop(name, None)
         return self.reader.tensor(name) if early is None else early
-
-    def _damaged(self, name: str, error: ValueError) -> InputError:
-        return InputError(f"{self.reader.path}: {name}: {error}",
-                          "The file is damaged, or was not written in the GPTQ format.")
-
-
