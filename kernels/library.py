@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
-ABI = 7  # of native/native.h
+ABI = 8  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
@@ -119,6 +119,10 @@ class Library:
         self.read.restype = ctypes.c_uint32
         self.attend = self._c.belle_attend
         self.attend.argtypes = [ctypes.POINTER(AttentionStruct), ctypes.c_int, ctypes.c_int]
+        self.rms_norm = self._c.belle_rms_norm
+        self.rms_norm.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+                                  ctypes.c_float, ctypes.c_int]
+        self.rms_norm.restype = None
         self.gptq_block = self._solver("gptq_block", GptqBlockStruct)
         self.descend = self._solver("descend", DescentStruct)
         self.search = self._solver("search", SearchStruct)

@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptq_belle.kernels.cpu_norm import rms_norm
 from gptq_belle.models.settings import Settings
 from gptq_belle.runtime.attention import Attend, Heads
 from gptq_belle.runtime.head import embedding_and_head
@@ -13,10 +14,10 @@ class _Norm:
     """RMS norm over the last dimension."""
 
     def __init__(self, weights: Weights, name: str, width: int, eps: float) -> None:
-        self.weight, self.shape, self.eps = weights.tensor(f"{name}.weight", width), (width,), eps
+        self.weight, self.eps = weights.tensor(f"{name}.weight", width), eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class _Block:

@@ -114,7 +114,7 @@ struct BelleSearch {       // the grid of a group of g inputs with the least wei
 
 namespace belle {
 
-constexpr int kAbi = 7;
+constexpr int kAbi = 8;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
