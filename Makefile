@@ -35,7 +35,7 @@ sanitize: $(READY)
 	GPTQ_BELLE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY="$$(ls $(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native*.so)" \
-	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_cpu_solver.py tests/test_head.py tests/test_hostile.py
+	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_cpu_norm.py tests/test_cpu_solver.py tests/test_head.py tests/test_hostile.py
 
 interop: $(READY)
 	GPTQ_BELLE_RECORD=$(CURDIR)/benchmarks/results/interop.json $(BIN)/python -m pytest -m slow tests/test_interop.py -rs
