@@ -57,9 +57,9 @@ class LlamaCpp:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"llama.cpp ended with {self.process.wait()}; -4 is an instruction that it may not use here. Built "
-                     "by gcc 12 for AMX, it loads an empty tile configuration (its pull request 26954): mend that, or "
-                     "build it for another processor (CMAKE_ARGS, see its documentation)")
+            sys.exit(f"llama.cpp ended with {self.process.wait()}; -4 is an instruction that it may not use here. As "
+                     "gcc 12 builds it for AMX, it loads an empty tile configuration (its pull request 26954): mend "
+                     "that, or build it for another processor (CMAKE_ARGS, see its documentation)")
         return float(answer)
 
 
