@@ -24,7 +24,8 @@ class _Block:
     def __init__(self, weights: Weights, name: str, settings: Settings) -> None:
         sizes = settings.sizes
         width, inner, head_dim = sizes.width, sizes.inner, sizes.head_dim
-        self.split = [heads * head_dim for heads in (sizes.heads, sizes.kv_heads, sizes.kv_heads)]
+        self.heads = [sizes.heads, sizes.kv_heads, sizes.kv_heads]
+        outputs = [heads * head_dim for heads in self.heads]
 
         def named(*parts: str) -> tuple[list[str], bool]:
             return [f"{name}.{part}" for part in parts], parts[0] in sizes.biased
@@ -33,16 +34,16 @@ class _Block:
             return weights.linear(names[0], inputs, outputs, names[1])
 
         self.attention_norm = _Norm(weights, f"{name}.input_layernorm", width, settings.eps)
-        self.qkv = linear(named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), width, *self.split)
-        self.out = linear(named("self_attn.o_proj"), self.split[0], width)
+        self.qkv = linear(named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), width, *outputs)
+        self.out = linear(named("self_attn.o_proj"), outputs[0], width)
         self.mlp_norm = _Norm(weights, f"{name}.post_attention_layernorm", width, settings.eps)
         self.gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
         self.down = linear(named("mlp.down_proj"), inner, width)
         self.head_dim = head_dim
 
     def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).split(self.split, -1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        qkv = self.qkv(self.attention_norm(x)).view(len(x), -1, self.head_dim)
+        query, key, value = qkv.split_with_sizes(self.heads, 1)
         x = self.out(attend(index, query, key, value)).add_(x)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return self.down(F.silu(gate).mul_(up)).add_(x)
