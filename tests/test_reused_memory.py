@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from conftest import packed_checkpoint
 
+from gptq_belle import load
+from gptq_belle.kernels import cpu, memory
 from gptq_belle.kernels.memory import HUGE_PAGE, Reused, empty_bytes
 
 
 @pytest.mark.parametrize("size", [0, 1, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE + 5])
 @pytest.mark.parametrize("make", [empty_bytes, Reused()])
 def test_it_is_as_large_as_asked_for(make, size):
-    memory = make(size)
-    assert memory.shape == (size,)
-    assert memory.dtype == torch.uint8
-    assert size < HUGE_PAGE or memory.data_ptr() % HUGE_PAGE == 0
-    assert int(memory.fill_(7).sum()) == 7 * size
+    found = make(size)
+    assert found.shape == (size,)
+    assert found.dtype == torch.uint8
+    assert size < HUGE_PAGE or found.data_ptr() % HUGE_PAGE == 0
+    assert int(found.fill_(7).sum()) == 7 * size
 
 
 def test_it_comes_back_when_the_last_view_is_gone():
@@ -34,3 +37,18 @@ def test_it_outlives_its_giver():
     kept = reused(HUGE_PAGE).fill_(3)
     del reused
     assert int(kept.sum()) == 3 * HUGE_PAGE
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("kind", [{"bits": 4}, {"bits": 8, "sym": False, "act_order": True}, None], ids=str)
+def test_nothing_of_a_model_is_overwritten_by_what_is_read_later(tiny_model, tmp_path, monkeypatch, kind, kernels):
+    path = tiny_model if kind is None else packed_checkpoint(tiny_model, tmp_path / "packed", **kind)
+    if kernels == "torch":
+        monkeypatch.setattr(cpu, "refusal", lambda *args: "left out")
+    ids, mapped = torch.randint(384, (2, 20)), []
+    wanted = load(path, device="cpu").logits(ids)
+    monkeypatch.setattr(memory, "HUGE_PAGE", 512)  # so that the tensors of a tiny model are large
+    monkeypatch.setattr(memory, "_mapped", lambda size, make=memory._mapped: mapped.append(size) or make(size))
+    found = load(path, device="cpu")
+    assert mapped
+    assert torch.equal(found.logits(ids), wanted)
