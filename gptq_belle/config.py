@@ -13,6 +13,7 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 HEAD_BITS = (16, 8, 4)
 METHODS = ("gptq", "rtn")
+EXPRESSION = "Write it as Python's re takes it; a dot in a name is '\\.'."
 OVERRIDABLE = ("bits", "group_size", "sym")
 
 
@@ -40,7 +41,7 @@ class Override:
             re.compile(self.pattern)
         except re.error as error:
             raise UsageError(f"override {self.pattern!r} is no regular expression: {error}",
-                             "Write it as Python's re takes it; a dot in a name is '\\.'.") from error
+                             EXPRESSION) from error
         if self.bits is not None:
             _check("bits", self.bits, BITS)
         if self.group_size is not None:

@@ -12,11 +12,12 @@ from dataclasses import replace
 
 import regex
 
-from gptq_belle.config import OVERRIDABLE, Override, QuantConfig
+from gptq_belle.config import EXPRESSION, OVERRIDABLE, Override, QuantConfig
 from gptq_belle.errors import UsageError
 from gptq_belle.models.registry import Architecture
 
 FORM = "Write REGEX=bits:8, REGEX=bits:8,group_size:64, REGEX=sym:false or REGEX=skip."
+START, END = ".*(?:", ")"  # around an expression that may match anywhere
 TRUTHS = {"true": True, "false": False}
 
 
@@ -29,7 +30,11 @@ def parse(text: str) -> Override:
     expression, equals, assignments = text.rpartition("=")  # an expression may hold one too: (?=...)
     if not equals or not expression:
         raise UsageError(f"override {text!r} has no REGEX= in front", FORM)
-    pattern = f".*(?:{expression})"
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise UsageError(f"override {text!r}: {expression!r} is no regular expression: {error}", EXPRESSION) from error
+    pattern = f"{START}{expression}{END}"
     if assignments == "skip":
         return Override(pattern, skip=True)
     values: dict[str, int | bool] = {}
@@ -58,7 +63,7 @@ def resolve(config: QuantConfig, arch: Architecture, blocks: int) -> QuantConfig
     names = [f"{arch.blocks}.{index}.{name}" for index in range(blocks) for name in arch.linears]
     for override in config.overrides:
         if not any(re.match(override.pattern, name) for name in names):
-            raise UsageError(f"override {override.pattern!r} matches no linear",
+            raise UsageError(f"override {_given(override)!r} matches no linear",
                              f"The linears are {arch.blocks}.0 to {blocks - 1} with {', '.join(arch.linears)}.")
     for name in names:
         _check_one(name, config.overrides)
@@ -71,6 +76,12 @@ def resolve(config: QuantConfig, arch: Architecture, blocks: int) -> QuantConfig
     resolved = replace(config, overrides=complete)
     _check_fused(resolved, arch, blocks)
     return resolved
+
+
+def _given(override: Override) -> str:
+    """Its expression as `parse` was given it."""
+    inner = override.pattern.removeprefix(START).removesuffix(END)
+    return inner if override.pattern == f"{START}{inner}{END}" else override.pattern
 
 
 def _value(text: str, key: str, value: str) -> int | bool:

@@ -16,6 +16,7 @@ import typer
 
 from gptq_belle import console
 from gptq_belle.config import QuantConfig
+from gptq_belle.errors import UsageError
 from gptq_belle.options import WrittenStyle, chosen
 from gptq_belle.overrides import parse
 
@@ -146,6 +147,8 @@ def resumable(out: Path) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except UsageError:  # this command would be refused again
+        raise
     except BaseException:
         from gptq_belle.checkpoint.writer import partial_of
         from gptq_belle.quantization.journal import finished_blocks

@@ -144,7 +144,7 @@ def test_what_was_measured_outlives_a_job_that_ended_before_its_first_block(tiny
 
 @pytest.mark.parametrize(("settings", "cause"), [
     ({"auto_bits": "3.5"}, "3.5 is not between 4 and 8"), ({"auto_bits": "9"}, "not between"),
-    ({"auto_bits": "some"}, "is not a size"), ({"auto_bits": "10kB"}, "less than 4 bits"),
+    ({"auto_bits": "some"}, "neither bits nor a size"), ({"auto_bits": "10kB"}, "less than 4 bits"),
     ({"auto_bits": "5", "bits": 8}, "not with 8 bits"), ({"auto_bits": "5", "method": "rtn"}, "method rtn"),
     ({"auto_bits": "5", "overrides": (parse("mlp=bits:8"),)}, "less than 4 bits and the overrides")], ids=str)
 def test_what_is_refused_before_any_work(tiny_bloom, tmp_path, settings, cause):

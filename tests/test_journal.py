@@ -219,6 +219,10 @@ def test_signals_exit_130_with_the_line_that_resumes(end, tmp_path):
     (said,) = [line for line in rest.splitlines() if "Go on with: " in line]
     words = said.split("Go on with: ")[1].split()
     assert words[1:] == command
+    other = subprocess.run([sys.executable, *command, "--bits", "8"], cwd=ROOT, env=environment, capture_output=True,
+                           text=True)
+    assert other.returncode == 2
+    assert "Go on with" not in other.stderr  # it would be refused again
     done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["resumed"] == [1]

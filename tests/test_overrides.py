@@ -179,7 +179,8 @@ def test_a_saved_model_keeps_its_mixture(tiny_llama, tmp_path):
     ("mlp", "no REGEX="), ("=bits:8", "no REGEX="), ("mlp=bits:5", "bits 5"), ("mlp=group_size:48", "group size 48"),
     ("mlp=damp:1", "'damp' is no setting"), ("mlp=bits:8,bits:4", "given twice"), ("mlp=bits:x", "bits 'x'"),
     ("mlp=sym:2", "sym '2'"), ("mlp=", "no setting"), ("mlp=skip,bits:4", "'skip' is no setting"),
-    ("(mlp=bits:8", "no regular expression"), ("(?i)mlp=bits:8", "no regular expression")])
+    ("(mlp=bits:8", "'(mlp' is no regular expression: missing ), unterminated subpattern at position 0"),
+    ("(?i)mlp=bits:8", "no regular expression")])
 def test_what_is_no_override(text, cause):
     with pytest.raises(UsageError, match=re.escape(cause)) as caught:
         parse(text)
@@ -187,7 +188,7 @@ def test_what_is_no_override(text, cause):
 
 
 @pytest.mark.parametrize(("kind", "texts", "cause"), [
-    ("bloom", ["down_proj=bits:8"], "matches no linear"),
+    ("bloom", ["down_proj=bits:8"], "override 'down_proj' matches no linear"),
     ("bloom", ["mlp=bits:8", r"h\.1=skip"], r"both match transformer.h.1.mlp.dense_h_to_4h"),
     ("llama", ["q_proj=bits:8"], r"self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"),
     ("llama", ["up_proj=skip"], r"mlp.gate_proj, mlp.up_proj"),

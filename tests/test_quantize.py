@@ -87,6 +87,8 @@ def set_config(**values):
     (remove_shard, "b.safetensors is missing"),
     (lambda path: cut_short(path / "model.safetensors"), "cannot be read as safetensors"),
     (set_config(model_type="gpt_neox"), "architecture 'gpt_neox' is not supported"),
+    (set_config(n_layer=1), "holds transformer.h.1."),
+    (set_config(n_layer=3), "lacks the tensor transformer.h.2."),
     (lambda path: (path / "config.json").unlink(), "config.json is missing"),
     (lambda path: (path / "config.json").write_text("{"), "cannot be read as JSON"),
     (lambda path: (path / "tokenizer.json").write_text("{}"), "no tokenizer that can be loaded"),
@@ -99,6 +101,15 @@ def test_damaged_models_exit_4_with_cause_and_remedy(run, tiny_bloom, tmp_path, 
     assert lines[-2].startswith("Error: ")
     assert len(lines[-1]) > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_dry_run_refuses_what_the_job_would(run, tiny_bloom, tmp_path, layers, method):
+    source = edited(tiny_bloom, tmp_path, set_config(n_layer=layers))
+    code, out, err = run(source, tmp_path / "out", *SHORT, "--method", method, "--dry-run")
+    assert (code, out) == (4, "")
+    assert "transformer.h." in err
 
 
 @pytest.mark.parametrize(("options", "code", "cause"), [

@@ -64,7 +64,7 @@ def available_bytes() -> int | None:
 
 def mib(count: int) -> str:
     """A number of bytes in words."""
-    return f"{count / 2**20:,.0f} MiB"
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 or not count else f"{count:,} bytes"
 
 
 def parse_bytes(text: str) -> int:

@@ -8,6 +8,7 @@ a knapsack, the gain of 8 bits being the loss of 4.
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from gptq_belle.quantization.setup import Setup
 MORE = 8
 PLAIN = 16  # bits of what is not quantized
 MOST_UNITS = 100_000  # of room in the knapsack's table
+BUDGET = "Give bits a weight on average, such as 4.5, or a file size, such as 3.2GB."
 HEADER_BYTES = 160  # a tensor's line in a file's header, at most
 
 
@@ -165,10 +167,13 @@ def average_bits(setup: Setup) -> float:
 def _bits_of(text: str) -> float | None:
     """Average bits a weight, or None where the budget is a size."""
     if not re.fullmatch(r"\d+(\.\d+)?", text):
-        return None
+        with suppress(UsageError):
+            parse_bytes(text)
+            return None
+        raise UsageError(f"auto-bits {text!r} is neither bits nor a size", BUDGET)
     if not BITS <= float(text) <= MORE:
         raise UsageError(f"auto-bits {text} is not between {BITS} and {MORE}",
-                         "Give bits a weight on average, such as 4.5, or a file size, such as 3.2GB.")
+                         BUDGET)
     return float(text)
 
 

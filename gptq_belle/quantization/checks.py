@@ -1,10 +1,12 @@
-"""What can be refused before any time is lost: sources quantized already, sizes that no word or group holds."""
+"""What can be refused before any time is lost: a source quantized already or not whole, sizes that nothing holds."""
 
 import torch
 
+from gptq_belle.checkpoint.quantization import WRONG_CONFIG
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.models.registry import HEAD
 from gptq_belle.quantization.stream import BlockStream
 
 
@@ -16,6 +18,28 @@ def check_source(reader: CheckpointReader) -> None:
     """
     if "quantization_config" in reader.config or reader.packed:
         raise InputError(f"{reader.path} is quantized already", "Give the full-precision model.")
+
+
+def check_complete(stream: BlockStream) -> None:
+    """Refuse files that hold fewer or more blocks than config.json speaks of, or lack one of the model's tensors.
+
+    From headers alone, so that no time is lost, and no block is left out in silence.
+
+    Raises:
+        InputError: they do; a tensor is named.
+    """
+    prefix, names = f"{stream.arch.blocks}.", stream.around()
+    names += [f"{prefix}{index}.{name}" for index in range(stream.count)
+              for name, _ in stream.blocks.get_submodule(str(index)).named_parameters()]
+    if not stream.model.config.tie_word_embeddings:
+        names.append(f"{HEAD}.weight")
+    for name in names:
+        stream.reader.shape(name)  # which says what it lacks
+    for name in stream.reader:
+        index = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and index.isdecimal() and int(index) >= stream.count:
+            raise InputError(f"{stream.reader.path} holds {name}, where config.json speaks of {stream.count} blocks",
+                             WRONG_CONFIG)
 
 
 def check_sizes(stream: BlockStream, config: QuantConfig) -> None:

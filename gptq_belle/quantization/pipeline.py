@@ -123,7 +123,8 @@ def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, a
     """Every part of the written file: what stays as it is, and the blocks that are not finished yet."""
     stream, done = setup.stream, len(journal.records)
     write_rest(stream, writer, setup.config)
-    progress.phase("embedding the calibration rows")
+    if setup.tokens is not None:
+        progress.phase("embedding the calibration rows")
     probe = Probe(stream.embed(_probe_tokens(setup)))
     if setup.tokens is not None and done == 0:
         activations.write(0, *[partial(stream.embed, setup.tokens)] * len(activations.models))

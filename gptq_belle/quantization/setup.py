@@ -14,7 +14,7 @@ from gptq_belle.config import QuantConfig
 from gptq_belle.overrides import resolve
 from gptq_belle.quantization.activations import Activations, Streams
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
-from gptq_belle.quantization.checks import check_sizes, check_source, widest
+from gptq_belle.quantization.checks import check_complete, check_sizes, check_source, widest
 from gptq_belle.quantization.journal import FULL
 from gptq_belle.quantization.moments import held_out_rows
 from gptq_belle.quantization.stream import BlockStream
@@ -72,6 +72,7 @@ def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, de
     choose_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
     config = resolve(config, stream.arch, stream.count)
+    check_complete(stream)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
     if config.method == "rtn":

@@ -30,12 +30,15 @@ class Source:
         quicken(self.model)
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
 
+    def around(self) -> list[str]:
+        """Names of what stands before and behind the blocks, but the head: embeddings and norms."""
+        return [f"{root}.{name}" for root in (*self.arch.before, *self.arch.after)
+                for name, _ in self.model.get_submodule(root).named_parameters()]
+
     def rest(self) -> list[str]:
-        """Names of what goes into the file unquantized beside the blocks: embeddings, norms, the head where it is one
-        of its own. Old files hold a tied head too: it is written once."""
-        names = [f"{root}.{name}" for root in (*self.arch.before, *self.arch.after)
-                 for name, _ in self.model.get_submodule(root).named_parameters()]
-        return names if self.tied() else [*names, f"{HEAD}.weight"]
+        """Names of what goes into the file unquantized beside the blocks: `around`, and the head where it is one of its
+        own. Old files hold a tied head too: it is written once."""
+        return self.around() if self.tied() else [*self.around(), f"{HEAD}.weight"]
 
     def tied(self) -> bool:
         """Whether the head is the embedding; where the configuration says so and the file does not, believe the file.
