@@ -40,8 +40,12 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _start_alike():
+    """Random numbers and threads are those of every test; what one sets, the next does not meet."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
