@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
     native = library()
-    if not isinstance(native, Library) or not _plain(x) or not _plain(weight):
+    if not isinstance(native, Library) or not _served(x) or not _served(weight):
         return F.rms_norm(x, weight.shape, weight, eps)
     out = torch.empty_like(x)
     native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // len(weight), len(weight), eps,
@@ -35,5 +35,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _plain(tensor: Tensor) -> bool:
+def _served(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
