@@ -33,7 +33,7 @@ ISAS = {
     "avx512vnni": [*AVX512, "-mavx512vnni"],
     "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-COMMON = ["cpu_features", "parallel", "pack", "rows", "matmul", "attention", "norm", "solver"]
+COMMON = ["cpu_features", "parallel", "pack", "rows", "matmul", "attention", "rowwise", "run", "solver"]
 
 
 class BuildNative(build_ext):

@@ -3,9 +3,9 @@
     python benchmarks/bench_generate.py                    # LLaMA-7B cut to 8 blocks, 4 bit, head in 4 bits; minutes
 
 Each repeat, every variant reads a prompt of 512 tokens, then decodes behind a short one, alone and in a batch of 8, in
-turn; figures are medians, ratios of medians of the same run. What a step reads of packed weights, over its time, is
-held against a plain read of memory. Without llama-cpp-python and gguf (see llama_peer.py) it is left out. The result
-is benchmarks/results/cpu_generate.json.
+turn; figures are medians, ratios of medians of the same run. A step of decoding is held against a plain read of as many
+bytes as it takes of weights, which has its turns among the others. Without llama-cpp-python and gguf (see
+llama_peer.py) it is left out. The result is benchmarks/results/cpu_generate.json.
 """
 
 import argparse
@@ -22,19 +22,22 @@ from llama_peer import LlamaCpp, Shape
 from make_model import make
 
 from gptq_belle import hf_model, load
-from gptq_belle.measure.bandwidth import read_bandwidth
-from gptq_belle.measure.timing import spread
+from gptq_belle.kernels import cpu_layout, cpu_matmul
+from gptq_belle.measure.timing import seconds, spread
 from gptq_belle.runtime.engine import Model
 
 CONTEXT, TOKENS, PROMPT, BATCH = 8, 32, 512, 8
 OURS, FAST, HF, PEER = "4 bit exact", "4 bit fast", "hf_model, torch int4", "llama.cpp Q4_0"
+READ, CALLS = "plain read", "4 bit exact, every call from Python"  # of these only decoding
+TURNS = {"decode": 3, "batch": 1, "prefill": 1}  # of every variant in each repeat
 
 Timer = Callable[[str], float]
 
 
-def ours(model: Model) -> Timer:
-    """Seconds of the prefill, or of one step of decoding."""
+def ours(model: Model, *, replays: bool = True) -> Timer:
+    """Seconds of the prefill, or of one step of decoding, recorded or call by call."""
     def run(what: str) -> float:
+        model.replays = replays
         rows = BATCH if what == "batch" else 1
         ids = torch.randint(32000, (rows, PROMPT if what == "prefill" else CONTEXT))
         began = time.perf_counter()
@@ -50,7 +53,7 @@ def ours(model: Model) -> Timer:
 
 def transformers_int4(path: Path) -> Timer:
     """The same through transformers in bfloat16, its linears on torch's own int4 op."""
-    with patch("gptq_belle.kernels.cpu.refusal", lambda *args: "left out, to compare"):
+    with patch("gptq_belle.kernels.cpu_layout.refusal", lambda *args: "left out, to compare"):
         model: Any = hf_model(path, device="cpu", dtype=torch.bfloat16)
 
     @torch.inference_mode()
@@ -77,32 +80,41 @@ def llama_cpp(peer: LlamaCpp) -> Timer:
     return run
 
 
+def plain_read(size: int) -> Timer:
+    """Seconds of reading so many bytes."""
+    codes = cpu_layout.empty_codes(1, 1, -(-size // 64)).fill_(1)
+    return lambda what: seconds(lambda: cpu_matmul.read(codes))
+
+
 def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by what is done and variant; the first turn does not count."""
-    times: dict[str, dict[str, list[float]]] = {what: {name: [] for name in variants}
-                                                for what in ("decode", "batch", "prefill")}
+    times: dict[str, dict[str, list[float]]] = {
+        what: {name: [] for name in variants if what == "decode" or name not in (READ, CALLS)} for what in TURNS}
     for _ in range(repeats + 1):
-        for what, found in times.items():
-            for name, timer in variants.items():
-                found[name].append(timer(what))
-    return {what: {name: values[1:] for name, values in found.items()} for what, found in times.items()}
+        for what, turns in TURNS.items():
+            for _ in range(turns):
+                for name, values in times[what].items():
+                    values.append(variants[name](what))
+    return {what: {name: values[TURNS[what]:] for name, values in found.items()} for what, found in times.items()}
 
 
-def rows_of(times: dict[str, dict[str, list[float]]], size: int, read: float) -> list[dict[str, Any]]:
+def rows_of(times: dict[str, dict[str, list[float]]], size: int) -> list[dict[str, Any]]:
     """A row of figures for every variant and what it did."""
     tokens = {"decode": 1, "batch": BATCH, "prefill": PROMPT}
-    rows = []
+    read, rows = spread(times["decode"].pop(READ)).median, []
+    print(f"{READ} of {size / 1e6:.0f} MB: {1e3 * read:.2f} ms, {size / read / 1e9:.1f} GB/s")
     for what, found in times.items():
         base = spread(found[OURS]).median
         for name, values in found.items():
             s = spread(values)
             row = {"what": what, "variant": name, "seconds": s.median, "low": s.low, "high": s.high,
                    "tokens_per_s": tokens[what] / s.median, "time_of_ours": s.median / base}
-            if what == "decode" and name in (OURS, FAST):
-                row |= {"bytes": size, "Bps": size / s.median, "share_of_read": size / s.median / read}
+            if what == "decode" and name in (OURS, CALLS, FAST):
+                row |= {"bytes": size, "Bps": size / s.median, "read_seconds": read,
+                        "share_of_read": read / s.median}
             rows.append(row)
             share = f", {row['share_of_read']:.2f} of a read" if "share_of_read" in row else ""
-            print(f"{what:8} {name:22} {1e3 * s.median:9.2f} ms {row['tokens_per_s']:8.1f} tokens/s, "
+            print(f"{what:8} {name:35} {1e3 * s.median:9.2f} ms {row['tokens_per_s']:8.1f} tokens/s, "
                   f"{row['time_of_ours']:5.2f} of ours{share}", flush=True)
     return rows
 
@@ -121,13 +133,12 @@ def main() -> None:
         if options.model is None:
             make("llama-7b", path, layers=options.layers)
         exact = load(path, device="cpu", head_bits=4)
-        variants = {OURS: ours(exact), FAST: ours(load(path, device="cpu", head_bits=4, precision="fast")),
+        fast = load(path, device="cpu", head_bits=4, precision="fast")
+        variants = {OURS: ours(exact), CALLS: ours(exact, replays=False), FAST: ours(fast),
                     HF: transformers_int4(path)} | ({PEER: llama_cpp(peer)} if peer.there else {})
-        before = read_bandwidth(repeats=5).median
-        times = measure(variants, options.repeats)
-        read = max(before, read_bandwidth(repeats=5).median)
-    rows = rows_of(times, exact.step_bytes, read)
-    print(records.write("cpu_generate", {"threads": options.threads, "layers": options.layers, "read_Bps": read,
+        times = measure(variants | {READ: plain_read(exact.step_bytes)}, options.repeats)
+    rows = rows_of(times, exact.step_bytes)
+    print(records.write("cpu_generate", {"threads": options.threads, "layers": options.layers,
                                          "llama_cpp_python": peer.version or None, "results": rows}))
 
 

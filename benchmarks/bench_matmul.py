@@ -13,116 +13,43 @@ another.
 
 import argparse
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import records
 import torch
 from llama_peer import LlamaCpp, Shape
+from matmul_variants import (
+    GROUP,
+    OURS,
+    READ,
+    Multiply,
+    Variant,
+    activations,
+    dense,
+    int4_of_torch,
+    native,
+    variants_of,
+)
 from torch import Tensor
 
-from gptq_belle.kernels import cpu, torch_int4
+from gptq_belle.kernels import cpu_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import library
-from gptq_belle.measure.bandwidth import MIB, read_bandwidth
+from gptq_belle.measure.bandwidth import read_bandwidth
 from gptq_belle.measure.timing import seconds, spread
 
-GROUP = 128
 SETS = {  # inputs, outputs of every linear
     "belle-7b": {"query_key_value": (4096, 12288), "dense": (4096, 4096), "h_to_4h": (4096, 16384),
                  "4h_to_h": (16384, 4096), "head": (4096, 250880)},
     "llama-7b": {"attention": (4096, 4096), "gate, up": (4096, 11008), "down": (11008, 4096), "head": (4096, 32000)},
     "llama-13b": {"attention": (5120, 5120), "gate, up": (5120, 13824), "down": (13824, 5120)},
 }
-ROTATED = 1024 * MIB  # bytes of copies that a variant goes through: twice the largest cache that we have met
-MOST_COPIES = 64
-PORTION = 64 * MIB  # of the plain read
 FEW = 16  # rows: their passes are so short that what ran before shows
 WARM_UP = 0.5  # seconds of each case: the first products after a pause take up to twice as long
-READ, OURS = "plain read", "4 bit exact"
 BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # LLaMA-7B
 BLOCKS, HEAD, CONTEXT = 8, (4096, 32000), 8
-
-Product = Callable[[Tensor], Tensor]
-
-
-class Variant(NamedTuple):
-    """One way to multiply: copies of a weight as functions of x (M, K), and the bytes of one copy."""
-
-    copies: list[Product]
-    bytes: int
-
-
-def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) -> Variant:
-    """Random symmetric weights in groups of 128, in the layout of our kernels."""
-    groups, blocks = math.ceil(inputs / GROUP), math.ceil(outputs / cpu.PADDED) * 2
-    zero = 2 ** (bits - 1)
-
-    def weight() -> cpu.CpuWeight:
-        codes = cpu.empty_codes(blocks, groups, GROUP * bits // 32).random_()
-        scales = (torch.rand(blocks, groups, cpu.BLOCK) * 0.01).half()
-        g_idx = torch.arange(inputs, dtype=torch.int32) // GROUP
-        return cpu.CpuWeight(codes, scales, None, None, g_idx, inputs, outputs, GROUP, bits, zero,
-                             cpu.PARTS[precision], bits, groups, 1)
-
-    weights = [weight() for _ in range(copies)]
-    return Variant([lambda x, w=w: cpu.quant_matmul(x, w) for w in weights],  # type: ignore[misc]
-                   weights[0].codes.nbytes + weights[0].scales.nbytes)
-
-
-def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
-    """torch's own 4-bit op on bfloat16 activations."""
-    def weight() -> torch_int4.Int4Weight:
-        codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return torch_int4.Int4Weight(packed, torch.rand(inputs // GROUP, outputs, 2).bfloat16(), None, GROUP)
-
-    first = weight()
-    weights = [first, *(first._replace(packed=first.packed.clone()) for _ in range(copies - 1))]
-    return Variant([lambda x, w=w: torch_int4.quant_matmul(x, w) for w in weights],  # type: ignore[misc]
-                   first.packed.nbytes + first.scale_and_shift.nbytes)
-
-
-def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> Variant:
-    """oneDNN or MKL on the expanded weight."""
-    first = torch.empty(outputs, inputs, dtype=dtype).uniform_(-1, 1)
-    weights = [first, *(first.clone() for _ in range(copies - 1))]
-    return Variant([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights],  # type: ignore[misc]
-                   first.nbytes)
-
-
-def plain_read() -> Variant:
-    """Portions of a buffer, read and no more."""
-    buffer = cpu.empty_codes(1, 1, ROTATED // 64).flatten().random_()
-    parts = buffer.split(PORTION)
-    return Variant([lambda x, part=part: torch.tensor(cpu.read(part)) for part in parts], PORTION)  # type: ignore[misc]
-
-
-def copies_of(size: float) -> int:
-    """How many copies of `size` bytes fill ROTATED."""
-    return max(2, min(MOST_COPIES, math.ceil(ROTATED / size)))
-
-
-def activations(name: str, rows: int, inputs: int) -> Tensor:
-    """x for a variant: bfloat16 where it computes in bfloat16."""
-    x = torch.randn(rows, inputs)
-    return x.bfloat16() if "bfloat16" in name or "int4" in name else x
-
-
-def variants_of(inputs: int, outputs: int) -> Iterator[dict[str, Variant]]:
-    """All variants of one shape, in sets that fit in memory together; each is interleaved with ours at 4 bits."""
-    weights = inputs * outputs
-    packed, full = copies_of(weights / 2), copies_of(weights * 2)
-    exact, read = native(inputs, outputs, 4, packed, "exact"), plain_read()
-    fast = native(inputs, outputs, 4, packed, "fast")
-    yield {READ: read, OURS: exact, "4 bit fast": fast,
-           "8 bit exact": native(inputs, outputs, 8, copies_of(weights), "exact"),
-           "torch int4": int4_of_torch(inputs, outputs, packed),
-           "dense bfloat16": dense(inputs, outputs, torch.bfloat16, full)}
-    if weights < 2**28:
-        yield {READ: read, OURS: exact, "dense float32": dense(inputs, outputs, torch.float32, copies_of(weights * 4))}
 
 
 def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: int) -> dict[str, float]:
@@ -177,14 +104,14 @@ def measure_prepare(shapes: Sequence[tuple[int, int]], repeats: int) -> dict[str
         zeros = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
         scales = torch.rand(inputs // GROUP, outputs).half()
         weights.append(canonical(words, zeros, scales, torch.arange(inputs, dtype=torch.int32) // GROUP, 4, 1))
-    times = [seconds(lambda: [cpu.prepare(weight) for weight in weights]) for _ in range(repeats + 1)]
+    times = [seconds(lambda: [cpu_layout.prepare(weight) for weight in weights]) for _ in range(repeats + 1)]
     size = sum(weight.qweight.nbytes for weight in weights)
     taken = spread(times[1:]).median
     print(f"laid out {size / 1e6:.0f} MB in {taken:.3f} s: {size / taken / 1e9:.2f} GB/s", flush=True)
     return {"seconds": taken, "bytes": size}
 
 
-def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Product]], int]:
+def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Multiply]], int]:
     """The linears of 8 blocks and a head with their inputs, and the bytes of all."""
     shapes = [*BLOCK * BLOCKS, HEAD]
     made = [make(inputs, outputs) for inputs, outputs in shapes]
@@ -192,7 +119,7 @@ def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Product]
     return products, sum(variant.bytes for variant in made)
 
 
-def run_stack(linears: Sequence[tuple[int, Product]], x: dict[int, Tensor]) -> None:
+def run_stack(linears: Sequence[tuple[int, Multiply]], x: dict[int, Tensor]) -> None:
     """One pass through all linears."""
     for inputs, product in linears:
         product(x[inputs])
@@ -219,7 +146,7 @@ def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
         return [row for m in rows for row in measure_rows(m, stacks, peer, repeats)]
 
 
-def measure_rows(m: int, stacks: dict[str, tuple[list[tuple[int, Product]], int]], peer: LlamaCpp,
+def measure_rows(m: int, stacks: dict[str, tuple[list[tuple[int, Multiply]], int]], peer: LlamaCpp,
                  repeats: int) -> list[dict[str, Any]]:
     """The same at M = m."""
     times: dict[str, list[float]] = {name: [] for name in [*stacks, *(["llama.cpp Q4_0"] if peer.there else [])]}

@@ -19,7 +19,7 @@ from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkp
 from gptq_belle.evaluation.divergence import divergence
 from gptq_belle.evaluation.perplexity import Logits, read_text
 from gptq_belle.kernels import reference
-from gptq_belle.kernels.cpu import CpuWeight
+from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.runtime.linear import QuantLinear
 

@@ -1,13 +1,14 @@
-"""The matrix (N, K) of a product in `cpu.py`'s layout, row by row: rounded, laid out, and looked up."""
+"""The matrix (N, K) of a product in `cpu_layout.py`'s layout, row by row: rounded, laid out, and looked up."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .cpu import BLOCK, PADDED, PARTS, CpuWeight, empty_codes, native
-from .library import ISAS, Library, RoundingStruct, RowsStruct, library
+from .cpu_layout import BLOCK, PADDED, PARTS, CpuWeight, empty_codes
+from .library import Library, library, native
 from .runs import RUNS
+from .structs import RoundingStruct, RowsStruct
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -43,7 +44,7 @@ def round_rows(matrix: Tensor, bits: int, group: int, clips: Sequence[float] = (
     scales = torch.empty(count, inputs // group, dtype=torch.float16)
     struct = RoundingStruct(matrix.data_ptr(), codes.data_ptr(), scales.data_ptr(), tried.data_ptr(), count, inputs,
                             len(tried), group, bits, KINDS[matrix.dtype])
-    if lib.round_rows(struct, torch.get_num_threads(), ISAS.index(isa or lib.isa)):
+    if lib.round_rows(struct, torch.get_num_threads(), lib.number(isa)):
         raise ValueError("it holds NaN or infinity")
     return codes, scales
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .cpu import native
-from .library import ISAS, DescentStruct, GptqBlockStruct, Library, SearchStruct, library
+from .library import Library, library, native
+from .structs import DescentStruct, GptqBlockStruct, SearchStruct
 
 BLOCK = 128  # most inputs at a time, of a walk and of a descent
 LANES = 16  # N of a search is padded to it
@@ -43,7 +43,7 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
         GptqBlockStruct(W.data_ptr(), Hinv.data_ptr(), codes.data_ptr(), Err.data_ptr(), scales.data_ptr(),
                         zeros.data_ptr(), inputs, outputs, Hinv.stride(0), Hinv.stride(1),
                         outputs if tables[0] > 1 else 0, group, 2**bits - 1, sym),
-        torch.get_num_threads(), ISAS.index(isa or lib.isa))
+        torch.get_num_threads(), lib.number(isa))
 
 
 def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor, bits: int, *,
@@ -66,7 +66,7 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
     lib.descend(
         DescentStruct(code.data_ptr(), residual.data_ptr(), scale.data_ptr(), zero.data_ptr(), block.data_ptr(),
                       diagonal.data_ptr(), inputs, outputs, block.stride(0), 2**bits - 1),
-        torch.get_num_threads(), ISAS.index(isa or lib.isa))
+        torch.get_num_threads(), lib.number(isa))
 
 
 def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, smallest: float, *,
@@ -97,7 +97,7 @@ def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bi
     lib.search(
         SearchStruct(weight.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(), best.data_ptr(),
                      inputs, tables[1], tables[0], smallest, 2**bits - 1),
-        torch.get_num_threads(), ISAS.index(isa or lib.isa))
+        torch.get_num_threads(), lib.number(isa))
     return best[:outputs]
 
 

@@ -1,5 +1,6 @@
 """Which kernel runs: chosen once when a weight is prepared, called through one function."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import cpu, cpu_rows, gradient, groupwise, reference, torch_int4, triton_layout, triton_matmul
-from .cpu import CpuWeight
+from . import cpu_layout, cpu_matmul, cpu_rows, gradient, groupwise, reference, torch_int4, triton_layout, triton_matmul
+from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
 from .triton_layout import SlicedWeight
@@ -37,7 +38,7 @@ def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device,
     if device.type == "cuda":
         reason = triton_matmul.refusal(g_idx, device, dtype)
         return Choice("triton", "") if reason is None else Choice("dequantize+matmul", reason)
-    reason = cpu.refusal(g_idx, device, dtype)
+    reason = cpu_layout.refusal(g_idx, device, dtype)
     if reason is None:
         return Choice("native", "")
     other = torch_int4.refusal(bits, g_idx, out_features, device, dtype, precision)
@@ -77,7 +78,7 @@ def lay_out(weight: CanonicalWeight, *, device: torch.device, dtype: torch.dtype
     """
     choice = choose(weight.bits, weight.g_idx, weight.out_features, device=device, dtype=dtype, precision=precision)
     if choice.kernel == "native":
-        return cpu.prepare(weight, precision)
+        return cpu_layout.prepare(weight, precision)
     if choice.kernel == "torch-int4":
         return torch_int4.prepare(weight)
     there = weight._replace(
@@ -113,6 +114,22 @@ def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) 
     return _product(x, weight, bias)
 
 
+def bind(weight: PreparedWeight, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    """`quant_matmul` with one weight, without gradients: what is the same at every call is done once.
+
+    Returns:
+        a function of x, and of what is to be added to the product, if anything.
+    """
+    if isinstance(weight, CpuWeight):
+        return cpu_matmul.Product(weight, bias)
+
+    def product(x: Tensor, plus: Tensor | None = None) -> Tensor:
+        y = _product(x, weight, bias)
+        return y if plus is None else y.add_(plus)
+
+    return product
+
+
 class _Differentiable(torch.autograd.Function):
     """The product with a gradient to x. Torch's own would keep the expanded weight until the backward pass."""
 
@@ -130,7 +147,7 @@ class _Differentiable(torch.autograd.Function):
 def _product(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     if isinstance(weight, CpuWeight):
         # As an operation of torch only where a graph is made: calling one from Python takes 20 microseconds more.
-        return (cpu.op if torch.compiler.is_compiling() else cpu.quant_matmul)(x, weight, bias)
+        return (cpu_matmul.op if torch.compiler.is_compiling() else cpu_matmul.quant_matmul)(x, weight, bias)
     if isinstance(weight, SlicedWeight):
         return (triton_matmul.op if torch.compiler.is_compiling() else triton_matmul.quant_matmul)(x, weight, bias)
     if isinstance(weight, Int4Weight):

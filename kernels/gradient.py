@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference, torch_int4, triton_matmul
-from .cpu import CpuWeight
+from . import cpu_layout, reference, torch_int4, triton_matmul
+from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight
 from .torch_int4 import Int4Weight
 from .triton_layout import SlicedWeight
@@ -61,10 +61,10 @@ def _of_words(weight: CanonicalWeight, begin: int, end: int, dtype: torch.dtype)
 
 def _of_cpu(weight: CpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     runs = slice(begin // weight.run, end // weight.run)
-    codes = cpu.unpack_codes(weight.codes[:, runs], weight.bits)
+    codes = cpu_layout.unpack_codes(weight.codes[:, runs], weight.bits)
     by_run = codes.view(-1, weight.run, codes.shape[1]).to(dtype)
-    zeros = weight.zero if weight.zeros is None else cpu.by_run(weight.zeros[:, runs]).to(dtype).unsqueeze(1)
-    scales = cpu.by_run(weight.scales[:, runs]).to(dtype).unsqueeze(1)
+    zeros = weight.zero if weight.zeros is None else cpu_layout.by_run(weight.zeros[:, runs]).to(dtype).unsqueeze(1)
+    scales = cpu_layout.by_run(weight.scales[:, runs]).to(dtype).unsqueeze(1)
     return by_run.sub_(zeros).mul_(scales).flatten(0, 1)[:, : weight.out_features]
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from oracle_format import formula, random_words
 
-from gptq_belle.kernels import cpu, dispatch
+from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch
+from gptq_belle.kernels.cpu_matmul import Product, quant_matmul
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import FASTEST, PLACE, Library, library
 from gptq_belle.kernels.reference import unpack
@@ -35,7 +36,7 @@ def case(bits, inputs, outputs, group_size, *, act_order=False, symmetric=False,
     if symmetric:
         word = {2: 0x55555555, 3: None, 4: 0x77777777, 8: 0x7F7F7F7F}[bits]
         words["qzeros"] = torch.full_like(words["qzeros"], word)
-    weight = cpu.prepare(canonical(**words, bits=bits, zero_offset=1), precision)
+    weight = cpu_layout.prepare(canonical(**words, bits=bits, zero_offset=1), precision)
     return weight, formula(**words, bits=bits, v1=True).t()
 
 
@@ -60,10 +61,10 @@ def test_every_shape_and_every_number_of_rows(bits, act_order, precision, isa):
         weight, w = case(bits, inputs, outputs, group_size, act_order=act_order, precision=precision)
         x, bias = torch.randn(ROWS, inputs), torch.randn(weight.out_features)
         exact = x.double() @ w + bias
-        alone = torch.cat([cpu.quant_matmul(row[None], weight, bias, isa=isa) for row in x])
+        alone = torch.cat([quant_matmul(row[None], weight, bias, isa=isa) for row in x])
         assert error(alone, exact) < ERROR[precision]
         for rows in range(2, ROWS + 1):
-            assert torch.equal(cpu.quant_matmul(x[:rows], weight, bias, isa=isa), alone[:rows])
+            assert torch.equal(quant_matmul(x[:rows], weight, bias, isa=isa), alone[:rows])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -73,14 +74,14 @@ def test_symmetric_zeros_are_one_number(bits, isa):
     assert weight.zeros is None
     assert weight.zero == {2: 2, 4: 8, 8: 128}[bits]
     x = torch.randn(ROWS, 256)
-    assert error(cpu.quant_matmul(x, weight, isa=isa), x.double() @ w) < ERROR["exact"]
+    assert error(quant_matmul(x, weight, isa=isa), x.double() @ w) < ERROR["exact"]
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_instruction_sets_agree_to_the_bit(bits):
     weight, _ = case(bits, 320, 96, 64, act_order=True)
     x = torch.randn(40, 320)
-    results = [cpu.quant_matmul(x, weight, isa=isa) for isa in ISAS if isa != "portable"]
+    results = [quant_matmul(x, weight, isa=isa) for isa in ISAS if isa != "portable"]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -89,11 +90,11 @@ def test_threads_and_repetition_change_no_bit(isa, threads):
     # More rows than one unit of work takes, and enough work that threads are woken at every number of rows.
     weight, w = case(4, 2048, 224, 128)
     x = torch.randn(300, 2048)
-    first = cpu.quant_matmul(x, weight, isa=isa)
+    first = quant_matmul(x, weight, isa=isa)
     assert error(first, x.double() @ w) < ERROR["exact"]
     for count, rows in itertools.product((1, 2, 3, 5, 8), (1, 3, 16, 129, 300)):
         threads(count)
-        assert torch.equal(cpu.quant_matmul(x[:rows], weight, isa=isa), first[:rows])
+        assert torch.equal(quant_matmul(x[:rows], weight, isa=isa), first[:rows])
 
 
 def test_calls_from_several_threads_at_once(threads):
@@ -102,17 +103,17 @@ def test_calls_from_several_threads_at_once(threads):
     threads(2)
     weight, _ = case(4, 1024, 256, 128)
     x = torch.randn(5, 1024)
-    expected = cpu.quant_matmul(x, weight)
+    expected = quant_matmul(x, weight)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(y, expected) for y in pool.map(lambda _: cpu.quant_matmul(x, weight), range(64)))
+        assert all(torch.equal(y, expected) for y in pool.map(lambda _: quant_matmul(x, weight), range(64)))
 
 
 def test_threads_of_its_own_where_torch_has_no_openmp():
-    code = ("import torch\nfrom gptq_belle.kernels import cpu, library\nlibrary._openmp_entry = lambda: None\n"
+    code = ("import torch\nfrom gptq_belle.kernels import cpu_matmul, library\nlibrary._openmp_entry = lambda: None\n"
             "import sys; sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
             "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
-            "torch.set_num_threads(1); one = cpu.quant_matmul(x, weight)\n"
-            "torch.set_num_threads(3); assert torch.equal(cpu.quant_matmul(x, weight), one)")
+            "torch.set_num_threads(1); one = cpu_matmul.quant_matmul(x, weight)\n"
+            "torch.set_num_threads(3); assert torch.equal(cpu_matmul.quant_matmul(x, weight), one)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -122,7 +123,7 @@ def test_what_is_no_number_stays_in_its_row(value, isa):
     weight, w = case(4, 256, 64, 128)
     x = torch.randn(6, 256)
     x[2, 200] = value
-    y = cpu.quant_matmul(x, weight, isa=isa)
+    y = quant_matmul(x, weight, isa=isa)
     assert y[2].isnan().all()
     keep = [0, 1, 3, 4, 5]
     assert error(y[keep], x[keep].double() @ w) < ERROR["exact"]
@@ -132,7 +133,7 @@ def test_what_is_no_number_stays_in_its_row(value, isa):
 def test_activations_of_every_size(scale):
     weight, w = case(4, 256, 64, 64)
     x = torch.randn(5, 256) * scale
-    assert error(cpu.quant_matmul(x, weight), x.double() @ w) < ERROR["exact"]
+    assert error(quant_matmul(x, weight), x.double() @ w) < ERROR["exact"]
 
 
 def test_outliers_do_not_spoil_other_groups():
@@ -140,21 +141,39 @@ def test_outliers_do_not_spoil_other_groups():
     x = torch.randn(5, 256)
     x[:, 70] = 3000.0
     w[70] = 0  # so that only its group's rounding is left of it
-    y = cpu.quant_matmul(x, weight) - 3000.0 * cpu.quant_matmul(torch.eye(256)[70:71], weight)
+    y = quant_matmul(x, weight) - 3000.0 * quant_matmul(torch.eye(256)[70:71], weight)
     assert float((y.double() - (x.double() @ w)).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("outputs", [32, 80, 544])  # the last ones fill no panel
+def test_what_is_added_to_the_product(outputs, precision, isa):
+    weight, _ = case(4, 256, outputs, 64, precision=precision)
+    bias = torch.randn(weight.out_features)
+    product = Product(weight, bias)
+    for rows in (1, 3, 5, 33):
+        x, plus = torch.randn(rows, 256), torch.randn(rows, weight.out_features)
+        wanted = product(x, isa=isa) + plus
+        assert torch.equal(product(x, plus, isa=isa), wanted)
+        assert torch.equal(product(x, plus.t().contiguous().t(), isa=isa), wanted)  # strided
+        half = product(x.bfloat16(), plus.bfloat16(), isa=isa)
+        assert torch.equal(half, product(x.bfloat16(), isa=isa) + plus.bfloat16())
+    with pytest.raises(RuntimeError):
+        product(x, torch.randn(5, 7), isa=isa)
 
 
 def test_zero_activations_give_the_bias():
     weight, _ = case(8, 128, 32, 32)
     bias = torch.randn(weight.out_features)
-    assert torch.equal(cpu.quant_matmul(torch.zeros(3, 128), weight, bias), bias.expand(3, -1))
+    assert torch.equal(quant_matmul(torch.zeros(3, 128), weight, bias), bias.expand(3, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_result_follows_the_activations(dtype):
     weight, w = case(4, 128, 64, 32)
     x, bias = torch.randn(2, 3, 128).to(dtype), torch.randn(64).half()
-    y = cpu.quant_matmul(x, weight, bias)
+    y = quant_matmul(x, weight, bias)
     assert (y.dtype, y.shape) == (dtype, (2, 3, 64))
     assert error(y, x.double() @ w + bias) < max(ERROR["exact"], torch.finfo(dtype).eps)
 
@@ -162,28 +181,28 @@ def test_result_follows_the_activations(dtype):
 def test_strided_activations_and_no_rows():
     weight, w = case(4, 128, 64, 32)
     x = torch.randn(128, 5).t()
-    assert error(cpu.quant_matmul(x, weight), x.double() @ w) < ERROR["exact"]
-    assert cpu.quant_matmul(torch.empty(0, 128), weight).shape == (0, 64)
+    assert error(quant_matmul(x, weight), x.double() @ w) < ERROR["exact"]
+    assert quant_matmul(torch.empty(0, 128), weight).shape == (0, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_that_are_not_float16(dtype):
     words = random_words(4, 128, 64, 32)
     words["scales"] = (words["scales"].float() * 1e6).to(dtype)  # beyond float16
-    weight = cpu.prepare(canonical(**words, bits=4, zero_offset=0))
+    weight = cpu_layout.prepare(canonical(**words, bits=4, zero_offset=0))
     assert weight.scales.dtype == torch.float32
     x = torch.randn(5, 128)
-    assert error(cpu.quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=False).t()) < ERROR["exact"]
+    assert error(quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=False).t()) < ERROR["exact"]
 
 
 def test_groups_of_unequal_lengths_are_padded_to_runs():
     words = random_words(4, 256, 32, 64)
     words["g_idx"] = torch.tensor([0] * 33 + [1] * 100 + [2] * 90 + [3] * 33, dtype=torch.int32)[torch.randperm(256)]
-    weight = cpu.prepare(canonical(**words, bits=4, zero_offset=1))
+    weight = cpu_layout.prepare(canonical(**words, bits=4, zero_offset=1))
     assert (weight.run, weight.codes.shape[1]) == (32, 2 + 4 + 3 + 2)
     assert int((weight.order >= 0).sum()) == 256
     x = torch.randn(5, 256)
-    assert error(cpu.quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=True).t()) < ERROR["exact"]
+    assert error(quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=True).t()) < ERROR["exact"]
 
 
 @pytest.mark.parametrize(("inputs", "group_size", "run", "groups"), [
@@ -197,7 +216,7 @@ def test_codes_in_memory():
     """One golden vector: lane r is output r; its byte i holds input i in the low bits and input 4 + i in the high."""
     words = random_words(4, 32, 16, 32)
     words["qweight"][0, 3] = 0x76543210
-    weight = cpu.prepare(canonical(**words, bits=4, zero_offset=1))
+    weight = cpu_layout.prepare(canonical(**words, bits=4, zero_offset=1))
     assert weight.codes.shape == (2, 1, 4, 64)
     assert weight.codes[0, 0, 0, 12:16].tolist() == [0x40, 0x51, 0x62, 0x73]
     assert not weight.codes[1].any()  # padding of N
@@ -208,7 +227,7 @@ def test_codes_in_memory():
 def test_restore_gives_back_what_prepare_took(bits, act_order):
     words = random_words(bits, 160, 96, 64, act_order=act_order)
     weight = canonical(**words, bits=bits, zero_offset=1)
-    codes, zeros, scales = cpu.restore(cpu.prepare(weight))
+    codes, zeros, scales = cpu_layout.restore(cpu_layout.prepare(weight))
     assert torch.equal(codes.int(), unpack(weight.qweight, bits))
     assert torch.equal(zeros, unpack(weight.qzeros.t(), bits).t() + 1)
     assert torch.equal(scales, weight.scales)
@@ -217,9 +236,9 @@ def test_restore_gives_back_what_prepare_took(bits, act_order):
 def test_a_plain_read_reads_everything(threads):
     threads(2)
     numbers = torch.randint(-2**30, 2**30, (5 * 2**16 + 100,)).int()
-    assert cpu.read(numbers) == int(numbers[: 5 * 2**16].sum()) % 2**32
+    assert cpu_matmul.read(numbers) == int(numbers[: 5 * 2**16].sum()) % 2**32
     with pytest.raises(ValueError, match="contiguous"):
-        cpu.read(numbers[::2])
+        cpu_matmul.read(numbers[::2])
 
 
 def broken(**changes):
@@ -250,9 +269,9 @@ def changed_order(place, value):
     (lambda: broken(order=broken().order.long()), "order"),
     (lambda: broken(order=None, in_features=96), "x of 128|do not hold|invalid"),
     (lambda: broken(order=None, in_features=300), "invalid|do not hold|x of"),
-    (lambda: changed_order(5, 128), "order holds inputs"),
-    (lambda: changed_order(0, -2), "order holds inputs"),
-    (lambda: changed_order(127, 2**31 - 1), "order holds inputs"),
+    (lambda: changed_order(5, 128), "beyond its table"),
+    (lambda: changed_order(0, -2), "beyond its table"),
+    (lambda: changed_order(127, 2**31 - 1), "beyond its table"),
     (lambda: broken(run=16), "run 16"),
     (lambda: broken(run=64), "codes"),
     (lambda: broken(bits=3), "bits 3"),
@@ -263,7 +282,7 @@ def changed_order(place, value):
 ])
 def test_malformed_layouts_are_refused(weight, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
-        cpu.quant_matmul(torch.randn(2, 128), weight())
+        quant_matmul(torch.randn(2, 128), weight())
 
 
 @pytest.mark.parametrize(("x", "bias"), [
@@ -272,30 +291,30 @@ def test_malformed_layouts_are_refused(weight, message):
 ])
 def test_what_does_not_fit_the_weight_is_refused(x, bias):
     with pytest.raises((ValueError, RuntimeError)):
-        cpu.quant_matmul(x, broken(), bias)
+        quant_matmul(x, broken(), bias)
 
 
 def test_other_names_are_refused():
     with pytest.raises(ValueError, match="instruction set 'sse9'"):
-        cpu.quant_matmul(torch.randn(2, 128), broken(), isa="sse9")
+        quant_matmul(torch.randn(2, 128), broken(), isa="sse9")
     with pytest.raises(ValueError, match="precision 'half' is not one of exact, fast"):
-        cpu.prepare(canonical(**random_words(4, 64, 32, 32), bits=4, zero_offset=1), "half")
+        cpu_layout.prepare(canonical(**random_words(4, 64, 32, 32), bits=4, zero_offset=1), "half")
 
 
 def test_dispatch_takes_it():
     words = random_words(4, 256, 64, 128, act_order=True)
     weight = dispatch.prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32, precision="fast")
-    assert isinstance(weight, cpu.CpuWeight)
+    assert isinstance(weight, cpu_layout.CpuWeight)
     assert weight.parts == 1
     x = torch.randn(3, 256)
-    assert torch.equal(dispatch.quant_matmul(x, weight), cpu.quant_matmul(x, weight))
+    assert torch.equal(dispatch.quant_matmul(x, weight), quant_matmul(x, weight))
 
 
 def test_the_operation_of_torch():
     weight, _ = case(4, 128, 64, 32, act_order=True)
     x, bias = torch.randn(3, 128), torch.randn(64)
-    expected = cpu.quant_matmul(x, weight, bias)
-    assert torch.equal(cpu.op(x, weight, bias), expected)
+    expected = quant_matmul(x, weight, bias)
+    assert torch.equal(cpu_matmul.op(x, weight, bias), expected)
     arguments = (x, *weight[:4], bias, *weight[5:11])
     torch.library.opcheck(torch.ops.gptq_belle.cpu_matmul.default, arguments)
     compiled = torch.compile(lambda v: dispatch.quant_matmul(v, weight, bias) + 1, backend="aot_eager", fullgraph=True)

@@ -1,94 +1,171 @@
-"""The native attention of a decoding step against softmax in float64: every cache, ALiBi, shared keys, any length."""
+"""The native attention of a decoding step against softmax in float64: every cache, positions, shared keys."""
 
 import pytest
 import torch
 
-from gptq_belle.kernels.cpu_attention import attend, refusal
+from gptq_belle.kernels.cpu_attention import Step, Table, refusal
 from gptq_belle.kernels.library import library
 from gptq_belle.runtime.cache import quantized
 
 if isinstance(library(), str):
     pytest.skip(library(), allow_module_level=True)
 SLOTS, CAPACITY = 5, 300
+PLACES, LENGTHS = torch.tensor([3, 0, 4, 1]), torch.tensor([0, 63, 64, CAPACITY - 1])
 
 
-def case(dtype, heads=4, kv_heads=2, size=48, rows=4):
+def tables(dtype, kv_heads=2, size=48):
+    """Keys, values and scales."""
     keys, values = torch.randn(2, SLOTS, kv_heads, CAPACITY, size)
-    scales = None
-    if dtype == torch.int8:
-        (keys, first), (values, second) = quantized(keys), quantized(values)
-        scales = first, second
-    query = torch.randn(rows, 3 * heads, size)[:, heads : 2 * heads]  # as it lies between others
-    slots = torch.tensor([3, 0, 4, 1])[:rows]
-    lengths = torch.tensor([1, 64, 65, CAPACITY])[:rows]
-    return query, keys.to(dtype), values.to(dtype), slots, lengths, scales
+    if dtype != torch.int8:
+        return keys.to(dtype), values.to(dtype), None
+    (keys, first), (values, second) = quantized(keys), quantized(values)
+    return keys, values, (first, second)
 
 
-def expected(query, keys, values, slots, lengths, scales, slopes=None):
-    keys, values = keys.double(), values.double()
-    if scales is not None:
-        keys, values = keys * scales[0].double(), values * scales[1].double()
-    out = []
-    for row, slot, length in zip(query.double(), slots, lengths, strict=True):
-        group = len(row) // keys.shape[1]
-        k, v = (t[slot, :, :length].repeat_interleave(group, 0) for t in (keys, values))
-        scores = torch.einsum("hd,htd->ht", row, k) / row.shape[-1] ** 0.5
+def fresh(heads=4, kv_heads=2, size=48, rows=4):
+    """Query, key and value as they lie beside each other."""
+    return torch.randn(rows, heads + 2 * kv_heads, size).split([heads, kv_heads, kv_heads], 1)
+
+
+def turns(size, rows=4):
+    angles = 3 * torch.rand(rows, 1, size // 2)
+    return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
+
+
+def turned(x, rotation):
+    if rotation is None:
+        return x.double()
+    first, second = x.double().chunk(2, -1)
+    (cos, _), (_, sin) = (table.double().chunk(2, -1) for table in rotation)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def expected(query, key, value, kept, rotation=None, slopes=None):
+    """What the rows get; their keys and values are taken from the tables up to their place, and then from the new."""
+    keys, values = (t.double() for t in kept[:2])
+    if kept[2] is not None:
+        keys, values = keys * kept[2][0].double(), values * kept[2][1].double()
+    query, key, out = turned(query, rotation), turned(key, rotation), []
+    for m, (slot, length) in enumerate(zip(PLACES, LENGTHS, strict=True)):
+        group = query.shape[1] // keys.shape[1]
+        k, v = (torch.cat([old[slot, :, :length], new[m].double()[:, None]], 1).repeat_interleave(group, 0)
+                for old, new in ((keys, key), (values, value)))
+        scores = torch.einsum("hd,htd->ht", query[m], k) / query.shape[-1] ** 0.5
         if slopes is not None:
-            scores += slopes.double()[:, None] * torch.arange(1 - int(length), 1)
-        out.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v))
+            scores += slopes.double()[:, None] * torch.arange(-int(length), 1)
+        out.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v).flatten())
     return torch.stack(out)
 
 
+# What a new key and value lose in the cache; the rest is held against float64.
+ROUNDING = {torch.float32: 2e-5, torch.float16: 1e-3, torch.int8: 2e-2}
+
+
 @pytest.mark.parametrize("isa", library().usable)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 48), (3, 3, 16), (8, 1, 64), (2, 2, 128), (6, 2, 80)])
 def test_attention(isa, dtype, heads, kv_heads, size):
-    query, *rest = case(dtype, heads, kv_heads, size)
-    for slopes in (None, torch.rand(heads)):
-        found = attend(query, *rest[:4], scales=rest[4], slopes=slopes, isa=isa)
-        torch.testing.assert_close(found.double(), expected(query, *rest, slopes), rtol=2e-5, atol=2e-6)
+    for rotation, slopes in ((None, None), (turns(size), None), (None, torch.rand(heads))):
+        kept, new = tables(dtype, kv_heads, size), fresh(heads, kv_heads, size)
+        wanted = expected(*new, kept, rotation, slopes)
+        found = Step(PLACES, LENGTHS, rotation, slopes).attend(Table(*kept), *new, isa=isa)
+        torch.testing.assert_close(found.double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("isa", library().usable)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("size", [16, 80, 128])
+def test_what_is_kept_is_what_torch_would_keep(isa, dtype, size):
+    kept, (query, key, value), rotation = tables(dtype, 2, size), fresh(size=size), turns(size)
+    key[0, 0], value[1, 1], value[2, 0], value[3, 1] = 0, 1e-7, 70000, -torch.inf
+    keys, values, scales = (kept[0].clone(), kept[1].clone(), kept[2] and tuple(t.clone() for t in kept[2]))
+    Step(PLACES, LENGTHS, rotation).attend(Table(*kept), query, key, value, isa=isa)
+    first, second = (table.chunk(2, -1) for table in rotation)
+    left, right = key.chunk(2, -1)
+    key = torch.cat([left * first[0] + right * second[0], right * first[1] + left * second[1]], -1)
+    for new, old, found, place in ((key, keys, kept[0], 0), (value, values, kept[1], 1)):
+        if scales is None:
+            old[PLACES, :, LENGTHS] = new.to(dtype)
+            assert torch.equal(found, old)
+        else:
+            codes, scale = quantized(new)
+            whole = scale.isfinite().flatten(1).all(1)  # 8 bits of infinity are whatever a processor makes of it
+            old[PLACES[whole], :, LENGTHS[whole]] = codes[whole]
+            found[PLACES[~whole], :, LENGTHS[~whole]] = old[PLACES[~whole], :, LENGTHS[~whole]]
+            assert torch.equal(found, old)
+            scales[place][PLACES, :, LENGTHS] = scale
+            assert torch.equal(kept[2][place], scales[place])
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_nan_stays_in_its_row(dtype):
+    kept, (query, key, value) = tables(dtype), fresh()
+    key[0, 0, 5], value[1, 1, 7] = torch.nan, torch.nan
+    found = Step(PLACES, LENGTHS, turns(48)).attend(Table(*kept), query, key, value)
+    assert found[0].isnan().any()
+    assert found[1].isnan().any()
+    assert not found[2:].isnan().any()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_is_the_same_to_the_bit_alone(threads):
     torch.set_num_threads(threads)
-    query, keys, values, slots, lengths, _ = case(torch.float16, size=128)
-    together = attend(query, keys, values, slots, lengths)
+    kept, new, rotation = tables(torch.float16, size=128), fresh(size=128), turns(128)
+    together = Step(PLACES, LENGTHS, rotation).attend(Table(*kept), *new)
     torch.set_num_threads(1)
     for i in range(4):
-        alone = attend(query[i : i + 1], keys, values, slots[i : i + 1], lengths[i : i + 1])
-        assert torch.equal(alone[0], together[i])
+        row = slice(i, i + 1)
+        step = Step(PLACES[row], LENGTHS[row], tuple(table[row] for table in rotation))
+        assert torch.equal(step.attend(Table(*kept), *(part[row] for part in new))[0], together[i])
 
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0])
 def test_flat_and_steep_scores(scale):
-    query, *rest = case(torch.float32)
-    found = attend(query * scale, *rest[:4])
-    torch.testing.assert_close(found.double(), expected(query * scale, *rest), rtol=1e-4, atol=1e-5)
+    kept, (query, key, value) = tables(torch.float32), fresh()
+    wanted = expected(query * scale, key, value, kept)
+    found = Step(PLACES, LENGTHS).attend(Table(*kept), query * scale, key, value)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_stands_behind_a_sequence_is_not_read():
-    query, keys, values, slots, lengths, _ = case(torch.float32)
-    before = attend(query, keys, values, slots, lengths)
-    keys[3, :, 1:], values[3, :, 1:] = torch.nan, torch.nan
-    assert torch.equal(attend(query, keys, values, slots, lengths), before)
+    kept, new = tables(torch.float32), fresh()
+    before = Step(PLACES, LENGTHS).attend(Table(*kept), *new)
+    kept[0][3, :, 1:], kept[1][3, :, 1:] = torch.nan, torch.nan
+    assert torch.equal(Step(PLACES, LENGTHS).attend(Table(*kept), *new), before)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"slots": torch.tensor([5, 0, 0, 0])}, "beyond the cache's 5 and 300"),
-    ({"slots": torch.tensor([-1, 0, 0, 0])}, "beyond"), ({"lengths": torch.tensor([0, 1, 1, 1])}, "beyond"),
-    ({"lengths": torch.tensor([301, 1, 1, 1])}, "beyond"), ({"slots": torch.zeros(3, dtype=torch.int64)}, "slots"),
-    ({"lengths": torch.ones(4, dtype=torch.int32)}, "lengths"), ({"query": torch.randn(4, 3, 48)}, "3 heads"),
-    ({"query": torch.randn(4, 4, 32)}, "heads of 32"), ({"query": torch.randn(4, 4, 48).half()}, "float16"),
-    ({"values": torch.randn(5, 2, 299, 48)}, "values"), ({"keys": torch.zeros(5, 2, 300, 48).double()}, "float64"),
-    ({"scales": (torch.ones(1), torch.ones(1))}, "with scales"), ({"slopes": torch.ones(3)}, "slopes"),
-    ({"isa": "x"}, "instruction set")])
-def test_what_does_not_fit_is_refused(change, message):
-    names = ("query", "keys", "values", "slots", "lengths", "scales")
-    arguments = dict(zip(names, case(torch.float32), strict=True)) | change
+    ({"keys": torch.zeros(5, 2, 300, 48).double()}, "float64"), ({"values": torch.randn(5, 2, 299, 48)}, "values"),
+    ({"keys": torch.randn(5, 2, 300, 96)[..., ::2]}, "keys"),
+    ({"scales": (torch.ones(1), torch.ones(1))}, "with scales"),
+    ({"keys": torch.randn(2, 300, 48)}, "keys"), ({"keys": torch.randn(5, 2, 300, 40)}, "values"),
+    ({"keys": torch.zeros(5, 2, 300, 48).char(), "values": torch.zeros(5, 2, 300, 48).char()}, "without scales")])
+def test_tables_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        attend(arguments.pop("query"), arguments.pop("keys"), arguments.pop("values"), arguments.pop("slots"),
-               arguments.pop("lengths"), **arguments)
+        Table(**dict(zip(("keys", "values", "scales"), tables(torch.float32), strict=True)) | change)
+    with pytest.raises(ValueError, match="heads of 40"):
+        Table(torch.randn(5, 2, 300, 40), torch.randn(5, 2, 300, 40))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"slots": torch.tensor([5, 0, 1, 2])}, "beyond its table"),
+    ({"slots": torch.tensor([-1, 0, 1, 2])}, "beyond"), ({"lengths": torch.tensor([-1, 1, 1, 1])}, "beyond"),
+    ({"lengths": torch.tensor([300, 1, 1, 1])}, "beyond"), ({"slots": torch.zeros(3, dtype=torch.int64)}, "lengths"),
+    ({"lengths": torch.ones(4, dtype=torch.int32)}, "lengths"), ({"query": torch.randn(4, 3, 48)}, "3 heads"),
+    ({"query": torch.randn(4, 4, 32)}, "query"), ({"query": torch.randn(4, 4, 48).half()}, "float16"),
+    ({"key": torch.randn(4, 1, 48)}, "key"), ({"value": torch.randn(4, 48, 2).transpose(1, 2)}, "value"),
+    ({"value": torch.randn(3, 2, 48)}, "value"), ({"rotation": turns(32)}, "rotation of 32"),
+    ({"rotation": turns(48, 3)}, "rotation"), ({"slopes": torch.ones(3)}, "slopes of 3"),
+    ({"slopes": torch.ones(4).double()}, "slopes"), ({"isa": "x"}, "instruction set")])
+def test_what_does_not_fit_is_refused(change, message):
+    new = dict(zip(("query", "key", "value"), fresh(), strict=True))
+    given = {"slots": PLACES, "lengths": LENGTHS, "rotation": None, "slopes": None, "isa": None} | new | change
+    kept = tables(torch.float32)
+    before = kept[0].clone()
+    with pytest.raises(ValueError, match=message):
+        Step(given["slots"], given["lengths"], given["rotation"], given["slopes"]).attend(
+            Table(*kept), given["query"], given["key"], given["value"], isa=given["isa"])
+    assert torch.equal(kept[0], before)
 
 
 def test_refusal():

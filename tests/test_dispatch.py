@@ -23,7 +23,7 @@ IN_ORDER = torch.arange(256) // 128
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine that had no compiler."""
-    monkeypatch.setattr("gptq_belle.kernels.cpu.library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.library", lambda: "no compiler")
 
 
 def relative_error(y, exact):

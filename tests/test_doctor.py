@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq_belle import cli, console
-from gptq_belle.kernels import cpu, groupwise, triton_matmul
+from gptq_belle.kernels import cpu_matmul, groupwise, triton_matmul
 from gptq_belle.kernels.library import library
 from gptq_belle.measure import doctor
 from gptq_belle.measure.self_test import self_test
@@ -94,7 +94,7 @@ def test_no_number_and_an_exception_do_not_pass(monkeypatch):
             raise ValueError("no such thing")
         return x.new_full((len(x), weight.out_features), torch.nan)
 
-    monkeypatch.setattr(cpu, "quant_matmul", broken)
+    monkeypatch.setattr(cpu_matmul, "quant_matmul", broken)
     checks = [check for check in self_test(["cpu"]) if check.kernel.startswith("native")]
     assert checks
     assert not any(check.passed for check in checks)

@@ -11,7 +11,7 @@ from gptq_belle import load
 from gptq_belle.checkpoint.packed_head import CLIPS, rounded
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import UsageError
-from gptq_belle.kernels import cpu, cpu_rows, dispatch, reference, triton_layout
+from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import Library, library
 from gptq_belle.models.shapes import Dimensions
@@ -67,8 +67,8 @@ def test_rows_of_every_layout_are_the_formula(bits, act_order):
         words["g_idx"] = words["g_idx"][torch.randperm(128)]
     expected, ids = formula(**words, bits=bits, v1=True), torch.tensor([3, 63, 0, 17, 17])
     weight = canonical(**words, bits=bits, zero_offset=1)
-    for found in (cpu_rows.rows(cpu.prepare(weight), ids), triton_layout.rows(triton_layout.prepare(weight), ids),
-                  reference.rows(weight, ids), dispatch.rows(weight, ids)):
+    for found in (cpu_rows.rows(cpu_layout.prepare(weight), ids), reference.rows(weight, ids),
+                  triton_layout.rows(triton_layout.prepare(weight), ids), dispatch.rows(weight, ids)):
         torch.testing.assert_close(found.double(), expected[ids], rtol=1e-6, atol=1e-7)
 
 
@@ -79,8 +79,8 @@ def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
     codes, scales = rounded(matrix, bits, group)
     made = cpu_rows.from_rows(codes, scales, bits)
     x, values = torch.randn(5, 256), cpu_rows.rows(made, torch.arange(96))
-    assert torch.equal(cpu.restore(made)[0], codes.t())
-    assert (cpu.quant_matmul(x, made) - x @ values.t()).norm() < 2e-4 * (x @ values.t()).norm()
+    assert torch.equal(cpu_layout.restore(made)[0], codes.t())
+    assert (cpu_matmul.quant_matmul(x, made) - x @ values.t()).norm() < 2e-4 * (x @ values.t()).norm()
     with pytest.raises(ValueError, match="have no such layout"):
         cpu_rows.from_rows(codes[:33], scales[:33], bits)
     with pytest.raises(ValueError, match="no contiguous memory"):
@@ -150,7 +150,7 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
     monkeypatch.setattr("gptq_belle.runtime.head.STEP", 64 * 64)  # several pieces
     if not native:
-        for module in ("cpu", "cpu_rows"):
+        for module in ("cpu_layout", "cpu_rows"):
             monkeypatch.setattr(f"gptq_belle.kernels.{module}.library", lambda: "no compiler")
     if not native and vocabulary % 32:
         with pytest.raises(UsageError, match="multiple of 32"):

@@ -7,7 +7,7 @@ import torch
 
 from gptq_belle import cli, console
 from gptq_belle.errors import UsageError
-from gptq_belle.kernels import cpu, triton_layout
+from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import library
 from gptq_belle.measure import plan
@@ -41,7 +41,7 @@ def test_packed_sizes_are_those_of_the_cpu_layout(case):
     if outputs * bits % 32:
         outputs += 32 - outputs % 32  # words of zero points are whole
     found = matrix_bytes(inputs, outputs, bits, Setting(group_size=group))
-    assert found == held(cpu.prepare(weight(inputs, outputs, bits, group)))
+    assert found == held(cpu_layout.prepare(weight(inputs, outputs, bits, group)))
 
 
 @pytest.mark.parametrize("case", CASES)

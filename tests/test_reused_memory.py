@@ -5,7 +5,7 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.kernels import cpu, memory
+from gptq_belle.kernels import cpu_layout, memory
 from gptq_belle.kernels.memory import HUGE_PAGE, Reused, empty_bytes
 
 
@@ -44,7 +44,7 @@ def test_it_outlives_its_giver():
 def test_nothing_of_a_model_is_overwritten_by_what_is_read_later(tiny_model, tmp_path, monkeypatch, kind, kernels):
     path = tiny_model if kind is None else packed_checkpoint(tiny_model, tmp_path / "packed", **kind)
     if kernels == "torch":
-        monkeypatch.setattr(cpu, "refusal", lambda *args: "left out")
+        monkeypatch.setattr(cpu_layout, "refusal", lambda *args: "left out")
     ids, mapped = torch.randint(384, (2, 20)), []
     wanted = load(path, device="cpu").logits(ids)
     monkeypatch.setattr(memory, "HUGE_PAGE", 512)  # so that the tensors of a tiny model are large

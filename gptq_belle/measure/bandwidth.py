@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from gptq_belle.kernels import cpu
+from gptq_belle.kernels import cpu_layout, cpu_matmul
 from gptq_belle.kernels.library import library
 from gptq_belle.measure.timing import Spread, seconds, spread
 
@@ -28,8 +28,8 @@ def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: i
     """
     bytes_ = size or buffer_bytes()
     if torch.device(device).type == "cpu" and not isinstance(library(), str):
-        codes = cpu.empty_codes(1, 1, -(-bytes_ // 64)).fill_(1)
-        times = [seconds(lambda: cpu.read(codes)) for _ in range(repeats + 1)]
+        codes = cpu_layout.empty_codes(1, 1, -(-bytes_ // 64)).fill_(1)
+        times = [seconds(lambda: cpu_matmul.read(codes)) for _ in range(repeats + 1)]
         return spread([codes.nbytes / time for time in times[1:]])
     columns = min(4096, bytes_ // 4)
     matrix = torch.ones(bytes_ // 4 // columns, columns, device=device)

@@ -29,7 +29,7 @@ class Shares(NamedTuple):
 def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
     """While it is open, the model's linears, attention and head charge their seconds to the clock."""
     decoder: Any = model.decoder
-    hidden = decoder.hidden
+    through, replays = decoder.through, model.replays
     changed: list[tuple[Any, str, Any]] = [(decoder, "head", decoder.head)]
     changed += [(block, name, value) for block in decoder.blocks for name, value in vars(block).items()
                 if isinstance(value, Packed | Dense | SideBySide)]
@@ -40,13 +40,15 @@ def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
                 return action(*args)
         return run
 
-    decoder.hidden = lambda ids, attend: hidden(ids, timed(attend, ATTENTION))
+    decoder.through = lambda x, attend: through(x, timed(attend, ATTENTION))
+    model.replays = False  # what is recorded has no parts
     try:
         for owner, name, value in changed:
             setattr(owner, name, timed(value, HEAD if owner is decoder else LINEARS))
         yield
     finally:
-        del decoder.hidden  # the class's own again
+        del decoder.through  # the class's own again
+        model.replays = replays
         for owner, name, value in changed:
             setattr(owner, name, value)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.packing import PackedWeight, dequantize, unpack
-from gptq_belle.kernels import cpu, dispatch, groupwise, reference, torch_int4, triton_matmul
+from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, groupwise, reference, torch_int4, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
 from gptq_belle.kernels.library import Library, library
 from gptq_belle.measure.timing import seconds
@@ -74,8 +74,8 @@ def _on_cuda() -> Iterator[Check]:
 
 
 def _native(words: CanonicalWeight, precision: str, isa: str) -> Product:
-    weight = cpu.prepare(words, precision)
-    return lambda x: cpu.quant_matmul(x, weight, isa=isa)
+    weight = cpu_layout.prepare(words, precision)
+    return lambda x: cpu_matmul.quant_matmul(x, weight, isa=isa)
 
 
 def _int4(words: CanonicalWeight) -> Product:

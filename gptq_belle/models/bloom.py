@@ -1,24 +1,16 @@
 """BLOOM (2211.05100): layer norms with biases, ALiBi, a GELU, the head tied to the embedding."""
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gptq_belle.kernels.cpu_rowwise import LayerNorm, gelu_
 from gptq_belle.models.settings import Settings
 from gptq_belle.runtime.attention import Attend, Heads
 from gptq_belle.runtime.head import embedding_and_head
 from gptq_belle.runtime.weights import Product, Weights
 
 
-class _Norm:
-    """Layer norm over the last dimension."""
-
-    def __init__(self, weights: Weights, name: str, width: int, eps: float) -> None:
-        self.weight, self.bias = weights.tensor(f"{name}.weight", width), weights.tensor(f"{name}.bias", width)
-        self.shape, self.eps = (width,), eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:
+    return LayerNorm(weights.tensor(f"{name}.weight", width), weights.tensor(f"{name}.bias", width), eps)
 
 
 class _Block:
@@ -29,10 +21,10 @@ class _Block:
         def linear(part: str, inputs: int, outputs: int) -> Product:
             return weights.linear([f"{name}.{part}"], inputs, [outputs], True)
 
-        self.attention_norm = _Norm(weights, f"{name}.input_layernorm", width, eps)
+        self.attention_norm = _norm(weights, f"{name}.input_layernorm", width, eps)
         self.qkv = linear("self_attention.query_key_value", width, 3 * width)
         self.out = linear("self_attention.dense", width, width)
-        self.mlp_norm = _Norm(weights, f"{name}.post_attention_layernorm", width, eps)
+        self.mlp_norm = _norm(weights, f"{name}.post_attention_layernorm", width, eps)
         self.up, self.down = linear("mlp.dense_h_to_4h", width, inner), linear("mlp.dense_4h_to_h", inner, width)
         self.heads, self.head_dim, self.normed = sizes.heads, sizes.head_dim, settings.normed_residual
 
@@ -40,10 +32,9 @@ class _Block:
         normed = self.attention_norm(x)
         # Query, key and value lie side by side in each head: (heads, 3, head_dim).
         query, key, value = self.qkv(normed).view(len(x), self.heads, 3, self.head_dim).unbind(2)
-        x = self.out(attend(index, query, key, value)).add_(normed if self.normed else x)
+        x = self.out(attend(index, query, key, value), normed if self.normed else x)
         normed = self.mlp_norm(x)
-        inner = torch.ops.aten.gelu_(self.up(normed), approximate="tanh")  # in place: of a prompt, 17 MB in BELLE-7B
-        return self.down(inner).add_(normed if self.normed else x)
+        return self.down(gelu_(self.up(normed)), normed if self.normed else x)
 
 
 class Bloom:
@@ -57,14 +48,17 @@ class Bloom:
     def __init__(self, weights: Weights, settings: Settings) -> None:
         sizes, eps = settings.sizes, settings.eps
         self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", sizes)
-        self.embedding_norm = _Norm(weights, "transformer.word_embeddings_layernorm", sizes.width, eps)
+        self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", sizes.width, eps)
         self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("transformer.h", sizes.blocks)]
-        self.norm = _Norm(weights, "transformer.ln_f", sizes.width, eps)
+        self.norm = _norm(weights, "transformer.ln_f", sizes.width, eps)
         self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, None, settings.slopes)
 
-    def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
-        """Token ids (n,) to hidden states (n, width) behind the last block."""
-        x = self.embedding_norm(self.embedding(ids))
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (n,) to what enters the first block, (n, width)."""
+        return self.embedding_norm(self.embedding(ids))
+
+    def through(self, x: Tensor, attend: Attend) -> Tensor:
+        """What enters the first block to what leaves the last one, both (n, width)."""
         for index, block in enumerate(self.blocks):
             x = block(x, attend, index)
         return x

@@ -1,23 +1,12 @@
 """LLaMA (2302.13971) and its kin, Llama 2 and 3, Mistral, Qwen2: RMS norms, rotary positions, a gated feed-forward."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from gptq_belle.kernels.cpu_norm import rms_norm
+from gptq_belle.kernels.cpu_rowwise import RmsNorm, silu_and_mul
 from gptq_belle.models.settings import Settings
 from gptq_belle.runtime.attention import Attend, Heads
 from gptq_belle.runtime.head import embedding_and_head
 from gptq_belle.runtime.weights import Product, Weights
-
-
-class _Norm:
-    """RMS norm over the last dimension."""
-
-    def __init__(self, weights: Weights, name: str, width: int, eps: float) -> None:
-        self.weight, self.eps = weights.tensor(f"{name}.weight", width), eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class _Block:
@@ -33,10 +22,10 @@ class _Block:
         def linear(names: tuple[list[str], bool], inputs: int, *outputs: int) -> Product:
             return weights.linear(names[0], inputs, outputs, names[1])
 
-        self.attention_norm = _Norm(weights, f"{name}.input_layernorm", width, settings.eps)
+        self.attention_norm = RmsNorm(weights.tensor(f"{name}.input_layernorm.weight", width), settings.eps)
         self.qkv = linear(named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), width, *outputs)
         self.out = linear(named("self_attn.o_proj"), outputs[0], width)
-        self.mlp_norm = _Norm(weights, f"{name}.post_attention_layernorm", width, settings.eps)
+        self.mlp_norm = RmsNorm(weights.tensor(f"{name}.post_attention_layernorm.weight", width), settings.eps)
         self.gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
         self.down = linear(named("mlp.down_proj"), inner, width)
         self.head_dim = head_dim
@@ -44,9 +33,8 @@ class _Block:
     def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).view(len(x), -1, self.head_dim)
         query, key, value = qkv.split_with_sizes(self.heads, 1)
-        x = self.out(attend(index, query, key, value)).add_(x)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up)).add_(x)
+        x = self.out(attend(index, query, key, value), x)
+        return self.down(silu_and_mul(self.gate_up(self.mlp_norm(x))), x)
 
 
 class Llama:
@@ -61,12 +49,15 @@ class Llama:
         sizes = settings.sizes
         self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", sizes)
         self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("model.layers", sizes.blocks)]
-        self.norm = _Norm(weights, "model.norm", sizes.width, settings.eps)
+        self.norm = RmsNorm(weights.tensor("model.norm.weight", sizes.width), settings.eps)
         self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, settings.frequencies, None)
 
-    def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
-        """Token ids (n,) to hidden states (n, width) behind the last block."""
-        x = self.embedding(ids)
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (n,) to what enters the first block, (n, width)."""
+        return self.embedding(ids)
+
+    def through(self, x: Tensor, attend: Attend) -> Tensor:
+        """What enters the first block to what leaves the last one, both (n, width)."""
         for index, block in enumerate(self.blocks):
             x = block(x, attend, index)
         return x

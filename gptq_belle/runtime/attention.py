@@ -143,29 +143,42 @@ class Prefill:
 
 
 class Decode:
-    """Attention of one new token in each of some slots, at position lengths[i] of slots[i]."""
+    """Attention of one new token in each of some slots, at position lengths[i] of slots[i], by torch."""
 
     def __init__(self, heads: Heads, cache: Cache, slots: Sequence[int], lengths: Sequence[int],
                  dtype: torch.dtype) -> None:
-        self.cache, self.heads, self.slots, self.lengths = cache, heads, slots, lengths
+        self.cache, self.slots, self.lengths = cache, slots, lengths
         self.places, self.positions = (torch.tensor(list(n), device=cache.device) for n in (slots, lengths))
         self.rotation = heads.rotation(self.positions, dtype)
-        self.alone = cache.device.type == "cpu" and len(slots) == 1
-        self.native = cpu_attention.refusal(heads.head_dim, cache.keys[0].dtype, cache.device) is None
-        self.stops = self.positions + 1
-        self.pieces = [] if self.native else [Piece(heads, n, n + 1, cache.device, dtype) for n in lengths]
+        self.pieces = [Piece(heads, n, n + 1, cache.device, dtype) for n in lengths]
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, cache = rotated(query, self.rotation), self.cache
-        key = rotated(key, self.rotation)
-        if self.alone:  # a slice, which takes half as long as places given by tensors
-            cache.write(block, self.slots[0], self.lengths[0], key, value)
-        else:
-            cache.append(block, self.places, self.positions, key, value)
-        if self.native:
-            found = cpu_attention.attend(query.float(), cache.keys[block], cache.values[block], self.places, self.stops,
-                                         scales=cache.scales(block), slopes=self.heads.slopes)
-            return found.flatten(1).to(query.dtype)
-        outputs = [piece(query[i : i + 1], *cache.read(block, slot, length + 1, query.dtype))
+        query = rotated(query, self.rotation)
+        self.cache.append(block, self.places, self.positions, rotated(key, self.rotation), value)
+        outputs = [piece(query[i : i + 1], *self.cache.read(block, slot, length + 1, query.dtype))
                    for i, (slot, length, piece) in enumerate(zip(self.slots, self.lengths, self.pieces, strict=True))]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+class NativeDecode:
+    """The same on a CPU by the kernel of `kernels.cpu_attention`, on the tables of a cache."""
+
+    def __init__(self, heads: Heads, tables: Sequence[cpu_attention.Table], slots: Sequence[int],
+                 lengths: Sequence[int]) -> None:
+        self.heads, self.tables = heads, tables
+        self.places, self.positions = torch.tensor(list(slots)), torch.tensor(list(lengths))
+        self.rotation = heads.rotation(self.positions, torch.float32)
+        self.step = cpu_attention.Step(self.places, self.positions, self.rotation, heads.slopes)
+
+    def move(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """To other slots, as many, and other positions; what was recorded of a step means these from now on."""
+        self.places.copy_(torch.tensor(list(slots)))
+        self.positions.copy_(torch.tensor(list(lengths)))
+        rotation = self.heads.rotation(self.positions, torch.float32)
+        for kept, new in zip(self.rotation or (), rotation or (), strict=True):
+            kept.copy_(new)
+
+    def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if (dtype := query.dtype) is torch.float32:
+            return self.step.attend(self.tables[block], query, key, value)
+        return self.step.attend(self.tables[block], query.float(), key.float(), value.float()).to(dtype)

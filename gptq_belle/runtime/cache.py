@@ -3,10 +3,17 @@
 On a CPU the system gives memory only for what is written, so room that is not used costs nothing.
 """
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.kernels import cpu_attention
+
+if TYPE_CHECKING:
+    from gptq_belle.runtime.replay import Recorded
 
 KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 LARGEST_CODE = 127
@@ -26,6 +33,7 @@ class Cache:
     Attributes:
         keys, values: for each block (slots, heads, capacity, head_dim).
         key_scales, value_scales: for each block (slots, heads, capacity, 1) float16; none but for "int8".
+        recorded: steps of decoding on these tables, by the number of rows.
     Raises:
         UsageError: an unknown kind.
         HardwareError: no memory.
@@ -35,6 +43,7 @@ class Cache:
                  device: torch.device) -> None:
         check_kind(kind)
         self.slots, self.capacity, self.kind, self.device = slots, capacity, kind, device
+        self.recorded: dict[int, Recorded] = {}
         shape = (slots, heads, capacity, head_dim)
 
         def tables(dtype: torch.dtype, *shape: int) -> list[Tensor]:
@@ -49,6 +58,14 @@ class Cache:
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise HardwareError(f"no memory for the keys and values of {slots} x {capacity} tokens ({kind})",
                                 "Choose fewer slots, a shorter context, or an int8 cache.") from error
+
+    @cached_property
+    def tables(self) -> list[cpu_attention.Table] | None:
+        """The blocks as the native attention of single tokens takes them; None where it does not serve them."""
+        if not self.keys or cpu_attention.refusal(self.keys[0].shape[-1], self.keys[0].dtype, self.device) is not None:
+            return None
+        return [cpu_attention.Table(keys, values, self.scales(block))
+                for block, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))]
 
     @property
     def nbytes(self) -> int:

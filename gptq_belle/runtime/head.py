@@ -25,7 +25,7 @@ from gptq_belle.checkpoint.packed_head import (
 )
 from gptq_belle.checkpoint.packing import pack_rows
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.kernels import cpu, cpu_rows
+from gptq_belle.kernels import cpu_layout, cpu_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose, lay_out, rows
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.memory import Reused
@@ -34,7 +34,7 @@ from gptq_belle.models.registry import HEAD
 from gptq_belle.models.shapes import Dimensions
 from gptq_belle.runtime.weights import Dense, Packed, Product, Weights
 
-PADDED = cpu.PADDED  # rows come in multiples of it
+PADDED = cpu_layout.PADDED  # rows come in multiples of it
 HEAD_BITS = (16, 8, 4)
 # Some rows at a time: codes (n, H) uint8, and scales (n, groups) float16.
 Rounded = Iterable[tuple[Tensor, Tensor]]
@@ -151,12 +151,12 @@ def _kernel(weights: Weights, shape: tuple[int, int]) -> str:
 
 
 def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
-    blocks = -(-shape[0] // PADDED) * PADDED // cpu.BLOCK
-    codes = cpu.empty_codes(blocks, shape[1] // group, group * bits // 32)
-    scales = torch.empty(blocks, shape[1] // group, cpu.BLOCK, dtype=torch.float16)
+    blocks = -(-shape[0] // PADDED) * PADDED // cpu_layout.BLOCK
+    codes = cpu_layout.empty_codes(blocks, shape[1] // group, group * bits // 32)
+    scales = torch.empty(blocks, shape[1] // group, cpu_layout.BLOCK, dtype=torch.float16)
     at = 0
     for piece, scale in _filled(pieces):
-        stop = at + len(piece) // cpu.BLOCK
+        stop = at + len(piece) // cpu_layout.BLOCK
         part = cpu_rows.from_rows(piece, scale, bits, weights.precision, codes[at:stop])
         scales[at:stop] = part.scales
         at = stop

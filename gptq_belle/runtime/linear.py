@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gptq_belle.checkpoint.packing import pack_rows
 from gptq_belle.errors import UsageError
-from gptq_belle.kernels import cpu, triton_layout
-from gptq_belle.kernels.cpu import CpuWeight
+from gptq_belle.kernels import cpu_layout, triton_layout
+from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.dispatch import PreparedWeight, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
 from gptq_belle.kernels.triton_layout import SlicedWeight
@@ -119,7 +119,8 @@ class StandIn(Tensor):
 
 def words(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
     """qweight, qzeros, scales and g_idx of the checkpoint that a weight was made from."""
-    codes, zeros, scales = cpu.restore(weight) if isinstance(weight, CpuWeight) else triton_layout.restore(weight)
+    restored = cpu_layout.restore(weight) if isinstance(weight, CpuWeight) else triton_layout.restore(weight)
+    codes, zeros, scales = restored
     stored = zeros - weight.zero_offset
     return {"qweight": pack_rows(codes, weight.source),
             "qzeros": pack_rows(stored.t(), weight.source).t().contiguous(), "scales": scales, "g_idx": weight.g_idx}

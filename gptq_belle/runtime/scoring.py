@@ -24,7 +24,8 @@ def score(model: Model, ids: Sequence[int], top: int) -> list[tuple[float, list[
         (logprob, [(token, logprob), ...]) a token.
     """
     row = torch.tensor(list(ids), device=model.device)
-    hidden = model.decoder.hidden(row, Whole(model.decoder.heads, 1, len(row), model.device, model.dtype))
+    attend = Whole(model.decoder.heads, 1, len(row), model.device, model.dtype)
+    hidden = model.decoder.through(model.decoder.embed(row), attend)
     found: list[tuple[float, list[tuple[int, float]]]] = []
     rows = max(1, LOGITS_BYTES // (4 * model.settings.sizes.vocabulary))
     for states, targets in zip(hidden[:-1].split(rows), row[1:].split(rows), strict=True):

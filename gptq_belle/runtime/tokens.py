@@ -10,8 +10,9 @@ from gptq_belle.errors import UsageError
 from gptq_belle.models.bloom import Bloom
 from gptq_belle.models.llama import Llama
 from gptq_belle.models.settings import Settings
-from gptq_belle.runtime.attention import Decode, Prefill, Whole
+from gptq_belle.runtime.attention import Decode, NativeDecode, Prefill, Whole
 from gptq_belle.runtime.cache import Cache
+from gptq_belle.runtime.replay import MOST_ROWS, Recorded
 from gptq_belle.runtime.weights import Weights
 
 MOST_NEW_TOKENS = 512  # where the caller sets no limit
@@ -40,6 +41,7 @@ class Tokens:
         eos_ids: tokens that end an answer.
         weight_bytes: of all weights as they lie in memory.
         step_bytes: of those that a step of decoding reads whole: all but an embedding that is not also the head.
+        replays: whether steps of decoding are recorded and made again in one call: where every part is native.
     """
 
     def __init__(self, decoder: Bloom | Llama, settings: Settings, reader: CheckpointReader, weights: Weights,
@@ -48,6 +50,7 @@ class Tokens:
         self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
         self.context = settings.context
         self.weight_bytes = weights.nbytes
+        self.replays = weights.native
         self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes
 
     @torch.inference_mode()
@@ -61,7 +64,7 @@ class Tokens:
         self.check_ids(input_ids)
         rows, length = input_ids.shape
         attend = Whole(self.decoder.heads, rows, length, self.device, self.dtype)
-        hidden = self.decoder.hidden(input_ids.to(self.device).flatten(), attend)
+        hidden = self.decoder.through(self.decoder.embed(input_ids.to(self.device).flatten()), attend)
         return self.decoder.logits(hidden).float().view(rows, length, -1)
 
     @torch.inference_mode()
@@ -110,13 +113,25 @@ class Tokens:
         for at in range(0, len(ids), CHUNK):
             chunk = ids[at : at + CHUNK]
             attend = Prefill(self.decoder.heads, cache, slot, start + at, len(chunk), self.dtype)
-            hidden = self.decoder.hidden(chunk, attend)
+            hidden = self.decoder.through(self.decoder.embed(chunk), attend)
         return self.decoder.logits(hidden[-1:]).float()
 
     def step(self, tokens: Tensor, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits (n, V) float32 behind one more token (n,) in each of some slots that hold `lengths` tokens so far."""
-        attend = Decode(self.decoder.heads, cache, slots, lengths, self.dtype)
-        return self.decoder.logits(self.decoder.hidden(tokens, attend)).float()
+        x = self.decoder.embed(tokens)
+        return self.decoder.logits(self._through(x, cache, slots, lengths)).float()
+
+    def _through(self, x: Tensor, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        heads, rows = self.decoder.heads, len(slots)
+        if cache.tables is None:
+            return self.decoder.through(x, Decode(heads, cache, slots, lengths, self.dtype))
+        if self.replays and rows in cache.recorded:
+            return cache.recorded[rows].again(x, slots, lengths)
+        attend = NativeDecode(heads, cache.tables, slots, lengths)
+        if not self.replays or rows > MOST_ROWS:
+            return self.decoder.through(x, attend)
+        cache.recorded[rows] = Recorded(self.decoder, x, attend)
+        return cache.recorded[rows].hidden
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Raises UsageError where token ids (B, T) are no filled matrix, too many for the context, or unknown."""

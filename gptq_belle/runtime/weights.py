@@ -17,7 +17,8 @@ from gptq_belle.checkpoint.ahead import one_ahead
 from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
-from gptq_belle.kernels.dispatch import PreparedWeight, lay_out, quant_matmul
+from gptq_belle.kernels.cpu_layout import CpuWeight
+from gptq_belle.kernels.dispatch import PreparedWeight, bind, lay_out
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
 from gptq_belle.kernels.memory import Memory, Reused
 from gptq_belle.models.skeleton import wrong_shape
@@ -26,15 +27,15 @@ ROWS_ALONE = 64
 COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; it is computed here
 
 
-@dataclass(slots=True)
 class Packed:
-    """x (..., K) to (..., N) through a packed weight."""
+    """x (..., K) to (..., N) through a packed weight, plus its bias and, where there is one, `plus` (..., N)."""
 
-    weight: PreparedWeight
-    bias: Tensor | None
+    def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
+        self.weight, self._product = weight, bind(weight, bias)
+        self.native = isinstance(weight, CpuWeight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return quant_matmul(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return self._product(x, plus)
 
 
 @dataclass(slots=True)
@@ -48,10 +49,12 @@ class Dense:
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if x.is_cpu and 1 < len(x) <= ROWS_ALONE:
-            return torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
-        return F.linear(x, self.weight, self.bias)
+            y = torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        return y if plus is None else y.add_(plus)
 
 
 @dataclass(slots=True)
@@ -60,8 +63,9 @@ class SideBySide:
 
     parts: list[Packed | Dense]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)
+    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        y = torch.cat([part(x) for part in self.parts], -1)
+        return y if plus is None else y.add_(plus)
 
 
 Product = Packed | Dense | SideBySide
@@ -78,6 +82,7 @@ class Weights:
         head_bits: 16, 8, 4 or None, as `runtime.head.embedding_and_head` has it.
     Attributes:
         nbytes: of everything handed out so far, as it lies in memory.
+        native: whether activations are float32, and all linears so far are products of `kernels.cpu_matmul`.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, precision: str,
@@ -86,6 +91,7 @@ class Weights:
         self.head_bits = head_bits
         self.quantization = read_quantization(reader)
         self.nbytes = 0
+        self.native = dtype is torch.float32
         self._used: set[str] = set()
         self._early: dict[str, Tensor] = {}  # of the block that is loaded now
 
@@ -139,6 +145,11 @@ class Weights:
         Raises:
             InputError: tensors that are missing or do not fit; the linear is named.
         """
+        product = self._linear(names, inputs, outputs, biased)
+        self.native &= isinstance(product, Packed) and product.native
+        return product
+
+    def _linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
         packed = [f"{name}.qweight" in self.reader for name in names]
         biases = [self._bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
         if not any(packed):
@@ -151,7 +162,7 @@ class Weights:
             except ValueError:  # other bits, groups or formats: side by side in a sum only
                 return SideBySide([self._packed(word, bias) for word, bias in zip(words, biases, strict=True)])
             return self._packed(together, self._joined(biases, outputs))
-        parts = [self.linear([name], inputs, [size], biased) for name, size in zip(names, outputs, strict=True)]
+        parts = [self._linear([name], inputs, [size], biased) for name, size in zip(names, outputs, strict=True)]
         return SideBySide([part for part in parts if not isinstance(part, SideBySide)])
 
     def check_all_used(self) -> None:

@@ -2,6 +2,8 @@
 // isa_*.cpp includes it behind tile.h. What a token gets depends on its own row alone, not on its batch or on threads:
 // one thread computes a head of a row from beginning to end. (Instruction sets differ in the last bits: a product's
 // terms are added by register.)
+#include "exponential.h"
+#include "half.h"
 #include "native.h"
 
 #include <cmath>
@@ -11,14 +13,6 @@ namespace belle {
 namespace {
 
 constexpr int kKeys = 64;  // keys whose numbers stay in the first-level cache while all queries that share them come by
-
-inline float half_to_float(uint16_t bits) {
-  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
-  float value;
-  std::memcpy(&value, &magnitude, 4);
-  value *= 5.192296858534828e33f;  // 2^112: the difference of the exponents' offsets
-  return bits & 0x8000 ? -value : value;
-}
 
 template <int KIND>
 inline typename Isa::Float load_number(const void* table, int64_t at) {
@@ -31,25 +25,47 @@ inline typename Isa::Float load_number(const void* table, int64_t at) {
   }
 }
 
-// e to the power of x <= 0, relative error 2e-7; plain arithmetic, so that the loop around it becomes vectors.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number, which its bits hold
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits - 0x4B400000 + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power;
+// One head of a new token, its halves turned against each other where there are rotary positions (2104.09864, section
+// 3.4.2), times a factor.
+inline void turned(const BelleAttention& a, const BelleNew& from, int64_t row, int64_t head, float factor, float* out) {
+  const BelleStep& s = *a.step;
+  const int64_t size = a.cache->head_dim, half = size / 2;
+  const float* x = from.numbers + row * from.row + head * from.head;
+  if (s.cosines == nullptr) {
+    for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor;
+    return;
+  }
+  const float* cosines = s.cosines + row * size;
+  const float* sines = s.sines + row * size;
+  for (int64_t i = 0; i < half; ++i) {
+    out[i] = (x[i] * cosines[i] + x[i + half] * sines[i]) * factor;
+    out[i + half] = (x[i + half] * cosines[i + half] + x[i] * sines[i + half]) * factor;
+  }
+}
+
+// Keep the numbers of one head at a position of a table; `scale`: that of the position, where there are 8 bits.
+template <int KIND>
+inline void keep(const float* x, int64_t size, void* table, int64_t position, uint16_t* scales) {
+  if constexpr (KIND == 0) {
+    std::memcpy(static_cast<float*>(table) + position * size, x, static_cast<size_t>(size) * sizeof(float));
+  } else if constexpr (KIND == 1) {
+    uint16_t* to = static_cast<uint16_t*>(table) + position * size;
+    for (int64_t i = 0; i < size; ++i) to[i] = float_to_half(x[i]);
+  } else {
+    constexpr float kWhole = 12582912.0f, kMost = 127.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
+    const int32_t most = largest_bits(x, static_cast<int>(size));
+    float wanted;
+    std::memcpy(&wanted, &most, 4);
+    wanted /= kMost;
+    scales[position] = float_to_half(wanted < 6e-8f ? 6e-8f : wanted);
+    const float scale = half_to_float(scales[position]);
+    int8_t* to = static_cast<int8_t*>(table) + position * size;
+    for (int64_t i = 0; i < size; ++i) {
+      float code = x[i] / scale;
+      code = code > -kMost ? (code < kMost ? code : kMost) : -kMost;  // NaN is in the scale
+      to[i] = static_cast<int8_t>((code + kWhole) - kWhole);
+    }
+  }
 }
 
 template <int KIND>
@@ -96,23 +112,26 @@ inline void add_values(float* out, const float* weights, const void* values, int
 
 template <int KIND>
 void attend_kind(const BelleAttention& a, int64_t row, int64_t head, float* scratch) {
-  const int64_t size = a.head_dim, group = a.heads / a.kv_heads, count = a.lengths[row];
-  const int64_t first = (static_cast<int64_t>(a.slots[row]) * a.kv_heads + head) * a.capacity;  // of its positions
-  float* queries = scratch;                  // (group, size)
-  float* scores = scratch + group * size;    // (group, count)
+  const BelleCache& c = *a.cache;
+  const int64_t size = c.head_dim, group = a.heads / c.kv_heads, last = a.step->lengths[row], count = last + 1;
+  const int64_t first = (a.step->slots[row] * c.kv_heads + head) * c.capacity;  // of its positions
+  const float factor = 1.0f / std::sqrt(static_cast<float>(size));
+  float* queries = scratch;                // (group, size)
+  float* scores = scratch + group * size;  // (group, count)
+  float* key = scores + group * count;     // (size)
   float* out = a.out + (row * a.heads + head * group) * size;
-  for (int64_t q = 0; q < group; ++q) {
-    const float* from = a.query + row * a.query_row + (head * group + q) * a.query_head;
-    for (int64_t i = 0; i < size; ++i) queries[q * size + i] = from[i] * a.scale;
-  }
+  turned(a, a.key, row, head, 1.0f, key);
+  keep<KIND>(key, size, c.keys, first + last, c.key_scales);
+  keep<KIND>(a.value.numbers + row * a.value.row + head * a.value.head, size, c.values, first + last, c.value_scales);
+  for (int64_t q = 0; q < group; ++q) turned(a, a.query, row, head * group + q, factor, queries + q * size);
   for (int64_t begin = 0; begin < count; begin += kKeys) {
     const int64_t end = begin + kKeys < count ? begin + kKeys : count;
     for (int64_t q = 0; q < group; ++q) {
-      const float slope = a.slopes == nullptr ? 0.0f : a.slopes[head * group + q];
+      const float slope = a.step->slopes == nullptr ? 0.0f : a.step->slopes[head * group + q];
       for (int64_t t = begin; t < end; ++t) {
-        float score = product<KIND>(queries + q * size, a.keys, (first + t) * size, size);
-        if constexpr (KIND == 2) score *= half_to_float(a.key_scales[first + t]);
-        scores[q * count + t] = score + slope * static_cast<float>(t - (count - 1));
+        float score = product<KIND>(queries + q * size, c.keys, (first + t) * size, size);
+        if constexpr (KIND == 2) score *= half_to_float(c.key_scales[first + t]);
+        scores[q * count + t] = score + slope * static_cast<float>(t - last);
       }
     }
   }
@@ -120,20 +139,20 @@ void attend_kind(const BelleAttention& a, int64_t row, int64_t head, float* scra
     const float inverse = softmax(scores + q * count, count);
     for (int64_t t = 0; t < count; ++t) {
       scores[q * count + t] *= inverse;
-      if constexpr (KIND == 2) scores[q * count + t] *= half_to_float(a.value_scales[first + t]);
+      if constexpr (KIND == 2) scores[q * count + t] *= half_to_float(c.value_scales[first + t]);
     }
   }
   std::memset(out, 0, static_cast<size_t>(group * size) * sizeof(float));
   for (int64_t begin = 0; begin < count; begin += kKeys) {
     const int64_t keys = begin + kKeys < count ? kKeys : count - begin;
     for (int64_t q = 0; q < group; ++q) {
-      add_values<KIND>(out + q * size, scores + q * count + begin, a.values, (first + begin) * size, keys, size);
+      add_values<KIND>(out + q * size, scores + q * count + begin, c.values, (first + begin) * size, keys, size);
     }
   }
 }
 
-void attend(const BelleAttention& a, int64_t row, int64_t head, float* scratch) {
-  switch (a.kind) {
+void attend_head(const BelleAttention& a, int64_t row, int64_t head, float* scratch) {
+  switch (a.cache->kind) {
     case 0: return attend_kind<0>(a, row, head, scratch);
     case 1: return attend_kind<1>(a, row, head, scratch);
     default: return attend_kind<2>(a, row, head, scratch);

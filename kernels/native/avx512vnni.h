@@ -14,8 +14,4 @@ struct Isa : Registers512 {
 }  // namespace
 }  // namespace belle
 
-#include "tile.h"
-#include "attend.h"
-#include "gptq.h"
-#include "packing.h"
-#include "rounding.h"
+#include "all.h"

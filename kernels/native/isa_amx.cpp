@@ -228,13 +228,14 @@ void load_results(const Task& t, const Cut& cut, float* results) {
 void store_results(const Task& t, const Cut& cut, const float* results) {
   const bool finished = cut.group + cut.groups == t.w.groups;
   for (int64_t r = 0; r < cut.rows; ++r) {
-    float* y = t.y + (cut.row + r) * t.w.outputs;
+    const int64_t row = (cut.row + r) * t.w.outputs;
     for (int b = 0; b < cut.blocks; ++b) {
       const int64_t first = (cut.block + b) * kBlock;
       const __mmask16 mask = outputs_mask(t.w, first);
       __m512 values = _mm512_load_ps(results + r * kWidth + b * kBlock);
       if (finished && t.w.bias != nullptr) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, t.w.bias + first));
-      _mm512_mask_storeu_ps(y + first, mask, values);
+      if (finished && t.plus != nullptr) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, t.plus + row + first));
+      _mm512_mask_storeu_ps(t.y + row + first, mask, values);
     }
   }
 }
@@ -314,7 +315,7 @@ void tile_bits(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_b
 }
 
 void multiply_amx(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
-  if (row_end - row_begin <= kStreamRows) return multiply(t, row_begin, row_end, pair_begin, pair_end);
+  if (row_end - row_begin <= kFewRows) return multiply(t, row_begin, row_end, pair_begin, pair_end);
   switch (t.w.bits) {
     case 2: return tile_bits<2>(t, row_begin, row_end, pair_begin, pair_end);
     case 4: return tile_bits<4>(t, row_begin, row_end, pair_begin, pair_end);
@@ -322,11 +323,17 @@ void multiply_amx(const Task& t, int64_t row_begin, int64_t row_end, int64_t pai
   }
 }
 
+constexpr Kernel with_tiles() {
+  Kernel table = kTable;
+  table.chunk = kChunk;
+  table.multiply = multiply_amx;
+  return table;
+}
+
 }  // namespace
 }  // namespace belle
 
-const belle::Kernel belle::kAmx = {1, belle::kChunk, split, multiply_amx, read, attend, pack_strip, round_row,
-    gptq_block, descend, search};
+const belle::Kernel belle::kAmx = belle::with_tiles();
 
 bool belle::amx_usable() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA

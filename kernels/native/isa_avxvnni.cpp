@@ -14,11 +14,6 @@ struct Isa : Registers256 {
 }  // namespace
 }  // namespace belle
 
-#include "tile.h"
-#include "attend.h"
-#include "gptq.h"
-#include "packing.h"
-#include "rounding.h"
+#include "all.h"
 
-const belle::Kernel belle::kAvxVnni = {1, 0, split, multiply, read, attend, pack_strip, round_row,
-    gptq_block, descend, search};
+const belle::Kernel belle::kAvxVnni = belle::kTable;

@@ -1,6 +1,5 @@
 // Any processor: plain loops over 16 lanes, which compilers turn into whatever vectors there are.
-#include <cstdint>
-#include <cstring>
+#include "half.h"
 
 namespace belle {
 namespace {
@@ -37,7 +36,7 @@ struct Isa {
     return total;
   }
   static inline Int load_short(const int16_t* p) { return each_lane<Int>([=](int i) { return p[i]; }); }
-  static inline Float load_half(const uint16_t* p) { return each_lane<Float>([=](int i) { return half(p[i]); }); }
+  static inline Float load_half(const uint16_t* p) { return each_lane<Float>([=](int i) { return half_to_float(p[i]); }); }
 
   template <int SHIFT, uint32_t MASK>
   static inline Int field(const Int& v) {
@@ -70,25 +69,11 @@ struct Isa {
   static inline Float fused(const Float& a, const Float& b, const Float& c) {
     return each_lane<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
-
- private:
-  static inline float half(uint16_t bits) {  // exact, subnormal numbers included
-    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
-    float value;
-    std::memcpy(&value, &magnitude, 4);
-    value *= 5.192296858534828e33f;  // 2^112: the difference of the exponents' offsets
-    return bits & 0x8000 ? -value : value;
-  }
 };
 
 }  // namespace
 }  // namespace belle
 
-#include "tile.h"
-#include "attend.h"
-#include "gptq.h"
-#include "packing.h"
-#include "rounding.h"
+#include "all.h"
 
-const belle::Kernel belle::kPortable = {2, 0, split, multiply, read, attend, pack_strip, round_row,
-    gptq_block, descend, search};
+const belle::Kernel belle::kPortable = belle::kTable;

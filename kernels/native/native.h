@@ -11,6 +11,7 @@
 // zeros   (N / 16, G, 16) int16, or none where all are equal
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -58,20 +59,51 @@ struct BelleRounding {     // the same from numbers
   int32_t kind;            // 0: float32, 1: float16, 2: bfloat16
 };
 
-struct BelleAttention {    // one new token in each of some slots of a cache: M rows, H heads, H' of keys and values
-  const float* query;      // (M, H, head_dim) with the strides below, in floats; the last is 1
-  const void* keys;        // (slot_count, H', capacity, head_dim) of `kind`
-  const void* values;      // likewise
-  const uint16_t* key_scales;    // (slot_count, H', capacity) float16 where `kind` is 2
-  const uint16_t* value_scales;  // likewise
-  const int64_t* slots;    // (M)
-  const int64_t* lengths;  // (M): keys of the row's slot that it meets, its own included
-  const float* slopes;     // (H) of ALiBi, may be null
-  float* out;              // (M, H, head_dim)
-  int64_t rows, heads, kv_heads, head_dim, capacity, slot_count, query_row, query_head;
-  float scale;             // of the scores
+struct BelleNew {          // of M new tokens: numbers (M, heads, head_dim), the strides in floats; that of the last is 1
+  const float* numbers;
+  int64_t row, head;
+};
+
+struct BelleCache {        // keys and values of one block: S slots, H' heads
+  void* keys;              // (S, H', capacity, head_dim) of `kind`
+  void* values;            // likewise
+  uint16_t* key_scales;    // (S, H', capacity) float16 where `kind` is 2
+  uint16_t* value_scales;  // likewise
+  int64_t slots, kv_heads, capacity, head_dim;
   int32_t kind;            // 0: float32, 1: float16, 2: int8
 };
+
+struct BelleStep {         // one new token in each of some slots: M rows, the same for all blocks
+  const int64_t* slots;    // (M), none twice
+  const int64_t* lengths;  // (M): tokens that the row's slot holds in front of the new one
+  const float* cosines;    // (M, head_dim) of rotary positions; null: none
+  const float* sines;      // likewise, the first half negative
+  const float* slopes;     // (H) of ALiBi, may be null
+  int64_t rows;            // M
+};
+
+struct BelleAttention {    // of a step in one block; H heads
+  const BelleCache* cache;  // the new keys and values are written
+  const BelleStep* step;
+  BelleNew query;          // (M, H, head_dim)
+  BelleNew key, value;     // (M, H', head_dim)
+  float* out;              // (M, H, head_dim)
+  int64_t heads;           // H
+};
+
+// A call of one of the functions below; see run.cpp.
+struct BelleCall {
+  int32_t kind;         // of BelleKind
+  int32_t parts;        // of a product: 2 exact, 1 fast
+  const void* subject;  // a product's BelleWeight, attention's BelleAttention, a norm's weight (H)
+  const float* x;       // (M, H), attention excepted
+  const float* plus;    // (M, N) to be added to a product, or null; a layer norm's bias (H)
+  float* out;           // (M, N) of a product, (M, H) of norms and gelu, (M, H / 2) of a gate; attention has its own
+  int64_t rows, width;  // M, H
+  float eps;            // of norms
+};
+
+enum BelleKind { kProduct, kAttention, kRmsNorm, kLayerNorm, kSiluAndMul, kGelu };
 
 struct BelleGptqBlock {    // GPTQ's walk through a block of B <= 128 inputs; tables (B, N) unless said otherwise
   float* weights;          // used up
@@ -114,15 +146,17 @@ struct BelleSearch {       // the grid of a group of g inputs with the least wei
 
 namespace belle {
 
-constexpr int kAbi = 8;
+constexpr int kAbi = 9;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
+constexpr int kFewRows = 4;             // up to so many are read as a stream, see tile.h
 constexpr int kMostRows = 256;          // rows of x that a unit of work takes at most
 constexpr int kPacked = 512;            // outputs packed together
 constexpr int kSolved = 64;             // outputs of a unit of work of the solver
 constexpr int64_t kHugePage = 1 << 21;  // bytes
 constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
+constexpr int64_t kInlineNumbers = 1 << 16;  // of a row-wise job: below, waking threads takes longer than the work
 
 // One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
 // scale * high alone, with `high` and `low` of 8 signed bits. Instruction sets that multiply bytes get them apart, the
@@ -130,8 +164,9 @@ constexpr int kOverhang = 16;           // rows behind the split activations tha
 // is (units, G, unit_rows, run), `scale` and `sum` (of the integers) are (units, G, unit_rows).
 struct Task {
   BelleWeight w;
-  const float* x;  // (M, K)
-  float* y;        // (M, N)
+  const float* x;     // (M, K)
+  const float* plus;  // (M, N), added to the product; may be null
+  float* y;           // (M, N)
   int64_t rows;    // M
   int64_t unit_rows;
   int parts;       // 2: exact, 1: fast
@@ -154,6 +189,9 @@ struct Kernel {
   void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
   void (*attend)(const BelleAttention&, int64_t row, int64_t kv_head, float* scratch);  // see attend.h
+  // See gates.h.
+  void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t count);
+  void (*gelu)(const float* x, float* out, int64_t count);
   void (*pack)(const BelleWords&, int64_t strip, uint8_t* out);  // see packing.h; kPacked outputs
   bool (*round_row)(const BelleRounding&, int64_t row);  // see rounding.h
   // See gptq.h; `count` outputs from n on, at most kSolved, or 16 of them.
@@ -172,6 +210,41 @@ inline int64_t pieces_of_page(int64_t bytes) { return bytes < kHugePage ? kHugeP
 
 // Calls work(context) from `threads` threads at once, the caller among them, and returns when all have.
 void parallel(int threads, void (*work)(void*), void* context);
+
+// Calls work(begin, end, thread) for pieces of 0 .. count, multiples of `unit`, on as many threads as there are units at
+// most. A piece is a share of what is left, so that the last ones are small and the threads end together.
+template <class Work>
+void share(int threads, int64_t count, int64_t unit, const Work& work) {
+  struct Job {
+    const Work& work;
+    int64_t count, unit;
+    int threads;
+    std::atomic<int64_t> begun{0};
+    std::atomic<int> thread{0};
+  };
+  const int64_t units = (count + unit - 1) / unit;
+  Job job{work, count, unit, units < threads ? static_cast<int>(units) : threads, {}, {}};
+  if (units == 0) return;
+  parallel(job.threads, [](void* context) {
+    Job& job = *static_cast<Job*>(context);
+    const int thread = job.thread++;
+    int64_t begin = job.begun, end;
+    while (begin < job.count) {
+      do {
+        const int64_t pieces = (job.count - begin) / (4 * job.threads * job.unit);
+        end = begin + (pieces > 1 ? pieces : 1) * job.unit;
+        end = end < job.count ? end : job.count;
+      } while (begin < job.count && !job.begun.compare_exchange_weak(begin, end));
+      if (begin < job.count) job.work(begin, end, thread);
+      begin = job.begun;
+    }
+  }, &job);
+}
+
+// The parts of a step; what each returns and expects stands beside it.
+int product(const BelleCall& call, int threads, int isa);
+int attend(const BelleAttention& attention, int threads, int isa);
+void rowwise(const BelleCall& call, int threads, int isa);
 
 bool amx_usable();  // asks the kernel for the tiles' state
 

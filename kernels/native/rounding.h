@@ -1,5 +1,6 @@
 // Rows of a matrix rounded to symmetric codes, one scale for each run of inputs. A file isa_*.cpp includes it behind
 // tile.h. Every operation is rounded on its own, so that instruction sets agree to the bit.
+#include "half.h"
 #include "native.h"
 
 #include <cstring>
@@ -22,25 +23,13 @@ inline void load_run(const BelleRounding& r, int64_t at, float* values) {
   }
 }
 
-// The bits of the float16 that is nearest to x in 6e-8 .. 65504, halves to even.
-inline uint16_t to_half(float x) {
-  uint32_t bits;
-  if (x < 6.103515625e-05f) {  // its smallest step is that of a float in front of 1
-    x += 0.5f;
-    std::memcpy(&bits, &x, 4);
-    return static_cast<uint16_t>(bits - 0x3F000000u);
-  }
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0xFFFu + (bits >> 13 & 1) - 0x38000000u) >> 13);
-}
-
 // Codes of a run less their zero point, to the scale that belongs to `largest`, which is returned.
 inline uint16_t round_run(const float* __restrict values, float largest, int run, float top, float* __restrict codes) {
   constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
   float wanted = largest / top;
   wanted = wanted < 6e-8f ? 6e-8f : wanted;
   wanted = wanted > 65504.0f ? 65504.0f : wanted;
-  const uint16_t scale = to_half(wanted);
+  const uint16_t scale = float_to_half(wanted);
   const float divisor = half_to_float(scale);
   for (int i = 0; i < run; ++i) {
     float q = values[i] / divisor;

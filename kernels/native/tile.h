@@ -11,7 +11,6 @@ namespace belle {
 namespace {
 
 constexpr int kVectors = kBlock / Isa::kLanes;  // registers of one block
-constexpr int kStreamRows = 4;
 
 inline int32_t load32(const uint8_t* p) {
   int32_t value;
@@ -177,9 +176,11 @@ inline typename Isa::Float scaled(const typename Isa::Int* sums, typename Isa::I
 }
 
 inline void write_block(const Task& t, int64_t m, int64_t block, const float* values) {
-  const int64_t first = block * kBlock, count = least(kBlock, t.w.outputs - first);
-  float* y = t.y + m * t.w.outputs + first;
-  for (int64_t i = 0; i < count; ++i) y[i] = t.w.bias == nullptr ? values[i] : values[i] + t.w.bias[first + i];
+  const int64_t first = block * kBlock, count = least(kBlock, t.w.outputs - first), at = m * t.w.outputs + first;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = t.w.bias == nullptr ? values[i] : values[i] + t.w.bias[first + i];
+    t.y[at + i] = t.plus == nullptr ? value : value + t.plus[at + i];
+  }
 }
 
 // ---- few rows: R rows by the outputs of kStreamBlocks blocks, all groups ----
@@ -374,7 +375,7 @@ void stream_rows(const Task& t, int64_t m, int64_t rows, int64_t block) {
 
 template <int BITS, int PARTS>
 void multiply_parts(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
-  if (row_end - row_begin <= kStreamRows) {
+  if (row_end - row_begin <= kFewRows) {
     for (int64_t b = 2 * pair_begin; b < 2 * pair_end; b += Isa::kStreamBlocks)
       stream_rows<BITS, PARTS>(t, row_begin, row_end - row_begin, b);
   } else {

@@ -1,0 +1,36 @@
+"""A step of decoding on a CPU, recorded for a number of rows and made again in one native call."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gptq_belle.kernels.tape import Tape
+from gptq_belle.models.bloom import Bloom
+from gptq_belle.models.llama import Llama
+from gptq_belle.runtime.attention import NativeDecode
+
+MOST_ROWS = 8  # with more, a step takes so long that what Python costs does not show; each needs memory of its own
+
+
+class Recorded:
+    """A step through all blocks. Making one does the step.
+
+    Args:
+        decoder: every part of which is native.
+        x: (M, width) float32, what enters the first block.
+        attend: of the step.
+    Attributes:
+        hidden: (M, width), what left the last block; the next step writes over it.
+    """
+
+    def __init__(self, decoder: Bloom | Llama, x: Tensor, attend: NativeDecode) -> None:
+        self._x, self._attend, self._tape = x.clone(), attend, Tape()
+        with self._tape.recording():
+            self.hidden = decoder.through(self._x, attend)
+
+    def again(self, x: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """The step for other tokens in other slots: `hidden`."""
+        self._x.copy_(x)
+        self._attend.move(slots, lengths)
+        self._tape.replay()
+        return self.hidden

@@ -1,0 +1,105 @@
+"""Calls of the native kernels, recorded once and made again in one: what a CUDA graph is on a GPU.
+
+Between products that read megabytes each, everything that Python touches comes from memory anew: a call takes some 20
+microseconds, of which the kernel sees none. A step of decoding makes the same calls every time, on the same memory.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import native
+from .structs import CallStruct
+
+PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = range(6)  # `BelleKind` of native.h
+BAD_INDEX = 1  # what a call returns; else 0, or that there is no memory
+_recording = threading.local()
+
+
+class Tape:
+    """Calls in the order in which they were made while it was recorded, by one thread.
+
+    Results lie in memory of the tape. What one block makes is read up to the end of the next one: two sets of memory
+    serve all blocks.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[CallStruct] = []
+        self._kept: list[Any] = []  # what calls point to
+        self._free = defaultdict[tuple[int, ...], list[Tensor]](list)
+        self._before: list[Tensor] = []
+        self._now: list[Tensor] = []
+        self._recorded: Any = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Calls are made and put down."""
+        _recording.tape = self
+        try:
+            yield
+        finally:
+            _recording.tape = None
+        self._recorded = (CallStruct * len(self._calls))(*self._calls)
+
+    def replay(self) -> None:
+        """Make all calls again, on whatever stands in memory now.
+
+        Raises:
+            ValueError, MemoryError: as the calls would.
+        """
+        lib = native()
+        _check(lib.run(self._recorded, len(self._recorded), torch.get_num_threads(), lib.number(None)))
+
+    def add(self, call: CallStruct, kept: Any) -> None:
+        """One more call, and what it points to."""
+        self._calls.append(call)
+        self._kept.append(kept)
+
+    def next_block(self) -> None:
+        """What the block before the last one made is not read any more."""
+        for tensor in self._before:
+            self._free[tuple(tensor.shape)].append(tensor)
+        self._before, self._now = self._now, []
+
+    def memory(self, shape: tuple[int, ...]) -> Tensor:
+        """float32 on the CPU for a result."""
+        free = self._free[shape]
+        self._now.append(free.pop() if free else torch.empty(shape))
+        return self._now[-1]
+
+
+def empty(*shape: int) -> Tensor:
+    """Memory for a result, float32 on the CPU: the tape's where one is recorded."""
+    tape: Tape | None = getattr(_recording, "tape", None)
+    return torch.empty(shape) if tape is None else tape.memory(shape)
+
+
+def run(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
+    """Make a call, and record it where a tape is.
+
+    Args:
+        kept: what it points to.
+        isa: one of `library().usable`; left out, the fastest.
+    Raises:
+        ValueError: it would have reached beyond a table.
+        MemoryError: there is none.
+    """
+    lib = native()
+    _check(lib.run(call, 1, torch.get_num_threads(), lib.number(isa)))
+    tape: Tape | None = getattr(_recording, "tape", None)
+    if tape is not None:
+        tape.add(call, kept)
+        if call.kind == ATTENTION:
+            tape.next_block()
+
+
+def _check(outcome: int) -> None:
+    if outcome == BAD_INDEX:
+        raise ValueError("an index is beyond its table: a slot or a length of a cache, or an input in a weight's order")
+    if outcome:
+        raise MemoryError("no memory for activations")

@@ -1,0 +1,111 @@
+"""Steps that were recorded give, to the bit, what the same calls from Python give: other tokens, slots and lengths."""
+
+import pytest
+import torch
+from conftest import packed_checkpoint
+
+from gptq_belle import load
+from gptq_belle.kernels.cpu_rowwise import RmsNorm
+from gptq_belle.kernels.library import library
+from gptq_belle.kernels.tape import Tape
+from gptq_belle.runtime.replay import MOST_ROWS
+
+if isinstance(library(), str):
+    pytest.skip(library(), allow_module_level=True)
+
+
+@pytest.fixture(params=["float32", "float16", "int8"])
+def model(request, tiny_model, tmp_path):
+    return load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu", cache=request.param)
+
+
+@torch.inference_mode()
+def steps(model, turns):
+    """Logits of some steps, each (slots, lengths), on a cache of six slots that hold twenty tokens each."""
+    generator, cache = torch.Generator().manual_seed(3), model.new_cache(6, 40)
+    for slot in range(6):
+        model.read(torch.randint(4, 380, (20,), generator=generator), cache, slot)
+    found = []
+    for slots, lengths in turns:
+        tokens = torch.randint(4, 380, (len(slots),), generator=generator)
+        found.append(model.step(tokens, cache, slots, lengths))
+    return found, cache
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_recorded_steps_are_those_of_python(model, threads):
+    torch.set_num_threads(threads)
+    assert model.replays
+    turns = [([0], [20]), ([0], [21]), ([4, 1, 2], [20, 20, 19]), ([3], [20]), ([2, 5, 0], [20, 7, 22]),
+             ([4, 1, 2], [21, 21, 21]), ([0], [23])]
+    found, cache = steps(model, turns)
+    assert set(cache.recorded) == {1, 3}
+    model.replays = False
+    wanted, plain = steps(model, turns)
+    assert not plain.recorded
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_nothing_of_the_step_before_is_read(model):
+    (_, second), cache = steps(model, [([1], [20]), ([1], [20])])
+    recorded = cache.recorded[1]
+    tape = recorded._tape
+    for tensor in [*tape._now, *tape._before, *(t for free in tape._free.values() for t in free)]:
+        tensor.numpy()[:] = torch.nan
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(4, 380, (count,), generator=generator) for count in (*[20] * 6, 1, 1)][-1]
+    with torch.inference_mode():
+        assert torch.equal(model.step(tokens, cache, [1], [20]), second)
+
+
+def test_more_rows_are_not_recorded(model):
+    with torch.inference_mode():
+        cache = model.new_cache(MOST_ROWS + 1, 8)
+        model.step(torch.arange(MOST_ROWS + 1) + 4, cache, range(MOST_ROWS + 1), [0] * (MOST_ROWS + 1))
+    assert not cache.recorded
+
+
+def test_no_cache_is_kept_alive(model):
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        _, cache = steps(model, [([0], [20])])
+        last = weakref.ref(cache.keys[0])
+        del cache, _
+        assert last() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("case", ["not packed", "bfloat16", "torch"])
+def test_what_is_not_native_is_not_recorded(case, tiny_model, tmp_path, monkeypatch):
+    path = tiny_model if case == "not packed" else packed_checkpoint(tiny_model, tmp_path / "packed")
+    if case == "torch":
+        monkeypatch.setattr("gptq_belle.kernels.cpu_layout.library", lambda: "no compiler")
+        monkeypatch.setattr("gptq_belle.kernels.cpu_attention.library", lambda: "no compiler")
+    found = load(path, device="cpu", dtype=torch.bfloat16 if case == "bfloat16" else None)
+    assert not found.replays
+    logits, session = found.prefill(torch.arange(4, 12)[None], 4)
+    assert found.decode(logits.argmax(-1), session).isfinite().all()
+    assert not session.cache.recorded
+
+
+def test_an_index_beyond_a_table_stops_a_replay(model):
+    _, cache = steps(model, [([0], [20])])
+    with torch.inference_mode(), pytest.raises(ValueError, match="beyond its table"):
+        model.step(torch.tensor([5]), cache, [6], [20])
+    with torch.inference_mode(), pytest.raises(ValueError, match="beyond its table"):
+        model.step(torch.tensor([5]), cache, [0], [40])
+
+
+def test_a_tape_of_one_call():
+    x, norm, tape = torch.randn(3, 40), RmsNorm(torch.randn(40), 1e-6), Tape()
+    with tape.recording():
+        found = norm(x)
+    elsewhere = norm(x)  # not recorded any more
+    x.copy_(torch.randn(3, 40))
+    tape.replay()
+    assert torch.equal(found, norm(x))
+    assert not torch.equal(found, elsewhere)
