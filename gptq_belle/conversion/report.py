@@ -65,7 +65,8 @@ def lines(found: Conversion) -> list[tuple[str, str]]:
         ("format", f"{found.written_format}" + ("" if found.read_format == found.written_format
                                               else f", was {found.read_format}")),
         ("written", f"{found.bytes_written / 1e6:,.2f} MB in {found.seconds:.1f} s"),
-        ("read back", f"every weight within {found.deviation:.1e} of its linear's largest"),
+        ("read back", f"every weight within {found.deviation:.1e} of its linear's largest" if found.deviation
+         else "every weight the same"),
     ]
     if found.dropped_biases:
         rows.append(("biases", f"{found.dropped_biases} left out: zeros, of layers that have none"))

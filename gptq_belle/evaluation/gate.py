@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
+from gptq_belle import console
 from gptq_belle.errors import GateError, UsageError
 from gptq_belle.evaluation.belle import BelleScores
 from gptq_belle.evaluation.class_figures import ClassFigures
@@ -45,7 +46,7 @@ def parse(gate: str, names: Sequence[str]) -> Gate:
 
 
 def check(gates: Sequence[Gate], figures: Mapping[str, float]) -> None:
-    """Hold figures against parsed gates; not a number passes none.
+    """Hold figures against parsed gates, and say on stderr which hold; not a number passes none.
 
     Raises:
         GateError: the first gate that is missed, with the figure.
@@ -55,6 +56,7 @@ def check(gates: Sequence[Gate], figures: Mapping[str, float]) -> None:
         if not SIGNS[sign](value, limit):
             raise GateError(f"the gate {name}{sign}{limit:g} is missed: {name} is {value:.6g}",
                             "Quantize with more bits, smaller groups or more calibration text.")
+        console.note(f"The gate {name}{sign}{limit:g} holds: {name} is {value:.6g}.")
 
 
 def names(kind: type) -> list[str]:

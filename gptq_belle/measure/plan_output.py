@@ -8,7 +8,7 @@ from gptq_belle import console
 from gptq_belle.errors import UsageError
 from gptq_belle.measure.plan import FULL, Row, best
 
-GB, GIB = 1e9, 2**30
+MB, GB, GIB = 1e6, 1e9, 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +47,24 @@ def plain(plan: Plan) -> dict[str, Any]:
 
 def show(plan: Plan) -> None:
     """Print the table and the verdict on stdout."""
-    setting = plan.rows[0].setting
+    setting, (unit, word) = plan.rows[0].setting, _unit(plan)
     asked = "the whole context" if plan.context is None else f"{plan.context:,} tokens of context"
     title = (f"{plan.model} on a {'GPU' if setting.device == 'cuda' else 'CPU'}: {asked}, batch {plan.batch}, "
-             f"cache in {setting.cache}, groups of {setting.group_size}; GB by arithmetic")
+             f"cache in {setting.cache}, groups of {setting.group_size}; {word} by arithmetic")
     columns = ["bits", "head", "blocks", "embedding, head", "cache", "workspace", "program", "total",
                f"in {plan.memory / GIB:.2f} GiB", "longest context"]
-    console.print_table(title, columns, [_cells(row) for row in plan.rows], text=0)
+    console.print_table(title, columns, [_cells(row, unit) for row in plan.rows], text=0)
     console.say()
     console.say(verdict(plan))
 
 
 def verdict(plan: Plan) -> str:
     """Which setting to take, in one line; with none that fits, what comes closest."""
-    chosen = best(plan.rows)
+    chosen, (unit, word) = best(plan.rows), _unit(plan)
     if chosen is not None:
         s = chosen.setting
-        return (f"Fits with {_bits(s.bits)} and {_head(s.head_bits)}: {chosen.needs.total / GB:.2f} GB of "
-                f"{plan.memory / GB:.2f}. Of what fits, this has the most bits.")
+        return (f"Fits with {_bits(s.bits)} and {_head(s.head_bits)}: {chosen.needs.total / unit:.2f} {word} of "
+                f"{plan.memory / unit:.2f}. Of what fits, this has the most bits.")
     longest = max(plan.rows, key=lambda row: row.longest)
     if longest.longest:
         s = longest.setting
@@ -72,7 +72,12 @@ def verdict(plan: Plan) -> str:
                 "do: choose --context.")
     least = min(plan.rows, key=lambda row: row.needs.total)
     return (f"Does not fit at any setting: {_bits(least.setting.bits)} and {_head(least.setting.head_bits)} take "
-            f"{least.needs.total / GB:.2f} GB.")
+            f"{least.needs.total / unit:.2f} {word}.")
+
+
+def _unit(plan: Plan) -> tuple[float, str]:
+    """In what sizes are shown: of some MB, two digits of a GB would be zeros."""
+    return (GB, "GB") if max(row.needs.total for row in plan.rows) >= GB else (MB, "MB")
 
 
 def _bits(bits: int) -> str:
@@ -83,10 +88,10 @@ def _head(bits: int) -> str:
     return "a head that is not packed" if bits == FULL else f"a head of {bits} bits"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, unit: float) -> list[str]:
     n = row.needs
     sizes = (n.blocks, n.head, n.cache, n.workspace, n.program, n.total)
-    return [str(row.setting.bits), str(row.setting.head_bits), *(f"{size / GB:.2f}" for size in sizes),
+    return [str(row.setting.bits), str(row.setting.head_bits), *(f"{size / unit:.2f}" for size in sizes),
             "yes" if row.fits else "no", f"{row.longest:,}" if row.longest else "none"]
 
 
