@@ -1,6 +1,6 @@
 """Whole tokens on a CPU: ours against llama.cpp's Q4_0 and transformers with torch's int4 op, in one run.
 
-    python benchmarks/bench_generate.py                    # LLaMA-7B cut to 8 blocks, 4 bit, head in 4 bits; minutes
+    python benchmarks/bench_generate.py      # LLaMA-7B cut to 8 blocks, 4 bit and head in 4 bits, 8 and 8; minutes
 
 Each repeat, every variant reads a prompt of 512 tokens, then decodes behind a short one, alone and in a batch of 8, in
 turn; figures are medians, ratios of medians of the same run. A step of decoding is held against a plain read of as many
@@ -27,7 +27,7 @@ from gptq_belle.measure.timing import seconds, spread
 from gptq_belle.runtime.engine import Model
 
 CONTEXT, TOKENS, PROMPT, BATCH = 8, 32, 512, 8
-OURS, FAST, HF, PEER = "4 bit exact", "4 bit fast", "hf_model, torch int4", "llama.cpp Q4_0"
+OURS, FAST, EIGHT, HF, PEER = "4 bit exact", "4 bit fast", "8 bit exact", "hf_model, torch int4", "llama.cpp Q4_0"
 READ, CALLS = "plain read", "4 bit exact, every call from Python"  # of these only decoding
 TURNS = {"decode": 3, "batch": 1, "prefill": 1}  # of every variant in each repeat
 
@@ -98,20 +98,20 @@ def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, lis
     return {what: {name: values[TURNS[what]:] for name, values in found.items()} for what, found in times.items()}
 
 
-def rows_of(times: dict[str, dict[str, list[float]]], size: int) -> list[dict[str, Any]]:
-    """A row of figures for every variant and what it did."""
+def rows_of(times: dict[str, dict[str, list[float]]], sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """A row of figures for every variant and what it did; of those with a size, the share of a plain read."""
     tokens = {"decode": 1, "batch": BATCH, "prefill": PROMPT}
-    read, rows = spread(times["decode"].pop(READ)).median, []
-    print(f"{READ} of {size / 1e6:.0f} MB: {1e3 * read:.2f} ms, {size / read / 1e9:.1f} GB/s")
+    speed, rows = sizes[OURS] / spread(times["decode"].pop(READ)).median, []
+    print(f"{READ}: {speed / 1e9:.1f} GB/s")
     for what, found in times.items():
         base = spread(found[OURS]).median
         for name, values in found.items():
             s = spread(values)
             row = {"what": what, "variant": name, "seconds": s.median, "low": s.low, "high": s.high,
                    "tokens_per_s": tokens[what] / s.median, "time_of_ours": s.median / base}
-            if what == "decode" and name in (OURS, CALLS, FAST):
-                row |= {"bytes": size, "Bps": size / s.median, "read_seconds": read,
-                        "share_of_read": read / s.median}
+            if what == "decode" and name in sizes:
+                row |= {"bytes": sizes[name], "Bps": sizes[name] / s.median, "read_Bps": speed,
+                        "share_of_read": sizes[name] / s.median / speed}
             rows.append(row)
             share = f", {row['share_of_read']:.2f} of a read" if "share_of_read" in row else ""
             print(f"{what:8} {name:35} {1e3 * s.median:9.2f} ms {row['tokens_per_s']:8.1f} tokens/s, "
@@ -119,25 +119,30 @@ def rows_of(times: dict[str, dict[str, list[float]]], size: int) -> list[dict[st
     return rows
 
 
+def models(scratch: Path, layers: int) -> tuple[Path, dict[str, Model]]:
+    """The 4-bit directory, and what is loaded of it and of the 8-bit one."""
+    four, eight = scratch / "4", scratch / "8"
+    make("llama-7b", four, layers=layers)
+    make("llama-7b", eight, layers=layers, bits=8)
+    return four, {OURS: load(four, device="cpu", head_bits=4), EIGHT: load(eight, device="cpu", head_bits=8),
+                  FAST: load(four, device="cpu", head_bits=4, precision="fast")}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="made by make_model before; left out, it is made for the run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch, LlamaCpp(Shape(options.layers), options.threads) as peer:
-        path = options.model or Path(scratch) / "model"
-        if options.model is None:
-            make("llama-7b", path, layers=options.layers)
-        exact = load(path, device="cpu", head_bits=4)
-        fast = load(path, device="cpu", head_bits=4, precision="fast")
-        variants = {OURS: ours(exact), CALLS: ours(exact, replays=False), FAST: ours(fast),
-                    HF: transformers_int4(path)} | ({PEER: llama_cpp(peer)} if peer.there else {})
-        times = measure(variants | {READ: plain_read(exact.step_bytes)}, options.repeats)
-    rows = rows_of(times, exact.step_bytes)
+        path, loaded = models(Path(scratch), options.layers)
+        exact, sizes = loaded[OURS], {name: model.step_bytes for name, model in loaded.items()}
+        variants = {name: ours(model) for name, model in loaded.items()} | {
+            CALLS: ours(exact, replays=False), READ: plain_read(exact.step_bytes), HF: transformers_int4(path)}
+        times = measure(variants | ({PEER: llama_cpp(peer)} if peer.there else {}), options.repeats)
+    rows = rows_of(times, sizes | {CALLS: exact.step_bytes})
     print(records.write("cpu_generate", {"threads": options.threads, "layers": options.layers,
                                          "llama_cpp_python": peer.version or None, "results": rows}))
 

@@ -28,8 +28,8 @@ RUNGS = {"nearest": "rounding to nearest", "fast": "plain GPTQ (`fast`)", "order
 RUNGS_ZH = {"nearest": "就近舍入", "fast": "普通 GPTQ（`fast`）", "order": "先求解活跃输入",
             "search, positive": "+ 缩放搜索，只取正", "search, signed": "+ 正负都搜", "refine": "+ 重拟合与坐标下降",
             "targets": "+ 以全精度输出为目标", "best": "+ 留出行裁决（`best`）", "max": "+ 端到端微调（`max`）"}
-STACKS_ZH = {"4 bit exact": "4 位 exact", "4 bit fast": "4 位 fast", "8 bit exact": "8 位 exact",
-             "dense bfloat16": "bfloat16 全矩阵", "llama.cpp Q4_0": "llama.cpp Q4_0（整词）"}
+RUNS_ZH = {"4 bit exact": "4 位 exact", "4 bit exact, every call from Python": "4 位 exact，逐个从 Python 调用",
+           "4 bit fast": "4 位 fast", "8 bit exact": "8 位 exact", "hf_model, torch int4": "transformers，torch int4"}
 CLASSES_ZH = {"open_qa": "开放问答", "closed_qa": "阅读问答", "extract": "信息抽取", "classification": "分类",
               "summarization": "摘要", "rewrite": "改写", "translation": "翻译", "brainstorming": "头脑风暴",
               "math": "数学", "code": "代码"}
@@ -92,12 +92,16 @@ def training() -> str:
                                                     for name, text in figures])
 
 
-def stack(columns: list[str], names: dict[str, str]) -> str:
-    """A row a variant: tokens per second at the M that were measured, 8 blocks of LLaMA-7B and a head."""
-    found = {(row["variant"], row["rows"]): row["tokens_per_s"] for row in result("cpu_stack")["results"]}
-    variants, rows = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
-    return markdown([columns[0], *(columns[1].format(m) for m in rows)],
-                    [[names.get(str(v), str(v)), *(f"{found[v, m]:.1f}" for m in rows)] for v in variants])
+def generate(columns: list[str], names: dict[str, str]) -> str:
+    """A row a variant: whole tokens per second, alone, in a batch, of a prompt; share of a plain read of weights."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result("cpu_generate")["results"]:
+        found.setdefault(row["variant"], {})[row["what"]] = row
+    return markdown(columns, [
+        [names.get(name, name), *(f"{row[what]['tokens_per_s']:.1f}" if what in row else ""
+                                  for what in ("decode", "batch", "prefill")),
+         f"{row['decode']['share_of_read']:.2f}" if "share_of_read" in row["decode"] else ""]
+        for name, row in found.items()])
 
 
 def interop() -> str:
@@ -145,8 +149,10 @@ TABLES: dict[str, Callable[[], str]] = {
                               "exact match, %"], RUNGS),
     "ladder_zh": lambda: ladder(["模型，位数", "", "种子数", "与全精度的 KL", "与 `fast` 之比", "困惑度",
                                  "完全匹配 %"], RUNGS_ZH),
-    "cpu": lambda: stack(["linears of 8 blocks and head", "M = {}, tokens/s"], {}),
-    "cpu_zh": lambda: stack(["8 层的线性层和输出层", "M = {}，词/秒"], STACKS_ZH),
+    "generate": lambda: generate(["8 blocks of LLaMA-7B and its head, tokens/s", "one token", "8 sequences",
+                                  "prompt of 512", "of a plain read"], {}),
+    "generate_zh": lambda: generate(["LLaMA-7B 的 8 层和输出层，词/秒", "逐词", "8 个序列", "512 词的提示",
+                                     "与单纯读取之比"], RUNS_ZH),
     "training": training,
     "interop": interop,
     "belle_7b": belle_7b,
