@@ -31,11 +31,12 @@ lint: $(READY)
 
 # The library goes to a folder of its own; Python itself leaks on purpose, so leaks are not looked for.
 SANITIZED := build/sanitized
+SANITIZED_TESTS := cpu cpu_attention cpu_rowwise cpu_solver head hostile replay
 sanitize: $(READY)
 	GPTQ_BELLE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY="$$(ls $(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native*.so)" \
-	  $(BIN)/python -m pytest tests/test_cpu.py tests/test_cpu_norm.py tests/test_cpu_solver.py tests/test_head.py tests/test_hostile.py
+	  $(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED_TESTS)))
 
 interop: $(READY)
 	GPTQ_BELLE_RECORD=$(CURDIR)/benchmarks/results/interop.json $(BIN)/python -m pytest -m slow tests/test_interop.py -rs
