@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gptq_belle.quantization.report import LinearReport
 
@@ -40,16 +40,16 @@ class Silent:
 
 class ConsoleProgress:
     """Progress on a rich console: a line for every linear with its error, seconds and the job's peak memory, and on a
-    terminal a bar with the time left."""
+    terminal a bar. The time left follows from finished blocks: the steps of one are not equally long."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.blocks = self.left = self.done = 0
-        self.began = time.monotonic()
+        self.blocks = self.steps = self.todo = self.done = 0
+        self.began, self.of_a_step = time.monotonic(), 0.0  # seconds; 0: no block is finished yet
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("reading", total=None)
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps{task.fields[left]}"),
+            console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("reading", total=None, left="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -59,12 +59,15 @@ class ConsoleProgress:
         self._bar.stop()
 
     def start(self, blocks: int, steps: int, finished: int) -> None:
-        self.blocks, self.left, self.began, self.done = blocks, (blocks - finished) * steps, time.monotonic(), 0
-        self._bar.reset(self._task, total=self.left, description=f"block {finished + 1}")
+        self.blocks, self.steps, self.todo, self.done = blocks, steps, (blocks - finished) * steps, 0
+        self.began, self.of_a_step = time.monotonic(), 0.0
+        self._bar.reset(self._task, total=self.todo, description=f"block {finished + 1}")
 
     def step(self) -> None:
         self.done += 1
-        self._bar.update(self._task, completed=self.done)
+        if self.done % self.steps == 0:
+            self.of_a_step = (time.monotonic() - self.began) / self.done
+        self._bar.update(self._task, completed=self.done, left=self._left())
 
     def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
         """A line for a finished linear, and a step of the bar."""
@@ -72,7 +75,7 @@ class ConsoleProgress:
         self._bar.update(self._task, description=f"block {block + 1}/{self.blocks}")
         memory = f", peak {peak_memory / MIB:,.0f} MiB" if peak_memory is not None else ""
         damp = f", damping {row.damp:g}" if row.damp > 0.01 else ""
-        left = "" if self.console.is_terminal else f", {self._left():.0f} s left"
+        left = "" if self.console.is_terminal else self._left()
         self.console.print(f"block {block + 1}/{self.blocks} {_short(row.name):<32} error {row.error:.2e}, "
                            f"{row.seconds:.2f} s{memory}{damp}{left}", soft_wrap=True)
 
@@ -81,8 +84,8 @@ class ConsoleProgress:
         if not self.console.is_terminal:
             self.console.print(text, soft_wrap=True)
 
-    def _left(self) -> float:
-        return (time.monotonic() - self.began) * max(0, self.left - self.done) / max(1, self.done)
+    def _left(self) -> str:
+        return f", {self.of_a_step * max(0, self.todo - self.done):.0f} s left" if self.of_a_step else ""
 
 
 def _short(name: str) -> str:
