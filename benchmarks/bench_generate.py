@@ -36,8 +36,10 @@ Timer = Callable[[str], float]
 
 def ours(model: Model, *, replays: bool = True) -> Timer:
     """Seconds of the prefill, or of one step of decoding, recorded or call by call."""
+    native = model.replays
+
     def run(what: str) -> float:
-        model.replays = replays
+        model.replays = replays and native
         rows = BATCH if what == "batch" else 1
         ids = torch.randint(32000, (rows, PROMPT if what == "prefill" else CONTEXT))
         began = time.perf_counter()
@@ -87,7 +89,7 @@ def plain_read(size: int) -> Timer:
 
 
 def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by what is done and variant; the first turn does not count."""
+    """Seconds by what is done and variant; the first repeat does not count."""
     times: dict[str, dict[str, list[float]]] = {
         what: {name: [] for name in variants if what == "decode" or name not in (READ, CALLS)} for what in TURNS}
     for _ in range(repeats + 1):

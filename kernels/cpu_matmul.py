@@ -15,7 +15,7 @@ from .cpu_layout import BLOCK, PADDED, CpuWeight
 from .library import address, native, plain
 from .runs import RUNS
 from .structs import CallStruct, WeightStruct
-from .tape import PRODUCT, empty, run
+from .tape import PRODUCT, empty, refuse, run
 
 
 class Product:
@@ -59,6 +59,8 @@ class Product:
         inside = plus is not None and plain(plus) and plus.shape == y.shape
         run(CallStruct(PRODUCT, self.weight.parts, self._address, rows.data_ptr(), address(plus) if inside else None,
                        y.data_ptr(), rows.shape[0], self._inputs), (self, rows, plus, y), isa=isa)
+        if rows.data_ptr() != x.data_ptr() or y.dtype is not x.dtype or not (plus is None or inside):
+            refuse("a product with numbers that were converted")
         y = y if x.dtype is torch.float32 else y.to(x.dtype)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], self._outputs)
         return y if plus is None or inside else y.add_(plus)

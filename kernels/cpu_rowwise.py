@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .library import Library, address, library, plain
 from .structs import CallStruct
-from .tape import GELU, LAYER_NORM, RMS_NORM, SILU_AND_MUL, empty, run
+from .tape import GELU, LAYER_NORM, RMS_NORM, SILU_AND_MUL, empty, refuse, run
 
 
 class RmsNorm:
@@ -23,13 +23,15 @@ class RmsNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps, self._native = weight, eps, _native(weight)
+        self.weight, self.eps = weight.contiguous(), eps
+        self._native = _native(self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., H), of any floating dtype; raises ValueError where H is another."""
         _check_width(x, self.weight)
         if self._native and plain(x):
             return _normed(RMS_NORM, x, self.weight, None, self.eps)
+        refuse("an RMS norm by torch")
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -42,13 +44,15 @@ class LayerNorm:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.weight, self.bias, self.eps, self._native = weight, bias, eps, _native(weight) and _native(bias)
+        self.weight, self.bias, self.eps = weight.contiguous(), bias.contiguous(), eps
+        self._native = _native(self.weight) and _native(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., H), of any floating dtype; raises ValueError where H is another."""
         _check_width(x, self.weight)
         if self._native and plain(x):
             return _normed(LAYER_NORM, x, self.weight, self.bias, self.eps)
+        refuse("a layer norm by torch")
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -62,6 +66,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if width % 2:
         raise ValueError(f"x of {tuple(x.shape)} does not hold two numbers for each result")
     if not _served(x):
+        refuse("a gate by torch")
         return F.silu(x[..., : width // 2]).mul_(x[..., width // 2 :])
     out = empty(*x.shape[:-1], width // 2)
     run(CallStruct(SILU_AND_MUL, 0, None, x.data_ptr(), None, out.data_ptr(), x.numel() // width, width), (x, out))
@@ -71,6 +76,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def gelu_(x: Tensor) -> Tensor:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in place (1606.08415, section 2); returns x."""
     if not _served(x):
+        refuse("a GELU by torch")
         return torch.ops.aten.gelu_(x, approximate="tanh")
     run(CallStruct(GELU, 0, None, x.data_ptr(), None, x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1]), x)
     return x

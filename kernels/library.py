@@ -49,7 +49,7 @@ class Library:
         self.pack_rows = self._function("pack_rows", None, POINTER(RowsStruct), ADDRESS, INT)
         self.round_rows = self._function("round_rows", INT, POINTER(RoundingStruct), INT, INT)
         self.read = self._function("read", ctypes.c_uint32, ADDRESS, SIZE, INT, INT)
-        self.run = self._function("run", INT, POINTER(CallStruct), SIZE, INT, INT)
+        self.run = self._function("run", INT, POINTER(CallStruct), SIZE, INT, INT, POINTER(ctypes.c_double))
         self.gptq_block = self._function("gptq_block", None, POINTER(GptqBlockStruct), INT, INT)
         self.descend = self._function("descend", None, POINTER(DescentStruct), INT, INT)
         self.search = self._function("search", None, POINTER(SearchStruct), INT, INT)

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import Array, c_double
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .library import native
 from .structs import CallStruct
 
-PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = range(6)  # `BelleKind` of native.h
+PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = KINDS = range(6)  # `BelleKind` of native.h
 BAD_INDEX = 1  # what a call returns; else 0, or that there is no memory
 _recording = threading.local()
 
@@ -26,6 +27,9 @@ class Tape:
 
     Results lie in memory of the tape. What one block makes is read up to the end of the next one: two sets of memory
     serve all blocks.
+
+    Attributes:
+        seconds: by kind of call, added up by replays where it is not None.
     """
 
     def __init__(self) -> None:
@@ -35,6 +39,7 @@ class Tape:
         self._before: list[Tensor] = []
         self._now: list[Tensor] = []
         self._recorded: Any = None
+        self.seconds: Array[c_double] | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -53,7 +58,7 @@ class Tape:
             ValueError, MemoryError: as the calls would.
         """
         lib = native()
-        _check(lib.run(self._recorded, len(self._recorded), torch.get_num_threads(), lib.number(None)))
+        _check(lib.run(self._recorded, len(self._recorded), torch.get_num_threads(), lib.number(None), self.seconds))
 
     def add(self, call: CallStruct, kept: Any) -> None:
         """One more call, and what it points to."""
@@ -69,14 +74,20 @@ class Tape:
     def memory(self, shape: tuple[int, ...]) -> Tensor:
         """float32 on the CPU for a result."""
         free = self._free[shape]
-        self._now.append(free.pop() if free else torch.empty(shape))
+        self._now.append(free.pop() if free else _memory(shape))
         return self._now[-1]
 
 
 def empty(*shape: int) -> Tensor:
     """Memory for a result, float32 on the CPU: the tape's where one is recorded."""
     tape: Tape | None = getattr(_recording, "tape", None)
-    return torch.empty(shape) if tape is None else tape.memory(shape)
+    return _memory(shape) if tape is None else tape.memory(shape)
+
+
+def refuse(what: str) -> None:
+    """Raises RuntimeError while a tape is recorded: `what` is no native call, and would be left out."""
+    if getattr(_recording, "tape", None) is not None:
+        raise RuntimeError(f"{what} cannot be recorded")
 
 
 def run(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
@@ -90,7 +101,7 @@ def run(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
         MemoryError: there is none.
     """
     lib = native()
-    _check(lib.run(call, 1, torch.get_num_threads(), lib.number(isa)))
+    _check(lib.run(call, 1, torch.get_num_threads(), lib.number(isa), None))
     tape: Tape | None = getattr(_recording, "tape", None)
     if tape is not None:
         tape.add(call, kept)
@@ -98,8 +109,13 @@ def run(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
             tape.next_block()
 
 
+def _memory(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+
+
 def _check(outcome: int) -> None:
     if outcome == BAD_INDEX:
-        raise ValueError("an index is beyond its table: a slot or a length of a cache, or an input in a weight's order")
+        raise ValueError("an index is beyond its table (a slot or a length of a cache, an input in a weight's order), or a "
+                         "slot is there twice")
     if outcome:
         raise MemoryError("no memory for activations")

@@ -96,7 +96,11 @@ def test_nan_and_infinity_in_gates():
     found = silu_and_mul(x)[0]
     assert found[0].isnan()
     assert found[1] == torch.inf
+    assert found[2].isnan()  # as torch's: minus infinity times 0
     assert found[3].isnan()
+    huge = torch.tensor([[-3e38, 3e38, 1.0, 1.0]])
+    assert torch.equal(silu_and_mul(huge), torch.tensor([[-0.0, 3e38]]))
+    assert torch.equal(gelu_(torch.tensor([-1e38, -1e30, 1e30])), torch.tensor([-0.0, -0.0, 1e30]))
 
 
 def test_a_gated_row_is_the_same_to_the_bit_alone():

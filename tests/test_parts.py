@@ -1,5 +1,6 @@
 """The parts of a step: every linear, the head and attention are clocked, and the model is left as it was."""
 
+import pytest
 import torch
 from conftest import packed_checkpoint
 
@@ -20,8 +21,19 @@ def test_the_model_answers_the_same_while_it_is_clocked_and_afterwards(tiny_mode
     assert calls == (["linears", "attention"] + ["linears"] * (linears - 1)) * 2 + ["head"]
     assert all(clock.seconds[name] > 0 for name in ("linears", "attention", "head"))
     assert [dict(vars(block)) for block in model.decoder.blocks] == attributes
-    assert "hidden" not in vars(model.decoder)
+    assert "through" not in vars(model.decoder)
     assert torch.equal(model.logits(ids), before)
+
+
+@pytest.mark.parametrize("batch", [1, 9])  # recorded, and not
+def test_shares_of_packed_models(tiny_model, tmp_path, batch):
+    model = load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
+    head, replays = model.decoder.head, model.replays
+    found = step_shares(model, batch, 4, 10.0)  # of a step so long, all parts are little
+    assert 0 < found.linears < 0.1
+    assert 0 < found.attention < 0.1
+    assert 0 < found.head < 0.1
+    assert (model.decoder.head, model.replays) == (head, replays)
 
 
 def test_shares_follow_the_time(tiny_llama, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.kernels.cpu_rowwise import RmsNorm
+from gptq_belle.kernels.cpu_rowwise import RmsNorm, silu_and_mul
 from gptq_belle.kernels.library import library
 from gptq_belle.kernels.tape import Tape
 from gptq_belle.runtime.replay import MOST_ROWS
@@ -46,10 +46,29 @@ def test_recorded_steps_are_those_of_python(model, threads):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["act-order", "fast", "asymmetric"])
+def test_other_weights_and_other_threads(kind, tiny_model, tmp_path):
+    path = packed_checkpoint(tiny_model, tmp_path / "packed", act_order=kind == "act-order", sym=kind != "asymmetric")
+    model = load(path, device="cpu", precision="fast" if kind == "fast" else "exact")
+    turns = [([2, 0], [20, 20]), ([2, 5], [21, 20]), ([0, 1], [21, 20])]
+    torch.set_num_threads(1)
+    found, _ = steps(model, turns)
+    model.replays = False
+    torch.set_num_threads(3)
+    wanted, _ = steps(model, turns)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    model.replays = True
+    with torch.inference_mode():
+        tokens, cache = torch.tensor([7, 8]), steps(model, turns)[1]
+        several = model.step(tokens, cache, [3, 4], [20, 20])
+        torch.set_num_threads(1)
+        assert torch.equal(several, model.step(tokens, cache, [3, 4], [20, 20]))
+
+
 def test_nothing_of_the_step_before_is_read(model):
     (_, second), cache = steps(model, [([1], [20]), ([1], [20])])
     recorded = cache.recorded[1]
-    tape = recorded._tape
+    tape = recorded.tape
     for tensor in [*tape._now, *tape._before, *(t for free in tape._free.values() for t in free)]:
         tensor.numpy()[:] = torch.nan
     generator = torch.Generator().manual_seed(3)
@@ -98,6 +117,35 @@ def test_an_index_beyond_a_table_stops_a_replay(model):
         model.step(torch.tensor([5]), cache, [6], [20])
     with torch.inference_mode(), pytest.raises(ValueError, match="beyond its table"):
         model.step(torch.tensor([5]), cache, [0], [40])
+    with torch.inference_mode(), pytest.raises(ValueError, match="twice"):
+        model.step(torch.tensor([5, 6]), cache, [0, 0], [20, 20])
+
+
+def test_a_step_of_other_rows_or_outside_of_inference(model):
+    (first,), cache = steps(model, [([0], [20])])
+    with pytest.raises(ValueError, match="1 rows was recorded, not of 2"):
+        cache.recorded[1].again(torch.zeros(2, first.shape[-1]), [0], [20])
+    assert model.step(torch.tensor([5]), cache, [0], [20]).isfinite().all()  # without inference mode around it
+
+
+def test_a_call_that_is_not_native_is_not_left_out_in_silence():
+    norm, x = RmsNorm(torch.randn(40), 1e-6), torch.randn(3, 40)
+    with pytest.raises(RuntimeError, match="an RMS norm by torch cannot be recorded"), Tape().recording():
+        norm(x.bfloat16())
+    with pytest.raises(RuntimeError, match="a gate by torch"), Tape().recording():
+        silu_and_mul(torch.randn(4, 40).t())
+    assert norm(x.bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_defaults_of_torch(model, dtype):
+    wanted, _ = steps(model, [([0], [20]), ([0], [21])])
+    torch.set_default_dtype(dtype)
+    try:
+        found, _ = steps(model, [([0], [20]), ([0], [21])])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_tape_of_one_call():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gptq_belle.kernels import cpu_attention
+from gptq_belle.kernels.tape import refuse
 from gptq_belle.runtime.cache import Cache
 
 QUERIES = 64
@@ -166,19 +167,20 @@ class NativeDecode:
     def __init__(self, heads: Heads, tables: Sequence[cpu_attention.Table], slots: Sequence[int],
                  lengths: Sequence[int]) -> None:
         self.heads, self.tables = heads, tables
-        self.places, self.positions = torch.tensor(list(slots)), torch.tensor(list(lengths))
+        self.places, self.positions = (torch.tensor(list(n), device="cpu") for n in (slots, lengths))
         self.rotation = heads.rotation(self.positions, torch.float32)
         self.step = cpu_attention.Step(self.places, self.positions, self.rotation, heads.slopes)
 
     def move(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """To other slots, as many, and other positions; what was recorded of a step means these from now on."""
-        self.places.copy_(torch.tensor(list(slots)))
-        self.positions.copy_(torch.tensor(list(lengths)))
+        for kept, numbers in ((self.places, slots), (self.positions, lengths)):
+            kept.copy_(torch.tensor(list(numbers), device="cpu"))
         rotation = self.heads.rotation(self.positions, torch.float32)
-        for kept, new in zip(self.rotation or (), rotation or (), strict=True):
-            kept.copy_(new)
+        for table, new in zip(self.rotation or (), rotation or (), strict=True):
+            table.copy_(new)
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if (dtype := query.dtype) is torch.float32:
             return self.step.attend(self.tables[block], query, key, value)
+        refuse("attention of numbers that were converted")
         return self.step.attend(self.tables[block], query.float(), key.float(), value.float()).to(dtype)

@@ -16,21 +16,24 @@ class Recorded:
     """A step through all blocks. Making one does the step.
 
     Args:
-        decoder: every part of which is native.
+        decoder: every part of whose blocks is native.
         x: (M, width) float32, what enters the first block.
         attend: of the step.
     Attributes:
         hidden: (M, width), what left the last block; the next step writes over it.
+        tape: the calls.
     """
 
     def __init__(self, decoder: Bloom | Llama, x: Tensor, attend: NativeDecode) -> None:
-        self._x, self._attend, self._tape = x.clone(), attend, Tape()
-        with self._tape.recording():
+        self._x, self._attend, self.tape = x.clone(), attend, Tape()
+        with self.tape.recording():
             self.hidden = decoder.through(self._x, attend)
 
     def again(self, x: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """The step for other tokens in other slots: `hidden`."""
+        """The step for other tokens in other slots: `hidden`. Raises ValueError for another number of rows."""
+        if x.shape != self._x.shape:
+            raise ValueError(f"a step of {len(self._x)} rows was recorded, not of {len(x)}")
         self._x.copy_(x)
         self._attend.move(slots, lengths)
-        self._tape.replay()
+        self.tape.replay()
         return self.hidden

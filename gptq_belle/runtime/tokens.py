@@ -41,7 +41,8 @@ class Tokens:
         eos_ids: tokens that end an answer.
         weight_bytes: of all weights as they lie in memory.
         step_bytes: of those that a step of decoding reads whole: all but an embedding that is not also the head.
-        replays: whether steps of decoding are recorded and made again in one call: where every part is native.
+        replays: whether steps through the blocks are recorded and made again in one call; false where a linear is not
+            native. It can be switched off.
     """
 
     def __init__(self, decoder: Bloom | Llama, settings: Settings, reader: CheckpointReader, weights: Weights,
@@ -108,6 +109,7 @@ class Tokens:
         sizes = self.settings.sizes
         return Cache(sizes.blocks, slots, sizes.kv_heads, capacity, sizes.head_dim, self.cache_kind, self.device)
 
+    @torch.inference_mode()
     def read(self, ids: Tensor, cache: Cache, slot: int, start: int = 0) -> Tensor:
         """Read ids (T,) behind the first `start` tokens of a slot, CHUNK at a time: logits (1, V) float32."""
         for at in range(0, len(ids), CHUNK):
@@ -116,6 +118,7 @@ class Tokens:
             hidden = self.decoder.through(self.decoder.embed(chunk), attend)
         return self.decoder.logits(hidden[-1:]).float()
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits (n, V) float32 behind one more token (n,) in each of some slots that hold `lengths` tokens so far."""
         x = self.decoder.embed(tokens)

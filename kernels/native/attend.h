@@ -69,7 +69,7 @@ inline void keep(const float* x, int64_t size, void* table, int64_t position, ui
 }
 
 template <int KIND>
-inline float product(const float* query, const void* keys, int64_t at, int64_t size) {
+inline float dot(const float* query, const void* keys, int64_t at, int64_t size) {
   typename Isa::Float sum = Isa::set_float(0.0f);
   for (int64_t i = 0; i < size; i += Isa::kLanes) {
     sum = Isa::fused(load_number<KIND>(keys, at + i), Isa::load_float(query + i), sum);
@@ -129,7 +129,7 @@ void attend_kind(const BelleAttention& a, int64_t row, int64_t head, float* scra
     for (int64_t q = 0; q < group; ++q) {
       const float slope = a.step->slopes == nullptr ? 0.0f : a.step->slopes[head * group + q];
       for (int64_t t = begin; t < end; ++t) {
-        float score = product<KIND>(queries + q * size, c.keys, (first + t) * size, size);
+        float score = dot<KIND>(queries + q * size, c.keys, (first + t) * size, size);
         if constexpr (KIND == 2) score *= half_to_float(c.key_scales[first + t]);
         scores[q * count + t] = score + slope * static_cast<float>(t - last);
       }

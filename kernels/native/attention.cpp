@@ -3,7 +3,7 @@
 
 #include <cstdlib>
 
-// 0, or 1 where a slot or a length is out of bounds, 2 without memory. The caller has checked every size.
+// 0, or 1 where a slot or a length is out of bounds or a slot is there twice, 2 without memory. The caller has checked every size.
 int belle::attend(const BelleAttention& a, int threads, int isa) {
   const BelleCache& c = *a.cache;
   const BelleStep& s = *a.step;
@@ -11,6 +11,9 @@ int belle::attend(const BelleAttention& a, int threads, int isa) {
   for (int64_t row = 0; row < s.rows; ++row) {
     const int64_t length = s.lengths[row];
     if (s.slots[row] < 0 || s.slots[row] >= c.slots || length < 0 || length >= c.capacity) return 1;
+    for (int64_t other = 0; other < row; ++other) {
+      if (s.slots[other] == s.slots[row]) return 1;  // two threads would write the same place
+    }
     longest = length + 1 > longest ? length + 1 : longest;
     numbers += (length + 1) * c.kv_heads * c.head_dim;
   }

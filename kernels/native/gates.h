@@ -6,9 +6,10 @@
 namespace belle {
 namespace {
 
-// x / (1 + e^-y). The exponent is never positive: nothing overflows on the way.
+// x / (1 + e^-y). The exponent is never positive: nothing overflows on the way. Where e^-|y| is no number of float's full
+// precision any more, it is 0.
 inline float gated(float x, float y) {
-  const float e = exponential(-std::fabs(y));
+  const float e = std::fabs(y) > 87.0f ? 0.0f : exponential(-std::fabs(y));
   return x * (y < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 

@@ -1,4 +1,4 @@
-// The entry points: which instruction set, how the work is cut, and the checks that only native code can make fast.
+// Products and plain reads: which instruction set, how the work is cut, and the checks that only native code makes fast.
 #include "cpu_features.h"
 #include "native.h"
 

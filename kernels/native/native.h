@@ -1,4 +1,4 @@
-// What the library offers and what its files share. The C ABI below is mirrored by kernels/library.py; raise kAbi with it.
+// What the library offers and what its files share. The C ABI below is mirrored by kernels/structs.py; raise kAbi with it.
 //
 // K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one
 // scale and zero an output; longer groups of a checkpoint are several of them. Inputs stand in the order of the groups,
@@ -156,7 +156,7 @@ constexpr int kPacked = 512;            // outputs packed together
 constexpr int kSolved = 64;             // outputs of a unit of work of the solver
 constexpr int64_t kHugePage = 1 << 21;  // bytes
 constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
-constexpr int64_t kInlineNumbers = 1 << 16;  // of a row-wise job: below, waking threads takes longer than the work
+constexpr int64_t kInlineNumbers = 1 << 16;  // of rows, or of keys: below, waking threads takes longer than the work
 
 // One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
 // scale * high alone, with `high` and `low` of 8 signed bits. Instruction sets that multiply bytes get them apart, the
@@ -244,7 +244,7 @@ void share(int threads, int64_t count, int64_t unit, const Work& work) {
 // The parts of a step; what each returns and expects stands beside it.
 int product(const BelleCall& call, int threads, int isa);
 int attend(const BelleAttention& attention, int threads, int isa);
-void rowwise(const BelleCall& call, int threads, int isa);
+int rowwise(const BelleCall& call, int threads, int isa);
 
 bool amx_usable();  // asks the kernel for the tiles' state
 
