@@ -115,7 +115,7 @@ def _memory(shape: tuple[int, ...]) -> Tensor:
 
 def _check(outcome: int) -> None:
     if outcome == BAD_INDEX:
-        raise ValueError("an index is beyond its table (a slot or a length of a cache, an input in a weight's order), or a "
-                         "slot is there twice")
+        raise ValueError("an index is beyond its table (a slot or a length of a cache, an input in a weight's order), "
+                         "or a slot is there twice")
     if outcome:
         raise MemoryError("no memory for activations")
