@@ -30,11 +30,14 @@ class _Block:
 
     def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
         normed = self.attention_norm(x)
-        # Query, key and value lie side by side in each head: (heads, 3, head_dim).
-        query, key, value = self.qkv(normed).view(len(x), self.heads, 3, self.head_dim).unbind(2)
-        x = self.out(attend(index, query, key, value), normed if self.normed else x)
+        x = self.out(self._attended(normed, attend, index), normed if self.normed else x)
         normed = self.mlp_norm(x)
         return self.down(gelu_(self.up(normed)), normed if self.normed else x)
+
+    def _attended(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+        # Query, key and value lie side by side in each head: (heads, 3, head_dim).
+        query, key, value = self.qkv(x).view(len(x), self.heads, 3, self.head_dim).unbind(2)
+        return attend(index, query, key, value)
 
 
 class Bloom:

@@ -31,10 +31,13 @@ class _Block:
         self.head_dim = head_dim
 
     def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).view(len(x), -1, self.head_dim)
-        query, key, value = qkv.split_with_sizes(self.heads, 1)
-        x = self.out(attend(index, query, key, value), x)
+        x = self.out(self._attended(self.attention_norm(x), attend, index), x)
         return self.down(silu_and_mul(self.gate_up(self.mlp_norm(x))), x)
+
+    def _attended(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+        qkv = self.qkv(x).view(len(x), -1, self.head_dim)
+        query, key, value = qkv.split_with_sizes(self.heads, 1)
+        return attend(index, query, key, value)
 
 
 class Llama:
