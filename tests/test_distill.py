@@ -217,7 +217,7 @@ def test_the_bar_of_tuning_begins_at_nothing():
     for _ in range(6):
         shown.step()
     shown.start(1, 10, 0)
-    assert (shown.done, shown.left) == (0, 10)
+    assert (shown.done, shown.todo) == (0, 10)
 
 
 def test_too_little_text_is_refused_before_any_block(tiny_llama, tmp_path):

@@ -16,7 +16,7 @@ from gptq_belle.models.shapes import Dimensions, dimensions, linear_shapes, oute
 
 FULL = 16  # "bits" of what is not packed
 BITS = (FULL, 8, 4)
-CHUNK, QUERIES, KV_HEADS = 192, 64, 8  # of the engine: tokens of a prompt read at a time, and what meets keys at a time
+CHUNK, QUERIES, KV_HEADS = 192, 64, 4  # of the engine: tokens of a prompt read at a time, and what meets keys at a time
 COLUMNS = {"cpu": 32, "cuda": 128}  # outputs are padded to multiples of these
 CONTAINERS = {2: {"cpu": 2, "cuda": 4}, 3: {"cpu": 4, "cuda": 4}, 4: {"cpu": 4, "cuda": 4}, 8: {"cpu": 8, "cuda": 8}}
 PROGRAM = {"cpu": 270_000_000, "cuda": 0}  # anonymous memory behind importing everything, as measured
