@@ -21,8 +21,7 @@ from .tape import PRODUCT, empty, refuse, run
 class Product:
     """x (..., K) times a weight (K, N), plus bias (N,): (..., N) in x's dtype, through float32. Has no gradient.
 
-    What is the same at every call is checked and put down once: between products that read megabytes each, doing so at
-    every call took 12 of 37 microseconds.
+    What is the same at every call is checked and put down once.
 
     Args:
         weight, bias: on the CPU; they are kept.
@@ -59,7 +58,7 @@ class Product:
         inside = plus is not None and plain(plus) and plus.shape == y.shape
         run(CallStruct(PRODUCT, self.weight.parts, self._address, rows.data_ptr(), address(plus) if inside else None,
                        y.data_ptr(), rows.shape[0], self._inputs), (self, rows, plus, y), isa=isa)
-        if rows.data_ptr() != x.data_ptr() or y.dtype is not x.dtype or not (plus is None or inside):
+        if rows is not x or (plus is not None and not inside):
             refuse("a product with numbers that were converted")
         y = y if x.dtype is torch.float32 else y.to(x.dtype)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], self._outputs)
