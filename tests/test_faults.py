@@ -21,7 +21,8 @@ from faults import (
     unmount,
 )
 
-from gptq_belle.checkpoint import tensor_file
+from gptq_belle.checkpoint.file_bytes import FileBytes
+from gptq_belle.checkpoint.tensor_file import TensorFile
 from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.calibration import Calibration
@@ -93,18 +94,19 @@ def test_a_read_only_place_is_named_before_any_work(worker, disk):
 
 def test_a_read_that_fails_is_named_and_costs_one_block(undisturbed, tmp_path, monkeypatch):
     expected, _ = undisturbed["bloom"]
-    plain = tensor_file.TensorFile.read_into
+    broken = "transformer.h.2.mlp.dense_h_to_4h.weight"
+    plain, begin = FileBytes.read, TensorFile(MODELS["bloom"] / "model.safetensors").entries[broken].begin
 
-    def failing(self, name, *rest):
-        if name.endswith("h.2.mlp.dense_h_to_4h.weight"):
+    def failing(self, at, *rest):
+        if at == begin:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return plain(self, name, *rest)
+        return plain(self, at, *rest)
 
     def job():
         return quantize_checkpoint(MODELS["bloom"], tmp_path / "out", QuantConfig(),
                                    calibration=Calibration(**CALIBRATION))
 
-    monkeypatch.setattr(tensor_file.TensorFile, "read_into", failing)
+    monkeypatch.setattr(FileBytes, "read", failing)
     with pytest.raises(InputError, match=r"h.2.mlp.dense_h_to_4h.weight: Input/output error"):
         job()
     monkeypatch.undo()

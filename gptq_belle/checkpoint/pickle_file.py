@@ -8,14 +8,16 @@ import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.tensor_file import DAMAGED, raw, runs
+from gptq_belle.checkpoint.file_bytes import FileBytes, unread
+from gptq_belle.checkpoint.tensor_file import DAMAGED
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.memory import Memory, empty_bytes
 
@@ -28,7 +30,7 @@ class PickleFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._bytes = path, FileBytes(path)
         if not path.is_file():
             raise self._unreadable("it is not a plain file")
         try:
@@ -82,42 +84,39 @@ class PickleFile:
         if not self._zipped or not self._state[name].is_contiguous():
             return self.tensor(name)[chosen]
         state = self._state[name]
-        size = state[0].nbytes
-        rows = memory(len(chosen) * size).view(state.dtype).view(len(chosen), *state.shape[1:])
-        for place, count in runs(chosen):
-            skip = int(state.storage_offset()) * state.element_size() + chosen[place] * size
-            self._fill(name, raw(rows[place : place + count]), skip)
-        return rows
+        size, align = state[0].nbytes, state.element_size()
+        with self._stored(name, int(state.storage_offset()) * align, state.nbytes) as begin:
+            found = self._bytes.pieces(begin, size, chosen, memory, align)
+        return found.view(state.dtype).view(len(chosen), *state.shape[1:])
 
     def read_ahead(self, name: str) -> None:
         """Bring a tensor's bytes into the system's cache."""
         if self._zipped:
-            self._read(name)
+            with self._stored(name, *self._span(name)) as begin:
+                self._bytes.ahead(begin, begin + self._span(name)[1])
 
     def _read(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+        meta, (skip, size) = self._state[name], self._span(name)
+        with self._stored(name, skip, size) as begin:
+            flat = self._bytes.read(begin, size, memory, meta.element_size())
+        return flat.view(meta.dtype).as_strided(meta.shape, meta.stride())
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin in its storage, and how many there are from its first to its last."""
         meta = self._state[name]
         last = sum((size - 1) * step for size, step in zip(meta.shape, meta.stride(), strict=True))
-        if meta.numel() == 0:
-            return torch.empty(meta.shape, dtype=meta.dtype)
-        flat = memory((last + 1) * meta.element_size()).view(meta.dtype)
-        self._fill(name, raw(flat), int(meta.storage_offset()) * meta.element_size())
-        return flat.as_strided(meta.shape, meta.stride())
+        return int(meta.storage_offset()) * meta.element_size(), (last + 1 if meta.numel() else 0) * meta.element_size()
 
-    def _fill(self, name: str, view: memoryview, skip: int) -> None:
-        """Read a tensor's bytes from `skip` in its storage on."""
+    @contextmanager
+    def _stored(self, name: str, skip: int, size: int) -> Iterator[int]:
+        """Where in the file `size` bytes behind `skip` of a tensor's storage begin; reading them fails by name."""
         storage: Any = self._state[name].untyped_storage()
+        if skip + size > self._records.get(storage._checkpoint_offset, 0):
+            raise self._unreadable(f"tensor {name[:100]} is larger than what is stored of it")
         try:
-            with self.path.open("rb", buffering=0) as file:
-                if skip + len(view) > self._records.get(storage._checkpoint_offset, 0):
-                    raise self._unreadable(f"tensor {name[:100]} is larger than what is stored of it")
-                file.seek(storage._checkpoint_offset + skip)
-                while view:
-                    count = file.readinto(view[: 1 << 30])
-                    if not count:
-                        raise self._unreadable(f"it ends inside of tensor {name[:100]}; it shrank while it was read")
-                    view = view[count:]
-        except OSError as error:
-            raise self._unreadable(f"tensor {name[:100]}: {error.strerror}") from error
+            yield storage._checkpoint_offset + skip
+        except (OSError, EOFError) as error:
+            raise self._unreadable(unread(name, error)) from error
 
     def _check_archive(self) -> None:
         """Note where every record begins and how long it is; a storage that is no record of its own is then refused."""

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from io import RawIOBase
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.durable import DurableFile, Stamp
+from gptq_belle.checkpoint.file_bytes import FileBytes, raw, unread
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.memory import Memory, empty_bytes
 
@@ -48,7 +49,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._bytes = path, FileBytes(path)
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise _damaged(path, "it is not a plain file")
@@ -79,9 +80,9 @@ class TensorFile:
             InputError: the file ends before the tensor does.
         """
         entry = self.entries[name]
-        tensor = memory(entry.end - entry.begin).view(DTYPES[entry.dtype]).view(entry.shape)
-        self._fill(name, tensor, entry.begin)
-        return tensor
+        with self._named(name):
+            found = self._bytes.read(entry.begin, entry.end - entry.begin, memory, self.dtype(name).itemsize)
+        return found.view(self.dtype(name)).view(entry.shape)
 
     def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
         """Some rows of a tensor, in the order asked for; the others are not read. `memory` as of `tensor`.
@@ -94,49 +95,20 @@ class TensorFile:
         if any(not 0 <= row < entry.shape[0] for row in chosen):
             raise IndexError(f"{name} has {entry.shape[0]} rows")
         size = (entry.end - entry.begin) // max(1, entry.shape[0])
-        rows = memory(len(chosen) * size).view(DTYPES[entry.dtype]).view(len(chosen), *entry.shape[1:])
-        for place, count in runs(chosen):
-            self._fill(name, rows[place : place + count], entry.begin + chosen[place] * size)
-        return rows
+        with self._named(name):
+            found = self._bytes.pieces(entry.begin, size, chosen, memory, self.dtype(name).itemsize)
+        return found.view(self.dtype(name)).view(len(chosen), *entry.shape[1:])
 
     def read_ahead(self, name: str) -> None:
-        """Bring a tensor's bytes into the system's cache, holding no more than a chunk of them."""
-        entry = self.entries[name]
-        buffer = bytearray(min(CHUNK_BYTES >> 2, entry.end - entry.begin))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            while file.tell() < entry.end and file.readinto(buffer):
-                pass
+        """Bring a tensor's bytes into the system's cache."""
+        self._bytes.ahead(self.entries[name].begin, self.entries[name].end)
 
-    def _fill(self, name: str, tensor: Tensor, begin: int) -> None:
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
         try:
-            with self.path.open("rb", buffering=0) as file:
-                self.read_into(name, file, begin, raw(tensor))
-        except OSError as error:
-            raise _damaged(self.path, f"tensor {name}: {error.strerror}") from error
-
-    def read_into(self, name: str, file: RawIOBase, begin: int, view: memoryview) -> None:
-        """Fill a buffer with bytes of a tensor, from byte `begin` of the file on."""
-        file.seek(begin)
-        while view:
-            count = file.readinto(view[: 1 << 30])
-            if not count:
-                raise _damaged(self.path, f"it ends inside of tensor {name}; it shrank while it was read")
-            view = view[count:]
-
-
-def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where neighbours stand side by side in a list of indices: (place of the first, how many)."""
-    start = 0
-    for place in range(1, len(indices) + 1):
-        if place == len(indices) or indices[place] != indices[place - 1] + 1:
-            yield start, place - start
-            start = place
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, for reading and writing."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+            yield
+        except (OSError, EOFError) as error:
+            raise _damaged(self.path, unread(name, error)) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Stamp:

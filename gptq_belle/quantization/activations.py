@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.durable import DurableFile, Stamp
-from gptq_belle.checkpoint.tensor_file import DAMAGED, raw
+from gptq_belle.checkpoint.file_bytes import raw
+from gptq_belle.checkpoint.tensor_file import DAMAGED
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.contexts import Contexts
 from gptq_belle.quantization.journal import QUANTIZED, activations_name

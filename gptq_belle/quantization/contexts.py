@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from gptq_belle.checkpoint.tensor_file import DAMAGED, raw
+from gptq_belle.checkpoint.file_bytes import raw
+from gptq_belle.checkpoint.tensor_file import DAMAGED
 from gptq_belle.errors import InputError
 from gptq_belle.models.registry import Architecture
 

@@ -1,0 +1,164 @@
+"""Bytes of a file: the same through the system's cache, past it and half past it; in place, and of the asked length."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from gptq_belle.checkpoint import file_bytes
+from gptq_belle.checkpoint.file_bytes import PAGE, FileBytes, raw, runs
+from gptq_belle.kernels.memory import Reused, empty_bytes
+
+SIZE = 37 * PAGE + 1234
+SPANS = [(0, SIZE), (0, 1), (1, PAGE), (PAGE, PAGE), (PAGE - 1, 2), (5 * PAGE + 7, 20 * PAGE), (SIZE - 1, 1),
+         (SIZE - 3 * PAGE, 3 * PAGE), (8, 0), (PAGE * 36 + 8, 1234)]
+
+
+@pytest.fixture
+def content():
+    return torch.randint(256, (SIZE,), dtype=torch.uint8)
+
+
+@pytest.fixture
+def path(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(file_bytes, "LARGE", 0)
+    monkeypatch.setattr(file_bytes, "PIECE", 4 * PAGE)
+    found = tmp_path / "weights"
+    found.write_bytes(content.numpy().tobytes())
+    forget(found)
+    return found
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Bytes read past the cache so far, and a way to make such reads fail."""
+    seen = {"bytes": 0, "error": None}
+    plain, flags = os.preadv, {}
+
+    def opened(path, how, open=os.open):
+        flags[number := open(path, how)] = how
+        return number
+
+    def counting(file, views, begin):
+        if flags.get(file, 0) & os.O_DIRECT and seen["error"]:
+            raise OSError(seen["error"], os.strerror(seen["error"]))
+        count = plain(file, views, begin)
+        seen["bytes"] += count if flags.get(file, 0) & os.O_DIRECT else 0
+        return count
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "preadv", counting)
+    return seen
+
+
+def forget(path):
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def held(path):
+    with path.open("rb") as file:
+        return file_bytes._held(file.fileno(), 0, SIZE)
+
+
+def needs_a_cache(path):
+    if held(path):
+        pytest.skip("this file system forgets nothing")
+
+
+@pytest.mark.parametrize("memory", [empty_bytes, Reused()])
+@pytest.mark.parametrize(("begin", "size"), SPANS)
+def test_bytes_are_those_of_the_file(path, content, begin, size, memory):
+    for state in ("forgotten", "partly held", "held"):
+        found = FileBytes(path).read(begin, size, memory)
+        assert found.shape == (size,)
+        assert torch.equal(found, content[begin : begin + size]), state
+        FileBytes(path).ahead(0, SIZE if state == "partly held" else 6 * PAGE)
+
+
+@pytest.mark.parametrize(("begin", "size"), SPANS)
+@pytest.mark.parametrize("align", [2, 8])
+def test_a_result_can_be_seen_in_its_dtype(path, content, begin, size, align):
+    found = FileBytes(path).read(begin, size // align * align, empty_bytes, align)
+    assert found.data_ptr() % align == 0
+    words = found.view({2: torch.float16, 8: torch.int64}[align])
+    assert torch.equal(words.view(torch.uint8), content[begin : begin + size // align * align])
+
+
+@pytest.mark.parametrize("chosen", [[], [3], [3, 4, 5], [7, 7, 0, 1, 2, 30], list(range(36, -1, -1))])
+def test_pieces_come_in_the_order_asked_for(path, content, chosen):
+    whole = content[17 : 17 + 37 * PAGE].view(37, PAGE)
+    found = FileBytes(path).pieces(17, PAGE, chosen, empty_bytes)
+    assert torch.equal(found.view(-1, PAGE), whole[chosen])
+
+
+def test_what_the_cache_does_not_hold_is_read_past_it_and_leaves_it_empty(path, counted):
+    needs_a_cache(path)
+    FileBytes(path).read(PAGE + 8, 20 * PAGE, empty_bytes)
+    assert counted["bytes"] == 21 * PAGE
+    assert not held(path)
+
+
+def test_what_the_cache_holds_is_taken_from_there(path, counted):
+    path.read_bytes()
+    assert held(path)
+    FileBytes(path).read(0, SIZE, empty_bytes)
+    assert counted["bytes"] == 0
+
+
+def test_small_pieces_go_through_the_cache(path, counted, monkeypatch):
+    monkeypatch.setattr(file_bytes, "LARGE", 2 * PAGE)
+    FileBytes(path).read(0, 2 * PAGE - 1, empty_bytes)
+    assert counted["bytes"] == 0
+
+
+def test_a_slow_disk_fills_the_cache(path, content, counted, monkeypatch):
+    needs_a_cache(path)
+    monkeypatch.setattr(file_bytes, "SLOW", float("inf"))
+    monkeypatch.setattr(file_bytes, "TRIED", 8 * PAGE)
+    assert torch.equal(FileBytes(path).read(0, SIZE, empty_bytes), content)
+    assert counted["bytes"] == 8 * PAGE
+
+
+@pytest.mark.parametrize("refused", ["open", "read"])
+def test_a_file_system_without_it_is_read_through_the_cache(path, content, counted, monkeypatch, refused):
+    if refused == "read":
+        counted["error"] = errno.EINVAL
+    else:
+        plain = os.open
+        monkeypatch.setattr(os, "open", lambda name, how: plain(name if not how & os.O_DIRECT else "/absent", how))
+    file = FileBytes(path)
+    for _ in range(2):
+        assert torch.equal(file.read(8, SIZE - 8, empty_bytes), content[8:])
+    assert counted["bytes"] == 0
+
+
+@pytest.mark.parametrize("large", [0, 1 << 30])
+@pytest.mark.parametrize("left", [0, PAGE, 9 * PAGE + 5])
+def test_a_file_that_shrank_is_not_read_past_its_end(path, monkeypatch, left, large):
+    monkeypatch.setattr(file_bytes, "LARGE", large)
+    file = FileBytes(path)
+    os.truncate(path, left)
+    with pytest.raises(EOFError):
+        file.read(8, SIZE - 8, empty_bytes)
+
+
+def test_an_error_of_the_disk_is_one(path, monkeypatch):
+    def failing(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        FileBytes(path).read(0, SIZE, empty_bytes)
+
+
+@pytest.mark.parametrize(("indices", "expected"), [
+    ([], []), ([4], [(0, 1)]), ([4, 5, 6], [(0, 3)]), ([4, 6, 7, 7, 8, 1], [(0, 1), (1, 2), (3, 2), (5, 1)])])
+def test_runs(indices, expected):
+    assert list(runs(indices)) == expected
+
+
+def test_raw_of_nothing():
+    assert bytes(raw(torch.empty(0, 3))) == b""
