@@ -10,7 +10,7 @@ from ctypes import addressof, pointer
 import torch
 from torch import Tensor
 
-from .library import Library, address, library
+from .library import Library, address, library, require
 from .structs import AttentionStruct, CacheStruct, CallStruct, NewStruct, StepStruct
 from .tape import ATTENTION, empty, run
 
@@ -41,10 +41,9 @@ class Table:
     def __init__(self, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None = None) -> None:
         if keys.dim() != 4 or keys.dtype not in KINDS or (keys.dtype == torch.int8) != (scales is not None):
             raise ValueError(f"keys of {keys.dtype} {tuple(keys.shape)} {'with' if scales else 'without'} scales")
-        for name, tensor in (("keys", keys), ("values", values)):
-            _check(name, tensor, keys.shape, keys.dtype)
+        require(keys.shape, keys.dtype, keys=keys, values=values)
         for tensor in scales or ():
-            _check("scales", tensor, (*keys.shape[:3], 1), torch.float16)
+            require((*keys.shape[:3], 1), torch.float16, scales=tensor)
         self.kept = (keys, values, scales)  # the struct points into them
         _, self.kv_heads, _, self.head_dim = self.shape = keys.shape
         if self.head_dim % LANES or not self.kv_heads:
@@ -72,12 +71,11 @@ class Step:
         self.rows = len(slots)
         self.head_dim = None if rotation is None else rotation[0].shape[-1]
         self.heads = None if slopes is None else len(slopes)
-        _check("slots", slots, (self.rows,), torch.int64)
-        _check("lengths", lengths, (self.rows,), torch.int64)
+        require((self.rows,), torch.int64, slots=slots, lengths=lengths)
         for tensor in rotation or ():
-            _check("rotation", tensor, (self.rows, 1, self.head_dim), torch.float32)
+            require((self.rows, 1, self.head_dim), rotation=tensor)
         if slopes is not None:
-            _check("slopes", slopes, (self.heads,), torch.float32)
+            require((self.heads,), slopes=slopes)
         cosines, sines = rotation or (None, None)
         self.kept = (slots, lengths, rotation, slopes)  # the struct points into them
         self.pointer = pointer(StepStruct(slots.data_ptr(), lengths.data_ptr(), address(cosines), address(sines),
@@ -118,9 +116,3 @@ class Step:
             raise ValueError(f"{name}: {numbers.dtype} {tuple(numbers.shape)} on {numbers.device}, not float32 "
                              f"{(self.rows, heads, table.head_dim)} on the CPU")
         return NewStruct(numbers.data_ptr(), numbers.stride(0), numbers.stride(1))
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
-        raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not a contiguous {dtype} "
-                         f"{tuple(shape)} on the CPU")

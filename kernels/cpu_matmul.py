@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cpu_layout import BLOCK, PADDED, CpuWeight
-from .library import address, native, plain
+from .library import address, native, plain, require
 from .runs import RUNS
 from .structs import CallStruct, WeightStruct
 from .tape import PRODUCT, empty, refuse, run
@@ -119,19 +119,13 @@ def _check(weight: CpuWeight, bias: Tensor | None) -> None:
         raise ValueError(f"a weight of {w.in_features} inputs, {w.out_features} outputs")
     blocks, groups = -(-w.out_features // PADDED) * PADDED // BLOCK, w.codes.shape[1] if w.codes.dim() == 4 else 0
     grid = (blocks, groups, BLOCK)
-    _tensor("codes", w.codes, (blocks, groups, w.run * w.bits // 32, 64), (torch.uint8,))
-    _tensor("scales", w.scales, grid, (torch.float16, torch.float32))
+    require((blocks, groups, w.run * w.bits // 32, 64), torch.uint8, codes=w.codes)
+    require(grid, torch.float16, torch.float32, scales=w.scales)
     if w.zeros is not None:
-        _tensor("zeros", w.zeros, grid, (torch.int16,))
+        require(grid, torch.int16, zeros=w.zeros)
     if w.order is not None:
-        _tensor("order", w.order, (groups * w.run,), (torch.int32,))
+        require((groups * w.run,), torch.int32, order=w.order)
     elif not (groups - 1) * w.run < w.in_features <= groups * w.run:
         raise ValueError(f"{groups} runs of {w.run} do not hold {w.in_features} inputs")
     if bias is not None:
-        _tensor("bias", bias, (w.out_features,), (torch.float32,))
-
-
-def _tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not a contiguous "
-                         f"{' or '.join(map(str, dtypes))} {shape} on the CPU")
+        require((w.out_features,), bias=bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .library import Library, library, native
+from .library import Library, library, native, require
 from .structs import DescentStruct, GptqBlockStruct, SearchStruct
 
 BLOCK = 128  # most inputs at a time, of a walk and of a descent
@@ -35,8 +35,9 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
     tables = (inputs // group if group else scales.shape[0], outputs)
     if not 0 < inputs <= BLOCK or group and inputs % group or not group and tables[0] not in (1, inputs):
         raise ValueError(f"a block of {inputs} inputs in groups of {group} with {tables[0]} grids")
-    _check(W=(W, (inputs, outputs)), Err=(Err, (inputs, outputs)), scales=(scales, tables), zeros=(zeros, tables))
-    _check(torch.uint8, codes=(codes, (inputs, outputs)))
+    require((inputs, outputs), W=W, Err=Err)
+    require((inputs, outputs), torch.uint8, codes=codes)
+    require(tables, scales=scales, zeros=zeros)
     if Hinv.shape != (inputs, inputs) or Hinv.dtype != torch.float32 or not Hinv.is_cpu:
         raise ValueError(f"Hinv: {Hinv.dtype} {tuple(Hinv.shape)}, not float32 {(inputs, inputs)}")
     lib.gptq_block(
@@ -61,8 +62,9 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
     if not 0 < inputs <= BLOCK or block.shape != (inputs, inputs):
         raise ValueError(f"{inputs} inputs with a block {tuple(block.shape)} of the Hessian")
     block = block if block.stride(1) == 1 else block.contiguous()
-    _check(code=(code, (inputs, outputs)), residual=(residual, (inputs, outputs)), scale=(scale, (outputs,)),
-           zero=(zero, (outputs,)), block=(block[0], (inputs,)), diagonal=(diagonal, (inputs,)))
+    require((inputs, outputs), code=code, residual=residual)
+    require((outputs,), scale=scale, zero=zero)
+    require((inputs,), block=block[0], diagonal=diagonal)
     lib.descend(
         DescentStruct(code.data_ptr(), residual.data_ptr(), scale.data_ptr(), zero.data_ptr(), block.data_ptr(),
                       diagonal.data_ptr(), inputs, outputs, block.stride(0), 2**bits - 1),
@@ -91,18 +93,12 @@ def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bi
         weight, scales, zeros = (pad(table, (0, padding)) for table in (weight, scales, zeros))
     weight, importance = weight.contiguous(), importance.contiguous()
     tables = (len(scales), outputs + padding)
-    _check(weight=(weight, (inputs, tables[1])), importance=(importance, (inputs,)), scales=(scales, tables),
-           zeros=(zeros, tables))
+    require((inputs, tables[1]), weight=weight)
+    require((inputs,), importance=importance)
+    require(tables, scales=scales, zeros=zeros)
     best = torch.empty(tables[1], dtype=torch.int32)
     lib.search(
         SearchStruct(weight.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(), best.data_ptr(),
                      inputs, tables[1], tables[0], smallest, 2**bits - 1),
         torch.get_num_threads(), lib.number(isa))
     return best[:outputs]
-
-
-def _check(dtype: torch.dtype = torch.float32, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    for name, (tensor, shape) in tensors.items():
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not a contiguous "
-                             f"{dtype} {shape} on the CPU")

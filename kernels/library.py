@@ -96,6 +96,16 @@ def plain(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
 
 
+def require(shape: tuple[int | None, ...], *dtypes: torch.dtype, **tensors: Tensor) -> None:
+    """Raises ValueError for a tensor, by name, that is not contiguous, on the CPU, of that shape and one of the dtypes
+    (float32 where none is named)."""
+    dtypes = dtypes or (torch.float32,)
+    for name, tensor in tensors.items():
+        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, not a contiguous "
+                             f"{' or '.join(map(str, dtypes))} {tuple(shape)} on the CPU")
+
+
 @cache
 def library() -> Library | str:
     """The library, or why there is none."""

@@ -13,8 +13,11 @@ import triton.language as tl  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import aot  # noqa: E402
+import aot_jobs  # noqa: E402
 import machine_code  # noqa: E402
-from aot import EACH, SAME, Job  # noqa: E402
+from aot_jobs import EACH, SAME, Job  # noqa: E402
+
+from gptq_belle.kernels.triton_config import Config  # noqa: E402
 
 GEFORCE, HOPPER = 86, 90  # one with HMMA, one with HGMMA: the others go without saying in the fast tests
 
@@ -26,7 +29,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def check(job):
-    code = aot.compiled(job)
+    code = aot_jobs.compiled(job)
     assert aot.problems(job, code) == [], aot.row(job, code)
     assert code.registers <= 255
     return code
@@ -36,7 +39,8 @@ def label(job):
     return "-".join(str(value).replace(" ", "") for value in job if value is not None)
 
 
-USUAL = [job for arch in aot.PROCESSORS for job in aot.usual(arch) if job.config is None or job.config.SPLIT_K == 2]
+USUAL = [job for arch in aot_jobs.PROCESSORS for job in aot_jobs.usual(arch)
+         if job.config is None or job.config.SPLIT_K == 2]
 
 
 @pytest.mark.parametrize("job", USUAL, ids=label)
@@ -46,7 +50,7 @@ def test_the_usual_checkpoint(job):
 
 def variants(arch):
     """For one config of each kernel, what else a checkpoint may be."""
-    by_kernel = {kernel: config for kernel, config in sorted(aot.configs(arch))}
+    by_kernel = {kernel: config for kernel, config in sorted(aot_jobs.configs(arch))}
     for kernel, config in by_kernel.items():
         yield from (Job(arch, kernel, bits, dtype, run, zero, config) for bits, dtype, run, zero in (
             (4, "bfloat16", 128, SAME), (4, "float16", 32, EACH), (8, "float16", 64, EACH), (8, "bfloat16", 32, EACH)))
@@ -64,14 +68,14 @@ def test_other_checkpoints(job):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", aot.PROCESSORS)
+@pytest.mark.parametrize("arch", aot_jobs.PROCESSORS)
 def test_everything(arch):
-    for job in dict.fromkeys(aot.jobs(arch)):
+    for job in dict.fromkeys(aot_jobs.jobs(arch)):
         check(job)
 
 
 def test_matrix_instructions_are_those_of_the_part():
-    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, aot.Config(16, 64, 128, 2, 4, 4))
+    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, Config(16, 64, 128, 2, 4, 4))
     assert check(job).loop["HMMA"]
     assert check(job._replace(arch=HOPPER)).loop["HGMMA"]
 
@@ -93,7 +97,7 @@ def careless(x, words, out, K, BM: tl.constexpr, BN: tl.constexpr):
 def broken(warps, BN, BM=16):
     code = machine_code.compile_kernel(careless, {"x": "*fp16", "words": "*i32", "out": "*fp32", "K": "i32"},
                                        {"BM": BM, "BN": BN}, GEFORCE, {"num_warps": warps, "num_stages": 3})
-    config = aot.Config(BM, BN, 64, 1, warps, 3)
+    config = Config(BM, BN, 64, 1, warps, 3)
     return aot.problems(Job(GEFORCE, "skinny", 4, "float16", 128, SAME, config), code)
 
 
@@ -106,7 +110,7 @@ def test_limits_can_be_missed():
 
 
 def test_other_limits():
-    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, aot.Config(8, 64, 128, 1, 4, 4))
+    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, Config(8, 64, 128, 1, 4, 4))
     code = machine_code.MachineCode(50, 0, 0, 100 * 1024, machine_code.Counter({"LDGSTS.128": 1}), 0)
     assert aot.problems(job, code) == ["102400 bytes shared, a program has 99 KiB", "no matrix instructions in a loop"]
     assert aot.problems(job._replace(arch=80), code) == ["no matrix instructions in a loop"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptq_belle.kernels.memory import Memory
 
-PAGE = 4096  # bytes; what reading past the cache begins and ends at, on every file system
+PAGE = mmap.PAGESIZE  # bytes; what reading past the cache begins and ends at: no file system asks for more
 PIECE = 4 << 20  # at a time: larger ones are no faster
 LARGE = 1 << 20  # smaller ones are left to the system, which reads ahead
 TRIED = 64 << 20  # bytes, before the disk is judged
@@ -144,11 +144,12 @@ def _past_cache(path: Path) -> Iterator[int | None]:
 
 def _held(file: int, begin: int, size: int) -> bool:
     """Whether the system's cache holds all pages of a part of a file (mincore(2)); where it won't say, it says yes."""
+    size = min(size, os.fstat(file).st_size - begin)
     try:
-        mapped = mmap.mmap(file, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=begin)
+        mapped = mmap.mmap(file, max(1, size), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=begin)
     except (OSError, ValueError):  # the file has become shorter
         return True
-    pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+    pages = np.zeros(-(-size // PAGE), np.uint8)
     place = np.frombuffer(mapped, np.uint8).ctypes.data  # never read: a page that is gone would end the process
     asked = ctypes.CDLL(None).mincore(ctypes.c_void_p(place), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
     return asked != 0 or bool((pages & 1).all())
