@@ -62,10 +62,12 @@ def test_turns_are_put_behind_each_other_with_eos(model):
 
 def test_reset_forgets_exit_leaves_and_other_commands_are_named(model, capsys):
     scripted = Scripted(model, ["a", "b", "c"])
-    said, shown = run(talk_with(scripted), "one", "/reset", "two", "/nonsense", "/exit", "three")
+    said, shown = run(talk_with(scripted), "one", "/reset", "two", "/nonsense", "/help", "/exit", "three")
     assert shown == "a\nb\n"
     assert scripted.prompts[1] == "Human: two\n\nAssistant:"
-    assert "/nonsense" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "There is no command /nonsense." in shown
+    assert shown.count("/help says this.") == 2
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_what_came(model, capsys):

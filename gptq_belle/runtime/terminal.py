@@ -16,7 +16,7 @@ from gptq_belle.runtime.chat import TextStream, Turn, render, style_named
 from gptq_belle.runtime.engine import MOST_NEW_TOKENS, Model
 from gptq_belle.runtime.sampling import SamplingParams
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says this."
 ANSWER_ROOM = 128  # tokens that are kept free for an answer before old turns stay
 
 
@@ -130,6 +130,8 @@ def _obey(conversation: Conversation, line: str, answers: TextIO, said: list[Exc
     if line == "/reset":
         conversation.turns.clear()
         console.note("The conversation is forgotten.")
+    elif line == "/help":
+        console.note(HELP)
     elif line.startswith("/"):
         console.note(f"There is no command {line.split()[0]}. {HELP}")
     elif line:
