@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from gptq_belle.runtime.engine import Model
 
 
-
 def local(model: Path) -> Path:
     """Where a model is on this machine: names of the family and hub ids are downloaded; anything else stays as it is.
     """
@@ -48,8 +47,6 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of thi
 TopK = Annotated[int, typer.Option(help="Draw from the so many likeliest tokens; 0 from all.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, repeated tokens become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw.", show_default=False)]
-
-
 HeadBits = Annotated[int | None, typer.Option(
     help="16, 8 or 4: of the head, and of the embedding where it is the same. Left out, 8 in that case, else 16.")]
 Cache = Annotated[str, typer.Option(help="Of keys and values: float16, float32, bfloat16 or int8.")]

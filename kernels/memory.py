@@ -27,11 +27,12 @@ class Reused:
     """`empty_bytes` out of memory that was given out before, as soon as no tensor holds it any more.
 
     For what is read and soon dropped, such as a checkpoint's words: the first touch of a page takes 0.3 s a GB, on a
-    virtual machine whose host has to find the page, too, more than 1 s. All of it is freed with this object.
+    virtual machine whose host has to find the page, too, more than 1 s.
     """
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
+        self._keeps = True
 
     def __call__(self, size: int) -> Tensor:
         """Memory with any contents, (size,) uint8."""
@@ -40,8 +41,17 @@ class Reused:
         free = self._free[size]
         mapped = free.pop() if free else _mapped(size)
         view = memoryview(mapped)  # the tensor's only hold on it
-        weakref.finalize(view, free.append, mapped).atexit = False
+        weakref.finalize(view, self._back, mapped, size).atexit = False
         return _within(view, size)
+
+    def keep_no_more(self) -> None:
+        """From now on, what is free is given to the system."""
+        self._keeps = False
+        self._free.clear()
+
+    def _back(self, mapped: mmap.mmap, size: int) -> None:
+        if self._keeps:
+            self._free[size].append(mapped)
 
 
 def _worthwhile(size: int) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.checkpoint.ahead import one_ahead
+from gptq_belle.checkpoint.ahead import ahead
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 
@@ -18,21 +18,23 @@ class Piece:
         self.number = number
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_results_come_in_order(count):
-    assert [piece.number for piece in one_ahead(partial(Piece, i) for i in range(count))] == list(range(count))
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+def test_results_come_in_order(calls, count):
+    assert [piece.number for piece in ahead((partial(Piece, i) for i in range(calls)), count)] == list(range(calls))
 
 
-def test_the_next_call_runs_while_a_result_is_used():
-    begun = [threading.Event() for _ in range(4)]
-    for number, _ in enumerate(one_ahead([event.set for event in begun])):
-        for event in begun[: number + 2]:
+@pytest.mark.parametrize("count", [1, 3])
+def test_next_calls_run_while_a_result_is_used(count):
+    begun = [threading.Event() for _ in range(6)]
+    for number, _ in enumerate(ahead([event.set for event in begun], count)):
+        for event in begun[: number + 1 + count]:
             assert event.wait(10)
-        assert not any(event.is_set() for event in begun[number + 2 :])
+        assert not any(event.is_set() for event in begun[number + 1 + count :])
 
 
 def test_a_result_is_gone_once_its_user_has_let_go():
-    for piece in one_ahead(partial(Piece, i) for i in range(3)):
+    for piece in ahead(partial(Piece, i) for i in range(3)):
         seen = weakref.ref(piece)
         del piece
         gc.collect()
@@ -43,10 +45,29 @@ def test_an_error_comes_in_its_turn():
     def fail():
         raise OSError("no more")
 
-    pieces = one_ahead([partial(Piece, 0), fail, partial(Piece, 2)])
+    pieces = ahead([partial(Piece, 0), fail, partial(Piece, 2)])
     assert next(pieces).number == 0
     with pytest.raises(OSError, match="no more"):
         next(pieces)
+
+
+def test_no_more_words_are_in_memory_than_a_block_has(tiny_model, tmp_path, monkeypatch):
+    alive, most, plain = {}, [0], CheckpointReader.tensor
+
+    def tensor(self, name, *memory):
+        found = plain(self, name, *memory)
+        if name.endswith(".qweight"):
+            alive[name] = found.nbytes
+            most[0] = max(most[0], sum(alive.values()))
+            weakref.finalize(found, alive.pop, name)
+        return found
+
+    reader = CheckpointReader(packed_checkpoint(tiny_model, tmp_path / "packed"))
+    block = sum(reader.nbytes(name) for name in reader if f"{reader.arch.blocks}.1." in name and "qweight" in name)
+    monkeypatch.setattr(CheckpointReader, "tensor", tensor)
+    load(reader.path, device="cpu")
+    assert block / 2 < most[0] <= block
+    assert not alive
 
 
 def test_every_tensor_of_a_model_is_read_once(tiny_model, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Memory in huge pages: a tensor's is its own as long as anything holds it, and comes back afterwards."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import packed_checkpoint
@@ -30,6 +32,22 @@ def test_it_comes_back_when_the_last_view_is_gone():
     assert address in (again.data_ptr(), third.data_ptr())
     assert again.data_ptr() != third.data_ptr()
     assert reused(HUGE_PAGE).data_ptr() not in (again.data_ptr(), third.data_ptr())  # of another size
+
+
+def test_it_goes_to_the_system_once_nothing_is_kept(monkeypatch):
+    mapped = []
+    monkeypatch.setattr(memory, "_mapped", lambda size, make=memory._mapped: mapped.append(make(size)) or mapped[-1])
+    reused = Reused()
+    first, second = reused(HUGE_PAGE), reused(HUGE_PAGE)
+    kept = [weakref.ref(mapping) for mapping in mapped]
+    mapped.clear()
+    del first
+    assert [ref() is None for ref in kept] == [False, False]
+    reused.keep_no_more()
+    assert [ref() is None for ref in kept] == [True, False]
+    del second
+    assert [ref() is None for ref in kept] == [True, True]
+    assert reused(HUGE_PAGE).shape == (HUGE_PAGE,)
 
 
 def test_it_outlives_its_giver():

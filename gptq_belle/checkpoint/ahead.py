@@ -1,15 +1,18 @@
-"""Reading ahead: the next piece of a checkpoint comes from the disk while the last one is worked on."""
+"""Reading ahead: next pieces of a checkpoint come from the disk while the last one is worked on."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of some calls in order; each is made in a thread beside this one while the result before is used.
+def ahead(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
+    """The results of some calls in order; each is made in a thread beside this one while results before are used.
 
+    Args:
+        calls: as many as `count` are made before their results are asked for.
+        count: 1 or more.
     A thread reads in earnest: asking the system to (`posix_fadvise`) shortened nothing on the virtual disk that this
     was measured on. No result is kept here once it is handed out.
     """
@@ -17,7 +20,7 @@ def one_ahead(calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         waiting: list[Future[T]] = []
         for call in calls:
             waiting.append(pool.submit(call))
-            if len(waiting) > 1:
+            if len(waiting) > count:
                 yield waiting.pop(0).result()
-        if waiting:
-            yield waiting.pop().result()
+        while waiting:
+            yield waiting.pop(0).result()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.ahead import one_ahead
+from gptq_belle.checkpoint.ahead import ahead
 from gptq_belle.checkpoint.packing import all_finite
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
@@ -105,7 +105,7 @@ def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tupl
     count = reader.shape(CODES)[0]
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
     memory = Reused()
-    for codes, scales in one_ahead(partial(_stored, reader, part, memory) for part in parts):
+    for codes, scales in ahead(partial(_stored, reader, part, memory) for part in parts):
         if not all_finite(scales):
             raise ValueError(f"{SCALES} hold NaN or infinity")
         yield from_bytes(codes, bits), scales

@@ -79,7 +79,7 @@ def plan(
     context: Annotated[int | None, typer.Option(
         help="Tokens of prompt and answer together; left out, as many as the model takes.", show_default=False)] = None,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Sequences at a time.")] = 1,
-    cache: Annotated[str, typer.Option(help="Keys and values in float16, int8 or float32.")] = "float16",
+    cache: Cache = "float16",
     group_size: Annotated[int, typer.Option("--group-size", "--groupsize", help="Inputs that share a scale.")] = 128,
     device: console.Device = "auto",
     as_json: console.Json = False,

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.ahead import one_ahead
+from gptq_belle.checkpoint.ahead import ahead
 from gptq_belle.checkpoint.packed_head import (
     CODES,
     GROUPS,
@@ -194,7 +194,7 @@ def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Ten
     """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
     parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
     memory = Reused()
-    for piece in one_ahead(partial(weights.reader.rows, name, part, memory) for part in parts):
+    for piece in ahead(partial(weights.reader.rows, name, part, memory) for part in parts):
         yield piece.to(weights.device)
 
 

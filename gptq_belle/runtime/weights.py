@@ -4,8 +4,8 @@ Packed linears that meet the same activations (query, key, value; gate, up) are 
 and bits allow, so that one product serves them.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptq_belle.checkpoint.ahead import one_ahead
+from gptq_belle.checkpoint.ahead import ahead
 from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
@@ -93,17 +93,24 @@ class Weights:
         self.nbytes = 0
         self.native = dtype is torch.float32
         self._used: set[str] = set()
-        self._early: dict[str, Tensor] = {}  # of the block that is loaded now
+        self._coming: set[str] = set()  # names that are read ahead
+        self._early: dict[str, Tensor] = {}  # of those, the tensors that are here
 
     def in_turn(self, prefix: str, count: int) -> Iterator[str]:
-        """The names of blocks, prefix.0 and on; while one's tensors are laid out, the next one's are read."""
-        depth, names = prefix.count(".") + 2, defaultdict[str, list[str]](list)
-        for name in self.reader:
-            names[".".join(name.split(".")[:depth])].append(name)
-        blocks, memory = (f"{prefix}.{index}" for index in range(count)), Reused()
-        reads = (partial(self._read, names.get(f"{prefix}.{index}", []), memory) for index in range(count))
-        for block, self._early in zip(blocks, one_ahead(reads), strict=True):
-            yield block
+        """The names of blocks, prefix.0 and on; while tensors of one stage are laid out, those of next ones are read.
+
+        As many stages are in memory as a block has, so that loading takes no more than the model does in the end.
+        """
+        stages, memory = self._stages(prefix, count), Reused()
+        self._coming = {name for names in stages for name in names}
+
+        def reads() -> Iterator[Callable[[], dict[str, Tensor]]]:
+            for names in stages:
+                yield partial(self._read, names, memory)
+            memory.keep_no_more()
+
+        with closing(ahead(reads(), len(self.reader.arch.stages) - 1)) as self._arriving:
+            yield from (f"{prefix}.{index}" for index in range(count))
 
     def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
         """A floating point tensor of that shape on the device, in the dtype of activations.
@@ -153,8 +160,7 @@ class Weights:
         packed = [f"{name}.qweight" in self.reader for name in names]
         biases = [self._bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
         if not any(packed):
-            weights = [self.tensor(f"{name}.weight", size, inputs) for name, size in zip(names, outputs, strict=True)]
-            return Dense(torch.cat(weights) if len(weights) > 1 else weights[0], self._joined(biases, outputs))
+            return Dense(self._together(names, inputs, outputs), self._joined(biases, outputs))
         if all(packed):
             words = [self._words(name, inputs, size) for name, size in zip(names, outputs, strict=True)]
             try:
@@ -164,6 +170,17 @@ class Weights:
             return self._packed(together, self._joined(biases, outputs))
         parts = [self._linear([name], inputs, [size], biased) for name, size in zip(names, outputs, strict=True)]
         return SideBySide([part for part in parts if not isinstance(part, SideBySide)])
+
+    def _together(self, names: Sequence[str], inputs: int, outputs: Sequence[int]) -> Tensor:
+        """The weights of linears (sum of outputs, inputs), one below the other."""
+        if len(names) == 1:
+            return self.tensor(f"{names[0]}.weight", outputs[0], inputs)
+        whole = torch.empty(sum(outputs), inputs, device=self.device, dtype=self.dtype)
+        for name, part in zip(names, whole.split(list(outputs)), strict=True):
+            self.expect(f"{name}.weight", *part.shape)
+            part.copy_(self._taken(f"{name}.weight"))
+        self.nbytes += whole.nbytes
+        return whole
 
     def check_all_used(self) -> None:
         """Raises InputError where the directory holds tensors that nobody asked for."""
@@ -216,9 +233,25 @@ class Weights:
         self._used.add(name)
         return self._taken(name)
 
+    def _stages(self, prefix: str, count: int) -> list[list[str]]:
+        """The names of what some blocks hold, by the order of use: what belongs to no linear comes with the first."""
+        depth, linears = prefix.count(".") + 2, self.reader.arch.stages
+        stages: list[list[str]] = [[] for _ in range(count * len(linears))]
+        numbers = {f"{prefix}.{index}": index for index in range(count)}
+        for name in self.reader:
+            parts = name.split(".")
+            if (number := numbers.get(".".join(parts[:depth]))) is not None:
+                linear = ".".join(parts[depth:-1])
+                stage = next((place for place, names in enumerate(linears) if linear in names), 0)
+                stages[number * len(linears) + stage].append(name)
+        return stages
+
     def _read(self, names: Sequence[str], memory: Memory) -> dict[str, Tensor]:
         return {name: self.reader.tensor(name, memory) for name in names}
 
     def _taken(self, name: str) -> Tensor:
+        while name in self._coming:
+            self._early |= next(self._arriving)
+            self._coming -= self._early.keys()
         early = self._early.pop(name, None)
         return self.reader.tensor(name) if early is None else early
