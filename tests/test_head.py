@@ -16,7 +16,8 @@ from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import Library, library
 from gptq_belle.models.shapes import Dimensions
 from gptq_belle.runtime.head import PackedLookup, embedding_and_head
-from gptq_belle.runtime.weights import Dense, Packed, Weights
+from gptq_belle.runtime.products import Dense, Packed
+from gptq_belle.runtime.weights import Weights
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
 CPU = torch.device("cpu")

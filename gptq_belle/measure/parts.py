@@ -13,7 +13,7 @@ from gptq_belle.kernels.tape import KINDS, PRODUCT, Tape
 from gptq_belle.measure.phases import PhaseClock
 from gptq_belle.measure.timing import synchronize
 from gptq_belle.runtime.engine import Model
-from gptq_belle.runtime.weights import Dense, Packed, SideBySide
+from gptq_belle.runtime.products import Dense, Packed, SideBySide
 
 STEPS = 8
 LINEARS, ATTENTION, HEAD = "linears", "attention", "head"

@@ -6,7 +6,8 @@ from gptq_belle.kernels.cpu_rowwise import LayerNorm, gelu_
 from gptq_belle.models.settings import Settings
 from gptq_belle.runtime.attention import Attend, Heads
 from gptq_belle.runtime.head import embedding_and_head
-from gptq_belle.runtime.weights import Product, Weights
+from gptq_belle.runtime.products import Product
+from gptq_belle.runtime.weights import Weights
 
 
 def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:

@@ -32,7 +32,8 @@ from gptq_belle.kernels.memory import Reused
 from gptq_belle.kernels.triton_layout import SlicedWeight
 from gptq_belle.models.registry import HEAD
 from gptq_belle.models.shapes import Dimensions
-from gptq_belle.runtime.weights import Dense, Packed, Product, Weights
+from gptq_belle.runtime.products import Dense, Packed, Product
+from gptq_belle.runtime.weights import Weights
 
 PADDED = cpu_layout.PADDED  # rows come in multiples of it
 HEAD_BITS = (16, 8, 4)

@@ -4,71 +4,22 @@ Packed linears that meet the same activations (query, key, value; gate, up) are 
 and bits allow, so that one product serves them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gptq_belle.checkpoint.ahead import ahead
+from gptq_belle.checkpoint.blocks_ahead import BlocksAhead
 from gptq_belle.checkpoint.quantization import WRONG_CONFIG, Quantization, check_geometry, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
-from gptq_belle.kernels.cpu_layout import CpuWeight
-from gptq_belle.kernels.dispatch import PreparedWeight, bind, lay_out
+from gptq_belle.kernels.dispatch import lay_out
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
-from gptq_belle.kernels.memory import Memory, Reused
 from gptq_belle.models.skeleton import wrong_shape
+from gptq_belle.runtime.products import Dense, Packed, Product, SideBySide
 
-ROWS_ALONE = 64
 COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; it is computed here
-
-
-class Packed:
-    """x (..., K) to (..., N) through a packed weight, plus its bias and, where there is one, `plus` (..., N)."""
-
-    def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
-        self.weight, self._product = weight, bind(weight, bias)
-        self.native = isinstance(weight, CpuWeight)
-
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        return self._product(x, plus)
-
-
-@dataclass(slots=True)
-class Dense:
-    """x (M, K) to (M, N) through a weight (N, K).
-
-    On a CPU up to ROWS_ALONE rows are multiplied one by one: a BLAS rounds by the number of rows, and a row of a batch
-    must come out as it does alone. That reads the weight for each of them; packed weights need no such thing.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        if x.is_cpu and 1 < len(x) <= ROWS_ALONE:
-            y = torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
-        else:
-            y = F.linear(x, self.weight, self.bias)
-        return y if plus is None else y.add_(plus)
-
-
-@dataclass(slots=True)
-class SideBySide:
-    """Several products of the same x, their outputs one after another."""
-
-    parts: list[Packed | Dense]
-
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        y = torch.cat([part(x) for part in self.parts], -1)
-        return y if plus is None else y.add_(plus)
-
-
-Product = Packed | Dense | SideBySide
 
 
 class Weights:
@@ -93,23 +44,11 @@ class Weights:
         self.nbytes = 0
         self.native = dtype is torch.float32
         self._used: set[str] = set()
-        self._coming: set[str] = set()  # names that are read ahead
-        self._early: dict[str, Tensor] = {}  # of those, the tensors that are here
+        self._ahead: BlocksAhead | None = None
 
     def in_turn(self, prefix: str, count: int) -> Iterator[str]:
-        """The names of blocks, prefix.0 and on; while tensors of one stage are laid out, those of next ones are read.
-
-        As many stages are in memory as a block has, so that loading takes no more than the model does in the end.
-        """
-        stages, memory = self._stages(prefix, count), Reused()
-        self._coming = {name for names in stages for name in names}
-
-        def reads() -> Iterator[Callable[[], dict[str, Tensor]]]:
-            for names in stages:
-                yield partial(self._read, names, memory)
-            memory.keep_no_more()
-
-        with closing(ahead(reads(), len(self.reader.arch.stages) - 1)) as self._arriving:
+        """The names of blocks, prefix.0 and on; while one's tensors are laid out, next ones are read."""
+        with closing(BlocksAhead(self.reader, prefix, count)) as self._ahead:
             yield from (f"{prefix}.{index}" for index in range(count))
 
     def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
@@ -233,25 +172,6 @@ class Weights:
         self._used.add(name)
         return self._taken(name)
 
-    def _stages(self, prefix: str, count: int) -> list[list[str]]:
-        """The names of what some blocks hold, by the order of use: what belongs to no linear comes with the first."""
-        depth, linears = prefix.count(".") + 2, self.reader.arch.stages
-        stages: list[list[str]] = [[] for _ in range(count * len(linears))]
-        numbers = {f"{prefix}.{index}": index for index in range(count)}
-        for name in self.reader:
-            parts = name.split(".")
-            if (number := numbers.get(".".join(parts[:depth]))) is not None:
-                linear = ".".join(parts[depth:-1])
-                stage = next((place for place, names in enumerate(linears) if linear in names), 0)
-                stages[number * len(linears) + stage].append(name)
-        return stages
-
-    def _read(self, names: Sequence[str], memory: Memory) -> dict[str, Tensor]:
-        return {name: self.reader.tensor(name, memory) for name in names}
-
     def _taken(self, name: str) -> Tensor:
-        while name in self._coming:
-            self._early |= next(self._arriving)
-            self._coming -= self._early.keys()
-        early = self._early.pop(name, None)
+        early = None if self._ahead is None else self._ahead.take(name)
         return self.reader.tensor(name) if early is None else early
