@@ -3,13 +3,16 @@
 import gc
 import threading
 import weakref
+from contextlib import closing
 from functools import partial
 
 import pytest
+import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
 from gptq_belle.checkpoint.ahead import ahead
+from gptq_belle.checkpoint.blocks_ahead import BlocksAhead
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 
@@ -49,6 +52,26 @@ def test_an_error_comes_in_its_turn():
     assert next(pieces).number == 0
     with pytest.raises(OSError, match="no more"):
         next(pieces)
+
+
+def test_tensors_of_blocks_come_once_in_any_order(tiny_model, tmp_path):
+    reader = CheckpointReader(packed_checkpoint(tiny_model, tmp_path / "packed"))
+    names = [name for name in reader if name.startswith(f"{reader.arch.blocks}.1.")]
+    with closing(BlocksAhead(reader, reader.arch.blocks, 2)) as blocks:
+        for name in names[::-1]:
+            assert torch.equal(blocks.take(name), reader.tensor(name))
+            assert blocks.take(name) is None
+        assert blocks.take(f"{reader.arch.blocks}.2.{reader.arch.linears[0]}.qweight") is None
+        assert blocks.take("lm_head.weight") is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reading-ahead")]
+
+
+def test_blocks_that_are_no_longer_wanted_are_not_read(tiny_model):
+    reader = CheckpointReader(tiny_model)
+    name = f"{reader.arch.blocks}.1.{reader.arch.linears[-1]}.weight"
+    with closing(BlocksAhead(reader, reader.arch.blocks, 2)) as blocks:
+        assert blocks.take(f"{reader.arch.blocks}.0.{reader.arch.linears[0]}.weight") is not None
+    assert blocks.take(name) is None
 
 
 def test_no_more_words_are_in_memory_than_a_block_has(tiny_model, tmp_path, monkeypatch):

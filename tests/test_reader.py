@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gptq_belle.checkpoint import file_bytes
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json, weight_files
 from gptq_belle.errors import InputError
 
@@ -25,6 +26,15 @@ def sharded(tiny_bloom, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny_bloom).save_pretrained(path, max_shard_size="200KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     return path
+
+
+@pytest.fixture(params=["small tensors", "large tensors", "large tensors, not in the system's cache"])
+def sizes(request, monkeypatch):
+    """Every tensor is read as tensors of that size are."""
+    if request.param != "small tensors":
+        monkeypatch.setattr(file_bytes, "LARGE", 0)
+    if request.param.endswith("cache"):
+        monkeypatch.setattr(file_bytes, "_held", lambda *part: False)
 
 
 def state_of(path):
@@ -46,7 +56,7 @@ def assert_same(reader, state):
         assert torch.equal(reader.tensor(name), tensor)
 
 
-def test_one_safetensors_file(tiny_bloom):
+def test_one_safetensors_file(tiny_bloom, sizes):
     reader = CheckpointReader(tiny_bloom)
     assert_same(reader, state_of(tiny_bloom))
     assert reader.arch.blocks == "transformer.h"
@@ -76,7 +86,7 @@ def test_shards(sharded, tiny_bloom):
     assert_same(CheckpointReader(sharded), state_of(tiny_bloom))
 
 
-def test_a_bin_file(copy, tiny_bloom):
+def test_a_bin_file(copy, tiny_bloom, sizes):
     assert_same(CheckpointReader(as_bin(copy, state_of(copy))), state_of(tiny_bloom))
 
 
