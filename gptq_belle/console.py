@@ -4,7 +4,6 @@ Results go to stdout, progress and errors to stderr. On a terminal rich draws; e
 """
 
 import dataclasses
-import errno
 import json
 import math
 import sys
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gptq_belle.errors import GptqBelleError, HardwareError, InputError
+from gptq_belle.errors import GptqBelleError, HardwareError, from_system
 
 INTERRUPTED = 130
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator")
@@ -163,7 +162,7 @@ def as_user_error(error: BaseException) -> GptqBelleError:
     """The error that a user should see for any exception: ours as they are, the system's translated."""
     if isinstance(error, GptqBelleError):
         return error
-    if isinstance(error, OSError) and (known := _from_system(error)):
+    if isinstance(error, OSError) and (known := from_system(error)):
         return known
     if _is_out_of_memory(error):
         return HardwareError(f"out of memory: {_first_line(error) or 'an allocation failed'}",
@@ -171,20 +170,6 @@ def as_user_error(error: BaseException) -> GptqBelleError:
     text = f"unexpected {type(error).__name__}: {_first_line(error)}"
     remedy = "Run it again with -v for the traceback, and report it with the output of `gptq-belle doctor`."
     return GptqBelleError(text, remedy)
-
-
-def _from_system(error: OSError) -> GptqBelleError | None:
-    where = f"{error.filename}: " if error.filename else ""
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return HardwareError(f"{where}the disk is full", "Free some space, or choose an output on another disk.")
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return HardwareError(f"{where}permission denied", "Choose a place that you may read and write.")
-        case errno.ENOMEM:
-            return HardwareError(f"{where}out of memory", "Close other programs, or choose fewer bits.")
-        case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
-            return InputError(f"{where}{str(error.strerror).lower()}", "Check the path.")
-    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

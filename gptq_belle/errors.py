@@ -1,5 +1,7 @@
 """The exceptions a user can meet: one line that says what happened, one that says what to do, one exit code."""
 
+import errno
+
 
 class GptqBelleError(Exception):
     """Base of every error that is meant for the user's eyes.
@@ -42,3 +44,20 @@ class GateError(GptqBelleError):
     """A quality gate named by the user was missed."""
 
     exit_code = 5
+
+
+def from_system(error: OSError) -> GptqBelleError | None:
+    """What the system refused, in words for a user; None where it says nothing of this machine or of a path."""
+    where = f"{error.filename}: " if error.filename else ""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return HardwareError(f"{where}the disk is full", "Free some space, or choose an output on another disk.")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return HardwareError(f"{where}permission denied", "Choose a place that you may read and write.")
+        case errno.ENOMEM:
+            return HardwareError(f"{where}out of memory", "Close other programs, or choose fewer bits.")
+        case errno.EMFILE | errno.ENFILE:
+            return HardwareError(f"{where}too many open files", "Close other programs, or raise the limit (ulimit -n).")
+        case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
+            return InputError(f"{where}{str(error.strerror).lower()}", "Check the path.")
+    return None

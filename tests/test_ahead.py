@@ -93,6 +93,17 @@ def test_no_more_words_are_in_memory_than_a_block_has(tiny_model, tmp_path, monk
     assert not alive
 
 
+def test_what_was_not_begun_when_the_user_stops_is_never_read():
+    begun, go = [], threading.Event()
+    pieces = ahead([lambda: None, lambda: begun.append(1) or go.wait(10), lambda: begun.append(2)], 2)
+    next(pieces)
+    while not begun:
+        pass
+    threading.Timer(0.05, go.set).start()
+    pieces.close()
+    assert begun == [1]
+
+
 def test_every_tensor_of_a_model_is_read_once(tiny_model, tmp_path, monkeypatch):
     read, plain = [], CheckpointReader.tensor
 

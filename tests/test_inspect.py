@@ -65,6 +65,14 @@ def test_a_packed_model(tiny_model, tmp_path, bits, sym, act_order):
     assert "unpacked linears" not in found.parts
 
 
+def damage_extra(tensors):
+    tensors["transformer.h.0.extra.weight"] = torch.zeros(2)
+
+
+def damage_words(tensors):
+    del tensors[first(tensors, ".qweight")]
+
+
 def damage_missing(tensors):
     del tensors[first(tensors, "layernorm.weight")]
 
@@ -92,6 +100,8 @@ def damage_shape(tensors):
     ("damage", "problem"),
     [
         (damage_missing, "layernorm.weight is missing"),
+        (damage_extra, "no place for tensor transformer.h.0.extra.weight"),
+        (damage_words, ".qweight is missing"),
         (damage_scales, "scales hold NaN"),
         (damage_order, "g_idx names groups outside of"),
         (damage_zeros, "labelled wrongly"),

@@ -276,7 +276,7 @@ def words_of(bits, inputs, outputs, groups):
     ({"tensors": {"model.layers.7.mlp.up_proj.weight": torch.ones(2)}}, "1 tensors that the model has no place for"),
     ({"drop": ["model.norm.weight"]}, "lacks the tensor model.norm.weight"),
     ({"drop": [f"{LINEAR}.scales"]}, f"lacks the tensor {LINEAR}.scales"),
-    ({"drop": [f"{LINEAR}.qweight"]}, f"lacks the tensor {LINEAR}.weight"),
+    ({"drop": [f"{LINEAR}.qweight"]}, f"lacks the tensor {LINEAR}.qweight"),
     ({"drop": ["lm_head.weight"]}, "lacks the tensor lm_head.weight"),
 ])
 def test_what_does_not_fit_is_named(packed, change, message):

@@ -1,7 +1,10 @@
 """Reading model directories: every layout of weight files, and each way in which one can be broken or hostile."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint import file_bytes
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json, weight_files
-from gptq_belle.errors import InputError
+from gptq_belle.errors import HardwareError, InputError
 
 INDEX = "model.safetensors.index.json"
 
@@ -84,6 +87,54 @@ def test_tensors_of_all_sizes(copy, dtype):
 
 def test_shards(sharded, tiny_bloom):
     assert_same(CheckpointReader(sharded), state_of(tiny_bloom))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_that_is_replaced_is_not_mixed_with_the_new_one(copy, kind):
+    if kind == "bin":
+        as_bin(copy, state_of(copy))
+    reader = CheckpointReader(copy)
+    [file], (first, *_, last) = reader.files, reader
+    reader.tensor(first)
+    shutil.copy(file, copy / "other")
+    (copy / "other").replace(file)
+    with pytest.raises(InputError, match="another file has taken the place of this one"):
+        reader.tensor(last)
+    CheckpointReader(copy).tensor(last)
+
+
+def refuse(number):
+    def refusing(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    return refusing
+
+
+REFUSED = {errno.ENOMEM: "out of memory", errno.EMFILE: "too many open files", errno.EACCES: "permission denied"}
+
+
+@pytest.mark.parametrize("number", REFUSED)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_what_this_machine_refuses_is_no_damage(copy, monkeypatch, kind, number):
+    if kind == "bin":
+        as_bin(copy, state_of(copy))
+    reader = CheckpointReader(copy)
+    with pytest.raises(HardwareError, match=f"{reader.files[0]}: {REFUSED[number]}"):
+        reader.tensor(next(iter(reader)), refuse(number))
+    monkeypatch.setattr(file_bytes.FileBytes, "__init__", refuse(number))
+    with pytest.raises(HardwareError, match=REFUSED[number]):
+        CheckpointReader(copy)
+    monkeypatch.setattr(Path, "read_text", refuse(number))
+    with pytest.raises(HardwareError, match=REFUSED[number]):
+        read_json(copy / "config.json")
+
+
+def test_a_truncated_bin_file_is_named_in_one_sentence(copy):
+    path = as_bin(copy, state_of(copy)) / "pytorch_model.bin"
+    os.truncate(path, path.stat().st_size - 5000)
+    with pytest.raises(InputError) as error:
+        CheckpointReader(copy)
+    assert error.value.cause.endswith("failed finding central directory")
 
 
 def test_a_bin_file(copy, tiny_bloom, sizes):

@@ -71,7 +71,7 @@ def test_a_stored_head_beside_a_tied_one(tiny_bloom, tmp_path):
     ("model.norm.weight", "lacks the tensor model.norm.weight"),
     ("lm_head.weight", "lacks the tensor lm_head.weight"),
     ("model.layers.1.mlp.up_proj.scales", "lacks the tensor model.layers.1.mlp.up_proj.scales"),
-    ("model.layers.1.mlp.up_proj.qweight", "lacks the tensor model.layers.1.mlp.up_proj.weight")])
+    ("model.layers.1.mlp.up_proj.qweight", "lacks the tensor model.layers.1.mlp.up_proj.qweight")])
 def test_what_is_missing_is_named(tiny_llama, tmp_path, drop, message):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed")
     tensors = load_file(path / "model.safetensors")

@@ -16,11 +16,13 @@ def ahead(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
     A thread reads in earnest: asking the system to (`posix_fadvise`) shortened nothing on the virtual disk that this
     was measured on. No result is kept here once it is handed out.
     """
-    with ThreadPoolExecutor(1, "reading-ahead") as pool:
-        waiting: list[Future[T]] = []
+    pool, waiting = ThreadPoolExecutor(1, "reading-ahead"), list[Future[T]]()
+    try:
         for call in calls:
             waiting.append(pool.submit(call))
             if len(waiting) > count:
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
+    finally:
+        pool.shutdown(cancel_futures=True)

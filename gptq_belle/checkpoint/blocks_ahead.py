@@ -43,6 +43,7 @@ class BlocksAhead:
         """Read no more."""
         self._arriving.close()
         self._coming.clear()
+        self._here.clear()
 
     def _stages(self, prefix: str, count: int) -> list[list[str]]:
         """Names by stage of block after block; what belongs to no linear comes with a block's first."""

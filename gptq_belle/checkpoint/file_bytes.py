@@ -9,14 +9,16 @@ import ctypes
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gptq_belle.errors import GptqBelleError, InputError, from_system
 from gptq_belle.kernels.memory import Memory
 
 PAGE = mmap.PAGESIZE  # bytes; what reading past the cache begins and ends at: no file system asks for more
@@ -29,13 +31,23 @@ SLOW = 600e6  # bytes a second; SATA gives less
 class FileBytes:
     """Bytes of a file, read when asked for.
 
-    All methods raise OSError where the system does not read, and EOFError where the file ends first.
+    All raise OSError where the system does not read, and EOFError, with the reason, where the file ends first or
+    another has taken its place.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity = _identity(path.stat())
         self._past = hasattr(os, "O_DIRECT")
         self._bytes, self._seconds = 0, 0.0  # that were read past the cache
+
+    @contextmanager
+    def open(self) -> Iterator[FileIO]:
+        """The file, without a buffer, at its beginning."""
+        with self.path.open("rb", buffering=0) as file:
+            if _identity(os.fstat(file.fileno())) != self._identity:
+                raise EOFError("another file has taken the place of this one")
+            yield file
 
     def read(self, begin: int, size: int, memory: Memory, align: int = 1) -> Tensor:
         """Some bytes, (size,) uint8, in memory of their own.
@@ -49,11 +61,11 @@ class FileBytes:
             found = memory(size)
             self._fill(begin, raw(found))
             return found
-        lead, room = begin % PAGE, memory(size + 3 * PAGE)
-        start = -room.data_ptr() % PAGE  # what a disk writes has to lie in memory as it lies in the file
+        lead, room = begin % PAGE, memory(size + 3 * PAGE)  # bytes in front of the first one in its page
+        start = -room.data_ptr() % PAGE  # a disk writes whole pages: bytes lie in theirs as they do in the file
         stop = start + lead + size
         view = raw(room[start : stop + -(stop - start) % PAGE])
-        with self.path.open("rb", buffering=0) as file, _past_cache(self.path) as direct:
+        with self.open() as file, _past_cache(file.fileno()) as direct:
             at = 0
             while at < lead + size:
                 at += self._piece(file.fileno(), direct, begin - lead + at, view[at : at + PIECE])
@@ -75,20 +87,20 @@ class FileBytes:
     def ahead(self, begin: int, end: int) -> None:
         """Bring bytes into the system's cache, holding no more than a piece of them; stops where the file does."""
         buffer = bytearray(min(PIECE, end - begin))
-        with self.path.open("rb", buffering=0) as file:
+        with self.open() as file:
             file.seek(begin)
             while file.tell() < end and file.readinto(buffer):
                 pass
 
     def _fill(self, begin: int, view: memoryview) -> None:
         """Read into a buffer, through the system's cache."""
-        with self.path.open("rb", buffering=0) as file:
+        with self.open() as file:
             file.seek(begin)
             while view:
                 view = view[_some(file.readinto(view[: 1 << 30])) :]
 
     def _piece(self, file: int, direct: int | None, begin: int, view: memoryview) -> int:
-        """How much of `view` was filled: at once more than nothing, not always all."""
+        """Fill `view` from its start on; returns how many bytes there are now, at least one."""
         if self._past and direct is not None and begin % PAGE == 0 and not _held(file, begin, len(view)):
             began = time.perf_counter()
             try:
@@ -111,11 +123,12 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def unread(name: str, error: OSError | EOFError) -> str:
-    """Why a tensor could not be read."""
+def unread(error: OSError | EOFError, name: str, path: Path, damaged: Callable[[str], InputError]) -> GptqBelleError:
+    """What a user is told of a tensor that was not read: what this machine refused, else why the file is damaged."""
     if isinstance(error, OSError):
-        return f"tensor {name[:100]}: {error.strerror}"
-    return f"it ends inside of tensor {name[:100]}; it shrank while it was read"
+        error.filename = error.filename or str(path)
+        return from_system(error) or damaged(f"tensor {name[:100]}: {error.strerror}")
+    return damaged(f"tensor {name[:100]}: {error}")
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -123,18 +136,22 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
 def _some(count: int | None) -> int:
     if not count:
-        raise EOFError
+        raise EOFError("the file ends inside of it; it shrank while it was read")
     return count
 
 
 @contextmanager
-def _past_cache(path: Path) -> Iterator[int | None]:
-    """A descriptor that reads past the system's cache; None where the file system has no such thing."""
+def _past_cache(file: int) -> Iterator[int | None]:
+    """The same file, to be read past the system's cache; None where the file system has no such thing."""
     found = None
     with suppress(OSError):
-        found = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        found = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
     try:
         yield found
     finally:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.file_bytes import FileBytes, unread
 from gptq_belle.checkpoint.tensor_file import DAMAGED
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.memory import Memory, empty_bytes
 
 
@@ -30,10 +30,11 @@ class PickleFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._bytes = path, FileBytes(path)
+        self.path = path
         if not path.is_file():
             raise self._unreadable("it is not a plain file")
         try:
+            self._bytes = FileBytes(path)
             self._zipped = zipfile.is_zipfile(path)
             if self._zipped:
                 self._check_archive()
@@ -43,8 +44,11 @@ class PickleFile:
                              "Convert it to safetensors where you trust it, or fetch the original.") from error
         except InputError:
             raise
+        except OSError as error:
+            raise from_system(error) or self._unreadable(str(error.strerror)) from error
         except Exception as error:  # the restricted unpickler trips over damaged bytes in every way that Python knows
-            raise self._unreadable((str(error) or "it ends too early").splitlines()[0][:200]) from error
+            said = (str(error) or "it ends too early").splitlines()[0].split(". ")[0]
+            raise self._unreadable(said[:200]) from error
         if not isinstance(state, dict) or not all(
                 isinstance(k, str) and type(v) in (Tensor, torch.nn.Parameter) and v.layout == torch.strided
                 for k, v in state.items()):
@@ -116,7 +120,7 @@ class PickleFile:
         try:
             yield storage._checkpoint_offset + skip
         except (OSError, EOFError) as error:
-            raise self._unreadable(unread(name, error)) from error
+            raise unread(error, name, self.path, self._unreadable) from error
 
     def _check_archive(self) -> None:
         """Note where every record begins and how long it is; a storage that is no record of its own is then refused."""

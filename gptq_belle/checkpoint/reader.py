@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, DAMAGED, TensorFile
 from gptq_belle.checkpoint.unready import check_fetched, unready
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.memory import Memory, empty_bytes
 from gptq_belle.models.registry import HEAD, Architecture, architecture
 
@@ -62,6 +62,10 @@ class CheckpointReader:
     def packed(self) -> list[str]:
         """Full names of the linears whose words the files hold."""
         return [name.removesuffix(".qweight") for name in self if name.endswith(".qweight")]
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the files hold words, zeros or scales of a linear: who then asks for what is missing names it."""
+        return any(f"{name}.{part}" in self for part in ("qweight", "qzeros", "scales"))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header alone."""
@@ -153,7 +157,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", "Give a complete Hugging Face model directory.") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise from_system(error) or InputError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}", DAMAGED) from error
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object", DAMAGED)

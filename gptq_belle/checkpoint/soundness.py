@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from gptq_belle.checkpoint.directory import load_tokenizer
-from gptq_belle.checkpoint.packed_head import CODES
+from gptq_belle.checkpoint.packed_head import CODES, SCALES
 from gptq_belle.checkpoint.packing import V1, unpack_rows
 from gptq_belle.checkpoint.quantization import Quantization, check_geometry
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.models.registry import HEAD
+from gptq_belle.models.registry import COMPUTED, HEAD
 
 MANY = 5  # problems of one kind that are named; the rest is counted
 
@@ -29,7 +29,7 @@ def problems(reader: CheckpointReader, model: nn.Module, quantization: Quantizat
     """
     config: Any = model.config
     return [*_few(_missing(reader, model, tied)), *_few(_packed(reader, model, quantization)),
-            *_of_tokenizer(reader.path, config.vocab_size)]
+            *_few(_unknown(reader, model)), *_of_tokenizer(reader.path, config.vocab_size)]
 
 
 def is_act_ordered(reader: CheckpointReader) -> bool:
@@ -43,7 +43,9 @@ def is_act_ordered(reader: CheckpointReader) -> bool:
 def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        packed = leaf == "weight" and f"{module}.qweight" in reader
+        packed = leaf == "weight" and reader.is_packed(module)
+        if packed and f"{module}.qweight" not in reader:
+            yield f"tensor {module}.qweight is missing"
         packed |= CODES in reader and module == (reader.arch.before[0] if tied else HEAD)
         if name not in reader and not packed and not (module == HEAD and tied):
             yield f"tensor {name} is missing"
@@ -51,6 +53,16 @@ def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator
                                  not reader.dtype(name).is_floating_point):
             yield (f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating point "
                    f"{tuple(parameter.shape)}")
+
+
+def _unknown(reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
+    """What loading refuses: tensors that the model has no place for."""
+    known = {name for name, _ in model.named_parameters()} | {f"{HEAD}.weight", CODES, SCALES}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            known.update(f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx", "bias"))
+    yield from (f"the model has no place for tensor {name}" for name in reader
+                if name not in known and not name.endswith(COMPUTED))
 
 
 def _packed(reader: CheckpointReader, model: nn.Module, quantization: Quantization | None) -> Iterator[str]:

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.durable import DurableFile, Stamp
 from gptq_belle.checkpoint.file_bytes import FileBytes, raw, unread
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.memory import Memory, empty_bytes
 
 DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
@@ -49,14 +50,15 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._bytes = path, FileBytes(path)
+        self.path = path
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise _damaged(path, "it is not a plain file")
-            with path.open("rb") as file:
+            self._bytes = FileBytes(path)
+            with self._bytes.open() as file:
                 self.entries = _read_header(path, file)
         except OSError as error:
-            raise _damaged(path, str(error.strerror)) from error
+            raise from_system(error) or _damaged(path, str(error.strerror)) from error
 
     def names(self) -> list[str]:
         """All tensors, in the header's order."""
@@ -108,7 +110,7 @@ class TensorFile:
         try:
             yield
         except (OSError, EOFError) as error:
-            raise _damaged(self.path, unread(name, error)) from error
+            raise unread(error, name, self.path, partial(_damaged, self.path)) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Stamp:

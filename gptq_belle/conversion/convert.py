@@ -35,10 +35,9 @@ from gptq_belle.conversion.token_ids import mended
 from gptq_belle.conversion.verify import largest_deviation
 from gptq_belle.conversion.zeros import Census, census, choose_format, read_zeros, repaired, write_zeros
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
-from gptq_belle.models.registry import HEAD
+from gptq_belle.models.registry import COMPUTED, HEAD
 from gptq_belle.quantization.stream import BlockStream
 from gptq_belle.runtime.chat import choose_style
-from gptq_belle.runtime.loader import COMPUTED
 
 Progress = Callable[[int, int], None]
 

@@ -85,6 +85,7 @@ ARCHITECTURES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
 }
+COMPUTED = ("rotary_emb.inv_freq",)  # ends of names in old files of LLaMA; nothing reads what is computed anyway
 HEAD = "lm_head"
 
 

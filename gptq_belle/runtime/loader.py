@@ -19,11 +19,10 @@ from gptq_belle.checkpoint.quantization import (
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.kernels.dispatch import prepare
-from gptq_belle.models.registry import HEAD
+from gptq_belle.models.registry import COMPUTED, HEAD
 from gptq_belle.models.skeleton import assign, empty_model
 from gptq_belle.runtime.linear import QuantLinear
 
-COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; transformers computes it
 PRECISIONS = ("exact", "fast")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -131,7 +130,7 @@ class _Filling:
         blocks = self.model.get_submodule(self.reader.arch.blocks)
         for index, _ in blocks.named_children():
             for linear in self.reader.arch.linears:
-                if f"{self.reader.arch.blocks}.{index}.{linear}.qweight" in self.reader:
+                if self.reader.is_packed(f"{self.reader.arch.blocks}.{index}.{linear}"):
                     yield f"{self.reader.arch.blocks}.{index}.{linear}"
 
     def _place_linear(self, name: str, quantization: Quantization) -> None:

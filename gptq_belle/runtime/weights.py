@@ -16,10 +16,9 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import lay_out
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
+from gptq_belle.models.registry import COMPUTED
 from gptq_belle.models.skeleton import wrong_shape
 from gptq_belle.runtime.products import Dense, Packed, Product, SideBySide
-
-COMPUTED = ("rotary_emb.inv_freq",)  # in old files of LLaMA; it is computed here
 
 
 class Weights:
@@ -96,7 +95,7 @@ class Weights:
         return product
 
     def _linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
-        packed = [f"{name}.qweight" in self.reader for name in names]
+        packed = [self.reader.is_packed(name) for name in names]
         biases = [self._bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
         if not any(packed):
             return Dense(self._together(names, inputs, outputs), self._joined(biases, outputs))
