@@ -94,13 +94,11 @@ def test_a_file_that_is_replaced_is_not_mixed_with_the_new_one(copy, kind):
     if kind == "bin":
         as_bin(copy, state_of(copy))
     reader = CheckpointReader(copy)
-    [file], (first, *_, last) = reader.files, reader
-    reader.tensor(first)
-    shutil.copy(file, copy / "other")
+    [file], (*_, last) = reader.files, reader
+    expected = reader.tensor(last)
+    (copy / "other").write_bytes(bytes(file.stat().st_size))
     (copy / "other").replace(file)
-    with pytest.raises(InputError, match="another file has taken the place of this one"):
-        reader.tensor(last)
-    CheckpointReader(copy).tensor(last)
+    assert torch.equal(reader.tensor(last), expected)
 
 
 def refuse(number):

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -29,24 +30,22 @@ SLOW = 600e6  # bytes a second; SATA gives less
 
 
 class FileBytes:
-    """Bytes of a file, read when asked for.
+    """Bytes of a file, read when asked for; it stays open, so that they are of one file whatever takes its name.
 
-    All raise OSError where the system does not read, and EOFError, with the reason, where the file ends first or
-    another has taken its place.
+    All raise OSError where the system does not read, and EOFError, with the reason, where the file ends first.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._identity = _identity(path.stat())
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
         self._past = hasattr(os, "O_DIRECT")
         self._bytes, self._seconds = 0, 0.0  # that were read past the cache
 
     @contextmanager
-    def open(self) -> Iterator[FileIO]:
-        """The file, without a buffer, at its beginning."""
-        with self.path.open("rb", buffering=0) as file:
-            if _identity(os.fstat(file.fileno())) != self._identity:
-                raise EOFError("another file has taken the place of this one")
+    def from_beginning(self) -> Iterator[FileIO]:
+        """The file at its beginning; what else is read here does not move it."""
+        with open(os.dup(self._file), "rb", buffering=0) as file:
+            file.seek(0)
             yield file
 
     def read(self, begin: int, size: int, memory: Memory, align: int = 1) -> Tensor:
@@ -65,10 +64,10 @@ class FileBytes:
         start = -room.data_ptr() % PAGE  # a disk writes whole pages: bytes lie in theirs as they do in the file
         stop = start + lead + size
         view = raw(room[start : stop + -(stop - start) % PAGE])
-        with self.open() as file, _past_cache(file.fileno()) as direct:
+        with _past_cache(self._file) as direct:
             at = 0
             while at < lead + size:
-                at += self._piece(file.fileno(), direct, begin - lead + at, view[at : at + PIECE])
+                at += self._piece(direct, begin - lead + at, view[at : at + PIECE])
         return room[start + lead : stop]
 
     def pieces(self, begin: int, size: int, chosen: Sequence[int], memory: Memory, align: int = 1) -> Tensor:
@@ -87,21 +86,18 @@ class FileBytes:
     def ahead(self, begin: int, end: int) -> None:
         """Bring bytes into the system's cache, holding no more than a piece of them; stops where the file does."""
         buffer = bytearray(min(PIECE, end - begin))
-        with self.open() as file:
-            file.seek(begin)
-            while file.tell() < end and file.readinto(buffer):
-                pass
+        while begin < end and (count := os.preadv(self._file, [buffer], begin)):
+            begin += count
 
     def _fill(self, begin: int, view: memoryview) -> None:
         """Read into a buffer, through the system's cache."""
-        with self.open() as file:
-            file.seek(begin)
-            while view:
-                view = view[_some(file.readinto(view[: 1 << 30])) :]
+        while view:
+            count = _some(os.preadv(self._file, [view[: 1 << 30]], begin))
+            begin, view = begin + count, view[count:]
 
-    def _piece(self, file: int, direct: int | None, begin: int, view: memoryview) -> int:
+    def _piece(self, direct: int | None, begin: int, view: memoryview) -> int:
         """Fill `view` from its start on; returns how many bytes there are now, at least one."""
-        if self._past and direct is not None and begin % PAGE == 0 and not _held(file, begin, len(view)):
+        if self._past and direct is not None and begin % PAGE == 0 and not _held(self._file, begin, len(view)):
             began = time.perf_counter()
             try:
                 count = os.preadv(direct, [view], begin)
@@ -111,7 +107,7 @@ class FileBytes:
                 self._bytes, self._seconds = self._bytes + count, self._seconds + time.perf_counter() - began
                 self._past = self._bytes < TRIED or self._bytes > SLOW * self._seconds
                 return _some(count)
-        return _some(os.preadv(file, [view], begin))
+        return _some(os.preadv(self._file, [view], begin))
 
 
 def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -136,11 +132,7 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
-
-
-def _some(count: int | None) -> int:
+def _some(count: int) -> int:
     if not count:
         raise EOFError("the file ends inside of it; it shrank while it was read")
     return count

@@ -55,7 +55,7 @@ class TensorFile:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise _damaged(path, "it is not a plain file")
             self._bytes = FileBytes(path)
-            with self._bytes.open() as file:
+            with self._bytes.from_beginning() as file:
                 self.entries = _read_header(path, file)
         except OSError as error:
             raise from_system(error) or _damaged(path, str(error.strerror)) from error
