@@ -1,8 +1,8 @@
 """The bytes of one file: what the system's cache holds is taken from there, the rest of large pieces is read past it.
 
-Filling the cache takes a processor 0.3 to 0.45 s a GB where the disk itself takes 0.05 (reads of 5.2 GB on a virtual
-machine), and weights are laid out on the same processors: BELLE-7B loads in 0.7 to 0.8 of the time. A disk that is
-slower than SLOW leaves processors idle anyhow; from there the cache is filled, for whoever loads the model again.
+Filling the cache takes a processor's time, and memory that the model needs; weights are laid out on the same
+processors. benchmarks/bench_belle_7b.py times both ways of reading beside loading. A disk that is slower than SLOW
+leaves processors idle anyhow; from there the cache is filled, for whoever loads the model again.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from gptq_belle.errors import GptqBelleError, InputError, from_system
 from gptq_belle.kernels.memory import Memory
 
 PAGE = mmap.PAGESIZE  # bytes; what reading past the cache begins and ends at: no file system asks for more
-PIECE = 4 << 20  # at a time: larger ones are no faster
+PIECE = 4 << 20  # bytes at a time
 LARGE = 1 << 20  # smaller ones are left to the system, which reads ahead
 TRIED = 64 << 20  # bytes, before the disk is judged
 SLOW = 600e6  # bytes a second; SATA gives less
