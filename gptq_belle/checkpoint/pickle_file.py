@@ -96,8 +96,9 @@ class PickleFile:
     def read_ahead(self, name: str) -> None:
         """Bring a tensor's bytes into the system's cache."""
         if self._zipped:
-            with self._stored(name, *self._span(name)) as begin:
-                self._bytes.ahead(begin, begin + self._span(name)[1])
+            skip, size = self._span(name)
+            with self._stored(name, skip, size) as begin:
+                self._bytes.ahead(begin, begin + size)
 
     def _read(self, name: str, memory: Memory = empty_bytes) -> Tensor:
         meta, (skip, size) = self._state[name], self._span(name)
