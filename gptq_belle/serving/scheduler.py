@@ -136,6 +136,7 @@ class Scheduler:
             while not (self._waiting or self._running or self._cancelled or self._calls):
                 if self._closing:
                     return False
+                self._tell()
                 self.metrics.speed.set(0)
                 self._changed.wait()
             cancelled, self._cancelled = self._cancelled, []

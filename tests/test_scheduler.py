@@ -1,0 +1,465 @@
+"""The scheduler alone, on an engine without a model whose steps the tests release one by one."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from gptq_belle.errors import UsageError
+from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.runtime.slots import Event, Request
+from gptq_belle.serving.errors import ApiError
+from gptq_belle.serving.metrics import Metrics
+from gptq_belle.serving.scheduler import Scheduler
+
+LIMIT = 20.0  # seconds until a test that waits for something fails
+REFUSED_ID = -1  # the fake engine refuses a prompt that holds it
+
+
+class FakeEngine:
+    """Answers a prompt (first, ...) with the tokens first, first + 1, ...
+
+    Attributes:
+        slots: requests that may run at a time; one more is an error of the scheduler.
+        running: requests that were submitted and have not ended.
+        submitted: prompts, in the order of their submission.
+        cancelled: requests, in the order of their cancellation.
+        failure: what the next step raises.
+        threads: those that called this object.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.running: list[Request] = []
+        self.submitted: list[list[int]] = []
+        self.cancelled: list[Request] = []
+        self.failure: Exception | None = None
+        self.threads: set[threading.Thread] = set()
+        self.in_step = threading.Event()
+        self._permits = threading.Semaphore(0)
+
+    @property
+    def used(self) -> float:
+        return len(self.running) / self.slots
+
+    def allow(self, steps: int) -> None:
+        self._permits.release(steps)
+
+    def submit(self, ids, params):
+        self.threads.add(threading.current_thread())
+        if REFUSED_ID in ids:
+            raise UsageError(f"token id {REFUSED_ID} is not in the vocabulary")
+        assert len(self.running) < self.slots, "more requests than slots"
+        request = Request(list(ids), params, params.max_new_tokens)
+        self.running.append(request)
+        self.submitted.append(request.ids)
+        return request
+
+    def cancel(self, request):
+        self.threads.add(threading.current_thread())
+        self.running.remove(request)
+        self.cancelled.append(request)
+
+    def step(self):
+        self.threads.add(threading.current_thread())
+        assert self.running, "a step without requests"
+        self.in_step.set()
+        allowed = self._permits.acquire(timeout=LIMIT)
+        self.in_step.clear()
+        assert allowed, "the test released too few steps"
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+        return [self._advance(request) for request in list(self.running)]
+
+    def _advance(self, request):
+        request.answer.append(request.ids[0] + len(request.answer))
+        if len(request.answer) == request.room:
+            request.finished = "length"
+            self.running.remove(request)
+        return Event(request, request.answer[-1], request.finished)
+
+
+@contextmanager
+def scheduling(slots, queue_limit):
+    engine, metrics = FakeEngine(slots), Metrics()
+    scheduler = Scheduler(engine, queue_limit, metrics)
+    try:
+        yield scheduler, engine, metrics
+    finally:
+        engine.allow(1000)
+        assert scheduler.close(LIMIT)
+
+
+def prompt(first, tokens=2):
+    return [first], SamplingParams(max_new_tokens=tokens)
+
+
+async def until(condition):
+    async def poll():
+        while not condition():
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(poll(), LIMIT)
+
+
+async def start(scheduler, engine, *prompts):
+    """Submit one request; return its answers once a step of the engine is waiting to be released."""
+    answers = scheduler.submit(prompts)
+    await until(engine.in_step.is_set)
+    return answers
+
+
+async def items(answer, count):
+    """The next items of the request of an answer: (index, token), (index, finish reason) or (index, error)."""
+    found = [await asyncio.wait_for(answer.arrived.get(), LIMIT) for _ in range(count)]
+    return [(index, item.token if isinstance(item, Event) else item) for index, item in found]
+
+
+def ended(metrics, outcome):
+    return metrics.registry.get_sample_value("gptq_belle_requests_total", {"outcome": outcome}) or 0
+
+
+def gauge(metrics, name):
+    return metrics.registry.get_sample_value(f"gptq_belle_{name}")
+
+
+def assert_refused(scheduler, prompts):
+    before = scheduler.waiting
+    with pytest.raises(ApiError) as refused:
+        scheduler.submit(prompts)
+    assert (refused.value.status, refused.value.code) == (429, "queue_full")
+    assert int(refused.value.headers["Retry-After"]) > 0
+    assert scheduler.waiting == before  # none of them was taken
+
+
+def test_tokens_arrive_in_order_followed_by_the_finish_reason():
+    async def client(scheduler, engine):
+        engine.allow(3)
+        [answer] = scheduler.submit([prompt(10, tokens=3)])
+        assert await items(answer, 4) == [(0, 10), (0, 11), (0, 12), (0, "length")]
+        await until(lambda: scheduler.running == 0)
+
+    with scheduling(1, 0) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine))
+        assert ended(metrics, "length") == 1
+        assert gauge(metrics, "generated_tokens_total") == 3
+        assert gauge(metrics, "prompt_tokens_total") == 1
+        assert gauge(metrics, "time_to_first_token_seconds_count") == 1
+
+
+def test_prompts_of_one_request_share_a_queue_and_are_numbered():
+    async def client(scheduler, engine):
+        engine.allow(2)
+        answers = scheduler.submit([prompt(10, 1), prompt(20, 1), prompt(30, 1)])
+        assert [answer.index for answer in answers] == [0, 1, 2]
+        assert len({id(answer.arrived) for answer in answers}) == 1
+        assert await items(answers[0], 6) == [(0, 10), (0, "length"), (1, 20), (1, "length"), (2, 30), (2, "length")]
+
+    with scheduling(2, 1) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_queue_takes_exactly_its_limit_while_all_slots_are_busy():
+    async def client(scheduler, engine, metrics):
+        await start(scheduler, engine, prompt(10), prompt(20))
+        for first in (30, 40, 50):
+            scheduler.submit([prompt(first)])
+        assert (scheduler.running, scheduler.waiting) == (2, 3)
+        assert_refused(scheduler, [prompt(60)])
+        assert ended(metrics, "refused") == 1
+
+    with scheduling(2, 3) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_prompts_of_one_request_count_together_and_are_taken_all_or_none():
+    async def client(scheduler, engine, metrics):
+        await start(scheduler, engine, prompt(10))
+        scheduler.submit([prompt(20)])
+        assert_refused(scheduler, [prompt(30), prompt(40), prompt(50)])
+        assert ended(metrics, "refused") == 3
+        scheduler.submit([prompt(60), prompt(70)])
+        assert_refused(scheduler, [prompt(80)])
+        engine.allow(8)
+        await until(lambda: len(engine.submitted) == 4)
+        assert engine.submitted == [[10], [20], [60], [70]]
+
+    with scheduling(1, 3) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+@pytest.mark.parametrize(("slots", "queue_limit"), [(1, 0), (2, 3)])
+def test_free_slots_do_not_count_against_the_queue_limit(slots, queue_limit):
+    async def client(scheduler, engine):
+        most = slots + queue_limit
+        assert_refused(scheduler, [prompt(10 * i) for i in range(most + 1)])
+        await start(scheduler, engine, *(prompt(10 * i) for i in range(most)))
+        assert (scheduler.running, scheduler.waiting) == (slots, queue_limit)
+        assert_refused(scheduler, [prompt(0)])
+
+    with scheduling(slots, queue_limit) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_place_in_the_queue_is_free_again_when_a_waiting_request_starts():
+    async def client(scheduler, engine):
+        await start(scheduler, engine, prompt(10, tokens=1))
+        scheduler.submit([prompt(20, tokens=1)])
+        assert_refused(scheduler, [prompt(30)])
+        engine.allow(1)
+        await until(lambda: engine.submitted[-1] == [20] and engine.in_step.is_set())
+        scheduler.submit([prompt(30)])
+        assert scheduler.waiting == 1
+
+    with scheduling(1, 1) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_requests_start_in_the_order_of_their_arrival():
+    async def client(scheduler, engine):
+        answers = [await start(scheduler, engine, prompt(10, 1))]
+        answers += [scheduler.submit([prompt(first, 1)]) for first in (40, 20, 30)]
+        engine.allow(4)
+        for [answer] in answers:
+            await items(answer, 2)
+        assert engine.submitted == [[10], [40], [20], [30]]
+
+    with scheduling(1, 3) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_waiting_request_that_is_cancelled_never_starts():
+    async def client(scheduler, engine):
+        [first] = await start(scheduler, engine, prompt(10))
+        [cancelled], [third] = scheduler.submit([prompt(20)]), scheduler.submit([prompt(30)])
+        cancelled.cancel()
+        engine.allow(4)
+        assert await items(first, 3) == [(0, 10), (0, 11), (0, "length")]
+        assert await items(third, 3) == [(0, 30), (0, 31), (0, "length")]
+        assert engine.submitted == [[10], [30]]
+        assert cancelled.arrived.empty()
+        assert engine.cancelled == []
+
+    with scheduling(1, 2) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_cancelling_a_waiting_request_frees_its_place_in_the_queue():
+    async def client(scheduler, engine):
+        await start(scheduler, engine, prompt(10, tokens=3))
+        [waiting] = scheduler.submit([prompt(20)])
+        waiting.cancel()
+        engine.allow(1)
+        await until(lambda: scheduler.waiting == 0)
+        scheduler.submit([prompt(30)])
+
+    with scheduling(1, 1) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_cancelling_during_a_stream_frees_the_slot_for_the_next_request():
+    async def client(scheduler, engine, metrics):
+        [first] = await start(scheduler, engine, prompt(10, tokens=100))
+        [second] = scheduler.submit([prompt(20, tokens=1)])
+        engine.allow(1)
+        assert await items(first, 1) == [(0, 10)]
+        await until(engine.in_step.is_set)
+        first.cancel()
+        engine.allow(2)  # the step that was running, and one of the next request
+        assert await items(second, 2) == [(0, 20), (0, "length")]
+        assert [request.ids for request in engine.cancelled] == [[10]]
+        assert await items(first, 1) == [(0, 11)]  # of the step that was running
+        assert first.arrived.empty()
+        assert ended(metrics, "cancelled") == 1
+        assert ended(metrics, "length") == 1
+
+    with scheduling(1, 1) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_cancelling_twice_frees_one_slot_only():
+    async def client(scheduler, engine, metrics):
+        [first] = await start(scheduler, engine, prompt(10, tokens=100))
+        others = [scheduler.submit([prompt(first, tokens=1)])[0] for first in (20, 30)]
+        first.cancel()
+        first.cancel()
+        engine.allow(3)
+        assert await items(others[0], 2) == [(0, 20), (0, "length")]
+        assert await items(others[1], 2) == [(0, 30), (0, "length")]
+        assert ended(metrics, "cancelled") == 1
+
+    with scheduling(1, 2) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_cancelling_a_finished_request_changes_nothing():
+    async def client(scheduler, engine, metrics):
+        engine.allow(1)
+        [finished] = scheduler.submit([prompt(10, tokens=1)])
+        await items(finished, 2)
+        [other] = await start(scheduler, engine, prompt(20, tokens=2))
+        finished.cancel()
+        engine.allow(2)
+        assert await items(other, 3) == [(0, 20), (0, 21), (0, "length")]
+        assert engine.cancelled == []
+        assert ended(metrics, "cancelled") == 0
+
+    with scheduling(1, 1) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_step_that_raises_fails_all_running_requests_and_serves_the_waiting_ones():
+    async def client(scheduler, engine, metrics):
+        failure = engine.failure = RuntimeError("step failed")
+        [first] = await start(scheduler, engine, prompt(10))
+        [second] = scheduler.submit([prompt(20)])
+        engine.failure = None
+        engine.allow(1)
+        await items(first, 1)
+        await until(lambda: scheduler.running == 2 and engine.in_step.is_set())
+        [waiting] = scheduler.submit([prompt(30, tokens=1)])
+        engine.failure = failure
+        engine.allow(1)
+        assert await items(first, 1) == [(0, failure)]
+        assert await items(second, 1) == [(0, failure)]
+        assert [request.ids for request in engine.cancelled] == [[10], [20]]
+        assert ended(metrics, "failed") == 2
+        engine.allow(1)
+        assert await items(waiting, 2) == [(0, 30), (0, "length")]
+        engine.allow(1)
+        [later] = scheduler.submit([prompt(40, tokens=1)])
+        assert await items(later, 2) == [(0, 40), (0, "length")]
+        assert first.arrived.empty()
+        assert second.arrived.empty()
+        assert ended(metrics, "failed") == 2
+
+    with scheduling(2, 1) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_prompt_that_the_engine_refuses_fails_alone():
+    async def client(scheduler, engine, metrics):
+        engine.allow(1)
+        answers = scheduler.submit([prompt(10, 1), prompt(REFUSED_ID), prompt(30, 1)])
+        found = await items(answers[0], 5)
+        [(index, error)] = [item for item in found if isinstance(item[1], Exception)]
+        assert (index, type(error)) == (1, UsageError)
+        assert [item for item in found if item[0] != 1] == [(0, 10), (0, "length"), (2, 30), (2, "length")]
+        assert ended(metrics, "failed") == 1
+        assert ended(metrics, "length") == 2
+        await until(lambda: scheduler.running == 0)
+
+    with scheduling(3, 0) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_call_runs_in_the_thread_of_the_engine():
+    async def client(scheduler, engine):
+        thread = await asyncio.wait_for(scheduler.call(threading.current_thread), LIMIT)
+        assert thread is not threading.current_thread()
+        engine.allow(1)
+        [answer] = scheduler.submit([prompt(10, 1)])
+        await items(answer, 2)
+        assert engine.threads == {thread}
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_call_runs_between_two_steps_and_the_request_goes_on():
+    async def client(scheduler, engine):
+        [answer] = await start(scheduler, engine, prompt(10))
+        call = asyncio.ensure_future(scheduler.call(lambda: list(engine.running[0].answer)))
+        await asyncio.sleep(0.05)
+        assert not call.done()  # a step is running
+        engine.allow(1)
+        assert await asyncio.wait_for(call, LIMIT) == [10]
+        engine.allow(1)
+        assert await items(answer, 3) == [(0, 10), (0, 11), (0, "length")]
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_call_that_raises_gives_its_caller_the_error_and_stops_nothing():
+    async def client(scheduler, engine):
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(scheduler.call(lambda: 1 // 0), LIMIT)
+        assert await asyncio.wait_for(scheduler.call(lambda: 5), LIMIT) == 5
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_call_whose_caller_has_gone_stops_nothing():
+    async def client(scheduler, engine):
+        [answer] = await start(scheduler, engine, prompt(10, 1))
+        calls = [asyncio.ensure_future(scheduler.call(lambda: 5)) for _ in range(2)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        errors = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        engine.allow(1)
+        assert await asyncio.wait_for(calls[1], LIMIT) == 5
+        await items(answer, 2)
+        assert errors == []
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_close_of_an_idle_scheduler_returns_at_once():
+    with scheduling(1, 0) as (scheduler, _, _):
+        assert scheduler.close(LIMIT)
+
+
+def test_close_finishes_running_and_waiting_requests_and_refuses_new_ones():
+    async def client(scheduler, engine):
+        [running] = await start(scheduler, engine, prompt(10))
+        [waiting] = scheduler.submit([prompt(20, tokens=1)])
+        assert scheduler.close(0.02) is False
+        with pytest.raises(ApiError) as refused:
+            scheduler.submit([prompt(30)])
+        assert (refused.value.status, refused.value.code) == (503, "stopping")
+        assert int(refused.value.headers["Retry-After"]) > 0
+        engine.allow(3)
+        assert await asyncio.to_thread(scheduler.close, LIMIT)
+        assert await items(running, 3) == [(0, 10), (0, 11), (0, "length")]
+        assert await items(waiting, 2) == [(0, 20), (0, "length")]
+
+    with scheduling(1, 2) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_requests_of_a_closed_event_loop_are_cancelled_and_the_next_loop_is_served():
+    async def leave(scheduler, engine):
+        await start(scheduler, engine, prompt(10, tokens=100))
+
+    async def client(scheduler, engine):
+        engine.allow(2)
+        await until(lambda: engine.cancelled)
+        [answer] = scheduler.submit([prompt(20, tokens=1)])
+        engine.allow(1)
+        assert await items(answer, 2) == [(0, 20), (0, "length")]
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(leave(scheduler, engine))
+        engine.allow(1)  # its token finds the loop closed
+        asyncio.run(client(scheduler, engine))
+
+
+def test_gauges_show_running_and_waiting_requests_and_nothing_when_idle():
+    async def client(scheduler, engine, metrics):
+        answers = await start(scheduler, engine, prompt(10, 1), prompt(20, 1), prompt(30, 1))
+        assert (gauge(metrics, "batch_size"), gauge(metrics, "queue_length")) == (2, 1)
+        assert gauge(metrics, "cache_used_ratio") == 1
+        engine.allow(2)
+        await items(answers[0], 6)
+        await until(lambda: gauge(metrics, "batch_size") == 0)
+        assert gauge(metrics, "queue_length") == gauge(metrics, "cache_used_ratio") == 0
+        assert gauge(metrics, "tokens_per_second") == 0
+
+    with scheduling(2, 1) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
