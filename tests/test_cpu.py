@@ -117,6 +117,21 @@ def test_threads_of_its_own_where_torch_has_no_openmp():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_product_runs_on_the_calling_thread_where_no_thread_can_be_started():
+    code = ("import resource, sys, threading, torch\nfrom pathlib import Path\n"
+            "from gptq_belle.kernels import cpu_matmul, library\nlibrary._openmp_entry = lambda: None\n"
+            "sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
+            "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
+            "torch.set_num_threads(1); one = cpu_matmul.quant_matmul(x, weight)\n"
+            "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20),) * 2)\n"  # a thread's stack takes 8 MiB
+            "try: threading.Thread(target=print).start()\n"
+            "except RuntimeError: pass\n"
+            "else: sys.exit('a thread was started')\n"
+            "torch.set_num_threads(3); assert torch.equal(cpu_matmul.quant_matmul(x, weight), one)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_number_stays_in_its_row(value, isa):
