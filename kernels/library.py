@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .structs import (
+    STRUCTS,
     CallStruct,
     DescentStruct,
     GptqBlockStruct,
@@ -26,7 +27,7 @@ from .structs import (
     WordsStruct,
 )
 
-ABI = 9  # of native/native.h
+ABI = 10  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
 FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
@@ -45,6 +46,7 @@ class Library:
         abi = self._c.belle_abi()
         if abi != ABI:
             raise OSError(f"{path.name} was built from other sources (interface {abi}, not {ABI}): install again")
+        self._check_struct_sizes(path)
         self.pack = self._function("pack", None, POINTER(WordsStruct), ADDRESS, INT, INT)
         self.pack_rows = self._function("pack_rows", None, POINTER(RowsStruct), ADDRESS, INT)
         self.round_rows = self._function("round_rows", INT, POINTER(RoundingStruct), INT, INT)
@@ -70,6 +72,16 @@ class Library:
         if isa is not None and isa not in self.usable:
             raise ValueError(f"instruction set {isa!r} is not one of {', '.join(self.usable)}")
         return ISAS.index(isa or self.isa)
+
+    def _check_struct_sizes(self, path: Path) -> None:
+        """Raise OSError where a struct of the library and its mirror in `structs.py` differ in size."""
+        size_of = self._function("struct_size", SIZE, INT)
+        for index, struct in enumerate(STRUCTS):
+            if (size := size_of(index)) != ctypes.sizeof(struct):
+                raise OSError(f"{path.name} was built from other sources ({struct.__name__} takes {size} bytes there, "
+                              f"{ctypes.sizeof(struct)} here): install again")
+        if size_of(len(STRUCTS)) != -1:
+            raise OSError(f"{path.name} was built from other sources (it has more structs): install again")
 
     def _function(self, name: str, result: type | None, *arguments: Any) -> Callable[..., Any]:
         """A function of the library; the last two numbers of most are threads and the instruction set."""

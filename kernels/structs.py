@@ -1,4 +1,4 @@
-"""The structs of native/native.h, field by field; raise `library.ABI` with them."""
+"""The structs of native/native.h, field by field; raise `library.ABI` with them. `library.py` compares their sizes."""
 
 import ctypes
 
@@ -98,3 +98,8 @@ class SearchStruct(ctypes.Structure):
                 ("zeros", ctypes.c_void_p), ("best", ctypes.c_void_p), ("inputs", ctypes.c_int64),
                 ("outputs", ctypes.c_int64), ("candidates", ctypes.c_int64), ("smallest", ctypes.c_float),
                 ("levels", ctypes.c_int32)]
+
+
+STRUCTS: tuple[type[ctypes.Structure], ...] = (  # in the order of `belle_struct_size` in native/matmul.cpp
+    WeightStruct, WordsStruct, RowsStruct, RoundingStruct, NewStruct, CacheStruct, StepStruct, AttentionStruct,
+    CallStruct, GptqBlockStruct, DescentStruct, SearchStruct)

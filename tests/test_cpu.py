@@ -1,15 +1,17 @@
 """The native CPU kernels: every instruction set against the formula in float64, the same bits at every M."""
 
+import ctypes
 import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from oracle_format import formula, random_words
 
-from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch
+from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, structs
 from gptq_belle.kernels.cpu_matmul import Product, quant_matmul
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import FASTEST, PLACE, Library, library
@@ -130,6 +132,19 @@ def test_product_runs_on_the_calling_thread_where_no_thread_can_be_started():
             "else: sys.exit('a thread was started')\n"
             "torch.set_num_threads(3); assert torch.equal(cpu_matmul.quant_matmul(x, weight), one)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class _LongerCall(ctypes.Structure):
+    _fields_ = [*structs.CallStruct._fields_, ("more", ctypes.c_int64)]
+
+
+@pytest.mark.parametrize("mirrors", [(*structs.STRUCTS[:8], _LongerCall, *structs.STRUCTS[9:]), structs.STRUCTS[:-1]])
+def test_library_whose_structs_differ_from_the_mirrors_is_rejected(mirrors, monkeypatch):
+    path = Path(FOUND._c._name)
+    Library(path)
+    monkeypatch.setattr("gptq_belle.kernels.library.STRUCTS", mirrors)
+    with pytest.raises(OSError):  # noqa: PT011
+        Library(path)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -113,6 +113,16 @@ struct Buffer {
 
 BELLE_API int belle_abi() { return belle::kAbi; }
 
+// sizeof of a struct of native.h by its place in `structs.STRUCTS`, or -1 past the last.
+BELLE_API int64_t belle_struct_size(int index) {
+  constexpr int64_t kSizes[] = {
+      sizeof(BelleWeight), sizeof(BelleWords), sizeof(BelleRows), sizeof(BelleRounding), sizeof(BelleNew),
+      sizeof(BelleCache), sizeof(BelleStep), sizeof(BelleAttention), sizeof(BelleCall), sizeof(BelleGptqBlock),
+      sizeof(BelleDescent), sizeof(BelleSearch)};
+  constexpr int kCount = sizeof kSizes / sizeof kSizes[0];
+  return index >= 0 && index < kCount ? kSizes[index] : -1;
+}
+
 // 1 where instruction set `isa` (the numbers of cpu_features.h) was built in and runs here.
 BELLE_API int belle_usable(int isa) { return isa >= 0 && isa < belle::kIsaCount && belle::usable(isa); }
 

@@ -1,4 +1,5 @@
-// What the library offers and what its files share. The C ABI below is mirrored by kernels/structs.py; raise kAbi with it.
+// What the library offers and what its files share. The C ABI below is mirrored by kernels/structs.py, which
+// checks the sizes of the structs (matmul.cpp) when it loads the library; raise kAbi with any change.
 //
 // K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one
 // scale and zero an output; longer groups of a checkpoint are several of them. Inputs stand in the order of the groups,
@@ -146,7 +147,7 @@ struct BelleSearch {       // the grid of a group of g inputs with the least wei
 
 namespace belle {
 
-constexpr int kAbi = 9;
+constexpr int kAbi = 10;
 constexpr int kBlock = 16;              // outputs of one vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
 constexpr int kMostRun = 128;
@@ -208,7 +209,8 @@ extern const Kernel kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;
 // for the first time together, both clear one, and one is thrown away.
 inline int64_t pieces_of_page(int64_t bytes) { return bytes < kHugePage ? kHugePage / bytes : 1; }
 
-// Calls work(context) from `threads` threads at once, the caller among them, and returns when all have.
+// Call work(context) from up to `threads` threads at once, the caller among them, and return when all have finished. Fewer
+// run where no more can be started, so `work` must not depend on how many there are. Does not throw.
 void parallel(int threads, void (*work)(void*), void* context);
 
 // Calls work(begin, end, thread) for pieces of 0 .. count, multiples of `unit`, on as many threads as there are units at
