@@ -4,6 +4,8 @@
 # make sanitize  runs the tests of the CPU kernels and of hostile files with address and undefined-behaviour sanitizers
 # make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in environments of their own under build/interop;
 #             GPTQ_BELLE_PEER_GPTQMODEL and GPTQ_BELLE_PEER_AUTOGPTQ name the python of ones that exist
+# make wheel  builds a wheel with the CPU kernels into dist; it serves every Python 3 on this platform, and the machine that
+#             installs it needs no compiler
 # make clean  removes the environment and everything that was built
 #
 # PYTHON names the interpreter that makes the environment (3.11 or newer). On Linux the default build of torch brings
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint sanitize interop clean
+.PHONY: demo test lint sanitize interop wheel clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -35,11 +37,17 @@ SANITIZED_TESTS := cpu cpu_attention cpu_rowwise cpu_solver head hostile replay
 sanitize: $(READY)
 	GPTQ_BELLE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY="$$(ls $(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native*.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 GPTQ_BELLE_CPU_LIBRARY=$(CURDIR)/$(SANITIZED)/gptq_belle/kernels/_native.so \
 	  $(BIN)/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED_TESTS)))
 
 interop: $(READY)
 	GPTQ_BELLE_RECORD=$(CURDIR)/benchmarks/results/interop.json $(BIN)/python -m pytest -m slow tests/test_interop.py -rs
+
+# A file that was removed from the sources would come into the wheel from an earlier build.
+wheel: $(BIN)/python
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 clean:
 	rm -f kernels/_native*.so

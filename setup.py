@@ -1,8 +1,9 @@
-"""Builds the CPU kernels (kernels/native) into the package; everything else stands in pyproject.toml.
+"""Builds the CPU kernels (kernels/native) into the package; all other settings are in pyproject.toml.
 
-They are a shared library with a C interface, not a Python module: one file an instruction set, each compiled with its
-own flags. Where there is no C++17 compiler, or one that is too old for an instruction set, the installation goes on
-without: gptq_belle runs through torch then, and `gptq-belle doctor` says so.
+They are a shared library with a C interface, not a Python module, so one build serves every version of Python: the file
+is named `_native.so` and a wheel is tagged `py3-none-PLATFORM`. There is one source file per instruction set, each
+compiled with its own flags. Without a C++17 compiler, or with one that is too old for an instruction set, the
+installation continues without these kernels: gptq_belle then computes with torch, and `gptq-belle doctor` says so.
 """
 
 import os
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
 
@@ -37,7 +39,11 @@ COMMON = ["cpu_features", "parallel", "pack", "rows", "matmul", "attention", "ro
 
 
 class BuildNative(build_ext):
-    """Compiles the library, or leaves it out with a warning."""
+    """Compile the library, or leave it out with a warning."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """`gptq_belle/kernels/_native.so`: `kernels/library.py` loads it by this name."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -78,8 +84,16 @@ class BuildNative(build_ext):
         return compiled
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for every Python 3 on this platform; not "manylinux", as it needs a C library as new as the builder's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Tags for Python, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[Extension("gptq_belle.kernels._native", [str(path) for path in sorted(NATIVE.glob("*.cpp"))],
                            depends=[str(path) for path in sorted(NATIVE.glob("*.h"))], optional=True)],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -1,7 +1,7 @@
 """The compiled CPU kernels (`native/`): finding and loading them, what they can use here, and why they are missing.
 
-The library is built when the package is installed (setup.py) and lies beside this file. It has a plain C interface and
-knows nothing of torch; the `cpu_*.py` pass it pointers that they have checked.
+The library, `_native.so` beside this file, is built when the package is installed (setup.py). It has a C interface and
+does not use torch; the `cpu_*.py` pass it pointers to memory whose size they have checked.
 """
 
 import ctypes
@@ -124,11 +124,11 @@ def library() -> Library | str:
     if sys.byteorder != "little":
         return "the native CPU kernels are for little-endian processors"
     elsewhere = os.environ.get(PLACE)
-    built = [Path(elsewhere)] if elsewhere else sorted(Path(__file__).parent.glob("_native*.so"))
-    if not built:
+    path = Path(elsewhere or Path(__file__).parent / "_native.so")
+    if not elsewhere and not path.is_file():
         return MISSING
     try:
-        return Library(built[-1])
+        return Library(path)
     except (OSError, AttributeError) as error:
         return f"the native CPU kernels cannot be used: {error}"
 
