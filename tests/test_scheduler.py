@@ -279,6 +279,19 @@ def test_cancelling_during_a_stream_frees_the_slot_for_the_next_request():
         asyncio.run(client(scheduler, engine, metrics))
 
 
+def test_slot_of_a_cancelled_request_is_used_in_the_very_next_step():
+    async def client(scheduler, engine):
+        first, _ = await start(scheduler, engine, prompt(10, tokens=100), prompt(20, tokens=100))
+        scheduler.submit([prompt(30)])
+        first.cancel()
+        engine.allow(1)
+        await until(lambda: engine.cancelled and engine.in_step.is_set())
+        assert [request.ids for request in engine.running] == [[20], [30]]
+
+    with scheduling(2, 1) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
 def test_cancelling_twice_frees_one_slot_only():
     async def client(scheduler, engine, metrics):
         [first] = await start(scheduler, engine, prompt(10, tokens=100))
