@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BloomForCausalLM, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # examples/ is not part of the package
@@ -23,8 +24,7 @@ from examples.belle_tiny.model import bloom_hidden, build  # noqa: E402
 from examples.belle_tiny.sample import SPLITS, Sample, normalise, split_of  # noqa: E402
 from examples.belle_tiny.tasks_translation import translation  # noqa: E402
 from examples.belle_tiny.tokenizer import EOS, VOCABULARY, save_tokenizer, train_tokenizer  # noqa: E402
-from gptq_belle import load  # noqa: E402
-from gptq_belle.evaluation.belle import evaluate, read_rows  # noqa: E402
+from gptq_belle.evaluation.belle import read_rows  # noqa: E402
 from gptq_belle.evaluation.score import TARGET_CLASSES  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "belle_tiny"
@@ -42,7 +42,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("cls", list(generate.TASKS))
 def test_no_prompt_and_no_content_is_in_two_splits(cls: str) -> None:
-    drawn = {split: samples(split, cls, 3000) for split in SPLITS}
+    drawn = {split: samples(split, cls, 1000) for split in SPLITS}
     prompts = {split: {normalise(s.question) for s in drawn[split]} for split in SPLITS}
     keys = {split: {normalise(s.key) for s in drawn[split]} for split in SPLITS}
     for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
@@ -158,9 +158,18 @@ def test_loss_is_the_mean_over_the_tokens_that_count(arch: str) -> None:
         assert train.loss_of(model, ids, counts).item() == pytest.approx(expected.item(), rel=1e-3)  # bfloat16
 
 
+def smaller(arch: str, seed: int = 0) -> torch.nn.Module:
+    """A model of the same kind with one narrow block: bfloat16 takes seconds a step where no instruction adds it."""
+    config = build(arch).config
+    config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.head_dim = 64, 1, 128, 16
+    torch.manual_seed(seed)
+    return (BloomForCausalLM if arch == "bloom" else LlamaForCausalLM)(config)
+
+
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_a_stopped_run_continues_as_if_it_had_not(arch: str, tokenizer, tmp_path: Path, monkeypatch) -> None:
+def test_interrupted_training_continues_bit_for_bit(arch: str, tokenizer, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(train, "TOKENS", 512)
+    monkeypatch.setattr(train, "build", smaller)
     monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
     monkeypatch.setattr(train, "train_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(train, "validate", lambda *_: 1.0)
@@ -214,32 +223,21 @@ def test_shipped_model(arch: str) -> None:
     assert names["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def recorded(arch: str) -> dict:
-    """What benchmarks/bench_quality.py measured of one model, by variant."""
-    path = ROOT / "benchmarks" / "results" / "belle_tiny_quality.json"
-    return json.loads(path.read_text(encoding="utf-8"))["models"][arch]
-
-
-@pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_recorded_scores_meet_the_targets(arch: str) -> None:
-    full = recorded(arch)["full precision"]
-    assert full["exact"] >= 85
-    assert all(full["classes"][cls]["score"] >= 60 for cls in TARGET_CLASSES)
-
-
-@pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_recorded_damage_is_visible_where_it_should_be(arch: str) -> None:
-    exact = {variant: figures["exact"] for variant, figures in recorded(arch).items()}
-    assert exact["3 bit nearest"] <= exact["full precision"] - 10
-    assert exact["4 bit GPTQ"] >= exact["full precision"] - 2
-    assert exact["8 bit GPTQ"] >= exact["full precision"] - 0.5
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_shipped_weights_score_what_is_recorded(arch: str) -> None:
-    scores = evaluate(load(EXAMPLE / arch), read_rows(EXAMPLE / "data" / "test.jsonl"))
-    assert scores.exact == pytest.approx(recorded(arch)["full precision"]["exact"], abs=1)
+def test_demo_models_answer_well_and_only_coarse_rounding_hurts(arch: str, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_quality
+
+    used = ("full precision", "8 bit GPTQ", "4 bit GPTQ", "3 bit nearest")
+    monkeypatch.setattr(bench_quality, "VARIANTS", {name: bench_quality.VARIANTS[name] for name in used})
+    found = bench_quality.all_variants(arch, read_rows(EXAMPLE / "data" / "test.jsonl"))
+    exact = {name: figures["exact"] for name, figures in found.items()}
+    assert exact["full precision"] >= 85
+    assert all(found["full precision"]["classes"][cls]["score"] >= 60 for cls in TARGET_CLASSES)
+    assert exact["8 bit GPTQ"] >= exact["full precision"] - 0.5
+    assert exact["4 bit GPTQ"] >= exact["full precision"] - 2
+    assert exact["3 bit nearest"] <= exact["full precision"] - 10
 
 
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
