@@ -19,10 +19,10 @@ import records
 import torch
 
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
-from gptq_belle.evaluation.divergence import divergence
+from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
 from gptq_belle.quantization.auto_bits import stages_and_room, with_choice
-from gptq_belle.quantization.setup import set_up
+from gptq_belle.quantization.job import set_up
 
 TINY = records.ROOT / "examples" / "belle_tiny"
 MODELS = ("bloom", "llama")

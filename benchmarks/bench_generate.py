@@ -22,9 +22,9 @@ from llama_peer import LlamaCpp, Shape
 from make_model import make
 
 from gptq_belle import hf_model, load
+from gptq_belle.common.timers import seconds, spread
+from gptq_belle.engine.model import Model
 from gptq_belle.kernels import cpu_layout, cpu_matmul
-from gptq_belle.measure.timing import seconds, spread
-from gptq_belle.runtime.engine import Model
 
 CONTEXT, TOKENS, PROMPT, BATCH = 8, 32, 512, 8
 OURS, FAST, EIGHT, HF, PEER = "4 bit exact", "4 bit fast", "8 bit exact", "hf_model, torch int4", "llama.cpp Q4_0"

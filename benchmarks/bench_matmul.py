@@ -34,11 +34,11 @@ from matmul_variants import (
 )
 from torch import Tensor
 
+from gptq_belle.bench.bandwidth import read_bandwidth
+from gptq_belle.common.timers import seconds, spread
 from gptq_belle.kernels import cpu_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import library
-from gptq_belle.measure.bandwidth import read_bandwidth
-from gptq_belle.measure.timing import seconds, spread
 
 SETS = {  # inputs, outputs of every linear
     "belle-7b": {"query_key_value": (4096, 12288), "dense": (4096, 4096), "h_to_4h": (4096, 16384),

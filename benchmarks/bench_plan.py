@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import records
 from make_model import make
 
-from gptq_belle.measure import peak
-from gptq_belle.measure.plan import Setting, needs
-from gptq_belle.models.shapes import dimensions, read_config
+from gptq_belle.bench import footprint
+from gptq_belle.bench.plan import Setting, needs
+from gptq_belle.checkpoint.reader import read_config
+from gptq_belle.models.dimensions import dimensions
 
 
 class Case(NamedTuple):
@@ -43,8 +44,8 @@ CASES = (
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Bytes by plan and as measured, and their ratio."""
     make(case.model, folder, bits=case.setting.bits, layers=case.layers)
-    found = peak.fresh(folder, device="cpu", head_bits=case.setting.head_bits, cache=case.setting.cache,
-                       prompt=case.context - peak.STEPS, batch=case.batch)
+    found = footprint.fresh(folder, device="cpu", head_bits=case.setting.head_bits, cache=case.setting.cache,
+                       prompt=case.context - footprint.STEPS, batch=case.batch)
     planned = needs(dimensions(read_config(folder)), case.setting, case.context, case.batch)
     if found.peak_bytes is None:
         raise SystemExit("this system does not tell what a process takes")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
-from gptq_belle.evaluation.divergence import divergence
+from gptq_belle.engine.linear import QuantLinear
+from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import Logits, read_text
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.runtime.linear import QuantLinear
 
 TINY = records.ROOT / "examples" / "belle_tiny"
 WINDOW = 256

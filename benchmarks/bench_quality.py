@@ -21,10 +21,10 @@ import records
 import torch
 
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
-from gptq_belle.evaluation.belle import Row, evaluate, read_rows
-from gptq_belle.evaluation.divergence import divergence
+from gptq_belle.engine.model import Model
+from gptq_belle.evaluation.belle_set import Row, evaluate, read_rows
+from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
-from gptq_belle.runtime.engine import Model
 
 TINY = records.ROOT / "examples" / "belle_tiny"
 MODELS = ("bloom", "llama")

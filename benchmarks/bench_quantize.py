@@ -98,10 +98,10 @@ def random_model(folder: Path) -> Path:
 def write_rows(source: Path, rows: int, seq_len: int, path: Path) -> None:
     """The token ids that our job calibrates on, for the peer."""
     from gptq_belle import Calibration
-    from gptq_belle.checkpoint.directory import load_tokenizer
     from gptq_belle.checkpoint.reader import CheckpointReader
+    from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+    from gptq_belle.prompts.styles import detect_style
     from gptq_belle.quantization.calibration import calibration_tokens
-    from gptq_belle.runtime.chat import detect_style
 
     style = detect_style(CheckpointReader(source).config)
     tokens = calibration_tokens(Calibration(rows=rows, seq_len=seq_len), load_tokenizer(source), style)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from cuda_common import Deadline, head, require_device, write
 
-from gptq_belle.config import QuantConfig
-from gptq_belle.measure.timing import seconds
-from gptq_belle.quantization import loops, solver
+from gptq_belle.common.timers import seconds
+from gptq_belle.quantization import grid, solver
+from gptq_belle.quantization.config import QuantConfig
 
 LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))  # inputs, outputs
 GOAL = 10.0  # times the speed of torch
@@ -28,16 +28,16 @@ def solve(inputs: int, outputs: int, config: QuantConfig, by_kernel: bool, devic
     weight = torch.randn(inputs, outputs, device=device, generator=generator)
     factor = torch.randn(inputs, inputs, device=device, generator=generator).mul_(0.01).triu_()
     factor.diagonal().add_(1.0)
-    taken = loops.kernels
+    taken = grid.kernels
     if not by_kernel:
-        loops.kernels = lambda tensor: None
+        grid.kernels = lambda tensor: None
     try:
         found = []
         group = config.group_size
         took = [seconds(lambda: found.append(solver._solve(weight.clone(), factor, group, config)), device)
                 for _ in range(3 if by_kernel else 2)]
     finally:
-        loops.kernels = taken
+        grid.kernels = taken
     return statistics.median(took[1:]), found[-1]
 
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from cuda_common import Deadline, head, require_device, write
 
+from gptq_belle.bench.kernel_tuning import VARIED, starts, variations
 from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
 from gptq_belle.kernels.triton_config import BUCKETS, Case, Plan, rule
-from gptq_belle.measure.tuning import VARIED, starts, variations
 
 INPUTS, OUTPUTS = 1024, 352  # outputs end inside a tile
 MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}

@@ -19,8 +19,8 @@ import records
 import torch
 
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
-from gptq_belle.evaluation.belle import Row
-from gptq_belle.runtime.engine import Model
+from gptq_belle.engine.model import Model
+from gptq_belle.evaluation.belle_set import Row
 
 ROWS, LENGTH = 64, 256  # of calibration: a rung takes well under a minute
 SEEDS = 5

@@ -22,20 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gptq_belle.checkpoint.directory import quantized_config
-from gptq_belle.checkpoint.packed_head import CODES, SCALES, group_of
-from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, header_bytes
+from gptq_belle.checkpoint.config_files import quantized_config
+from gptq_belle.checkpoint.reader import read_config
+from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, header_bytes
 from gptq_belle.checkpoint.writer import SHARD_BYTES
-from gptq_belle.config import BITS, QuantConfig
-from gptq_belle.models.registry import HEAD, architecture
-from gptq_belle.models.shapes import (
-    Dimensions,
-    dimensions,
-    linear_shapes,
-    outer_shapes,
-    read_config,
-    vector_shapes,
-)
+from gptq_belle.formats.packed_head import CODES, SCALES, group_of
+from gptq_belle.formats.quantize_config import BITS
+from gptq_belle.models.architectures import HEAD, architecture
+from gptq_belle.models.dimensions import Dimensions, dimensions, linear_shapes, outer_shapes, vector_shapes
+from gptq_belle.quantization.config import QuantConfig
 
 EMBEDDING = 0.02  # standard deviation, as transformers draws embeddings
 BYTES = {"I32": 4, "F16": 2, "U8": 1}
@@ -109,7 +104,7 @@ def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: floa
 
 
 def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that stand for the head where it is packed (see `checkpoint.packed_head`)."""
+    """The tensors that stand for the head where it is packed (see `formats.packed_head`)."""
     group = group_of(d.width)
     if group is None:
         raise SystemExit(f"a width of {d.width} is too odd for a packed head")
@@ -167,7 +162,7 @@ def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, 
     """Write a directory that the loader takes.
 
     Args:
-        model: a name of `models.named`, a config.json, or a directory with one.
+        model: a name of `models.belle_catalogue`, a config.json, or a directory with one.
         out: the directory; weights that stand there are replaced.
         bits: 2, 4 or 8; 16 writes float16 and no quantization.
         group_size: inputs that share a scale.

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptq_belle.bench.bandwidth import MIB
 from gptq_belle.kernels import cpu_layout, cpu_matmul, torch_int4
 from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.cpu_matmul import Product
-from gptq_belle.measure.bandwidth import MIB
 
 GROUP = 128
 ROTATED = 1024 * MIB  # bytes of copies that a variant goes through: twice the largest cache that we have met

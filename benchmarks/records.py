@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from gptq_belle import __version__
-from gptq_belle.measure.doctor import machine
+from gptq_belle.bench.doctor import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from cuda_common import SHAPES, Deadline, random_weight, require_device
 
+from gptq_belle.bench.kernel_tuning import describe, device_timer, tune, write
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.triton_config import BUCKETS
-from gptq_belle.measure.plan_timer import describe, device_timer
-from gptq_belle.measure.tuning import tune, write
 
 
 def main() -> None:

@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptq_belle.compat.transformers_gptq import patch_transformers
-    from gptq_belle.config import QuantConfig
+    from gptq_belle.compat.transformers_quantizer import patch_transformers
+    from gptq_belle.engine.hf_model import hf_model
+    from gptq_belle.engine.model import Model, load
     from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.pipeline import quantize_checkpoint
-    from gptq_belle.runtime.engine import Model, load
-    from gptq_belle.runtime.loader import hf_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "QuantConfig": "gptq_belle.config",
+    "QuantConfig": "gptq_belle.quantization.config",
     "Calibration": "gptq_belle.quantization.calibration",
     "quantize_checkpoint": "gptq_belle.quantization.pipeline",
-    "load": "gptq_belle.runtime.engine",
-    "Model": "gptq_belle.runtime.engine",
-    "hf_model": "gptq_belle.runtime.loader",
-    "patch_transformers": "gptq_belle.compat.transformers_gptq",
+    "load": "gptq_belle.engine.model",
+    "Model": "gptq_belle.engine.model",
+    "hf_model": "gptq_belle.engine.hf_model",
+    "patch_transformers": "gptq_belle.compat.transformers_quantizer",
 }
 __all__ = ["Calibration", "Model", "QuantConfig", "__version__", "hf_model", "load", "patch_transformers",
            "quantize_checkpoint"]

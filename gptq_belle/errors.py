@@ -2,6 +2,8 @@
 
 import errno
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator")
+
 
 class GptqBelleError(Exception):
     """Base of every error that is meant for the user's eyes.
@@ -61,3 +63,32 @@ def from_system(error: OSError) -> GptqBelleError | None:
         case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
             return InputError(f"{where}{str(error.strerror).lower()}", "Check the path.")
     return None
+
+
+def as_user_error(error: BaseException) -> GptqBelleError:
+    """The error that a user should see for any exception: ours as they are, the system's translated."""
+    if isinstance(error, GptqBelleError):
+        return error
+    if isinstance(error, OSError) and (known := from_system(error)):
+        return known
+    if _is_out_of_memory(error):
+        return HardwareError(f"out of memory: {_first_line(error) or 'an allocation failed'}",
+                             "Close other programs, or choose fewer bits, fewer calibration rows or a shorter context.")
+    text = f"unexpected {type(error).__name__}: {_first_line(error)}"
+    remedy = "Run it again with -v for the traceback, and report it with the output of `gptq-belle doctor`."
+    return GptqBelleError(text, remedy)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name and text: torch is not imported here, and its CPU allocator raises a bare RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

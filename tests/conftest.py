@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gptq_belle.checkpoint.packing import V1, V2, QuantizedWeight, pack
-from gptq_belle.config import QuantConfig
-from gptq_belle.models.registry import architecture
+from gptq_belle.formats.gptq_weight import QuantizedWeight, pack
+from gptq_belle.formats.zero_points import V1, V2
+from gptq_belle.models.architectures import architecture
+from gptq_belle.quantization.config import QuantConfig
 
 # (rtol, atol) of a result in the dtype of its activations against float64 arithmetic on the same weights.
 TOLERANCES = {

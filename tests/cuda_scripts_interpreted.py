@@ -17,10 +17,10 @@ import pytest
 import torch
 import tune_cuda
 
+from gptq_belle.bench import bandwidth, kernel_tuning
+from gptq_belle.common.timers import spread
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import Config, Plan
-from gptq_belle.measure import cuda, plan_timer, tuning
-from gptq_belle.measure.timing import spread
 
 bfloat16_interpreter.teach()
 CPU = torch.device("cpu")
@@ -38,10 +38,10 @@ def _pretended_gpu(monkeypatch):
     properties = SimpleNamespace(name="pretended", major=8, minor=6, multi_processor_count=2, total_memory=2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
-    monkeypatch.setattr(cuda, "device_seconds", wall_seconds)
-    monkeypatch.setattr(cuda, "copies", lambda size, device, most=64: 2)
-    monkeypatch.setattr(cuda, "copy_bandwidth", lambda device: spread([1e9]))
-    monkeypatch.setattr(cuda, "matrix_peak", lambda device: spread([1e12]))
+    monkeypatch.setattr(bandwidth, "device_seconds", wall_seconds)
+    monkeypatch.setattr(bandwidth, "copies", lambda size, device, most=64: 2)
+    monkeypatch.setattr(bandwidth, "copy_bandwidth", lambda device: spread([1e9]))
+    monkeypatch.setattr(bandwidth, "matrix_peak", lambda device: spread([1e12]))
     for module in (bench_matmul_cuda, bench_solver_cuda, check_cuda, tune_cuda):
         monkeypatch.setattr(module, "require_device", lambda: CPU)
 
@@ -123,14 +123,14 @@ def test_what_is_checked_covers_every_kernel_and_format():
         (bits, group, dtype) for bits in (2, 3, 4, 8) for group in (32, 64, 128)
         for dtype in (torch.float16, torch.bfloat16)}
     assert {p.plan.kernel for p in plans} == set(triton_config.KERNELS)
-    for name, values in tuning.VARIED.items():
+    for name, values in kernel_tuning.VARIED.items():
         assert {getattr(p.plan.config, name) for p in plans if p.plan.config} >= set(values)
 
 
 def test_tuning(monkeypatch, tmp_path):
     for name in cuda_common.SHAPES:
         monkeypatch.setitem(cuda_common.SHAPES, name, [(256, 128)])
-    monkeypatch.setattr(tuning, "VARIED", {"SPLIT_K": (1, 2), "num_warps": (4, 8)})
+    monkeypatch.setattr(kernel_tuning, "VARIED", {"SPLIT_K": (1, 2), "num_warps": (4, 8)})
     run(tune_cuda, monkeypatch, tmp_path, "--rows", "8")
     [entry] = json.loads((tmp_path / "sm_80.json").read_text())["entries"]
     assert (entry["rows"], entry["inputs"], entry["outputs"], entry["bits"]) == (8, 256, 128, 4)
@@ -138,11 +138,11 @@ def test_tuning(monkeypatch, tmp_path):
 
 def test_the_timer_refuses_wrong_products(monkeypatch):
     weight = cuda_common.random_weight(256, 128, 4, CPU)
-    timer = plan_timer.device_timer(triton_matmul.case_of(weight, 8, torch.float16), [weight])
+    timer = kernel_tuning.device_timer(triton_matmul.case_of(weight, 8, torch.float16), [weight])
     assert timer(Plan("skinny", Config(8, 64, 128, 1, 4, 4))) > 0
     product = triton_matmul.quant_matmul
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda *args, **kwargs: product(*args, **kwargs) * 1.01)
-    with pytest.raises(plan_timer.GptqBelleError, match="multiplies wrongly"):
+    with pytest.raises(kernel_tuning.GptqBelleError, match="multiplies wrongly"):
         timer(Plan("skinny", Config(8, 64, 128, 1, 4, 4)))
 
 

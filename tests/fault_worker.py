@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from gptq_belle.config import QuantConfig
-from gptq_belle.console import as_user_error
+from gptq_belle.errors import as_user_error
 from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 

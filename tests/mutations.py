@@ -195,7 +195,7 @@ def mutant(seed, base, folder):
 def open_directory(path):
     """What `inspect` and `load` say; where both accept it, some tokens go through it."""
     import gptq_belle
-    from gptq_belle.checkpoint.inspect import inspect
+    from gptq_belle.checkpoint.inspection import inspect
     from gptq_belle.errors import InputError, UsageError
 
     def load():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_belle.models.registry import architecture
+from gptq_belle.models.architectures import architecture
 
 
 def rounded(weight: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

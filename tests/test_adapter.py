@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_belle import QuantConfig, hf_model, quantize_checkpoint
-from gptq_belle.checkpoint.adapter import AdaptedReader, Adapter, open_source
+from gptq_belle.checkpoint.lora_adapter import AdaptedReader, Adapter, open_source
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.quantization.calibration import Calibration

@@ -11,8 +11,7 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.checkpoint.ahead import ahead
-from gptq_belle.checkpoint.blocks_ahead import BlocksAhead
+from gptq_belle.checkpoint.prefetch import BlocksAhead, ahead
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 

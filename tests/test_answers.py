@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from gptq_belle import load
 from gptq_belle.errors import UsageError
-from gptq_belle.evaluation import answers
-from gptq_belle.evaluation.answers import ask, given_answers, prompt_ids, reference_ids
+from gptq_belle.evaluation import belle_answers
+from gptq_belle.evaluation.belle_answers import ask, given_answers, prompt_ids, reference_ids
 
 QUESTIONS = ["一加一等于几?", "What is the capital of France?", "写一首关于春天的诗。", "a", "北京" * 8]
 
@@ -46,7 +46,7 @@ def test_a_question_beyond_the_context_is_refused(model):
 
 def test_given_answers_against_the_loss_of_transformers(model, monkeypatch):
     """Rows of different lengths share batches; each is held against a forward of its own with labels."""
-    monkeypatch.setattr(answers, "LOGITS_BYTES", 4 * 384 * 60 * 2)
+    monkeypatch.setattr(belle_answers, "LOGITS_BYTES", 4 * 384 * 60 * 2)
     texts = ["巴黎", "Paris is the capital of France.", "", "春风" * 5, "b"]
     prompts, references = prompt_ids(model, QUESTIONS), reference_ids(model, texts)
     references[2] = []

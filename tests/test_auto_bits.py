@@ -12,11 +12,11 @@ from conftest import job_output
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.errors import UsageError
-from gptq_belle.overrides import parse
 from gptq_belle.quantization import auto_bits
 from gptq_belle.quantization.auto_bits import average_bits, foretold, knapsack, stages_and_room, with_choice
 from gptq_belle.quantization.block import BlockJob
-from gptq_belle.quantization.setup import set_up
+from gptq_belle.quantization.job import set_up
+from gptq_belle.quantization.overrides import parse
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
     """Against transformers' own model with one stage's weights replaced, logits in float64."""
     from transformers import AutoModelForCausalLM
 
-    from gptq_belle.checkpoint.packing import dequantize
+    from gptq_belle.formats.gptq_weight import dequantize
     from gptq_belle.quantization.sensitivity import _rows
     from gptq_belle.quantization.solver import gptq
 

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from gptq_belle import QuantConfig, hf_model, quantize_checkpoint
-from gptq_belle.compat.arguments import device_name
 from gptq_belle.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig, exllama_set_max_input_length
-from gptq_belle.compat.examples import token_rows
+from gptq_belle.compat.auto_gptq_config import device_name, token_rows
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.quantization.calibration import Calibration
 

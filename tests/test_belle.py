@@ -7,9 +7,9 @@ import torch
 
 from gptq_belle import load
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.answers import Answer, ask
-from gptq_belle.evaluation.belle import COLUMNS, Row, class_name, evaluate, lines, read_rows
-from gptq_belle.evaluation.score import rouge_l
+from gptq_belle.evaluation.belle_answers import Answer, ask
+from gptq_belle.evaluation.belle_set import COLUMNS, Row, class_name, evaluate, lines, read_rows
+from gptq_belle.evaluation.scores import rouge_l
 
 QUESTIONS = ["一加一等于几?", "What is the capital of France?", "写一首关于春天的诗。", "a", "北京" * 8]
 

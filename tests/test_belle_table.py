@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gptq_belle import cli, console
+from gptq_belle.bench import belle_table
+from gptq_belle.bench.belle_table import GIB, TABLE, file_bytes
+from gptq_belle.bench.footprint import Footprint
+from gptq_belle.checkpoint.reader import read_config
+from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
-from gptq_belle.measure import belle_table
-from gptq_belle.measure.belle_table import GIB, TABLE, file_bytes
-from gptq_belle.measure.peak import Footprint
-from gptq_belle.models.shapes import dimensions, read_config
+from gptq_belle.models.dimensions import dimensions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import make_model
@@ -68,7 +69,7 @@ def test_a_directory_is_measured_and_stands_in_its_rows(tmp_path, monkeypatch):
 def test_the_verb(capsys):
     def call(*args):
         with pytest.raises(SystemExit) as left:
-            console.run(cli.app, ["bench", *args])
+            console.run(app.app, ["bench", *args])
         return left.value.code or 0, capsys.readouterr()
 
     code, printed = call("--table", "belle", "--device", "cpu")

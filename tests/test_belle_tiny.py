@@ -24,8 +24,8 @@ from examples.belle_tiny.model import bloom_hidden, build  # noqa: E402
 from examples.belle_tiny.sample import SPLITS, Sample, normalise, split_of  # noqa: E402
 from examples.belle_tiny.tasks_translation import translation  # noqa: E402
 from examples.belle_tiny.tokenizer import EOS, VOCABULARY, save_tokenizer, train_tokenizer  # noqa: E402
-from gptq_belle.evaluation.belle import read_rows  # noqa: E402
-from gptq_belle.evaluation.score import TARGET_CLASSES  # noqa: E402
+from gptq_belle.evaluation.belle_set import read_rows  # noqa: E402
+from gptq_belle.evaluation.scores import TARGET_CLASSES  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "belle_tiny"
 

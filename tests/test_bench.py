@@ -13,14 +13,14 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
+from gptq_belle.bench import footprint, plots
+from gptq_belle.bench.bandwidth import buffer_bytes, read_bandwidth
+from gptq_belle.bench.step_shares import Shares, explain
+from gptq_belle.bench.throughput import Workload, bench, fitted, parse_depths
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.cli import bench_output
+from gptq_belle.common.timers import seconds, spread
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.measure import bench_output, bench_plot, peak
-from gptq_belle.measure.bandwidth import buffer_bytes, read_bandwidth
-from gptq_belle.measure.bench import Workload, bench, fitted, parse_depths
-from gptq_belle.measure.bound import explain
-from gptq_belle.measure.parts import Shares
-from gptq_belle.measure.timing import seconds, spread
 
 MIB = 1 << 20
 
@@ -28,7 +28,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def measured(tiny_llama, tmp_path_factory):
     packed = packed_checkpoint(tiny_llama, tmp_path_factory.mktemp("bench") / "packed")
-    with patch("gptq_belle.measure.bandwidth.buffer_bytes", lambda: 16 * MIB):
+    with patch("gptq_belle.bench.bandwidth.buffer_bytes", lambda: 16 * MIB):
         return bench([tiny_llama, packed], Workload(prompt=16, tokens=4, batch=2, repeats=2), device="cpu",
                      batches=[3], depths=(0, 40))
 
@@ -91,7 +91,7 @@ def test_a_process_that_fails_is_reported(tmp_path, monkeypatch, script, error):
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(error, match="why" if error is InputError else "signal 9"):
-        peak.fresh("model", device="cpu")
+        footprint.fresh("model", device="cpu")
 
 
 def test_rows_for_programs(measured, capsys):
@@ -118,14 +118,14 @@ def test_the_table_for_people(measured, capsys):
 
 
 def test_a_picture(measured, tmp_path):
-    bench_plot.plot(measured, tmp_path / "bench.png")
+    plots.plot(measured, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="picture"):
-        bench_plot.check_plot(tmp_path / "bench.docx")
+        plots.check_plot(tmp_path / "bench.docx")
 
 
 def test_the_picture_shows_the_smallest_depth_of_every_batch(measured):
-    found = bench_plot.series(measured)
+    found = plots.series(measured)
     assert [one.batch for one in found] == [2, 3]
     for one in found:
         for place, result in enumerate(measured.results):
@@ -136,7 +136,7 @@ def test_the_picture_shows_the_smallest_depth_of_every_batch(measured):
 def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(HardwareError, match="matplotlib") as raised:
-        bench_plot.check_plot(tmp_path / "a.png")
+        plots.check_plot(tmp_path / "a.png")
     assert "pip install" in raised.value.remedy
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gptq_belle.engine.kv_cache import Cache, quantized
 from gptq_belle.errors import HardwareError, UsageError
-from gptq_belle.runtime.cache import Cache, quantized
 
 CPU = torch.device("cpu")
 

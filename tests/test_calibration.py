@@ -6,14 +6,8 @@ import pytest
 from conftest import tiny_tokenizer
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.quantization.calibration import (
-    BUILTIN,
-    Calibration,
-    calibration_tokens,
-    check_enough,
-    read_documents,
-)
-from gptq_belle.runtime.chat import Turn
+from gptq_belle.prompts.styles import Turn
+from gptq_belle.quantization.calibration import BUILTIN, Calibration, calibration_tokens, check_enough, read_documents
 
 
 def tokens(source, style="bloom", **options):

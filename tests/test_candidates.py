@@ -5,11 +5,11 @@ import pytest
 import torch
 from test_targets import streams
 
-from gptq_belle.checkpoint.packing import dequantize
-from gptq_belle.config import QuantConfig
-from gptq_belle.quantization.candidates import best_of
-from gptq_belle.quantization.moments import Moments
+from gptq_belle.formats.gptq_weight import dequantize
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.solution_choice import best_of
 from gptq_belle.quantization.solver import factorize
+from gptq_belle.quantization.stage_hessians import Moments
 
 NAMES = ["own gptq", "own refined", "full gptq", "full refined"]
 

@@ -6,19 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.models.registry import ARCHITECTURES
-from gptq_belle.runtime.chat import (
-    STYLES,
-    StopStrings,
-    TextStream,
-    Turn,
-    WholeText,
-    chat_template,
-    detect_style,
-    from_messages,
-    render,
-    style_named,
-)
+from gptq_belle.models.architectures import ARCHITECTURES
+from gptq_belle.prompts.stop_strings import StopStrings, TextStream, WholeText
+from gptq_belle.prompts.styles import STYLES, Turn, chat_template, detect_style, from_messages, render, style_named
 
 few = settings(max_examples=100, deadline=None)
 TOKENIZER = tiny_tokenizer()

@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import packed_checkpoint
 
-from gptq_belle import __version__, cli, console
+from gptq_belle import __version__
+from gptq_belle.cli import app, console
 
 VERBS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "inspect", "eval", "report", "bench", "models",
          "tune", "doctor")
@@ -34,7 +35,7 @@ def belle(capsys):
 
     def call(*args):
         with pytest.raises(SystemExit) as left:
-            console.run(cli.app, [str(arg) for arg in args])
+            console.run(app.app, [str(arg) for arg in args])
         printed = capsys.readouterr()
         return left.value.code or 0, printed.out, printed.err
 
@@ -190,10 +191,10 @@ def test_eval_kl(belle, packed, tiny_llama, text):
 
 
 def test_eval_kl_keeps_what_the_base_predicts(belle, packed, tiny_llama, text, tmp_path, monkeypatch):
-    from gptq_belle.evaluation import verbs
+    from gptq_belle.cli import evaluate
 
-    loaded, load = [], verbs.load_model
-    monkeypatch.setattr(verbs, "load_model", lambda path, *args: loaded.append(path) or load(path, *args))
+    loaded, load = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda path, *args: loaded.append(path) or load(path, *args))
     args = ("eval", "kl", packed, "--base", tiny_llama, "--text", text, "--window", 64, "--json")
     plain, first, second = belle(*args), *(belle(*args, "--keep", tmp_path / "kept") for _ in range(2))
     assert plain[:2] == first[:2] == second[:2]
@@ -233,7 +234,7 @@ def test_eval_belle_with_a_base_and_a_judge(belle, tiny_llama, tmp_path):
 def test_text_that_was_calibrated_on_is_refused(belle, packed, text, tmp_path):
     import shutil
 
-    from gptq_belle.quantization.overlap import seen_keys
+    from gptq_belle.quantization.calibration_keys import seen_keys
 
     path = tmp_path / "calibrated"
     shutil.copytree(packed, path)
@@ -247,7 +248,7 @@ def test_text_that_was_calibrated_on_is_refused(belle, packed, text, tmp_path):
 
 
 def test_bench_json(belle, packed, monkeypatch):
-    monkeypatch.setattr("gptq_belle.measure.bandwidth.buffer_bytes", lambda: 1 << 22)
+    monkeypatch.setattr("gptq_belle.bench.bandwidth.buffer_bytes", lambda: 1 << 22)
     code, out, _ = belle("bench", packed, "-p", 8, "-n", 2, "-r", 1, "--json", "--precision", "fast")
     assert code == 0
     assert json.loads(out)["results"][0]["precision"] == "fast"

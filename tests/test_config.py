@@ -2,8 +2,9 @@
 
 import pytest
 
-from gptq_belle.config import QuantConfig, written_by_us
 from gptq_belle.errors import UsageError
+from gptq_belle.formats.quantize_config import written_by_us
+from gptq_belle.quantization.config import QuantConfig
 
 
 @pytest.mark.parametrize(("setting", "value"), [

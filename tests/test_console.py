@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from gptq_belle import console
+from gptq_belle.cli import console
 from gptq_belle.errors import GateError, GptqBelleError, HardwareError, InputError, UsageError
 
 
@@ -99,5 +99,5 @@ def test_plain_tables_align_chinese(capsys):
 
 
 def test_importing_the_console_does_not_import_torch():
-    code = "import sys, gptq_belle.console; sys.exit('torch' in sys.modules)"
+    code = "import sys, gptq_belle.cli.console; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -7,13 +7,13 @@ import torch
 from conftest import job_output
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.config import QuantConfig
 from gptq_belle.quantization import activations
+from gptq_belle.quantization.attention_outputs import Contexts, Rows
+from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
-from gptq_belle.quantization.contexts import Contexts, Rows
-from gptq_belle.quantization.moments import moments
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.quantization.stage_hessians import moments
 
 CALIBRATION = Calibration(rows=32, seq_len=64, allow_short=True)
 

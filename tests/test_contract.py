@@ -13,7 +13,7 @@ from oracle_format import formula
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
-from gptq_belle.overrides import parse
+from gptq_belle.quantization.overrides import parse
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 ROOT = Path(__file__).resolve().parent.parent

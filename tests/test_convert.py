@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM
 
-from gptq_belle.checkpoint.decrypt import decrypt, encrypt
-from gptq_belle.checkpoint.inspect import inspect
-from gptq_belle.config import QuantConfig
-from gptq_belle.conversion.convert import convert
-from gptq_belle.conversion.report import lines
-from gptq_belle.conversion.zeros import write_zeros
+from gptq_belle.checkpoint.conversion import convert
+from gptq_belle.checkpoint.conversion_check import lines
+from gptq_belle.checkpoint.decryption import decrypt, encrypt
+from gptq_belle.checkpoint.inspection import inspect
+from gptq_belle.engine.hf_model import hf_model
+from gptq_belle.engine.model import load
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
-from gptq_belle.overrides import parse
+from gptq_belle.formats.zero_points import write_zeros
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.overrides import parse
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.runtime.engine import load
-from gptq_belle.runtime.loader import hf_model
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 3, 61], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -386,7 +386,7 @@ def test_progress_ends_where_it_said(tiny_model, tmp_path):
 
 def test_a_wrong_word_is_noticed_before_the_directory_appears(tiny_llama, tmp_path, monkeypatch):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
-    monkeypatch.setattr("gptq_belle.conversion.convert.write_zeros",
+    monkeypatch.setattr("gptq_belle.checkpoint.conversion.write_zeros",
                         lambda zeros, bits, to: write_zeros(zeros, bits, to) ^ 16)
     with pytest.raises(GptqBelleError, match="read back differs"):
         convert(tmp_path / "old", tmp_path / "new")

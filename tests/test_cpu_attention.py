@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from gptq_belle.engine.kv_cache import quantized
 from gptq_belle.kernels.cpu_attention import Step, Table, refusal
 from gptq_belle.kernels.library import library
-from gptq_belle.runtime.cache import quantized
 
 if isinstance(library(), str):
     pytest.skip(library(), allow_module_level=True)

@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
-from gptq_belle.checkpoint.decrypt import decrypt, encrypt
-from gptq_belle.checkpoint.keystream import CHUNK_BYTES, Key
+from gptq_belle.checkpoint.decryption import decrypt, encrypt
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Key
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from gptq_belle import cli, console, demo
+from gptq_belle.bench.footprint import Footprint
+from gptq_belle.bench.throughput import Workload
+from gptq_belle.cli import app, console, demo
 from gptq_belle.evaluation import comparison
-from gptq_belle.measure.bench import Workload
-from gptq_belle.measure.peak import Footprint
 
 ROWS = [("math", "1+1?", "2"), ("math", "2+2?", "4"), ("extract", "北京的首都?", "x"), ("code", "print", "print()")]
 TEXT = "人工智能正在改变我们的生活,语言模型可以回答问题、翻译文章、编写程序。The quick brown fox. " * 4
@@ -28,7 +28,7 @@ def examples(tiny_bloom, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "SPEED", Workload(prompt=4, tokens=2, repeats=1))
     monkeypatch.setattr(comparison, "ANSWER", 8)
     seen = Footprint(0.1, 10**6, 2 * 10**6, None, None)
-    monkeypatch.setattr("gptq_belle.measure.peak.fresh", lambda path, **rest: seen)
+    monkeypatch.setattr("gptq_belle.bench.footprint.fresh", lambda path, **rest: seen)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     return folder
@@ -36,7 +36,7 @@ def examples(tiny_bloom, tiny_llama, tmp_path, monkeypatch):
 
 def run(*args):
     with pytest.raises(SystemExit) as left:
-        console.run(cli.app, ["demo", *args])
+        console.run(app.app, ["demo", *args])
     return left.value.code or 0
 
 

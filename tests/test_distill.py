@@ -12,18 +12,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
+from gptq_belle.cli.progress import ConsoleProgress
 from gptq_belle.errors import HardwareError, UsageError
-from gptq_belle.quantization import tuning
-from gptq_belle.quantization.changes import Changes
+from gptq_belle.quantization.end_to_end import tuning
+from gptq_belle.quantization.end_to_end.rows import TuningRows, cut
+from gptq_belle.quantization.end_to_end.savepoint import Savepoint
+from gptq_belle.quantization.end_to_end.student import Changes, Student, TunableLinear
+from gptq_belle.quantization.end_to_end.tuning import Tuned, Tuning, divergence, learn
 from gptq_belle.quantization.estimate import estimate
-from gptq_belle.quantization.progress import ConsoleProgress
-from gptq_belle.quantization.recipe import RECIPES
-from gptq_belle.quantization.savepoint import Savepoint
-from gptq_belle.quantization.setup import set_up
-from gptq_belle.quantization.student import Student
-from gptq_belle.quantization.tunable import TunableLinear
-from gptq_belle.quantization.tuning import Tuned, Tuning, divergence, learn
-from gptq_belle.quantization.tuning_rows import TuningRows, cut
+from gptq_belle.quantization.job import set_up
+from gptq_belle.quantization.presets import RECIPES
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 

@@ -8,8 +8,9 @@ import torch
 from conftest import VOCABULARY, tiny_tokenizer
 
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.divergence import check_same_tokenizer, compare_tokens, divergence
-from gptq_belle.evaluation.divergence_figures import summarize
+from gptq_belle.evaluation.base_predictions import check_same_tokenizer
+from gptq_belle.evaluation.kl_divergence import compare_tokens, divergence
+from gptq_belle.evaluation.kl_statistics import summarize
 from gptq_belle.evaluation.perplexity import CHUNK, encode
 
 TEXT = "人工智能正在改变我们的生活,语言模型可以回答问题、翻译文章、编写程序。" * 8

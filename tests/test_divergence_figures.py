@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from gptq_belle.evaluation.divergence_figures import TokenFigures, lines, summarize
+from gptq_belle.evaluation.kl_statistics import TokenFigures, lines, summarize
 
 # The names of the block that llama-perplexity prints, from a published log, spaces folded; its second "99.0% KLD"
 # is the 95 % quantile under a wrong name, and its list of quantiles has no 90 %.

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gptq_belle import cli, console
+from gptq_belle.bench import doctor
+from gptq_belle.bench.self_test import self_test
+from gptq_belle.cli import app, console
 from gptq_belle.kernels import cpu_matmul, groupwise, triton_matmul
 from gptq_belle.kernels.library import library
-from gptq_belle.measure import doctor
-from gptq_belle.measure.self_test import self_test
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_no_card(card, monkeypatch):
 
 def doctor_verb(capsys, *args):
     with pytest.raises(SystemExit) as left:
-        console.run(cli.app, ["doctor", "--device", "cpu", *args])
+        console.run(app.app, ["doctor", "--device", "cpu", *args])
     return left.value.code or 0, capsys.readouterr().out
 
 

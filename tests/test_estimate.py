@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_belle.config import QuantConfig
+from gptq_belle.common.memory import parse_bytes
 from gptq_belle.errors import HardwareError, UsageError
-from gptq_belle.measure.memory import parse_bytes
 from gptq_belle.quantization.activations import Activations
 from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.estimate import estimate
-from gptq_belle.quantization.needs import memory_needed, spills
+from gptq_belle.quantization.job import set_up
+from gptq_belle.quantization.memory_estimate import memory_needed, spills
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.setup import set_up
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "belle_tiny"
@@ -122,7 +122,7 @@ def test_linears_of_one_size_are_solved_once_and_counted_each(tiny_model, monkey
 
 
 def test_spilled_activations_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("gptq_belle.quantization.needs.anonymous_bytes", lambda: 256 << 20)  # which grows by itself
+    monkeypatch.setattr("gptq_belle.quantization.memory_estimate.anonymous_bytes", lambda: 256 << 20)
     config = QuantConfig(group_size=32)
     setup = set_up(tiny_model, config, CALIBRATION, "cpu")
     needed = memory_needed(setup)
@@ -156,8 +156,8 @@ def test_sizes_that_are_none(text):
 
 def test_bytes_of_a_7b_model_fit_into_8_gb(tmp_path, monkeypatch):
     """By arithmetic: BLOOM-7B1's and LLaMA-7B's own sizes, 128 rows of 2048 tokens, activations on disk."""
-    monkeypatch.setattr("gptq_belle.quantization.needs.anonymous_bytes", lambda: 260 << 20)
-    monkeypatch.setattr("gptq_belle.quantization.setup.check_complete", lambda stream: None)  # there are no weights
+    monkeypatch.setattr("gptq_belle.quantization.memory_estimate.anonymous_bytes", lambda: 260 << 20)
+    monkeypatch.setattr("gptq_belle.quantization.job.check_complete", lambda stream: None)  # there are no weights
     for kind, sizes in (("bloom", {"hidden_size": 4096, "n_head": 32, "n_layer": 30, "vocab_size": 250880}),
                         ("llama", {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
                                    "intermediate_size": 11008, "vocab_size": 32000})):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.config import QuantConfig
-from gptq_belle.models import family, named, verbs
-from gptq_belle.models.shapes import read_config
+from gptq_belle.checkpoint.reader import CheckpointReader, read_config
+from gptq_belle.cli import models
+from gptq_belle.models import belle_catalogue
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 NAMES = ["BELLE-7B-0.2M", "BELLE-7B-0.6M", "BELLE-7B-1M", "BELLE-7B-2M", "BELLE-7B-gptq", "BELLE-LLaMA-7B-0.6M-enc",
@@ -15,15 +15,16 @@ NAMES = ["BELLE-7B-0.2M", "BELLE-7B-0.6M", "BELLE-7B-1M", "BELLE-7B-2M", "BELLE-
 
 
 def test_all_names_are_there_and_found_by_any_case_and_by_hub_id():
-    assert [each.name for each in family.FAMILY] == NAMES
+    assert [each.name for each in belle_catalogue.FAMILY] == NAMES
     for name in NAMES:
-        assert family.member(name).hub_id == f"BelleGroup/{name}"
-        assert family.member(name.upper()) is family.member(f"BelleGroup/{name}") is family.member(name)
-    assert family.member("BELLE-7B") is None
+        assert belle_catalogue.member(name).hub_id == f"BelleGroup/{name}"
+        known = belle_catalogue.member(name)
+        assert belle_catalogue.member(name.upper()) is belle_catalogue.member(f"BelleGroup/{name}") is known
+    assert belle_catalogue.member("BELLE-7B") is None
 
 
 def test_figures():
-    rows = {row["name"]: row for row in verbs.listed()}
+    rows = {row["name"]: row for row in models.listed()}
     bloom, llama, large = rows["BELLE-7B-2M"], rows["BELLE-LLaMA-7B-2M-enc"], rows["BELLE-LLaMA-13B-2M-enc"]
     assert (bloom["billions"], llama["billions"], large["billions"]) == (7.07, 6.74, 13.02)  # as their authors count
     assert (bloom["gb_4_bit"], bloom["gb_8_bit"]) == (5.2, 8.2)
@@ -32,11 +33,11 @@ def test_figures():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sizes_are_those_of_written_files(tiny_model, tmp_path, bits, monkeypatch):
-    monkeypatch.setitem(named.CONFIGS, "tiny", json.loads((tiny_model / "config.json").read_text()))
+    monkeypatch.setitem(belle_catalogue.CONFIGS, "tiny", json.loads((tiny_model / "config.json").read_text()))
     quantize_checkpoint(tiny_model, tmp_path / "out", QuantConfig(bits=bits, method="rtn"))
     reader = CheckpointReader(tmp_path / "out")
-    assert verbs.packed_bytes("tiny", bits) == sum(reader.nbytes(name) for name in reader)
+    assert models.packed_bytes("tiny", bits) == sum(reader.nbytes(name) for name in reader)
 
 
 def test_a_plan_needs_no_download():
-    assert read_config("BELLE-LLaMA-13B-2M-enc") == named.CONFIGS["llama-13b"]
+    assert read_config("BELLE-LLaMA-13B-2M-enc") == belle_catalogue.CONFIGS["llama-13b"]

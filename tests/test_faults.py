@@ -21,11 +21,11 @@ from faults import (
     unmount,
 )
 
-from gptq_belle.checkpoint.file_bytes import FileBytes
-from gptq_belle.checkpoint.tensor_file import TensorFile
-from gptq_belle.config import QuantConfig
+from gptq_belle.checkpoint.direct_io import FileBytes
+from gptq_belle.checkpoint.safetensors_file import TensorFile
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 KILLS = 50

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from gptq_belle.checkpoint import file_bytes
-from gptq_belle.checkpoint.file_bytes import PAGE, FileBytes, raw, runs
+from gptq_belle.checkpoint import direct_io
+from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, raw, runs
 from gptq_belle.kernels.memory import Reused, empty_bytes
 
 SIZE = 37 * PAGE + 1234
@@ -22,8 +22,8 @@ def content():
 
 @pytest.fixture
 def path(tmp_path, content, monkeypatch):
-    monkeypatch.setattr(file_bytes, "LARGE", 0)
-    monkeypatch.setattr(file_bytes, "PIECE", 4 * PAGE)
+    monkeypatch.setattr(direct_io, "LARGE", 0)
+    monkeypatch.setattr(direct_io, "PIECE", 4 * PAGE)
     found = tmp_path / "weights"
     found.write_bytes(content.numpy().tobytes())
     forget(found)
@@ -60,7 +60,7 @@ def forget(path):
 
 def held(path):
     with path.open("rb") as file:
-        return file_bytes._held(file.fileno(), 0, SIZE)
+        return direct_io._held(file.fileno(), 0, SIZE)
 
 
 def needs_a_cache(path):
@@ -109,15 +109,15 @@ def test_what_the_cache_holds_is_taken_from_there(path, counted):
 
 
 def test_small_pieces_go_through_the_cache(path, counted, monkeypatch):
-    monkeypatch.setattr(file_bytes, "LARGE", 2 * PAGE)
+    monkeypatch.setattr(direct_io, "LARGE", 2 * PAGE)
     FileBytes(path).read(0, 2 * PAGE - 1, empty_bytes)
     assert counted["bytes"] == 0
 
 
 def test_a_slow_disk_fills_the_cache(path, content, counted, monkeypatch):
     needs_a_cache(path)
-    monkeypatch.setattr(file_bytes, "SLOW", float("inf"))
-    monkeypatch.setattr(file_bytes, "TRIED", 8 * PAGE)
+    monkeypatch.setattr(direct_io, "SLOW", float("inf"))
+    monkeypatch.setattr(direct_io, "TRIED", 8 * PAGE)
     assert torch.equal(FileBytes(path).read(0, SIZE, empty_bytes), content)
     assert counted["bytes"] == 8 * PAGE
 
@@ -138,7 +138,7 @@ def test_a_file_system_without_it_is_read_through_the_cache(path, content, count
 @pytest.mark.parametrize("large", [0, 1 << 30])
 @pytest.mark.parametrize("left", [0, PAGE, 9 * PAGE + 5])
 def test_a_file_that_shrank_is_not_read_past_its_end(path, monkeypatch, left, large):
-    monkeypatch.setattr(file_bytes, "LARGE", large)
+    monkeypatch.setattr(direct_io, "LARGE", large)
     file = FileBytes(path)
     os.truncate(path, left)
     with pytest.raises(EOFError):

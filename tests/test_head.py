@@ -8,16 +8,16 @@ from oracle_format import formula, random_words
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import load
-from gptq_belle.checkpoint.packed_head import CLIPS, rounded
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.engine.linear import Dense, Packed
+from gptq_belle.engine.lm_head import PackedLookup, embedding_and_head
+from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
+from gptq_belle.formats.packed_head import CLIPS, rounded
 from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import Library, library
-from gptq_belle.models.shapes import Dimensions
-from gptq_belle.runtime.head import PackedLookup, embedding_and_head
-from gptq_belle.runtime.products import Dense, Packed
-from gptq_belle.runtime.weights import Weights
+from gptq_belle.models.dimensions import Dimensions
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
     table = torch.randn(vocabulary, 64).half()
     (tmp_path / "config.json").write_text((tiny_bloom / "config.json").read_text())
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("gptq_belle.runtime.head.STEP", 64 * 64)  # several pieces
+    monkeypatch.setattr("gptq_belle.engine.lm_head.STEP", 64 * 64)  # several pieces
     if not native:
         for module in ("cpu_layout", "cpu_rows"):
             monkeypatch.setattr(f"gptq_belle.kernels.{module}.library", lambda: "no compiler")

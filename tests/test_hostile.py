@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from mutations import VALUES, Worker, bases, mutant
 from safetensors.torch import load_file, save_file
 
-from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.activations import Activations
-from gptq_belle.runtime.loader import hf_model
 
 PIECE = 1000
 
@@ -282,7 +282,7 @@ def test_a_configuration_chooses_no_code(model):
 
 
 def test_small_files_are_not_copied_from_elsewhere(tiny_bloom, tmp_path):
-    from gptq_belle.config import QuantConfig
+    from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.pipeline import quantize_checkpoint
 
     (tmp_path / "secret").write_text("secret")

@@ -13,7 +13,7 @@ from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from oracle_legacy import write_legacy
 
 from gptq_belle.checkpoint import hub
-from gptq_belle.checkpoint.decrypt import encrypt
+from gptq_belle.checkpoint.decryption import encrypt
 from gptq_belle.errors import InputError, UsageError
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import VOCABULARY, packed_checkpoint
 from safetensors.torch import load_file, save_file
 
-from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.errors import InputError
 
 

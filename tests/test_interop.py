@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import QuantConfig, __version__, hf_model, quantize_checkpoint
-from gptq_belle.conversion.convert import convert
-from gptq_belle.measure.doctor import machine
+from gptq_belle.bench.doctor import machine
+from gptq_belle.checkpoint.conversion import convert
 from gptq_belle.quantization.calibration import Calibration
 
 sys.path.insert(0, str(Path(__file__).parent / "interop"))

@@ -13,16 +13,15 @@ import pytest
 import torch
 from conftest import job_output
 
-from gptq_belle.config import QuantConfig
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization import block as block_module
 from gptq_belle.quantization.activations import Activations
+from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import Journal, Record, finished_blocks
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.progress import Silent
-from gptq_belle.quantization.report import LinearReport
-from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.quantization.report import LinearReport, Silent
 
 ROOT = Path(__file__).resolve().parent.parent
 FINGERPRINT = {"source": {"config.json": "a" * 64}, "settings": {"bits": 4}, "calibration": {"rows": 8}}
@@ -39,7 +38,7 @@ def commit(book, tensors=None):
     """A finished block with one part and activations behind it."""
     index = len(book.records)
     (book.partial / "parts").mkdir(exist_ok=True)
-    from gptq_belle.checkpoint.tensor_file import write_tensors
+    from gptq_belle.checkpoint.safetensors_file import write_tensors
 
     part = f"parts/block-{index:05d}.safetensors"
     files = {part: write_tensors(book.partial / part, {"w": torch.full((4,), index)})}

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.belle import Row
-from gptq_belle.evaluation.judge import read_instructions, requests, write_requests
+from gptq_belle.evaluation.belle_set import Row
+from gptq_belle.evaluation.judge_requests import read_instructions, requests, write_requests
 
 PROMPTS = [{"class": "closed\xa0QA", "prompt": "打分一。"}, {"class": "rewrite", "prompt": "打分二。"}]
 

@@ -6,8 +6,8 @@ import pytest
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.leak import calibration_keys, refuse_overlap
-from gptq_belle.runtime.chat import Turn
+from gptq_belle.evaluation.calibration_overlap import calibration_keys, refuse_overlap
+from gptq_belle.prompts.styles import Turn
 
 QUESTIONS = [f"请写一句关于第{number}个城市的话。" for number in range(12)]
 

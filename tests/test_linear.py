@@ -6,9 +6,9 @@ import pytest
 import torch
 from oracle_format import formula, random_words
 
+from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels.dispatch import prepare
-from gptq_belle.runtime.linear import QuantLinear
 
 CPU = torch.device("cpu")
 

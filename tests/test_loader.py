@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from gptq_belle.checkpoint.quantization import Quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.common.devices import resolve_device
+from gptq_belle.engine.hf_model import hf_model, read_quantization
+from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.runtime.linear import QuantLinear
-from gptq_belle.runtime.loader import hf_model, read_quantization, resolve_device
+from gptq_belle.formats.quantize_config import Quantization
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 3, 61], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
 VARIANTS = [

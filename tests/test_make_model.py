@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gptq_belle import hf_model, load
-from gptq_belle.checkpoint.inspect import inspect
-from gptq_belle.checkpoint.packed_head import stored_bits
+from gptq_belle.checkpoint.inspection import inspect
+from gptq_belle.checkpoint.packed_reader import stored_bits
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

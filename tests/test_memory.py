@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from gptq_belle.measure import memory
-from gptq_belle.measure.memory import PeakMemory, anonymous_bytes, release_unused
+from gptq_belle.common import memory
+from gptq_belle.common.memory import PeakMemory, anonymous_bytes, release_unused
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

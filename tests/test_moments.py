@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.quantization.contexts import Rows
-from gptq_belle.quantization.moments import Originals, held_out_rows, moments
-from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.quantization.attention_outputs import Rows
+from gptq_belle.quantization.block_stream import BlockStream
+from gptq_belle.quantization.stage_hessians import Originals, held_out_rows, moments
 
 ROWS, LENGTH, SEEN = 8, 24, 6
 

@@ -12,17 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
-from gptq_belle.checkpoint.inspect import inspect, lines
-from gptq_belle.checkpoint.mixture import average_bits
-from gptq_belle.checkpoint.quantization import read_quantization
+from gptq_belle.bench.throughput import Workload, bench
+from gptq_belle.checkpoint.inspection import average_bits, inspect, lines
+from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.config import Override
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.measure.bench import Workload, bench
-from gptq_belle.models.registry import ARCHITECTURES
-from gptq_belle.overrides import parse, resolve
+from gptq_belle.models.architectures import ARCHITECTURES
+from gptq_belle.quantization.config import Override
 from gptq_belle.quantization.estimate import estimate
-from gptq_belle.quantization.setup import set_up
+from gptq_belle.quantization.job import set_up
+from gptq_belle.quantization.overrides import parse, resolve
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 TEXTS = {

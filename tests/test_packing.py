@@ -6,21 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_format import codes_along, formula
 
-from gptq_belle.checkpoint.packing import (
-    V1,
-    V2,
-    PackedWeight,
-    QuantizedWeight,
-    cycle,
-    dequantize,
-    pack,
-    pack_rows,
-    stored_zeros,
-    true_zeros,
-    unpack,
-    unpack_rows,
-)
 from gptq_belle.errors import InputError
+from gptq_belle.formats.gptq_weight import PackedWeight, QuantizedWeight, dequantize, pack, unpack
+from gptq_belle.formats.packing import cycle, pack_rows, unpack_rows
+from gptq_belle.formats.zero_points import V1, V2, stored_zeros, true_zeros
 
 few = settings(max_examples=25, deadline=None)
 bits_strategy = st.sampled_from([2, 3, 4, 8])

@@ -5,9 +5,9 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.measure import parts
-from gptq_belle.measure.parts import clocked, step_shares
-from gptq_belle.measure.phases import PhaseClock
+from gptq_belle.bench import step_shares as parts
+from gptq_belle.bench.step_shares import clocked, step_shares
+from gptq_belle.common.timers import PhaseClock
 
 
 def test_the_model_answers_the_same_while_it_is_clocked_and_afterwards(tiny_model, tmp_path):

@@ -11,14 +11,14 @@ import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from gptq_belle.checkpoint.packing import PackedWeight, unpack
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.config import QuantConfig
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
+from gptq_belle.formats.gptq_weight import PackedWeight, unpack
+from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration, calibration_tokens
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.solver import round_to_nearest
-from gptq_belle.quantization.stream import BlockStream
 
 SETTINGS = {"rows": 32, "seq_len": 64}
 
@@ -246,8 +246,8 @@ def test_relatives_of_llama_come_free(kind, tiny_llama, tmp_path):
 MEASURE = """
 import sys
 from gptq_belle import Calibration
-from gptq_belle.config import QuantConfig
-from gptq_belle.measure.memory import anonymous_bytes, release_unused
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.common.memory import anonymous_bytes, release_unused
 from gptq_belle.quantization.block import BlockJob
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 source, out, preset = sys.argv[1:]

@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from gptq_belle import cli, console
+from gptq_belle.bench import plan
+from gptq_belle.bench.plan import Needs, Setting, best, cache_bytes, matrix_bytes, needs
+from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import library
-from gptq_belle.measure import plan
-from gptq_belle.measure.plan import Needs, Setting, best, cache_bytes, matrix_bytes, needs
-from gptq_belle.models.named import CONFIGS
-from gptq_belle.models.shapes import dimensions
+from gptq_belle.models.belle_catalogue import CONFIGS
+from gptq_belle.models.dimensions import dimensions
 
 GIB = 1 << 30
 BELLE = dimensions(CONFIGS["belle-7b"])
@@ -100,7 +100,7 @@ def test_what_cannot_be_is_refused(wrong):
 
 def call(capsys, *args):
     with pytest.raises(SystemExit) as left:
-        console.run(cli.app, ["plan", *args, "--device", "cpu"])
+        console.run(app.app, ["plan", *args, "--device", "cpu"])
     printed = capsys.readouterr()
     return left.value.code or 0, printed.out, printed.err
 
@@ -129,7 +129,7 @@ def test_parts_add_up():
 
 
 def test_the_engine_reads_prompts_as_planned():
-    from gptq_belle.measure import plan
-    from gptq_belle.runtime import attention, tokens
+    from gptq_belle.bench import plan
+    from gptq_belle.engine import attention, logits_model
 
-    assert (plan.CHUNK, plan.QUERIES, plan.KV_HEADS) == (tokens.CHUNK, attention.QUERIES, attention.KV_HEADS)
+    assert (plan.CHUNK, plan.QUERIES, plan.KV_HEADS) == (logits_model.CHUNK, attention.QUERIES, attention.KV_HEADS)

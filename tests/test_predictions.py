@@ -10,10 +10,10 @@ from conftest import packed_checkpoint, tiny_tokenizer
 
 from gptq_belle import load
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.evaluation.divergence import divergence, token_figures
-from gptq_belle.evaluation.divergence_figures import summarize
+from gptq_belle.evaluation.base_predictions import about, kept, record
+from gptq_belle.evaluation.kl_divergence import divergence, token_figures
+from gptq_belle.evaluation.kl_statistics import summarize
 from gptq_belle.evaluation.perplexity import encode, windows
-from gptq_belle.evaluation.predictions import about, kept, record
 
 TEXT = "人工智能正在改变我们的生活,语言模型可以回答问题、翻译文章、编写程序。The quick brown fox. " * 4
 

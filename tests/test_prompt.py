@@ -7,14 +7,14 @@ import pytest
 from conftest import packed_checkpoint
 from transformers import AutoTokenizer
 
-from gptq_belle.checkpoint.inspect import inspect
-from gptq_belle.checkpoint.prompt import lines, prompt_of
-from gptq_belle.config import QuantConfig
-from gptq_belle.conversion.convert import convert
+from gptq_belle.checkpoint.conversion import convert
+from gptq_belle.checkpoint.inspection import inspect
+from gptq_belle.checkpoint.tokenizer_files import lines, prompt_of
+from gptq_belle.engine.model import load
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.prompts.styles import detect_style
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.runtime.chat import detect_style
-from gptq_belle.runtime.engine import load
 
 TEXTS = {"bloom": "Human: 你好\n\nAssistant:", "llama": "Human: 你好 \n\nAssistant: ",
          "newline": "Human: \n你好\n\nAssistant: \n"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import cut_short
 
-from gptq_belle import console, quantize
+from gptq_belle.cli import console, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--group-size", "32", "--rows", "32", "--seq-len", "64"]

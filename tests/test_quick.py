@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, build_alibi_tensor
 
-from gptq_belle.models.quick import QuickBloomAttention, quicken
+from gptq_belle.quantization.bloom_attention import QuickBloomAttention, quicken
 
 
 def eager(module, states, residual, slopes):

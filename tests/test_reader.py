@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gptq_belle.checkpoint import file_bytes
+from gptq_belle.checkpoint import direct_io
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json, weight_files
 from gptq_belle.errors import HardwareError, InputError
 
@@ -35,9 +35,9 @@ def sharded(tiny_bloom, tmp_path):
 def sizes(request, monkeypatch):
     """Every tensor is read as tensors of that size are."""
     if request.param != "small tensors":
-        monkeypatch.setattr(file_bytes, "LARGE", 0)
+        monkeypatch.setattr(direct_io, "LARGE", 0)
     if request.param.endswith("cache"):
-        monkeypatch.setattr(file_bytes, "_held", lambda *part: False)
+        monkeypatch.setattr(direct_io, "_held", lambda *part: False)
 
 
 def state_of(path):
@@ -119,7 +119,7 @@ def test_what_this_machine_refuses_is_no_damage(copy, monkeypatch, kind, number)
     reader = CheckpointReader(copy)
     with pytest.raises(HardwareError, match=f"{reader.files[0]}: {REFUSED[number]}"):
         reader.tensor(next(iter(reader)), refuse(number))
-    monkeypatch.setattr(file_bytes.FileBytes, "__init__", refuse(number))
+    monkeypatch.setattr(direct_io.FileBytes, "__init__", refuse(number))
     with pytest.raises(HardwareError, match=REFUSED[number]):
         CheckpointReader(copy)
     monkeypatch.setattr(Path, "read_text", refuse(number))

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from gptq_belle.cli import app
+from gptq_belle.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))

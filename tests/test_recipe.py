@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from gptq_belle.config import QuantConfig
 from gptq_belle.errors import UsageError
-from gptq_belle.quantization.recipe import IDEAS, RECIPES, Recipe, recipe
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.presets import IDEAS, RECIPES, Recipe, recipe
 
 
 def test_fast_is_plain_gptq_and_best_the_default():

@@ -5,7 +5,7 @@ import torch
 from conftest import TOLERANCES
 from oracle_format import codes_along, formula, random_words
 
-from gptq_belle.checkpoint import packing
+from gptq_belle.formats import packing
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.layout import canonical
 

@@ -7,7 +7,7 @@ import torch
 from oracle_gptq import relative_error
 from test_solver import problem
 
-from gptq_belle.config import QuantConfig
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.refine import descend, refine, refit_scales
 from gptq_belle.quantization.solver import factorize, gptq, solutions
 

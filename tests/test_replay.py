@@ -5,10 +5,10 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
+from gptq_belle.engine.step_graph import MOST_ROWS
 from gptq_belle.kernels.cpu_rowwise import RmsNorm, silu_and_mul
 from gptq_belle.kernels.library import library
 from gptq_belle.kernels.tape import Tape
-from gptq_belle.runtime.replay import MOST_ROWS
 
 if isinstance(library(), str):
     pytest.skip(library(), allow_module_level=True)

@@ -108,7 +108,7 @@ def test_what_cannot_start_says_so(tiny_llama, options, code, words):
 @pytest.mark.parametrize(("cores", "replicas", "each"), [([2], 2, 1), ([8, 4], 2, 4), ([8, 4], 3, 4), ([16, 2], 1, 16),
                                                          ([16, 2], 4, 4), ([2], 3, 0)])
 def test_no_replica_is_promised_cores_of_two_machines(cores, replicas, each):
-    from gptq_belle.serving.replicas import cores_each
+    from gptq_belle.serving.ray_replicas import cores_each
 
     assert cores_each(cores, replicas) == each
 

@@ -9,11 +9,12 @@ import pytest
 from conftest import packed_checkpoint
 from matplotlib.image import imread
 
-from gptq_belle import Calibration, QuantConfig, cli, console, quantize_checkpoint
-from gptq_belle.measure.peak import Footprint
-from gptq_belle.reporting import evaluations, pictures
-from gptq_belle.reporting.evaluations import Results
-from gptq_belle.reporting.variants import variants
+from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
+from gptq_belle.bench.footprint import Footprint
+from gptq_belle.cli import app, console
+from gptq_belle.evaluation import report_evaluations, report_pictures
+from gptq_belle.evaluation.report_evaluations import Results
+from gptq_belle.evaluation.report_models import variants
 
 TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
 TEST = [{"class": "math", "question": "1+1?", "std_answer": "2"},
@@ -47,7 +48,7 @@ def belle(capsys):
 
     def call(*args):
         with pytest.raises(SystemExit) as left:
-            console.run(cli.app, [str(arg) for arg in args])
+            console.run(app.app, [str(arg) for arg in args])
         printed = capsys.readouterr()
         return left.value.code or 0, printed.out, printed.err
 
@@ -58,7 +59,8 @@ def belle(capsys):
 def _footprints(request, monkeypatch):
     """Memory is measured in new processes, some seconds each: in one test is enough."""
     if "real_footprints" not in request.fixturenames:
-        monkeypatch.setattr(evaluations.peak, "fresh", lambda path, **_: Footprint(0.1, 10**6, 2 * 10**6, None, None))
+        monkeypatch.setattr(report_evaluations.footprint, "fresh",
+                            lambda path, **_: Footprint(0.1, 10**6, 2 * 10**6, None, None))
 
 
 @pytest.fixture
@@ -171,10 +173,10 @@ def test_a_text_without_a_base_gives_perplexity_alone(belle, models, inputs, tmp
 
 
 def test_what_was_measured_is_not_measured_again(belle, models, inputs, tmp_path, monkeypatch):
-    from gptq_belle.reporting import verb
+    from gptq_belle.cli import report
 
-    loaded, load = [], verb.load_model
-    monkeypatch.setattr(verb, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    loaded, load = [], report.load_model
+    monkeypatch.setattr(report, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
     base, eight, four, _ = models
     args = ("--base", base, *inputs, "--out", tmp_path, "--json")
     first = json.loads(belle("report", four, *args)[1])
@@ -220,7 +222,7 @@ def test_overlapping_text_is_refused(belle, models, tmp_path):
 
 def test_records_of_other_versions_are_shown_as_they_are(models, tmp_path):
     """Keys that this version does not know become columns and tables; lists that it cannot read are left out."""
-    from gptq_belle.reporting.page import render
+    from gptq_belle.evaluation.report_page import render
 
     path = tmp_path / "model"
     shutil.copytree(models[2], path)
@@ -231,7 +233,7 @@ def test_records_of_other_versions_are_shown_as_they_are(models, tmp_path):
     del record["versions"]
     (path / "quantization_report.json").write_text(json.dumps(record))
     shown = variants({path: Results()}, None)
-    page = render(shown, pictures.draw(shown, tmp_path), evaluations.Options(), None)
+    page = render(shown, report_pictures.draw(shown, tmp_path), report_evaluations.Options(), None)
     assert "<th class=\"text\">won</th>" in page
     assert "refit" in page
     assert "model: choices" in page
@@ -239,7 +241,7 @@ def test_records_of_other_versions_are_shown_as_they_are(models, tmp_path):
 
 
 def test_names_that_no_font_shows_become_question_marks(monkeypatch):
-    monkeypatch.setattr(pictures, "_fonts", list)
-    assert pictures._plain("模型-4bit $x") == r"??-4bit \$x"
-    monkeypatch.setattr(pictures, "_fonts", lambda: ["Noto Sans CJK SC"])
-    assert pictures._plain("模型") == "模型"
+    monkeypatch.setattr(report_pictures, "_fonts", list)
+    assert report_pictures._plain("模型-4bit $x") == r"??-4bit \$x"
+    monkeypatch.setattr(report_pictures, "_fonts", lambda: ["Noto Sans CJK SC"])
+    assert report_pictures._plain("模型") == "模型"

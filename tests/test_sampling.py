@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptq_belle.engine.sampling import Sampler, SamplingParams, draw, drawn, kept, penalized
 from gptq_belle.errors import UsageError
-from gptq_belle.runtime.sampling import Sampler, SamplingParams, draw, drawn, kept, penalized
 
 CPU = torch.device("cpu")
 LOGITS = torch.log(torch.tensor([0.4, 0.1, 0.3, 0.2]))

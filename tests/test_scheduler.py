@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from gptq_belle.engine.batching import Event, Request
+from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
-from gptq_belle.runtime.sampling import SamplingParams
-from gptq_belle.runtime.slots import Event, Request
-from gptq_belle.serving.errors import ApiError
+from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.scheduler import Scheduler
 

@@ -7,7 +7,7 @@ import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from gptq_belle.errors import InputError
-from gptq_belle.models.settings import alibi_slopes, read_settings
+from gptq_belle.models.decoder_config import alibi_slopes, read_settings
 
 LLAMA = {"model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": [2, 7]}

@@ -3,10 +3,11 @@
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gptq_belle.checkpoint.reader import read_config
 from gptq_belle.errors import InputError
-from gptq_belle.models.named import CONFIGS
-from gptq_belle.models.registry import architecture
-from gptq_belle.models.shapes import dimensions, linear_shapes, outer_shapes, read_config, vector_shapes
+from gptq_belle.models.architectures import architecture
+from gptq_belle.models.belle_catalogue import CONFIGS
+from gptq_belle.models.dimensions import dimensions, linear_shapes, outer_shapes, vector_shapes
 
 OTHERS = {
     "mistral": {"model_type": "mistral", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80,

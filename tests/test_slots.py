@@ -7,9 +7,9 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
+from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import HardwareError, UsageError
-from gptq_belle.runtime.sampling import SamplingParams
-from gptq_belle.runtime.slots import Engine
 
 KINDS = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 6},
          {"repetition_penalty": 1.3}, {"temperature": 0.7, "repetition_penalty": 1.1, "seed": 7}]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from oracle_gptq import Oracle, gptq_oracle, least_squares_oracle, nearest_oracle, relative_error, static_oracle
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import QuantizedWeight, dequantize
-from gptq_belle.config import QuantConfig
 from gptq_belle.errors import InputError
+from gptq_belle.formats.gptq_weight import QuantizedWeight, dequantize
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.grid import min_max_grid, searched_grid
 from gptq_belle.quantization.solver import Solution, gptq, round_to_nearest
 

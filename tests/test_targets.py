@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_solver import problem
 
-from gptq_belle.config import QuantConfig
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.solution_choice import full_targets
 from gptq_belle.quantization.solver import factorize
-from gptq_belle.quantization.targets import full_targets
 
 
 def streams(columns, seed):

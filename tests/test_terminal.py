@@ -14,10 +14,10 @@ import time
 import pytest
 
 from gptq_belle import load
+from gptq_belle.cli.chat import Conversation, chat
+from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
-from gptq_belle.runtime.chat import Turn
-from gptq_belle.runtime.sampling import SamplingParams
-from gptq_belle.runtime.terminal import Conversation, chat
+from gptq_belle.prompts.styles import Turn
 
 
 class Scripted:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import gptq_belle
-from gptq_belle.evaluation.divergence import divergence
+from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"

@@ -11,10 +11,10 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHead
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from gptq_belle import QuantConfig, hf_model, load, patch_transformers, quantize_checkpoint
-from gptq_belle.checkpoint.inspect import inspect
+from gptq_belle.checkpoint.inspection import inspect
+from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import InputError
-from gptq_belle.overrides import parse
-from gptq_belle.runtime.linear import QuantLinear
+from gptq_belle.quantization.overrides import parse
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 import torch
 from oracle_format import formula, random_words
 
+from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import triton_config, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import canonical, fuse
 from gptq_belle.kernels.reference import dequantize
 from gptq_belle.kernels.triton_config import BUCKETS, Case, Config, Plan
-from gptq_belle.runtime.linear import QuantLinear
 
 TESTS = Path(__file__).parent
 CUDA = torch.device("cuda", 0)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_solver import problem
 
-from gptq_belle.config import QuantConfig
 from gptq_belle.kernels.library import library
-from gptq_belle.quantization import loops, solver
+from gptq_belle.quantization import grid, solver
+from gptq_belle.quantization.config import QuantConfig
 
 BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
 
@@ -171,7 +171,7 @@ def test_when_a_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
         pytest.skip(library())
     monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable", lambda device: lacking)
     W = SimpleNamespace(is_cuda=device == "cuda", is_cpu=device == "cpu", device=torch.device(device), dtype=dtype)
-    found = loops.kernels(W)
+    found = grid.kernels(W)
     assert (found and found.__name__.rpartition(".")[2]) == kernel
 
 

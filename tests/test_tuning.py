@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import packed_checkpoint
 
-from gptq_belle import cli, console
+from gptq_belle.bench import kernel_tuning
+from gptq_belle.bench import model_tuning as tuner
+from gptq_belle.cli import app, console
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import Case, Config, Plan, rule
-from gptq_belle.measure import plan_timer, tuning
-from gptq_belle.measure import tune as tuner
 
 CASE = Case(16, 4096, 4096, 4, 128, "float16")
 MANY = CASE._replace(rows=512)
@@ -44,7 +44,7 @@ def test_the_search_finds_the_minimum_and_asks_once():
         asked.append(plan)
         return distance(plan)
 
-    found = tuning.tune(CASE, 86, 82, timer)
+    found = kernel_tuning.tune(CASE, 86, 82, timer)
     assert found.plan == Plan("skinny", Config(16, **{name: BEST[name] for name in Config._fields if name != "BM"}))
     assert found.seconds == distance(found.plan)
     assert found.rule_seconds == distance(rule(CASE, 86, 82)) > found.seconds
@@ -52,36 +52,36 @@ def test_the_search_finds_the_minimum_and_asks_once():
 
 
 def test_many_rows_may_take_another_kernel():
-    found = tuning.tune(MANY, 86, 82, distance)
+    found = kernel_tuning.tune(MANY, 86, 82, distance)
     assert found.plan == Plan("gemm", Config(**BEST))
-    cheap = tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else distance(plan))
+    cheap = kernel_tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else distance(plan))
     assert cheap.plan == Plan("expand", None)
 
 
 def test_noise_changes_nothing():
     """A plan that is one percent faster than the rule's does not replace it."""
     first = rule(CASE, 86, 82)
-    assert tuning.tune(CASE, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
+    assert kernel_tuning.tune(CASE, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
 
 
 def test_a_config_that_does_not_run_is_passed_over():
     first = rule(CASE, 86, 82)
-    found = tuning.tune(CASE, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
+    found = kernel_tuning.tune(CASE, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
     assert found.plan.config.SPLIT_K == 4
-    assert tuning.entry(found)["rule_seconds"] is None
+    assert kernel_tuning.entry(found)["rule_seconds"] is None
 
 
 def test_the_table_is_what_the_kernels_read(own_tables):
     assert triton_config.plan(CASE, 86, 82) == rule(CASE, 86, 82)
-    best = tuning.tune(CASE, 86, 82, distance)
-    path = tuning.write([best], 86, "a card", own_tables / "made" / "here")
+    best = kernel_tuning.tune(CASE, 86, 82, distance)
+    path = kernel_tuning.write([best], 86, "a card", own_tables / "made" / "here")
     assert path == own_tables / "made" / "here" / "sm_86.json"
-    path = tuning.write([best], 86, "a card", own_tables)
+    path = kernel_tuning.write([best], 86, "a card", own_tables)
     assert triton_config.plan(CASE, 86, 82) == best.plan != rule(CASE, 86, 82)
     assert triton_config.plan(CASE, 90, 82) == rule(CASE, 90, 82)
-    more = tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else 1.0)
+    more = kernel_tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else 1.0)
     again = best._replace(plan=best.plan._replace(config=best.plan.config._replace(SPLIT_K=8)))
-    tuning.write([more, again], 86, "a card", own_tables)
+    kernel_tuning.write([more, again], 86, "a card", own_tables)
     assert triton_config.plan(CASE, 86, 82).config.SPLIT_K == 8
     assert triton_config.plan(MANY, 86, 82) == Plan("expand", None)
     content = json.loads(path.read_text())
@@ -96,14 +96,14 @@ def test_a_damaged_table_is_kept_and_named(own_tables, text):
     path = own_tables / "sm_86.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"sm_86\.json is not a table"):
-        tuning.write([tuning.tune(CASE, 86, 82, distance)], 86, "a card", own_tables)
+        kernel_tuning.write([kernel_tuning.tune(CASE, 86, 82, distance)], 86, "a card", own_tables)
     assert path.read_text() == text
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(HardwareError, match="cannot be written") as error:
-        tuning.write([tuning.tune(CASE, 86, 82, distance)], 86, "a card", tmp_path / "file")
+        kernel_tuning.write([kernel_tuning.tune(CASE, 86, 82, distance)], 86, "a card", tmp_path / "file")
     assert "--out" in error.value.remedy
 
 
@@ -127,7 +127,7 @@ def test_refusals(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_verb_refuses_a_cpu(capsys, tmp_path):
     with pytest.raises(SystemExit) as left:
-        console.run(cli.app, ["tune", str(tmp_path)])
+        console.run(app.app, ["tune", str(tmp_path)])
     printed = capsys.readouterr()
     assert left.value.code == 3
     assert printed.out == ""
@@ -175,7 +175,7 @@ def test_wrong_products_are_an_error(monkeypatch):
     weight = weight._replace(words=weight.words.cuda(), scales=weight.scales.cuda(),
                              zeros=None if weight.zeros is None else weight.zeros.cuda())
     case = triton_matmul.case_of(weight, 8, torch.float16)
-    timer = plan_timer.device_timer(case, [weight])
+    timer = kernel_tuning.device_timer(case, [weight])
     plan = rule(case, *triton_matmul.processor(weight.words.device))
     assert 0 < timer(plan) < 1e-2
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, by: torch.zeros(8, 128, device="cuda"))

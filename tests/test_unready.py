@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from gptq_belle.checkpoint.directory import load_tokenizer
+from gptq_belle.checkpoint.conversion import convert
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.conversion.convert import convert
+from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.errors import InputError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"

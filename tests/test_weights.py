@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.engine.linear import Dense, Packed, SideBySide
+from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import InputError
-from gptq_belle.runtime.products import Dense, Packed, SideBySide
-from gptq_belle.runtime.weights import Weights
 
 CPU = torch.device("cpu")
 NAMES = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]

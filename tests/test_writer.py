@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from gptq_belle.checkpoint.writer import CheckpointWriter
-from gptq_belle.config import QuantConfig
 from gptq_belle.errors import UsageError
+from gptq_belle.quantization.config import QuantConfig
 
 PARTS = {
     "a.safetensors": {"x.scales": torch.randn(3, 5).half(), "x.qweight": torch.randint(-9, 9, (4, 5)).int()},

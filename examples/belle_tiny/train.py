@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
 
-from gptq_belle.measure.doctor import machine
+from gptq_belle.bench.doctor import machine
 
 from .batches import batch, encode, pieces
 from .channels import SPREAD, spread_channels

@@ -1,1 +1,1 @@
-"""Bytes on disk: the packed format, and the readers and writers of model directories."""
+"""A model directory on disk: reading, validating, writing, converting, decrypting and downloading it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.models.family import ENCRYPTED, ENCRYPTED_STATES, FULL, STATES, Member, check_kind, member
+from gptq_belle.models.belle_catalogue import ENCRYPTED, ENCRYPTED_STATES, FULL, STATES, Member, check_kind, member
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")

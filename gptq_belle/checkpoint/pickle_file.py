@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.file_bytes import FileBytes, unread
-from gptq_belle.checkpoint.tensor_file import DAMAGED
+from gptq_belle.checkpoint.direct_io import FileBytes, unread
+from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.memory import Memory, empty_bytes
 

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.pickle_file import PickleFile
-from gptq_belle.checkpoint.tensor_file import CHUNK_BYTES, DAMAGED, TensorFile
-from gptq_belle.checkpoint.unready import check_fetched, unready
+from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, DAMAGED, TensorFile
+from gptq_belle.common.files import check_fetched
 from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.memory import Memory, empty_bytes
-from gptq_belle.models.registry import HEAD, Architecture, architecture
+from gptq_belle.models.architectures import HEAD, Architecture, architecture
+from gptq_belle.models.belle_catalogue import CONFIGS, member
 
 MOST_JSON_BYTES = 64 << 20  # the largest real one, an index of a model of a thousand shards, is below 20 MB
 
@@ -202,3 +204,35 @@ def _indexed_files(index: Path) -> list[Path]:
 def _open(path: Path) -> TensorFile | PickleFile:
     check_fetched(path)
     return TensorFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+
+
+def read_config(model: str | Path) -> dict[str, Any]:
+    """config.json of a directory, such a file itself, or one of `named.CONFIGS` or of the family by its name.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path, found = Path(model), member(str(model))
+    if not path.exists() and (found or str(model) in CONFIGS):
+        return deepcopy(CONFIGS[found.config if found else str(model)])
+    if not path.exists():
+        raise InputError(f"{model} is neither a model directory nor a known name",
+                         f"Give the folder that holds config.json, or one of {', '.join(CONFIGS)}.")
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def unready(path: Path) -> InputError | None:
+    """The error for an encrypted or old checkpoint where a model directory is wanted; None for anything else.
+
+    Args:
+        path: a file, or a folder of them.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.enc")) + sorted(path.glob("*.pt"))
+    last = {file.suffix: file for file in files if file.is_file()}
+    if ".enc" in last:
+        return InputError(f"{path} is encrypted",
+                          f"First: gptq-belle decrypt {path} OUT --key path/to/consolidated.00.pth")
+    if ".pt" in last:
+        return InputError(f"{path} is an old checkpoint, which is read once and written anew",
+                          f"First: gptq-belle convert {path} OUT")
+    return None

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.durable import Stamp, sync
-from gptq_belle.checkpoint.locking import lock
 from gptq_belle.checkpoint.reader import read_json
-from gptq_belle.checkpoint.tensor_file import (
+from gptq_belle.checkpoint.safetensors_file import (
     CHUNK_BYTES,
     DTYPES,
     TensorEntry,
@@ -28,8 +26,9 @@ from gptq_belle.checkpoint.tensor_file import (
     write_rows,
     write_tensors,
 )
-from gptq_belle.config import written_by_us
+from gptq_belle.common.files import Stamp, lock, sync
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.formats.quantize_config import written_by_us
 
 SHARD_BYTES = 5_000_000_000
 

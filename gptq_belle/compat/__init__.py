@@ -1,1 +1,1 @@
-"""Other programs' interfaces on this one: transformers' own loading, and AutoGPTQ's classes."""
+"""Other programs' interfaces: transformers' own loading, and AutoGPTQ's classes."""

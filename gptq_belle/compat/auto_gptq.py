@@ -1,7 +1,5 @@
 """AutoGPTQ 0.7's two classes on this program: notebooks written for it run when their one import is changed.
 
-    from gptq_belle.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
-
 Quantizing goes block by block from the source's files into a directory; what AutoGPTQ holds in memory between
 `quantize` and `save_quantized` lies in a temporary folder here (TMPDIR says where).
 """
@@ -14,18 +12,17 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from gptq_belle import console
 from gptq_belle.checkpoint.hub import model_directory
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
-from gptq_belle.compat.arguments import check_rest, device_name
-from gptq_belle.compat.examples import Example, calibration
-from gptq_belle.compat.quantize_config import CONFIG, BaseQuantizeConfig
-from gptq_belle.config import written_by_us
+from gptq_belle.cli import console
+from gptq_belle.cli.progress import ConsoleProgress
+from gptq_belle.common.devices import resolve_device
+from gptq_belle.compat.auto_gptq_config import CONFIG, BaseQuantizeConfig, Example, calibration, check_rest, device_name
+from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.errors import UsageError
+from gptq_belle.formats.quantize_config import written_by_us
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.progress import ConsoleProgress
 from gptq_belle.quantization.report import Report
-from gptq_belle.runtime.loader import hf_model, resolve_device
 
 __all__ = ["AutoGPTQForCausalLM", "BaseGPTQForCausalLM", "BaseQuantizeConfig", "exllama_set_max_input_length"]
 

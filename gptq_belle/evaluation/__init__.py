@@ -1,1 +1,1 @@
-"""What quantizing costs in quality: perplexity, KL divergence, scores by class."""
+"""What quantization costs in quality: perplexity, KL divergence, scores by class, and a report with pictures."""

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptq_belle import console
+from gptq_belle.bench import footprint
+from gptq_belle.bench.footprint import Footprint
+from gptq_belle.bench.throughput import Workload, fitted, interleaved
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.evaluation.belle import BelleScores, Row, evaluate, marked
-from gptq_belle.evaluation.divergence import Divergence, divergence
+from gptq_belle.cli import console
+from gptq_belle.common.timers import Spread, spread
+from gptq_belle.engine.model import Model, load
+from gptq_belle.evaluation.belle_set import BelleScores, Row, evaluate
+from gptq_belle.evaluation.kl_divergence import Divergence, divergence
 from gptq_belle.evaluation.perplexity import Perplexity, perplexity, read_text
-from gptq_belle.measure import peak
-from gptq_belle.measure.bench import Workload, fitted, interleaved
-from gptq_belle.measure.peak import Footprint
-from gptq_belle.measure.timing import Spread, spread
-from gptq_belle.runtime.engine import Model, load
 
 TOKENS = 8192  # of held-out text that are scored
 WINDOW = 256
@@ -86,7 +86,7 @@ def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: 
                 name=name,
                 path=paths[name],
                 bytes=CheckpointReader(paths[name]).bytes_on_disk(),
-                footprint=peak.fresh(paths[name], device=device, precision="exact"),
+                footprint=footprint.fresh(paths[name], device=device, precision="exact"),
                 perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
                 divergence=_divergence(base, model, words) if model is not base else None,
                 scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),
@@ -104,40 +104,3 @@ def _divergence(base: Model, model: Model, words: str) -> Divergence:
 def _decode(models: Sequence[Model]) -> list[Spread]:
     workload = fitted(SPEED, models)
     return [spread([workload.tokens / one.decode for one in times]) for times in interleaved(models, workload)]
-
-
-def show(comparison: Comparison, title: str) -> None:
-    """Print a comparison: a table of figures, then the answers side by side."""
-    variants = comparison.variants
-    names = [variant.name for variant in variants]
-    console.say()
-    console.print_table(title, ["", *names], rows_of(comparison))
-    console.say()
-    answers = [[variant.name, " ".join(variant.answer.split())] for variant in variants]
-    console.print_table(f"Prompt: {comparison.prompt}", ["", "answer"], answers, text=2)
-    console.say()
-
-
-def rows_of(comparison: Comparison) -> list[list[str]]:
-    """A line a figure, its name first, then a cell a variant."""
-    variants = comparison.variants
-    table = [
-        ["size on disk, MB", *(f"{v.bytes / 1e6:.1f}" for v in variants)],
-        ["peak memory, MB", *(_mb(v.footprint.peak_bytes) for v in variants)],
-        ["perplexity, held-out text", *(f"{v.perplexity.perplexity:.4f}" for v in variants)],
-        ["KL to full precision", *(f"{v.divergence.kl_mean:.6f}" if v.divergence else "-" for v in variants)],
-        ["same top token, %", *(f"{100 * v.divergence.same_top:.2f}" if v.divergence else "-" for v in variants)],
-        ["decode, tokens/s, float32", *(f"{v.decode.median:.1f}" for v in variants)],
-        ["decode, tokens/s, fast", *(f"{v.decode_fast.median:.1f}" for v in variants)],
-    ]
-    first = variants[0].scores
-    for cls, score in first.classes.items():
-        measure = "exact match, %" if score.metric == "exact" else "character F1, %"
-        table.append([f"{marked(cls)}: {measure}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
-    if first.exact is not None:
-        table.append(["all with * together: exact match, %", *(f"{v.scores.exact or 0:.1f}" for v in variants)])
-    return table
-
-
-def _mb(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 1e6:.1f}"

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.prompts.styles import render
 from gptq_belle.quantization.calibration import read_documents
-from gptq_belle.quantization.overlap import Document
-from gptq_belle.runtime.chat import render
+from gptq_belle.quantization.calibration_keys import Document
 
 CHUNK = 64  # positions scored at a time: with BLOOM's 250,880 tokens, 64 rows of float64 are 128 MB
-
 Logits = Callable[[Tensor], Tensor]  # (B, T) token ids -> (B, T, V) float32
 
 

@@ -1,1 +1,1 @@
-"""From weights to codes: the grid, the Hessian, the solver, the calibration rows, and the job that joins them."""
+"""From weights to codes: presets, calibration, Hessians, the solver, and the job that joins them."""

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.durable import DurableFile, Stamp
-from gptq_belle.checkpoint.file_bytes import raw
-from gptq_belle.checkpoint.tensor_file import DAMAGED
+from gptq_belle.checkpoint.direct_io import raw
+from gptq_belle.checkpoint.safetensors_file import DAMAGED
+from gptq_belle.common.files import DurableFile, Stamp
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.contexts import Contexts
+from gptq_belle.quantization.attention_outputs import Contexts
 from gptq_belle.quantization.journal import QUANTIZED, activations_name
 
 

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from gptq_belle.config import Override, QuantConfig
+from gptq_belle.common.memory import parse_bytes
 from gptq_belle.errors import UsageError
-from gptq_belle.measure.memory import parse_bytes
-from gptq_belle.overrides import resolve
-from gptq_belle.quantization.checks import linear_shapes
+from gptq_belle.quantization.config import Override, QuantConfig
+from gptq_belle.quantization.job import Setup, linear_shapes
 from gptq_belle.quantization.journal import Journal
-from gptq_belle.quantization.needs import linear_bytes, output_bytes
-from gptq_belle.quantization.progress import JobProgress
+from gptq_belle.quantization.memory_estimate import linear_bytes, output_bytes
+from gptq_belle.quantization.overrides import resolve
+from gptq_belle.quantization.report import JobProgress
 from gptq_belle.quantization.sensitivity import BITS, measure, scratch_bytes
-from gptq_belle.quantization.setup import Setup
 
 MORE = 8
 PLAIN = 16  # bits of what is not quantized

@@ -8,22 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gptq_belle.checkpoint.durable import Stamp
-from gptq_belle.checkpoint.packing import PackedWeight, dequantize, pack
+from gptq_belle.checkpoint.empty_model import assign
 from gptq_belle.checkpoint.writer import CheckpointWriter
-from gptq_belle.config import QuantConfig
+from gptq_belle.common.files import Stamp
+from gptq_belle.common.memory import PeakMemory, trim_heap
 from gptq_belle.errors import InputError
-from gptq_belle.measure.memory import PeakMemory, trim_heap
-from gptq_belle.models.skeleton import assign
+from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
 from gptq_belle.quantization.activations import Activations, Streams, mapped
-from gptq_belle.quantization.candidates import Choice, best_of
+from gptq_belle.quantization.block_stream import BlockStream
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import Journal, Record
-from gptq_belle.quantization.moments import Moments, Originals, moments
-from gptq_belle.quantization.progress import JobProgress
-from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
-from gptq_belle.quantization.report import LinearReport
+from gptq_belle.quantization.report import JobProgress, LinearReport
+from gptq_belle.quantization.solution_choice import Choice, best_of
 from gptq_belle.quantization.solver import Factor, factorize, round_to_nearest
-from gptq_belle.quantization.stream import BlockStream
+from gptq_belle.quantization.stage_hessians import Moments, Originals, moments
+from gptq_belle.quantization.verification import PROBED_BLOCK, Probe
 
 
 class BlockJob:

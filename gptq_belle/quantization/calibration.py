@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.quantization.overlap import seen_keys
-from gptq_belle.runtime.chat import Turn, render
+from gptq_belle.prompts.styles import Turn, render
+from gptq_belle.quantization.calibration_keys import seen_keys
 
 BUILTIN, GIVEN = "builtin", "token ids"
 TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
@@ -79,7 +79,7 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
     Args:
         calibration: what and how much.
         tokenizer: a transformers tokenizer with an eos token.
-        style: prompt style of the chat rows, a key of `gptq_belle.runtime.chat.STYLES`.
+        style: prompt style of the chat rows, a key of `gptq_belle.prompts.styles.STYLES`.
         context: the most tokens that the model takes; None where there is no limit.
     Returns:
         (rows, T) int64, every position a real token; and the documents that they were taken from.

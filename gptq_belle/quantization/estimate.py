@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_belle.checkpoint.packing import dequantize, pack
-from gptq_belle.config import QuantConfig
-from gptq_belle.quantization.candidates import best_of
-from gptq_belle.quantization.contexts import Rows
-from gptq_belle.quantization.moments import Moments, Originals, moments
-from gptq_belle.quantization.needs import memory_needed, output_bytes, spills
-from gptq_belle.quantization.setup import Setup
+from gptq_belle.formats.gptq_weight import dequantize, pack
+from gptq_belle.quantization.attention_outputs import Rows
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.end_to_end.cost import check_tuning, tuning_seconds
+from gptq_belle.quantization.end_to_end.rows import scratch_bytes
+from gptq_belle.quantization.job import Setup
+from gptq_belle.quantization.memory_estimate import memory_needed, output_bytes, spills
+from gptq_belle.quantization.solution_choice import best_of
 from gptq_belle.quantization.solver import factorize, round_to_nearest
-from gptq_belle.quantization.tuning_cost import check_tuning, tuning_seconds
-from gptq_belle.quantization.tuning_rows import scratch_bytes
+from gptq_belle.quantization.stage_hessians import Moments, Originals, moments
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.directory import AS_THEY_ARE, TOKENIZER_CONFIG
-from gptq_belle.checkpoint.durable import stamp_of
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.config import QuantConfig
+from gptq_belle.checkpoint.tokenizer_files import AS_THEY_ARE, TOKENIZER_CONFIG
+from gptq_belle.common.files import stamp_of
 from gptq_belle.kernels.library import library
+from gptq_belle.quantization.config import QuantConfig
 
 
 def fingerprint(reader: CheckpointReader, config: QuantConfig,

@@ -1,14 +1,24 @@
-"""The grid: scale and zero point of a group, and rounding to it.
+"""Where the inner loops of quantizing run: in kernels where there are some, else in torch, operation by operation."""
 
-Everything here is laid out inputs first: a group of g inputs and N outputs is (g, N), so that one input's weights are
-contiguous, which is the order in which GPTQ visits them.
-"""
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError
-from gptq_belle.kernels import cpu_solver
+from gptq_belle.kernels import cpu_solver, triton_matmul
+
+
+def kernels(tensor: Tensor) -> ModuleType | None:
+    """The module whose `solve_block` and `descend` serve such tensors, `BLOCK` inputs at a time; None: torch does."""
+    if cpu_solver.serves(tensor):
+        return cpu_solver
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or triton_matmul.unavailable(tensor.device):
+        return None
+    from gptq_belle.kernels import triton_gptq
+
+    return triton_gptq
+
 
 SMALLEST_SCALE = 1e-7  # float16 still holds it (its smallest step is 6e-8); below, a group counts as all zero
 SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits left there, and a searched or refitted scale is not worth fewer

@@ -1,10 +1,10 @@
-"""The layer-wise Hessian H = X^T X / n of the inputs X, and the factor of its inverse that GPTQ walks along."""
+"""The layer-wise Hessian H = X^T X / n of the calibration inputs X, and the Cholesky factor of its inverse."""
 
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import ROWS_AT_A_TIME, all_finite
 from gptq_belle.errors import InputError
+from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, all_finite
 
 COLUMNS = 512  # of the sum at a time: of 4096 x 4096 products 56 % are computed, in pieces that are no slower a product
 LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done

@@ -16,12 +16,12 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from gptq_belle.checkpoint.durable import UNFINISHED, Stamp, is_whole, sync, write_json_durably
 from gptq_belle.checkpoint.reader import read_json
-from gptq_belle.checkpoint.tensor_file import TensorFile, write_tensors
+from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
+from gptq_belle.common.files import UNFINISHED, Stamp, is_whole, sync, write_json_durably
 from gptq_belle.errors import GptqBelleError, UsageError
+from gptq_belle.quantization.end_to_end.savepoint import PREFIX
 from gptq_belle.quantization.report import LinearReport
-from gptq_belle.quantization.savepoint import PREFIX
 
 JOB = "job.json"
 VERSION = 3

@@ -1,7 +1,8 @@
-"""The job: block by block, load, capture, solve, pack, write, propagate; then merge, read back, publish."""
+"""What goes into the written file beside the blocks: embedding, norms, and the head, in float16 or packed."""
 
 import platform
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,25 +11,64 @@ import transformers
 from torch import Tensor
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.directory import write_small_files
+from gptq_belle.checkpoint.config_files import write_small_files
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
-from gptq_belle.config import QuantConfig
-from gptq_belle.measure.memory import PeakMemory, steady_heap
+from gptq_belle.common.devices import threads
+from gptq_belle.common.memory import PeakMemory, steady_heap
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.formats.packed_head import CODES, SCALES, group_of, rounded, to_bytes
+from gptq_belle.models.architectures import HEAD
 from gptq_belle.quantization.activations import Streams
 from gptq_belle.quantization.auto_bits import choose, stages_and_room
 from gptq_belle.quantization.block import BlockJob
+from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
-from gptq_belle.quantization.distill import distill
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.end_to_end.cost import check_tuning
+from gptq_belle.quantization.end_to_end.phase import distill
 from gptq_belle.quantization.fingerprint import differences, environment, fingerprint
+from gptq_belle.quantization.job import Setup, set_up
 from gptq_belle.quantization.journal import Journal
-from gptq_belle.quantization.needs import spills
-from gptq_belle.quantization.progress import JobProgress, Silent
-from gptq_belle.quantization.readback import PROBED_BLOCK, Probe
-from gptq_belle.quantization.report import Report
-from gptq_belle.quantization.rest import write_rest
-from gptq_belle.quantization.setup import Setup, set_up
-from gptq_belle.quantization.threads import threads
-from gptq_belle.quantization.tuning_cost import check_tuning
+from gptq_belle.quantization.memory_estimate import spills
+from gptq_belle.quantization.report import JobProgress, Report, Silent
+from gptq_belle.quantization.verification import PROBED_BLOCK, Probe
+
+
+def write_rest(stream: BlockStream, writer: CheckpointWriter, config: QuantConfig) -> None:
+    """Write every tensor outside of the blocks, some rows at a time.
+
+    Raises:
+        UsageError: the head is to be packed, and its rows are too odd for that.
+        InputError: a tensor is missing, of another shape, or holds what float16 does not.
+    """
+    head = f"{stream.arch.before[0]}.weight" if stream.tied() else f"{HEAD}.weight"
+    for number, name in enumerate(stream.rest()):
+        rows = (stream.float16(name, chunk) for chunk in stream.reader.chunks(name))
+        if name == head and config.head_bits != 16:
+            _write_packed(stream, writer, name, rows, config.head_bits)
+        else:
+            writer.add_rows(f"rest-{number}.safetensors", name, stream.shape(name), rows)
+
+
+def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows: Iterator[Tensor], bits: int) -> None:
+    """The matrix `name` as `formats.packed_head` has it; only the scales of all rows are in memory at a time."""
+    count, width = stream.shape(name)
+    if (group := group_of(width)) is None:
+        raise UsageError(f"{name} has {width} columns: too odd to be packed", "Leave --packed-head-only out.")
+    scales: list[Tensor] = []
+
+    def codes() -> Iterator[Tensor]:
+        for piece in rows:
+            try:
+                found, scale = rounded(piece, bits, group)
+            except ValueError as error:
+                raise InputError(f"tensor {name}: {error}", "Check the source.") from error
+            scales.append(scale)
+            yield to_bytes(found, bits)
+
+    writer.add_rows("rest-head-codes.safetensors", CODES, (count, width * bits // 8), codes(), torch.uint8)
+    writer.add("rest-head-scales.safetensors", {SCALES: torch.cat(scales)})
+
 
 PROBE_TOKENS = 64  # of the row that is run through the first block before and after writing
 

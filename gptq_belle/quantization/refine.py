@@ -6,10 +6,10 @@ Laid out inputs first, as in the solver. With D = Q - W, the error is tr(D^T H D
 import torch
 from torch import Tensor
 
-from gptq_belle.quantization import loops
+from gptq_belle.common.devices import threads
+from gptq_belle.quantization import grid
 from gptq_belle.quantization.grid import SMALLEST_SEARCHED
 from gptq_belle.quantization.hessian import live_diagonal
-from gptq_belle.quantization.threads import threads
 
 INNER = 32  # inputs, in torch, whose own changes R takes in one at a time; the rest of the group gets them together
 
@@ -86,7 +86,7 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
         diagonal: (g,), of H, without zeros.
         bits: bits a code.
     """
-    found = loops.kernels(code)
+    found = grid.kernels(code)
     step, sweep = (found.BLOCK, found.descend) if found else (INNER, _descend)
     for j1 in range(0, len(code), step):
         part, rest = slice(j1, j1 + step), slice(j1 + step, None)

@@ -1,11 +1,11 @@
-"""What a quantization job did, as it stands in quantization_report.json."""
+"""What a quantization job reports: progress while it runs, quantization_report.json at the end."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from gptq_belle.config import QuantConfig
+from gptq_belle.quantization.config import QuantConfig
 
 REPORT = "quantization_report.json"
 
@@ -100,10 +100,39 @@ class Report:
 
 
 def tuning_in_words(tuning: Mapping[str, Any]) -> str:
-    """What end-to-end tuning did (see `quantization.tuning.Tuned`), in one line; "" where the record is no such."""
+    """What end-to-end tuning did (see `end_to_end.tuning.Tuned`), in one line; "" for any other record."""
     try:
         kl = {int(step): float(value) for step, value in tuning["kl"].items()}
         return (f"{tuning['steps']} steps; held-out KL {kl[0]:.6f} before, {kl[tuning['best']]:.6f} behind step "
                 f"{tuning['best']}, which is in the file")
     except (KeyError, TypeError, ValueError, AttributeError):
         return ""
+
+
+MIB = 1 << 20
+
+
+class JobProgress(Protocol):
+    """What the pipeline tells its caller."""
+
+    def start(self, blocks: int, steps: int, finished: int) -> None:
+        """The job has `blocks` blocks, `finished` of them by an earlier one, each of `steps` steps (forward batches and
+        solutions)."""
+
+    def step(self) -> None:
+        """One step of the current block is done."""
+
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
+        """A linear is solved."""
+
+    def phase(self, text: str) -> None:
+        """Something outside of the blocks begins."""
+
+
+class Silent:
+    """Shows nothing: the library's default."""
+
+    def start(self, blocks: int, steps: int, finished: int) -> None: ...
+    def step(self) -> None: ...
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None: ...
+    def phase(self, text: str) -> None: ...

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptq_belle.checkpoint.packing import dequantize
-from gptq_belle.config import QuantConfig
-from gptq_belle.models.skeleton import assign
+from gptq_belle.checkpoint.empty_model import assign
+from gptq_belle.formats.gptq_weight import dequantize
+from gptq_belle.quantization.block_stream import BlockStream
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.hessian import HessianSum
-from gptq_belle.quantization.setup import Setup
+from gptq_belle.quantization.job import Setup
 from gptq_belle.quantization.solver import factorize, gptq
-from gptq_belle.quantization.stream import BlockStream
 
 TOKENS, ROW = 2048, 256  # that are measured on, in rows of so many
 SOLVER_TOKENS = 16384  # others, whose Hessians the solver sees

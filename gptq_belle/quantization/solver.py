@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packing import QuantizedWeight, all_finite
-from gptq_belle.config import QuantConfig
+from gptq_belle.common.devices import threads
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.quantization import loops
+from gptq_belle.formats.gptq_weight import QuantizedWeight, all_finite
+from gptq_belle.quantization import grid
+from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
 from gptq_belle.quantization.hessian import inverse_factor, left_after_making_up, live_diagonal
-from gptq_belle.quantization.loss import output_error
+from gptq_belle.quantization.output_error import output_error
 from gptq_belle.quantization.refine import refine
-from gptq_belle.quantization.threads import threads
 
 BLOCK = 128  # inputs a lazy block (GPTQ, section 3.3, step 2); every grouped size divides it
 INNER = 32  # inputs a lazy block inside of that, so that a step touches what the cache holds; divides every group size
@@ -140,7 +140,7 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
         grids = static_grids(W, W.new_ones(K), group, config)  # its recipe has no search, else there were some
     scales, zeros = grids or (W.new_empty(K // group, N), W.new_empty(K // group, N))
     owner = (torch.arange(K, device=W.device) if order is None else order) // group
-    found = loops.kernels(W)
+    found = grid.kernels(W)
     solve_block = found.solve_block if found else _solve_block
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over the engine, and one chat page."""
+"""An OpenAI-compatible server over the engine, and a chat page."""

@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from gptq_belle import __version__
-from gptq_belle.serving import errors, routes_chat, routes_completions, routes_tools
-from gptq_belle.serving.guard import Guard
+from gptq_belle.serving import api_errors, routes_chat, routes_completions, routes_info
+from gptq_belle.serving.app_state import State
+from gptq_belle.serving.request_guard import Guard
 from gptq_belle.serving.service import Limits, Service
-from gptq_belle.serving.state import State
 
 REFUSALS = {"400": "A field has a value that is not allowed; the message names it.", "401": "No valid API key.",
             "413": "The body is too large.", "429": "Too many answers wait already.",
@@ -48,8 +48,8 @@ def create_app(load: Callable[[State], Service], limits: Limits, *, api_key: str
 
     app = FastAPI(title="gptq_belle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = state
-    errors.install(app)
-    for routes in (routes_chat, routes_completions, routes_tools):
+    api_errors.install(app)
+    for routes in (routes_chat, routes_completions, routes_info):
         app.include_router(routes.router)
     app.add_middleware(Guard, api_key=api_key, most_bytes=limits.body, most_requests=limits.requests,
                        local_only=local_only and api_key is None)

@@ -12,9 +12,9 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gptq_belle.serving.answers import Choice, Piece
-from gptq_belle.serving.errors import ApiError, from_exception
+from gptq_belle.serving.api_errors import ApiError, from_exception
 from gptq_belle.serving.scheduler import Arrivals, Item
+from gptq_belle.serving.token_text import Choice, Piece
 
 KEEP_ALIVE = 10.0  # seconds of silence after which a comment is sent: proxies drop silent connections
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall pass each event on as it comes

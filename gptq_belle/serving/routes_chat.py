@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_belle.serving.answers import Choice, Piece, chat_logprobs
+from gptq_belle.serving.app_state import ready
 from gptq_belle.serving.responses import envelope, streamed, usage, whole
 from gptq_belle.serving.schemas import ChatRequest
-from gptq_belle.serving.state import ready
+from gptq_belle.serving.token_text import Choice, Piece, chat_logprobs
 
 router = APIRouter()
 

@@ -6,13 +6,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_belle.runtime.scoring import score
-from gptq_belle.serving.answers import Choice, Likely, Piece, Scored, decode, offsets, text_logprobs
-from gptq_belle.serving.errors import ApiError
+from gptq_belle.engine.model import score
+from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.app_state import ready
 from gptq_belle.serving.responses import envelope, streamed, usage, whole
 from gptq_belle.serving.schemas import CompletionRequest
 from gptq_belle.serving.service import Service
-from gptq_belle.serving.state import ready
+from gptq_belle.serving.token_text import Choice, Likely, Piece, Scored, decode, offsets, text_logprobs
 
 router = APIRouter()
 

@@ -7,14 +7,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptq_belle.runtime.sampling import SamplingParams
-from gptq_belle.runtime.slots import Engine, Event, Request
-from gptq_belle.serving.errors import ApiError
+from gptq_belle.engine.batching import Engine, Event, Request
+from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.metrics import Metrics
 
 RETRY_AFTER = "1"  # seconds; a slot comes free as soon as the shortest answer ends
 SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
-
 
 Item = Event | str | BaseException  # a token, why an answer ended ("stop" or "length"), or an error
 Arrivals = asyncio.Queue[tuple[int, Item]]

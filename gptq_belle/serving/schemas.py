@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from gptq_belle.runtime.sampling import SamplingParams
+from gptq_belle.engine.sampling import SamplingParams
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -42,7 +42,7 @@ class StreamOptions(_Body):
 
 
 class Sampling(_Body):
-    """How an answer is drawn and sent; see `runtime.sampling.SamplingParams`."""
+    """How an answer is drawn and sent; see `engine.sampling.SamplingParams`."""
 
     model: str | None = None
     temperature: float | None = Field(1.0, ge=0, le=100, allow_inf_nan=False)

@@ -4,15 +4,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptq_belle.runtime.chat import from_messages, render, style_named
-from gptq_belle.runtime.engine import Model
-from gptq_belle.runtime.sampling import SamplingParams
-from gptq_belle.runtime.slots import Engine
-from gptq_belle.serving.answers import Choice
-from gptq_belle.serving.errors import ApiError
+from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.model import Model
+from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.prompts.styles import from_messages, render, style_named
+from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.scheduler import Scheduler
 from gptq_belle.serving.schemas import Message, Sampling
+from gptq_belle.serving.token_text import Choice
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,154 @@
+"""What this machine can run: versions, processor, memory, devices, and the kernel that each case takes, with why."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq_belle import __version__
+from gptq_belle.bench.self_test import self_test
+from gptq_belle.common.devices import PRECISIONS, resolve_device
+from gptq_belle.kernels import triton_matmul
+from gptq_belle.kernels.dispatch import choose
+from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.triton_config import tables
+from gptq_belle.kernels.triton_matmul import c_compiler
+
+PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
+FEATURES = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
+WIDTH = 4096  # inputs and outputs of the layer that the kernels are asked about: LLaMA-7B's and BLOOM-7B1's
+GROUP = 128
+
+
+def examine(device: str = "auto") -> dict[str, Any]:
+    """Everything that `doctor` prints, as JSON-ready values; sizes in bytes, None where the system does not tell.
+
+    Args:
+        device: whose kernels to list; "auto" for those of every device there is.
+    Raises:
+        UsageError, HardwareError: no such device.
+    """
+    every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    kinds = every if device == "auto" else [resolve_device(device).type]
+    return {
+        "versions": {"gptq_belle": __version__, "python": platform.python_version()} | installed(),
+        "system": platform.platform(),
+        "cpu": cpu(),
+        "memory": memory(),
+        "devices": devices(),
+        "compiler": c_compiler(),
+        "native": native(),
+        "gpu": gpu(),
+        "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
+        "self_test": [check._asdict() | {"passed": check.passed} for check in self_test(kinds)],
+    }
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of the packages that matter; None where one is absent."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name) if find_spec(name) else None
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def cpu() -> dict[str, Any]:
+    """Model, cores this process may use, torch's threads, and the instruction sets that kernels look for."""
+    info = _cpuinfo()
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": info.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "features": [name for name in FEATURES if name in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def memory() -> dict[str, int | None]:
+    """Main memory in bytes: in all, and to be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return {"total": None, "available": None}
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return {"total": sizes.get("MemTotal"), "available": sizes.get("MemAvailable")}
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CUDA devices: name, compute capability, memory in bytes."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory,
+                      "capability": f"{properties.major}.{properties.minor}"})
+    return found
+
+
+def native() -> dict[str, Any]:
+    """The compiled CPU kernels: the instruction set they take here, all they could take, and why they are missing."""
+    found = library()
+    if isinstance(found, Library):
+        return {"isa": found.isa, "usable": list(found.usable), "why_not": None}
+    return {"isa": None, "usable": [], "why_not": found}
+
+
+def gpu() -> dict[str, Any]:
+    """The kernel that serves packed weights on the first GPU, why no better one does, and its tables of tuned tiles."""
+    device = torch.device("cuda", 0)
+    lacking = triton_matmul.unavailable(device)
+    there = torch.cuda.is_available()
+    return {
+        "kernel": "triton" if lacking is None else "dequantize+matmul" if there else None,
+        "why_not": lacking,
+        "tables": [str(path) for path in tables(triton_matmul.processor(device)[0])] if there else [],
+    }
+
+
+def kernel_choices(device: torch.device) -> list[dict[str, str]]:
+    """For every kind of checkpoint and precision: the kernel that runs, and why no faster one does."""
+    in_order = torch.arange(WIDTH, dtype=torch.int32) // GROUP
+    mixed = torch.arange(WIDTH, dtype=torch.int32) % (WIDTH // GROUP)
+    cases = [(f"{bits} bit", bits, in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", 4, mixed)]
+    rows = []
+    for name, bits, g_idx in cases:
+        for precision in PRECISIONS:
+            dtype = torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32
+            choice = choose(bits, g_idx, WIDTH, device=device, dtype=dtype, precision=precision)
+            rows.append({"device": device.type, "case": name, "precision": precision, "kernel": choice.kernel,
+                         "why": choice.reason})
+    return rows
+
+
+def failures(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks of `examine`'s self-test that were not passed."""
+    return [check for check in found["self_test"] if not check["passed"]]
+
+
+def gib(size: int | None) -> str:
+    """A size for reading; "unknown" where there is none."""
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def machine() -> str:
+    """The machine in one line, for the head of a table of measurements."""
+    found = cpu()
+    names = ", ".join([f"{found['model']}, threads: {found['threads']}", *(entry["name"] for entry in devices())])
+    return f"{names}; torch {torch.__version__}"
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}

@@ -1,0 +1,65 @@
+"""The configuration files of a quantized model directory."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gptq_belle.checkpoint.model_card import model_card
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.tokenizer_files import copy_tokenizer
+from gptq_belle.checkpoint.writer import CheckpointWriter
+from gptq_belle.models.decoder_config import token_ids
+from gptq_belle.quantization.config import QuantConfig
+
+
+def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config: QuantConfig,
+                      tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
+    """Everything of a quantized directory but weights and report.
+
+    Args:
+        writer: the directory in the making.
+        source: the model that was quantized.
+        config: how.
+        tokenizer: the source's.
+        tied: whether the head shares the embedding, so that the file holds it once.
+    """
+    write_configuration(writer, source.config, config.to_dict(), tied=tied)
+    copy_tokenizer(writer, source.path, tokenizer, source.config)
+    writer.write_text("README.md", model_card(source, config, tied=tied))
+
+
+def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quantization: dict[str, Any], *,
+                        tied: bool) -> None:
+    """config.json of a model and its quantization_config, which is quantize_config.json too."""
+    writer.write_json("config.json", quantized_config(config, quantization, tied))
+    writer.write_json("quantize_config.json", quantization)
+
+
+def quantized_config(source: dict[str, Any], quantization: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """config.json of the quantized model, in words that readers of 2024 and of transformers 5 both understand."""
+    result = {key: value for key, value in source.items() if key != "auto_map"}
+    result |= {"dtype": "float16", "torch_dtype": "float16", "tie_word_embeddings": tied,
+               "quantization_config": quantization}
+    rope = source.get("rope_parameters")
+    if isinstance(rope, dict):
+        result.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        if rope.get("rope_type", "default") != "default":
+            result.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    return result
+
+
+def mended(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What of config.json (or generation_config.json) has to be written otherwise: key to id; mostly nothing.
+
+    Raises:
+        InputError: an id that is no whole number.
+    """
+    changed: dict[str, int | None] = {}
+    for key in ("bos_token_id", "eos_token_id"):
+        stated, known = token_ids(config, key), getattr(tokenizer, key)
+        if stated and known is not None and known not in stated:
+            changed[key] = known
+    if any(token < 0 for token in token_ids(config, "pad_token_id")):
+        changed["pad_token_id"] = tokenizer.pad_token_id
+    return changed

@@ -1,0 +1,219 @@
+"""How many bits the linears of a checkpoint have where they differ, from the files' headers alone."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq_belle.checkpoint.empty_model import empty_model
+from gptq_belle.checkpoint.packed_reader import read_quantization
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.checkpoint.validation import is_act_ordered, problems
+from gptq_belle.errors import GptqBelleError
+from gptq_belle.formats.packed_head import CODES, SCALES
+from gptq_belle.formats.quantize_config import Quantization
+from gptq_belle.models.architectures import HEAD
+from gptq_belle.prompts.styles import detect_style
+
+
+def average_bits(reader: CheckpointReader, quantization: Quantization) -> float | None:
+    """Bits a weight of the blocks' linears on average, scales and zero points not counted, those that are not packed
+    with the bits of their type (headers only); None where nothing is packed."""
+    bits = weights = 0
+    for name in reader:
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "qweight" and (own := quantization.of(stem)) is not None:
+            bits += 32 * math.prod(reader.shape(name))
+            weights += 32 * math.prod(reader.shape(name)) // own.bits
+        elif leaf == "weight" and stem.endswith(reader.arch.linears):
+            bits += 8 * reader.nbytes(name)
+            weights += math.prod(reader.shape(name))
+    return bits / weights if weights else None
+
+
+def mixture(reader: CheckpointReader, quantization: Quantization) -> dict[str, dict[str, int]]:
+    """How many linears of a kind have which settings, {"mlp.down_proj": {"4 bits": 2}}; empty where all have the same.
+
+    Raises:
+        InputError: see `Quantization.of`.
+    """
+    kinds: dict[str, Counter[str]] = {name: Counter() for name in reader.arch.linears}
+    for name in reader:
+        stem, _, leaf = name.rpartition(".")
+        kind = next((kind for kind in kinds if stem.endswith(f".{kind}")), None)
+        if kind is not None and leaf == "qweight":
+            own = quantization.of(stem) or quantization
+            group = "" if own.group_size == quantization.group_size else f", group size {own.group_size}"
+            kinds[kind][f"{own.bits} bits{group}"] += 1
+        elif kind is not None and leaf == "weight":
+            kinds[kind][str(reader.dtype(name)).removeprefix("torch.")] += 1
+    settings = {text for counts in kinds.values() for text in counts}
+    return {kind: dict(counts) for kind, counts in kinds.items()} if len(settings) > 1 else {}
+
+
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
+CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions")  # LLaMA's name, then BLOOM's
+
+
+@dataclass(slots=True)
+class Part:
+    """Tensors of one kind: how many, their bytes in the file, and the model's parameters that they hold."""
+
+    tensors: int = 0
+    bytes: int = 0
+    parameters: int = 0
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        path: the directory.
+        architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None where it says none.
+        parameters: of the model, packed weights counted as the weights they stand for.
+        dtypes: tensors by their type in the file.
+        quantization: what the configuration states; None for a full-precision model.
+        average_bits: a weight, over all linears of the blocks; None where nothing is packed.
+        mixture: where linears differ, how many of a kind have which bits: {"mlp.down_proj": {"4 bits": 2}}.
+        act_order: whether a group index is really out of order; None where nothing is packed.
+        tied: the head is the embedding.
+        bytes: size of the weight files.
+        parts: tensors by kind.
+        prompt_style: as `generate` would choose it.
+        problems: what would keep the model from loading or answering well; empty for a sound one.
+    """
+
+    path: Path
+    architecture: str
+    blocks: int = 0
+    hidden_size: int = 0
+    vocabulary: int = 0
+    context: int | None = None
+    parameters: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    average_bits: float | None = None
+    mixture: dict[str, dict[str, int]] = field(default_factory=dict)
+    act_order: bool | None = None
+    tied: bool = False
+    bytes: int = 0
+    parts: dict[str, Part] = field(default_factory=dict)
+    prompt_style: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look into a model directory, quantized or not.
+
+    Raises:
+        InputError: so damaged that nothing can be said: no directory, config.json or weight files.
+    """
+    reader = CheckpointReader(path)
+    found = Inspection(reader.path, str(reader.config["model_type"]), bytes=reader.bytes_on_disk())
+    try:
+        found.quantization = read_quantization(reader)
+        found.prompt_style = detect_style(reader.config, _template(reader.path))
+        model = empty_model(reader.path)
+        _describe_config(found, model)
+        _describe_tensors(found, reader)
+        if found.quantization is not None:
+            found.average_bits = average_bits(reader, found.quantization)
+            found.mixture = mixture(reader, found.quantization)
+            found.act_order = is_act_ordered(reader) if reader.packed else None
+    except GptqBelleError as error:
+        found.problems.append(error.cause)
+        return found
+    found.problems += problems(reader, model, found.quantization, found.tied)
+    return found
+
+
+def lines(found: Inspection) -> list[tuple[str, str]]:
+    """What was found as (name, value) pairs for reading; the problems are not among them."""
+    q = found.quantization
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(found.dtypes.items()))
+    rows = [
+        ("architecture", f"{found.architecture}, {found.blocks} blocks, hidden size {found.hidden_size}"),
+        ("vocabulary", f"{found.vocabulary} tokens, head {'tied to the embeddings' if found.tied else 'of its own'}"),
+        ("context", f"{found.context} tokens" if found.context else "no limit in the configuration"),
+        ("parameters", f"{found.parameters:,}"),
+        ("prompt style", found.prompt_style),
+    ]
+    if q is None:
+        rows.append(("quantization", "none"))
+    else:
+        group = "a whole row" if q.group_size == -1 else str(q.group_size)
+        order = {None: "unknown", True: "yes", False: "no"}
+        rows += [
+            ("quantization", f"{q.bits} bits, group size {group}, format {q.checkpoint_format}"),
+            *_mixture(found),
+            ("symmetric", order[q.sym]),
+            ("act-order", order[found.act_order]),
+            ("written by", q.producer or "unknown"),
+        ]
+    rows.append(("size on disk", f"{found.bytes / 1e6:,.2f} MB in {kinds} tensors"))
+    share = max(1, sum(part.bytes for part in found.parts.values()))
+    for name, part in sorted(found.parts.items(), key=lambda item: -item[1].bytes):
+        rows.append((f"  {name}", f"{part.bytes / 1e6:,.2f} MB, {100 * part.bytes / share:.1f} %"))
+    return rows
+
+
+def _describe_config(found: Inspection, model: nn.Module) -> None:
+    config: Any = model.config
+    found.blocks, found.hidden_size = config.num_hidden_layers, config.hidden_size
+    found.vocabulary = config.vocab_size
+    found.context = next((limit for key in CONTEXT_KEYS if (limit := getattr(config, key, None))), None)
+    found.tied = bool(config.tie_word_embeddings)
+
+
+def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
+    dtypes: Counter[str] = Counter()
+    for name in reader:
+        shape, dtype = reader.shape(name), reader.dtype(name)
+        kind, leaf = _part(name, reader), name.rsplit(".", 1)[-1]
+        part = found.parts.setdefault(kind, Part())
+        part.tensors += 1
+        part.bytes += reader.nbytes(name)
+        if leaf == "qweight" and found.quantization:
+            part.parameters += math.prod(shape) * 32 // (found.quantization.of(name.removesuffix(".qweight"))
+                                                         or found.quantization).bits
+        elif leaf not in PACKED:
+            part.parameters += math.prod(shape)
+        dtypes[str(dtype).removeprefix("torch.")] += 1
+    found.parameters = sum(part.parameters for part in found.parts.values())
+    found.dtypes = dict(dtypes)
+
+
+def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:
+    """Lines for linears that differ."""
+    if found.mixture:
+        yield "bits on average", f"{found.average_bits:.2f}"
+    for kind, counts in found.mixture.items():
+        yield f"  {kind}", "; ".join(f"{count} of {text}" for text, count in sorted(counts.items()))
+
+
+def _part(name: str, reader: CheckpointReader) -> str:
+    module, _, leaf = name.rpartition(".")
+    if name in (CODES, SCALES):
+        return "packed head"
+    if leaf in PACKED:
+        return {"qweight": "packed weights", "g_idx": "group indices"}.get(leaf, "scales and zero points")
+    if module == HEAD:
+        return "head"
+    if module == reader.arch.before[0]:
+        return "embeddings"
+    linear = leaf == "weight" and module.endswith(reader.arch.linears)
+    return "unpacked linears" if linear else "norms and biases"
+
+
+def _template(path: Path) -> str | None:
+    """The directory's chat template; None where it has none, or no tokenizer."""
+    try:
+        return getattr(load_tokenizer(path), "chat_template", None)
+    except GptqBelleError:
+        return None

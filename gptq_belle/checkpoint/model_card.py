@@ -1,0 +1,110 @@
+"""The model card that a quantized directory carries as README.md."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from gptq_belle import __version__
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.quantization.config import QuantConfig
+
+CARD = """---
+{front}
+---
+
+# {name}, {all_bits} bits
+
+{made} by gptq_belle {version} from `{name}` ({model_type}): {method}, {bits} bits, {group}, {sym}{order}.
+The linear layers of the blocks are packed in the GPTQ format (`{checkpoint_format}`); embeddings, norms, biases and
+the head are {head}.{report}
+{overrides}
+## Use
+
+    gptq-belle chat .
+    python -c "import gptq_belle; print(gptq_belle.load('.').generate('你好'))"
+
+{readers}
+
+## Licence
+
+A quantized model stays under the licence of its source. BELLE's models are published for research only; those
+built on LLaMA carry Meta's terms as well.
+"""
+UNIFORM = "The files are standard: every reader of the GPTQ format takes them (for BLOOM, of those that know BLOOM)."
+MIXED = """Linears have different settings, stated in the `dynamic` of `quantize_config.json`: GPTQModel and vLLM read
+it (vLLM takes symmetric 4 and 8 bits only), AutoGPTQ and transformers by itself do not."""
+PACKED_HEAD = """**Only gptq_belle reads these files.** The {what} stored in {bits} bits under names of its own
+(`gptq_belle.head.*`), so that transformers, vLLM, AutoGPTQ and others lack a tensor and must refuse them. For those,
+quantize again without `--packed-head-only`."""
+RESULTS = ("<!-- results -->", "<!-- end of results -->")
+REPORT = " `quantization_report.json` holds the error of every layer and the calibration's hash."
+
+
+def model_card(source: CheckpointReader, config: QuantConfig, *, tied: bool) -> str:
+    """The text of the card of a model that was quantized here, front matter included.
+
+    Args:
+        source: what was quantized.
+        config: how.
+        tied: whether head and embedding are one.
+    """
+    method = {"gptq": "GPTQ", "rtn": "round to nearest"}[config.method]
+    every = sorted({config.bits, *(override.bits for override in config.overrides if override.bits)})
+    return _card(source.path, source.config["model_type"], config.to_dict(), every, made="Quantized", method=method,
+                 report=REPORT, overrides=_overrides(config), readers=_readers(config, tied),
+                 head="float16" if config.head_bits == 16 else f"packed in {config.head_bits} bits")
+
+
+def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any]) -> str:
+    """The text of the card of a model that others quantized.
+
+    Args:
+        source: what was converted; its name is shown.
+        model_type: as in config.json.
+        quantization: the quantization_config that was written.
+    """
+    return _card(source, model_type, quantization, [quantization["bits"]], made="Converted",
+                 method="GPTQ codes as they were", report="", overrides="", readers=UNIFORM, head="float16")
+
+
+def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every: Sequence[int], **words: str) -> str:
+    bits, group = quantization["bits"], quantization["group_size"]
+    front = ModelCardData(language=["zh", "en"], library_name="transformers", pipeline_tag="text-generation",
+                          tags=["gptq", *(f"{one}-bit" for one in every), "belle", model_type])
+    return CARD.format(
+        front=front.to_yaml().strip(), name=source.resolve().name, version=__version__, model_type=model_type,
+        bits=bits, all_bits=" and ".join(map(str, every)),
+        group="one scale a row" if group == -1 else f"groups of {group}",
+        sym="symmetric" if quantization["sym"] else "asymmetric",
+        order=", act-order" if quantization["desc_act"] else "", checkpoint_format=quantization["format"], **words)
+
+
+def _readers(config: QuantConfig, tied: bool) -> str:
+    """Who reads the files."""
+    if config.head_bits == 16:
+        return MIXED if config.overrides else UNIFORM
+    what = "embedding, which is also the head, is" if tied else "head is"
+    return PACKED_HEAD.format(what=what, bits=config.head_bits)
+
+
+def _overrides(config: QuantConfig) -> str:
+    """A table of them, in the place of nothing where there are none."""
+    if not config.overrides:
+        return ""
+    rows = []
+    for override in config.overrides:
+        told = "float16" if override.skip else ", ".join(f"{key} {value}" for key, value in override.values().items())
+        rows.append(f"| `{override.pattern.replace('|', '&#124;')}` | {told} |")
+    return "\n".join(["", "| linears | have instead |", "|---|---|", *rows, ""])
+
+
+def with_results(card: str, results: str) -> str:
+    """A card with a section of results: in place of an earlier one, else in front of "Use", else at the end."""
+    section = f"{RESULTS[0]}\n{results}\n{RESULTS[1]}\n"
+    start, end = (card.find(mark) for mark in RESULTS)
+    if 0 <= start < end:
+        return card[:start] + section + card[end + len(RESULTS[1]) :].removeprefix("\n")
+    place = card.find("\n## Use\n") + 1 or len(card)
+    return card[:place] + ("" if card[:place].endswith("\n") else "\n") + section + "\n" + card[place:]

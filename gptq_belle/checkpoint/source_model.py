@@ -1,0 +1,116 @@
+"""The source's tensors as calibration sees them: what the written file will hold in float16 is rounded already."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_belle.checkpoint.empty_model import assign, empty_model, wrong_shape
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.errors import InputError
+from gptq_belle.formats.gptq_weight import all_finite
+from gptq_belle.models.architectures import HEAD
+from gptq_belle.quantization.bloom_attention import quicken
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Source:
+    """A checkpoint beside its model's empty skeleton, parts of which are filled while they are needed.
+
+    Args:
+        reader: the checkpoint.
+        device: where parameters go.
+    """
+
+    def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
+        self.reader, self.arch, self.device = reader, reader.arch, device
+        self.model = empty_model(reader.path)
+        quicken(self.model)
+        self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
+
+    def around(self) -> list[str]:
+        """Names of what stands before and behind the blocks, but the head: embeddings and norms."""
+        return [f"{root}.{name}" for root in (*self.arch.before, *self.arch.after)
+                for name, _ in self.model.get_submodule(root).named_parameters()]
+
+    def rest(self) -> list[str]:
+        """Names of what goes into the file unquantized beside the blocks: `around`, and the head where it is one of its
+        own. Old files hold a tied head too: it is written once."""
+        return self.around() if self.tied() else [*self.around(), f"{HEAD}.weight"]
+
+    def tied(self) -> bool:
+        """Whether the head is the embedding; where the configuration says so and the file does not, believe the file.
+        """
+        head, embedding = f"{HEAD}.weight", f"{self.arch.before[0]}.weight"
+        if not self.model.config.tie_word_embeddings or head not in self.reader:
+            return bool(self.model.config.tie_word_embeddings)
+        return self.reader.shape(head) == self.reader.shape(embedding) and all(
+            torch.equal(ours, theirs) for ours, theirs in
+            zip(self.reader.chunks(head), self.reader.chunks(embedding), strict=True))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that config.json gives a tensor.
+
+        Raises:
+            InputError: the file's is another one.
+        """
+        embedding = name == f"{self.arch.before[0]}.weight"
+        shape = self.embedding_shape if embedding else tuple(self.model.get_parameter(name).shape)
+        if self.reader.shape(name) != shape:
+            raise wrong_shape(name, self.reader.shape(name), shape)
+        return shape
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model's positions allow; None for ALiBi, which knows no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def float16(self, name: str, tensor: Tensor) -> Tensor:
+        """All or a part of the source's tensor `name` as the file will hold it.
+
+        Raises:
+            InputError: it holds NaN or infinity, or values beyond float16.
+        """
+        rounded = self.finite(name, tensor).to(torch.float16)
+        if not all_finite(rounded):
+            raise InputError(f"tensor {name} holds values up to {float(tensor.abs().max()):.3g}, more than 65504",
+                             "The standard format holds float16 only; this model cannot be written in it.")
+        return rounded
+
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """All or a part of the source's tensor `name` as it is.
+
+        Raises:
+            InputError: it holds NaN or infinity, or no floating point numbers.
+        """
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"tensor {name} is {tensor.dtype}, not floating point", "Give the full-precision model.")
+        if not all_finite(tensor):
+            raise InputError(f"tensor {name} holds NaN or infinity", "The source is damaged: fetch it again.")
+        return tensor
+
+    def head(self) -> Iterator[Tensor]:
+        """The head's matrix, some rows (tokens of the vocabulary) at a time, on the device in float32."""
+        name = f"{self.arch.before[0]}.weight" if self.tied() else f"{HEAD}.weight"
+        for chunk in self.reader.chunks(name):
+            yield self.float16(name, chunk).to(self.device, torch.float32)
+
+    def fill(self, root: str, as_they_are: Sequence[str] = ()) -> None:
+        """Read the parameters of a module of the skeleton, those that stay `as_they_are` without rounding."""
+        module = self.model.get_submodule(root)
+        for name, _ in list(module.named_parameters()):
+            full_name = f"{root}.{name}"
+            rounded = self.finite if name in as_they_are else self.float16
+            tensor = rounded(full_name, self.reader.tensor(full_name))
+            assign(module, name, tensor.to(self.device, torch.float32))
+
+    def fill_embedding(self, tokens: Sequence[int]) -> None:
+        """The embeddings of these tokens, in this order, in the place of all."""
+        name = f"{self.arch.before[0]}.weight"
+        embedding: Any = self.model.get_submodule(self.arch.before[0])
+        self.shape(name)
+        rows = self.float16(name, self.reader.rows(name, tokens)).to(self.device, torch.float32)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.padding_idx = None  # a matter of gradients only, and checked against the rows that are there

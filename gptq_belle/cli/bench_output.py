@@ -1,0 +1,142 @@
+"""What `bench` prints: a table for people, and JSON, JSON Lines or CSV for programs."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gptq_belle.bench.doctor import machine
+from gptq_belle.bench.throughput import MB, Bench, BenchResult, labels
+from gptq_belle.cli import console
+from gptq_belle.common.timers import Spread
+from gptq_belle.errors import UsageError
+
+FORMATS = ("md", "json", "jsonl", "csv")
+
+
+def check_format(name: str) -> None:
+    """Raises UsageError where `name` is not one of FORMATS."""
+    if name not in FORMATS:
+        raise UsageError(f"output format {name!r} is not known", f"Choose one of {', '.join(FORMATS)}.")
+
+
+def show(bench: Bench, output: str) -> None:
+    """Print the results on stdout.
+
+    Args:
+        bench: what was measured.
+        output: one of FORMATS. "md" is drawn as a table on a terminal.
+    """
+    if output == "json":
+        console.print_json({"machine": machine(), **asdict(bench)})
+    elif output == "jsonl":
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in flat(bench)))
+    elif output == "csv":
+        print(_csv(flat(bench)), end="")
+    else:
+        _show_table(bench)
+
+
+def flat(bench: Bench) -> list[dict[str, Any]]:
+    """A row a model, of plain values in SI units; the names are the columns of the CSV."""
+    work = asdict(bench.workload)
+    return [{
+        "path": str(r.path), "bits": r.bits, "dtype": r.dtype, "precision": r.precision,
+        "device": r.device, **work,
+        "load_s": r.footprint.load_seconds, "first_token_s": r.first_token.median,
+        **_spread("prefill_tps", r.prefill), **_spread("decode_tps", r.decode),
+        **{f"{name}_share": share for name, share in r.shares._asdict().items()},
+        "peak_bytes": r.footprint.peak_bytes, "process_peak_bytes": r.footprint.process_bytes,
+        "cuda_peak_bytes": r.footprint.cuda_bytes, "weight_bytes": r.weight_bytes, "achieved_Bps": r.achieved,
+        "machine_Bps": bench.bandwidth.median, "bound": r.bound,
+    } for r in bench.results]
+
+
+def _show_table(bench: Bench) -> None:
+    work, results = bench.workload, bench.results
+    rows: list[tuple[str, Callable[[BenchResult], str]]] = [
+        ("bits", lambda r: f"{r.bits:.3g}" if r.bits else "full"),
+        ("load, s", lambda r: f"{r.footprint.load_seconds:.2f}"),
+        ("prefill, tokens/s", lambda r: ranged(r.prefill)),
+        ("first token, ms", lambda r: ranged(r.first_token, 1000)),
+        ("decode, tokens/s", lambda r: ranged(r.decode)),
+        ("peak memory, MB", lambda r: megabytes(r.footprint.peak_bytes)),
+        ("GPU memory, MB", lambda r: megabytes(r.footprint.cuda_bytes)),
+        ("weights a step, MB", lambda r: megabytes(r.weight_bytes)),
+        ("read, GB/s", lambda r: f"{r.achieved / 1e9:.2f}"),
+        ("of what memory reads, %", lambda r: f"{100 * r.achieved / bench.bandwidth.median:.0f}"),
+        ("linears / attention / head / rest, %", lambda r: " / ".join(f"{100 * share:.0f}" for share in r.shares)),
+    ]
+    if all(result.footprint.cuda_bytes is None for result in results):
+        rows = [row for row in rows if not row[0].startswith("GPU")]
+    columns = ["", *labels(results)]
+    cells = [[name, *(cell(result) for result in results)] for name, cell in rows]
+    first = results[0]
+    title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {first.dtype} {first.precision}: "
+             f"medians of {work.repeats}, ± half of their range")
+    _print(title, columns, cells)
+    console.say()
+    if bench.points:
+        _print(f"prompt {work.prompt} and {work.tokens} new tokens behind what was read before",
+               *sweep_cells(bench))
+        console.say()
+    for name, result in zip(labels(results), results, strict=True):
+        console.say(f"{name} is bound by {result.bound}.")
+    console.say(f"Memory reads at {bench.bandwidth.median / 1e9:.1f} GB/s here. Peak memory is above that of the "
+                "process before loading.")
+    console.say(f"Machine: {machine()}")
+
+
+def sweep_cells(bench: Bench) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the speeds by batch and depth: a row for each, two columns a model."""
+    names = labels(bench.results)
+    paths = [result.path for result in bench.results]
+    found = {(point.path, point.batch, point.depth): point for point in bench.points}
+    places = dict.fromkeys((point.batch, point.depth) for point in bench.points)
+    columns = ["batch", "depth", *(f"{name} {what}" for name in names for what in ("prefill", "decode"))]
+    rows = []
+    for batch, depth in places:
+        speeds = [speed for path in paths for speed in (found[path, batch, depth].prefill,
+                                                        found[path, batch, depth].decode)]
+        rows.append([str(batch), f"{depth:,}", *map(ranged, speeds)])
+    return columns, rows
+
+
+def _print(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    if console.out().is_terminal:
+        console.print_table(title, columns, cells)
+    else:
+        console.say(f"{title}\n")
+        console.say(markdown(columns, cells))
+
+
+def ranged(values: Spread, factor: float = 1.0) -> str:
+    """A median with half of the range as a share of it, for reading."""
+    middle = factor * values.median
+    half = 50 * (values.high - values.low) / values.median
+    return f"{middle:,.{0 if middle >= 1000 else 1}f} ±{half:.0f} %"
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as MB, for reading."""
+    return "unknown" if size is None else f"{size / MB:,.1f}"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
+
+
+def _spread(name: str, values: Spread) -> dict[str, float]:
+    return {name: values.median, f"{name}_low": values.low, f"{name}_high": values.high}
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,181 @@
+"""What every verb shares: where output goes, how an error looks, and the options that all of them take.
+
+Results go to stdout, progress and errors to stderr. On a terminal rich draws; elsewhere lines stay plain and whole.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gptq_belle.errors import _one_line, as_user_error
+
+INTERRUPTED = 130
+_verbose = False
+
+
+def _set_verbose(value: bool) -> bool:
+    global _verbose
+    _verbose = value
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=True)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_set_verbose, help="With an error, print the traceback too.")
+]
+
+
+@cache
+def out() -> Console:
+    """The console of results: stdout."""
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+@cache
+def err() -> Console:
+    """The console of progress and errors: stderr."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line of results: folded between words on a terminal, left whole elsewhere."""
+    out().print(text, style=style, soft_wrap=not out().is_terminal)
+
+
+def note(text: str, style: str | None = "dim") -> None:
+    """One line of progress on stderr."""
+    err().print(text, style=style, soft_wrap=True)
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Show on stderr what is being done: a spinner on a terminal, one plain line elsewhere."""
+    with stepping() as show:
+        show(text)
+        yield
+
+
+@contextmanager
+def stepping() -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, one thing after the other: on a terminal in one line, elsewhere in many."""
+    if err().is_terminal:
+        with err().status("") as status:
+            yield status.update
+    else:
+        yield note
+
+
+@contextmanager
+def counting(text: str, *, is_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr how far something is; what is given takes (done, in all): a bar on a terminal, else one line."""
+    if not err().is_terminal:
+        note(text)
+        yield lambda done, total: None
+        return
+    count = DownloadColumn() if is_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=err(), transient=True) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    """Write one value as JSON to stdout: dataclasses and named tuples as objects, paths as strings, NaN as null."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> None:
+    """A table of cells on stdout: drawn on a terminal, aligned plain lines elsewhere.
+
+    Args:
+        title: one line above it; may be empty.
+        columns: the head; one without any name is left out.
+        rows: a cell for every column.
+        text: the first so many columns hold text, to the left; the others numbers, to the right.
+    """
+    if title:
+        say(title, style="bold")
+    if not out().is_terminal:
+        _print_plain_table(columns, rows, text)
+        return
+    table = Table(show_header=any(columns), header_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out().print(table)
+
+
+def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
+    """Run a typer app and leave the process with its exit code; errors become one line of cause, one of remedy.
+
+    Args:
+        app: the typer app.
+        args: the command line without the program's name; None takes the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a latin-1 terminal shows \u4f60 in place of a crash
+    try:
+        app(args) if args is not None else app()
+        code: int | str | None = 0
+    except SystemExit as error:
+        code = error.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        code = report(error)
+    if code == INTERRUPTED:
+        note("Interrupted.", style=None)
+    sys.exit(code)
+
+
+def report(error: BaseException) -> int:
+    """Print an error for the user on stderr (with its traceback under -v) and give its exit code."""
+    shown = as_user_error(error)
+    if _verbose:
+        err().print("".join(traceback.format_exception(error)), soft_wrap=True, end="")
+    err().print(f"Error: {_one_line(shown.cause)}", style="bold red", soft_wrap=True)
+    if shown.remedy:
+        err().print(_one_line(shown.remedy), soft_wrap=True)
+    return shown.exit_code
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _print_plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text: int) -> None:
+    widths = [max(map(cell_len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in ([columns] if any(columns) else []) + list(rows):
+        cells = []
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - cell_len(cell))
+            cells.append(cell + space if place < text else space + cell)
+        say("  ".join(cells).rstrip())

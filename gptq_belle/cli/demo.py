@@ -1,0 +1,144 @@
+"""`demo`: the whole way on the shipped models: quantize to 8 and 4 bits, load what was written, measure, answer."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptq_belle.cli import console
+from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.evaluation.belle_set import marked
+from gptq_belle.evaluation.comparison import Comparison
+
+if TYPE_CHECKING:
+    from gptq_belle.evaluation.comparison import Comparison
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"
+MODELS = ("bloom", "llama")
+BITS = (8, 4)
+ROWS, SEQ_LEN = 96, 256  # of calibration: 24,576 tokens, 24 for every input of the widest linear
+
+
+def command(
+    model: Annotated[str, typer.Option(help="bloom, llama or both.")] = "both",
+    out: Annotated[Path, typer.Option(help="Folder for the quantized models.")] = Path("demo-output"),
+    prompt: Annotated[str | None, typer.Option(help="What to ask at the end.", show_default=False)] = None,
+    per_class: Annotated[int, typer.Option(help="Test questions of each class.", min=1)] = 10,
+    device: console.Device = "auto",
+    as_json: console.Json = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Quantize the shipped demo models to 8 and 4 bits, and show what that saves and costs. No network."""
+    if model not in (*MODELS, "both"):
+        raise UsageError(f"demo model {model!r} is not known", f"Choose one of {', '.join(MODELS)} or both.")
+    names = MODELS if model == "both" else (model,)
+    for name in names:
+        check_examples(EXAMPLES, name)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which comes below
+    results = []
+    for name in names:
+        result = run(EXAMPLES / name, EXAMPLES / "data", out, prompt=prompt, per_class=per_class, device=device)
+        results.append(result)
+        if not as_json:
+            show(result, f"belle_tiny {name}: {per_class} test questions of each class")
+    if as_json:
+        console.print_json({"models": results})
+    else:
+        console.say(f"The quantized models are in {out}. Talk with one: gptq-belle chat {out / f'{names[0]}-4bit'}")
+
+
+def check_examples(folder: Path, name: str) -> None:
+    """Raises HardwareError where the demo models are not installed."""
+    wanted = (folder / name / "config.json", folder / "data" / "test.jsonl", folder / "data" / "heldout.jsonl")
+    missing = [path for path in wanted if not path.is_file()]
+    if missing:
+        raise HardwareError(f"the demo models are not here: {missing[0]} is missing",
+                            "They come with the repository, not with the package: clone it and run `make demo` there.")
+
+
+def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_class: int = 10,
+        device: str = "auto") -> "Comparison":
+    """Quantize one model to 8 and 4 bits and compare the three.
+
+    Args:
+        source: the full-precision model.
+        data: a folder with test.jsonl (class, question, std_answer) and heldout.jsonl (text).
+        out: quantized models go to `<out>/<name>-8bit` and `-4bit`.
+        prompt: asked at the end; left out, the first test question of the class translation.
+        per_class, device: as the options.
+    """
+    from gptq_belle.evaluation.belle_set import read_rows
+    from gptq_belle.evaluation.comparison import compare
+
+    quantized = {f"{bits} bit": out / f"{source.name}-{bits}bit" for bits in BITS}
+    for bits, path in zip(BITS, quantized.values(), strict=True):
+        _quantize(source, path, bits, device)
+    rows = read_rows(data / "test.jsonl", per_class)
+    question = prompt or next((row.question for row in rows if row.cls == "translation"), rows[0].question)
+    return compare({"full precision": source, **quantized}, rows, data / "heldout.jsonl", question, device=device)
+
+
+def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
+    from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.config import QuantConfig
+    from gptq_belle.quantization.pipeline import quantize_checkpoint
+    from gptq_belle.quantization.report import Silent
+
+    class Counter(Silent):
+        """One bar for the whole job; the lines of every linear are for the verb quantize."""
+
+        def __init__(self, show: Callable[[int, int], None]) -> None:
+            self.show, self.done, self.total = show, 0, 0
+
+        def start(self, blocks: int, steps: int, finished: int) -> None:
+            self.total = (blocks - finished) * steps
+
+        def step(self) -> None:
+            self.done += 1
+            self.show(self.done, self.total)
+
+    with console.counting(f"quantizing {source.name} to {bits} bits") as progress:
+        report = quantize_checkpoint(source, out, QuantConfig(bits=bits), device=device,
+                                     calibration=Calibration(rows=ROWS, seq_len=SEQ_LEN), progress=Counter(progress),
+                                     resume=False)
+    console.note(f"{source.name}, {bits} bits: {len(report.linears)} linears in {report.seconds:.1f} s, mean error of "
+                 f"their outputs {100 * report.mean_error:.3f} %")
+
+
+def show(comparison: Comparison, title: str) -> None:
+    """Print a comparison: a table of figures, then the answers side by side."""
+    variants = comparison.variants
+    names = [variant.name for variant in variants]
+    console.say()
+    console.print_table(title, ["", *names], rows_of(comparison))
+    console.say()
+    answers = [[variant.name, " ".join(variant.answer.split())] for variant in variants]
+    console.print_table(f"Prompt: {comparison.prompt}", ["", "answer"], answers, text=2)
+    console.say()
+
+
+def rows_of(comparison: Comparison) -> list[list[str]]:
+    """A line a figure, its name first, then a cell a variant."""
+    variants = comparison.variants
+    table = [
+        ["size on disk, MB", *(f"{v.bytes / 1e6:.1f}" for v in variants)],
+        ["peak memory, MB", *(_mb(v.footprint.peak_bytes) for v in variants)],
+        ["perplexity, held-out text", *(f"{v.perplexity.perplexity:.4f}" for v in variants)],
+        ["KL to full precision", *(f"{v.divergence.kl_mean:.6f}" if v.divergence else "-" for v in variants)],
+        ["same top token, %", *(f"{100 * v.divergence.same_top:.2f}" if v.divergence else "-" for v in variants)],
+        ["decode, tokens/s, float32", *(f"{v.decode.median:.1f}" for v in variants)],
+        ["decode, tokens/s, fast", *(f"{v.decode_fast.median:.1f}" for v in variants)],
+    ]
+    first = variants[0].scores
+    for cls, score in first.classes.items():
+        measure = "exact match, %" if score.metric == "exact" else "character F1, %"
+        table.append([f"{marked(cls)}: {measure}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
+    if first.exact is not None:
+        table.append(["all with * together: exact match, %", *(f"{v.scores.exact or 0:.1f}" for v in variants)])
+    return table
+
+
+def _mb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:.1f}"

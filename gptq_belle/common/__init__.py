@@ -1,0 +1,1 @@
+"""What every other package may use: devices, memory, timers and files. Imports nothing of ours but `errors`."""

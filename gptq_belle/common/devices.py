@@ -1,0 +1,63 @@
+"""Devices, dtypes and precisions that the options name, and how many threads torch uses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gptq_belle.errors import HardwareError, UsageError
+
+PRECISIONS = ("exact", "fast")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with so many threads, and go back to the former number behind it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of an option: "auto" (a CUDA device where there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UsageError: anything else.
+        HardwareError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (index or "0").isdecimal()):
+        raise UsageError(f"device {name!r} is not known", "Choose auto, cpu or cuda:0.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise HardwareError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices",
+                            "Choose --device cpu, or check the driver and that PyTorch is built for CUDA.")
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(index or 0))
+
+
+def resolve_precision(name: str | None, device: torch.device) -> str:
+    """The precision of an option; left out (None), "exact" on a CPU and "fast" on CUDA.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if name not in (None, *PRECISIONS):
+        raise UsageError(f"precision {name!r} is not known", f"Choose {' or '.join(PRECISIONS)}.")
+    return name or ("fast" if device.type == "cuda" else "exact")
+
+
+def choose_dtype(dtype: torch.dtype | None, device: torch.device, precision: str) -> torch.dtype:
+    """The dtype of activations: the one asked for; None means float16 where "fast" on CUDA, else float32.
+
+    Raises:
+        UsageError: one that models do not run in.
+    """
+    dtype = dtype or (torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype} is not supported", f"Choose one of {', '.join(map(str, DTYPES))}.")
+    return dtype

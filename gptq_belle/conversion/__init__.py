@@ -1,1 +1,0 @@
-"""Quantized checkpoints of other tools and other times, brought into the standard form."""

@@ -1,0 +1,72 @@
+"""BLOOM (2211.05100): layer norms with biases, ALiBi, a GELU, the head tied to the embedding."""
+
+from torch import Tensor
+
+from gptq_belle.engine.attention import Attend, Heads
+from gptq_belle.engine.linear import Product
+from gptq_belle.engine.lm_head import embedding_and_head
+from gptq_belle.engine.weights import Weights
+from gptq_belle.kernels.cpu_rowwise import LayerNorm, gelu_
+from gptq_belle.models.decoder_config import Settings
+
+
+def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:
+    return LayerNorm(weights.tensor(f"{name}.weight", width), weights.tensor(f"{name}.bias", width), eps)
+
+
+class _Block:
+    def __init__(self, weights: Weights, name: str, settings: Settings) -> None:
+        sizes, eps = settings.sizes, settings.eps
+        width, inner = sizes.width, sizes.inner
+
+        def linear(part: str, inputs: int, outputs: int) -> Product:
+            return weights.linear([f"{name}.{part}"], inputs, [outputs], True)
+
+        self.attention_norm = _norm(weights, f"{name}.input_layernorm", width, eps)
+        self.qkv = linear("self_attention.query_key_value", width, 3 * width)
+        self.out = linear("self_attention.dense", width, width)
+        self.mlp_norm = _norm(weights, f"{name}.post_attention_layernorm", width, eps)
+        self.up, self.down = linear("mlp.dense_h_to_4h", width, inner), linear("mlp.dense_4h_to_h", inner, width)
+        self.heads, self.head_dim, self.normed = sizes.heads, sizes.head_dim, settings.normed_residual
+
+    def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+        normed = self.attention_norm(x)
+        x = self.out(self._attended(normed, attend, index), normed if self.normed else x)
+        normed = self.mlp_norm(x)
+        return self.down(gelu_(self.up(normed)), normed if self.normed else x)
+
+    def _attended(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+        # Query, key and value lie side by side in each head: (heads, 3, head_dim).
+        query, key, value = self.qkv(x).view(len(x), self.heads, 3, self.head_dim).unbind(2)
+        return attend(index, query, key, value)
+
+
+class Bloom:
+    """The decoder of BELLE-7B and its kin.
+
+    Args:
+        weights: of a checkpoint; every tensor of the model is taken from it.
+        settings: of its config.json.
+    """
+
+    def __init__(self, weights: Weights, settings: Settings) -> None:
+        sizes, eps = settings.sizes, settings.eps
+        self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", sizes)
+        self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", sizes.width, eps)
+        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("transformer.h", sizes.blocks)]
+        self.norm = _norm(weights, "transformer.ln_f", sizes.width, eps)
+        self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, None, settings.slopes)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (n,) to what enters the first block, (n, width)."""
+        return self.embedding_norm(self.embedding(ids))
+
+    def through(self, x: Tensor, attend: Attend) -> Tensor:
+        """What enters the first block to what leaves the last one, both (n, width)."""
+        for index, block in enumerate(self.blocks):
+            x = block(x, attend, index)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, width) to logits (n, vocabulary)."""
+        return self.head(self.norm(hidden))

@@ -1,0 +1,124 @@
+"""Keys and values of what was read, written in place: room for `slots` sequences, taken once.
+
+On a CPU the system gives memory only for what is written, so room that is not used costs nothing.
+"""
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.kernels import cpu_attention
+
+if TYPE_CHECKING:
+    from gptq_belle.engine.step_graph import Recorded
+
+KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+LARGEST_CODE = 127
+
+
+class Cache:
+    """Keys and values of all blocks.
+
+    Args:
+        blocks: how many.
+        slots: sequences at a time.
+        heads: of keys and values.
+        capacity: positions a slot.
+        head_dim: of a head.
+        kind: a key of KINDS; "int8" keeps 8 bits of each number and a float16 scale a head and position.
+        device: where it lives.
+    Attributes:
+        keys, values: for each block (slots, heads, capacity, head_dim).
+        key_scales, value_scales: for each block (slots, heads, capacity, 1) float16; none but for "int8".
+        recorded: steps of decoding on these tables, by the number of rows.
+    Raises:
+        UsageError: an unknown kind.
+        HardwareError: no memory.
+    """
+
+    def __init__(self, blocks: int, slots: int, heads: int, capacity: int, head_dim: int, kind: str,
+                 device: torch.device) -> None:
+        check_kind(kind)
+        self.slots, self.capacity, self.kind, self.device = slots, capacity, kind, device
+        self.recorded: dict[int, Recorded] = {}
+        shape = (slots, heads, capacity, head_dim)
+
+        def tables(dtype: torch.dtype, *shape: int) -> list[Tensor]:
+            make = torch.empty if device.type == "cpu" else torch.zeros  # on CUDA, positions behind the end are read
+            return [make(shape, dtype=dtype, device=device) for _ in range(blocks)]
+
+        try:
+            self.keys, self.values = tables(KINDS[kind], *shape), tables(KINDS[kind], *shape)
+            narrow = kind == "int8"
+            self.key_scales = tables(torch.float16, *shape[:-1], 1) if narrow else []
+            self.value_scales = tables(torch.float16, *shape[:-1], 1) if narrow else []
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise HardwareError(f"no memory for the keys and values of {slots} x {capacity} tokens ({kind})",
+                                "Choose fewer slots, a shorter context, or an int8 cache.") from error
+
+    @cached_property
+    def tables(self) -> list[cpu_attention.Table] | None:
+        """The blocks as the native attention of single tokens takes them; None where it does not serve them."""
+        if not self.keys or cpu_attention.refusal(self.keys[0].shape[-1], self.keys[0].dtype, self.device) is not None:
+            return None
+        return [cpu_attention.Table(keys, values, self.scales(block))
+                for block, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, as if they were full."""
+        return sum(table.nbytes for table in (*self.keys, *self.values, *self.key_scales, *self.value_scales))
+
+    def write(self, block: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values (T, heads, head_dim) of positions start .. start + T of one slot."""
+        for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
+            place = (slot, slice(None), slice(start, start + len(new)))
+            if scales:
+                codes, scale = quantized(new.transpose(0, 1))
+                tables[block][place], scales[block][place] = codes, scale
+            else:
+                tables[block][place] = new.transpose(0, 1)
+
+    def append(self, block: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values (n, heads, head_dim), one position of each of some slots, given by int64 (n,)."""
+        for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
+            if scales:
+                new, scale = quantized(new)
+                scales[block][slots, :, positions] = scale
+            tables[block][slots, :, positions] = new.to(tables[block].dtype)
+
+    def scales(self, block: int) -> tuple[Tensor, Tensor] | None:
+        """Scales of keys and values; none where they are kept as they are."""
+        return (self.key_scales[block], self.value_scales[block]) if self.key_scales else None
+
+    def read(self, block: int, slot: int, stop: int, dtype: torch.dtype,
+             heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Keys and values (heads, stop, head_dim) of the first positions of a slot in the dtype of activations."""
+        place = (slot, heads, slice(stop))
+        keys, values = self.keys[block][place].to(dtype), self.values[block][place].to(dtype)
+        if self.key_scales:
+            keys *= self.key_scales[block][place].to(dtype)
+            values *= self.value_scales[block][place].to(dtype)
+        return keys, values
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give the first positions of one slot to another one."""
+        for tables in (self.keys, self.values, self.key_scales, self.value_scales):
+            for table in tables:
+                table[target, :, :length] = table[source, :, :length]
+
+
+def check_kind(kind: str) -> None:
+    """Raises UsageError where there is no such kind of cache."""
+    if kind not in KINDS:
+        raise UsageError(f"cache {kind!r} is not known", f"Choose one of {', '.join(KINDS)}.")
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (..., D) to codes (..., D) int8 and scales (..., 1) float16, x about codes * scales."""
+    scales = (x.abs().amax(-1, keepdim=True).float() / LARGEST_CODE).clamp_(min=6e-8).half()
+    codes = (x / scales.to(x.dtype)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
+    return codes, scales

@@ -1,0 +1,198 @@
+"""A loaded model: logits, generation and streaming, on decoders of our own with a cache that is written in place."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.reader import CheckpointReader, read_json
+from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
+from gptq_belle.common.memory import trim_heap
+from gptq_belle.engine.attention import Whole
+from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.bloom import Bloom
+from gptq_belle.engine.kv_cache import check_kind
+from gptq_belle.engine.llama import Llama
+from gptq_belle.engine.lm_head import check_head_bits
+from gptq_belle.engine.logits_model import MOST_NEW_TOKENS, Tokens
+from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.weights import Weights
+from gptq_belle.errors import UsageError
+from gptq_belle.models.decoder_config import read_settings, token_ids
+from gptq_belle.prompts.stop_strings import TextStream
+from gptq_belle.prompts.styles import Turn, detect_style, render, style_named
+
+USUAL_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
+DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
+
+
+def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
+         cache: str = "float16", head_bits: int | None = None) -> "Model":
+    """Load a model directory, quantized (standard GPTQ, of any producer) or not.
+
+    Weights are read one by one, straight to their device and layout; no full-precision model is built.
+
+    Args:
+        path: a Hugging Face directory, a hub id, or a name that `gptq-belle models` lists; without a tokenizer,
+            everything that takes token ids still works.
+        device: "auto", "cpu" or "cuda:0".
+        dtype, precision: as `engine.hf_model.hf_model`.
+        cache: what keys and values are kept in: "float16", "float32", "bfloat16" or "int8".
+        head_bits: of the head, and of the embedding where the two are tied: 16, 8 or 4, rounded while loading. Left
+            out, 8 where they are tied and the model is quantized, else 16: the dtype of activations.
+    Raises:
+        InputError: files that are missing, damaged, or do not fit together; the tensor or the key is named.
+        UsageError, HardwareError: as `engine.hf_model.hf_model`; an unknown kind of cache, or number of bits.
+    """
+    check_head_bits(head_bits)
+    target = resolve_device(device)
+    precision = resolve_precision(precision, target)
+    dtype = choose_dtype(dtype, target, precision)
+    check_kind(cache)
+    reader = CheckpointReader(model_directory(path))
+    settings = read_settings(reader.config)
+    eos = settings.eos | _generation_eos(reader)
+    weights = Weights(reader, target, dtype, precision, head_bits)
+    decoder = DECODERS[settings.sizes.model_type](weights, settings)
+    weights.check_all_used()
+    trim_heap()  # of LLaMA-7B, 90 MB that were freed while loading would stay
+    return Model(decoder, settings, reader, weights, cache, eos)
+
+
+class Model(Tokens):
+    """A model that answers: `Tokens` with a tokenizer and the wording of its prompts."""
+
+    _single: Engine | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The directory's tokenizer; its end of a sequence ends answers, too, whatever config.json says.
+
+        Raises:
+            InputError: it has none.
+        """
+        found = load_tokenizer(self.path)
+        self.eos_ids |= {found.eos_token_id}
+        return found
+
+    @cached_property
+    def prompt_style(self) -> str:
+        """The wording of prompts that suits the model: a key of `prompts.styles.STYLES`."""
+        return detect_style(self.config, getattr(self.tokenizer, "chat_template", None))
+
+    def generate(self, prompt: str | Sequence[int] | Tensor, *, prompt_style: str | None = None,
+                 **sampling: Any) -> str:
+        """The answer to a prompt, or its continuation; see `stream`."""
+        return "".join(self.stream(prompt, prompt_style=prompt_style, **sampling))
+
+    def stream(self, prompt: str | Sequence[int] | Tensor, *, prompt_style: str | None = None,
+               **sampling: Any) -> Iterator[str]:
+        """The same in pieces, each as soon as it is certain.
+
+        Args:
+            prompt: text, or token ids that are taken as they are.
+            prompt_style: None continues the text; "auto" or a key of `prompts.styles.STYLES` takes it as a question,
+                wraps it, and ends the answer where the model runs on into the next question.
+            sampling: fields of `engine.sampling.SamplingParams`.
+        Raises:
+            UsageError: before the first piece: a wrong option, an empty prompt, one that the context cannot hold.
+            InputError: text is needed and the directory has no tokenizer.
+        """
+        params = SamplingParams(**sampling)
+        ids, stops = self._encode(prompt, prompt_style)
+        room = self._room(len(ids), params.max_new_tokens)
+        return self._text(self.tokens(ids, room, params), (*params.stop, *stops))
+
+    def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
+        """Draw up to `count` tokens behind `ids`; ends in front of eos unless `params.ignore_eos`. What an earlier call
+        read of the same beginning is not read again."""
+        engine = self._engine(len(ids) + count)
+        request = engine.submit(ids, replace(params, max_new_tokens=count))
+        try:
+            while request.finished is None:
+                yield from (event.token for event in engine.step() if event.token is not None)
+        finally:
+            engine.cancel(request)
+
+    def _engine(self, length: int) -> Engine:
+        """One slot for `length` tokens, made anew where the last one is too short."""
+        if self._single is None or self._single.capacity < length or not self._single.idle:
+            self._single = None
+            self._single = Engine(self, 1, max(length, min(self.context or USUAL_CAPACITY, USUAL_CAPACITY)))
+        return self._single
+
+    def _text(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
+        tokenizer = self.tokenizer
+        text = TextStream(lambda ids: str(tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)), stops)
+        for token in tokens:
+            if piece := text.feed([token]):
+                yield piece
+            if text.stopped:
+                return
+        if piece := text.finish():
+            yield piece
+
+    def _encode(self, prompt: str | Sequence[int] | Tensor,
+                prompt_style: str | None) -> tuple[list[int], Sequence[str]]:
+        """Token ids of a prompt, and the stop strings that its style brings."""
+        if not isinstance(prompt, str):
+            ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
+            return ids, ()
+        if prompt_style is None:
+            return self.tokenizer(prompt)["input_ids"], ()
+        name = self.prompt_style if prompt_style == "auto" else prompt_style
+        style = style_named(name)
+        text = render([Turn(prompt)], name, self.tokenizer.eos_token)
+        return self.tokenizer(text, add_special_tokens=style.special_tokens)["input_ids"], style.stops
+
+    def _room(self, length: int, asked: int | None) -> int:
+        """How many tokens to generate behind a prompt of `length`."""
+        room = MOST_NEW_TOKENS if self.context is None else self.context - length
+        if room < max(1, asked or 1) and self.context is not None:
+            wanted = f" and {asked} new ones" if asked else " and an answer"
+            raise UsageError(f"a prompt of {length} tokens{wanted} do not fit into this model's {self.context}",
+                             "Shorten the prompt, or ask for fewer new tokens.")
+        return asked or min(room, MOST_NEW_TOKENS)
+
+
+def _generation_eos(reader: CheckpointReader) -> frozenset[int]:
+    path = reader.path / "generation_config.json"
+    return token_ids(read_json(path), "eos_token_id") if path.is_file() else frozenset()
+
+
+LOGITS_BYTES = 1 << 26  # of logits at a time: 67 rows of BLOOM's vocabulary
+
+
+@torch.inference_mode()
+def score(model: Model, ids: Sequence[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Of every token but the first: the natural logarithm of its probability behind those in front of it.
+
+    Logits are made for some positions at a time: all of them at once are 2 GB for BLOOM and 2,000 tokens.
+
+    Args:
+        model: what reads.
+        ids: token ids, within the context.
+        top: how many of the likeliest tokens to name at each place.
+    Returns:
+        (logprob, [(token, logprob), ...]) a token.
+    """
+    row = torch.tensor(list(ids), device=model.device)
+    attend = Whole(model.decoder.heads, 1, len(row), model.device, model.dtype)
+    hidden = model.decoder.through(model.decoder.embed(row), attend)
+    found: list[tuple[float, list[tuple[int, float]]]] = []
+    rows = max(1, LOGITS_BYTES // (4 * model.settings.sizes.vocabulary))
+    for states, targets in zip(hidden[:-1].split(rows), row[1:].split(rows), strict=True):
+        logprobs = model.decoder.logits(states).float().log_softmax(-1)
+        own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+        values, indices = logprobs.topk(top)
+        found += [(one, list(zip(names, likely, strict=True)))
+                  for one, names, likely in zip(own, indices.tolist(), values.tolist(), strict=True)]
+    return found

@@ -1,0 +1,97 @@
+"""The BELLE family by name: where each model is published, its configuration, and what to do before it can answer."""
+
+from typing import Any, NamedTuple
+
+from gptq_belle.errors import UsageError
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_act": "silu",
+          "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "belle-7b": {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 250880,  # BLOOM-7B1
+                 "hidden_size": 4096, "n_layer": 30, "n_head": 32, "seq_length": 2048, "layer_norm_epsilon": 1e-5,
+                 "apply_residual_connection_post_layernorm": False, "tie_word_embeddings": True,
+                 "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+    "llama-7b": _LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                          "num_attention_heads": 32, "num_key_value_heads": 32},
+    "llama-13b": _LLAMA | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+                           "num_attention_heads": 40, "num_key_value_heads": 40},
+}
+FULL, STATES, ENCRYPTED, ENCRYPTED_STATES = "full precision", ".pt files", "encrypted", "encrypted .pt files"
+ON_BLOOM = "research only (BELLE); BLOOM's RAIL licence"
+ON_LLAMA = "research only (BELLE); gpl-3.0 for the difference; Meta's terms for LLaMA"
+GROUP_SIZE = 128  # of the sizes shown
+
+
+class Member(NamedTuple):
+    """One model.
+
+    Attributes:
+        name: by which it is known here, and behind ``BelleGroup/`` on the hub.
+        config: the key of `named.CONFIGS` that it was tuned from.
+        kind: how it was published: FULL, STATES, ENCRYPTED or ENCRYPTED_STATES.
+        published: gigabytes of weights as published, of each file where there are several; None where unknown.
+        licence: a note, not advice.
+        files: its .pt files, where those are to be chosen from.
+    """
+
+    name: str
+    config: str
+    kind: str
+    published: str | None
+    licence: str
+    files: tuple[str, ...] = ()
+
+    @property
+    def hub_id(self) -> str:
+        """The repository on the hub."""
+        return f"BelleGroup/{self.name}"
+
+    @property
+    def architecture(self) -> str:
+        """config.json's model_type."""
+        return str(CONFIGS[self.config]["model_type"])
+
+    @property
+    def next_step(self) -> str:
+        """The verb that it goes into."""
+        place = f"{self.name}/{self.files[0]}" if self.files else self.name
+        verb = {FULL: "quantize", STATES: "convert"}.get(self.kind, "decrypt")
+        return f"gptq-belle {verb} {place} OUT" + (" --key consolidated.00.pth" if verb == "decrypt" else "")
+
+
+def _pt(prefix: str) -> tuple[str, str]:
+    return f"{prefix}-4bit-128g.pt", f"{prefix}-8bit-128g.pt"
+
+
+# Sizes: BELLE's models/gptq/README.md and the models' pages; GiB there, rounded as there.
+FAMILY = (
+    Member("BELLE-7B-0.2M", "belle-7b", FULL, "27", ON_BLOOM),
+    Member("BELLE-7B-0.6M", "belle-7b", FULL, "27", ON_BLOOM),
+    Member("BELLE-7B-1M", "belle-7b", FULL, "27", ON_BLOOM),
+    Member("BELLE-7B-2M", "belle-7b", FULL, "27", ON_BLOOM),
+    Member("BELLE-7B-gptq", "belle-7b", STATES, "6.9 (4 bit), 9.7 (8 bit)", ON_BLOOM,
+           (*_pt("bloom7b-2m"), *_pt("bloom7b-0.2m"))),
+    Member("BELLE-LLaMA-7B-0.6M-enc", "llama-7b", ENCRYPTED, None, ON_LLAMA),
+    Member("BELLE-LLaMA-7B-2M-enc", "llama-7b", ENCRYPTED, "26", ON_LLAMA),
+    Member("BELLE-LLaMA-7B-2M-gptq-enc", "llama-7b", ENCRYPTED_STATES, "3.8 (4 bit), 6.8 (8 bit)", ON_LLAMA,
+           _pt("llama7b-2m")),
+    Member("BELLE-LLaMA-13B-2M-enc", "llama-13b", ENCRYPTED, None, ON_LLAMA),
+)
+
+
+def member(name: str) -> Member | None:
+    """The model of that name, or of that hub id; case does not matter."""
+    bare = name.lower().removeprefix("bellegroup/")
+    return next((each for each in FAMILY if each.name.lower() == bare), None)
+
+
+def check_kind(found: Member, kinds: tuple[str, ...]) -> None:
+    """Say which verb a model goes into first.
+
+    Raises:
+        UsageError: it was published in none of these `kinds`.
+    """
+    if found.kind not in kinds:
+        raise UsageError(f"{found.name} is published in another form: {found.kind}",
+                         f"First: {found.next_step}")

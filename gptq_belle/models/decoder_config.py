@@ -1,0 +1,172 @@
+"""What a decoder needs to know besides shapes, read from config.json and validated before any weight is read."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_belle.errors import InputError
+from gptq_belle.models.dimensions import LARGEST, Dimensions, dimensions
+
+THETA = 10000.0  # where the configuration does not say
+
+
+def frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Angle a position of each pair of a head's dimensions: (head_dim / 2,) float32.
+
+    Args:
+        config: config.json; ``rope_parameters``, or ``rope_scaling`` and ``rope_theta`` of files before transformers 5.
+        head_dim: even.
+    Raises:
+        InputError: a kind of scaling that is not in SCALINGS, or a figure that cannot be.
+    """
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(stated, dict):
+        raise InputError(f"config.json's rope_parameters {str(stated)[:40]!r} are not an object", "It is damaged.")
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise InputError(f"rope_type {str(kind)[:40]!r} is not supported", f"It must be one of {', '.join(SCALINGS)}.")
+    if stated.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise InputError("partial_rotary_factor other than 1 is not supported", "Use another model.")
+    theta = _number({"rope_theta": THETA} | dict(config) | stated, "rope_theta")
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return SCALINGS[kind](plain, {"max_position_embeddings": config.get("max_position_embeddings")} | stated)
+
+
+def _as_they_are(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
+    """"default", and "dynamic", which changes nothing up to max_position_embeddings, where the context ends here."""
+    return plain
+
+
+def _linear(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
+    return plain / _number(stated, "factor")
+
+
+def _llama3(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1: long waves stretched by the factor, short ones left, and a smooth passage between."""
+    factor, low, high = (_number(stated, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    before = stated.get("original_max_position_embeddings") or stated.get("max_position_embeddings")
+    original = _number({"original_max_position_embeddings": before}, "original_max_position_embeddings")
+    turns = original * plain / (2 * math.pi)  # of each wave within the original context
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain / factor * (1 - share) + plain * share
+
+
+SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {
+    "default": _as_they_are, "dynamic": _as_they_are, "linear": _linear, "llama3": _llama3}
+
+
+def _number(stated: Mapping[str, Any], key: str) -> float:
+    value = stated.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 < value < 1e12:
+        raise InputError(f"config.json's {key} {str(value)[:40]} is not a number above 0", "It is damaged.")
+    return float(value)
+
+
+ACTIVATIONS = {"bloom": ("gelu",), "llama": ("silu",)}
+DAMAGED = "config.json is damaged, or the model is of a kind that is not supported."
+LIMITS = {"blocks": "num_hidden_layers", "width": "hidden_size", "inner": "intermediate_size",
+          "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+          "vocabulary": "vocab_size"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Figures of one model.
+
+    Attributes:
+        sizes: its dimensions.
+        context: the most tokens of prompt and answer together; None where the configuration does not say. With a
+            sliding window (Mistral), the window: within it attention sees everything, as it does here.
+        eps: of the norms.
+        frequencies: of rotary embeddings, (head_dim / 2,) float32; None where positions come by ALiBi.
+        slopes: of ALiBi, (heads,) float32; None where there are rotary embeddings.
+        normed_residual: BLOOM's apply_residual_connection_post_layernorm.
+        eos: token ids that config.json names as the end of an answer.
+    """
+
+    sizes: Dimensions
+    context: int | None
+    eps: float
+    frequencies: Tensor | None
+    slopes: Tensor | None
+    normed_residual: bool
+    eos: frozenset[int]
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
+    """Settings of a configuration.
+
+    Raises:
+        InputError: a figure that is missing, of a wrong kind, or that fits no model of this architecture.
+    """
+    sizes = dimensions(config)
+    _check_sizes(sizes, config)
+    bloom = sizes.model_type == "bloom"
+    window = None if bloom else _window(config)
+    limits = [limit for limit in (sizes.context, window) if limit is not None]
+    return Settings(
+        sizes=sizes,
+        context=min(limits) if limits else None,
+        eps=_small(config, "layer_norm_epsilon" if bloom else "rms_norm_eps", 1e-5 if bloom else 1e-6),
+        frequencies=None if bloom else frequencies(config, sizes.head_dim),
+        slopes=alibi_slopes(sizes.heads) if bloom else None,
+        normed_residual=bloom and bool(config.get("apply_residual_connection_post_layernorm")),
+        eos=token_ids(config, "eos_token_id"),
+    )
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes (heads,) float32 of Press et al. (2108.12409): powers of 2**(-8 / n) for n, the power of two at or below
+    `heads`, then every second one of those for 2 n."""
+    n = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 / n * (i + 1)) for i in range(n)]
+    return torch.tensor(slopes + [2 ** (-4 / n * (2 * i + 1)) for i in range(heads - n)])
+
+
+def token_ids(config: Mapping[str, Any], key: str) -> frozenset[int]:
+    """One token id or a list of them; none where the key is not there.
+
+    Raises:
+        InputError: something else.
+    """
+    value = config.get(key)
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and abs(token) < 1 << 31 for token in found):
+        raise InputError(f"{key} {str(value)[:40]!r} is not a token id", DAMAGED)
+    return frozenset(found)
+
+
+def _check_sizes(sizes: Dimensions, config: Mapping[str, Any]) -> None:
+    for name, key in LIMITS.items():
+        if not 1 <= getattr(sizes, name) <= LARGEST[key]:
+            raise InputError(f"config.json's {key} {getattr(sizes, name)} is not from 1 to {LARGEST[key]}", DAMAGED)
+    bloom = sizes.model_type == "bloom"
+    given = not bloom and config.get("head_dim") is not None
+    if sizes.heads % sizes.kv_heads or (sizes.width % sizes.heads and not given) or (sizes.head_dim % 2 and not bloom):
+        raise InputError(f"{sizes.heads} heads of {sizes.head_dim}, {sizes.kv_heads} of keys, do not fit a width of "
+                         f"{sizes.width}", DAMAGED)
+    kind = "bloom" if bloom else "llama"
+    found = config.get("hidden_act", ACTIVATIONS[kind][0])
+    if found not in ACTIVATIONS[kind]:
+        raise InputError(f"hidden_act {str(found)[:40]!r} is not supported", f"It must be {ACTIVATIONS[kind][0]}.")
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """The sliding window: Mistral's, 4096 where nothing is stated, and Qwen2's where it is switched on."""
+    value = config.get("sliding_window", 4096)
+    if value is None or (config.get("model_type") != "mistral" and not config.get("use_sliding_window")):
+        return None
+    if type(value) is not int or value < 1:
+        raise InputError(f"sliding_window {str(value)[:40]!r} is not a count", DAMAGED)
+    return value
+
+
+def _small(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"{key} {str(value)[:40]!r} is not a small number", DAMAGED)
+    return float(value)

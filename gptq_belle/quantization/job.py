@@ -1,0 +1,150 @@
+"""The inputs of a quantization job, validated: source, settings and calibration rows; nothing is written yet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.lora_adapter import open_source
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.common.devices import resolve_device
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.formats.quantize_config import WRONG_CONFIG
+from gptq_belle.models.architectures import HEAD
+from gptq_belle.prompts.styles import choose_style, detect_style
+from gptq_belle.quantization.activations import Activations, Streams
+from gptq_belle.quantization.block_stream import BlockStream
+from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.journal import FULL
+from gptq_belle.quantization.overrides import resolve
+from gptq_belle.quantization.stage_hessians import held_out_rows
+
+
+def check_source(reader: CheckpointReader) -> None:
+    """Refuse a model that is quantized already.
+
+    Raises:
+        InputError: it is.
+    """
+    if "quantization_config" in reader.config or reader.packed:
+        raise InputError(f"{reader.path} is quantized already", "Give the full-precision model.")
+
+
+def check_complete(stream: BlockStream) -> None:
+    """Refuse files that hold fewer or more blocks than config.json speaks of, or lack one of the model's tensors.
+
+    From headers alone, so that no time is lost, and no block is left out in silence.
+
+    Raises:
+        InputError: they do; a tensor is named.
+    """
+    prefix, names = f"{stream.arch.blocks}.", stream.around()
+    names += [f"{prefix}{index}.{name}" for index in range(stream.count)
+              for name, _ in stream.blocks.get_submodule(str(index)).named_parameters()]
+    if not stream.model.config.tie_word_embeddings:
+        names.append(f"{HEAD}.weight")
+    for name in names:
+        stream.reader.shape(name)  # which says what it lacks
+    for name in stream.reader:
+        index = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and index.isdecimal() and int(index) >= stream.count:
+            raise InputError(f"{stream.reader.path} holds {name}, where config.json speaks of {stream.count} blocks",
+                             WRONG_CONFIG)
+
+
+def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
+    """Refuse layers whose sizes the settings or the format cannot hold.
+
+    Raises:
+        UsageError: the group size does not divide a layer's inputs.
+        InputError: a layer's sizes do not fill whole words.
+    """
+    shapes = [(f"{stream.arch.blocks}.{index}.{name}", shape) for index in range(stream.count)
+              for name, shape in linear_shapes(stream).items()]
+    for name, (outputs, inputs) in shapes:
+        own = config.of(name)
+        if own is not None and own.group_size != -1 and inputs % own.group_size:
+            raise UsageError(f"group size {own.group_size} does not divide the {inputs} inputs of {name}",
+                             "Choose 32, 64, 128 or -1 (one group for the whole row), such that it does.")
+        if own is not None and (inputs % 32 or outputs % 32):
+            raise InputError(f"{name} is {outputs} x {inputs}, and packing needs multiples of 32",
+                             "Models of such sizes have no form in the GPTQ format.")
+
+
+def widest(stream: BlockStream) -> tuple[int, str]:
+    """Inputs and name of the linear with the most inputs."""
+    return max((shape[1], name) for name, shape in linear_shapes(stream).items())
+
+
+def linear_shapes(stream: BlockStream) -> dict[str, torch.Size]:
+    """(N, K) of the linears of a block, by their path inside it."""
+    block = stream.blocks.get_submodule("0")
+    return {name: block.get_parameter(f"{name}.weight").shape for name in stream.arch.linears}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A job that could begin.
+
+    Attributes:
+        stream: the source's blocks.
+        config: the settings, their overrides resolved.
+        tokenizer: the source's.
+        tokens: (rows, T) int64 to calibrate on; None for rtn.
+        calibration: what the report says of them.
+    """
+
+    stream: BlockStream
+    config: QuantConfig
+    tokenizer: PreTrainedTokenizerBase
+    tokens: Tensor | None = None
+    calibration: dict[str, Any] | None = None
+
+    @property
+    def held_out(self) -> int:
+        """How many of the rows, the last ones, no Hessian sees."""
+        return 0 if self.tokens is None else held_out_rows(*self.tokens.shape, share=self.config.recipe.held_out)
+
+    def streams(self, partial: Path, *, spill: bool) -> Streams:
+        """Where the calibration rows will be kept, in the models that the recipe follows."""
+        full = Activations(partial, self.shapes, spill=spill, model=FULL) if self.config.recipe.alpha else None
+        seen = 0 if self.tokens is None else len(self.tokens) - self.held_out
+        return Streams(Activations(partial, self.shapes, spill=spill), full, seen)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Of the activations (batch, T, hidden_size), batch by batch."""
+        if self.tokens is None:
+            return []
+        size = self.stream.model.config.hidden_size
+        return [(*batch.shape, size) for batch in self.stream.batches(self.tokens)]
+
+
+def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, device: str,
+           lora: str | Path | None = None, prompt_style: str | None = None) -> Setup:
+    """Read and check everything that a job needs, but the weights.
+
+    Raises:
+        UsageError, InputError, HardwareError: as `quantize_checkpoint`.
+    """
+    reader = open_source(model_directory(source), lora)
+    check_source(reader)
+    choose_style(reader.config, prompt_style)
+    stream = BlockStream(reader, resolve_device(device))
+    config = resolve(config, stream.arch, stream.count)
+    check_complete(stream)
+    check_sizes(stream, config)
+    tokenizer = load_tokenizer(reader.path)
+    if config.method == "rtn":
+        return Setup(stream, config, tokenizer)
+    style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
+    tokens, used = calibration_rows(calibration, tokenizer, style, stream.context)
+    if not calibration.allow_short:
+        check_enough(tokens, *widest(stream))
+    return Setup(stream, config, tokenizer, tokens, calibration.describe(tokens, used))

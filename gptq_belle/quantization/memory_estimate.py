@@ -1,0 +1,128 @@
+"""The memory and the disk that a job needs, by arithmetic."""
+
+import math
+from dataclasses import dataclass, replace
+
+from gptq_belle.common.memory import anonymous_bytes, available_bytes, mib
+from gptq_belle.errors import HardwareError
+from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.job import Setup, linear_shapes
+
+LIBRARIES = 32 << 20  # bytes that torch's and MKL's own buffers grow to during a job
+HIDDEN_ATTENTION, HIDDEN_MLP = 10, 3  # hidden states alive at a time in either half of a block, as measured
+SHARE = 0.8  # of the memory that is free, which a job without a limit keeps to
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of anonymous memory at the peak, by what they are for.
+
+    Attributes:
+        process: what the process holds already.
+        block: one block in float32, and its packed tensors.
+        work: the larger of a forward pass and the largest solution.
+        activations: the calibration rows in front of a block and what its attention makes of them, where they are kept
+            in memory.
+    """
+
+    process: int
+    block: int
+    work: int
+    activations: int
+
+    @property
+    def floor(self) -> int:
+        """The peak where activations lie on disk only."""
+        return self.process + self.block + self.work
+
+    @property
+    def total(self) -> int:
+        """The peak where they are in memory too."""
+        return self.floor + self.activations
+
+
+def spills(setup: Setup, limit: int | None) -> bool:
+    """Whether activations have to be on disk only.
+
+    Args:
+        setup: the job.
+        limit: bytes of anonymous memory to keep to; None for four fifths of what is free.
+    Raises:
+        HardwareError: not even that suffices for a limit that was named.
+    """
+    memory = memory_needed(setup)
+    if limit is not None and memory.floor > limit:
+        raise HardwareError(
+            f"one block of this model takes {mib(memory.floor)} to quantize, {mib(limit)} are allowed: "
+            f"{mib(memory.process)} for the program, {mib(memory.block)} for the block, {mib(memory.work)} for its "
+            "largest Hessian or its activations", f"Allow --memory {math.ceil(memory.floor / 2**20)}MiB or more.")
+    free = available_bytes()
+    allowed = limit if limit is not None else None if free is None else memory.process + int(SHARE * free)
+    return allowed is not None and memory.total > allowed
+
+
+def memory_needed(setup: Setup) -> Memory:
+    """The peak of a job's memory by arithmetic."""
+    stream, config, recipe = setup.stream, setup.config, setup.config.recipe
+    shapes = linear_shapes(stream)
+    block = stream.blocks.get_submodule("0")
+    weights = sum(4 * parameter.numel() for parameter in block.parameters())
+    if config.auto_bits is not None:
+        config = replace(config, bits=8)  # which a whole block may get
+    packed = max(sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+                     for name, (n, k) in shapes.items()) for index in range(stream.count))
+    full = bool(recipe.alpha) and setup.tokens is not None
+    originals = sum(4 * n * k for n, k in shapes.values()) if full else 0
+    work = max([_forward(setup, full), *(_solution(setup, n, k, full) for n, k in shapes.values())])
+    return Memory((anonymous_bytes() or 0) + LIBRARIES, weights + packed + originals, work,
+                  (4 if full else 2) * sum(4 * math.prod(shape) for shape in setup.shapes))
+
+
+def _solution(setup: Setup, n: int, k: int, full: bool) -> int:
+    """Bytes that the solution of a linear takes beside its weight."""
+    recipe, squares = setup.config.recipe, 2 + full  # the Hessian, its factor, and what the targets follow from
+    if setup.tokens is None:
+        return 6 * n * k
+    if setup.config.act_order:
+        squares += 2  # permuted
+    weights = 4 + 4 * bool(recipe.sweeps or recipe.static_order) + 4 * full  # in order of solving, of inputs, target
+    codes = 2 + bool(recipe.sweeps) + bool(setup.held_out)  # with their transpose, and those of earlier candidates
+    return (weights + codes) * n * k + 4 * squares * k * k + _held_out(setup, k, full)
+
+
+def _held_out(setup: Setup, k: int, full: bool) -> int:
+    """Bytes of a linear's inputs in the rows that are held out."""
+    return 0 if setup.tokens is None else (2 if full else 1) * 4 * setup.held_out * setup.tokens.shape[1] * k
+
+
+def _forward(setup: Setup, full: bool) -> int:
+    """Bytes that a forward pass of a batch takes, as it ends in the sums of the widest linear's inputs."""
+    stream = setup.stream
+    batch = max(setup.shapes, key=math.prod, default=None)
+    if batch is None:
+        return 0
+    inner = linear_shapes(stream)[stream.arch.linears[-1]][1]
+    tokens = batch[0] * batch[1]
+    attention = HIDDEN_ATTENTION * batch[2] * tokens
+    mlp = (HIDDEN_MLP * batch[2] + (stream.arch.inner_copies + full) * inner) * tokens
+    return 4 * max(attention, mlp + (1 + full) * inner * inner) + _held_out(setup, inner, full)
+
+
+def output_bytes(setup: Setup) -> int:
+    """Size of the weight files that the job will write."""
+    stream, config = setup.stream, setup.config
+    block = stream.blocks.get_submodule("0")
+    shapes = linear_shapes(stream)
+    linears = sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
+                  for index in range(stream.count) for name, (n, k) in shapes.items())
+    plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
+                if name.removesuffix(".weight") not in shapes)
+    return linears + stream.count * plain + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
+
+
+def linear_bytes(config: QuantConfig | None, n: int, k: int) -> int:
+    """Of a linear's tensors in the file; without settings it is in float16."""
+    if config is None:
+        return 2 * n * k
+    groups = 1 if config.group_size == -1 else k // config.group_size
+    return (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k

@@ -1,1 +1,0 @@
-"""From a packed checkpoint to tokens."""

@@ -1,0 +1,88 @@
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gptq_belle.errors import GptqBelleError, HardwareError, UsageError, as_user_error
+
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+SHOWN = 200  # characters of a client's own value that are quoted back to it
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong and what is allowed.
+        param: the field that is meant.
+        code: a word for programs.
+        headers: such as Retry-After.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON that the client gets."""
+        return {"error": {"message": self.message, "type": TYPES.get(self.status, "server_error"),
+                          "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """What a client may know of any exception: usage errors as they are, others in general words."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UsageError):
+        return ApiError(400, " ".join(str(error).split()))
+    known = as_user_error(error)
+    if isinstance(known, HardwareError):
+        return ApiError(503, known.cause, code="out_of_memory", headers={"Retry-After": "5"})
+    return ApiError(500, known.cause if isinstance(error, GptqBelleError) else "internal error")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the application one of this shape."""
+    @app.exception_handler(ApiError)
+    async def ours(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(GptqBelleError)
+    async def library(_: Request, error: GptqBelleError) -> JSONResponse:
+        return from_exception(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _from_validation(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return from_exception(error).response()
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    """The first finding, with the field's path and what pydantic says is allowed."""
+    first = error.errors()[0]
+    path = ".".join(str(step) for step in first["loc"] if step != "body") or None
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    value = repr(first.get("input"))[:SHOWN]
+    what = f"{path}: " if path else ""
+    return ApiError(400, f"{what}{first['msg']} (got {value})", path, "invalid_value")

@@ -1,0 +1,82 @@
+"""What is around the answers: models, health, metrics, tokens of a text, the prompt of a conversation, the page."""
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from gptq_belle.common.memory import anonymous_bytes
+from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.app_state import ready, state_of
+from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
+
+router = APIRouter()
+# Model output is shown as text nodes only; even if that failed, nothing but the page's own script and styles would run.
+PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+SCRIPTS = ("chat.js", "markdown.js", "stream.js", "words.js")
+STATIC = {"chat.css": "text/css"} | dict.fromkeys(SCRIPTS, "text/javascript")
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The one model that is served."""
+    service = ready(request)
+    return {"object": "list", "data": [{"id": service.name, "object": "model", "created": service.created,
+                                        "owned_by": "gptq_belle", "max_model_len": service.context}]}
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 once the model is loaded, 503 before; also how much runs and what memory is in use."""
+    state = state_of(request)
+    if state.service is None:
+        return ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"}).response()
+    scheduler = state.service.scheduler
+    return JSONResponse({"status": "ok", "model": state.service.name, "running": scheduler.running,
+                         "waiting": scheduler.waiting, "slots": scheduler.engine.slots,
+                         "memory_bytes": anonymous_bytes()})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Counters in Prometheus' text format."""
+    return Response(generate_latest(state_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """Token ids of a text or of a conversation."""
+    service = ready(request)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt: give either prompt or messages", "prompt", "invalid_value")
+    ids = (service.chat_ids(body.messages) if body.messages is not None
+           else service.encode(str(body.prompt), body.add_special_tokens))
+    return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+
+
+@router.post("/apply-template")
+async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
+    """The text that the model reads for a conversation."""
+    return {"prompt": ready(request).chat_text(body.messages)}
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> HTMLResponse:
+    """The chat page."""
+    return HTMLResponse(_static("chat.html"), headers={"Content-Security-Policy": PAGE_POLICY,
+                                                       "X-Content-Type-Options": "nosniff"})
+
+
+@router.get("/static/{name}", include_in_schema=False)
+async def static(name: str) -> Response:
+    """Its script and styles."""
+    if name not in STATIC:
+        raise ApiError(404, f"there is no {name}")
+    return Response(_static(name), media_type=STATIC[name], headers={"X-Content-Type-Options": "nosniff"})
+
+
+def _static(name: str) -> str:
+    return (files("gptq_belle.serving") / "static" / name).read_text("utf-8")
