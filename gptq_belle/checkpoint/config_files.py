@@ -10,23 +10,22 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import copy_tokenizer
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.models.decoder_config import token_ids
-from gptq_belle.quantization.config import QuantConfig
 
 
-def write_small_files(writer: CheckpointWriter, source: CheckpointReader, config: QuantConfig,
+def write_small_files(writer: CheckpointWriter, source: CheckpointReader, quantization: dict[str, Any],
                       tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
     """Everything of a quantized directory but weights and report.
 
     Args:
         writer: the directory in the making.
         source: the model that was quantized.
-        config: how.
+        quantization: the quantization_config to write.
         tokenizer: the source's.
         tied: whether the head shares the embedding, so that the file holds it once.
     """
-    write_configuration(writer, source.config, config.to_dict(), tied=tied)
+    write_configuration(writer, source.config, quantization, tied=tied)
     copy_tokenizer(writer, source.path, tokenizer, source.config)
-    writer.write_text("README.md", model_card(source, config, tied=tied))
+    writer.write_text("README.md", model_card(source, quantization, tied=tied))
 
 
 def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quantization: dict[str, Any], *,

@@ -28,6 +28,7 @@ from gptq_belle.checkpoint.quantized_source import (
     quantization_of,
 )
 from gptq_belle.checkpoint.reader import read_json
+from gptq_belle.checkpoint.source_model import SourceModel
 from gptq_belle.checkpoint.tokenizer_files import GENERATION, copy_tokenizer, load_tokenizer
 from gptq_belle.checkpoint.validation import is_act_ordered
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
@@ -36,7 +37,6 @@ from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import V1, V2, Census, census, choose_format, read_zeros, repaired, write_zeros
 from gptq_belle.models.architectures import COMPUTED, HEAD
 from gptq_belle.prompts.styles import choose_style
-from gptq_belle.quantization.block_stream import BlockStream
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +45,7 @@ KEPT = ("damp_percent", "static_groups", "true_sequential", "dynamic")  # of wha
 
 class _Job(NamedTuple):
     source: Source
-    stream: BlockStream
+    model: SourceModel
     packed: Quantization
     linears: dict[str, nn.Linear]
     zeros: Census
@@ -82,10 +82,10 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
                   checkpoint_format, repair_zeros)
     choose_style(job.source.reader.config, prompt_style)
     tokenizer = load_tokenizer(job.source.folder)
-    total = 2 * job.stream.count
+    total = 2 * job.model.count
     with CheckpointWriter(out) as writer:
         _write_rest(job, writer)
-        for index in range(job.stream.count):
+        for index in range(job.model.count):
             writer.add(f"block-{index:05d}.safetensors", _block(job, index))
             progress(index + 1, total)
         writer.merge()
@@ -96,7 +96,7 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
         copy_tokenizer(writer, job.source.folder, tokenizer, model)
         _mend_generation(job, writer, tokenizer)
         writer.write_text("README.md", converted_card(Path(source), model["model_type"], settings))
-        _read_back(job, writer.files, lambda index: progress(job.stream.count + index, total))
+        _read_back(job, writer.files, lambda index: progress(job.model.count + index, total))
         job.report.bytes_written = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
         writer.publish()
     job.report.seconds = time.perf_counter() - began
@@ -105,10 +105,10 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
 
 def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bool) -> _Job:
     """Everything that can be known before a weight is read."""
-    stream = BlockStream(source.reader, torch.device("cpu"))
-    packed = quantization_of(source, stream.model)
-    linears = dict(packed_linears(source.reader, stream.model))
-    _check_nothing_left(source, stream, linears)
+    model = SourceModel(source.reader, torch.device("cpu"))
+    packed = quantization_of(source, model.model)
+    linears = dict(packed_linears(source.reader, model.model))
+    _check_nothing_left(source, model, linears)
     read = packed.checkpoint_format
     own = {name: own_quantization(packed, name) for name in linears}
     zeros = census((read_zeros(source.reader.tensor(f"{name}.qzeros"), each.bits, read), each.bits)
@@ -118,8 +118,8 @@ def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bo
         zeros.symmetric, is_act_ordered(source.reader), read,
         choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.behind, zeros.wrapped if repair else 0,
         mixed=sum((each.bits, each.group_size) != (packed.bits, packed.group_size) for each in own.values()),
-        tied=stream.tied(), bytes_read=source.reader.bytes_on_disk())
-    return _Job(source, stream, packed, linears, zeros, repair, report)
+        tied=model.tied(), bytes_read=source.reader.bytes_on_disk())
+    return _Job(source, model, packed, linears, zeros, repair, report)
 
 
 def _mend_generation(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -130,25 +130,25 @@ def _mend_generation(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedT
 
 def _write_rest(job: _Job, writer: CheckpointWriter) -> None:
     """What stands outside of the blocks, in float16 and some rows at a time; a tied head not again."""
-    stream = job.stream
-    for number, name in enumerate(stream.rest()):
-        rows: Iterable[Tensor] = (stream.float16(name, chunk) for chunk in stream.reader.chunks(name))
-        writer.add_rows(f"rest-{number}.safetensors", name, stream.shape(name), rows)
+    model = job.model
+    for number, name in enumerate(model.rest()):
+        rows: Iterable[Tensor] = (model.float16(name, chunk) for chunk in model.reader.chunks(name))
+        writer.add_rows(f"rest-{number}.safetensors", name, model.shape(name), rows)
 
 
 def _block(job: _Job, index: int) -> dict[str, Tensor]:
     """All tensors of one block as they are to be written."""
-    root = f"{job.stream.arch.blocks}.{index}"
+    root = f"{job.model.arch.blocks}.{index}"
     tensors: dict[str, Tensor] = {}
-    for name, module in job.stream.blocks.get_submodule(str(index)).named_modules():
+    for name, module in job.model.blocks.get_submodule(str(index)).named_modules():
         path = f"{root}.{name}"
         if path in job.linears:
             tensors |= _linear(job, path)
             continue
         for leaf, _ in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}"
-            job.stream.shape(full)
-            tensors[full] = job.stream.float16(full, job.source.reader.tensor(full))
+            job.model.shape(full)
+            tensors[full] = job.model.float16(full, job.source.reader.tensor(full))
     return tensors
 
 
@@ -156,7 +156,7 @@ def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     """One packed linear: words of codes as they are, zero points in the format to be written, the rest in float16."""
     reader, packed, report = job.source.reader, own_quantization(job.packed, name), job.report
     scales = reader.tensor(f"{name}.scales")
-    half = job.stream.float16(f"{name}.scales", scales)
+    half = job.model.float16(f"{name}.scales", scales)
     report.vanished_scales += int(((half == 0) & (scales != 0)).sum())
     qzeros = reader.tensor(f"{name}.qzeros")
     if job.repair or report.written_format != packed.checkpoint_format:
@@ -166,7 +166,7 @@ def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     tensors = {f"{name}.qweight": reader.tensor(f"{name}.qweight"), f"{name}.qzeros": qzeros,
                f"{name}.scales": half, f"{name}.g_idx": group_index(job.source, packed, name).int()}
     if f"{name}.bias" in reader:
-        bias = job.stream.float16(f"{name}.bias", reader.tensor(f"{name}.bias"))
+        bias = job.model.float16(f"{name}.bias", reader.tensor(f"{name}.bias"))
         if job.linears[name].bias is not None or bool(bias.any()):
             tensors[f"{name}.bias"] = bias
         else:
@@ -176,10 +176,10 @@ def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_nothing_left(source: Source, stream: BlockStream, linears: dict[str, nn.Linear]) -> None:
+def _check_nothing_left(source: Source, model: SourceModel, linears: dict[str, nn.Linear]) -> None:
     parts = ("qweight", "qzeros", "scales", "g_idx", "bias")
     known = {f"{name}.{part}" for name in linears for part in parts} | {f"{HEAD}.weight"}
-    known |= {name for name, _ in stream.model.named_parameters()}
+    known |= {name for name, _ in model.model.named_parameters()}
     extra = [name for name in source.reader if name not in known and not name.endswith(COMPUTED)]
     if extra:
         raise InputError(f"{source.reader.path}: {len(extra)} tensors that the model has no place for, such as "

@@ -8,7 +8,6 @@ from huggingface_hub import ModelCardData
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.quantization.config import QuantConfig
 
 CARD = """---
 {front}
@@ -42,19 +41,20 @@ RESULTS = ("<!-- results -->", "<!-- end of results -->")
 REPORT = " `quantization_report.json` holds the error of every layer and the calibration's hash."
 
 
-def model_card(source: CheckpointReader, config: QuantConfig, *, tied: bool) -> str:
+def model_card(source: CheckpointReader, quantization: Mapping[str, Any], *, tied: bool) -> str:
     """The text of the card of a model that was quantized here, front matter included.
 
     Args:
-        source: what was quantized.
-        config: how.
+        source: the full-precision model.
+        quantization: the quantization_config that was written, with the job's settings under ``meta``.
         tied: whether head and embedding are one.
     """
-    method = {"gptq": "GPTQ", "rtn": "round to nearest"}[config.method]
-    every = sorted({config.bits, *(override.bits for override in config.overrides if override.bits)})
-    return _card(source.path, source.config["model_type"], config.to_dict(), every, made="Quantized", method=method,
-                 report=REPORT, overrides=_overrides(config), readers=_readers(config, tied),
-                 head="float16" if config.head_bits == 16 else f"packed in {config.head_bits} bits")
+    settings = quantization["meta"]["settings"]
+    method = {"gptq": "GPTQ", "rtn": "round to nearest"}[settings["method"]]
+    every = sorted({settings["bits"], *(override["bits"] for override in settings["overrides"] if override["bits"])})
+    return _card(source.path, source.config["model_type"], quantization, every, made="Quantized", method=method,
+                 report=REPORT, overrides=_overrides(settings["overrides"]), readers=_readers(settings, tied),
+                 head="float16" if settings["head_bits"] == 16 else f"packed in {settings['head_bits']} bits")
 
 
 def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any]) -> str:
@@ -81,22 +81,24 @@ def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every:
         order=", act-order" if quantization["desc_act"] else "", checkpoint_format=quantization["format"], **words)
 
 
-def _readers(config: QuantConfig, tied: bool) -> str:
-    """Who reads the files."""
-    if config.head_bits == 16:
-        return MIXED if config.overrides else UNIFORM
+def _readers(settings: Mapping[str, Any], tied: bool) -> str:
+    """Which programs read the files."""
+    if settings["head_bits"] == 16:
+        return MIXED if settings["overrides"] else UNIFORM
     what = "embedding, which is also the head, is" if tied else "head is"
-    return PACKED_HEAD.format(what=what, bits=config.head_bits)
+    return PACKED_HEAD.format(what=what, bits=settings["head_bits"])
 
 
-def _overrides(config: QuantConfig) -> str:
-    """A table of them, in the place of nothing where there are none."""
-    if not config.overrides:
+def _overrides(overrides: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the overrides; empty where there are none."""
+    if not overrides:
         return ""
     rows = []
-    for override in config.overrides:
-        told = "float16" if override.skip else ", ".join(f"{key} {value}" for key, value in override.values().items())
-        rows.append(f"| `{override.pattern.replace('|', '&#124;')}` | {told} |")
+    for override in overrides:
+        changed = ", ".join(f"{key} {override[key]}" for key in ("bits", "group_size", "sym")
+                            if override[key] is not None)
+        pattern = override["pattern"].replace("|", "&#124;")
+        rows.append(f"| `{pattern}` | {'float16' if override['skip'] else changed} |")
     return "\n".join(["", "| linears | have instead |", "|---|---|", *rows, ""])
 
 

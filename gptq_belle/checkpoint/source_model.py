@@ -11,23 +11,31 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.models.architectures import HEAD
-from gptq_belle.quantization.bloom_attention import quicken
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class Source:
+class SourceModel:
     """A checkpoint beside its model's empty skeleton, parts of which are filled while they are needed.
 
     Args:
         reader: the checkpoint.
         device: where parameters go.
+    Attributes:
+        blocks: the list of decoder blocks.
+        count: number of blocks.
+    Raises:
+        InputError: blocks of more than one kind of attention.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
         self.reader, self.arch, self.device = reader, reader.arch, device
         self.model = empty_model(reader.path)
-        quicken(self.model)
+        self.blocks = self.model.get_submodule(self.arch.blocks)
+        self.count = len(self.blocks)  # type: ignore[arg-type]
+        if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
+            raise InputError("this model mixes kinds of attention between its blocks",
+                             "Only models whose blocks all use the same attention can be quantized or converted.")
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
 
     def around(self) -> list[str]:

@@ -77,7 +77,9 @@ def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_c
         _quantize(source, path, bits, device)
     rows = read_rows(data / "test.jsonl", per_class)
     question = prompt or next((row.question for row in rows if row.cls == "translation"), rows[0].question)
-    return compare({"full precision": source, **quantized}, rows, data / "heldout.jsonl", question, device=device)
+    with console.stepping() as progress:
+        return compare({"full precision": source, **quantized}, rows, data / "heldout.jsonl", question, device=device,
+                       progress=progress)
 
 
 def _quantize(source: Path, out: Path, bits: int, device: str) -> None:

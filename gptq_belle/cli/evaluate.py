@@ -52,7 +52,8 @@ def ppl(
         console.print_json(found)
     else:
         console.print_table("", ["", ""], perplexity.lines(found), text=2)
-    gates.check(wanted, gates.figures(found))
+    for passed in gates.check(wanted, gates.figures(found)):
+        console.note(passed)
 
 
 @app.command()
@@ -95,7 +96,8 @@ def kl(
         console.print_json(found)
     else:
         console.print_table("", ["", ""], kl_statistics.lines(found), text=2)
-    gates.check(wanted, gates.figures(found))
+    for passed in gates.check(wanted, gates.figures(found)):
+        console.note(passed)
 
 
 @app.command()
@@ -149,7 +151,8 @@ def belle(
         console.print_json(found)
     else:
         console.print_table("", test_set.COLUMNS, test_set.lines(found))
-    gates.check(wanted, gates.belle_figures(found))
+    for passed in gates.check(wanted, gates.belle_figures(found)):
+        console.note(passed)
 
 
 def _refuse_overlap(path: Path, test: Path, rows: "list[Row]") -> None:

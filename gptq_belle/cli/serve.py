@@ -1,5 +1,6 @@
 """The verb of serving."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -38,9 +39,10 @@ def serve(
     setup = Setup(local(path), Limits(slots=max_batch, waiting=max_queue, context=max_len), prompt_style, device,
                   precision, head_bits, cache)
     door = Door(host, port, api_key or None, allow_unauthenticated)
+    notice = partial(console.note, style=None)
     if ray:
         from gptq_belle.serving.ray_replicas import serve_replicas
 
-        serve_replicas(setup, door, replicas, console.print_json if as_json else None)
+        serve_replicas(setup, door, replicas, console.print_json if as_json else None, notice)
     else:
-        serve(setup, door, console.print_json if as_json else None)
+        serve(setup, door, console.print_json if as_json else None, notice)

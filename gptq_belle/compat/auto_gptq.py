@@ -14,15 +14,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from gptq_belle.checkpoint.hub import model_directory
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
-from gptq_belle.cli import console
-from gptq_belle.cli.progress import ConsoleProgress
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.compat.auto_gptq_config import CONFIG, BaseQuantizeConfig, Example, calibration, check_rest, device_name
 from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import written_by_us
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.report import Report
+from gptq_belle.quantization.report import LoggedProgress, Report
 
 __all__ = ["AutoGPTQForCausalLM", "BaseGPTQForCausalLM", "BaseQuantizeConfig", "exllama_set_max_input_length"]
 
@@ -87,9 +85,8 @@ class BaseGPTQForCausalLM:
         settings = self.quantize_config.settings()
         folder = TemporaryDirectory(prefix="gptq_belle-")
         out = Path(folder.name) / "model"
-        with ConsoleProgress(console.err()) as progress:
-            self.report = quantize_checkpoint(self.path, out, settings, calibration=calibration(examples, self.config),
-                                              device=self._device, progress=progress)
+        self.report = quantize_checkpoint(self.path, out, settings, calibration=calibration(examples, self.config),
+                                          device=self._device, progress=LoggedProgress())
         self.path, self.quantized, self._model, self._folder = out, True, None, folder
 
     def save_quantized(self, save_dir: str | Path, use_safetensors: bool = True,

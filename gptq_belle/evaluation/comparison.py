@@ -1,6 +1,6 @@
 """Variants of one model side by side: size, memory, quality, speed, and what each answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from gptq_belle.bench import footprint
 from gptq_belle.bench.footprint import Footprint
 from gptq_belle.bench.throughput import Workload, fitted, interleaved
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.cli import console
 from gptq_belle.common.timers import Spread, spread
 from gptq_belle.engine.model import Model, load
 from gptq_belle.evaluation.belle_set import BelleScores, Row, evaluate
@@ -60,7 +59,7 @@ class Comparison:
 
 
 def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: str, *,
-            device: str = "auto") -> Comparison:
+            device: str = "auto", progress: Callable[[str], None] = lambda text: None) -> Comparison:
     """Measure variants of one model; the first is what the others are held against.
 
     Args:
@@ -69,31 +68,31 @@ def compare(paths: Mapping[str, Path], rows: Sequence[Row], text: Path, prompt: 
         text: held-out text or JSONL, of which the first TOKENS tokens are used.
         prompt: a question that all answer.
         device: where they run.
+        progress: called with the name of each step as it starts.
     Raises:
         InputError, UsageError, HardwareError: a variant cannot be loaded or run; the text cannot be read.
     """
     models = {name: load(path, device=device, precision="exact") for name, path in paths.items()}
     base = next(iter(models.values()))
     words = read_text(text, base.prompt_style, base.tokenizer.eos_token)
-    with console.stepping() as show_step:
-        show_step("decode speed")
-        exact = _decode(list(models.values()))
-        fast = _decode([load(path, device=device, precision="fast") for path in paths.values()])
-        variants = []
-        for place, (name, model) in enumerate(models.items()):
-            show_step(f"measuring {name}: held-out text, {len(rows)} questions, memory")
-            variants.append(Variant(
-                name=name,
-                path=paths[name],
-                bytes=CheckpointReader(paths[name]).bytes_on_disk(),
-                footprint=footprint.fresh(paths[name], device=device, precision="exact"),
-                perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
-                divergence=_divergence(base, model, words) if model is not base else None,
-                scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),
-                decode=exact[place],
-                decode_fast=fast[place],
-                answer=model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER).strip(),
-            ))
+    progress("decode speed")
+    exact = _decode(list(models.values()))
+    fast = _decode([load(path, device=device, precision="fast") for path in paths.values()])
+    variants = []
+    for place, (name, model) in enumerate(models.items()):
+        progress(f"measuring {name}: held-out text, {len(rows)} questions, memory")
+        variants.append(Variant(
+            name=name,
+            path=paths[name],
+            bytes=CheckpointReader(paths[name]).bytes_on_disk(),
+            footprint=footprint.fresh(paths[name], device=device, precision="exact"),
+            perplexity=perplexity(model.logits, base.tokenizer, words, length=WINDOW, limit=TOKENS),
+            divergence=_divergence(base, model, words) if model is not base else None,
+            scores=evaluate(model, rows, limit=ANSWER, batch=BATCH),
+            decode=exact[place],
+            decode_fast=fast[place],
+            answer=model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER).strip(),
+        ))
     return Comparison(variants, prompt, text)
 
 

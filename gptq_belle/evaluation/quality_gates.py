@@ -3,11 +3,10 @@
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
-from gptq_belle.cli import console
 from gptq_belle.errors import GateError, UsageError
 from gptq_belle.evaluation.belle_set import BelleScores
 from gptq_belle.evaluation.kl_statistics import CHANGE_QUANTILES, KL_QUANTILES
@@ -45,9 +44,11 @@ def parse(gate: str, names: Sequence[str]) -> Gate:
                      f"Write it like {names[0]}<0.05, with one of {', '.join(names)}, and <, <=, > or >=.")
 
 
-def check(gates: Sequence[Gate], figures: Mapping[str, float]) -> None:
-    """Hold figures against parsed gates, and say on stderr which hold; not a number passes none.
+def check(gates: Sequence[Gate], figures: Mapping[str, float]) -> Iterator[str]:
+    """Compare figures with parsed gates; NaN passes none.
 
+    Returns:
+        A sentence for each gate that holds, in order.
     Raises:
         GateError: the first gate that is missed, with the figure.
     """
@@ -56,7 +57,7 @@ def check(gates: Sequence[Gate], figures: Mapping[str, float]) -> None:
         if not SIGNS[sign](value, limit):
             raise GateError(f"the gate {name}{sign}{limit:g} is missed: {name} is {value:.6g}",
                             "Quantize with more bits, smaller groups or more calibration text.")
-        console.note(f"The gate {name}{sign}{limit:g} holds: {name} is {value:.6g}.")
+        yield f"The gate {name}{sign}{limit:g} holds: {name} is {value:.6g}."
 
 
 def names(kind: type) -> list[str]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.checkpoint.source_model import Source
+from gptq_belle.checkpoint.source_model import SourceModel
 from gptq_belle.common.timers import PhaseClock
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.attention_outputs import Turn
+from gptq_belle.quantization.bloom_attention import quicken
 
 TOKENS_A_BATCH = 4096
 
@@ -21,11 +22,10 @@ class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for is known."""
 
 
-class BlockStream(Source):
+class BlockStream(SourceModel):
     """Blocks of a checkpoint in float32, one at a time, and what the calibration rows are in front of them.
 
     Attributes:
-        count: number of blocks.
         device: where blocks run.
         most_rows: rows that go through a block at a time; None for whole batches.
         clock: told what time goes into: "reading", "forwards", "hessians".
@@ -35,12 +35,8 @@ class BlockStream(Source):
         super().__init__(reader, device)
         self.clock = clock or PhaseClock()
         self.most_rows: int | None = None
-        self.blocks = self.model.get_submodule(self.arch.blocks)
-        self.count = len(self.blocks)  # type: ignore[arg-type]
+        quicken(self.model)
         self._arguments: dict[tuple[torch.device, torch.Size], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
-            raise InputError("this model mixes kinds of attention between its blocks",
-                             "Only models whose blocks all attend alike can be quantized.")
 
     def block(self, index: int) -> nn.Module:
         """Block `index` on the device, in float32, with the source's weights.

@@ -130,7 +130,7 @@ def quantize_checkpoint(
             if setup.config.recipe.steps:
                 report.tuning, expected = distill(setup, writer, journal, probe, progress)
             progress.phase("writing")
-            write_small_files(writer, stream.reader, setup.config, setup.tokenizer, tied=stream.tied())
+            write_small_files(writer, stream.reader, setup.config.to_dict(), setup.tokenizer, tied=stream.tied())
             writer.merge()
             progress.phase("reading back")
             report.readback_error = probe.compare(writer.files, stream, expected)

@@ -1,5 +1,6 @@
 """What a quantization job reports: progress while it runs, quantization_report.json at the end."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -109,6 +110,7 @@ def tuning_in_words(tuning: Mapping[str, Any]) -> str:
         return ""
 
 
+LOGGER = logging.getLogger("gptq_belle")
 MIB = 1 << 20
 
 
@@ -127,6 +129,24 @@ class JobProgress(Protocol):
 
     def phase(self, text: str) -> None:
         """Something outside of the blocks begins."""
+
+
+class LoggedProgress:
+    """Logs a line for every linear and phase at level INFO under the name "gptq_belle", as AutoGPTQ does."""
+
+    def start(self, blocks: int, steps: int, finished: int) -> None:
+        """Log how many blocks there are."""
+        LOGGER.info("%d of %d blocks are finished", finished, blocks)
+
+    def step(self) -> None: ...
+
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
+        """Log a finished linear."""
+        LOGGER.info("%s: error %.2e, %.2f s", row.name, row.error, row.seconds)
+
+    def phase(self, text: str) -> None:
+        """Log what starts."""
+        LOGGER.info("%s", text)
 
 
 class Silent:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from gptq_belle.cli import console
 from gptq_belle.errors import HardwareError
 from gptq_belle.serving.options import Door, Setup, address
 from gptq_belle.serving.server import LAST_WORDS
@@ -26,7 +25,8 @@ NAME = "gptq-belle"
 HEALTH = 1.0  # seconds between two looks at a replica: a dead one is replaced that soon
 
 
-def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any], None] | None = None) -> None:
+def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any], None] | None = None,
+                   notice: Callable[[str], None] = lambda text: None) -> None:
     """Serve a model directory by several processes until SIGINT or SIGTERM; answers that run then are finished.
 
     Ray sends each request to a replica that has room. Where a replica dies, the requests that it held are lost (status
@@ -39,6 +39,7 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
         door: where to listen, and who may ask; port 0 takes a free one.
         replicas: how many.
         tell: takes {"url", "model", "slots", "replicas"} once they are ready.
+        notice: called with a sentence once the server listens, and once the model is ready.
     Raises:
         UsageError: beyond loopback without a key.
         InputError: as `Setup.check`.
@@ -58,7 +59,7 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
         url = address(door.host, port)
         if tell is not None:
             tell({"url": url, "model": setup.name, "slots": replicas * setup.limits.slots, "replicas": replicas})
-        console.note(f"Listening on {url}; {replicas} replicas of {setup.name} are ready.", style=None)
+        notice(f"Listening on {url}; {replicas} replicas of {setup.name} are ready.")
         stopped.wait()
         serve.delete(NAME)
     finally:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gptq_belle.cli import console
 from gptq_belle.errors import HardwareError
 
 try:
@@ -26,6 +25,7 @@ class _Server(uvicorn.Server):
     """Says where it listens once it does, and keeps what ended it."""
 
     failure: BaseException | None = None
+    notice: Callable[[str], None]
     interrupted = False
     url = ""
 
@@ -50,16 +50,18 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self.url = address(self.config.host, self.servers[0].sockets[0].getsockname()[1])
-            console.note(f"Listening on {self.url}; loading the model.", style=None)
+            self.notice(f"Listening on {self.url}; loading the model.")
 
 
-def serve(setup: Setup, door: Door, tell: Callable[[Any], None] | None = None) -> None:
+def serve(setup: Setup, door: Door, tell: Callable[[Any], None] | None = None,
+          notice: Callable[[str], None] = lambda text: None) -> None:
     """Serve a model directory until SIGINT or SIGTERM; answers that run then are finished.
 
     Args:
         setup: the model, and what is taken at a time.
         door: where to listen, and who may ask; port 0 takes a free one.
         tell: takes {"url", "model", "slots", "context"} once the model is ready.
+        notice: called with a sentence once the server listens, and once the model is ready.
     Raises:
         UsageError: beyond loopback without a key.
         HardwareError: the address cannot be listened on.
@@ -71,8 +73,8 @@ def serve(setup: Setup, door: Door, tell: Callable[[Any], None] | None = None) -
         service = setup.service(state.metrics)
         if tell is not None:
             tell({"url": server.url, "model": service.name, "slots": setup.limits.slots, "context": service.context})
-        console.note(f"{service.name} is ready: {setup.limits.slots} answers at a time, "
-                     f"contexts of {service.context} tokens.", style=None)
+        notice(f"{service.name} is ready: {setup.limits.slots} answers at a time, "
+                     f"contexts of {service.context} tokens.")
         return service
 
     app = create_app(make, setup.limits, api_key=door.api_key, local_only=door.local,
@@ -80,6 +82,7 @@ def serve(setup: Setup, door: Door, tell: Callable[[Any], None] | None = None) -
     config = uvicorn.Config(app, host=door.host, port=door.port, log_level=logging.WARNING, lifespan="on",
                             timeout_graceful_shutdown=LAST_WORDS, access_log=False, server_header=False)
     server = _Server(config)
+    server.notice = notice
     try:
         server.run()
     except SystemExit as error:
