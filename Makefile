@@ -1,6 +1,6 @@
 # make demo   sets up what is missing, then quantizes the demo models, measures them and answers a prompt
 # make test   sets up what is missing, then lints, checks types and runs the tests
-# make lint   the first half of it
+# make lint   checks style, types, and that imports point one way between the packages
 # make sanitize  runs the tests of the CPU kernels and of hostile files with address and undefined-behaviour sanitizers
 # make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in environments of their own under build/interop;
 #             GPTQ_BELLE_PEER_GPTQMODEL and GPTQ_BELLE_PEER_AUTOGPTQ name the python of ones that exist
@@ -30,6 +30,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # The library goes to a folder of its own; Python itself leaks on purpose, so leaks are not looked for.
 SANITIZED := build/sanitized
