@@ -1,6 +1,6 @@
-"""Every Triton kernel in every config that is planned or tuned, as a job for the compiler: for GPUs that are not here.
+"""Compilation jobs: every Triton kernel in every planned or tuned configuration, for GPUs that need not be present.
 
-A split of K is compiled as a split in two, which differs from the others in one constant.
+Every split of K is compiled as a split in two; the others differ in one constant only.
 """
 
 import itertools
@@ -28,7 +28,7 @@ VARIANTS = list(itertools.product((4, 8), DTYPES, RUNS))
 
 
 class Job(NamedTuple):
-    """One kernel with all its constants, for one part; the fields that a kernel knows nothing of are None."""
+    """One kernel with all its constants for one architecture; fields that do not apply to the kernel are None."""
 
     arch: int
     kernel: str  # a key of KERNELS
@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """How a kernel is compiled: the function, and for a job the types of its arguments and its constants."""
+    """How to compile a kernel: the function, and its argument types and constants as functions of the job."""
 
     function: Any
     types: Callable[[Job], dict[str, str]]
@@ -61,7 +61,7 @@ def _tile(job: Job) -> dict[str, Any]:
 
 
 def inputs_of_step(job: Job) -> int:
-    """BK as the launcher takes it: at most a block of the layout, at least half of it."""
+    """BK as the launcher chooses it: at most one block of the layout, at least half a block."""
     assert job.config is not None
     block = _weight(job)["BLOCK"]
     return max(min(job.config.BK, block), block // 2)
@@ -101,26 +101,26 @@ KERNELS = {
 
 
 def configs(arch: int) -> set[tuple[str, Config]]:
-    """The kernels and configs that the rule takes on a part, over all shapes and numbers of rows."""
+    """Kernels and configurations that the rule selects on an architecture, over all shapes and numbers of rows."""
     plans = {rule(Case(rows, outputs, inputs, 4, 128, "float16"), arch, PROCESSORS[arch])
              for rows in BUCKETS for inputs, outputs in SHAPES}
     return {(plan.kernel, split_in_two(plan.config)) for plan in plans if plan.config is not None}
 
 
 def split_in_two(config: Config) -> Config:
-    """The same config with the split that stands for all of them."""
+    """The same configuration with its split of K replaced by a split in two."""
     return config._replace(SPLIT_K=min(config.SPLIT_K, 2))
 
 
 def usual(arch: int) -> list[Job]:
-    """The jobs of 4 bits in float16 with one zero point, which is what most checkpoints are, and the solver's."""
+    """Jobs for most checkpoints (4 bits, float16, one zero point) and for the solver."""
     return [*(Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))),
             Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME),
             Job(arch, "descent", 4)]
 
 
 def jobs(arch: int) -> Iterator[Job]:
-    """Everything that is compiled for a part."""
+    """All jobs for one architecture."""
     yield from usual(arch)
     whole = {(kernel, config._replace(SPLIT_K=1)): config for kernel, config in sorted(configs(arch))}
     for (kernel, _), config in whole.items():
@@ -143,7 +143,7 @@ def _tuned(arch: int, case: Case, plan: Plan) -> Iterator[Job]:
 
 
 def compiled(job: Job) -> MachineCode:
-    """Compile a job; raises what Triton and ptxas raise."""
+    """Compile a job; errors of Triton and ptxas propagate."""
     kernel = KERNELS[job.kernel]
     options = dict(kernel.options)
     if job.config is not None:

@@ -1,9 +1,9 @@
-"""Whether `--auto-bits` finds the right stages: its KL beside uniform 4 bits and beside random choices of as many bits.
+"""Compare the KL of `--auto-bits` with uniform 4 bits and with random choices of the same average bits.
 
     python benchmarks/bench_auto_bits.py          # both demo models, 4.5 bits, 5 random choices each; some minutes
 
-A random choice takes stages in random order as long as the budget holds. KL is over held-out text that no calibration
-saw. `explained` is what the extra size alone would give: the way from 4 to 8 bits, in proportion to the bits.
+A random choice takes stages in random order until the budget is used up. KL is computed on held-out text that is not
+calibration data. `explained` is the KL that the size alone predicts: linear interpolation between 4 and 8 bits.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CALIBRATION = Calibration(seq_len=WINDOW)
 
 
 def at_random(source: Path, budget: str, seed: int) -> QuantConfig:
-    """8 bits for stages in random order, as many as the budget allows."""
+    """A configuration with 8 bits for randomly chosen stages, as many as the budget allows."""
     setup = set_up(source, QuantConfig(auto_bits=budget), CALIBRATION, "cpu")
     stages, room = stages_and_room(setup)
     random.Random(seed).shuffle(stages)
@@ -44,7 +44,7 @@ def at_random(source: Path, budget: str, seed: int) -> QuantConfig:
 
 
 def variants(source: Path, budget: str, seeds: int) -> Iterator[tuple[str, QuantConfig]]:
-    """What is compared, by name."""
+    """The compared configurations by name."""
     yield "4 bit", QuantConfig()
     yield "8 bit", QuantConfig(bits=8)
     yield f"auto {budget}", QuantConfig(auto_bits=budget)
@@ -53,7 +53,7 @@ def variants(source: Path, budget: str, seeds: int) -> Iterator[tuple[str, Quant
 
 
 def measure(architecture: str, budget: str, seeds: int) -> dict[str, dict[str, Any]]:
-    """Average bits, size and KL of every variant of one model, each printed as soon as it is there."""
+    """Average bits, size and KL of every variant of one model; prints each when it is measured."""
     source = TINY / architecture
     base = load(source)
     text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
@@ -71,7 +71,7 @@ def measure(architecture: str, budget: str, seeds: int) -> dict[str, dict[str, A
 
 
 def verdict(found: dict[str, dict[str, Any]], budget: str) -> dict[str, float]:
-    """KL of the choice beside what size explains, and beside random choices."""
+    """KL of `--auto-bits`, of the interpolation and of the random choices."""
     few, many, auto = found["4 bit"], found["8 bit"], found[f"auto {budget}"]
     share = (auto["bits"] - few["bits"]) / (many["bits"] - few["bits"])
     others = sorted(entry["kl"] for name, entry in found.items() if name.startswith("random"))
@@ -80,13 +80,13 @@ def verdict(found: dict[str, dict[str, Any]], budget: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", default="4.5", help="as of quantize --auto-bits")
-    parser.add_argument("--seeds", type=int, default=5, help="random choices a model")
+    parser.add_argument("--budget", default="4.5", help="value of quantize --auto-bits")
+    parser.add_argument("--seeds", type=int, default=5, help="random choices per model")
     args = parser.parse_args()
     count = len(MODELS)
-    # A process a model, a thread each: operations of this size gain next to nothing from a second thread.
+    # One process per model with one thread each: operations of this size gain almost nothing from a second thread.
     with ProcessPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = list(pool.map(measure, MODELS, [args.budget] * count, [args.seeds] * count))
     verdicts = {name: verdict(variants_, args.budget) for name, variants_ in zip(MODELS, found, strict=True)}

@@ -1,13 +1,12 @@
-"""BELLE-7B in its true shape, random weights: size of the files, load time against reading, memory, tokens a second.
+"""Measure BELLE-7B's shape with random weights: file size, load time relative to reading, memory, tokens/s.
 
     python benchmarks/bench_belle_7b.py FOLDER       # writes and removes models of up to 8.3 GB there; minutes
 
-Four checkpoints: 4 and 8 bits, each with the head in float16, as every reader takes it, and with the head packed alone.
-Memory is that of a process which reads a prompt up to a context of 2,048 tokens and decodes; the head is in 8 bits, and
-so in memory it is the same from either file. Reading is timed over the same files, as often as loading and in turns
-with it, all from the disk: the system is told to forget the files before. Loading is held against reading through the
-system's cache, which has to find memory for the file as loading has for the model; reading past the cache is the disk
-alone. Limits are the project's goals.
+Four checkpoints: 4 and 8 bits, each with the lm_head in float16, which every reader accepts, and with the packed
+lm_head only. Memory is measured in a process that prefills a prompt up to a context of 2,048 tokens and decodes; the
+lm_head is in 8 bits in memory for either file. Reading is timed on the same files, alternating with loading, and the
+page cache is dropped before each run. Loading is compared with reading through the page cache, which has to allocate
+memory for the file as loading does for the model; a direct read bypasses the cache. Limits are the project's goals.
 """
 
 import argparse
@@ -31,7 +30,7 @@ CONTEXT, HEAD, TOKENS, TURNS = 2048, 8, 8, 3
 
 
 class Case(NamedTuple):
-    """A checkpoint and what it may take, in GB: its file, and memory by kind of cache."""
+    """A checkpoint and its limits in GB: file size, and memory by dtype of the KV cache."""
 
     bits: int
     stored_head: int
@@ -45,11 +44,11 @@ CASES = (
     Case(8, 16, 8.3, {"float16": 8.4}),
     Case(8, 8, 7.3, {}),
 )
-PROCESS, LOAD = 0.6, 1.5  # GB that a process may take beside the model; times that reading the file takes
+PROCESS, LOAD = 0.6, 1.5  # GB of the process without the model; load time relative to reading
 
 
 def forget(folder: Path) -> None:
-    """Drop the weight files from the system's cache."""
+    """Drop the weight files from the page cache."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -57,7 +56,7 @@ def forget(folder: Path) -> None:
 
 
 def seconds_to_read(folder: Path, flags: int = 0) -> float:
-    """Of all weight files, front to back, into one buffer; flags as of open(2), beside O_RDONLY."""
+    """Seconds to read all weight files sequentially into one buffer; `flags` are added to O_RDONLY for open(2)."""
     forget(folder)
     buffer = mmap.mmap(-1, 4 << 20)
     began = time.perf_counter()
@@ -69,7 +68,7 @@ def seconds_to_read(folder: Path, flags: int = 0) -> float:
 
 
 def speed(folder: Path) -> float:
-    """Tokens a second of greedy decoding behind a short prompt."""
+    """Tokens per second of greedy decoding after a short prompt."""
     model = load(folder, head_bits=HEAD)
     logits, session = model.prefill(torch.ones(1, 16, dtype=torch.int64))
     seconds = []
@@ -81,7 +80,7 @@ def speed(folder: Path) -> float:
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    """Everything about one checkpoint, beside its limits."""
+    """All measurements of one checkpoint with their limits."""
     size = make("belle-7b", folder, bits=case.bits, head_bits=case.stored_head)
     reads, past, loads, memory = [], [], [], {}
     for cache, limit in case.memory.items():
@@ -100,10 +99,10 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    """A line a figure, with its limit."""
-    print(f"{row['bits']} bits, head stored in {row['stored_head']}: {row['file_bytes'] / 1e9:.2f} GB "
+    """Print one line per measurement with its limit."""
+    print(f"{row['bits']} bits, stored head bits {row['stored_head']}: {row['file_bytes'] / 1e9:.2f} GB "
           f"(limit {row['file_limit_bytes'] / 1e9:.1f}), load {row['load_seconds']:.1f} s, {row['load_of_read']:.2f} "
-          f"of reading (limit {LOAD}), {row['load_of_direct_read']:.2f} of reading past the cache, "
+          f"of a read (limit {LOAD}), {row['load_of_direct_read']:.2f} of a direct read, "
           f"{row['tokens_per_second']:.2f} tokens/s")
     for cache, found in row["memory"].items():
         print(f"  {cache} cache: model {found['peak_bytes'] / 1e9:.2f} GB (limit {found['limit_bytes'] / 1e9:.1f}), "
@@ -111,9 +110,9 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where there are 9 GB of disk, and memory to cache them")
+    parser.add_argument("folder", type=Path, help="folder on a disk with 9 GB free; needs memory to cache them")
     options = parser.parse_args()
     rows = []
     for case in CASES:

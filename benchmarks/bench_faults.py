@@ -1,13 +1,13 @@
-"""What the slow tests of faults do, with a record: jobs killed, cut off from power, out of disk; mutated checkpoints.
+"""Run the slow fault tests and record the results: killed jobs, power cuts, full disks, mutated checkpoints.
 
-    python benchmarks/bench_faults.py kills     # 50 SIGKILLs at random moments of whole jobs on the demo models
-    python benchmarks/bench_faults.py power     # 20 of them, and all that was not synchronised is dropped
-    python benchmarks/bench_faults.py disk      # a disk of one, two, ... nine tenths of what a job needs; wants root
+    python benchmarks/bench_faults.py kills     # 50 SIGKILLs at random moments of complete jobs on the demo models
+    python benchmarks/bench_faults.py power     # 20 of them, and all unsynchronized data is dropped
+    python benchmarks/bench_faults.py disk      # a disk of one, two, ... nine tenths of what a job needs; needs root
     python benchmarks/bench_faults.py mutants   # 20,000 mutated checkpoints through `inspect` and `load`
 
-Each stops at the first job that does not end with the bytes of an undisturbed one, or at the first checkpoint that is
-neither refused in one line nor loaded; what passed is left in benchmarks/results/faults_NAME.json. Long ones can be
-done in pieces: `--count 10 --seed 3 --add` adds to what stands there.
+Each part stops at the first job whose files differ from those of an undisturbed job, or at the first checkpoint that is
+neither refused in one line nor loaded. Results are written to benchmarks/results/faults_NAME.json. A long part can be
+split: `--count 10 --seed 3 --add` adds to the existing file.
 """
 
 import argparse
@@ -28,21 +28,21 @@ sys.path.insert(0, str(records.ROOT / "tests"))
 import faults  # noqa: E402
 import mutations  # noqa: E402
 
-FIRST_SEED = 1000  # of the mutants; those before belong to the quick test
+FIRST_SEED = 1000  # of the mutants; lower seeds belong to the quick test
 
 
 def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Jobs killed and resumed, alternately on either model."""
+    """Kill and resume jobs, alternating between the models."""
     with jobs(folder) as (worker, undisturbed):
         kinds = ["bloom", "llama"] * (count // 2)
         found = faults.kill_at_random(worker, undisturbed, folder, random.Random(seed), kinds)
     rows = [{"model": kind, "seconds": round(seconds, 3), "blocks_kept": kept} for kind, seconds, kept in found]
-    return {"killed": len(rows), "identical": len(rows), "with_blocks_to_go_on_behind": sum(
+    return {"killed": len(rows), "identical": len(rows), "with_blocks_to_resume_from": sum(
         row["blocks_kept"] > 0 for row in rows), "jobs": rows}
 
 
 def power(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Power cuts, alternately on either model."""
+    """Simulate power cuts, alternating between the models."""
     moments, rows = random.Random(seed), []
     with jobs(folder) as (worker, undisturbed):
         for number in range(count):
@@ -57,7 +57,7 @@ def power(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 
 def disk(folder: Path, _count: int, _seed: int) -> dict[str, Any]:
-    """Disks that fill up at every tenth of what a job needs."""
+    """Fill up disks of one to nine tenths of the size a job needs."""
     place, rows = folder / "disk", []
     place.mkdir()
     with jobs(folder) as (worker, undisturbed):
@@ -74,7 +74,7 @@ def disk(folder: Path, _count: int, _seed: int) -> dict[str, Any]:
 
 
 def mutants(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Mutated checkpoints: what came of them, by kind."""
+    """Open mutated checkpoints and count the outcomes."""
     bases, worker = mutations.bases(folder), mutations.Worker()
     counts: collections.Counter[str] = collections.Counter()
     first = FIRST_SEED + seed * count
@@ -91,7 +91,7 @@ def mutants(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 @contextmanager
 def jobs(folder: Path) -> Iterator[tuple[Any, dict[str, tuple[Path, float]]]]:
-    """A process for jobs, and what undisturbed ones have left."""
+    """A worker process for jobs, and the results of undisturbed jobs."""
     worker = faults.Worker(folder / "outcome.json")
     try:
         yield worker, faults.run_undisturbed(worker, folder)
@@ -100,7 +100,7 @@ def jobs(folder: Path) -> Iterator[tuple[Any, dict[str, tuple[Path, float]]]]:
 
 
 def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Figures added up, lists one behind the other; the most lost is the most of both."""
+    """Merge two results: numbers are added, lists concatenated, and of `most_` values the larger one is kept."""
     return {key: max(value, earlier[key]) if key.startswith("most_") else earlier[key] + value
             for key, value in now.items()}
 
@@ -110,12 +110,12 @@ PARTS: dict[str, tuple[Callable[[Path, int, int], dict[str, Any]], int]] = {
 
 
 def main() -> None:
-    """Run one part, and leave its record."""
+    """Run one part and write its result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--count", type=int, help="in place of the usual number")
+    parser.add_argument("--count", type=int, help="number of runs instead of the default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--add", action="store_true", help="to the record of runs with other seeds")
+    parser.add_argument("--add", action="store_true", help="add to the result of runs with other seeds")
     options = parser.parse_args()
     act, usual = PARTS[options.part]
     began = time.perf_counter()

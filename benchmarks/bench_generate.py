@@ -1,11 +1,11 @@
-"""Whole tokens on a CPU: ours against llama.cpp's Q4_0 and transformers with torch's int4 op, in one run.
+"""Measure generation on a CPU: gptq_belle, llama.cpp's Q4_0 and transformers on torch's int4 op, in one run.
 
-    python benchmarks/bench_generate.py      # LLaMA-7B cut to 8 blocks, 4 bit and head in 4 bits, 8 and 8; minutes
+    python benchmarks/bench_generate.py      # LLaMA-7B cut to 8 blocks, lm_head in 4 or 8 bits too; minutes
 
-Each repeat, every variant reads a prompt of 512 tokens, then decodes behind a short one, alone and in a batch of 8, in
-turn; figures are medians, ratios of medians of the same run. A step of decoding is held against a plain read of as many
-bytes as it takes of weights, which has its turns among the others. Without llama-cpp-python and gguf (see
-llama_peer.py) it is left out. The result is benchmarks/results/cpu_generate.json.
+In each repeat the variants take turns: prefill of 512 tokens, then decoding after a short prompt, alone and in a batch
+of 8. Results are medians; ratios are ratios of medians of the same run. A decode step is compared with a plain read of
+as many bytes as its weights have, measured in the same turns. llama.cpp is skipped if llama-cpp-python and gguf are
+missing (see llama_peer.py). Writes benchmarks/results/cpu_generate.json.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from gptq_belle.kernels import cpu_layout, cpu_matmul
 
 CONTEXT, TOKENS, PROMPT, BATCH = 8, 32, 512, 8
 OURS, FAST, EIGHT, HF, PEER = "4 bit exact", "4 bit fast", "8 bit exact", "hf_model, torch int4", "llama.cpp Q4_0"
-READ, CALLS = "plain read", "4 bit exact, every call from Python"  # of these only decoding
-TURNS = {"decode": 3, "batch": 1, "prefill": 1}  # of every variant in each repeat
+READ, CALLS = "plain read", "4 bit exact, every call from Python"  # measured for decoding only
+TURNS = {"decode": 3, "batch": 1, "prefill": 1}  # per variant in each repeat
 
 Timer = Callable[[str], float]
 
 
 def ours(model: Model, *, replays: bool = True) -> Timer:
-    """Seconds of the prefill, or of one step of decoding, recorded or call by call."""
+    """Seconds of the prefill or of one decode step, with recorded steps or call by call."""
     native = model.replays
 
     def run(what: str) -> float:
@@ -54,8 +54,8 @@ def ours(model: Model, *, replays: bool = True) -> Timer:
 
 
 def transformers_int4(path: Path) -> Timer:
-    """The same through transformers in bfloat16, its linears on torch's own int4 op."""
-    with patch("gptq_belle.kernels.cpu_layout.refusal", lambda *args: "left out, to compare"):
+    """The same for transformers in bfloat16 with linears on torch's int4 op."""
+    with patch("gptq_belle.kernels.cpu_layout.refusal", lambda *args: "disabled for the comparison"):
         model: Any = hf_model(path, device="cpu", dtype=torch.bfloat16)
 
     @torch.inference_mode()
@@ -74,7 +74,7 @@ def transformers_int4(path: Path) -> Timer:
 
 
 def llama_cpp(peer: LlamaCpp) -> Timer:
-    """The same in llama.cpp; it has no call here for a batch of sequences, so 8 tokens of one stand for it."""
+    """The same for llama.cpp, which has no call for a batch of sequences here: 8 tokens of one sequence replace it."""
     def run(what: str) -> float:
         if what == "prefill":
             return peer.seconds(0, PROMPT)
@@ -83,13 +83,13 @@ def llama_cpp(peer: LlamaCpp) -> Timer:
 
 
 def plain_read(size: int) -> Timer:
-    """Seconds of reading so many bytes."""
+    """Seconds to read `size` bytes."""
     codes = cpu_layout.empty_codes(1, 1, -(-size // 64)).fill_(1)
     return lambda what: seconds(lambda: cpu_matmul.read(codes))
 
 
 def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by what is done and variant; the first repeat does not count."""
+    """Seconds by task and variant; the first repeat is a warm-up."""
     times: dict[str, dict[str, list[float]]] = {
         what: {name: [] for name in variants if what == "decode" or name not in (READ, CALLS)} for what in TURNS}
     for _ in range(repeats + 1):
@@ -101,7 +101,7 @@ def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, lis
 
 
 def rows_of(times: dict[str, dict[str, list[float]]], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """A row of figures for every variant and what it did; of those with a size, the share of a plain read."""
+    """One row per task and variant; variants with a known size also get their share of a plain read."""
     tokens = {"decode": 1, "batch": BATCH, "prefill": PROMPT}
     speed, rows = sizes[OURS] / spread(times["decode"].pop(READ)).median, []
     print(f"{READ}: {speed / 1e9:.1f} GB/s")
@@ -115,14 +115,14 @@ def rows_of(times: dict[str, dict[str, list[float]]], sizes: dict[str, int]) -> 
                 row |= {"bytes": sizes[name], "Bps": sizes[name] / s.median, "read_Bps": speed,
                         "share_of_read": sizes[name] / s.median / speed}
             rows.append(row)
-            share = f", {row['share_of_read']:.2f} of a read" if "share_of_read" in row else ""
+            share = f", {row['share_of_read']:.2f} of a plain read" if "share_of_read" in row else ""
             print(f"{what:8} {name:35} {1e3 * s.median:9.2f} ms {row['tokens_per_s']:8.1f} tokens/s, "
                   f"{row['time_of_ours']:5.2f} of ours{share}", flush=True)
     return rows
 
 
 def models(scratch: Path, layers: int) -> tuple[Path, dict[str, Model]]:
-    """The 4-bit directory, and what is loaded of it and of the 8-bit one."""
+    """Write the 4-bit and 8-bit checkpoints; return the 4-bit directory and the loaded models."""
     four, eight = scratch / "4", scratch / "8"
     make("llama-7b", four, layers=layers)
     make("llama-7b", eight, layers=layers, bits=8)
@@ -131,7 +131,7 @@ def models(scratch: Path, layers: int) -> tuple[Path, dict[str, Model]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)

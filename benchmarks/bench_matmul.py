@@ -1,14 +1,13 @@
-"""Products with packed weights on a CPU, against torch's int4 op, dense matrices and llama.cpp, in one run.
+"""Measure packed products on a CPU next to torch's int4 op, dense matrices and llama.cpp, in one run.
 
     python benchmarks/bench_matmul.py                      # shapes of BELLE-7B and LLaMA, M = 1 to 512; minutes
     python benchmarks/bench_matmul.py --set llama-7b --rows 1 512 --repeats 5
-    python benchmarks/bench_matmul.py --stack              # 8 blocks of LLaMA-7B and a head, token by token
+    python benchmarks/bench_matmul.py --stack              # 8 blocks of LLaMA-7B and an lm_head, token by token
 
-Variants take turns within each repeat, each with the next of its copies of the weight, so that all of them meet the
-same disturbances and none finds its weight in the cache. Figures are medians; ratios are of medians of the same run.
-llama.cpp has no entry for one product: with --stack it runs a random Q4_0 model of the same shape, whole tokens, where
-it is installed (see llama_peer.py). The result is benchmarks/results/cpu_matmul.json (or cpu_stack.json); --name names
-another.
+Variants take turns within each repeat, each with the next of its copies of the weight, so that all of them see the same
+disturbances and none finds its weight in the cache. Results are medians; ratios are ratios of medians of the same run.
+llama.cpp has no call for a single product: with --stack it generates whole tokens with a random Q4_0 model of the same
+shape, if it is installed (see llama_peer.py). Writes benchmarks/results/cpu_matmul.json, cpu_stack.json or --name.
 """
 
 import argparse
@@ -40,20 +39,20 @@ from gptq_belle.kernels import cpu_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.library import library
 
-SETS = {  # inputs, outputs of every linear
+SETS = {  # (in_features, out_features) of every linear
     "belle-7b": {"query_key_value": (4096, 12288), "dense": (4096, 4096), "h_to_4h": (4096, 16384),
                  "4h_to_h": (16384, 4096), "head": (4096, 250880)},
     "llama-7b": {"attention": (4096, 4096), "gate, up": (4096, 11008), "down": (11008, 4096), "head": (4096, 32000)},
     "llama-13b": {"attention": (5120, 5120), "gate, up": (5120, 13824), "down": (13824, 5120)},
 }
-FEW = 16  # rows: their passes are so short that what ran before shows
-WARM_UP = 0.5  # seconds of each case: the first products after a pause take up to twice as long
+FEW = 16  # rows: these passes are so short that the previous variant affects them
+WARM_UP = 0.5  # seconds per case: the first products after a pause take up to twice as long
 BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # LLaMA-7B
 BLOCKS, HEAD, CONTEXT = 8, (4096, 32000), 8
 
 
 def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each variant at M = rows, after WARM_UP seconds of turns that do not count."""
+    """Median seconds of each variant at M = rows, after a warm-up of WARM_UP seconds."""
     x = {name: activations(name, rows, inputs) for name in variants}
     turns = {name: itertools.cycle(variant.copies) for name, variant in variants.items()}
 
@@ -68,7 +67,7 @@ def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: i
 
 
 def once(variants: dict[str, Variant], inputs: int) -> None:
-    """Use every copy once: while what was just written leaves the caches, reading takes up to twice as long."""
+    """Use every copy once: reading takes up to twice as long while written data is still leaving the caches."""
     for name, variant in variants.items():
         x = activations(name, 1, inputs)
         for product in variant.copies:
@@ -76,7 +75,7 @@ def once(variants: dict[str, Variant], inputs: int) -> None:
 
 
 def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A row of figures for each M and variant; ours and the plain read are measured again with each set."""
+    """One row per M and variant; our 4-bit product and the plain read are measured again with each set."""
     found: list[dict[str, Any]] = []
     for variants in variants_of(inputs, outputs):
         once(variants, inputs)
@@ -91,13 +90,13 @@ def measure_shape(inputs: int, outputs: int, rows: Sequence[int], repeats: int) 
                     "bytes": variants[name].bytes, "Bps": speeds[name], "share_of_read": speeds[name] / speeds[READ],
                     "operations_per_s": operations, "time_of_ours": taken / medians[OURS]}]
                 print(f"{inputs} x {outputs}, M = {m}: {name:14} {1e3 * taken:8.3f} ms {speeds[name] / 1e9:6.1f} GB/s, "
-                      f"{speeds[name] / speeds[READ]:.2f} of a read, {operations / 1e9:6.0f} GOP/s, "
+                      f"{speeds[name] / speeds[READ]:.2f} of a plain read, {operations / 1e9:6.0f} GOP/s, "
                       f"{taken / medians[OURS]:5.2f} of ours", flush=True)
     return found
 
 
 def measure_prepare(shapes: Sequence[tuple[int, int]], repeats: int) -> dict[str, float]:
-    """Median seconds to lay out 4-bit weights of these shapes, one after the other, and the bytes of their codes."""
+    """Median seconds to convert 4-bit weights of these shapes to the CPU layout, and the bytes of their codes."""
     weights = []
     for inputs, outputs in shapes:
         words = torch.randint(-(2**31), 2**31 - 1, (inputs // 8, outputs), dtype=torch.int32)
@@ -107,12 +106,12 @@ def measure_prepare(shapes: Sequence[tuple[int, int]], repeats: int) -> dict[str
     times = [seconds(lambda: [cpu_layout.prepare(weight) for weight in weights]) for _ in range(repeats + 1)]
     size = sum(weight.qweight.nbytes for weight in weights)
     taken = spread(times[1:]).median
-    print(f"laid out {size / 1e6:.0f} MB in {taken:.3f} s: {size / taken / 1e9:.2f} GB/s", flush=True)
+    print(f"converted {size / 1e6:.0f} MB in {taken:.3f} s: {size / taken / 1e9:.2f} GB/s", flush=True)
     return {"seconds": taken, "bytes": size}
 
 
 def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Multiply]], int]:
-    """The linears of 8 blocks and a head with their inputs, and the bytes of all."""
+    """The linears of 8 blocks and an lm_head with their in_features, and their total bytes."""
     shapes = [*BLOCK * BLOCKS, HEAD]
     made = [make(inputs, outputs) for inputs, outputs in shapes]
     products = [(inputs, variant.copies[0]) for (inputs, _), variant in zip(shapes, made, strict=True)]
@@ -120,20 +119,20 @@ def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Multiply
 
 
 def run_stack(linears: Sequence[tuple[int, Multiply]], x: dict[int, Tensor]) -> None:
-    """One pass through all linears."""
+    """Run one pass through all linears."""
     for inputs, product in linears:
         product(x[inputs])
 
 
 def settled(rows: int, measure: Callable[[], float]) -> float:
-    """Seconds of a pass; with few rows, of the second in a row, when threads of the one before have gone to sleep."""
+    """Seconds of a pass; with few rows, of a second pass, when the previous variant's threads are asleep."""
     if rows <= FEW:
         measure()
     return measure()
 
 
 def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Tokens per second of the linears of 8 blocks of LLaMA-7B and a 4-bit head; whole tokens in llama.cpp."""
+    """Tokens/s of the linears of 8 blocks of LLaMA-7B and a 4-bit lm_head; whole tokens for llama.cpp."""
     makers: dict[str, Callable[[int, int], Variant]] = {
         "4 bit exact": lambda k, n: native(k, n, 4, 1, "exact"),
         "4 bit fast": lambda k, n: native(k, n, 4, 1, "fast"),
@@ -163,7 +162,7 @@ def measure_rows(m: int, stacks: dict[str, tuple[list[tuple[int, Multiply]], int
         size = stacks[name][1] if name in stacks else None
         found.append({"rows": m, "variant": name, "seconds": taken, "tokens_per_s": m / taken, "bytes": size,
                       "read_Bps": read, "time_of_ours": taken / ours,
-                      "what": "linears alone" if size else f"whole tokens behind {CONTEXT}"})
+                      "what": "linears alone" if size else f"whole tokens after {CONTEXT}"})
         speed = f"{size / taken / 1e9:5.1f} GB/s of {read / 1e9:.1f}" if size else ""
         print(f"stack, M = {m}: {name:14} {1e3 * taken:8.2f} ms {m / taken:8.1f} tokens/s, {taken / ours:5.2f} of "
               f"ours {speed}", flush=True)
@@ -171,14 +170,14 @@ def measure_rows(m: int, stacks: dict[str, tuple[list[tuple[int, Multiply]], int
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="whose shapes")
+    parser.add_argument("--set", nargs="+", choices=SETS, default=list(SETS), help="models to measure")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 128, 512], help="values of M")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--stack", action="store_true", help="8 blocks of LLaMA-7B instead of single products")
-    parser.add_argument("--name", help="of the file in benchmarks/results")
+    parser.add_argument("--name", help="name of the file in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Products with packed weights on a GPU, against cuBLAS, torch's int4 op, gemlite and GPTQModel, in one run.
+"""Measure packed products on a GPU next to cuBLAS, torch's int4 op, gemlite and GPTQModel, in one run.
 
     python benchmarks/bench_matmul_cuda.py --out FOLDER                # all shapes, M = 1 to 2048; 3 minutes
     python benchmarks/bench_matmul_cuda.py --set llama-7b --rows 1 16 2048 --bits 4 8
 
-Every variant goes through so many copies of its weight that none is found in the L2 cache, in a CUDA graph, between
-events; figures are medians of 7 intervals. The bandwidth of a copy and the speed of cuBLAS on large matrices are
-measured in the same run. Writes cuda_matmul.json and cuda_matmul.txt.
+Every variant cycles through enough copies of its weight to exceed the L2 cache, in a CUDA graph, timed with events;
+results are medians of 7 intervals. The bandwidth of a copy and the speed of cuBLAS on large matrices are measured in
+the same run. Writes cuda_matmul.json and cuda_matmul.txt.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from torch import Tensor
 from gptq_belle.bench import bandwidth
 from gptq_belle.kernels import triton_matmul
 
-AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative error of a result as a whole, against float32
+AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative error (Frobenius norm) to float32
 CUBLAS = "cuBLAS float16"
-GOALS = (  # name, rows, figure, at least; over every shape but the one named apart
+GOALS = (  # name, rows, metric, minimum; over every shape except APART
     ("M = 1 to 16: share of a copy's bandwidth", (1, 2, 4, 8, 16), "share_of_copy", 0.85),
     ("M = 256 to 1024: speed of cuBLAS", (256, 512, 1024), "times_cublas", 0.6),
     ("M = 2048: speed of cuBLAS", (2048,), "times_cublas", 0.9),
@@ -33,7 +33,7 @@ APART, APART_GOAL = (4096, 16384), 0.5
 
 
 class Variant:
-    """Copies of one weight as products, made when they are first needed; `reason` says why there are none."""
+    """Copies of one weight as products, created on first use; `reason` is set if the variant is skipped."""
 
     def __init__(self, make: Callable[[], Product], dtype: torch.dtype, size: int, device: torch.device) -> None:
         self.dtype, self.size, self.reason = dtype, size, ""
@@ -41,13 +41,13 @@ class Variant:
         self._products: list[Product] = []
 
     def products(self) -> list[Product]:
-        """The copies; raises what making them raises."""
+        """The copies; errors of their creation propagate."""
         if not self._products:
             self._products = [self._make() for _ in range(bandwidth.copies(self.size, self._device, most=32))]
         return self._products
 
     def seconds(self, x: Tensor, expected: Tensor) -> dict[str, float] | None:
-        """Median, least and most seconds of a product; None, and a reason, where it fails or multiplies wrongly."""
+        """Median, lowest and highest seconds of a product; None, with `reason` set, if it fails or is incorrect."""
         if self.reason:
             return None
         try:
@@ -58,7 +58,7 @@ class Variant:
                 self.reason = f"wrong result: relative error {error:.1e}"
                 return None
             found = bandwidth.device_seconds([partial(product, x) for product in products])
-        except Exception as error:  # of a peer that is not there or has changed: told in the record, the others go on
+        except Exception as error:  # a peer is missing or has changed: recorded, the others continue
             self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return None
         return {"seconds": found.median, "low": found.low, "high": found.high}
@@ -66,7 +66,7 @@ class Variant:
 
 def variants_of(inputs: int, outputs: int, bits: Sequence[int],
                 device: torch.device) -> tuple[dict[str, Variant], Tensor]:
-    """All variants of one shape, and the weight (K, N) in float32 that those of 4 bits share."""
+    """All variants of one shape, and the float32 weight (K, N) that the 4-bit variants share."""
     weight = random_weight(inputs, outputs, 4, device)
     codes, scales = codes_of(weight)
     found = {}
@@ -81,14 +81,14 @@ def variants_of(inputs: int, outputs: int, bits: Sequence[int],
 
 
 def ours(weight: Any) -> Product:
-    """A copy of a weight, multiplied as `dispatch` would."""
+    """A product with a copy of a weight, as `dispatch` would run it."""
     copy = weight._replace(words=weight.words.clone(), scales=weight.scales.clone())
     return lambda x: triton_matmul.quant_matmul(x, copy)
 
 
 def measure_shape(inputs: int, outputs: int, rows: Sequence[int], bits: Sequence[int], limits: dict[str, float],
                   device: torch.device, deadline: Deadline) -> list[dict[str, Any]]:
-    """A row of figures for each M and variant."""
+    """One row per M and variant."""
     variants, exact = variants_of(inputs, outputs, bits, device)
     found: list[dict[str, Any]] = []
     for m in rows:
@@ -98,7 +98,7 @@ def measure_shape(inputs: int, outputs: int, rows: Sequence[int], bits: Sequence
         expected = x.float() @ exact
         lines = {}
         for name, variant in variants.items():
-            other = name.startswith("ours") and "4" not in name  # a weight of its own: compared with nothing else
+            other = name.startswith("ours") and "4" not in name  # another weight: its expected result differs
             times = variant.seconds(x, own_result(variant, x) if other else expected)
             if times:
                 lines[name] = times
@@ -115,12 +115,12 @@ def measure_shape(inputs: int, outputs: int, rows: Sequence[int], bits: Sequence
 
 
 def own_result(variant: Variant, x: Tensor) -> Tensor:
-    """What a variant on a weight of its own finds in float32, where the weight is expanded exactly."""
+    """The result of a variant with another weight in float32, where the weight is expanded exactly."""
     return variant.products()[0](x.float())
 
 
 def text(line: dict[str, Any]) -> str:
-    """A row for reading."""
+    """One row as text."""
     times = "" if line["times_cublas"] is None else f", {line['times_cublas']:5.2f} x cuBLAS"
     return (f"{line['inputs']:5} x {line['outputs']:5}, M = {line['rows']:4}: {line['variant']:16} "
             f"{1e6 * line['seconds']:8.1f} us, {line['share_of_copy']:5.2f} of a copy, "
@@ -128,7 +128,7 @@ def text(line: dict[str, Any]) -> str:
 
 
 def goals(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst figure of ours at 4 bits for each goal, and whether it is reached; None where nothing was measured."""
+    """The worst 4-bit result of ours for each goal, and whether it is reached; None if nothing was measured."""
     mine = [line for line in lines if line.get("variant") == "ours, 4 bits"]
 
     def worst(name: str, rows: Sequence[int], figure: str, least: float, apart: bool) -> dict[str, Any]:
@@ -143,13 +143,13 @@ def goals(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--set", nargs="+", choices=SHAPES, default=list(SHAPES), help="whose shapes")
+    parser.add_argument("--set", nargs="+", choices=SHAPES, default=list(SHAPES), help="models to measure")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="values of M")
-    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8), default=[4, 8], help="of our weights")
-    parser.add_argument("--budget", type=float, default=600, help="seconds, after which no new M is begun")
-    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the record")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8), default=[4, 8], help="bits of our weights")
+    parser.add_argument("--budget", type=float, default=600, help="time limit in seconds; no new M is started after it")
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the results")
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
     limits = {"copy": bandwidth.copy_bandwidth(device).median, "matrix": bandwidth.matrix_peak(device).median}
@@ -161,10 +161,10 @@ def main() -> None:
         torch.cuda.empty_cache()
         content = head(device) | {"copy_Bps": limits["copy"], "matrix_operations_per_s": limits["matrix"],
                                   "complete": not deadline.over(), "goals": goals(lines), "results": lines}
-        write(args.out, "cuda_matmul", content)  # after every shape: what a time limit ends is not lost
+        write(args.out, "cuda_matmul", content)  # after every shape, so that a timeout loses nothing
     summary = [f"{goal['goal']}: at least {goal['least']}, worst {goal['worst'] and round(goal['worst'], 3)}"
                for goal in goals(lines)]
-    table = [text(line) if "variant" in line else f"{line['inputs']} x {line['outputs']}, left out: {line['left_out']}"
+    table = [text(line) if "variant" in line else f"{line['inputs']} x {line['outputs']}, skipped: {line['left_out']}"
              for line in lines]
     (args.out / "cuda_matmul.txt").write_text("\n".join([*table, "", *summary]) + "\n", encoding="utf-8")
     print(*summary, sep="\n")

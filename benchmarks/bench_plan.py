@@ -1,9 +1,9 @@
-"""What `plan` says by arithmetic against what processes take: six cut-down models of true widths, one after the other.
+"""Compare the estimate of `plan` with the memory of processes: six models of real widths with fewer blocks.
 
     python benchmarks/bench_plan.py        # writes and removes models of up to 2.6 GB; minutes
 
-Each is written by make_model, loaded in a process of its own, reads a prompt and decodes some tokens; the peak of its
-anonymous memory, above that of the libraries, is held against the plan. The result is benchmarks/results/plan.json.
+Each model is written by make_model and loaded in its own process, which prefills a prompt and decodes some tokens. The
+peak of anonymous memory, without that of the libraries, is compared with the plan. Writes benchmarks/results/plan.json.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from gptq_belle.models.dimensions import dimensions
 
 
 class Case(NamedTuple):
-    """A model cut to `layers` blocks, how it is held, and the work: batch sequences of `context` tokens."""
+    """A model cut to `layers` blocks, its memory settings, and the workload: `batch` sequences of `context` tokens."""
 
     model: str
     layers: int
@@ -42,13 +42,13 @@ CASES = (
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    """Bytes by plan and as measured, and their ratio."""
+    """Planned and measured bytes, and their ratio."""
     make(case.model, folder, bits=case.setting.bits, layers=case.layers)
     found = footprint.fresh(folder, device="cpu", head_bits=case.setting.head_bits, cache=case.setting.cache,
                        prompt=case.context - footprint.STEPS, batch=case.batch)
     planned = needs(dimensions(read_config(folder)), case.setting, case.context, case.batch)
     if found.peak_bytes is None:
-        raise SystemExit("this system does not tell what a process takes")
+        raise SystemExit("this system does not report the memory of a process")
     return {"model": case.model, "layers": case.layers, "context": case.context, "batch": case.batch,
             **asdict(case.setting), "planned": asdict(planned), "planned_bytes": planned.model,
             "measured_bytes": found.peak_bytes, "loaded_bytes": found.loaded_bytes,
@@ -56,7 +56,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     rows = []
     for case in CASES:

@@ -1,9 +1,10 @@
-"""What the CPU kernels' precision costs: KL of the 4-bit and 8-bit demo models with `exact` and `fast` activations.
+"""Measure the effect of the CPU kernels' precision: KL of the demo models with `exact` and `fast` activations.
 
     python benchmarks/bench_precision.py          # both models; a few minutes
 
-KL is over examples/belle_tiny/data/heldout.jsonl: of the quantized model to the full-precision one with each
-precision, and of `exact` and `fast` to the same packed weights expanded and multiplied by torch in float32.
+KL is computed on examples/belle_tiny/data/heldout.jsonl, from the full-precision model to the 4-bit and 8-bit models
+with each precision, and from the same packed weights, expanded and multiplied by torch in float32, to `exact` and
+`fast`.
 """
 
 import argparse
@@ -29,7 +30,7 @@ LIMIT = 20_000  # tokens
 
 
 class Expanded(nn.Module):
-    """A packed linear, multiplied by torch in float32."""
+    """A packed linear expanded to float32 and multiplied by torch."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Expanded(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) to (..., N)."""
+        """Map x (..., K) to (..., N)."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -61,7 +62,7 @@ def expanded(path: Path) -> Logits:
 
 
 def measure(source: Path, bits: int) -> dict[str, Any]:
-    """Figures of one model quantized to `bits`."""
+    """KL, top-1 agreement and perplexity of one model quantized to `bits`."""
     base = load(source, device="cpu")
     text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
 
@@ -79,7 +80,7 @@ def measure(source: Path, bits: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     models: dict[str, Any] = {}
     for architecture in ("bloom", "llama"):

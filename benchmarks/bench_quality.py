@@ -1,11 +1,12 @@
-"""What every way of quantizing costs the demo models: KL, perplexity, exact match by class.
+"""Measure the quality of the quantized demo models: KL, perplexity, exact match by class.
 
     python benchmarks/bench_quality.py            # both models, every test question; some minutes
-    python benchmarks/bench_quality.py --ladder --per-class 12    # what each idea of the presets adds; an hour
+    python benchmarks/bench_quality.py --ladder --per-class 12    # ablation of the presets; an hour
     python benchmarks/bench_quality.py --ladder --per-class 12 --rungs max    # preset max alone; half an hour
-    python benchmarks/tables.py                   # the tables of the READMEs, from the JSON this leaves
+    python benchmarks/tables.py                   # the tables of the READMEs, from the written JSON
 
-Perplexity and KL are over examples/belle_tiny/data/heldout.jsonl, scores over data/test.jsonl, greedy, in float32.
+Perplexity and KL are computed on examples/belle_tiny/data/heldout.jsonl, scores on data/test.jsonl with greedy
+decoding, all in float32.
 """
 
 import argparse
@@ -29,8 +30,8 @@ from gptq_belle.evaluation.perplexity import read_text
 TINY = records.ROOT / "examples" / "belle_tiny"
 MODELS = ("bloom", "llama")
 WINDOW, TOKENS = 256, 12288  # of held-out text
-ANSWER, BATCH = 96, 120  # tokens an answer, at most (the longest expected one has 73), and answers at a time
-VARIANTS: dict[str, QuantConfig | None] = {  # plain GPTQ; the ladder has what preset best makes of it
+ANSWER, BATCH = 96, 120  # most tokens per answer (the longest reference has 73), and batch size
+VARIANTS: dict[str, QuantConfig | None] = {  # plain GPTQ; preset best is measured by --ladder
     "full precision": None,
     "8 bit GPTQ": QuantConfig(bits=8, preset="fast"),
     "4 bit GPTQ": QuantConfig(bits=4, preset="fast"),
@@ -46,7 +47,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def measure(base: Model, model: Model, rows: list[Row]) -> dict[str, Any]:
-    """Figures of one variant; KL is to `base`."""
+    """Metrics of one variant; KL is relative to `base`."""
     text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
     figures = divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW, limit=TOKENS)
     scores = evaluate(model, rows, limit=ANSWER, batch=BATCH)
@@ -58,7 +59,7 @@ def measure(base: Model, model: Model, rows: list[Row]) -> dict[str, Any]:
 
 
 def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, figures) for every variant of one model."""
+    """Yield (name, metrics) for every variant of one model."""
     base = load(source)
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in VARIANTS.items():
@@ -71,7 +72,7 @@ def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any
 
 
 def all_variants(architecture: str, rows: list[Row]) -> dict[str, Any]:
-    """Figures of one model by variant, each printed as soon as it is there."""
+    """Metrics of one model by variant; prints each when it is measured."""
     found = {}
     for name, figures in variants(TINY / architecture, rows):
         found[name] = figures
@@ -81,17 +82,17 @@ def all_variants(architecture: str, rows: list[Row]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--per-class", type=int, help="only the first so many test questions of each class")
-    parser.add_argument("--ladder", action="store_true", help="the ideas of preset best one by one instead")
-    parser.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=[], help="measure only these again")
+    parser.add_argument("--per-class", type=int, help="number of test questions per class; default: all")
+    parser.add_argument("--ladder", action="store_true", help="run the ablation of the presets instead")
+    parser.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=[], help="measure only these rungs again")
     args = parser.parse_args()
     rows = read_rows(TINY / "data" / "test.jsonl", args.per_class)
     if args.ladder:
         ladder.main({name: TINY / name for name in MODELS}, partial(measure, rows=rows), rows, args.rungs)
         return
-    # A process a model, a thread each: operations of this size gain next to nothing from a second thread.
+    # One process per model with one thread each: operations of this size gain almost nothing from a second thread.
     with ProcessPoolExecutor(len(MODELS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         models = dict(zip(MODELS, pool.map(all_variants, MODELS, [rows] * len(MODELS)), strict=True))
     settings = {"group_size": 128, "calibration": "builtin, 128 rows of 256 tokens", "questions": len(rows),

@@ -1,15 +1,15 @@
-"""Where a quantization job's seconds go, what the dry run foretold, and how long GPTQModel takes for the same.
+"""Measure the time of a quantization job by phase, the estimate of the dry run, and the time of GPTQModel.
 
     python benchmarks/bench_quantize.py                        # the demo models, and a random LLaMA of hidden size 1024
     python benchmarks/bench_quantize.py MODEL... --rows 32 --seq-len 512 --peer-python PYTHON
 
-PYTHON is the interpreter of an environment that has GPTQModel 7 installed. It gets the token ids that ours calibrates
-on, computes in float32 as ours does (its own choice, bfloat16, is slower on processors that have no instructions for
-it), and is told of four processors where there are fewer, for it refuses to start on two. Each run is a process of its
-own, in turns with the other's, `--repeats` times, and medians are quoted. Seconds go from the source directory to the
-written one, on both sides: importing Python packages is left out, loading the model and writing it are in, and in ours
-also the tokenizing, the checksums of the source, what is kept for a restart, and the reading back. The first run of
-the peer, which compiles its extensions, is not counted. Another preset than fast takes turns with fast.
+PYTHON is the interpreter of an environment with GPTQModel 7. GPTQModel gets the token ids of our calibration, computes
+in float32 as ours does (its default, bfloat16, is slower on processors without bfloat16 instructions), and sees at
+least four processors, because it refuses to start on fewer. Each run is a separate process; both sides take turns,
+`--repeats` times, and results are medians. The time covers the way from the source directory to the written one on both
+sides: it excludes importing Python packages and includes loading and writing the model, and for ours also tokenization,
+checksums of the source, the journal for resuming, and reading back. The first run of GPTQModel, which compiles its
+extensions, is not counted. A preset other than fast takes turns with fast.
 """
 
 import argparse
@@ -67,9 +67,9 @@ print(json.dumps({"seconds": at[-1] - at[0], "phases": dict(zip(("loading", "qua
 
 
 def answer(python: str, *arguments: object) -> dict[str, Any]:
-    """Run Python in a process; from the last line that begins an object, what it prints, as JSON.
+    """Run Python in a process and parse its output as JSON, from the last line that starts an object.
 
-    The peer's has none of our PYTHON... variables: with the root on its path it would find our `kernels`.
+    The peer runs without our PYTHON* variables: with the root on its path it would import our `kernels`.
     """
     ours = python == sys.executable
     kept = {key: value for key, value in os.environ.items() if ours or not key.startswith("PYTHON")}
@@ -85,7 +85,7 @@ def answer(python: str, *arguments: object) -> dict[str, Any]:
 
 
 def random_model(folder: Path) -> Path:
-    """A LLaMA of random weights that is large enough for the time to go into work, with the demo model's tokenizer."""
+    """Write a LLaMA with random weights, large enough that compute dominates, with the demo model's tokenizer."""
     source = folder / "llama_1024"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(RANDOM))
@@ -96,7 +96,7 @@ def random_model(folder: Path) -> Path:
 
 
 def write_rows(source: Path, rows: int, seq_len: int, path: Path) -> None:
-    """The token ids that our job calibrates on, for the peer."""
+    """Write the token ids of our calibration for the peer."""
     from gptq_belle import Calibration
     from gptq_belle.checkpoint.reader import CheckpointReader
     from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
@@ -109,14 +109,14 @@ def write_rows(source: Path, rows: int, seq_len: int, path: Path) -> None:
 
 
 def measure(source: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Medians of one model: ours by phase and block beside what the dry run says, and the peer's where there is one."""
+    """Medians of one model: ours by phase and block, the estimate of the dry run, and the peer if there is one."""
     size, rows, out = (options.rows, options.seq_len), scratch / "rows.json", scratch / "ours"
     write_rows(source, *size, rows)
-    foretold, ours, plain, peers = [], [], [], []
+    estimates, ours, plain, peers = [], [], [], []
     dry = ["-m", "gptq_belle.quantize", source, out, "--preset", options.preset, "--rows", size[0], "--seq-len",
            size[1], "--allow-short", "--dry-run", "--json"]
     for turn in range(options.repeats):
-        foretold.append(answer(sys.executable, *dry)["seconds"])
+        estimates.append(answer(sys.executable, *dry)["seconds"])
         ours.append(answer(sys.executable, "-c", OURS, source, out, options.preset, *size))
         if options.preset != "fast":
             plain.append(answer(sys.executable, "-c", OURS, source, out, "fast", *size)["seconds"])
@@ -124,11 +124,11 @@ def measure(source: Path, options: argparse.Namespace, scratch: Path) -> dict[st
             peers.append(answer(options.peer_python, "-c", PEER, source, scratch / f"peer{turn}", rows))
     median = middle(ours)
     found = {"seconds": median["seconds"], "spread": [run["seconds"] for run in ours],
-             "foretold_seconds": statistics.median(foretold), "foretold_spread": foretold,
+             "estimated_seconds": statistics.median(estimates), "estimated_spread": estimates,
              "mean_error": median["mean_error"],
              "phases": {name: sum(block.get(name, 0.0) for block in median["phases"]) for name in PHASES},
              "blocks": median["phases"]}
-    found["foretold_ratio"] = found["foretold_seconds"] / found["seconds"]
+    found["estimated_ratio"] = found["estimated_seconds"] / found["seconds"]
     if plain:
         found |= {"fast_seconds": statistics.median(plain), "fast_spread": plain,
                   "times_fast": median["seconds"] / statistics.median(plain)}
@@ -140,45 +140,45 @@ def measure(source: Path, options: argparse.Namespace, scratch: Path) -> dict[st
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run with the median of the seconds."""
+    """The run with the median time."""
     seconds: Callable[[dict[str, Any]], float] = lambda run: run["seconds"]  # noqa: E731
     return sorted(runs, key=seconds)[len(runs) // 2]
 
 
 def record_name(preset: str) -> str:
-    """Of the file below benchmarks/results."""
+    """Name of the file in benchmarks/results."""
     return "quantize" if preset == "fast" else f"quantize_{preset}"
 
 
 def models_so_far(options: argparse.Namespace) -> dict[str, Any]:
-    """What an earlier run has measured."""
+    """The models that an earlier run measured."""
     models: dict[str, Any] = json.loads((records.RESULTS / f"{record_name(options.preset)}.json").read_text())["models"]
     return models
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    """One model's lines of the table."""
-    print(f"{name}: {result['seconds']:.1f} s (foretold {result['foretold_seconds']:.1f}) of which " + ", ".join(
+    """Print the results of one model."""
+    print(f"{name}: {result['seconds']:.1f} s (estimate {result['estimated_seconds']:.1f}) of which " + ", ".join(
         f"{phase} {result['phases'][phase]:.2f}" for phase in PHASES))
     if "times_fast" in result:
-        print(f"{name}: {result['times_fast']:.2f} times preset fast's {result['fast_seconds']:.1f} s", flush=True)
+        print(f"{name}: {result['times_fast']:.2f} times the {result['fast_seconds']:.1f} s of preset fast", flush=True)
     if "ratio" in result:
         print(f"{name}: GPTQModel {result['gptqmodel']['seconds']:.1f} s, ratio {result['ratio']:.2f}", flush=True)
 
 
 def main() -> None:
-    """Measure, print a table, and leave benchmarks/results/quantize.json, or quantize_PRESET.json of another preset."""
+    """Measure, print a table, and write benchmarks/results/quantize.json (quantize_PRESET.json for other presets)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("models", nargs="*", type=Path, help="left out, the demo models and a random one")
-    parser.add_argument("--preset", default="fast", help="best does more than the peer: leave that out then")
+    parser.add_argument("models", nargs="*", type=Path, help="default: the demo models and a random one")
+    parser.add_argument("--preset", default="fast", help="preset of our job; compare only fast with the peer")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer-python", help="of an environment with GPTQModel")
-    parser.add_argument("--add", action="store_true", help="to the models that stand in the record")
+    parser.add_argument("--peer-python", help="interpreter of an environment with GPTQModel")
+    parser.add_argument("--add", action="store_true", help="add to the models of the existing result")
     options = parser.parse_args()
-    sys.argv = ["PYTHON" if word == options.peer_python else word for word in sys.argv]  # as the record tells it
-    options.peer_python = options.peer_python and os.path.abspath(options.peer_python)  # it runs in another folder
+    sys.argv = ["PYTHON" if word == options.peer_python else word for word in sys.argv]  # as the result file shows it
+    options.peer_python = options.peer_python and os.path.abspath(options.peer_python)  # it runs elsewhere
     found = models_so_far(options) if options.add else {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

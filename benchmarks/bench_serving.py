@@ -1,4 +1,4 @@
-"""Tokens a second of a server with one stream and with several, taken in turns; time to first token beside them.
+"""Measure tokens/s and time to first token of a server with one stream and with several, in turns.
 
     gptq-belle quantize examples/belle_tiny/bloom build/bloom-4bit --preset fast --allow-short   # and llama
     python benchmarks/bench_serving.py build/bloom-4bit build/llama-4bit
@@ -24,7 +24,7 @@ PROMPT = "写一首关于春天的诗"
 
 @contextmanager
 def server(path: str, slots: int) -> Iterator[str]:
-    """A server of a model on a free port; its address."""
+    """Start a server on a free port and yield its address."""
     command = [sys.executable, "-m", "gptq_belle.cli", "serve", path, "--port", "0", "--device", "cpu", "--json",
                "--max-batch", str(slots)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -33,7 +33,7 @@ def server(path: str, slots: int) -> Iterator[str]:
         while not said.endswith("}\n"):
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"the server of {path} ended with {process.wait()}")
+                raise SystemExit(f"the server of {path} exited with code {process.wait()}")
             said += line
         try:
             yield json.loads(said)["url"]
@@ -42,10 +42,10 @@ def server(path: str, slots: int) -> Iterator[str]:
 
 
 async def stream(url: str, tokens: int) -> tuple[int, float]:
-    """(tokens, seconds to the first) of one answer.
+    """Request one answer; return its tokens and the seconds to the first one.
 
-    The client shares the cores with the server, so it does no more than a client must: every event is read and parsed.
-    Chunks end where events do, so that the lines of chunked encoding stand in front of an event and are skipped.
+    The client shares the cores with the server, so it does only what every client must: read and parse each event.
+    A chunk ends with an event, so the lines of the chunked encoding precede an event and are skipped.
     """
     place = urlsplit(url)
     body = json.dumps({"messages": [{"role": "user", "content": PROMPT}], "max_tokens": tokens, "temperature": 0,
@@ -67,7 +67,7 @@ async def stream(url: str, tokens: int) -> tuple[int, float]:
 
 
 async def together(url: str, streams: int, tokens: int) -> tuple[float, float]:
-    """(tokens a second, median seconds to the first token) of so many streams that begin together."""
+    """Run several streams at once; return tokens per second and the median seconds to the first token."""
     began = time.perf_counter()
     found = await asyncio.gather(*[stream(url, tokens) for _ in range(streams)])
     seconds = time.perf_counter() - began
@@ -75,7 +75,7 @@ async def together(url: str, streams: int, tokens: int) -> tuple[float, float]:
 
 
 def measure(path: str, streams: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """One row for each number of streams; they take turns, medians are told."""
+    """One row of medians per number of streams, measured in turns."""
     seen: dict[int, list[tuple[float, float]]] = {count: [] for count in streams}
     with server(path, max(streams)) as url:
         for turn in range(rounds + 1):  # the first is a warm-up
@@ -90,11 +90,11 @@ def measure(path: str, streams: list[int], tokens: int, rounds: int) -> list[dic
 
 
 def main() -> None:
-    """Measure, print and record."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", help="model directories")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per answer")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rows = [row for path in args.paths for row in measure(path, args.streams, args.tokens, args.rounds)]

@@ -1,9 +1,9 @@
-"""The GPTQ solver on a GPU: its kernel against the same steps in torch, on layers of LLaMA-7B.
+"""Compare the GPTQ solver kernel on a GPU with the same steps in torch, on layers of LLaMA-7B.
 
     python benchmarks/bench_solver_cuda.py --out FOLDER
 
-Both are timed as they are called, from Python, with the products behind each block; that is what a layer takes without
-its Hessian's factor. Writes cuda_solver.json.
+Both are timed as called from Python, including the products after each block: the time of a layer without the
+factorization of its Hessian. Writes cuda_solver.json.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from gptq_belle.common.timers import seconds
 from gptq_belle.quantization import grid, solver
 from gptq_belle.quantization.config import QuantConfig
 
-LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))  # inputs, outputs
-GOAL = 10.0  # times the speed of torch
+LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))  # in_features, out_features
+GOAL = 10.0  # minimum speed relative to torch
 
 
 def solve(inputs: int, outputs: int, config: QuantConfig, by_kernel: bool, device: torch.device) -> Any:
-    """One solution of random weights with a random factor, after which `solve.times` is one call's seconds."""
+    """Solve random weights with a random factor; return the median seconds and the last solution."""
     generator = torch.Generator(device=device).manual_seed(inputs)
     weight = torch.randn(inputs, outputs, device=device, generator=generator)
     factor = torch.randn(inputs, inputs, device=device, generator=generator).mul_(0.01).triu_()
@@ -42,10 +42,10 @@ def solve(inputs: int, outputs: int, config: QuantConfig, by_kernel: bool, devic
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=120, help="seconds, after which no layer is begun")
-    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the record")
+    parser.add_argument("--budget", type=float, default=120, help="time limit in seconds; no layer is started after it")
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the results")
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
     lines = []
@@ -58,7 +58,7 @@ def main() -> None:
         lines.append({"inputs": inputs, "outputs": outputs, "seconds": ours, "torch_seconds": torchs,
                       "times_torch": torchs / ours, "same_codes": float((mine[0] == theirs[0]).float().mean())})
         print(f"{inputs} x {outputs}: {1e3 * ours:.1f} ms, torch {1e3 * torchs:.1f} ms, {torchs / ours:.1f} times; "
-              f"{100 * lines[-1]['same_codes']:.2f} % of the codes the same", flush=True)
+              f"{100 * lines[-1]['same_codes']:.2f} % equal codes", flush=True)
         slowest = min(line["times_torch"] for line in lines)
         write(args.out, "cuda_solver", head(device) | {
             "goals": [{"goal": "speed of the solver in torch", "least": GOAL, "worst": slowest,

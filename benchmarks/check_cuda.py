@@ -1,10 +1,10 @@
-"""Every GPU kernel, in every config of the search, against the reference in float32, on the device.
+"""Check every GPU kernel in every configuration of the tuning search against the float32 reference, on a device.
 
     python benchmarks/check_cuda.py --budget 100 --out FOLDER
 
-First every format (bits, runs, zero points, act-order, dtypes) by the plans that are taken for it, then every variation
-of every plan on the usual format. What the time limit leaves out is counted. Writes cuda_check.json; exit code 1 where
-a product is wrong.
+First every format (bits, runs, zero points, act-order, dtypes) with the plans selected for it, then every variation of
+every plan on the usual format. Checks skipped because of the time limit are counted. Writes cuda_check.json; the exit
+code is 1 if a product is incorrect.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
 from gptq_belle.kernels.triton_config import BUCKETS, Case, Plan, rule
 
-INPUTS, OUTPUTS = 1024, 352  # outputs end inside a tile
+INPUTS, OUTPUTS = 1024, 352  # the outputs end inside a tile
 MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}
-# Relative error of a result as a whole: roundings of the result, the weight and (bfloat16) the scales, each 2**-12 or
-# 2**-9 at most on average, with room for one more; float32 expands the weight exactly.
+# Relative error in the Frobenius norm: rounding of the result, the weight and (bfloat16) the scales, each at most
+# 2**-12 or 2**-9 on average, with a margin of one more; float32 expands the weight exactly.
 AGREEMENT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 
 
 class Product(NamedTuple):
-    """One thing to check."""
+    """One check."""
 
     bits: int
     group: int
@@ -39,11 +39,11 @@ class Product(NamedTuple):
     dtype: torch.dtype
     rows: int
     bias: bool
-    plan: Plan | None  # None: the one that is taken
+    plan: Plan | None  # None: the plan that dispatch selects
 
 
 def formats() -> Iterator[Product]:
-    """Every format at every number of rows that takes another plan, by that plan."""
+    """Every format at every number of rows with a different plan, with the selected plan."""
     for rows, group, bits, dtype in itertools.product((1, 11, 33, 64, 129, 1030), (128, 64, 32), (4, 8, 3, 2),
                                                       (torch.float16, torch.bfloat16)):
         for sym, act_order in ((True, False), (False, True)):
@@ -52,7 +52,7 @@ def formats() -> Iterator[Product]:
 
 
 def configs(arch: int, processors: int) -> Iterator[Product]:
-    """Every plan that the search may look at, on 4 bits in float16 and 8 bits in bfloat16."""
+    """Every plan of the tuning search, with 4 bits in float16 and 8 bits in bfloat16."""
     plans: dict[Plan, None] = {}
     for most in BUCKETS:
         case = Case(most, OUTPUTS, INPUTS, 4, 128, "float16")
@@ -65,7 +65,7 @@ def configs(arch: int, processors: int) -> Iterator[Product]:
 
 
 def random_words(product: Product, device: torch.device) -> CanonicalWeight:
-    """A random packed weight in the checkpoint's own layout."""
+    """A random packed weight in the layout of the checkpoint."""
     bits, groups = product.bits, INPUTS // product.group
 
     def words(*shape: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def random_words(product: Product, device: torch.device) -> CanonicalWeight:
     if product.act_order:
         g_idx = g_idx[torch.randperm(INPUTS, device=device)]
     zeros = words(groups, OUTPUTS * bits // 32)
-    if product.sym:  # the same for all: 2**(bits - 1), one less in storage; 1 for 3 bits, which words do not divide
+    if product.sym:  # one zero point for all: 2**(bits - 1), stored minus one; 1 for 3 bits, which do not divide a word
         stored = 0 if bits == 3 else sum((2 ** (bits - 1) - 1) << place for place in range(0, 32, bits))
         zeros = torch.full_like(zeros, stored)
     scales = (torch.rand(groups, OUTPUTS, device=device) * 0.01 + 0.005).half()
@@ -83,7 +83,7 @@ def random_words(product: Product, device: torch.device) -> CanonicalWeight:
 
 
 def relative_error(product: Product, weight: CanonicalWeight, sliced: triton_layout.SlicedWeight) -> float:
-    """Of one product against the reference; infinite where two runs of it differ."""
+    """Relative error of a product to the reference; infinite if two runs differ."""
     device = weight.qweight.device
     x = torch.randn(product.rows, INPUTS, device=device).to(product.dtype)
     bias = torch.randn(OUTPUTS, device=device).half() if product.bias else None
@@ -95,15 +95,15 @@ def relative_error(product: Product, weight: CanonicalWeight, sliced: triton_lay
 
 
 def does_not_fit(error: Exception) -> bool:
-    """Whether a config asks for more than this part has, which the search passes over too."""
+    """Whether a configuration exceeds the resources of this GPU; the tuning search skips these too."""
     return type(error).__name__ in ("OutOfResources", "PTXASError")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=600, help="seconds")
-    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the record")
+    parser.add_argument("--budget", type=float, default=600, help="time limit in seconds")
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the results")
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def main() -> None:
             laid_out[key] = (weight, triton_layout.prepare(weight))
         try:
             error = relative_error(product, *laid_out[key])
-        except Exception as failure:  # one config's failure is a finding, not the end
+        except Exception as failure:  # a failure of one configuration is recorded and does not end the run
             (too_large if does_not_fit(failure) else wrong).append(f"{product}: {type(failure).__name__}: {failure}")
             continue
         finally:
@@ -131,7 +131,7 @@ def main() -> None:
         largest[name] = max(error, largest.get(name, 0.0))
         if not error < AGREEMENT[product.dtype]:
             wrong.append(f"{product}: relative error {error:.2e}")
-    print(f"{checked} of {len(products)} products checked, wrong: {len(wrong)}, too large here: {len(too_large)}, "
+    print(f"{checked} of {len(products)} products checked, incorrect: {len(wrong)}, too large here: {len(too_large)}, "
           f"largest errors {largest}")
     print(*wrong, sep="\n")
     write(args.out, "cuda_check", head(device) | {

@@ -1,4 +1,4 @@
-"""What the benchmarks on a GPU share: shapes, random weights, a time limit, the head of a record."""
+"""Shared by the GPU benchmarks: shapes, random weights, a time limit, the header of a result file."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ from gptq_belle import __version__
 from gptq_belle.kernels.triton_layout import COLUMNS, SlicedWeight, block_inputs, unpack_slices
 
 GROUP = 128
-SHAPES = {  # inputs, outputs of every linear in a block
+SHAPES = {  # (in_features, out_features) of every linear in a block
     "belle-7b": [(4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096)],
     "llama-7b": [(4096, 4096), (4096, 11008), (11008, 4096)],
     "llama-13b": [(5120, 5120), (5120, 13824), (13824, 5120)],
@@ -25,18 +25,18 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class Deadline:
-    """Seconds that something may take; what is left out for want of them is to be said."""
+    """A time limit in seconds; callers report what they skip because of it."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
     def over(self) -> bool:
-        """Whether they are used up."""
+        """Whether the time is used up."""
         return time.monotonic() > self.end
 
 
 def random_weight(inputs: int, outputs: int, bits: int, device: torch.device, run: int = GROUP) -> SlicedWeight:
-    """A random symmetric weight in groups of `run` (inputs a multiple of 128), as the kernels take it."""
+    """A random symmetric weight with groups of `run` in the kernels' layout; `inputs` is a multiple of 128."""
     block, columns = block_inputs(bits, run), -(-outputs // COLUMNS) * COLUMNS
     words = torch.randint(-(2**15), 2**15, (inputs // block, columns, block * bits // 16), dtype=torch.int16,
                           device=device)
@@ -53,23 +53,23 @@ def codes_of(weight: SlicedWeight) -> tuple[Tensor, Tensor]:
 
 
 def expanded(weight: SlicedWeight) -> Tensor:
-    """The weight (K, N) in float32."""
+    """The dequantized weight (K, N) in float32."""
     codes, scales = codes_of(weight)
     return (codes.float() - weight.zero) * scales.float().repeat_interleave(weight.run, 0)
 
 
 def require_device() -> torch.device:
-    """The GPU, or an exit that says what is missing."""
+    """Return the GPU; exit with a message if there is none that the kernels support."""
     from gptq_belle.kernels import triton_matmul
 
     device = torch.device("cuda", 0)
     if lacking := triton_matmul.unavailable(device):
-        raise SystemExit(f"This needs a GPU that the Triton kernels run on: {lacking}.")
+        raise SystemExit(f"A GPU that the Triton kernels support is required: {lacking}.")
     return device
 
 
 def head(device: torch.device) -> dict[str, Any]:
-    """Date, machine and versions, for the top of a record."""
+    """Date, machine and versions: the header of a result file."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "date": datetime.date.today().isoformat(),
@@ -83,7 +83,7 @@ def head(device: torch.device) -> dict[str, Any]:
 
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> None:
-    """Write NAME.json into a folder, which is made."""
+    """Write NAME.json into a folder, creating the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

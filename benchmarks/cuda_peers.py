@@ -1,8 +1,8 @@
-"""Other products with 4-bit weights on a GPU: of torch, and of gemlite and GPTQModel where they are installed.
+"""4-bit products of other projects on a GPU: torch, and gemlite and GPTQModel if they are installed.
 
-Each maker takes codes (K, N) uint8, scales (K / 128, N) float16 and the one zero point 8, and returns a product: a
-function of x (M, K). Their results are compared with ours before they are timed, so that an interface that has changed
-shows as a wrong result or an error, which are recorded as such.
+Each factory takes codes (K, N) uint8 and scales (K / 128, N) float16, with 8 as the zero point of all, and returns a
+function of x (M, K). Results are compared with ours before the timing, so a changed interface is recorded as an
+incorrect result or as an error.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Peer(NamedTuple):
-    """A way to multiply."""
+    """A product of another project."""
 
     make: Callable[[Tensor, Tensor], Product]
-    dtype: torch.dtype  # of activations
-    bits: float  # a weight, scales included
+    dtype: torch.dtype  # dtype of the activations
+    bits: float  # bits per weight, including scales
 
 
 def cublas(codes: Tensor, scales: Tensor) -> Product:
@@ -31,7 +31,7 @@ def cublas(codes: Tensor, scales: Tensor) -> Product:
 
 
 def torch_int4(codes: Tensor, scales: Tensor) -> Product:
-    """torch's own op (tinygemm), in bfloat16; of two codes in a byte the first is the upper one."""
+    """torch's int4 op (tinygemm) in bfloat16; the first of two codes is in the upper half of a byte."""
     across = codes.t()
     packed = torch.ops.aten._convert_weight_to_int4pack((across[:, ::2] << 4 | across[:, 1::2]).contiguous(), 8)
     table = torch.stack([scales.bfloat16(), torch.zeros_like(scales, dtype=torch.bfloat16)], -1).contiguous()
@@ -40,7 +40,7 @@ def torch_int4(codes: Tensor, scales: Tensor) -> Product:
 
 
 def gemlite(codes: Tensor, scales: Tensor) -> Product:
-    """gemlite's Triton kernels, without its autotuning beyond what it does by itself."""
+    """gemlite's Triton kernels with their default autotuning."""
     core = import_module("gemlite.core")
     inputs, outputs = codes.shape
     linear = core.GemLiteLinear(4, group_size=GROUP, in_features=inputs, out_features=outputs,
@@ -52,7 +52,7 @@ def gemlite(codes: Tensor, scales: Tensor) -> Product:
 
 
 def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor], Product]:
-    """A kernel of GPTQModel by its module and the names its class has had."""
+    """A kernel of GPTQModel, by its module and the current and former names of its class."""
     def make(codes: Tensor, scales: Tensor) -> Product:
         found = import_module(f"gptqmodel.nn_modules.qlinear.{module}")
         kind: Any = next(getattr(found, name) for name in names if hasattr(found, name))

@@ -1,6 +1,6 @@
-"""What each idea of the presets best and max adds, rung by rung: `bench_quality.py --ladder`.
+"""Ablation of the presets best and max, one technique per rung: `bench_quality.py --ladder`.
 
-A rung has all ideas of the rungs below it. Spread is over seeds of the calibration rows, which choose other text.
+Each rung includes the techniques of the rungs before it. The spread is over random seeds of the calibration rows.
 """
 
 import datetime
@@ -22,7 +22,7 @@ from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.engine.model import Model
 from gptq_belle.evaluation.belle_set import Row
 
-ROWS, LENGTH = 64, 256  # of calibration: a rung takes well under a minute
+ROWS, LENGTH = 64, 256  # of the calibration: a rung takes less than a minute
 SEEDS = 5
 RUNGS: dict[str, dict[str, Any]] = {
     "nearest": {"method": "rtn"},
@@ -35,14 +35,14 @@ RUNGS: dict[str, dict[str, Any]] = {
     "best": {},
     "max": {"preset": "max"},
 }
-PLAN = (  # bits, rungs, seeds; tuning takes ten times as long as all the rest
+PLAN = (  # bits, rungs, seeds; max takes ten times as long as all others
     (4, tuple(RUNGS)[:-1], SEEDS), (3, ("nearest", "fast", "best"), 2), (2, ("nearest", "fast", "best"), 2),
     (8, ("nearest", "fast", "best"), 2), (4, ("max",), 2),
 )
 
 
 class Run(NamedTuple):
-    """One quantization to measure."""
+    """One quantization job to measure."""
 
     bits: int
     rung: str
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 def runs(only: Sequence[str]) -> Iterator[Run]:
-    """All of one model, or of some rungs only; rounding to nearest has no seed."""
+    """All runs of one model, or of the rungs in `only`; rounding to nearest has no seed."""
     for bits, rungs, seeds in PLAN:
         for seed in range(seeds):
             yield from (Run(bits, rung, seed) for rung in rungs
@@ -62,11 +62,11 @@ def runs(only: Sequence[str]) -> Iterator[Run]:
 
 
 def climb(source: Path, measure: Callable[[Model, Model], dict[str, Any]], only: Sequence[str]) -> list[dict[str, Any]]:
-    """Figures of every run on one model, each printed as soon as it is there."""
+    """Metrics of every run on one model; prints each when it is measured."""
     base, found = load(source), []
     for run in runs(only):
         found.append(run._asdict() | one(source, base, run, measure))
-        if run.rung == "max":  # last bits differ between processors, and what follows from them by a twentieth of KL
+        if run.rung == "max":  # the last bits differ between processors, which changes KL by about 5 %
             found[-1]["kl_of_best"] = one(source, base, run._replace(rung="best"), measure)["kl"]
         print(f"{source.name} {run.bits} bit, seed {run.seed}, {run.rung:<17} " + "  ".join(
             f"{name} {found[-1][name]:.6g}" for name in ("kl", "kl_of_best", "perplexity", "exact", "seconds")
@@ -75,7 +75,7 @@ def climb(source: Path, measure: Callable[[Model, Model], dict[str, Any]], only:
 
 
 def one(source: Path, base: Model, run: Run, measure: Callable[[Model, Model], dict[str, Any]]) -> dict[str, Any]:
-    """Quantize and measure."""
+    """Quantize and measure one run."""
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         report = quantize_checkpoint(source, Path(scratch) / "out", run.config,
@@ -87,7 +87,7 @@ def one(source: Path, base: Model, run: Run, measure: Callable[[Model, Model], d
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each bits and rung: means over the seeds, and the spread of KL between them."""
+    """One row per bits and rung: means over the seeds, and the standard deviation of KL."""
     fast = {(row["bits"], row["seed"]): row["kl"] for row in found if row["rung"] == "fast"}
     rows = []
     keys = {(row["bits"], row["rung"]) for row in found}
@@ -106,7 +106,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(models: dict[str, Path], measure: Callable[[Model, Model], dict[str, Any]], rows: list[Row],
          only: Sequence[str]) -> None:
-    """Both models side by side, and the record; where it is some rungs only, those of the record are replaced."""
+    """Run both models in parallel and write the result; with `only`, replace just these rungs in it."""
     with ProcessPoolExecutor(len(models), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = dict(zip(models, pool.map(climb, models.values(), [measure] * len(models), [only] * len(models)),
                          strict=True))
@@ -120,7 +120,7 @@ def main(models: dict[str, Path], measure: Callable[[Model, Model], dict[str, An
 
 
 def _replaced(found: dict[str, list[dict[str, Any]]], only: Sequence[str]) -> Path:
-    """Put runs in the place of the record's of the same rungs; it says when and how they were made."""
+    """Replace the runs of the same rungs in the result file, and record date and command of the replacement."""
     path = records.RESULTS / "belle_tiny_ladder.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     for name, new in found.items():

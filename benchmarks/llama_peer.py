@@ -1,7 +1,7 @@
-"""llama.cpp on a random Q4_0 model in LLaMA's shape, in a process of its own that is asked for one time after another.
+"""Run llama.cpp on a random Q4_0 model of LLaMA's shape in a separate process that answers timing requests.
 
-It imports neither torch nor gptq_belle, so it runs under any Python that has llama-cpp-python and gguf (the `peers`
-extra); GPTQ_BELLE_PEERS_PYTHON names another one than that of the benchmark.
+The process imports neither torch nor gptq_belle, so it runs under any Python with llama-cpp-python and gguf (the
+`peers` extra). GPTQ_BELLE_PEERS_PYTHON sets its interpreter; the default is that of the benchmark.
 """
 
 import json
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PYTHON = "GPTQ_BELLE_PEERS_PYTHON"
-ROOM = 2048  # tokens of context
+ROOM = 2048  # context length in tokens
 
 
 class Shape(NamedTuple):
-    """What the model is like: LLaMA-7B's widths, cut to 8 blocks."""
+    """Dimensions of the model: those of LLaMA-7B, cut to 8 blocks."""
 
     blocks: int = 8
     width: int = 4096
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 class LlamaCpp:
-    """The other process; a context that ends it."""
+    """The process of llama.cpp; a context manager that ends it."""
 
     def __init__(self, shape: Shape, threads: int) -> None:
         command = [os.environ.get(PYTHON, sys.executable), __file__, json.dumps(shape), str(threads)]
@@ -46,25 +46,25 @@ class LlamaCpp:
 
     @property
     def there(self) -> bool:
-        """Whether it could be started; what it lacks was written to stderr."""
+        """Whether the process started; otherwise the reason is on stderr."""
         return bool(self.version)
 
     def seconds(self, context: int, rows: int, steps: int = 1) -> float:
-        """Of `steps` calls with `rows` tokens each, the first behind `context` tokens."""
+        """Seconds of `steps` calls with `rows` tokens each, after `context` tokens."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{context} {rows} {steps}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            sys.exit(f"llama.cpp ended with {self.process.wait()}; -4 is an instruction that it may not use here. As "
-                     "gcc 12 builds it for AMX, it loads an empty tile configuration (its pull request 26954): mend "
-                     "that, or build it for another processor (CMAKE_ARGS, see its documentation)")
+            sys.exit(f"llama.cpp exited with code {self.process.wait()}; -4 is an illegal instruction. Built with gcc "
+                     "12 for AMX, it loads an empty tile configuration (llama.cpp pull request 26954): apply that "
+                     "fix, or build for another processor (CMAKE_ARGS, see its documentation)")
         return float(answer)
 
 
 def serve(shape: Shape, threads: int) -> None:
-    """The other side: the version, then seconds for every line of (context, rows, steps)."""
+    """Run in the process: print the version, then the seconds for every input line of (context, rows, steps)."""
     import gguf
     import llama_cpp
 
@@ -86,7 +86,7 @@ def serve(shape: Shape, threads: int) -> None:
 
 
 def write_gguf(gguf: Any, path: Path, shape: Shape) -> None:
-    """A LLaMA of random weights, Q4_0 throughout, head and embedding too."""
+    """Write a LLaMA with random weights, all in Q4_0 including lm_head and embedding."""
     import numpy as np
 
     random = np.random.SFC64(0)

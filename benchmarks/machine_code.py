@@ -1,7 +1,7 @@
-"""What a Triton kernel becomes on a GPU that is not here: compiled ahead of time, and its machine code read.
+"""Compile Triton kernels ahead of time for a GPU that need not be present, and analyse their machine code.
 
-Registers and stack come from `cuobjdump -res-usage`, instructions from `cuobjdump -sass`; both tools are in Triton's
-wheel. What cannot be seen this way: time, bank conflicts, races, launch overhead.
+Registers and stack come from `cuobjdump -res-usage`, instructions from `cuobjdump -sass`; both are part of Triton's
+wheel. Time, bank conflicts, races and launch overhead cannot be seen this way.
 """
 
 import inspect
@@ -33,36 +33,36 @@ class Instruction(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The name without modifiers, but for copies to shared memory, which keep their width: "LDGSTS.128"."""
+        """The name without modifiers; copies to shared memory keep their width: "LDGSTS.128"."""
         first, *modifiers = self.name.split(".")
         return f"LDGSTS.{modifiers[-1] if modifiers[-1] in ('64', '128') else '32'}" if first == "LDGSTS" else first
 
 
 class MachineCode(NamedTuple):
-    """What the compiler made of a kernel."""
+    """Resource usage and instructions of a compiled kernel."""
 
-    registers: int  # a thread
-    stack: int  # bytes of a thread's stack: anything above 0 is registers that did not fit
+    registers: int  # per thread
+    stack: int  # bytes of stack per thread: above 0, registers spilled
     local: int  # likewise
-    shared: int  # bytes a program
-    loop: Counter[str]  # instructions of the main loop by kind; empty where no loop multiplies matrices
-    products: int  # multiplications in one turn of the loop, by all warps together
+    shared: int  # bytes per program
+    loop: Counter[str]  # main-loop instructions by kind; empty if no loop multiplies matrices
+    products: int  # multiplications of all warps in one iteration of the loop
 
 
 def compile_kernel(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], arch: int,
                    options: Mapping[str, Any]) -> MachineCode:
-    """Compile for a compute capability, with no GPU needed.
+    """Compile a kernel for a compute capability; no GPU is needed.
 
     Args:
-        kernel: of triton.jit.
-        types: Triton's type of every argument that is no constant: "*fp16", "i32". Pointers are taken to be aligned,
-            and integers that the kernel may be specialized for to be multiples of 16, as they are in every model;
-            without that, loads come out narrow.
+        kernel: a function decorated with triton.jit.
+        types: Triton's type of every argument that is not a constant: "*fp16", "i32". Pointers are assumed to be
+            aligned, and integers that the kernel may be specialized for to be multiples of 16, as in every model;
+            otherwise the compiler emits narrow loads.
         constants: the constexpr arguments.
         arch: 86 for 8.6.
         options: num_warps, num_stages, enable_fp_fusion.
     Raises:
-        whatever Triton and ptxas raise.
+        Exception: errors of Triton and ptxas propagate.
     """
     names = list(inspect.signature(kernel.fn).parameters)
     specialized = [i for i, parameter in enumerate(kernel.params) if not parameter.do_not_specialize]
@@ -87,7 +87,7 @@ def instructions(sass: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The longest stretch from a branch back to its target that multiplies matrices; empty where there is none."""
+    """The longest loop (from a backward branch to its target) that multiplies matrices; empty if there is none."""
     best: list[Instruction] = []
     for branch in code:
         target = _TARGET.search(branch.operands) if branch.name.startswith("BRA") else None
@@ -100,9 +100,9 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def products(code: list[Instruction], warps: int) -> int:
-    """Multiplications that instructions do when `warps` warps run them.
+    """Number of multiplications of these instructions when `warps` warps run them.
 
-    HMMA.16816 takes 16 x 8 x 16 a warp; HGMMA.64x8x16 says its size, which four warps do together.
+    HMMA.16816 is 16 x 8 x 16 per warp; HGMMA.64x8x16 has its size in its name, and four warps share it.
     """
     total = 0
     for one in code:

@@ -1,13 +1,13 @@
-"""A checkpoint of random weights in a model's true shape, without a download: packed, or in float16.
+"""Write a checkpoint with random weights in the shape of a real model, packed or in float16, without a download.
 
     python benchmarks/make_model.py belle-7b /tmp/belle-7b-4bit                       # 4 bit, groups of 128
-    python benchmarks/make_model.py llama-7b /tmp/llama-8 --layers 8 --bits 8         # cut down to 8 blocks
-    python benchmarks/make_model.py belle-7b /tmp/belle-7b-small --head-bits 8        # the head stored packed alone
+    python benchmarks/make_model.py llama-7b /tmp/llama-8 --layers 8 --bits 8         # cut to 8 blocks
+    python benchmarks/make_model.py belle-7b /tmp/belle-7b-small --head-bits 8        # packed lm_head only
     python benchmarks/make_model.py path/to/config.json /tmp/model --bits 16          # not quantized
 
-Good for speed and memory, not for text: there is no tokenizer. The words are drawn at random, which gives uniform
-codes; scales keep every linear's output about as large as its input, so that activations stay finite in float16.
-The files are written front to back in pieces of 16 MiB.
+The checkpoint serves measurements of speed and memory; it has no tokenizer. The packed words are random, which gives
+uniform codes; scales keep the output of every linear about as large as its input, so that activations stay finite in
+float16. The files are written sequentially in pieces of 16 MiB.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from gptq_belle.models.architectures import HEAD, architecture
 from gptq_belle.models.dimensions import Dimensions, dimensions, linear_shapes, outer_shapes, vector_shapes
 from gptq_belle.quantization.config import QuantConfig
 
-EMBEDDING = 0.02  # standard deviation, as transformers draws embeddings
+EMBEDDING = 0.02  # standard deviation, as transformers initializes embeddings
 BYTES = {"I32": 4, "F16": 2, "U8": 1}
-# What random bytes stand for where floats are wanted: 256 quantiles of the normal distribution. A look-up is twenty
-# times as fast as drawing, and the 2 GB of BLOOM's embedding are drawn a byte a number.
+# Random floats are random bytes that index 256 quantiles of the normal distribution. The look-up is twenty times as
+# fast as sampling, which matters for the 2 GB of BLOOM's embedding.
 QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], np.float16)
 
 Random = np.random.SFC64
@@ -43,7 +43,7 @@ Draw = Callable[[Random, int], NDArray[Any]]
 
 
 class Tensor(NamedTuple):
-    """A tensor that is yet to be drawn: its dtype by safetensors' name, its shape, and what draws `count` of it."""
+    """A tensor to generate: its dtype as named by safetensors, its shape, and a function that generates elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,28 +51,28 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
 def normal(deviation: float) -> Draw:
-    """Float16 of this standard deviation around 0."""
+    """Normally distributed float16 with mean 0 and this standard deviation."""
     return looked_up(QUANTILES * np.float16(deviation))
 
 
 def signed_scales(size: float) -> Draw:
-    """Float16 from size / 2 to 1.5 size, of either sign: codes below the middle outnumber those above by one, and
-    with signs that does not add up."""
+    """Float16 scales from size / 2 to 1.5 size with random signs. There is one more code below the zero point than
+    above it; random signs keep this offset from accumulating."""
     return looked_up(np.concatenate([sign * np.linspace(0.5, 1.5, 128) * size for sign in (1, -1)]).astype(np.float16))
 
 
 def looked_up(table: NDArray[Any]) -> Draw:
-    """Entries of a table of 256, at random."""
+    """Random entries of a table of 256."""
     return lambda random, count: table[octets(random, count)]
 
 
 def words(random: Random, count: int) -> NDArray[Any]:
-    """Random int32. Straight from the generator: six times as fast as its distributions."""
+    """Random int32, directly from the bit generator: six times as fast as its distributions."""
     return random.random_raw(-(-count // 2)).view(np.int32)[:count]
 
 
@@ -82,20 +82,20 @@ def octets(random: Random, count: int) -> NDArray[Any]:
 
 
 def constant(value: int | float, dtype: Any) -> Draw:
-    """The same everywhere."""
+    """A constant."""
     return lambda random, count: np.full(count, value, dtype)
 
 
 def group_index(inputs: int, size: int) -> Draw:
-    """g_idx of groups in order; drawn whole, as it is small."""
+    """g_idx for groups in order; generated in one piece because it is small."""
     return lambda random, count: (np.arange(inputs) // size).astype(np.int32)
 
 
 def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: float) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one packed linear whose output is `gain` times as large as its input."""
+    """Yield the tensors of one packed linear whose output is `gain` times as large as its input."""
     size = inputs if config.group_size == -1 else config.group_size
     groups, zero = math.ceil(inputs / size), 2 ** (config.bits - 1)
-    stored = sum((zero - 1) << at for at in range(0, 32, config.bits))  # v1: minus one
+    stored = sum((zero - 1) << at for at in range(0, 32, config.bits))  # v1 stores zero points minus one
     spread = math.sqrt((4**config.bits - 1) / 12 + 0.25)  # of uniform codes around the zero point
     yield f"{name}.qweight", Tensor("I32", (inputs * config.bits // 32, outputs), words)
     yield f"{name}.qzeros", Tensor("I32", (groups, outputs * config.bits // 32), constant(stored, np.int32))
@@ -104,17 +104,17 @@ def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: floa
 
 
 def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that stand for the head where it is packed (see `formats.packed_head`)."""
+    """Yield the tensors of a packed lm_head (see `formats.packed_head`)."""
     group = group_of(d.width)
     if group is None:
-        raise SystemExit(f"a width of {d.width} is too odd for a packed head")
+        raise SystemExit(f"a packed lm_head does not support a width of {d.width}")
     spread = math.sqrt((4**bits - 1) / 12)
     yield CODES, Tensor("U8", (d.vocabulary, d.width * bits // 8), octets)
     yield SCALES, Tensor("F16", (d.vocabulary, d.width // group), signed_scales(EMBEDDING / spread))
 
 
 def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint by its name, in the model's order; `config` is None for float16."""
+    """Yield every tensor of a checkpoint with its name, in the model's order; `config` is None for float16."""
     arch = architecture(d.model_type)
     head = f"{arch.before[0]}.weight" if d.tied else f"{HEAD}.weight"
     for name, shape in outer_shapes(d).items():
@@ -130,7 +130,7 @@ def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Te
         for linear, (inputs, outputs) in linear_shapes(d).items():
             name = f"{arch.blocks}.{block}.{linear}"
             into_residual = linear in (arch.stages[1][-1], arch.stages[3][-1])
-            gain = 1 / math.sqrt(2 * d.blocks) if into_residual else 1.0  # as GPT-2: the sum stays of one size
+            gain = 1 / math.sqrt(2 * d.blocks) if into_residual else 1.0  # as GPT-2: bounds the residual sum
             if config is None:
                 yield f"{name}.weight", Tensor("F16", (outputs, inputs), normal(gain / math.sqrt(inputs)))
             else:
@@ -138,7 +138,7 @@ def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Te
 
 
 def shards(every: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Cut into files of at most `limit` bytes, wide elements first in each, so that all are aligned."""
+    """Split into files of at most `limit` bytes; each starts with its widest elements, so that all are aligned."""
     files: list[dict[str, Tensor]] = [{}]
     for name, tensor in every.items():
         if files[-1] and sum(t.size for t in files[-1].values()) + tensor.size > limit:
@@ -148,7 +148,7 @@ def shards(every: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
 
 
 def write(path: Path, content: Mapping[str, Tensor], random: Random) -> None:
-    """One safetensors file, drawn while it is written."""
+    """Write one safetensors file, generating its tensors on the way."""
     with path.open("wb") as file:
         file.write(header_bytes({name: (t.dtype, t.shape, t.size) for name, t in content.items()}))
         for name, tensor in content.items():
@@ -159,19 +159,19 @@ def write(path: Path, content: Mapping[str, Tensor], random: Random) -> None:
 
 def make(model: str | Path, out: Path, *, bits: int = 4, group_size: int = 128, layers: int | None = None,
          context: int | None = None, head_bits: int = 16, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> int:
-    """Write a directory that the loader takes.
+    """Write a model directory that `load` accepts.
 
     Args:
         model: a name of `models.belle_catalogue`, a config.json, or a directory with one.
-        out: the directory; weights that stand there are replaced.
-        bits: 2, 4 or 8; 16 writes float16 and no quantization.
-        group_size: inputs that share a scale.
-        layers, context: in place of the configuration's number of blocks and longest context.
-        head_bits: 8 or 4 stores the head (of BLOOM the embedding too) packed and nowhere else.
-        seed: of the weights.
-        shard_bytes: largest weight file.
+        out: the directory; weights in it are replaced.
+        bits: 2, 4 or 8; 16 writes float16 without quantization.
+        group_size: inputs per group.
+        layers, context: replace the configuration's number of blocks and longest context.
+        head_bits: 8 or 4 stores the lm_head (for BLOOM also the embedding) only in packed form.
+        seed: random seed of the weights.
+        shard_bytes: size limit of a weight file.
     Returns:
-        bytes of the weight files.
+        Bytes of the weight files.
     """
     plain = {key: value for key, value in read_config(model).items() if key != "quantization_config"}
     stated = {"n_layer": layers, "seq_length": context} if plain["model_type"] == "bloom" else {
@@ -205,15 +205,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="belle-7b, llama-7b, llama-13b, a config.json, or a directory with one")
     parser.add_argument("out", type=Path)
     parser.add_argument("--bits", type=int, default=4, choices=(*(b for b in BITS if b != 3), 16))
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, help="blocks; left out, as many as the model has")
-    parser.add_argument("--context", type=int, help="longest context; left out, the model's")
-    parser.add_argument("--head-bits", type=int, default=16, choices=(16, 8, 4), help="below 16, the head is packed")
+    parser.add_argument("--layers", type=int, help="number of blocks; default: all of the model")
+    parser.add_argument("--context", type=int, help="longest context; default: that of the model")
+    parser.add_argument("--head-bits", type=int, default=16, choices=(16, 8, 4), help="8 or 4 packs the lm_head")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The ways to multiply that bench_matmul.py compares: ours, torch's int4 op, dense matrices, and a plain read."""
+"""Variants that bench_matmul.py compares: our kernels, torch's int4 op, dense matrices, and a plain read."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,23 +13,23 @@ from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.cpu_matmul import Product
 
 GROUP = 128
-ROTATED = 1024 * MIB  # bytes of copies that a variant goes through: twice the largest cache that we have met
+ROTATED = 1024 * MIB  # bytes of weight copies per variant: twice the largest cache of the machines used
 MOST_COPIES = 64
-PORTION = 64 * MIB  # of the plain read
+PORTION = 64 * MIB  # bytes of one plain read
 READ, OURS = "plain read", "4 bit exact"
 
 Multiply = Callable[[Tensor], Tensor]
 
 
 class Variant(NamedTuple):
-    """One way to multiply: copies of a weight as functions of x (M, K), and the bytes of one copy."""
+    """One variant: copies of a weight as functions of x (M, K), and the bytes of one copy."""
 
     copies: list[Multiply]
     bytes: int
 
 
 def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) -> Variant:
-    """Random symmetric weights in groups of 128, in the layout of our kernels."""
+    """Random symmetric weights with groups of 128 in the layout of our CPU kernels."""
     groups, blocks = math.ceil(inputs / GROUP), math.ceil(outputs / cpu_layout.PADDED) * 2
     zero = 2 ** (bits - 1)
 
@@ -45,7 +45,7 @@ def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) ->
 
 
 def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
-    """torch's own 4-bit op on bfloat16 activations."""
+    """torch's int4 op on bfloat16 activations."""
     def weight() -> torch_int4.Int4Weight:
         codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -58,7 +58,7 @@ def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
 
 
 def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> Variant:
-    """oneDNN or MKL on the expanded weight."""
+    """The dequantized weight in a dense product (oneDNN or MKL)."""
     first = torch.empty(outputs, inputs, dtype=dtype).uniform_(-1, 1)
     weights = [first, *(first.clone() for _ in range(copies - 1))]
     return Variant([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights],  # type: ignore[misc]
@@ -66,25 +66,25 @@ def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> Variant
 
 
 def plain_read() -> Variant:
-    """Portions of a buffer, read and no more."""
+    """A plain read of the parts of a buffer."""
     buffer = cpu_layout.empty_codes(1, 1, ROTATED // 64).flatten().random_()
     parts = buffer.split(PORTION)
     return Variant([lambda x, part=part: torch.tensor(cpu_matmul.read(part)) for part in parts], PORTION)  # type: ignore[misc]
 
 
 def copies_of(size: float) -> int:
-    """How many copies of `size` bytes fill ROTATED."""
+    """Number of copies of `size` bytes that fill ROTATED bytes."""
     return max(2, min(MOST_COPIES, math.ceil(ROTATED / size)))
 
 
 def activations(name: str, rows: int, inputs: int) -> Tensor:
-    """x for a variant: bfloat16 where it computes in bfloat16."""
+    """Activations for a variant: bfloat16 if it computes in bfloat16, otherwise float32."""
     x = torch.randn(rows, inputs)
     return x.bfloat16() if "bfloat16" in name or "int4" in name else x
 
 
 def variants_of(inputs: int, outputs: int) -> Iterator[dict[str, Variant]]:
-    """All variants of one shape, in sets that fit in memory together; each is interleaved with ours at 4 bits."""
+    """Yield all variants of one shape in sets that fit into memory; each set includes our 4-bit product."""
     weights = inputs * outputs
     packed, full = copies_of(weights / 2), copies_of(weights * 2)
     exact, read = native(inputs, outputs, 4, packed, "exact"), plain_read()

@@ -1,4 +1,4 @@
-"""Where measurements go: one JSON file a benchmark, with the machine, the versions, the date and the command."""
+"""Write measurements: one JSON file per benchmark with machine, versions, date and command."""
 
 import datetime
 import json
@@ -18,11 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write(name: str, content: dict[str, Any]) -> Path:
-    """Write ``benchmarks/results/NAME.json``; the head says where its figures come from.
+    """Write ``benchmarks/results/NAME.json`` with a header that describes the origin of the measurements.
 
     Args:
-        name: of the benchmark, without ending.
-        content: JSON-ready values.
+        name: name of the benchmark, without suffix.
+        content: values that JSON can represent.
     """
     head = {
         "date": datetime.date.today().isoformat(),

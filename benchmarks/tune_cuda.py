@@ -1,9 +1,9 @@
-"""Tiles for the layers of BELLE-7B, LLaMA-7B and 13B on this GPU, without a model: random weights of 4 bits.
+"""Tune the kernels for the layers of BELLE-7B, LLaMA-7B and 13B on this GPU with random 4-bit weights.
 
     python benchmarks/tune_cuda.py --budget 70 --out FOLDER
 
-Few rows first, since they decide how fast a model answers. Writes FOLDER/sm_NN.json as `gptq-belle tune` does; name the
-folder in GPTQ_BELLE_TUNING, or move the file to kernels/tuning.
+Small numbers of rows come first, because they determine the decode speed. Writes FOLDER/sm_NN.json as `gptq-belle tune`
+does; set GPTQ_BELLE_TUNING to the folder, or move the file to kernels/tuning.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from gptq_belle.kernels.triton_config import BUCKETS
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=1800, help="seconds, after which no case is begun")
+    parser.add_argument("--budget", type=float, default=1800, help="time limit in seconds; no case is started after it")
     parser.add_argument("--rows", nargs="+", type=int, choices=BUCKETS, default=BUCKETS)
-    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the table")
+    parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the tuning table")
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
     arch, processors = triton_matmul.processor(device)

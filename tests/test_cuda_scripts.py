@@ -27,4 +27,4 @@ def test_without_a_gpu_it_stops_at_once(tmp_path):
     run = subprocess.run([ROOT / "benchmarks" / "gpu_check.sh", tmp_path / "out"], capture_output=True, text=True,
                          env=os.environ | {"PYTHON": sys.executable})
     assert run.returncode == 3
-    assert "This needs a GPU" in run.stderr
+    assert "GPU" in run.stderr
