@@ -10,26 +10,35 @@ if TYPE_CHECKING:
     from gptq_belle.compat.transformers_quantizer import patch_transformers
     from gptq_belle.engine.hf_model import hf_model
     from gptq_belle.engine.model import Model, load
+    from gptq_belle.engine.sampling import SamplingParams
+    from gptq_belle.errors import GateError, GptqBelleError, HardwareError, InputError, UsageError
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "QuantConfig": "gptq_belle.quantization.config",
+_MODULES = {
     "Calibration": "gptq_belle.quantization.calibration",
-    "quantize_checkpoint": "gptq_belle.quantization.pipeline",
-    "load": "gptq_belle.engine.model",
     "Model": "gptq_belle.engine.model",
+    "QuantConfig": "gptq_belle.quantization.config",
+    "SamplingParams": "gptq_belle.engine.sampling",
     "hf_model": "gptq_belle.engine.hf_model",
+    "load": "gptq_belle.engine.model",
     "patch_transformers": "gptq_belle.compat.transformers_quantizer",
+    "quantize_checkpoint": "gptq_belle.quantization.pipeline",
+    **dict.fromkeys(("GateError", "GptqBelleError", "HardwareError", "InputError", "UsageError"), "gptq_belle.errors"),
 }
-__all__ = ["Calibration", "Model", "QuantConfig", "__version__", "hf_model", "load", "patch_transformers",
+__all__ = ["Calibration", "GateError", "GptqBelleError", "HardwareError", "InputError", "Model", "QuantConfig",
+           "SamplingParams", "UsageError", "__version__", "hf_model", "load", "patch_transformers",
            "quantize_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'gptq_belle' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

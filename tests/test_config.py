@@ -1,5 +1,7 @@
 """Settings: what is refused, and what stands in a checkpoint."""
 
+from dataclasses import replace
+
 import pytest
 
 from gptq_belle.errors import UsageError
@@ -30,3 +32,20 @@ def test_the_dictionary_has_what_other_readers_need():
     assert written_by_us(stated)
     assert not written_by_us({"meta": {"quantizer": ["gptqmodel:7.0"]}})
     assert not written_by_us({"meta": "gptq_belle:0.1.0"})
+
+
+def test_names_of_the_file_format_are_accepted_as_aliases():
+    config = QuantConfig(desc_act=True, damp_percent=0.05)
+    assert config == QuantConfig(act_order=True, damp=0.05)
+    assert (config.desc_act, config.damp_percent) == (True, 0.05)
+    assert config.to_dict() == QuantConfig(act_order=True, damp=0.05).to_dict()
+    assert replace(config, bits=8, act_order=False).desc_act is False
+    assert QuantConfig(act_order=True, desc_act=True).act_order
+
+
+@pytest.mark.parametrize("settings", [
+    {"act_order": False, "desc_act": True}, {"act_order": True, "desc_act": False},
+    {"damp": 0.01, "damp_percent": 0.1}])
+def test_an_alias_that_contradicts_its_setting_is_refused(settings):
+    with pytest.raises(UsageError):
+        QuantConfig(**settings)

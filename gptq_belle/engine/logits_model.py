@@ -39,6 +39,7 @@ class Tokens:
         dtype: of its activations.
         context: the most tokens that prompt and answer may have together; None where the configuration does not say.
         eos_ids: tokens that end an answer.
+        quantization: of its packed weights; None where it has none.
         weight_bytes: of all weights as they lie in memory.
         step_bytes: of those that a step of decoding reads whole: all but an embedding that is not also the head.
         replays: whether steps through the blocks are recorded and made again in one call; false where a linear is not
@@ -50,6 +51,7 @@ class Tokens:
         self.decoder, self.settings, self.path, self.config = decoder, settings, reader.path, reader.config
         self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
         self.context = settings.context
+        self.quantization = weights.quantization
         self.weight_bytes = weights.nbytes
         self.replays = weights.native
         self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from gptq_belle.engine.kv_cache import check_kind
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import MOST_NEW_TOKENS, Tokens
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_settings, token_ids
@@ -30,6 +31,8 @@ from gptq_belle.prompts.stop_strings import TextStream
 from gptq_belle.prompts.styles import Turn, detect_style, render, style_named
 
 USUAL_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
+BATCH = 8  # prompts of one list that are answered at a time
+Prompt = str | Sequence[int] | Tensor  # text, or token ids (T,)
 DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
 
 
@@ -87,28 +90,79 @@ class Model(Tokens):
         """The wording of prompts that suits the model: a key of `prompts.styles.STYLES`."""
         return detect_style(self.config, getattr(self.tokenizer, "chat_template", None))
 
-    def generate(self, prompt: str | Sequence[int] | Tensor, *, prompt_style: str | None = None,
-                 **sampling: Any) -> str:
-        """The answer to a prompt, or its continuation; see `stream`."""
-        return "".join(self.stream(prompt, prompt_style=prompt_style, **sampling))
+    def __repr__(self) -> str:
+        kind, context = self.config.get("model_type"), self.context
+        bits = (f"dtype={str(self.dtype).removeprefix('torch.')!r}" if self.quantization is None else
+                f"bits={self.quantization.bits}, group_size={self.quantization.group_size}")
+        return f"Model(path={str(self.path)!r}, architecture={kind!r}, {bits}, device={str(self.device)!r}, {context=})"
 
-    def stream(self, prompt: str | Sequence[int] | Tensor, *, prompt_style: str | None = None,
-               **sampling: Any) -> Iterator[str]:
-        """The same in pieces, each as soon as it is certain.
+    @overload
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *,
+                 prompt_style: str | None = None, **options: Unpack[SamplingOptions]) -> str: ...
+
+    @overload
+    def generate(self, prompt: list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Tensor],
+                 params: SamplingParams | None = None, *, prompt_style: str | None = None,
+                 **options: Unpack[SamplingOptions]) -> list[str]: ...
+
+    @overload
+    def generate(self, prompt: Tensor, params: SamplingParams | None = None, *, prompt_style: str | None = None,
+                 **options: Unpack[SamplingOptions]) -> str | list[str]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *,
+                 prompt_style: str | None = None, **options: Unpack[SamplingOptions]) -> str | list[str]:
+        """The answer to a prompt, or the answers to several, which are generated together.
 
         Args:
-            prompt: text, or token ids that are taken as they are.
-            prompt_style: None continues the text; "auto" or a key of `prompts.styles.STYLES` takes it as a question,
-                wraps it, and ends the answer where the model runs on into the next question.
-            sampling: fields of `engine.sampling.SamplingParams`.
+            prompt: text, or token ids (T,), used without changes; or a list of these, or token ids (B, T).
+            params, prompt_style, options: as in `stream`.
+        Returns:
+            the answer; a list of answers, in order, for several prompts. On a CPU each is the one that its prompt gets
+            alone.
         Raises:
-            UsageError: before the first piece: a wrong option, an empty prompt, one that the context cannot hold.
+            UsageError, InputError: as `stream`, for any of the prompts, before anything is generated.
+            HardwareError: no memory for the keys and values of several prompts.
+        """
+        prompts = _several(prompt)
+        if prompts is not None:
+            return self._generate_batch(prompts, prompt_style, sampling_params(params, **options))
+        return "".join(self.stream(cast(Prompt, prompt), params, prompt_style=prompt_style, **options))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, prompt_style: str | None = None,
+               **options: Unpack[SamplingOptions]) -> Iterator[str]:
+        """The answer to one prompt in pieces, each as soon as it can no longer change.
+
+        Args:
+            prompt: text, or token ids (T,), used without changes.
+            params: how to sample; None is greedy decoding.
+            prompt_style: None continues the text; "auto" or a key of `prompts.styles.STYLES` wraps it as a question
+                and ends the answer where the model runs on into the next question.
+            options: fields of `SamplingParams` that replace those of `params`.
+        Raises:
+            UsageError: before the first piece: an unknown or wrong option, an empty prompt, one that the context
+                cannot hold.
             InputError: text is needed and the directory has no tokenizer.
         """
-        params = SamplingParams(**sampling)
+        params = sampling_params(params, **options)
         ids, stops = self._encode(prompt, prompt_style)
         room = self._room(len(ids), params.max_new_tokens)
         return self._text(self.tokens(ids, room, params), (*params.stop, *stops))
+
+    def _generate_batch(self, prompts: Sequence[Prompt], prompt_style: str | None, params: SamplingParams) -> list[str]:
+        encoded = [self._encode(prompt, prompt_style) for prompt in prompts]
+        rooms = [self._room(len(ids), params.max_new_tokens) for ids, _ in encoded]
+        capacity = max(len(ids) + room for (ids, _), room in zip(encoded, rooms, strict=True))
+        engine = Engine(self, min(len(prompts), BATCH), capacity)
+        streams = {engine.submit(ids, replace(params, max_new_tokens=room)): self._text_stream((*params.stop, *stops))
+                   for (ids, stops), room in zip(encoded, rooms, strict=True)}
+        answers = dict.fromkeys(streams, "")
+        while not engine.idle:
+            for request, token, *_ in engine.step():
+                if token is not None:
+                    answers[request] += streams[request].feed([token])
+                if streams[request].stopped:
+                    engine.cancel(request)
+        return [answer + streams[request].finish() for request, answer in answers.items()]
 
     def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
         """Draw up to `count` tokens behind `ids`; ends in front of eos unless `params.ignore_eos`. What an earlier call
@@ -128,10 +182,13 @@ class Model(Tokens):
             self._single = Engine(self, 1, max(length, min(self.context or USUAL_CAPACITY, USUAL_CAPACITY)))
         return self._single
 
-    def _text(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
+    def _text_stream(self, stops: Sequence[str]) -> TextStream:
         tokenizer = self.tokenizer
-        text = TextStream(lambda ids: str(tokenizer.decode(
+        return TextStream(lambda ids: str(tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)), stops)
+
+    def _text(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
+        text = self._text_stream(stops)
         for token in tokens:
             if piece := text.feed([token]):
                 yield piece
@@ -140,12 +197,14 @@ class Model(Tokens):
         if piece := text.finish():
             yield piece
 
-    def _encode(self, prompt: str | Sequence[int] | Tensor,
-                prompt_style: str | None) -> tuple[list[int], Sequence[str]]:
+    def _encode(self, prompt: Prompt, prompt_style: str | None) -> tuple[list[int], Sequence[str]]:
         """Token ids of a prompt, and the stop strings that its style brings."""
         if not isinstance(prompt, str):
-            ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else list(prompt)
-            return ids, ()
+            try:
+                return [index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)], ()
+            except TypeError as error:
+                raise UsageError("a prompt is neither text nor a sequence of token ids",
+                                 "Give text, token ids (T,), or to generate a list of these.") from error
         if prompt_style is None:
             return self.tokenizer(prompt)["input_ids"], ()
         name = self.prompt_style if prompt_style == "auto" else prompt_style
@@ -161,6 +220,14 @@ class Model(Tokens):
             raise UsageError(f"a prompt of {length} tokens{wanted} do not fit into this model's {self.context}",
                              "Shorten the prompt, or ask for fewer new tokens.")
         return asked or min(room, MOST_NEW_TOKENS)
+
+
+def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
+    """The prompts where there are several; None for one."""
+    if isinstance(prompt, Tensor):
+        return list(prompt) if prompt.dim() == 2 else None
+    several = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | Tensor) for item in prompt)
+    return cast(Sequence[Prompt], prompt) if several else None
 
 
 def _generation_eos(reader: CheckpointReader) -> frozenset[int]:

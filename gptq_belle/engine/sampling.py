@@ -3,7 +3,8 @@
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -61,6 +62,34 @@ class SamplingParams:
                 raise UsageError(f"{name} {getattr(self, name)} is not allowed", f"It must be {allowed}.")
         if isinstance(self.stop, str):
             raise UsageError(f"stop {self.stop!r} is one string", "Give a tuple of strings.")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams` as keyword arguments."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    min_p: float
+    logprobs: int | None
+
+
+def sampling_params(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -> SamplingParams:
+    """`params`, or the defaults, with the given options changed.
+
+    Raises:
+        UsageError: an unknown option, or a value out of range.
+    """
+    known = [field.name for field in fields(SamplingParams)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"sampling option {name!r} is unknown", f"The options are {', '.join(known)}.")
+    return replace(params or SamplingParams(), **options)
 
 
 class Sampler:

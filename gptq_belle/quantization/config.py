@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from gptq_belle import __version__
 from gptq_belle.errors import UsageError
@@ -14,6 +14,7 @@ HEAD_BITS = (16, 8, 4)
 METHODS = ("gptq", "rtn")
 EXPRESSION = "Write it as Python's re takes it; a dot in a name is '\\.'."
 OVERRIDABLE = ("bits", "group_size", "sym")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Override:
         return {name: value for name, value in values.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class QuantConfig:
     """Settings of one quantization job.
 
@@ -65,8 +66,10 @@ class QuantConfig:
         bits: bits a weight, one of 2, 3, 4, 8.
         group_size: inputs that share a scale and a zero point: 32, 64, 128, or -1 for a whole row.
         sym: one fixed zero point in the middle of the codes, 2**(bits - 1), instead of one a group.
-        act_order: solve columns by falling Hessian diagonal; groups follow that order (``desc_act`` on disk).
+        act_order: solve columns by falling Hessian diagonal; groups follow that order. ``desc_act``, its name on disk,
+            can be given and read instead.
         damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
+            ``damp_percent``, its name on disk, can be given and read instead.
         method: "gptq", or "rtn" for rounding to nearest without calibration.
         preset: "best", "fast" for plain GPTQ, or "max", which also tunes the whole model (see
             `quantization.presets.RECIPES`).
@@ -79,23 +82,48 @@ class QuantConfig:
             chooses 4 or 8 bits for every stage that no override settles (see `quantization.auto_bits`).
 
     Raises:
-        UsageError: a value is not among the allowed ones; the message names the option and lists them.
+        UsageError: a value is not among the allowed ones, or the two names of a setting have different values.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    act_order: bool = False
-    damp: float = 0.01
-    method: str = "gptq"
-    preset: str = "best"
-    without: tuple[str, ...] = ()
-    positive_scales: bool = False
-    overrides: tuple[Override, ...] = ()
-    head_bits: int = 16
-    auto_bits: str | None = None
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: bool
+    damp: float
+    method: str
+    preset: str
+    without: tuple[str, ...]
+    positive_scales: bool
+    overrides: tuple[Override, ...]
+    head_bits: int
+    auto_bits: str | None
 
-    def __post_init__(self) -> None:
+    # Written by hand: a generated one cannot tell an alias that contradicts a default from one that was left out.
+    def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True, act_order: bool | None = None,
+                 damp: float | None = None, method: str = "gptq", preset: str = "best", without: tuple[str, ...] = (),
+                 positive_scales: bool = False, overrides: tuple[Override, ...] = (), head_bits: int = 16,
+                 auto_bits: str | None = None, *, desc_act: bool | None = None,
+                 damp_percent: float | None = None) -> None:
+        values = {"bits": bits, "group_size": group_size, "sym": sym,
+                  "act_order": _either("act_order", act_order, "desc_act", desc_act, default=False),
+                  "damp": _either("damp", damp, "damp_percent", damp_percent, default=0.01),
+                  "method": method, "preset": preset, "without": without, "positive_scales": positive_scales,
+                  "overrides": overrides, "head_bits": head_bits, "auto_bits": auto_bits}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    @property
+    def desc_act(self) -> bool:
+        """The same as `act_order`."""
+        return self.act_order
+
+    @property
+    def damp_percent(self) -> float:
+        """The same as `damp`."""
+        return self.damp
+
+    def _check(self) -> None:
         _check("bits", self.bits, BITS)
         _check("head bits", self.head_bits, HEAD_BITS)
         _check("group size", self.group_size, GROUP_SIZES)
@@ -156,3 +184,10 @@ def _check(option: str, value: object, allowed: tuple[object, ...]) -> None:
     if isinstance(value, bool) or value not in allowed:
         names = ", ".join(map(str, allowed))
         raise UsageError(f"{option} {value} is not allowed", f"Choose one of {names}.")
+
+
+def _either(name: str, value: T | None, alias: str, other: T | None, *, default: T) -> T:
+    """The value of a setting that has two names."""
+    if value is not None and other is not None and value != other:
+        raise UsageError(f"{name} is {value} and its alias {alias} is {other}", f"Give {name} only.")
+    return value if value is not None else other if other is not None else default
