@@ -42,7 +42,7 @@ class BuildNative(build_ext):
     """Compile the library, or leave it out with a warning."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """`gptq_belle/kernels/_native.so`: `kernels/library.py` loads it by this name."""
+        """`gptq_belle/kernels/_native.so`: `kernels/native_library.py` loads it by this name."""
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:

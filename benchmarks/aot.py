@@ -20,7 +20,7 @@ import triton
 from aot_jobs import PROCESSORS, SAME, Job, compiled, inputs_of_step, jobs, usual
 from machine_code import MachineCode
 
-from gptq_belle.kernels.triton_config import SHARED
+from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB
 
 COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "registers", "spilled",
            "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
@@ -44,8 +44,8 @@ def problems(job: Job, code: MachineCode) -> list[str]:
     found = []
     if code.stack or code.local:
         found.append(f"registers spill: {code.stack} bytes of stack, {code.local} local")
-    if code.shared > SHARED[job.arch] * 1024:
-        found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED[job.arch]} KiB")
+    if code.shared > SHARED_MEMORY_KIB[job.arch] * 1024:
+        found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_MEMORY_KIB[job.arch]} KiB")
     if job.config is None:
         return found
     if not code.products:

@@ -11,7 +11,15 @@ import machine_code
 from machine_code import MachineCode
 
 from gptq_belle.kernels import triton_gptq
-from gptq_belle.kernels.triton_config import BUCKETS, REGISTERS, Case, Config, Plan, rule, table
+from gptq_belle.kernels.triton_config import (
+    REGISTERS,
+    ROW_BUCKETS,
+    LaunchPlan,
+    MatmulProblem,
+    TileConfig,
+    default_plan,
+    tuned_plans,
+)
 from gptq_belle.kernels.triton_dequant import dequant_kernel
 from gptq_belle.kernels.triton_gemm import gemm_kernel
 from gptq_belle.kernels.triton_layout import block_inputs
@@ -36,7 +44,7 @@ class Job(NamedTuple):
     dtype: str | None = None
     run: int | None = None
     zero: str | None = None
-    config: Config | None = None
+    config: TileConfig | None = None
 
 
 class Kernel(NamedTuple):
@@ -100,14 +108,14 @@ KERNELS = {
 }
 
 
-def configs(arch: int) -> set[tuple[str, Config]]:
+def configs(arch: int) -> set[tuple[str, TileConfig]]:
     """Kernels and configurations that the rule selects on an architecture, over all shapes and numbers of rows."""
-    plans = {rule(Case(rows, outputs, inputs, 4, 128, "float16"), arch, PROCESSORS[arch])
-             for rows in BUCKETS for inputs, outputs in SHAPES}
+    plans = {default_plan(MatmulProblem(rows, outputs, inputs, 4, 128, "float16"), arch, PROCESSORS[arch])
+             for rows in ROW_BUCKETS for inputs, outputs in SHAPES}
     return {(plan.kernel, split_in_two(plan.config)) for plan in plans if plan.config is not None}
 
 
-def split_in_two(config: Config) -> Config:
+def split_in_two(config: TileConfig) -> TileConfig:
     """The same configuration with its split of K replaced by a split in two."""
     return config._replace(SPLIT_K=min(config.SPLIT_K, 2))
 
@@ -126,7 +134,7 @@ def jobs(arch: int) -> Iterator[Job]:
     for (kernel, _), config in whole.items():
         for bits, dtype, run in VARIANTS:
             yield from (Job(arch, kernel, bits, dtype, run, zero, config) for zero in (SAME, EACH))
-    for case, plan in table(arch).items():
+    for case, plan in tuned_plans(arch).items():
         yield from _tuned(arch, case, plan)
     for bits, dtype, run in VARIANTS:
         yield from (Job(arch, "dequant", bits, dtype, run, zero) for zero in (SAME, EACH))
@@ -136,7 +144,7 @@ def jobs(arch: int) -> Iterator[Job]:
         yield from (Job(arch, "gptq", 4, run=group, zero=zero) for zero in (SAME, EACH))
 
 
-def _tuned(arch: int, case: Case, plan: Plan) -> Iterator[Job]:
+def _tuned(arch: int, case: MatmulProblem, plan: LaunchPlan) -> Iterator[Job]:
     if plan.config is not None:
         config = split_in_two(plan.config)
         yield from (Job(arch, plan.kernel, case.bits, case.dtype, case.run, zero, config) for zero in (SAME, EACH))

@@ -55,7 +55,7 @@ def ours(model: Model, *, replays: bool = True) -> Timer:
 
 def transformers_int4(path: Path) -> Timer:
     """The same for transformers in bfloat16 with linears on torch's int4 op."""
-    with patch("gptq_belle.kernels.cpu_layout.refusal", lambda *args: "disabled for the comparison"):
+    with patch("gptq_belle.kernels.cpu_layout.unsupported_reason", lambda *args: "disabled for the comparison"):
         model: Any = hf_model(path, device="cpu", dtype=torch.bfloat16)
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ def llama_cpp(peer: LlamaCpp) -> Timer:
 def plain_read(size: int) -> Timer:
     """Seconds to read `size` bytes."""
     codes = cpu_layout.empty_codes(1, 1, -(-size // 64)).fill_(1)
-    return lambda what: seconds(lambda: cpu_matmul.read(codes))
+    return lambda what: seconds(lambda: cpu_matmul.read_memory(codes))
 
 
 def measure(variants: dict[str, Timer], repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -37,7 +37,7 @@ from gptq_belle.bench.bandwidth import read_bandwidth
 from gptq_belle.common.timers import seconds, spread
 from gptq_belle.kernels import cpu_layout
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 
 SETS = {  # (in_features, out_features) of every linear
     "belle-7b": {"query_key_value": (4096, 12288), "dense": (4096, 4096), "h_to_4h": (4096, 16384),
@@ -181,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    kernels = library()
+    kernels = load_library()
     if isinstance(kernels, str):
         raise SystemExit(kernels)
     result: dict[str, Any] = {"threads": options.threads, "isa": kernels.isa}

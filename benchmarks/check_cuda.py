@@ -20,7 +20,7 @@ from cuda_common import Deadline, head, require_device, write
 from gptq_belle.bench.kernel_tuning import VARIED, starts, variations
 from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
-from gptq_belle.kernels.triton_config import BUCKETS, Case, Plan, rule
+from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, default_plan
 
 INPUTS, OUTPUTS = 1024, 352  # the outputs end inside a tile
 MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}
@@ -39,7 +39,7 @@ class Product(NamedTuple):
     dtype: torch.dtype
     rows: int
     bias: bool
-    plan: Plan | None  # None: the plan that dispatch selects
+    plan: LaunchPlan | None  # None: the plan that dispatch selects
 
 
 def formats() -> Iterator[Product]:
@@ -53,10 +53,10 @@ def formats() -> Iterator[Product]:
 
 def configs(arch: int, processors: int) -> Iterator[Product]:
     """Every plan of the tuning search, with 4 bits in float16 and 8 bits in bfloat16."""
-    plans: dict[Plan, None] = {}
-    for most in BUCKETS:
-        case = Case(most, OUTPUTS, INPUTS, 4, 128, "float16")
-        for first in starts(case, rule(case, arch, processors)):
+    plans: dict[LaunchPlan, None] = {}
+    for most in ROW_BUCKETS:
+        case = MatmulProblem(most, OUTPUTS, INPUTS, 4, 128, "float16")
+        for first in starts(case, default_plan(case, arch, processors)):
             plans |= dict.fromkeys([first, *(plan for name in VARIED for plan in variations(first, name))])
     for plan in plans:
         rows = MOST_ROWS[plan.kernel] if plan.config is None or plan.kernel != "skinny" else plan.config.BM - 1
@@ -87,7 +87,7 @@ def relative_error(product: Product, weight: CanonicalWeight, sliced: triton_lay
     device = weight.qweight.device
     x = torch.randn(product.rows, INPUTS, device=device).to(product.dtype)
     bias = torch.randn(OUTPUTS, device=device).half() if product.bias else None
-    y, again = (triton_matmul.quant_matmul(x, sliced, bias, by=product.plan) for _ in range(2))
+    y, again = (triton_matmul.quant_matmul(x, sliced, bias, plan=product.plan) for _ in range(2))
     if not torch.equal(y, again):
         return float("inf")
     exact = reference.quant_matmul(x.float(), weight, bias)
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
     torch.manual_seed(0)
-    products = [*formats(), *configs(*triton_matmul.processor(device))]
+    products = [*formats(), *configs(*triton_matmul.device_properties(device))]
     wrong: list[str] = []
     too_large: list[str] = []
     largest: dict[str, float] = {}

@@ -63,7 +63,7 @@ def require_device() -> torch.device:
     from gptq_belle.kernels import triton_matmul
 
     device = torch.device("cuda", 0)
-    if lacking := triton_matmul.unavailable(device):
+    if lacking := triton_matmul.unavailable_reason(device):
         raise SystemExit(f"A GPU that the Triton kernels support is required: {lacking}.")
     return device
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gptq_belle.bench.bandwidth import MIB
 from gptq_belle.kernels import cpu_layout, cpu_matmul, torch_int4
 from gptq_belle.kernels.cpu_layout import CpuWeight
-from gptq_belle.kernels.cpu_matmul import Product
+from gptq_belle.kernels.cpu_matmul import CpuMatmul
 
 GROUP = 128
 ROTATED = 1024 * MIB  # bytes of weight copies per variant: twice the largest cache of the machines used
@@ -41,7 +41,7 @@ def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) ->
                          cpu_layout.PARTS[precision], bits, groups, 1)
 
     weights = [weight() for _ in range(copies)]
-    return Variant([Product(weight) for weight in weights], weights[0].codes.nbytes + weights[0].scales.nbytes)
+    return Variant([CpuMatmul(weight) for weight in weights], weights[0].codes.nbytes + weights[0].scales.nbytes)
 
 
 def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
@@ -69,7 +69,7 @@ def plain_read() -> Variant:
     """A plain read of the parts of a buffer."""
     buffer = cpu_layout.empty_codes(1, 1, ROTATED // 64).flatten().random_()
     parts = buffer.split(PORTION)
-    return Variant([lambda x, part=part: torch.tensor(cpu_matmul.read(part)) for part in parts], PORTION)  # type: ignore[misc]
+    return Variant([lambda x, part=part: torch.tensor(cpu_matmul.read_memory(part)) for part in parts], PORTION)  # type: ignore[misc]
 
 
 def copies_of(size: float) -> int:

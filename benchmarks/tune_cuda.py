@@ -15,24 +15,24 @@ from cuda_common import SHAPES, Deadline, random_weight, require_device
 
 from gptq_belle.bench.kernel_tuning import describe, device_timer, tune, write
 from gptq_belle.kernels import triton_matmul
-from gptq_belle.kernels.triton_config import BUCKETS
+from gptq_belle.kernels.triton_config import ROW_BUCKETS
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budget", type=float, default=1800, help="time limit in seconds; no case is started after it")
-    parser.add_argument("--rows", nargs="+", type=int, choices=BUCKETS, default=BUCKETS)
+    parser.add_argument("--rows", nargs="+", type=int, choices=ROW_BUCKETS, default=ROW_BUCKETS)
     parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the tuning table")
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
-    arch, processors = triton_matmul.processor(device)
+    arch, processors = triton_matmul.device_properties(device)
     results = []
     for rows, (inputs, outputs) in itertools.product(args.rows, dict.fromkeys(itertools.chain(*SHAPES.values()))):
         if deadline.over():
             break
         weight = random_weight(inputs, outputs, 4, device)
-        case = triton_matmul.case_of(weight, rows, torch.float16)
+        case = triton_matmul.problem_of(weight, rows, torch.float16)
         found = tune(case, arch, processors, device_timer(case, [weight]))
         results.append(found)
         print(f"{describe(case)}: {1e6 * found.seconds:.1f} us, {found.rule_seconds / found.seconds:.2f} times the "

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .group_sort import RUN_LENGTHS, is_mostly_padding, sort_by_group
+from .huge_pages import empty_bytes
 from .layout import CanonicalWeight
-from .library import address, library, native
-from .memory import empty_bytes
+from .native_library import data_pointer, load_library, require_library
+from .native_structs import PackedWordsStruct
 from .reference import unpack
-from .runs import RUNS, cut_runs, wasteful
-from .structs import WordsStruct
 
 BLOCK = 16  # outputs of a block of codes
 PADDED = 32  # N is padded to multiples of it
@@ -41,38 +41,38 @@ class CpuWeight(NamedTuple):
     zero_offset: int  # as in CanonicalWeight
 
 
-def refusal(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose`."""
+def unsupported_reason(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose_kernel`."""
     if device.type != "cpu":
         return f"the native kernels here are for CPUs, not {device.type}"
     if dtype == torch.float64:
         return "the native kernels keep 16 bits of an activation: too few for torch.float64"
-    if isinstance(found := library(), str):
+    if isinstance(found := load_library(), str):
         return found
-    if wasteful(g_idx):
-        return f"the native kernels take groups that fill runs of {RUNS[-1]} inputs"
+    if is_mostly_padding(g_idx):
+        return f"the native kernels take groups that fill runs of {RUN_LENGTHS[-1]} inputs"
     return None
 
 
 def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
-    """Lay out a weight that `refusal` lets through; its tensors are on the CPU.
+    """Lay out a weight that `unsupported_reason` lets through; its tensors are on the CPU.
 
     Raises:
         ValueError: an unknown precision.
     """
     if precision not in PARTS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PARTS)}")
-    runs = cut_runs(weight.g_idx)
+    runs = sort_by_group(weight.g_idx)
     bits, outputs = CONTAINERS[weight.bits], weight.out_features
     blocks = -(-outputs // PADDED) * PADDED // BLOCK
     only = _only_zero(weight.qzeros, weight.bits)
     zeros = None if only is not None else unpack(weight.qzeros.t(), weight.bits).t() + weight.zero_offset
     scales = weight.scales if weight.scales.dtype == torch.float16 else weight.scales.float()
     codes = empty_codes(blocks, len(runs.groups), runs.run * bits // 32)
-    words, lib = weight.qweight.contiguous(), native()
+    words, lib = weight.qweight.contiguous(), require_library()
     lib.pack(
-        WordsStruct(words.data_ptr(), address(runs.order), weight.in_features, outputs, len(runs.groups), weight.bits,
-                    runs.run, bits), codes.data_ptr(), torch.get_num_threads(), lib.number(None))
+        PackedWordsStruct(words.data_ptr(), data_pointer(runs.order), weight.in_features, outputs, len(runs.groups),
+                          weight.bits, runs.run, bits), codes.data_ptr(), torch.get_num_threads(), lib.number(None))
     return CpuWeight(
         codes=codes,
         scales=_blocks(scales, runs.groups, blocks),
@@ -91,9 +91,9 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
     )
 
 
-def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_weight(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
     """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
-    runs, places = cut_runs(weight.g_idx), unpack_codes(weight.codes, weight.bits)
+    runs, places = sort_by_group(weight.g_idx), unpack_codes(weight.codes, weight.bits)
     codes = places[: weight.in_features]
     if weight.order is not None:
         filled = weight.order >= 0
@@ -103,7 +103,7 @@ def restore(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
 
     def table(values: Tensor) -> Tensor:
         whole = values.new_zeros(weight.source_groups, places.shape[1])  # a group without inputs keeps zeros
-        whole[runs.groups] = by_run(values)
+        whole[runs.groups] = merge_blocks(values)
         return whole[:, : weight.out_features].contiguous()
 
     return codes[:, : weight.out_features].contiguous(), table(zeros.int()), table(weight.scales)
@@ -116,7 +116,7 @@ def unpack_codes(codes: Tensor, bits: int) -> Tensor:
     return fields.view(-1, blocks, groups, vectors, BLOCK, 4).permute(2, 3, 0, 5, 1, 4).reshape(-1, blocks * BLOCK)
 
 
-def by_run(values: Tensor) -> Tensor:
+def merge_blocks(values: Tensor) -> Tensor:
     """Scales or zeros (N / 16, G, 16) of the layout as a table (G, N), N padded."""
     return values.transpose(0, 1).flatten(1)
 

@@ -11,14 +11,14 @@ from ctypes import addressof
 import torch
 from torch import Tensor
 
+from .call_recorder import PRODUCT, empty_result, execute, reject_while_recording
 from .cpu_layout import BLOCK, PADDED, CpuWeight
-from .library import address, native, plain, require
-from .runs import RUNS
-from .structs import CallStruct, WeightStruct
-from .tape import PRODUCT, empty, refuse, run
+from .group_sort import RUN_LENGTHS
+from .native_library import check_tensors, data_pointer, is_contiguous_float32, require_library
+from .native_structs import CallStruct, WeightStruct
 
 
-class Product:
+class CpuMatmul:
     """x (..., K) times a weight (K, N), plus bias (N,): (..., N) in x's dtype, through float32. Has no gradient.
 
     What is the same at every call is checked and put down once.
@@ -35,8 +35,8 @@ class Product:
         self.weight, self.bias = weight, bias  # the struct points into them
         self._inputs, self._outputs = weight.in_features, weight.out_features
         self._struct = WeightStruct(
-            weight.codes.data_ptr(), weight.scales.data_ptr(), address(weight.zeros), address(weight.order),
-            address(bias), weight.in_features, weight.out_features, weight.codes.shape[1], weight.run, weight.bits,
+            weight.codes.data_ptr(), weight.scales.data_ptr(), data_pointer(weight.zeros), data_pointer(weight.order),
+            data_pointer(bias), weight.in_features, weight.out_features, weight.codes.shape[1], weight.run, weight.bits,
             weight.scales.dtype == torch.float16, weight.zero)
         self._address = addressof(self._struct)
 
@@ -54,30 +54,31 @@ class Product:
         if not rows.is_cpu or rows.shape[1] != self._inputs:
             raise ValueError(f"x of {rows.shape[1]} columns on {rows.device}, a weight of {self._inputs} inputs on the "
                              "CPU")
-        y = empty(rows.shape[0], self._outputs)
-        inside = plus is not None and plain(plus) and plus.shape == y.shape
-        run(CallStruct(PRODUCT, self.weight.parts, self._address, rows.data_ptr(), address(plus) if inside else None,
-                       y.data_ptr(), rows.shape[0], self._inputs), (self, rows, plus, y), isa=isa)
+        y = empty_result(rows.shape[0], self._outputs)
+        inside = plus is not None and is_contiguous_float32(plus) and plus.shape == y.shape
+        execute(CallStruct(PRODUCT, self.weight.parts, self._address, rows.data_ptr(),
+                           data_pointer(plus) if inside else None, y.data_ptr(), rows.shape[0], self._inputs),
+                (self, rows, plus, y), isa=isa)
         if rows is not x or (plus is not None and not inside):
-            refuse("a product with numbers that were converted")
+            reject_while_recording("a product with numbers that were converted")
         y = y if x.dtype is torch.float32 else y.to(x.dtype)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], self._outputs)
         return y if plus is None or inside else y.add_(plus)
 
 
 def quant_matmul(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:
-    """`Product` for one time."""
-    return Product(weight, bias)(x, isa=isa)
+    """`CpuMatmul` for one time."""
+    return CpuMatmul(weight, bias)(x, isa=isa)
 
 
-def read(tensor: Tensor) -> int:
+def read_memory(tensor: Tensor) -> int:
     """Read a contiguous tensor on the CPU with all threads and do nothing else: the sum of its words of 4 bytes.
 
     Behind the last whole 256 KiB nothing is read.
     """
     if not (tensor.is_cpu and tensor.is_contiguous()):
         raise ValueError("only a contiguous tensor on the CPU can be read")
-    lib = native()
+    lib = require_library()
     return int(lib.read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads(), lib.number(None)))
 
 
@@ -113,19 +114,19 @@ def _plain(tensor: Tensor) -> Tensor:
 def _check(weight: CpuWeight, bias: Tensor | None) -> None:
     """Everything that the library takes for granted, except the range of `order`, which it checks itself."""
     w = weight
-    if w.run not in RUNS or w.bits not in (2, 4, 8) or w.parts not in (1, 2):
-        raise ValueError(f"run {w.run}, bits {w.bits}, parts {w.parts}: not in {RUNS}, (2, 4, 8), (1, 2)")
+    if w.run not in RUN_LENGTHS or w.bits not in (2, 4, 8) or w.parts not in (1, 2):
+        raise ValueError(f"run {w.run}, bits {w.bits}, parts {w.parts}: not in {RUN_LENGTHS}, (2, 4, 8), (1, 2)")
     if w.in_features < 1 or w.out_features < 1:
         raise ValueError(f"a weight of {w.in_features} inputs, {w.out_features} outputs")
     blocks, groups = -(-w.out_features // PADDED) * PADDED // BLOCK, w.codes.shape[1] if w.codes.dim() == 4 else 0
     grid = (blocks, groups, BLOCK)
-    require((blocks, groups, w.run * w.bits // 32, 64), torch.uint8, codes=w.codes)
-    require(grid, torch.float16, torch.float32, scales=w.scales)
+    check_tensors((blocks, groups, w.run * w.bits // 32, 64), torch.uint8, codes=w.codes)
+    check_tensors(grid, torch.float16, torch.float32, scales=w.scales)
     if w.zeros is not None:
-        require(grid, torch.int16, zeros=w.zeros)
+        check_tensors(grid, torch.int16, zeros=w.zeros)
     if w.order is not None:
-        require((groups * w.run,), torch.int32, order=w.order)
+        check_tensors((groups * w.run,), torch.int32, order=w.order)
     elif not (groups - 1) * w.run < w.in_features <= groups * w.run:
         raise ValueError(f"{groups} runs of {w.run} do not hold {w.in_features} inputs")
     if bias is not None:
-        require((w.out_features,), bias=bias)
+        check_tensors((w.out_features,), bias=bias)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .library import Library, library, native, require
-from .structs import DescentStruct, GptqBlockStruct, SearchStruct
+from .native_library import NativeLibrary, check_tensors, load_library, require_library
+from .native_structs import CoordinateDescentStruct, GptqBlockStruct, GridSearchStruct
 
 BLOCK = 128  # most inputs at a time, of a walk and of a descent
 LANES = 16  # N of a search is padded to it
 
 
-def serves(tensor: Tensor) -> bool:
+def is_supported(tensor: Tensor) -> bool:
     """Whether these kernels take such weights: float32, on a CPU, where the library is built."""
-    return tensor.is_cpu and tensor.dtype == torch.float32 and isinstance(library(), Library)
+    return tensor.is_cpu and tensor.dtype == torch.float32 and isinstance(load_library(), NativeLibrary)
 
 
 def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
@@ -26,18 +26,18 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
 
     Args:
         W: used up here.
-        isa: one of `library().usable`; left out, the fastest.
+        isa: one of `load_library().usable`; left out, the fastest.
     Raises:
         ValueError: tensors that do not fit together; nothing was read or written.
     """
-    lib = native()
+    lib = require_library()
     inputs, outputs = W.shape
     tables = (inputs // group if group else scales.shape[0], outputs)
     if not 0 < inputs <= BLOCK or group and inputs % group or not group and tables[0] not in (1, inputs):
         raise ValueError(f"a block of {inputs} inputs in groups of {group} with {tables[0]} grids")
-    require((inputs, outputs), W=W, Err=Err)
-    require((inputs, outputs), torch.uint8, codes=codes)
-    require(tables, scales=scales, zeros=zeros)
+    check_tensors((inputs, outputs), W=W, Err=Err)
+    check_tensors((inputs, outputs), torch.uint8, codes=codes)
+    check_tensors(tables, scales=scales, zeros=zeros)
     if Hinv.shape != (inputs, inputs) or Hinv.dtype != torch.float32 or not Hinv.is_cpu:
         raise ValueError(f"Hinv: {Hinv.dtype} {tuple(Hinv.shape)}, not float32 {(inputs, inputs)}")
     lib.gptq_block(
@@ -57,22 +57,22 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
     Raises:
         ValueError: as there.
     """
-    lib = native()
+    lib = require_library()
     inputs, outputs = code.shape
     if not 0 < inputs <= BLOCK or block.shape != (inputs, inputs):
         raise ValueError(f"{inputs} inputs with a block {tuple(block.shape)} of the Hessian")
     block = block if block.stride(1) == 1 else block.contiguous()
-    require((inputs, outputs), code=code, residual=residual)
-    require((outputs,), scale=scale, zero=zero)
-    require((inputs,), block=block[0], diagonal=diagonal)
+    check_tensors((inputs, outputs), code=code, residual=residual)
+    check_tensors((outputs,), scale=scale, zero=zero)
+    check_tensors((inputs,), block=block[0], diagonal=diagonal)
     lib.descend(
-        DescentStruct(code.data_ptr(), residual.data_ptr(), scale.data_ptr(), zero.data_ptr(), block.data_ptr(),
-                      diagonal.data_ptr(), inputs, outputs, block.stride(0), 2**bits - 1),
+        CoordinateDescentStruct(code.data_ptr(), residual.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+                                block.data_ptr(), diagonal.data_ptr(), inputs, outputs, block.stride(0), 2**bits - 1),
         torch.get_num_threads(), lib.number(isa))
 
 
-def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, smallest: float, *,
-           isa: str | None = None) -> Tensor:
+def search_grid(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, smallest: float, *,
+                isa: str | None = None) -> Tensor:
     """Which of some grids costs a group's outputs least: sum_k h_k (w_k - s (code_k - zero))^2.
 
     Args:
@@ -87,18 +87,18 @@ def search(weight: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bi
     Raises:
         ValueError: as for `solve_block`.
     """
-    lib = native()
+    lib = require_library()
     (inputs, outputs), padding = weight.shape, -weight.shape[1] % LANES
     if padding:
         weight, scales, zeros = (pad(table, (0, padding)) for table in (weight, scales, zeros))
     weight, importance = weight.contiguous(), importance.contiguous()
     tables = (len(scales), outputs + padding)
-    require((inputs, tables[1]), weight=weight)
-    require((inputs,), importance=importance)
-    require(tables, scales=scales, zeros=zeros)
+    check_tensors((inputs, tables[1]), weight=weight)
+    check_tensors((inputs,), importance=importance)
+    check_tensors(tables, scales=scales, zeros=zeros)
     best = torch.empty(tables[1], dtype=torch.int32)
     lib.search(
-        SearchStruct(weight.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(), best.data_ptr(),
-                     inputs, tables[1], tables[0], smallest, 2**bits - 1),
+        GridSearchStruct(weight.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(), best.data_ptr(),
+                         inputs, tables[1], tables[0], smallest, 2**bits - 1),
         torch.get_num_threads(), lib.number(isa))
     return best[:outputs]

@@ -8,7 +8,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import cpu_layout, cpu_matmul, cpu_rows, gradient, groupwise, reference, torch_int4, triton_layout, triton_matmul
+from . import (
+    cpu_layout,
+    cpu_matmul,
+    cpu_packed_rows,
+    gradient,
+    groupwise,
+    reference,
+    torch_int4,
+    triton_layout,
+    triton_matmul,
+)
 from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
 from .torch_int4 import Int4Weight
@@ -17,15 +27,15 @@ from .triton_layout import SlicedWeight
 PreparedWeight = CanonicalWeight | Int4Weight | CpuWeight | SlicedWeight
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """The kernel that a case takes, and why it is not a faster one (empty where there is none)."""
 
     kernel: str  # "native", "torch-int4", "groupwise", "triton", "dequantize+matmul" or "reference"
     reason: str
 
 
-def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device, dtype: torch.dtype,
-           precision: str = "exact") -> Choice:
+def choose_kernel(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device, dtype: torch.dtype,
+                  precision: str = "exact") -> KernelChoice:
     """The kernel for one linear.
 
     Args:
@@ -36,36 +46,36 @@ def choose(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device,
         precision: "exact", or "fast" where fewer bits of the activations will do.
     """
     if device.type == "cuda":
-        reason = triton_matmul.refusal(g_idx, device, dtype)
-        return Choice("triton", "") if reason is None else Choice("dequantize+matmul", reason)
-    reason = cpu_layout.refusal(g_idx, device, dtype)
+        reason = triton_matmul.unsupported_reason(g_idx, device, dtype)
+        return KernelChoice("triton", "") if reason is None else KernelChoice("dequantize+matmul", reason)
+    reason = cpu_layout.unsupported_reason(g_idx, device, dtype)
     if reason is None:
-        return Choice("native", "")
-    other = torch_int4.refusal(bits, g_idx, out_features, device, dtype, precision)
+        return KernelChoice("native", "")
+    other = torch_int4.unsupported_reason(bits, g_idx, out_features, device, dtype, precision)
     if other is None:
-        return Choice("torch-int4", reason)
+        return KernelChoice("torch-int4", reason)
     reason = f"{reason}; {other}"
     if longest_run(g_idx):
-        return Choice("groupwise", reason)
-    return Choice("reference", f"{reason}; groupwise takes groups of neighbouring inputs, not act-order")
+        return KernelChoice("groupwise", reason)
+    return KernelChoice("reference", f"{reason}; groupwise takes groups of neighbouring inputs, not act-order")
 
 
 def prepare(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int, *,
             device: torch.device, dtype: torch.dtype, precision: str = "exact") -> PreparedWeight:
-    """`lay_out` for the tensors of a file, which are checked.
+    """`prepare_weight` for the tensors of a file, which are checked.
 
     Args:
         qweight, qzeros, scales, g_idx, bits, zero_offset: see `layout.canonical`.
-        device, dtype, precision: see `lay_out`.
+        device, dtype, precision: see `prepare_weight`.
     Raises:
         ValueError: tensors that do not fit together; the message says what is allowed.
     """
-    return lay_out(canonical(qweight, qzeros, scales, g_idx, bits, zero_offset), device=device, dtype=dtype,
-                   precision=precision)
+    return prepare_weight(canonical(qweight, qzeros, scales, g_idx, bits, zero_offset), device=device, dtype=dtype,
+                          precision=precision)
 
 
-def lay_out(weight: CanonicalWeight, *, device: torch.device, dtype: torch.dtype,
-            precision: str = "exact") -> PreparedWeight:
+def prepare_weight(weight: CanonicalWeight, *, device: torch.device, dtype: torch.dtype,
+                   precision: str = "exact") -> PreparedWeight:
     """Lay out one packed weight for its kernel; it is left as it is.
 
     Args:
@@ -76,7 +86,8 @@ def lay_out(weight: CanonicalWeight, *, device: torch.device, dtype: torch.dtype
     Returns:
         the words copied to `device`, or another layout that replaces them.
     """
-    choice = choose(weight.bits, weight.g_idx, weight.out_features, device=device, dtype=dtype, precision=precision)
+    choice = choose_kernel(weight.bits, weight.g_idx, weight.out_features, device=device, dtype=dtype,
+                           precision=precision)
     if choice.kernel == "native":
         return cpu_layout.prepare(weight, precision)
     if choice.kernel == "torch-int4":
@@ -88,19 +99,19 @@ def lay_out(weight: CanonicalWeight, *, device: torch.device, dtype: torch.dtype
     return triton_layout.prepare(there) if choice.kernel == "triton" else there
 
 
-def rows(weight: PreparedWeight, ids: Tensor) -> Tensor:
+def lookup_rows(weight: PreparedWeight, ids: Tensor) -> Tensor:
     """Rows ids (n,) of the matrix (N, K) whose product a weight is: (n, K) float32. An embedding is looked up so.
 
     Raises:
         ValueError: the layout of torch's int4 op, which cannot be looked into.
     """
     if isinstance(weight, CpuWeight):
-        return cpu_rows.rows(weight, ids)
+        return cpu_packed_rows.lookup_rows(weight, ids)
     if isinstance(weight, SlicedWeight):
-        return triton_layout.rows(weight, ids)
+        return triton_layout.lookup_rows(weight, ids)
     if isinstance(weight, Int4Weight):
         raise ValueError("rows of a weight in torch's int4 layout cannot be looked up")
-    return reference.rows(weight, ids)
+    return reference.lookup_rows(weight, ids)
 
 
 def quant_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -121,7 +132,7 @@ def bind(weight: PreparedWeight, bias: Tensor | None = None) -> Callable[..., Te
         a function of x, and of what is to be added to the product, if anything.
     """
     if isinstance(weight, CpuWeight):
-        return cpu_matmul.Product(weight, bias)
+        return cpu_matmul.CpuMatmul(weight, bias)
 
     def product(x: Tensor, plus: Tensor | None = None) -> Tensor:
         y = _product(x, weight, bias)

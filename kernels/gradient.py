@@ -62,10 +62,12 @@ def _of_words(weight: CanonicalWeight, begin: int, end: int, dtype: torch.dtype)
 def _of_cpu(weight: CpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     runs = slice(begin // weight.run, end // weight.run)
     codes = cpu_layout.unpack_codes(weight.codes[:, runs], weight.bits)
-    by_run = codes.view(-1, weight.run, codes.shape[1]).to(dtype)
-    zeros = weight.zero if weight.zeros is None else cpu_layout.by_run(weight.zeros[:, runs]).to(dtype).unsqueeze(1)
-    scales = cpu_layout.by_run(weight.scales[:, runs]).to(dtype).unsqueeze(1)
-    return by_run.sub_(zeros).mul_(scales).flatten(0, 1)[:, : weight.out_features]
+    grouped = codes.view(-1, weight.run, codes.shape[1]).to(dtype)
+    zeros: int | Tensor = weight.zero
+    if weight.zeros is not None:
+        zeros = cpu_layout.merge_blocks(weight.zeros[:, runs]).to(dtype).unsqueeze(1)
+    scales = cpu_layout.merge_blocks(weight.scales[:, runs]).to(dtype).unsqueeze(1)
+    return grouped.sub_(zeros).mul_(scales).flatten(0, 1)[:, : weight.out_features]
 
 
 def _of_slices(weight: SlicedWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,7 @@ def dequantize(weight: CanonicalWeight, dtype: torch.dtype = torch.float32) -> T
     return codes.sub_(zeros[weight.g_idx]).mul_(weight.scales.to(dtype)[weight.g_idx])
 
 
-def rows(weight: CanonicalWeight, ids: Tensor) -> Tensor:
+def lookup_rows(weight: CanonicalWeight, ids: Tensor) -> Tensor:
     """Rows ids (n,) of the matrix (N, K) whose product this is: (n, K) float32, exact where scales are float16."""
     zeros = unpack(weight.qzeros.t(), weight.bits)[ids].t().float() + weight.zero_offset
     codes = unpack(weight.qweight[:, ids], weight.bits).float()

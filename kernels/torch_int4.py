@@ -36,9 +36,9 @@ class Int4Weight(NamedTuple):
         return self.packed.shape[0]
 
 
-def refusal(bits: int, g_idx: Tensor, out_features: int, device: torch.device, dtype: torch.dtype,
-            precision: str = "exact") -> str | None:
-    """Why the op does not serve this case, or None where it does; arguments as in `dispatch.choose`."""
+def unsupported_reason(bits: int, g_idx: Tensor, out_features: int, device: torch.device, dtype: torch.dtype,
+                       precision: str = "exact") -> str | None:
+    """Why the op does not serve this case, or None where it does; arguments as in `dispatch.choose_kernel`."""
     if device.type != "cpu":
         return f"torch's int4 kernel here is for CPUs, not {device.type}"
     if dtype != torch.bfloat16 and precision != "fast":
@@ -53,7 +53,7 @@ def refusal(bits: int, g_idx: Tensor, out_features: int, device: torch.device, d
 
 
 def prepare(weight: CanonicalWeight) -> Int4Weight:
-    """Repack a weight on the CPU that `refusal` lets through."""
+    """Repack a weight on the CPU that `unsupported_reason` lets through."""
     groups, order = weight.g_idx.sort(stable=True)
     run = longest_run(groups)
     codes = unpack(weight.qweight, weight.bits)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .group_sort import SortedGroups, sort_by_group
 from .layout import CanonicalWeight
 from .reference import unpack
-from .runs import Runs, cut_runs
 
 COLUMNS = 128  # N is padded to multiples of it, so that no load of words or scales needs a mask
 CONTAINERS = {2: 4, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
@@ -59,7 +59,7 @@ def block_inputs(bits: int, run: int) -> int:
 def prepare(weight: CanonicalWeight) -> SlicedWeight:
     """Lay out a weight on the device where it is; its tensors are left as they are."""
     bits, outputs = CONTAINERS[weight.bits], weight.out_features
-    runs = cut_runs(weight.g_idx, BLOCK)
+    runs = sort_by_group(weight.g_idx, BLOCK)
     block, columns = block_inputs(bits, runs.run), -(-outputs // COLUMNS) * COLUMNS
     blocks = -(-len(runs.groups) * runs.run // block)
     order = _whole(runs, weight.in_features, blocks * block)
@@ -103,7 +103,7 @@ def unpack_slices(words: Tensor, bits: int) -> Tensor:
     return torch.stack(slices, 1).transpose(2, 3).reshape(-1, words.shape[1]).to(torch.uint8)
 
 
-def rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
+def lookup_rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
     """Rows ids (n,) of the matrix (N, K) whose product this is: (n, K) float32, exact where scales are float16."""
     codes = unpack_slices(weight.words[:, ids], weight.bits).float().view(-1, weight.run, len(ids))
     zeros = weight.zero if weight.zeros is None else weight.zeros[:, ids].float()[:, None]
@@ -116,9 +116,9 @@ def rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
     return found
 
 
-def restore(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_weight(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
-    runs, outputs = cut_runs(weight.g_idx, BLOCK), weight.out_features
+    runs, outputs = sort_by_group(weight.g_idx, BLOCK), weight.out_features
     places = unpack_slices(weight.words[:, :outputs], weight.bits)
     codes = places[: weight.in_features]
     if weight.order is not None:
@@ -135,7 +135,7 @@ def restore(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
     return codes.contiguous(), table(zeros).int(), table(weight.scales)
 
 
-def _whole(runs: Runs, inputs: int, places: int) -> Tensor | None:
+def _whole(runs: SortedGroups, inputs: int, places: int) -> Tensor | None:
     """The order with the padding of the last block; none where inputs stand in order and fill the blocks."""
     order = runs.order
     if order is None:
@@ -155,7 +155,7 @@ def _placed(codes: Tensor, order: Tensor | None, places: int) -> Tensor:
     return placed
 
 
-def _table(values: Tensor, runs: Runs, places: int, columns: int) -> Tensor:
+def _table(values: Tensor, runs: SortedGroups, places: int, columns: int) -> Tensor:
     """Values (groups, N) by run: (K' / run, N'), 0 in padding."""
     table = values.new_zeros(places // runs.run, columns)
     table[: len(runs.groups), : values.shape[1]] = values[runs.groups]

@@ -13,31 +13,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .runs import RUNS, wasteful
-from .triton_config import BUCKETS, REGISTERS, Case, Config, Plan, bucket, plan
+from .group_sort import RUN_LENGTHS, is_mostly_padding
+from .triton_config import REGISTERS, ROW_BUCKETS, LaunchPlan, MatmulProblem, TileConfig, launch_plan, row_bucket
 from .triton_layout import COLUMNS, SlicedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
-OLDEST = 80  # compute capability: older tensor cores are not used by Triton
+MIN_CAPABILITY = 80  # compute capability: older tensor cores are not used by Triton
 SCRATCH = 64 << 20  # bytes of expanded weight at a time
 INTERPRETER = (80, 8)  # compute capability and multiprocessors that plans are made for where Triton is interpreted
 
 
-def refusal(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose`."""
+def unsupported_reason(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not serve a case, or None where they do; arguments as in `dispatch.choose_kernel`."""
     if device.type != "cuda":
         return f"the Triton kernels are for GPUs, not {device.type}"
     if dtype not in DTYPES:
         return f"the Triton kernels take float16 and bfloat16, not {dtype}"
-    if missing := unavailable(device):
+    if missing := unavailable_reason(device):
         return missing
-    if wasteful(g_idx):
-        return f"the Triton kernels take groups that fill runs of {RUNS[-1]} inputs"
+    if is_mostly_padding(g_idx):
+        return f"the Triton kernels take groups that fill runs of {RUN_LENGTHS[-1]} inputs"
     return None
 
 
 @lru_cache(maxsize=16)
-def unavailable(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """What Triton lacks on this machine; None where it is complete."""
     if torch.version.hip is not None:
         return "the Triton kernels have only been built for NVIDIA's GPUs"
@@ -49,8 +49,10 @@ def unavailable(device: torch.device) -> str | None:
         return "triton needs Python.h to build its launcher: install the headers of Python (python3-dev)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
-    arch, _ = processor(device)
-    return None if arch >= OLDEST else f"the Triton kernels need compute capability 8.0 or newer, not {arch / 10}"
+    arch, _ = device_properties(device)
+    if arch >= MIN_CAPABILITY:
+        return None
+    return f"the Triton kernels need compute capability 8.0 or newer, not {arch / 10}"
 
 
 def c_compiler() -> str | None:
@@ -59,13 +61,13 @@ def c_compiler() -> str | None:
     return next((path for path in found if path), None)
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on tensors of the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @lru_cache(maxsize=16)
-def processor(device: torch.device) -> tuple[int, int]:
+def device_properties(device: torch.device) -> tuple[int, int]:
     """Compute capability as one number (86 for 8.6), and multiprocessors."""
     if device.type != "cuda":
         return INTERPRETER
@@ -73,17 +75,19 @@ def processor(device: torch.device) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def planned(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Plan:
+def plan_for(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> LaunchPlan:
     """The kernel and tiles that products of `rows` rows take on the device where the weight is."""
-    return plan(case_of(weight, rows, dtype), *processor(weight.words.device))
+    return launch_plan(problem_of(weight, rows, dtype), *device_properties(weight.words.device))
 
 
-def case_of(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> Case:
+def problem_of(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> MatmulProblem:
     """What a plan for products of `rows` rows depends on."""
-    return Case(bucket(rows), weight.out_features, weight.places, weight.bits, weight.run, str(dtype).split(".")[1])
+    return MatmulProblem(row_bucket(rows), weight.out_features, weight.places, weight.bits, weight.run,
+                         str(dtype).split(".")[1])
 
 
-def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None, by: Plan | None = None) -> Tensor:
+def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None,
+                 plan: LaunchPlan | None = None) -> Tensor:
     """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype. Has no gradient.
 
     The same x gives the same y, to the bit. Another number of rows may be summed in another order. In float32 the
@@ -91,7 +95,7 @@ def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None, by
 
     Args:
         x: float16, bfloat16 or float32, on the weight's device.
-        by: a plan to carry out; left out, `planned`.
+        plan: kernel and tile to use; by default those of `plan_for`.
     Raises:
         ValueError: tensors that do not fit together.
     """
@@ -99,25 +103,25 @@ def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None, by
     rows = x.detach().reshape(-1, weight.in_features)
     if not rows.numel():
         return x.new_empty(*x.shape[:-1], weight.out_features)
-    if by is None:
-        by = planned(weight, rows.shape[0], x.dtype)
+    if plan is None:
+        plan = plan_for(weight, rows.shape[0], x.dtype)
     with torch.cuda.device_of(x):
         rows = _arrange(rows.contiguous(), weight)
-        if by.config is None or x.dtype not in DTYPES:
+        if plan.config is None or x.dtype not in DTYPES:
             y = _expand(rows, weight, bias)
         else:
-            y = _multiply(rows, weight, bias, by.kernel, by.config)
+            y = _multiply(rows, weight, bias, plan.kernel, plan.config)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
-def warm_up(weight: SlicedWeight, dtype: torch.dtype, bias: Tensor | None = None, rows: int = BUCKETS[-1]) -> None:
+def warm_up(weight: SlicedWeight, dtype: torch.dtype, bias: Tensor | None = None, rows: int = ROW_BUCKETS[-1]) -> None:
     """Compile every kernel that products of up to `rows` rows with this weight, or one of its shape, will take."""
-    for most in BUCKETS[: BUCKETS.index(bucket(rows)) + 1]:
+    for most in ROW_BUCKETS[: ROW_BUCKETS.index(row_bucket(rows)) + 1]:
         x = torch.zeros(most, weight.in_features, dtype=dtype, device=weight.words.device)
         quant_matmul(x, weight, bias)
 
 
-def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: str, config: Config) -> Tensor:
+def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: str, config: TileConfig) -> Tensor:
     """rows (M, K') by the skinny kernel or the one for many rows."""
     from .triton_gemm import gemm_kernel
     from .triton_reduce import reduce_kernel
@@ -187,7 +191,7 @@ def _arrange(rows: Tensor, weight: SlicedWeight) -> Tensor:
 
 def _constants(weight: SlicedWeight) -> dict[str, int | bool]:
     return {"BITS": weight.bits, "RUN": weight.run, "BLOCK": weight.block, "ZERO": weight.zero,
-            "ASM": not interpreted()}
+            "ASM": not is_interpreted()}
 
 
 def _check(x: Tensor, weight: SlicedWeight, bias: Tensor | None) -> None:

@@ -20,7 +20,7 @@ import tune_cuda
 from gptq_belle.bench import bandwidth, kernel_tuning
 from gptq_belle.common.timers import spread
 from gptq_belle.kernels import triton_config, triton_matmul
-from gptq_belle.kernels.triton_config import Config, Plan
+from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
 
 bfloat16_interpreter.teach()
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ SOME = [check_cuda.Product(bits, group, sym, act_order, dtype, rows, bias, plan)
         bits, group, sym, act_order, dtype, rows, bias, plan in (
             (4, 128, True, False, torch.float16, 1, False, None), (3, 64, True, True, torch.float16, 11, True, None),
             (8, 32, False, True, torch.bfloat16, 65, True, None), (4, 128, False, True, torch.float32, 5, True, None),
-            (2, 128, True, False, torch.float16, 9, False, Plan("skinny", Config(16, 128, 64, 2, 4, 4))))]
+            (2, 128, True, False, torch.float16, 9, False, LaunchPlan("skinny", TileConfig(16, 128, 64, 2, 4, 4))))]
 
 
 def test_correctness(monkeypatch, tmp_path):
@@ -138,12 +138,12 @@ def test_tuning(monkeypatch, tmp_path):
 
 def test_the_timer_refuses_wrong_products(monkeypatch):
     weight = cuda_common.random_weight(256, 128, 4, CPU)
-    timer = kernel_tuning.device_timer(triton_matmul.case_of(weight, 8, torch.float16), [weight])
-    assert timer(Plan("skinny", Config(8, 64, 128, 1, 4, 4))) > 0
+    timer = kernel_tuning.device_timer(triton_matmul.problem_of(weight, 8, torch.float16), [weight])
+    assert timer(LaunchPlan("skinny", TileConfig(8, 64, 128, 1, 4, 4))) > 0
     product = triton_matmul.quant_matmul
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda *args, **kwargs: product(*args, **kwargs) * 1.01)
     with pytest.raises(kernel_tuning.GptqBelleError, match="multiplies wrongly"):
-        timer(Plan("skinny", Config(8, 64, 128, 1, 4, 4)))
+        timer(LaunchPlan("skinny", TileConfig(8, 64, 128, 1, 4, 4)))
 
 
 def test_solver(monkeypatch, tmp_path):

@@ -11,16 +11,16 @@ import pytest
 import torch
 from oracle_format import formula, random_words
 
-from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, structs
-from gptq_belle.kernels.cpu_matmul import Product, quant_matmul
+from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, native_structs
+from gptq_belle.kernels.cpu_matmul import CpuMatmul, quant_matmul
+from gptq_belle.kernels.group_sort import sort_by_group
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.kernels.library import FASTEST, PLACE, Library, library
+from gptq_belle.kernels.native_library import FASTEST_FIRST, LIBRARY_VARIABLE, NativeLibrary, load_library
 from gptq_belle.kernels.reference import unpack
-from gptq_belle.kernels.runs import cut_runs
 
 CPU = torch.device("cpu")
-FOUND = library()
-ISAS = FOUND.usable if isinstance(FOUND, Library) else ()
+FOUND = load_library()
+ISAS = FOUND.usable if isinstance(FOUND, NativeLibrary) else ()
 BITS = (2, 3, 4, 8)
 ROWS = 17
 # K, N and group size: whole tiles, neither a multiple of its tile, groups of two lengths, one group for all.
@@ -28,7 +28,7 @@ SHAPES = [(128, 64, 128), (96, 40, 32), (192, 72, 64), (160, 104, 128), (320, 8,
 ERROR = {"exact": 2e-4, "fast": 3e-2}  # of the result's norm; measured on these: 8e-5 and 1.1e-2
 
 # A library that was asked for by name must be there: `make sanitize` does so.
-pytestmark = pytest.mark.skipif(not ISAS and PLACE not in os.environ, reason=str(FOUND))
+pytestmark = pytest.mark.skipif(not ISAS and LIBRARY_VARIABLE not in os.environ, reason=str(FOUND))
 
 
 def case(bits, inputs, outputs, group_size, *, act_order=False, symmetric=False, precision="exact"):
@@ -111,7 +111,8 @@ def test_calls_from_several_threads_at_once(threads):
 
 
 def test_threads_of_its_own_where_torch_has_no_openmp():
-    code = ("import torch\nfrom gptq_belle.kernels import cpu_matmul, library\nlibrary._openmp_entry = lambda: None\n"
+    code = ("import torch\nfrom gptq_belle.kernels import cpu_matmul, native_library\n"
+            "native_library._openmp_entry = lambda: None\n"
             "import sys; sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
             "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
             "torch.set_num_threads(1); one = cpu_matmul.quant_matmul(x, weight)\n"
@@ -121,7 +122,7 @@ def test_threads_of_its_own_where_torch_has_no_openmp():
 
 def test_product_runs_on_the_calling_thread_where_no_thread_can_be_started():
     code = ("import resource, sys, threading, torch\nfrom pathlib import Path\n"
-            "from gptq_belle.kernels import cpu_matmul, library\nlibrary._openmp_entry = lambda: None\n"
+            "from gptq_belle.kernels import cpu_matmul, native_library\nnative_library._openmp_entry = lambda: None\n"
             "sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
             "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
             "torch.set_num_threads(1); one = cpu_matmul.quant_matmul(x, weight)\n"
@@ -135,16 +136,17 @@ def test_product_runs_on_the_calling_thread_where_no_thread_can_be_started():
 
 
 class _LongerCall(ctypes.Structure):
-    _fields_ = [*structs.CallStruct._fields_, ("more", ctypes.c_int64)]
+    _fields_ = [*native_structs.CallStruct._fields_, ("more", ctypes.c_int64)]
 
 
-@pytest.mark.parametrize("mirrors", [(*structs.STRUCTS[:8], _LongerCall, *structs.STRUCTS[9:]), structs.STRUCTS[:-1]])
+@pytest.mark.parametrize("mirrors", [
+    (*native_structs.STRUCTS[:8], _LongerCall, *native_structs.STRUCTS[9:]), native_structs.STRUCTS[:-1]])
 def test_library_whose_structs_differ_from_the_mirrors_is_rejected(mirrors, monkeypatch):
     path = Path(FOUND._c._name)
-    Library(path)
-    monkeypatch.setattr("gptq_belle.kernels.library.STRUCTS", mirrors)
+    NativeLibrary(path)
+    monkeypatch.setattr("gptq_belle.kernels.native_library.STRUCTS", mirrors)
     with pytest.raises(OSError):  # noqa: PT011
-        Library(path)
+        NativeLibrary(path)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -181,7 +183,7 @@ def test_outliers_do_not_spoil_other_groups():
 def test_what_is_added_to_the_product(outputs, precision, isa):
     weight, _ = case(4, 256, outputs, 64, precision=precision)
     bias = torch.randn(weight.out_features)
-    product = Product(weight, bias)
+    product = CpuMatmul(weight, bias)
     for rows in (1, 3, 5, 33):
         x, plus = torch.randn(rows, 256), torch.randn(rows, weight.out_features)
         wanted = product(x, isa=isa) + plus
@@ -238,7 +240,7 @@ def test_groups_of_unequal_lengths_are_padded_to_runs():
 @pytest.mark.parametrize(("inputs", "group_size", "run", "groups"), [
     (256, 128, 128, 2), (256, 64, 64, 4), (96, 32, 32, 3), (11008, -1, 128, 86), (320, -1, 64, 5), (160, 128, 32, 5)])
 def test_runs(inputs, group_size, run, groups):
-    found = cut_runs(random_words(4, inputs, 8, group_size)["g_idx"])
+    found = sort_by_group(random_words(4, inputs, 8, group_size)["g_idx"])
     assert (found.run, len(found.groups), found.order) == (run, groups, None)
 
 
@@ -257,7 +259,7 @@ def test_codes_in_memory():
 def test_restore_gives_back_what_prepare_took(bits, act_order):
     words = random_words(bits, 160, 96, 64, act_order=act_order)
     weight = canonical(**words, bits=bits, zero_offset=1)
-    codes, zeros, scales = cpu_layout.restore(cpu_layout.prepare(weight))
+    codes, zeros, scales = cpu_layout.unpack_weight(cpu_layout.prepare(weight))
     assert torch.equal(codes.int(), unpack(weight.qweight, bits))
     assert torch.equal(zeros, unpack(weight.qzeros.t(), bits).t() + 1)
     assert torch.equal(scales, weight.scales)
@@ -266,9 +268,9 @@ def test_restore_gives_back_what_prepare_took(bits, act_order):
 def test_a_plain_read_reads_everything(threads):
     threads(2)
     numbers = torch.randint(-2**30, 2**30, (5 * 2**16 + 100,)).int()
-    assert cpu_matmul.read(numbers) == int(numbers[: 5 * 2**16].sum()) % 2**32
+    assert cpu_matmul.read_memory(numbers) == int(numbers[: 5 * 2**16].sum()) % 2**32
     with pytest.raises(ValueError, match="contiguous"):
-        cpu_matmul.read(numbers[::2])
+        cpu_matmul.read_memory(numbers[::2])
 
 
 def broken(**changes):
@@ -354,15 +356,15 @@ def test_the_operation_of_torch():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_environment_chooses_an_instruction_set(isa):
-    code = "from gptq_belle.kernels.library import library; print(library().isa)"
+    code = "from gptq_belle.kernels.native_library import load_library; print(load_library().isa)"
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GPTQ_BELLE_CPU_ISA": isa}, check=True,
                          capture_output=True, text=True)
     assert run.stdout.strip() == isa
 
 
 def test_an_unknown_instruction_set_in_the_environment_is_named():
-    code = "from gptq_belle.kernels.library import library; print(library())"
+    code = "from gptq_belle.kernels.native_library import load_library; print(load_library())"
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GPTQ_BELLE_CPU_ISA": "sse9"}, check=True,
                          capture_output=True, text=True)
     assert "GPTQ_BELLE_CPU_ISA=sse9 cannot be used here: choose one of" in run.stdout
-    assert FASTEST[-1] in run.stdout
+    assert FASTEST_FIRST[-1] in run.stdout

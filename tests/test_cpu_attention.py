@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from gptq_belle.engine.kv_cache import quantized
-from gptq_belle.kernels.cpu_attention import Step, Table, refusal
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.cpu_attention import DecodeStep, KvCacheBlock, unsupported_reason
+from gptq_belle.kernels.native_library import load_library
 
-if isinstance(library(), str):
-    pytest.skip(library(), allow_module_level=True)
+if isinstance(load_library(), str):
+    pytest.skip(load_library(), allow_module_level=True)
 SLOTS, CAPACITY = 5, 300
 PLACES, LENGTHS = torch.tensor([3, 0, 4, 1]), torch.tensor([0, 63, 64, CAPACITY - 1])
 
@@ -61,25 +61,25 @@ def expected(query, key, value, kept, rotation=None, slopes=None):
 ROUNDING = {torch.float32: 2e-5, torch.float16: 1e-3, torch.int8: 2e-2}
 
 
-@pytest.mark.parametrize("isa", library().usable)
+@pytest.mark.parametrize("isa", load_library().usable)
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 48), (3, 3, 16), (8, 1, 64), (2, 2, 128), (6, 2, 80)])
 def test_attention(isa, dtype, heads, kv_heads, size):
     for rotation, slopes in ((None, None), (turns(size), None), (None, torch.rand(heads))):
         kept, new = tables(dtype, kv_heads, size), fresh(heads, kv_heads, size)
         wanted = expected(*new, kept, rotation, slopes)
-        found = Step(PLACES, LENGTHS, rotation, slopes).attend(Table(*kept), *new, isa=isa)
+        found = DecodeStep(PLACES, LENGTHS, rotation, slopes).attend(KvCacheBlock(*kept), *new, isa=isa)
         torch.testing.assert_close(found.double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
-@pytest.mark.parametrize("isa", library().usable)
+@pytest.mark.parametrize("isa", load_library().usable)
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", [16, 80, 128])
 def test_what_is_kept_is_what_torch_would_keep(isa, dtype, size):
     kept, (query, key, value), rotation = tables(dtype, 2, size), fresh(size=size), turns(size)
     key[0, 0], value[1, 1], value[2, 0], value[3, 1] = 0, 1e-7, 70000, -torch.inf
     keys, values, scales = (kept[0].clone(), kept[1].clone(), kept[2] and tuple(t.clone() for t in kept[2]))
-    Step(PLACES, LENGTHS, rotation).attend(Table(*kept), query, key, value, isa=isa)
+    DecodeStep(PLACES, LENGTHS, rotation).attend(KvCacheBlock(*kept), query, key, value, isa=isa)
     first, second = (table.chunk(2, -1) for table in rotation)
     left, right = key.chunk(2, -1)
     key = torch.cat([left * first[0] + right * second[0], right * first[1] + left * second[1]], -1)
@@ -101,7 +101,7 @@ def test_what_is_kept_is_what_torch_would_keep(isa, dtype, size):
 def test_nan_stays_in_its_row(dtype):
     kept, (query, key, value) = tables(dtype), fresh()
     key[0, 0, 5], value[1, 1, 7] = torch.nan, torch.nan
-    found = Step(PLACES, LENGTHS, turns(48)).attend(Table(*kept), query, key, value)
+    found = DecodeStep(PLACES, LENGTHS, turns(48)).attend(KvCacheBlock(*kept), query, key, value)
     assert found[0].isnan().any()
     assert found[1].isnan().any()
     assert not found[2:].isnan().any()
@@ -111,27 +111,27 @@ def test_nan_stays_in_its_row(dtype):
 def test_a_row_is_the_same_to_the_bit_alone(threads):
     torch.set_num_threads(threads)
     kept, new, rotation = tables(torch.float16, size=128), fresh(size=128), turns(128)
-    together = Step(PLACES, LENGTHS, rotation).attend(Table(*kept), *new)
+    together = DecodeStep(PLACES, LENGTHS, rotation).attend(KvCacheBlock(*kept), *new)
     torch.set_num_threads(1)
     for i in range(4):
         row = slice(i, i + 1)
-        step = Step(PLACES[row], LENGTHS[row], tuple(table[row] for table in rotation))
-        assert torch.equal(step.attend(Table(*kept), *(part[row] for part in new))[0], together[i])
+        step = DecodeStep(PLACES[row], LENGTHS[row], tuple(table[row] for table in rotation))
+        assert torch.equal(step.attend(KvCacheBlock(*kept), *(part[row] for part in new))[0], together[i])
 
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0])
 def test_flat_and_steep_scores(scale):
     kept, (query, key, value) = tables(torch.float32), fresh()
     wanted = expected(query * scale, key, value, kept)
-    found = Step(PLACES, LENGTHS).attend(Table(*kept), query * scale, key, value)
+    found = DecodeStep(PLACES, LENGTHS).attend(KvCacheBlock(*kept), query * scale, key, value)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_stands_behind_a_sequence_is_not_read():
     kept, new = tables(torch.float32), fresh()
-    before = Step(PLACES, LENGTHS).attend(Table(*kept), *new)
+    before = DecodeStep(PLACES, LENGTHS).attend(KvCacheBlock(*kept), *new)
     kept[0][3, :, 1:], kept[1][3, :, 1:] = torch.nan, torch.nan
-    assert torch.equal(Step(PLACES, LENGTHS).attend(Table(*kept), *new), before)
+    assert torch.equal(DecodeStep(PLACES, LENGTHS).attend(KvCacheBlock(*kept), *new), before)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -142,9 +142,9 @@ def test_what_stands_behind_a_sequence_is_not_read():
     ({"keys": torch.zeros(5, 2, 300, 48).char(), "values": torch.zeros(5, 2, 300, 48).char()}, "without scales")])
 def test_tables_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Table(**dict(zip(("keys", "values", "scales"), tables(torch.float32), strict=True)) | change)
+        KvCacheBlock(**dict(zip(("keys", "values", "scales"), tables(torch.float32), strict=True)) | change)
     with pytest.raises(ValueError, match="heads of 40"):
-        Table(torch.randn(5, 2, 300, 40), torch.randn(5, 2, 300, 40))
+        KvCacheBlock(torch.randn(5, 2, 300, 40), torch.randn(5, 2, 300, 40))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -163,14 +163,14 @@ def test_what_does_not_fit_is_refused(change, message):
     kept = tables(torch.float32)
     before = kept[0].clone()
     with pytest.raises(ValueError, match=message):
-        Step(given["slots"], given["lengths"], given["rotation"], given["slopes"]).attend(
-            Table(*kept), given["query"], given["key"], given["value"], isa=given["isa"])
+        DecodeStep(given["slots"], given["lengths"], given["rotation"], given["slopes"]).attend(
+            KvCacheBlock(*kept), given["query"], given["key"], given["value"], isa=given["isa"])
     assert torch.equal(kept[0], before)
 
 
 def test_refusal():
     cpu = torch.device("cpu")
-    assert refusal(128, torch.float16, cpu) is None
-    assert "heads of 20" in refusal(20, torch.float16, cpu)
-    assert "bfloat16" in refusal(128, torch.bfloat16, cpu)
-    assert "cuda" in refusal(128, torch.float16, torch.device("cuda"))
+    assert unsupported_reason(128, torch.float16, cpu) is None
+    assert "heads of 20" in unsupported_reason(20, torch.float16, cpu)
+    assert "bfloat16" in unsupported_reason(128, torch.bfloat16, cpu)
+    assert "cuda" in unsupported_reason(128, torch.float16, torch.device("cuda"))

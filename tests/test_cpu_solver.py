@@ -9,13 +9,13 @@ import torch
 from test_triton_gptq import BITS, GROUPS, block, check_block, check_descent, check_mixed_grids, descent, edges
 
 from gptq_belle.kernels import cpu_solver
-from gptq_belle.kernels.library import PLACE, Library, library
+from gptq_belle.kernels.native_library import LIBRARY_VARIABLE, NativeLibrary, load_library
 from gptq_belle.quantization import grid, refine
 
-FOUND = library()
-ISAS = FOUND.usable if isinstance(FOUND, Library) else ()
+FOUND = load_library()
+ISAS = FOUND.usable if isinstance(FOUND, NativeLibrary) else ()
 
-pytestmark = pytest.mark.skipif(not ISAS and PLACE not in os.environ, reason=str(FOUND))
+pytestmark = pytest.mark.skipif(not ISAS and LIBRARY_VARIABLE not in os.environ, reason=str(FOUND))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -77,7 +77,7 @@ def test_a_whole_group_in_parts_and_in_torch(inputs, monkeypatch):
     given = descent(inputs, 40, 4, seed=1)
     others = tuple(part.clone() for part in given)
     refine.descend(*given, 4)
-    monkeypatch.setattr("gptq_belle.kernels.cpu_solver.serves", lambda tensor: False)
+    monkeypatch.setattr("gptq_belle.kernels.cpu_solver.is_supported", lambda tensor: False)
     refine.descend(*others, 4)
     assert (given[0] == others[0]).all(0).sum() >= 38
 
@@ -97,7 +97,7 @@ def test_search(bits, sym, isa):
         importance = torch.rand(inputs, generator=generator) ** 2 + 0.01
         low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
         scales, zeros = grid._spans(low, high, bits, sym, False)
-        found = cpu_solver.search(weight, importance, scales, zeros, bits, grid.SMALLEST_SEARCHED, isa=isa)
+        found = cpu_solver.search_grid(weight, importance, scales, zeros, bits, grid.SMALLEST_SEARCHED, isa=isa)
         exact = grid._search(weight.double(), scales.double(), zeros.double(), importance.double(), bits)
         assert found[0] == exact[0] == -1
         for output in range(1, outputs):
@@ -115,7 +115,7 @@ def loss(weight, importance, scale, zero, bits):
 def test_the_first_of_equal_grids_wins():
     weight, ones = torch.tensor([[1.0], [-1.0]]).repeat(1, 20), torch.ones(5, 20)
     scales = ones * torch.tensor([[3.0], [1e-9], [1.0], [-1.0], [0.5]])
-    found = cpu_solver.search(weight, torch.ones(2), scales, 8 * ones, 4, grid.SMALLEST_SEARCHED)
+    found = cpu_solver.search_grid(weight, torch.ones(2), scales, 8 * ones, 4, grid.SMALLEST_SEARCHED)
     assert (found == 2).all()
 
 
@@ -151,4 +151,4 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=r"not|Hessian"):
             cpu_solver.descend(*given[:place], wrong, *given[place + 1 :], 4)
     with pytest.raises(ValueError, match="scales"):
-        cpu_solver.search(weight, torch.ones(64), torch.ones(3, 9), torch.ones(3, 8), 4, 1e-5)
+        cpu_solver.search_grid(weight, torch.ones(64), torch.ones(3, 9), torch.ones(3, 8), 4, 1e-5)

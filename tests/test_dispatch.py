@@ -9,10 +9,10 @@ from conftest import TOLERANCES
 from oracle_format import formula, random_words
 
 from gptq_belle.kernels import groupwise, reference
-from gptq_belle.kernels.dispatch import choose, prepare, quant_matmul
+from gptq_belle.kernels.dispatch import choose_kernel, prepare, quant_matmul
 from gptq_belle.kernels.groupwise import MOST_ROWS
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, longest_run
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 from gptq_belle.kernels.torch_int4 import Int4Weight
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ IN_ORDER = torch.arange(256) // 128
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine that had no compiler."""
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
 
 
 def relative_error(y, exact):
@@ -38,7 +38,7 @@ def test_torch_int4(inputs, group_size, zero_offset, act_order):
     words = random_words(4, inputs, 48, group_size, act_order=act_order)
     weight = prepare(**words, bits=4, zero_offset=zero_offset, device=CPU, dtype=torch.bfloat16)
     if not isinstance(weight, Int4Weight):
-        pytest.fail(f"not taken: {choose(4, words['g_idx'], 48, device=CPU, dtype=torch.bfloat16).reason}")
+        pytest.fail(f"not taken: {choose_kernel(4, words['g_idx'], 48, device=CPU, dtype=torch.bfloat16).reason}")
     assert (weight.in_features, weight.out_features) == (inputs, 48)
     exact = formula(**words, bits=4, v1=zero_offset == 1).t()
     x, bias = torch.randn(2, 5, inputs).bfloat16(), torch.randn(48).half()
@@ -123,12 +123,12 @@ def test_cuda(bits, dtype):
 @pytest.mark.usefixtures("without_native")
 def test_choose_without_the_native_kernels(case, kernel, reason):
     bits, g_idx, outputs, device, dtype = case
-    choice = choose(bits, g_idx, outputs, device=device, dtype=dtype)
+    choice = choose_kernel(bits, g_idx, outputs, device=device, dtype=dtype)
     assert choice.kernel == kernel
     assert reason in choice.reason
 
 
-@pytest.mark.skipif(isinstance(library(), str), reason=str(library()))
+@pytest.mark.skipif(isinstance(load_library(), str), reason=str(load_library()))
 @pytest.mark.parametrize(("case", "kernel", "reason"), [
     ((4, IN_ORDER, 64, CPU, torch.bfloat16), "native", ""),
     ((3, IN_ORDER.flip(0), 8, CPU, torch.float32), "native", ""),
@@ -139,7 +139,7 @@ def test_choose_without_the_native_kernels(case, kernel, reason):
 ])
 def test_choose(case, kernel, reason):
     bits, g_idx, outputs, device, dtype = case
-    choice = choose(bits, g_idx, outputs, device=device, dtype=dtype)
+    choice = choose_kernel(bits, g_idx, outputs, device=device, dtype=dtype)
     assert choice.kernel == kernel
     assert reason in choice.reason
     assert bool(reason) == bool(choice.reason)

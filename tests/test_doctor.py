@@ -10,14 +10,14 @@ from gptq_belle.bench import doctor
 from gptq_belle.bench.self_test import self_test
 from gptq_belle.cli import app, console
 from gptq_belle.kernels import cpu_matmul, groupwise, triton_matmul
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 
 
 @pytest.fixture
 def card(monkeypatch):
     """A CUDA device of compute capability 8.6 where everything that Triton needs is installed."""
-    triton_matmul.unavailable.cache_clear()
-    triton_matmul.processor.cache_clear()
+    triton_matmul.unavailable_reason.cache_clear()
+    triton_matmul.device_properties.cache_clear()
     properties = SimpleNamespace(major=8, minor=6, multi_processor_count=82)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -25,8 +25,8 @@ def card(monkeypatch):
     monkeypatch.setattr(triton_matmul, "c_compiler", lambda: "/usr/bin/gcc")
     monkeypatch.setattr(triton_matmul.Path, "is_file", lambda path: path.name == "Python.h")
     yield properties
-    triton_matmul.unavailable.cache_clear()
-    triton_matmul.processor.cache_clear()
+    triton_matmul.unavailable_reason.cache_clear()
+    triton_matmul.device_properties.cache_clear()
 
 
 @pytest.mark.usefixtures("card")
@@ -74,8 +74,8 @@ def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
     assert all(check["passed"] and check["error"] <= check["allowed"] for check in checks)
     kernels = {check["kernel"] for check in checks}
     assert {"torch-int4", "groupwise", "reference"} <= kernels
-    if not isinstance(library(), str):
-        assert {f"native {isa}" for isa in library().usable} <= kernels
+    if not isinstance(load_library(), str):
+        assert {f"native {isa}" for isa in load_library().usable} <= kernels
     assert all(check["error"] > 0 for check in checks)  # something was computed, in fewer bits than float64
 
 
@@ -87,7 +87,7 @@ def test_a_kernel_that_is_off_by_a_percent_is_found(monkeypatch, capsys):
     assert "WRONG: groupwise, 4 bit: off by 1.0e-02 of the result, 1e-05 is allowed" in out
 
 
-@pytest.mark.skipif(isinstance(library(), str), reason="no compiled kernels")
+@pytest.mark.skipif(isinstance(load_library(), str), reason="no compiled kernels")
 def test_no_number_and_an_exception_do_not_pass(monkeypatch):
     def broken(x, weight, isa):
         if isa == "portable":

@@ -8,7 +8,7 @@ import torch
 
 from gptq_belle.checkpoint import direct_io
 from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, raw, runs
-from gptq_belle.kernels.memory import Reused, empty_bytes
+from gptq_belle.kernels.huge_pages import MemoryPool, empty_bytes
 
 SIZE = 37 * PAGE + 1234
 SPANS = [(0, SIZE), (0, 1), (1, PAGE), (PAGE, PAGE), (PAGE - 1, 2), (5 * PAGE + 7, 20 * PAGE), (SIZE - 1, 1),
@@ -68,7 +68,7 @@ def needs_a_cache(path):
         pytest.skip("this file system forgets nothing")
 
 
-@pytest.mark.parametrize("memory", [empty_bytes, Reused()])
+@pytest.mark.parametrize("memory", [empty_bytes, MemoryPool()])
 @pytest.mark.parametrize(("begin", "size"), SPANS)
 def test_bytes_are_those_of_the_file(path, content, begin, size, memory):
     for state in ("forgotten", "partly held", "held"):

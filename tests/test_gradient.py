@@ -54,7 +54,7 @@ def test_half_precision_is_rounded_once(dtype):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_int4_layout_of_torch(monkeypatch, dtype, act_order):
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
     words = random_words(4, 512, 64, 128, act_order=act_order)
     weight, found, exact = both(words, 4, 1, dtype, "fast")
     assert type(weight) is Int4Weight

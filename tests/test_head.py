@@ -14,15 +14,15 @@ from gptq_belle.engine.lm_head import PackedLookup, embedding_and_head
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.packed_head import CLIPS, rounded
-from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_rows, dispatch, reference, triton_layout
+from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_packed_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.native_library import NativeLibrary, load_library
 from gptq_belle.models.dimensions import Dimensions
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
 CPU = torch.device("cpu")
-FOUND = library()
-ISAS = FOUND.usable if isinstance(FOUND, Library) else ()
+FOUND = load_library()
+ISAS = FOUND.usable if isinstance(FOUND, NativeLibrary) else ()
 
 
 def kl(base, other):
@@ -68,8 +68,8 @@ def test_rows_of_every_layout_are_the_formula(bits, act_order):
         words["g_idx"] = words["g_idx"][torch.randperm(128)]
     expected, ids = formula(**words, bits=bits, v1=True), torch.tensor([3, 63, 0, 17, 17])
     weight = canonical(**words, bits=bits, zero_offset=1)
-    for found in (cpu_rows.rows(cpu_layout.prepare(weight), ids), reference.rows(weight, ids),
-                  triton_layout.rows(triton_layout.prepare(weight), ids), dispatch.rows(weight, ids)):
+    for found in (cpu_packed_rows.lookup_rows(cpu_layout.prepare(weight), ids), reference.lookup_rows(weight, ids),
+                  triton_layout.lookup_rows(triton_layout.prepare(weight), ids), dispatch.lookup_rows(weight, ids)):
         torch.testing.assert_close(found.double(), expected[ids], rtol=1e-6, atol=1e-7)
 
 
@@ -78,14 +78,14 @@ def test_rows_of_every_layout_are_the_formula(bits, act_order):
 def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
     matrix = torch.randn(96, 256)
     codes, scales = rounded(matrix, bits, group)
-    made = cpu_rows.from_rows(codes, scales, bits)
-    x, values = torch.randn(5, 256), cpu_rows.rows(made, torch.arange(96))
-    assert torch.equal(cpu_layout.restore(made)[0], codes.t())
+    made = cpu_packed_rows.prepare_rows(codes, scales, bits)
+    x, values = torch.randn(5, 256), cpu_packed_rows.lookup_rows(made, torch.arange(96))
+    assert torch.equal(cpu_layout.unpack_weight(made)[0], codes.t())
     assert (cpu_matmul.quant_matmul(x, made) - x @ values.t()).norm() < 2e-4 * (x @ values.t()).norm()
     with pytest.raises(ValueError, match="have no such layout"):
-        cpu_rows.from_rows(codes[:33], scales[:33], bits)
+        cpu_packed_rows.prepare_rows(codes[:33], scales[:33], bits)
     with pytest.raises(ValueError, match="no contiguous memory"):
-        cpu_rows.from_rows(codes, scales, bits, codes=made.codes[:2])
+        cpu_packed_rows.prepare_rows(codes, scales, bits, codes=made.codes[:2])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -98,7 +98,7 @@ def test_native_rounding(bits, group, dtype, isa):
     matrix[0], matrix[1, :3] = 0, torch.tensor([0.5, 1.5, -2.5])  # ties, with the scale 1
     matrix[1, 3::group] = top
     matrix = matrix.to(dtype)
-    codes, scales = cpu_rows.round_rows(matrix, bits, group, CLIPS[bits], isa=isa)
+    codes, scales = cpu_packed_rows.quantize_rows(matrix, bits, group, CLIPS[bits], isa=isa)
     values = matrix.float().numpy().reshape(67, -1, group)
     grids = [np.clip(np.abs(values).max(-1, keepdims=True) * np.float32(clip) / np.float32(top), np.float32(6e-8),
                      np.float32(65504)).astype(np.float16).astype(np.float32) for clip in (1, *CLIPS[bits])]
@@ -121,18 +121,18 @@ def test_native_rounding_refuses():
         matrix[33, 50] = bad
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             with pytest.raises(ValueError, match="NaN"):
-                cpu_rows.round_rows(matrix.to(dtype), 8, 32)
+                cpu_packed_rows.quantize_rows(matrix.to(dtype), 8, 32)
     for matrix, bits, group in ((torch.zeros(2, 64).double(), 8, 32), (torch.zeros(2, 64), 3, 32),
                                 (torch.zeros(2, 96), 8, 64), (torch.zeros(2, 64), 8, 16), (torch.zeros(64), 8, 32)):
         with pytest.raises(ValueError, match="cannot be rounded|not"):
-            cpu_rows.round_rows(matrix, bits, group)
+            cpu_packed_rows.quantize_rows(matrix, bits, group)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_torch_rounds_as_the_native_kernel_does(bits, monkeypatch):
     matrix = torch.randn(96, 256).half()
     native = rounded(matrix, bits, 64)
-    monkeypatch.setattr("gptq_belle.kernels.cpu_rows.library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_packed_rows.load_library", lambda: "no compiler")
     for ours, others in zip(native, rounded(matrix, bits, 64), strict=True):
         assert torch.equal(ours, others)
 
@@ -151,8 +151,8 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
     monkeypatch.setattr("gptq_belle.engine.lm_head.STEP", 64 * 64)  # several pieces
     if not native:
-        for module in ("cpu_layout", "cpu_rows"):
-            monkeypatch.setattr(f"gptq_belle.kernels.{module}.library", lambda: "no compiler")
+        for module in ("cpu_layout", "cpu_packed_rows"):
+            monkeypatch.setattr(f"gptq_belle.kernels.{module}.load_library", lambda: "no compiler")
     if not native and vocabulary % 32:
         with pytest.raises(UsageError, match="multiple of 32"):
             head_of(tmp_path, vocabulary, 64, head_bits=8)

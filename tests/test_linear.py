@@ -80,7 +80,7 @@ def test_a_layout_for_the_cpu_does_not_move():
 
 
 def test_the_layout_of_torch_neither_moves_nor_saves(monkeypatch):
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
     layer, _ = linear_and_weight(dtype=torch.bfloat16)
     with pytest.raises(UsageError, match="laid out for cpu"):
         layer.to("meta")

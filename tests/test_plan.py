@@ -11,7 +11,7 @@ from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 from gptq_belle.models.belle_catalogue import CONFIGS
 from gptq_belle.models.dimensions import dimensions
 
@@ -34,7 +34,7 @@ def held(prepared):
     return sum(value.nbytes for value in prepared if isinstance(value, torch.Tensor))
 
 
-@pytest.mark.skipif(isinstance(library(), str), reason="no compiled kernels")
+@pytest.mark.skipif(isinstance(load_library(), str), reason="no compiled kernels")
 @pytest.mark.parametrize("case", CASES)
 def test_packed_sizes_are_those_of_the_cpu_layout(case):
     inputs, outputs, bits, group = case

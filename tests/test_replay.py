@@ -6,12 +6,12 @@ from conftest import packed_checkpoint
 
 from gptq_belle import load
 from gptq_belle.engine.step_graph import MOST_ROWS
-from gptq_belle.kernels.cpu_rowwise import RmsNorm, silu_and_mul
-from gptq_belle.kernels.library import library
-from gptq_belle.kernels.tape import Tape
+from gptq_belle.kernels.call_recorder import CallRecorder
+from gptq_belle.kernels.cpu_elementwise import RmsNorm, silu_and_mul
+from gptq_belle.kernels.native_library import load_library
 
-if isinstance(library(), str):
-    pytest.skip(library(), allow_module_level=True)
+if isinstance(load_library(), str):
+    pytest.skip(load_library(), allow_module_level=True)
 
 
 @pytest.fixture(params=["float32", "float16", "int8"])
@@ -68,8 +68,8 @@ def test_other_weights_and_other_threads(kind, tiny_model, tmp_path):
 def test_nothing_of_the_step_before_is_read(model):
     (_, second), cache = steps(model, [([1], [20]), ([1], [20])])
     recorded = cache.recorded[1]
-    tape = recorded.tape
-    for tensor in [*tape._now, *tape._before, *(t for free in tape._free.values() for t in free)]:
+    recorder = recorded.recorder
+    for tensor in [*recorder._now, *recorder._before, *(t for free in recorder._free.values() for t in free)]:
         tensor.numpy()[:] = torch.nan
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(4, 380, (count,), generator=generator) for count in (*[20] * 6, 1, 1)][-1]
@@ -102,8 +102,8 @@ def test_no_cache_is_kept_alive(model):
 def test_what_is_not_native_is_not_recorded(case, tiny_model, tmp_path, monkeypatch):
     path = tiny_model if case == "not packed" else packed_checkpoint(tiny_model, tmp_path / "packed")
     if case == "torch":
-        monkeypatch.setattr("gptq_belle.kernels.cpu_layout.library", lambda: "no compiler")
-        monkeypatch.setattr("gptq_belle.kernels.cpu_attention.library", lambda: "no compiler")
+        monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
+        monkeypatch.setattr("gptq_belle.kernels.cpu_attention.load_library", lambda: "no compiler")
     found = load(path, device="cpu", dtype=torch.bfloat16 if case == "bfloat16" else None)
     assert not found.replays
     logits, session = found.prefill(torch.arange(4, 12)[None], 4)
@@ -130,9 +130,9 @@ def test_a_step_of_other_rows_or_outside_of_inference(model):
 
 def test_a_call_that_is_not_native_is_not_left_out_in_silence():
     norm, x = RmsNorm(torch.randn(40), 1e-6), torch.randn(3, 40)
-    with pytest.raises(RuntimeError, match="an RMS norm by torch cannot be recorded"), Tape().recording():
+    with pytest.raises(RuntimeError, match="an RMS norm by torch cannot be recorded"), CallRecorder().recording():
         norm(x.bfloat16())
-    with pytest.raises(RuntimeError, match="a gate by torch"), Tape().recording():
+    with pytest.raises(RuntimeError, match="a gate by torch"), CallRecorder().recording():
         silu_and_mul(torch.randn(4, 40).t())
     assert norm(x.bfloat16()).isfinite().all()
 
@@ -148,12 +148,12 @@ def test_other_defaults_of_torch(model, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_a_tape_of_one_call():
-    x, norm, tape = torch.randn(3, 40), RmsNorm(torch.randn(40), 1e-6), Tape()
-    with tape.recording():
+def test_a_recorder_of_one_call():
+    x, norm, recorder = torch.randn(3, 40), RmsNorm(torch.randn(40), 1e-6), CallRecorder()
+    with recorder.recording():
         found = norm(x)
     elsewhere = norm(x)  # not recorded any more
     x.copy_(torch.randn(3, 40))
-    tape.replay()
+    recorder.replay()
     assert torch.equal(found, norm(x))
     assert not torch.equal(found, elsewhere)

@@ -17,12 +17,12 @@ from gptq_belle.errors import UsageError
 from gptq_belle.kernels import triton_config, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import canonical, fuse
 from gptq_belle.kernels.reference import dequantize
-from gptq_belle.kernels.triton_config import BUCKETS, Case, Config, Plan
+from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, TileConfig
 
 TESTS = Path(__file__).parent
 CUDA = torch.device("cuda", 0)
 IN_ORDER = torch.arange(256) // 128
-CASE = Case(16, 4096, 4096, 4, 128, "float16")
+CASE = MatmulProblem(16, 4096, 4096, 4, 128, "float16")
 
 
 def laid_out(words, bits):
@@ -122,7 +122,7 @@ def test_the_state_dict_is_what_stands_on_disk(bits):
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As on a machine with an H100 and everything installed."""
-    monkeypatch.setattr(triton_matmul, "unavailable", lambda device: None)
+    monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: None)
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -134,7 +134,7 @@ def a_gpu(monkeypatch):
     (IN_ORDER, torch.device("cpu"), torch.float16, "not cpu"),
 ])
 def test_refusal(g_idx, device, dtype, reason):
-    found = triton_matmul.refusal(g_idx, device, dtype)
+    found = triton_matmul.unsupported_reason(g_idx, device, dtype)
     assert found is None if reason is None else reason in found
 
 
@@ -143,19 +143,19 @@ def test_what_is_missing_is_said(monkeypatch, missing, reason):
     if missing != "find_spec":
         monkeypatch.setattr(triton_matmul, "find_spec", lambda name: name)
     monkeypatch.setattr(triton_matmul, missing, lambda *_: None)
-    assert reason in triton_matmul.unavailable.__wrapped__(CUDA)
+    assert reason in triton_matmul.unavailable_reason.__wrapped__(CUDA)
 
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (2048, 2048), (10**6, 2048)])
 def test_bucket(rows, most):
-    assert triton_config.bucket(rows) == most
+    assert triton_config.row_bucket(rows) == most
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize("rows", BUCKETS)
+@pytest.mark.parametrize("rows", ROW_BUCKETS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(4096, 4096), (11008, 4096), (4096, 11008), (250880, 4096), (8, 128)])
 def test_the_rule_fills_the_device(arch, rows, outputs, inputs):
-    kernel, config = triton_config.rule(Case(rows, outputs, inputs, 4, 128, "float16"), arch, 108)
+    kernel, config = triton_config.default_plan(MatmulProblem(rows, outputs, inputs, 4, 128, "float16"), arch, 108)
     assert kernel == ("skinny" if rows <= 64 else "expand" if rows >= 1024 and arch in (80, 90) else "gemm")
     if config is None:
         return
@@ -165,17 +165,17 @@ def test_the_rule_fills_the_device(arch, rows, outputs, inputs):
 
 
 def test_a_table_goes_before_the_rule(tmp_path, monkeypatch):
-    config = Config(16, 128, 128, 2, 4, 5)
+    config = TileConfig(16, 128, 128, 2, 4, 5)
     entry = CASE._asdict() | {"kernel": "skinny", "config": config._asdict()}
     (tmp_path / "sm_86.json").write_text(json.dumps({"entries": [entry]}), encoding="utf-8")
     monkeypatch.setenv("GPTQ_BELLE_TUNING", str(tmp_path))
-    triton_config.table.cache_clear()
-    assert triton_config.table(86) == {CASE: Plan("skinny", config)}
-    plan = triton_config.plan.__wrapped__
-    assert plan(CASE, 86, 82) == Plan("skinny", config)
-    assert plan(CASE._replace(run=64), 86, 82) == triton_config.rule(CASE._replace(run=64), 86, 82)
+    triton_config.tuned_plans.cache_clear()
+    assert triton_config.tuned_plans(86) == {CASE: LaunchPlan("skinny", config)}
+    plan = triton_config.launch_plan.__wrapped__
+    assert plan(CASE, 86, 82) == LaunchPlan("skinny", config)
+    assert plan(CASE._replace(run=64), 86, 82) == triton_config.default_plan(CASE._replace(run=64), 86, 82)
     (tmp_path / "sm_86.json").write_text(json.dumps({"entries": [entry | {"kernel": "fast"}]}), encoding="utf-8")
-    triton_config.table.cache_clear()
+    triton_config.tuned_plans.cache_clear()
     with pytest.raises(ValueError, match=r"sm_86.json is not a table of tuned kernels.*'fast'"):
-        triton_config.table(86)
-    triton_config.table.cache_clear()
+        triton_config.tuned_plans(86)
+    triton_config.tuned_plans.cache_clear()

@@ -17,7 +17,7 @@ import aot_jobs  # noqa: E402
 import machine_code  # noqa: E402
 from aot_jobs import EACH, SAME, Job  # noqa: E402
 
-from gptq_belle.kernels.triton_config import Config  # noqa: E402
+from gptq_belle.kernels.triton_config import TileConfig  # noqa: E402
 
 GEFORCE, HOPPER = 86, 90  # one with HMMA, one with HGMMA: the others go without saying in the fast tests
 
@@ -75,7 +75,7 @@ def test_everything(arch):
 
 
 def test_matrix_instructions_are_those_of_the_part():
-    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, Config(16, 64, 128, 2, 4, 4))
+    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, TileConfig(16, 64, 128, 2, 4, 4))
     assert check(job).loop["HMMA"]
     assert check(job._replace(arch=HOPPER)).loop["HGMMA"]
 
@@ -97,7 +97,7 @@ def careless(x, words, out, K, BM: tl.constexpr, BN: tl.constexpr):
 def broken(warps, BN, BM=16):
     code = machine_code.compile_kernel(careless, {"x": "*fp16", "words": "*i32", "out": "*fp32", "K": "i32"},
                                        {"BM": BM, "BN": BN}, GEFORCE, {"num_warps": warps, "num_stages": 3})
-    config = Config(BM, BN, 64, 1, warps, 3)
+    config = TileConfig(BM, BN, 64, 1, warps, 3)
     return aot.problems(Job(GEFORCE, "skinny", 4, "float16", 128, SAME, config), code)
 
 
@@ -110,7 +110,7 @@ def test_limits_can_be_missed():
 
 
 def test_other_limits():
-    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, Config(8, 64, 128, 1, 4, 4))
+    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, TileConfig(8, 64, 128, 1, 4, 4))
     code = machine_code.MachineCode(50, 0, 0, 100 * 1024, machine_code.Counter({"LDGSTS.128": 1}), 0)
     assert aot.problems(job, code) == ["102400 bytes shared, a program has 99 KiB", "no matrix instructions in a loop"]
     assert aot.problems(job._replace(arch=80), code) == ["no matrix instructions in a loop"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_solver import problem
 
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 from gptq_belle.quantization import grid, solver
 from gptq_belle.quantization.config import QuantConfig
 
@@ -167,9 +167,9 @@ def edges(inputs, outputs):
     ("cpu", torch.float64, None, None)])
 def test_when_a_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
     pytest.importorskip("triton")
-    if kernel == "cpu_solver" and isinstance(library(), str):
-        pytest.skip(library())
-    monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable", lambda device: lacking)
+    if kernel == "cpu_solver" and isinstance(load_library(), str):
+        pytest.skip(load_library())
+    monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable_reason", lambda device: lacking)
     W = SimpleNamespace(is_cuda=device == "cuda", is_cpu=device == "cpu", device=torch.device(device), dtype=dtype)
     found = grid.kernels(W)
     assert (found and found.__name__.rpartition(".")[2]) == kernel

@@ -11,9 +11,9 @@ from gptq_belle.bench import model_tuning as tuner
 from gptq_belle.cli import app, console
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_config, triton_matmul
-from gptq_belle.kernels.triton_config import Case, Config, Plan, rule
+from gptq_belle.kernels.triton_config import LaunchPlan, MatmulProblem, TileConfig, default_plan
 
-CASE = Case(16, 4096, 4096, 4, 128, "float16")
+CASE = MatmulProblem(16, 4096, 4096, 4, 128, "float16")
 MANY = CASE._replace(rows=512)
 BEST = {"SPLIT_K": 4, "num_stages": 5, "BN": 128, "num_warps": 8, "BK": 64, "BM": 64}
 
@@ -30,11 +30,11 @@ def distance(plan):
 def own_tables(tmp_path, monkeypatch):
     """A folder of tables that only this test reads."""
     monkeypatch.setenv("GPTQ_BELLE_TUNING", str(tmp_path))
-    triton_config.table.cache_clear()
-    triton_config.plan.cache_clear()
+    triton_config.tuned_plans.cache_clear()
+    triton_config.launch_plan.cache_clear()
     yield tmp_path
-    triton_config.table.cache_clear()
-    triton_config.plan.cache_clear()
+    triton_config.tuned_plans.cache_clear()
+    triton_config.launch_plan.cache_clear()
 
 
 def test_the_search_finds_the_minimum_and_asks_once():
@@ -45,45 +45,46 @@ def test_the_search_finds_the_minimum_and_asks_once():
         return distance(plan)
 
     found = kernel_tuning.tune(CASE, 86, 82, timer)
-    assert found.plan == Plan("skinny", Config(16, **{name: BEST[name] for name in Config._fields if name != "BM"}))
+    best = {name: BEST[name] for name in TileConfig._fields if name != "BM"}
+    assert found.plan == LaunchPlan("skinny", TileConfig(16, **best))
     assert found.seconds == distance(found.plan)
-    assert found.rule_seconds == distance(rule(CASE, 86, 82)) > found.seconds
+    assert found.rule_seconds == distance(default_plan(CASE, 86, 82)) > found.seconds
     assert found.tried == len(asked) == len(set(asked)) < 60
 
 
 def test_many_rows_may_take_another_kernel():
     found = kernel_tuning.tune(MANY, 86, 82, distance)
-    assert found.plan == Plan("gemm", Config(**BEST))
+    assert found.plan == LaunchPlan("gemm", TileConfig(**BEST))
     cheap = kernel_tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else distance(plan))
-    assert cheap.plan == Plan("expand", None)
+    assert cheap.plan == LaunchPlan("expand", None)
 
 
 def test_noise_changes_nothing():
     """A plan that is one percent faster than the rule's does not replace it."""
-    first = rule(CASE, 86, 82)
+    first = default_plan(CASE, 86, 82)
     assert kernel_tuning.tune(CASE, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
 
 
 def test_a_config_that_does_not_run_is_passed_over():
-    first = rule(CASE, 86, 82)
+    first = default_plan(CASE, 86, 82)
     found = kernel_tuning.tune(CASE, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
     assert found.plan.config.SPLIT_K == 4
     assert kernel_tuning.entry(found)["rule_seconds"] is None
 
 
 def test_the_table_is_what_the_kernels_read(own_tables):
-    assert triton_config.plan(CASE, 86, 82) == rule(CASE, 86, 82)
+    assert triton_config.launch_plan(CASE, 86, 82) == default_plan(CASE, 86, 82)
     best = kernel_tuning.tune(CASE, 86, 82, distance)
     path = kernel_tuning.write([best], 86, "a card", own_tables / "made" / "here")
     assert path == own_tables / "made" / "here" / "sm_86.json"
     path = kernel_tuning.write([best], 86, "a card", own_tables)
-    assert triton_config.plan(CASE, 86, 82) == best.plan != rule(CASE, 86, 82)
-    assert triton_config.plan(CASE, 90, 82) == rule(CASE, 90, 82)
+    assert triton_config.launch_plan(CASE, 86, 82) == best.plan != default_plan(CASE, 86, 82)
+    assert triton_config.launch_plan(CASE, 90, 82) == default_plan(CASE, 90, 82)
     more = kernel_tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else 1.0)
     again = best._replace(plan=best.plan._replace(config=best.plan.config._replace(SPLIT_K=8)))
     kernel_tuning.write([more, again], 86, "a card", own_tables)
-    assert triton_config.plan(CASE, 86, 82).config.SPLIT_K == 8
-    assert triton_config.plan(MANY, 86, 82) == Plan("expand", None)
+    assert triton_config.launch_plan(CASE, 86, 82).config.SPLIT_K == 8
+    assert triton_config.launch_plan(MANY, 86, 82) == LaunchPlan("expand", None)
     content = json.loads(path.read_text())
     assert content["device"] == "a card"
     assert content["versions"]["torch"] == torch.__version__
@@ -108,7 +109,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_rows_become_buckets():
-    assert tuner.chosen_buckets([]) == list(triton_config.BUCKETS)
+    assert tuner.chosen_buckets([]) == list(triton_config.ROW_BUCKETS)
     assert tuner.chosen_buckets([1, 5, 9, 4000]) == [8, 16, 2048]
     with pytest.raises(UsageError):
         tuner.chosen_buckets([4, 0])
@@ -117,10 +118,10 @@ def test_rows_become_buckets():
 def test_refusals(monkeypatch):
     with pytest.raises(HardwareError, match="this is a CPU"):
         tuner.require_gpu(torch.device("cpu"))
-    monkeypatch.setattr(triton_matmul, "unavailable", lambda device: "triton is not installed")
+    monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: "triton is not installed")
     with pytest.raises(HardwareError, match="triton is not installed"):
         tuner.require_gpu(torch.device("cuda", 0))
-    monkeypatch.setattr(triton_matmul, "unavailable", lambda device: None)
+    monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: None)
     tuner.require_gpu(torch.device("cuda", 0))
 
 
@@ -140,11 +141,11 @@ def pretended_gpu(monkeypatch):
     """tune_model as on a card, on CPU tensors, with made-up times."""
     monkeypatch.setattr(tuner, "require_gpu", lambda device: None)
     monkeypatch.setattr(tuner, "device_timer", lambda case, weights: distance)
-    monkeypatch.setattr(triton_matmul, "processor", lambda device: (86, 82))
+    monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (86, 82))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     from gptq_belle.kernels import dispatch
 
-    monkeypatch.setattr(dispatch, "choose", lambda *args, **kwargs: dispatch.Choice("triton", ""))
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda *args, **kwargs: dispatch.KernelChoice("triton", ""))
 
 
 @pytest.mark.usefixtures("pretended_gpu")
@@ -155,7 +156,7 @@ def test_a_model_is_tuned_case_by_case(tiny_llama, tmp_path, own_tables, capsys)
     shapes = {(line["inputs"], line["outputs"]) for line in found["entries"]}
     assert shapes == {(128, 128), (128, 64), (128, 256), (256, 128)}  # q and o; k and v; gate and up; down
     assert len(found["entries"]) == 2 * len(shapes) == len(told) - 1
-    assert triton_config.table(86)
+    assert triton_config.tuned_plans(86)
     tuner.show(found)
     assert "skinny" in capsys.readouterr().out
 
@@ -174,10 +175,10 @@ def test_wrong_products_are_an_error(monkeypatch):
     weight = laid_out(random_words(4, 256, 128, 128), 4)
     weight = weight._replace(words=weight.words.cuda(), scales=weight.scales.cuda(),
                              zeros=None if weight.zeros is None else weight.zeros.cuda())
-    case = triton_matmul.case_of(weight, 8, torch.float16)
+    case = triton_matmul.problem_of(weight, 8, torch.float16)
     timer = kernel_tuning.device_timer(case, [weight])
-    plan = rule(case, *triton_matmul.processor(weight.words.device))
+    plan = default_plan(case, *triton_matmul.device_properties(weight.words.device))
     assert 0 < timer(plan) < 1e-2
-    monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, by: torch.zeros(8, 128, device="cuda"))
+    monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, plan: torch.zeros(8, 128, device="cuda"))
     with pytest.raises(GptqBelleError, match="multiplies wrongly"):
         timer(plan)

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.native_library import NativeLibrary, load_library
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = """
 import torch
 from gptq_belle.kernels import dispatch
 from gptq_belle.kernels.cpu_layout import CpuWeight
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 words = dict(qweight=torch.randint(-2**31, 2**31, (16, 64), dtype=torch.int32), scales=torch.rand(1, 64).half(),
              qzeros=torch.full((1, 8), 0x77777777, dtype=torch.int32), g_idx=None)
 cpu = torch.device("cpu")
 weight = dispatch.prepare(**words, bits=4, zero_offset=1, device=cpu, dtype=torch.float32)
-assert isinstance(weight, CpuWeight), library()
+assert isinstance(weight, CpuWeight), load_library()
 x = torch.randn(3, 128)
 exact = dispatch.quant_matmul(x.double(), dispatch.prepare(**words, bits=4, zero_offset=1, device=cpu,
                                                           dtype=torch.float64))
@@ -61,7 +61,7 @@ def test_a_wheel_carries_kernels_and_data_even_without_a_compiler(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(site)!r});"
             "import gptq_belle.kernels.dispatch as d; print(d.__file__);"
             "from gptq_belle.quantization.calibration import read_documents; print(len(read_documents('builtin')));"
-            "import torch; print(d.choose(4, torch.arange(64) // 32, 64, device=torch.device('cpu'),"
+            "import torch; print(d.choose_kernel(4, torch.arange(64) // 32, 64, device=torch.device('cpu'),"
             " dtype=torch.float32))")
     where, documents, choice = python(code, cwd=tmp_path).splitlines()
     assert where.startswith(str(site))
@@ -71,7 +71,7 @@ def test_a_wheel_carries_kernels_and_data_even_without_a_compiler(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not isinstance(library(), Library), reason="no compiler")
+@pytest.mark.skipif(not isinstance(load_library(), NativeLibrary), reason="no compiler")
 def test_a_wheel_with_native_kernels_is_installed_and_used_without_a_compiler(tmp_path):
     wheel = wheel_of_a_copy(tmp_path)
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -13,19 +13,21 @@ from torch.nn.functional import linear
 
 from gptq_belle.kernels import gradient, reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.kernels.triton_config import Config, Plan
+from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
 
 teach()
 
 # Relative error of y as a whole. Rounding the result, the weight and (bfloat16) the scales costs 2e-4 each in float16
 # and 1.7e-3 in bfloat16, independently of one another.
-ERRORS = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}
+# Rounding the result costs up to 4.9e-4 in float16 and 3.9e-3 in bfloat16; rounding the scaled weight adds to it.
+ERRORS = {torch.float16: 7e-4, torch.bfloat16: 5.6e-3, torch.float32: 1e-6}
 DTYPES = [torch.float16, torch.bfloat16]
-SKINNY = [Config(bm, bn, bk, split, 4, 4) for bm in (8, 16, 32, 64) for bn in (64, 128) for bk in (64, 128)
+SKINNY = [TileConfig(bm, bn, bk, split, 4, 4) for bm in (8, 16, 32, 64) for bn in (64, 128) for bk in (64, 128)
           for split in (1, 2, 4)]
-GEMM = [Config(bm, bn, bk, split, 8, 3) for bm in (64, 128) for bn in (64, 128) for bk in (64, 128) for split in (1, 2)]
-PLANS = [*(Plan("skinny", config) for config in SKINNY), *(Plan("gemm", config) for config in GEMM),
-         Plan("expand", None)]
+GEMM = [TileConfig(bm, bn, bk, split, 8, 3) for bm in (64, 128) for bn in (64, 128) for bk in (64, 128)
+        for split in (1, 2)]
+PLANS = [*(LaunchPlan("skinny", config) for config in SKINNY), *(LaunchPlan("gemm", config) for config in GEMM),
+         LaunchPlan("expand", None)]
 
 
 def relative_error(y, exact):
@@ -53,15 +55,15 @@ def weights(draw):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(weight=weights(), by=st.sampled_from(PLANS), rows=st.integers(1, 130), dtype=st.sampled_from(DTYPES),
+@given(weight=weights(), plan=st.sampled_from(PLANS), rows=st.integers(1, 130), dtype=st.sampled_from(DTYPES),
        with_bias=st.booleans())
-def test_every_kernel_is_the_formula(weight, by, rows, dtype, with_bias):
+def test_every_kernel_is_the_formula(weight, plan, rows, dtype, with_bias):
     words, bits, zero_offset = weight
     prepared = laid_out(words, bits, zero_offset)
     x = torch.randn(rows, prepared.in_features).to(dtype)
     bias = torch.randn(prepared.out_features).half() if with_bias else None
     exact = linear(x.double(), formula(**words, bits=bits, v1=zero_offset == 1)) + (0 if bias is None else bias)
-    y = triton_matmul.quant_matmul(x, prepared, bias, by)
+    y = triton_matmul.quant_matmul(x, prepared, bias, plan)
     assert (y.dtype, y.shape) == (dtype, exact.shape)
     assert relative_error(y, exact) < ERRORS[dtype]
 
@@ -70,7 +72,7 @@ def test_every_kernel_is_the_formula(weight, by, rows, dtype, with_bias):
 @given(weight=weights())
 def test_the_layout_gives_back_what_it_was_made_from(weight):
     words, bits, zero_offset = weight
-    codes, zeros, scales = triton_layout.restore(laid_out(words, bits, zero_offset))
+    codes, zeros, scales = triton_layout.unpack_weight(laid_out(words, bits, zero_offset))
     assert torch.equal(codes.int(), reference.unpack(words["qweight"], bits))
     assert torch.equal(zeros, reference.unpack(words["qzeros"].t(), bits).t() + zero_offset)
     assert torch.equal(scales, words["scales"])
@@ -89,9 +91,9 @@ def test_expanding_is_the_reference_to_the_bit(bits, dtype):
 def test_expanding_by_parts_of_the_outputs(monkeypatch):
     words = random_words(4, 128, 320, 32)
     x, bias = torch.randn(3, 128).half(), torch.randn(320)
-    whole = triton_matmul.quant_matmul(x, laid_out(words, 4), bias, Plan("expand", None))
+    whole = triton_matmul.quant_matmul(x, laid_out(words, 4), bias, LaunchPlan("expand", None))
     monkeypatch.setattr(triton_matmul, "SCRATCH", 128 * 128 * 2)
-    assert torch.equal(whole, triton_matmul.quant_matmul(x, laid_out(words, 4), bias, Plan("expand", None)))
+    assert torch.equal(whole, triton_matmul.quant_matmul(x, laid_out(words, 4), bias, LaunchPlan("expand", None)))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 33, 64, 65, 130])
@@ -132,17 +134,18 @@ def test_sums_that_half_precision_could_not_hold(bits, dtype):
     words["scales"].fill_(2**-12)
     x = torch.full((1, 128), 200.0, dtype=dtype)
     exact = linear(x.double(), formula(**words, bits=bits, v1=True))
-    for by in (Plan("skinny", SKINNY[0]), Plan("gemm", GEMM[0])):
-        assert relative_error(triton_matmul.quant_matmul(x, laid_out(words, bits), None, by), exact) < ERRORS[dtype]
+    for plan in (LaunchPlan("skinny", SKINNY[0]), LaunchPlan("gemm", GEMM[0])):
+        assert relative_error(triton_matmul.quant_matmul(x, laid_out(words, bits), None, plan), exact) < ERRORS[dtype]
 
 
-@pytest.mark.parametrize("by", [Plan("skinny", SKINNY[0]), Plan("skinny", SKINNY[1]), Plan("gemm", GEMM[0])])
-def test_a_row_that_is_not_finite_stays_alone(by):
+@pytest.mark.parametrize("plan", [LaunchPlan("skinny", SKINNY[0]), LaunchPlan("skinny", SKINNY[1]),
+                                  LaunchPlan("gemm", GEMM[0])])
+def test_a_row_that_is_not_finite_stays_alone(plan):
     words = random_words(4, 160, 32, 32)
     x = torch.randn(3, 160).half()
-    clean = triton_matmul.quant_matmul(x, laid_out(words, 4), None, by)
+    clean = triton_matmul.quant_matmul(x, laid_out(words, 4), None, plan)
     x[1, 5] = float("nan")
-    y = triton_matmul.quant_matmul(x, laid_out(words, 4), None, by)
+    y = triton_matmul.quant_matmul(x, laid_out(words, 4), None, plan)
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
     assert y[1].isnan().all()
 

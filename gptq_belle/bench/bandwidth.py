@@ -8,7 +8,7 @@ import torch
 
 from gptq_belle.common.timers import Spread, seconds, spread
 from gptq_belle.kernels import cpu_layout, cpu_matmul
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 
 MIB = 1 << 20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -28,9 +28,9 @@ def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: i
         size: bytes of the buffer; left out, `buffer_bytes()`.
     """
     bytes_ = size or buffer_bytes()
-    if torch.device(device).type == "cpu" and not isinstance(library(), str):
+    if torch.device(device).type == "cpu" and not isinstance(load_library(), str):
         codes = cpu_layout.empty_codes(1, 1, -(-bytes_ // 64)).fill_(1)
-        times = [seconds(lambda: cpu_matmul.read(codes)) for _ in range(repeats + 1)]
+        times = [seconds(lambda: cpu_matmul.read_memory(codes)) for _ in range(repeats + 1)]
         return spread([codes.nbytes / time for time in times[1:]])
     columns = min(4096, bytes_ // 4)
     matrix = torch.ones(bytes_ // 4 // columns, columns, device=device)

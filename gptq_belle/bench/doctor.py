@@ -13,9 +13,9 @@ from gptq_belle import __version__
 from gptq_belle.bench.self_test import self_test
 from gptq_belle.common.devices import PRECISIONS, resolve_device
 from gptq_belle.kernels import triton_matmul
-from gptq_belle.kernels.dispatch import choose
-from gptq_belle.kernels.library import Library, library
-from gptq_belle.kernels.triton_config import tables
+from gptq_belle.kernels.dispatch import choose_kernel
+from gptq_belle.kernels.native_library import NativeLibrary, load_library
+from gptq_belle.kernels.triton_config import tuning_files
 from gptq_belle.kernels.triton_matmul import c_compiler
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
@@ -95,8 +95,8 @@ def devices() -> list[dict[str, Any]]:
 
 def native() -> dict[str, Any]:
     """The compiled CPU kernels: the instruction set they take here, all they could take, and why they are missing."""
-    found = library()
-    if isinstance(found, Library):
+    found = load_library()
+    if isinstance(found, NativeLibrary):
         return {"isa": found.isa, "usable": list(found.usable), "why_not": None}
     return {"isa": None, "usable": [], "why_not": found}
 
@@ -104,12 +104,12 @@ def native() -> dict[str, Any]:
 def gpu() -> dict[str, Any]:
     """The kernel that serves packed weights on the first GPU, why no better one does, and its tables of tuned tiles."""
     device = torch.device("cuda", 0)
-    lacking = triton_matmul.unavailable(device)
+    lacking = triton_matmul.unavailable_reason(device)
     there = torch.cuda.is_available()
     return {
         "kernel": "triton" if lacking is None else "dequantize+matmul" if there else None,
         "why_not": lacking,
-        "tables": [str(path) for path in tables(triton_matmul.processor(device)[0])] if there else [],
+        "tables": [str(path) for path in tuning_files(triton_matmul.device_properties(device)[0])] if there else [],
     }
 
 
@@ -122,7 +122,7 @@ def kernel_choices(device: torch.device) -> list[dict[str, str]]:
     for name, bits, g_idx in cases:
         for precision in PRECISIONS:
             dtype = torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32
-            choice = choose(bits, g_idx, WIDTH, device=device, dtype=dtype, precision=precision)
+            choice = choose_kernel(bits, g_idx, WIDTH, device=device, dtype=dtype, precision=precision)
             rows.append({"device": device.type, "case": name, "precision": precision, "kernel": choice.kernel,
                          "why": choice.reason})
     return rows

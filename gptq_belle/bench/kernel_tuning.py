@@ -19,7 +19,14 @@ from gptq_belle import __version__
 from gptq_belle.bench import bandwidth
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError
 from gptq_belle.kernels import triton_config, triton_matmul
-from gptq_belle.kernels.triton_config import KERNELS, MOST_SKINNY, Case, Config, Plan, rule
+from gptq_belle.kernels.triton_config import (
+    KERNELS,
+    MAX_SKINNY_ROWS,
+    LaunchPlan,
+    MatmulProblem,
+    TileConfig,
+    default_plan,
+)
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
 SHIPPED = Path(triton_config.__file__).parent / "tuning"
@@ -33,34 +40,34 @@ VARIED = {  # in the order in which they are varied
 }
 MARGIN = 0.98  # what replaces a plan has to take less than this share of its time: the rest is noise
 PASSES = 2
-Timer = Callable[[Plan], float]  # seconds of a product by a plan; infinite where the plan cannot run
+Timer = Callable[[LaunchPlan], float]  # seconds of a product by a plan; infinite where the plan cannot run
 
 
 class Tuned(NamedTuple):
     """The fastest plan of a case."""
 
-    case: Case
-    plan: Plan
+    case: MatmulProblem
+    plan: LaunchPlan
     seconds: float
     rule_seconds: float  # of the plan that the rule takes
     tried: int
 
 
-def tune(case: Case, arch: int, processors: int, timer: Timer) -> Tuned:
+def tune(case: MatmulProblem, arch: int, processors: int, timer: Timer) -> Tuned:
     """Find the fastest plan of a case.
 
     Args:
-        arch, processors: as for `triton_config.rule`.
+        arch, processors: as for `triton_config.default_plan`.
         timer: measures a plan; it is asked once for each.
     """
-    seen: dict[Plan, float] = {}
+    seen: dict[LaunchPlan, float] = {}
 
-    def time(plan: Plan) -> float:
+    def time(plan: LaunchPlan) -> float:
         if plan not in seen:
             seen[plan] = timer(plan)
         return seen[plan]
 
-    first = rule(case, arch, processors)
+    first = default_plan(case, arch, processors)
     best = first
     for start in starts(case, first):
         found = descend(start, time)
@@ -69,15 +76,15 @@ def tune(case: Case, arch: int, processors: int, timer: Timer) -> Tuned:
     return Tuned(case, best, time(best), time(first), len(seen))
 
 
-def starts(case: Case, first: Plan) -> list[Plan]:
+def starts(case: MatmulProblem, first: LaunchPlan) -> list[LaunchPlan]:
     """Where searches begin: the rule's plan, and the other kernels that the case may take."""
-    others = [Plan("expand", None)]
-    if case.rows >= MOST_SKINNY:
-        others.append(Plan("gemm", Config(64 if case.rows == MOST_SKINNY else 128, 128, 64, 1, 8, 3)))
+    others = [LaunchPlan("expand", None)]
+    if case.rows >= MAX_SKINNY_ROWS:
+        others.append(LaunchPlan("gemm", TileConfig(64 if case.rows == MAX_SKINNY_ROWS else 128, 128, 64, 1, 8, 3)))
     return [first, *(plan for plan in others if plan.kernel != first.kernel)]
 
 
-def descend(plan: Plan, time: Timer) -> Plan:
+def descend(plan: LaunchPlan, time: Timer) -> LaunchPlan:
     """Vary one number at a time and keep what is faster, until none is or PASSES are over."""
     for _ in range(PASSES):
         before = plan
@@ -90,7 +97,7 @@ def descend(plan: Plan, time: Timer) -> Plan:
     return plan
 
 
-def variations(plan: Plan, name: str) -> Iterator[Plan]:
+def variations(plan: LaunchPlan, name: str) -> Iterator[LaunchPlan]:
     """The plan with other values of one number of its config."""
     if plan.config is None or (name == "BM" and plan.kernel == "skinny"):
         return
@@ -117,7 +124,7 @@ def write(results: Sequence[Tuned], arch: int, device_name: str, folder: Path | 
         InputError: the file that is there is damaged.
     """
     path = (folder or SHIPPED) / f"sm_{arch}.json"
-    lines = {Case(**{name: line[name] for name in Case._fields}): line for line in _entries(path)}
+    lines = {MatmulProblem(**{name: line[name] for name in MatmulProblem._fields}): line for line in _entries(path)}
     lines |= {tuned.case: entry(tuned) for tuned in results}
     content = {
         "device": device_name,
@@ -131,8 +138,8 @@ def write(results: Sequence[Tuned], arch: int, device_name: str, folder: Path | 
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise HardwareError(f"the table cannot be written: {error}", "Name another folder with --out.") from error
-    triton_config.table.cache_clear()
-    triton_config.plan.cache_clear()
+    triton_config.tuned_plans.cache_clear()
+    triton_config.launch_plan.cache_clear()
     return path
 
 
@@ -141,35 +148,35 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         lines: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["entries"]
-        assert all(line["kernel"] in KERNELS and set(Case._fields) <= line.keys() for line in lines)
+        assert all(line["kernel"] in KERNELS and set(MatmulProblem._fields) <= line.keys() for line in lines)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a table of tuned kernels: {error!r}",
                          "Move it away, or name another folder with --out.") from error
     return lines
 
 
-EXPANDED = Plan("expand", None)
+EXPANDED = LaunchPlan("expand", None)
 # Relative error of the whole result against the expanded weight, which rounds it to x's dtype as many rows do.
 AGREEMENT = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-def device_timer(case: Case, weights: Sequence[SlicedWeight]) -> Timer:
+def device_timer(case: MatmulProblem, weights: Sequence[SlicedWeight]) -> Timer:
     """Times plans of a case on the device, its weights taking turns; wrong results are an error, not a time."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
     turns = rotation(weights)
     dtype: torch.dtype = getattr(torch, case.dtype)
     x = torch.randn(case.rows, turns[0].in_features, device=turns[0].words.device).to(dtype)
-    expected = triton_matmul.quant_matmul(x, turns[0], by=EXPANDED).float()
+    expected = triton_matmul.quant_matmul(x, turns[0], plan=EXPANDED).float()
 
-    def time(plan: Plan) -> float:
+    def time(plan: LaunchPlan) -> float:
         try:
-            y = triton_matmul.quant_matmul(x, turns[0], by=plan).float()
+            y = triton_matmul.quant_matmul(x, turns[0], plan=plan).float()
             error = float((y - expected).norm() / expected.norm())
             if not error < AGREEMENT[dtype]:
                 raise GptqBelleError(f"{plan} multiplies wrongly here: relative error {error:.1e}, {describe(case)}",
                                      "Please report it, with the output of `gptq-belle doctor --json`.")
-            actions = [lambda weight=weight: triton_matmul.quant_matmul(x, weight, by=plan) for weight in turns]
+            actions = [lambda weight=weight: triton_matmul.quant_matmul(x, weight, plan=plan) for weight in turns]
             return bandwidth.device_seconds(actions).median
         except (OutOfResources, PTXASError):  # too many stages for this part's shared memory, too many registers
             return float("inf")
@@ -187,6 +194,6 @@ def rotation(weights: Sequence[SlicedWeight]) -> list[SlicedWeight]:
     return turns
 
 
-def describe(case: Case) -> str:
+def describe(case: MatmulProblem) -> str:
     """A case in words."""
     return f"{case.rows} rows, {case.inputs} x {case.outputs}, {case.bits} bits, runs of {case.run}, {case.dtype}"

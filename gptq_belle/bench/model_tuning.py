@@ -12,7 +12,7 @@ from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_matmul
-from gptq_belle.kernels.triton_config import BUCKETS, Case, bucket
+from gptq_belle.kernels.triton_config import ROW_BUCKETS, MatmulProblem, row_bucket
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
 
@@ -25,7 +25,7 @@ def require_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise HardwareError("tuning measures the GPU kernels, and this is a CPU",
                             "Run it on the machine with the GPU; without a table, a rule chooses the tiles.")
-    if lacking := triton_matmul.unavailable(device):
+    if lacking := triton_matmul.unavailable_reason(device):
         raise HardwareError(f"the GPU kernels cannot run: {lacking}", "`gptq-belle doctor` shows what is there.")
 
 
@@ -55,7 +55,7 @@ def tune_model(path: Path, *, device: str = "auto", rows: Sequence[int] = (), ou
     found = alike([weight for weight in weights if isinstance(weight, SlicedWeight)], buckets, model.dtype)
     if not found:
         raise InputError(f"{path} has no linears that the GPU kernels serve", "Give a quantized model.")
-    arch, processors = triton_matmul.processor(where)
+    arch, processors = triton_matmul.device_properties(where)
     results = []
     for number, (case, group) in enumerate(sorted(found.items(), key=lambda item: item[0]), 1):
         progress(f"case {number} of {len(found)}: {describe(case)}")
@@ -72,13 +72,14 @@ def chosen_buckets(rows: Sequence[int]) -> list[int]:
     """
     if wrong := [number for number in rows if number < 1]:
         raise UsageError(f"{wrong[0]} rows cannot be multiplied", "Give numbers from 1 on.")
-    return sorted({bucket(number) for number in rows or BUCKETS})
+    return sorted({row_bucket(number) for number in rows or ROW_BUCKETS})
 
 
-def alike(weights: Sequence[SlicedWeight], rows: Sequence[int], dtype: torch.dtype) -> dict[Case, list[SlicedWeight]]:
+def alike(weights: Sequence[SlicedWeight], rows: Sequence[int],
+          dtype: torch.dtype) -> dict[MatmulProblem, list[SlicedWeight]]:
     """The cases that products with weights meet, each with all the weights that it stands for."""
-    found: dict[Case, list[SlicedWeight]] = {}
+    found: dict[MatmulProblem, list[SlicedWeight]] = {}
     for weight in weights:
         for number in rows:
-            found.setdefault(triton_matmul.case_of(weight, number, dtype), []).append(weight)
+            found.setdefault(triton_matmul.problem_of(weight, number, dtype), []).append(weight)
     return found

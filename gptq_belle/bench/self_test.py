@@ -12,7 +12,7 @@ from gptq_belle.common.timers import seconds
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, unpack
 from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, groupwise, reference, torch_int4, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
-from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels.native_library import NativeLibrary, load_library
 
 INPUTS, OUTPUTS, GROUP = 256, 160, 128
 ROWS = (1, 5, 32)  # one token, a batch (its last tile is not full), a piece of a prompt
@@ -48,11 +48,11 @@ def self_test(kinds: Sequence[str]) -> list[Check]:
 
 
 def _on_cpu() -> Iterator[Check]:
-    found = library()
+    found = load_library()
     for bits in (4, 8, 3, 2):
         packed = _random(bits)
         words = canonical(*packed, bits, 0)
-        if isinstance(found, Library):
+        if isinstance(found, NativeLibrary):
             for isa, (precision, allowed) in product(found.usable, (("exact", EXACT), ("fast", BYTE))):
                 yield _check(f"native {isa}", f"{bits} bit {precision}", packed, bits, allowed,
                              partial(_native, words, precision, isa))
@@ -64,7 +64,7 @@ def _on_cpu() -> Iterator[Check]:
 
 def _on_cuda() -> Iterator[Check]:
     device = torch.device("cuda", 0)
-    kernel = "triton" if triton_matmul.unavailable(device) is None else "dequantize+matmul"
+    kernel = "triton" if triton_matmul.unavailable_reason(device) is None else "dequantize+matmul"
     for bits in (4, 8, 3, 2):
         packed = _random(bits)
         for dtype, allowed in ((torch.float16, HALF), (torch.float32, 1e-3)):  # TF32 may be switched on

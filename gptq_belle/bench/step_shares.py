@@ -12,8 +12,8 @@ from gptq_belle.bench.bandwidth import last_level_cache
 from gptq_belle.common.timers import PhaseClock, synchronize
 from gptq_belle.engine.linear import Dense, Packed, SideBySide
 from gptq_belle.engine.model import Model
-from gptq_belle.kernels.tape import ATTENTION as NATIVE_ATTENTION
-from gptq_belle.kernels.tape import KINDS, PRODUCT, Tape
+from gptq_belle.kernels.call_recorder import ATTENTION as NATIVE_ATTENTION
+from gptq_belle.kernels.call_recorder import CALL_KINDS, PRODUCT, CallRecorder
 
 STEPS = 8
 LINEARS, ATTENTION, HEAD = "linears", "attention", "head"
@@ -57,10 +57,10 @@ def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
 
 
 @contextmanager
-def clocked_replays(model: Model, tape: Tape, clock: PhaseClock) -> Iterator[None]:
+def clocked_replays(model: Model, recorder: CallRecorder, clock: PhaseClock) -> Iterator[None]:
     """The same of steps that are recorded: the library itself takes the time of linears and attention."""
     decoder: Any = model.decoder
-    head, tape.seconds = decoder.head, (c_double * len(KINDS))()
+    head, recorder.seconds = decoder.head, (c_double * len(CALL_KINDS))()
 
     def timed_head(x: Tensor) -> Tensor:
         with clock(HEAD):
@@ -71,9 +71,9 @@ def clocked_replays(model: Model, tape: Tape, clock: PhaseClock) -> Iterator[Non
         yield
     finally:
         decoder.head = head
-        clock.seconds[LINEARS] += tape.seconds[PRODUCT]
-        clock.seconds[ATTENTION] += tape.seconds[NATIVE_ATTENTION]
-        tape.seconds = None
+        clock.seconds[LINEARS] += recorder.seconds[PRODUCT]
+        clock.seconds[ATTENTION] += recorder.seconds[NATIVE_ATTENTION]
+        recorder.seconds = None
 
 
 def step_shares(model: Model, batch: int, prompt: int, step: float) -> Shares:
@@ -87,7 +87,7 @@ def step_shares(model: Model, batch: int, prompt: int, step: float) -> Shares:
     logits, session = model.prefill(torch.ones(batch, prompt, dtype=torch.int64), STEPS + 1)
     tokens = model.decode(logits.argmax(-1), session).argmax(-1)  # from now on, it is recorded
     clock, recorded = PhaseClock(lambda: synchronize(model.device)), session.cache.recorded.get(batch)
-    with clocked(model, clock) if recorded is None else clocked_replays(model, recorded.tape, clock):
+    with clocked(model, clock) if recorded is None else clocked_replays(model, recorded.recorder, clock):
         for _ in range(STEPS):
             tokens = model.decode(tokens, session).argmax(-1)
     linears, attention, head = (clock.seconds[name] / STEPS / step for name in (LINEARS, ATTENTION, HEAD))

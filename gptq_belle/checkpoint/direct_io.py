@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import GptqBelleError, InputError, from_system
-from gptq_belle.kernels.memory import Memory
+from gptq_belle.kernels.huge_pages import Allocator
 
 PAGE = mmap.PAGESIZE  # bytes; what reading past the cache begins and ends at: no file system asks for more
 PIECE = 4 << 20  # bytes at a time
@@ -48,7 +48,7 @@ class FileBytes:
             file.seek(0)
             yield file
 
-    def read(self, begin: int, size: int, memory: Memory, align: int = 1) -> Tensor:
+    def read(self, begin: int, size: int, memory: Allocator, align: int = 1) -> Tensor:
         """Some bytes, (size,) uint8, in memory of their own.
 
         Args:
@@ -70,7 +70,7 @@ class FileBytes:
                 at += self._piece(direct, begin - lead + at, view[at : at + PIECE])
         return room[start + lead : stop]
 
-    def pieces(self, begin: int, size: int, chosen: Sequence[int], memory: Memory, align: int = 1) -> Tensor:
+    def pieces(self, begin: int, size: int, chosen: Sequence[int], memory: Allocator, align: int = 1) -> Tensor:
         """Of pieces of `size` bytes each, one behind the other from `begin` on, those chosen by number, in that order.
 
         Others are not read. `memory` and `align` as of `read`; the result is (len(chosen) * size,) uint8.

@@ -17,7 +17,7 @@ from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.safetensors_file import DAMAGED, TensorFile
 from gptq_belle.errors import InputError
-from gptq_belle.kernels.memory import Memory, empty_bytes
+from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 ROOT = "base_model.model."  # in front of every name
@@ -109,7 +109,7 @@ class AdaptedReader(CheckpointReader):
                 raise InputError(f"{adapter.path} changes {target} as one of {adapter.shape(target)}, the model's is "
                                  f"{self.shape(name)}", "The adapter belongs to another model.")
 
-    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
         """One tensor on the CPU: in the dtype of the file, or merged, in float32."""
         weight = super().tensor(name, memory)
         return self.adapter.merged(self._changed[name], weight) if name in self._changed else weight

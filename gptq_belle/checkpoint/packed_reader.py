@@ -15,7 +15,7 @@ from gptq_belle.formats.packed_head import BITS as PACKED_HEAD_BITS
 from gptq_belle.formats.packed_head import CODES, SCALES, from_bytes, group_of
 from gptq_belle.formats.quantize_config import BITS, WRONG_CONFIG, Quantization, _producer
 from gptq_belle.formats.zero_points import V1, V2
-from gptq_belle.kernels.memory import Memory, Reused
+from gptq_belle.kernels.huge_pages import Allocator, MemoryPool
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_GROUP = 1 << 24  # more inputs than any linear has
@@ -154,12 +154,12 @@ def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tupl
     """
     count = reader.shape(CODES)[0]
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
-    memory = Reused()
+    memory = MemoryPool()
     for codes, scales in ahead(partial(_stored, reader, part, memory) for part in parts):
         if not all_finite(scales):
             raise ValueError(f"{SCALES} hold NaN or infinity")
         yield from_bytes(codes, bits), scales
 
 
-def _stored(reader: CheckpointReader, rows: range, memory: Memory) -> tuple[Tensor, Tensor]:
+def _stored(reader: CheckpointReader, rows: range, memory: Allocator) -> tuple[Tensor, Tensor]:
     return reader.rows(CODES, rows, memory), reader.rows(SCALES, rows, memory)

@@ -19,7 +19,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.direct_io import FileBytes, unread
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.errors import InputError, from_system
-from gptq_belle.kernels.memory import Memory, empty_bytes
+from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 
 class PickleFile:
@@ -67,7 +67,7 @@ class PickleFile:
         """The dtype of a tensor."""
         return self._state[name].dtype
 
-    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
         """One tensor; `memory` as of `TensorFile.tensor`.
 
         Raises:
@@ -75,7 +75,7 @@ class PickleFile:
         """
         return self._read(name, memory) if self._zipped else self._state[name].detach()
 
-    def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
+    def rows(self, name: str, indices: Iterable[int], memory: Allocator = empty_bytes) -> Tensor:
         """Some rows of a tensor, in the order asked for. `memory` as of `TensorFile.tensor`.
 
         Raises:
@@ -100,7 +100,7 @@ class PickleFile:
             with self._stored(name, skip, size) as begin:
                 self._bytes.ahead(begin, begin + size)
 
-    def _read(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+    def _read(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
         meta, (skip, size) = self._state[name], self._span(name)
         with self._stored(name, skip, size) as begin:
             flat = self._bytes.read(begin, size, memory, meta.element_size())

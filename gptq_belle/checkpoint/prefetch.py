@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.kernels.memory import Reused
+from gptq_belle.kernels.huge_pages import MemoryPool
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class BlocksAhead:
     """
 
     def __init__(self, reader: CheckpointReader, prefix: str, count: int) -> None:
-        self._reader, self._memory = reader, Reused()
+        self._reader, self._memory = reader, MemoryPool()
         stages = self._stages(prefix, count)
         self._coming = {name for names in stages for name in names}
         self._arriving = ahead(self._reads(stages), len(reader.arch.stages) - 1)
@@ -85,7 +85,7 @@ class BlocksAhead:
     def _reads(self, stages: Sequence[Sequence[str]]) -> Iterator[Callable[[], dict[str, Tensor]]]:
         for names in stages:
             yield partial(self._read, names)
-        self._memory.keep_no_more()
+        self._memory.stop_pooling()
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self._reader.tensor(name, self._memory) for name in names}

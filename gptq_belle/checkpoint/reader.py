@@ -15,7 +15,7 @@ from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, DAMAGED, TensorFile
 from gptq_belle.common.files import check_fetched
 from gptq_belle.errors import InputError, from_system
-from gptq_belle.kernels.memory import Memory, empty_bytes
+from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 from gptq_belle.models.architectures import HEAD, Architecture, architecture
 from gptq_belle.models.belle_catalogue import CONFIGS, member
 
@@ -74,7 +74,7 @@ class CheckpointReader:
         file, stored = self._find(name)
         return self._shards[file].shape(stored)
 
-    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
         """One tensor on the CPU, in the dtype of the file.
 
         Args:
@@ -95,7 +95,7 @@ class CheckpointReader:
         """Bytes of a tensor in the file, from the header alone."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
+    def rows(self, name: str, indices: Iterable[int], memory: Allocator = empty_bytes) -> Tensor:
         """Some rows of a matrix, without the others in memory.
 
         Raises:

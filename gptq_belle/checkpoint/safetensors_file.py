@@ -20,7 +20,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.direct_io import FileBytes, raw, unread
 from gptq_belle.common.files import DurableFile, Stamp
 from gptq_belle.errors import InputError, from_system
-from gptq_belle.kernels.memory import Memory, empty_bytes
+from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
@@ -72,7 +72,7 @@ class TensorFile:
         """The dtype of a tensor."""
         return DTYPES[self.entries[name].dtype]
 
-    def tensor(self, name: str, memory: Memory = empty_bytes) -> Tensor:
+    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
         """One tensor, in memory of its own.
 
         Args:
@@ -86,7 +86,7 @@ class TensorFile:
             found = self._bytes.read(entry.begin, entry.end - entry.begin, memory, self.dtype(name).itemsize)
         return found.view(self.dtype(name)).view(entry.shape)
 
-    def rows(self, name: str, indices: Iterable[int], memory: Memory = empty_bytes) -> Tensor:
+    def rows(self, name: str, indices: Iterable[int], memory: Allocator = empty_bytes) -> Tensor:
         """Some rows of a tensor, in the order asked for; the others are not read. `memory` as of `tensor`.
 
         Raises:

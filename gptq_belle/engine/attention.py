@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gptq_belle.engine.kv_cache import Cache
 from gptq_belle.kernels import cpu_attention
-from gptq_belle.kernels.tape import refuse
+from gptq_belle.kernels.call_recorder import reject_while_recording
 
 QUERIES = 64
 KV_HEADS = 4  # of the cache that a prompt meets at a time, widened to the dtype of activations; 8 take 13 MB more
@@ -164,12 +164,12 @@ class Decode:
 class NativeDecode:
     """The same on a CPU by the kernel of `kernels.cpu_attention`, on the tables of a cache."""
 
-    def __init__(self, heads: Heads, tables: Sequence[cpu_attention.Table], slots: Sequence[int],
+    def __init__(self, heads: Heads, tables: Sequence[cpu_attention.KvCacheBlock], slots: Sequence[int],
                  lengths: Sequence[int]) -> None:
         self.heads, self.tables = heads, tables
         self.places, self.positions = (torch.tensor(list(n), device="cpu") for n in (slots, lengths))
         self.rotation = heads.rotation(self.positions, torch.float32)
-        self.step = cpu_attention.Step(self.places, self.positions, self.rotation, heads.slopes)
+        self.step = cpu_attention.DecodeStep(self.places, self.positions, self.rotation, heads.slopes)
 
     def move(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """To other slots, as many, and other positions; what was recorded of a step means these from now on."""
@@ -182,5 +182,5 @@ class NativeDecode:
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if (dtype := query.dtype) is torch.float32:
             return self.step.attend(self.tables[block], query, key, value)
-        refuse("attention of numbers that were converted")
+        reject_while_recording("attention of numbers that were converted")
         return self.step.attend(self.tables[block], query.float(), key.float(), value.float()).to(dtype)

@@ -6,7 +6,7 @@ from gptq_belle.engine.attention import Attend, Heads
 from gptq_belle.engine.linear import Product
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weights import Weights
-from gptq_belle.kernels.cpu_rowwise import LayerNorm, gelu_
+from gptq_belle.kernels.cpu_elementwise import LayerNorm, gelu_
 from gptq_belle.models.decoder_config import Settings
 
 

@@ -60,11 +60,14 @@ class Cache:
                                 "Choose fewer slots, a shorter context, or an int8 cache.") from error
 
     @cached_property
-    def tables(self) -> list[cpu_attention.Table] | None:
+    def tables(self) -> list[cpu_attention.KvCacheBlock] | None:
         """The blocks as the native attention of single tokens takes them; None where it does not serve them."""
-        if not self.keys or cpu_attention.refusal(self.keys[0].shape[-1], self.keys[0].dtype, self.device) is not None:
+        if not self.keys:
             return None
-        return [cpu_attention.Table(keys, values, self.scales(block))
+        keys = self.keys[0]
+        if cpu_attention.unsupported_reason(keys.shape[-1], keys.dtype, self.device) is not None:
+            return None
+        return [cpu_attention.KvCacheBlock(keys, values, self.scales(block))
                 for block, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))]
 
     @property

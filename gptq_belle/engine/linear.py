@@ -167,8 +167,9 @@ class StandIn(Tensor):
 
 def words(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
     """qweight, qzeros, scales and g_idx of the checkpoint that a weight was made from."""
-    restored = cpu_layout.restore(weight) if isinstance(weight, CpuWeight) else triton_layout.restore(weight)
-    codes, zeros, scales = restored
+    unpacked = (cpu_layout.unpack_weight(weight) if isinstance(weight, CpuWeight)
+                else triton_layout.unpack_weight(weight))
+    codes, zeros, scales = unpacked
     stored = zeros - weight.zero_offset
     return {"qweight": pack_rows(codes, weight.source),
             "qzeros": pack_rows(stored.t(), weight.source).t().contiguous(), "scales": scales, "g_idx": weight.g_idx}

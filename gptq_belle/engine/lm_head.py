@@ -19,10 +19,10 @@ from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.packed_head import CODES, GROUPS, SCALES, STEP, group_of, rounded
 from gptq_belle.formats.packing import pack_rows
-from gptq_belle.kernels import cpu_layout, cpu_rows
-from gptq_belle.kernels.dispatch import PreparedWeight, choose, lay_out, rows
+from gptq_belle.kernels import cpu_layout, cpu_packed_rows
+from gptq_belle.kernels.dispatch import PreparedWeight, choose_kernel, lookup_rows, prepare_weight
+from gptq_belle.kernels.huge_pages import MemoryPool
 from gptq_belle.kernels.layout import canonical
-from gptq_belle.kernels.memory import Reused
 from gptq_belle.kernels.triton_layout import SlicedWeight
 from gptq_belle.models.architectures import HEAD
 from gptq_belle.models.dimensions import Dimensions
@@ -54,7 +54,7 @@ class PackedLookup:
     extra_bytes: int = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
-        return rows(self.weight, ids).to(self.dtype)
+        return lookup_rows(self.weight, ids).to(self.dtype)
 
 
 def check_head_bits(bits: int | None) -> None:
@@ -140,7 +140,7 @@ def refusal(weights: Weights, shape: tuple[int, int]) -> str | None:
 
 def _kernel(weights: Weights, shape: tuple[int, int]) -> str:
     g_idx = torch.arange(shape[1], dtype=torch.int32) // GROUPS[-1]
-    return choose(8, g_idx, shape[0], device=weights.device, dtype=weights.dtype).kernel
+    return choose_kernel(8, g_idx, shape[0], device=weights.device, dtype=weights.dtype).kernel
 
 
 def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
@@ -150,7 +150,7 @@ def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pie
     at = 0
     for piece, scale in _filled(pieces):
         stop = at + len(piece) // cpu_layout.BLOCK
-        part = cpu_rows.from_rows(piece, scale, bits, weights.precision, codes[at:stop])
+        part = cpu_packed_rows.prepare_rows(piece, scale, bits, weights.precision, codes[at:stop])
         scales[at:stop] = part.scales
         at = stop
     return part._replace(codes=codes, scales=scales, out_features=shape[0])
@@ -168,9 +168,9 @@ def _words(weights: Weights, shape: tuple[int, int], bits: int, group: int, piec
         at = stop
     stored = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
     weight = canonical(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
-    if device.type == "cpu":  # not through `lay_out`: torch's int4 layout cannot be looked into
+    if device.type == "cpu":  # not through `prepare_weight`: torch's int4 layout cannot be looked into
         return weight
-    prepared = lay_out(weight, device=device, dtype=weights.dtype)
+    prepared = prepare_weight(weight, device=device, dtype=weights.dtype)
     return prepared._replace(out_features=shape[0]) if isinstance(prepared, SlicedWeight) else prepared
 
 
@@ -186,7 +186,7 @@ def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
 def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
     """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
     parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
-    memory = Reused()
+    memory = MemoryPool()
     for piece in ahead(partial(weights.reader.rows, name, part, memory) for part in parts):
         yield piece.to(weights.device)
 

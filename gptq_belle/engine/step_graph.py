@@ -7,7 +7,7 @@ from torch import Tensor
 from gptq_belle.engine.attention import NativeDecode
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.llama import Llama
-from gptq_belle.kernels.tape import Tape
+from gptq_belle.kernels.call_recorder import CallRecorder
 
 MOST_ROWS = 8  # with more, a step takes so long that what Python costs does not show; each needs memory of its own
 
@@ -21,12 +21,12 @@ class Recorded:
         attend: of the step.
     Attributes:
         hidden: (M, width), what left the last block; the next step writes over it.
-        tape: the calls.
+        recorder: the calls.
     """
 
     def __init__(self, decoder: Bloom | Llama, x: Tensor, attend: NativeDecode) -> None:
-        self._x, self._attend, self.tape = x.clone(), attend, Tape()
-        with self.tape.recording():
+        self._x, self._attend, self.recorder = x.clone(), attend, CallRecorder()
+        with self.recorder.recording():
             self.hidden = decoder.through(self._x, attend)
 
     def again(self, x: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -35,5 +35,5 @@ class Recorded:
             raise ValueError(f"a step of {len(self._x)} rows was recorded, not of {len(x)}")
         self._x.copy_(x)
         self._attend.move(slots, lengths)
-        self.tape.replay()
+        self.recorder.replay()
         return self.hidden

@@ -17,7 +17,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.linear import Dense, Packed, Product, SideBySide
 from gptq_belle.errors import InputError
 from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization
-from gptq_belle.kernels.dispatch import lay_out
+from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
 from gptq_belle.models.architectures import COMPUTED
 
@@ -155,7 +155,7 @@ class Weights:
         return own
 
     def _packed(self, words: CanonicalWeight, bias: Tensor | None) -> Packed:
-        prepared = lay_out(words, device=self.device, dtype=self.dtype, precision=self.precision)
+        prepared = prepare_weight(words, device=self.device, dtype=self.dtype, precision=self.precision)
         self.nbytes += sum(value.nbytes for value in prepared._asdict().values() if isinstance(value, Tensor))
         return Packed(prepared, bias)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.kernels import cpu_rows
+from gptq_belle.kernels import cpu_packed_rows
 
 CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
 BITS = (8, 4)
@@ -33,8 +33,8 @@ def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: it holds NaN or infinity.
     """
-    if cpu_rows.serves(matrix):
-        return cpu_rows.round_rows(matrix, bits, group, CLIPS[bits])
+    if cpu_packed_rows.is_supported(matrix):
+        return cpu_packed_rows.quantize_rows(matrix, bits, group, CLIPS[bits])
     groups, top = matrix.float().unflatten(-1, (-1, group)), (1 << (bits - 1)) - 1
     largest = groups.abs().amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):

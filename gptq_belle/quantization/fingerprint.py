@@ -15,7 +15,7 @@ from gptq_belle import __version__
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import AS_THEY_ARE, TOKENIZER_CONFIG
 from gptq_belle.common.files import stamp_of
-from gptq_belle.kernels.library import library
+from gptq_belle.kernels.native_library import load_library
 from gptq_belle.quantization.config import QuantConfig
 
 
@@ -53,7 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """
     return {"device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             "threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability(),
-            "solver": "torch" if isinstance(library(), str) else "native",
+            "solver": "torch" if isinstance(load_library(), str) else "native",
             "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
 
 

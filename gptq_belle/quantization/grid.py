@@ -11,9 +11,9 @@ from gptq_belle.kernels import cpu_solver, triton_matmul
 
 def kernels(tensor: Tensor) -> ModuleType | None:
     """The module whose `solve_block` and `descend` serve such tensors, `BLOCK` inputs at a time; None: torch does."""
-    if cpu_solver.serves(tensor):
+    if cpu_solver.is_supported(tensor):
         return cpu_solver
-    if not tensor.is_cuda or tensor.dtype != torch.float32 or triton_matmul.unavailable(tensor.device):
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or triton_matmul.unavailable_reason(tensor.device):
         return None
     from gptq_belle.kernels import triton_gptq
 
@@ -70,8 +70,8 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
     low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
     check_storable(torch.maximum(-low, high) / (1 << (bits - 1)))
     scales, zeros = _spans(low, high, bits, sym, positive)
-    if cpu_solver.serves(weight):
-        best = cpu_solver.search(weight, importance.float(), scales, zeros, bits, SMALLEST_SEARCHED).long()
+    if cpu_solver.is_supported(weight):
+        best = cpu_solver.search_grid(weight, importance.float(), scales, zeros, bits, SMALLEST_SEARCHED).long()
     else:
         step = max(1, VALUES_AT_A_TIME // len(weight))
         parts = zip(*(table.split(step, dim=-1) for table in (weight, scales, zeros)), strict=True)
@@ -82,7 +82,7 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
 
 
 def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The first of the best candidates for some outputs, (N,) int64; -1 where none counts. `cpu_solver.search`."""
+    """The first of the best candidates for some outputs, (N,) int64; -1 where none counts. `cpu_solver.search_grid`."""
     least = torch.full_like(scales[0], torch.inf)
     best = torch.full(least.shape, -1, device=least.device)
     for index, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):

@@ -113,7 +113,7 @@ struct Buffer {
 
 BELLE_API int belle_abi() { return belle::kAbi; }
 
-// sizeof of a struct of native.h by its place in `structs.STRUCTS`, or -1 past the last.
+// sizeof of a struct of native.h by its place in `native_structs.STRUCTS`, or -1 past the last.
 BELLE_API int64_t belle_struct_size(int index) {
   constexpr int64_t kSizes[] = {
       sizeof(BelleWeight), sizeof(BelleWords), sizeof(BelleRows), sizeof(BelleRounding), sizeof(BelleNew),

@@ -1,4 +1,4 @@
-// What the library offers and what its files share. The C ABI below is mirrored by kernels/structs.py, which
+// What the library offers and what its files share. The C ABI below is mirrored by kernels/native_structs.py, which
 // checks the sizes of the structs (matmul.cpp) when it loads the library; raise kAbi with any change.
 //
 // K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one

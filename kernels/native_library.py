@@ -16,28 +16,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .structs import (
+from .native_structs import (
     STRUCTS,
     CallStruct,
-    DescentStruct,
+    CodeRowsStruct,
+    CoordinateDescentStruct,
     GptqBlockStruct,
-    RoundingStruct,
-    RowsStruct,
-    SearchStruct,
-    WordsStruct,
+    GridSearchStruct,
+    PackedWordsStruct,
+    RowQuantizationStruct,
 )
 
 ABI = 10  # of native/native.h
 ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
-FASTEST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
-CHOICE = "GPTQ_BELLE_CPU_ISA"  # an environment variable: one of ISAS, instead of the fastest
-PLACE = "GPTQ_BELLE_CPU_LIBRARY"  # an environment variable: the library's file, instead of the one beside this
-MISSING = ("the native CPU kernels are not built: there was no C++17 compiler when the package was installed "
-           "(install one, then the package again)")
+FASTEST_FIRST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
+# Environment variables.
+ISA_VARIABLE = "GPTQ_BELLE_CPU_ISA"  # one of ISAS, instead of the fastest
+LIBRARY_VARIABLE = "GPTQ_BELLE_CPU_LIBRARY"  # the path of the library, instead of `_native.so` in this folder
+NOT_BUILT = ("the native CPU kernels are not built: there was no C++17 compiler when the package was installed "
+               "(install one, then the package again)")
 ADDRESS, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
-class Library:
+class NativeLibrary:
     """The loaded library, with the instruction set that it is to use."""
 
     def __init__(self, path: Path) -> None:
@@ -47,18 +48,18 @@ class Library:
         if abi != ABI:
             raise OSError(f"{path.name} was built from other sources (interface {abi}, not {ABI}): install again")
         self._check_struct_sizes(path)
-        self.pack = self._function("pack", None, POINTER(WordsStruct), ADDRESS, INT, INT)
-        self.pack_rows = self._function("pack_rows", None, POINTER(RowsStruct), ADDRESS, INT)
-        self.round_rows = self._function("round_rows", INT, POINTER(RoundingStruct), INT, INT)
+        self.pack = self._function("pack", None, POINTER(PackedWordsStruct), ADDRESS, INT, INT)
+        self.pack_rows = self._function("pack_rows", None, POINTER(CodeRowsStruct), ADDRESS, INT)
+        self.round_rows = self._function("round_rows", INT, POINTER(RowQuantizationStruct), INT, INT)
         self.read = self._function("read", ctypes.c_uint32, ADDRESS, SIZE, INT, INT)
         self.run = self._function("run", INT, POINTER(CallStruct), SIZE, INT, INT, POINTER(ctypes.c_double))
         self.gptq_block = self._function("gptq_block", None, POINTER(GptqBlockStruct), INT, INT)
-        self.descend = self._function("descend", None, POINTER(DescentStruct), INT, INT)
-        self.search = self._function("search", None, POINTER(SearchStruct), INT, INT)
-        self.usable = tuple(name for name in FASTEST if self._c.belle_usable(ISAS.index(name)))
-        wanted = os.environ.get(CHOICE, self.usable[0])
+        self.descend = self._function("descend", None, POINTER(CoordinateDescentStruct), INT, INT)
+        self.search = self._function("search", None, POINTER(GridSearchStruct), INT, INT)
+        self.usable = tuple(name for name in FASTEST_FIRST if self._c.belle_usable(ISAS.index(name)))
+        wanted = os.environ.get(ISA_VARIABLE, self.usable[0])
         if wanted not in self.usable:
-            raise OSError(f"{CHOICE}={wanted} cannot be used here: choose one of {', '.join(self.usable)}")
+            raise OSError(f"{ISA_VARIABLE}={wanted} cannot be used here: choose one of {', '.join(self.usable)}")
         self.isa = wanted
         self._c.belle_use_openmp.argtypes = [ctypes.c_void_p]
         self._c.belle_use_openmp(_openmp_entry())
@@ -90,25 +91,25 @@ class Library:
         return cast(Callable[..., Any], function)
 
 
-def native() -> Library:
+def require_library() -> NativeLibrary:
     """The library; RuntimeError where there is none."""
-    found = library()
+    found = load_library()
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
 
 
-def address(tensor: Tensor | None) -> int | None:
+def data_pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers lie, for a field that may be null."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def plain(tensor: Tensor) -> bool:
+def is_contiguous_float32(tensor: Tensor) -> bool:
     """Whether the library can take a tensor as it lies: contiguous float32 on the CPU, without a gradient."""
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad
 
 
-def require(shape: tuple[int | None, ...], *dtypes: torch.dtype, **tensors: Tensor) -> None:
+def check_tensors(shape: tuple[int | None, ...], *dtypes: torch.dtype, **tensors: Tensor) -> None:
     """Raises ValueError for a tensor, by name, that is not contiguous, on the CPU, of that shape and one of the dtypes
     (float32 where none is named)."""
     dtypes = dtypes or (torch.float32,)
@@ -119,16 +120,16 @@ def require(shape: tuple[int | None, ...], *dtypes: torch.dtype, **tensors: Tens
 
 
 @cache
-def library() -> Library | str:
+def load_library() -> NativeLibrary | str:
     """The library, or why there is none."""
     if sys.byteorder != "little":
         return "the native CPU kernels are for little-endian processors"
-    elsewhere = os.environ.get(PLACE)
+    elsewhere = os.environ.get(LIBRARY_VARIABLE)
     path = Path(elsewhere or Path(__file__).parent / "_native.so")
     if not elsewhere and not path.is_file():
-        return MISSING
+        return NOT_BUILT
     try:
-        return Library(path)
+        return NativeLibrary(path)
     except (OSError, AttributeError) as error:
         return f"the native CPU kernels cannot be used: {error}"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21  # bytes
-Memory = Callable[[int], Tensor]  # gives so many bytes, (size,) uint8, with any contents
+Allocator = Callable[[int], Tensor]  # gives so many bytes, (size,) uint8, with any contents
 
 
 def empty_bytes(size: int) -> Tensor:
@@ -23,7 +23,7 @@ def empty_bytes(size: int) -> Tensor:
     return _within(_mapped(size), size) if _worthwhile(size) else torch.empty(size, dtype=torch.uint8)
 
 
-class Reused:
+class MemoryPool:
     """`empty_bytes` out of memory that was given out before, as soon as no tensor holds it any more.
 
     For what is read and soon dropped, such as a checkpoint's words: the first touch of a page takes 0.3 s a GB, on a
@@ -44,7 +44,7 @@ class Reused:
         weakref.finalize(view, self._back, mapped, size).atexit = False
         return _within(view, size)
 
-    def keep_no_more(self) -> None:
+    def stop_pooling(self) -> None:
         """From now on, what is free is given to the system."""
         self._keeps = False
         self._free.clear()

@@ -7,12 +7,12 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.kernels import cpu_layout, memory
-from gptq_belle.kernels.memory import HUGE_PAGE, Reused, empty_bytes
+from gptq_belle.kernels import cpu_layout, huge_pages
+from gptq_belle.kernels.huge_pages import HUGE_PAGE, MemoryPool, empty_bytes
 
 
 @pytest.mark.parametrize("size", [0, 1, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE + 5])
-@pytest.mark.parametrize("make", [empty_bytes, Reused()])
+@pytest.mark.parametrize("make", [empty_bytes, MemoryPool()])
 def test_it_is_as_large_as_asked_for(make, size):
     found = make(size)
     assert found.shape == (size,)
@@ -22,7 +22,7 @@ def test_it_is_as_large_as_asked_for(make, size):
 
 
 def test_it_comes_back_when_the_last_view_is_gone():
-    reused = Reused()
+    reused = MemoryPool()
     first = reused(2 * HUGE_PAGE)
     address, view = first.data_ptr(), first.view(torch.int32)[5:9]
     del first
@@ -36,14 +36,15 @@ def test_it_comes_back_when_the_last_view_is_gone():
 
 def test_it_goes_to_the_system_once_nothing_is_kept(monkeypatch):
     mapped = []
-    monkeypatch.setattr(memory, "_mapped", lambda size, make=memory._mapped: mapped.append(make(size)) or mapped[-1])
-    reused = Reused()
+    monkeypatch.setattr(huge_pages, "_mapped",
+                        lambda size, make=huge_pages._mapped: mapped.append(make(size)) or mapped[-1])
+    reused = MemoryPool()
     first, second = reused(HUGE_PAGE), reused(HUGE_PAGE)
     kept = [weakref.ref(mapping) for mapping in mapped]
     mapped.clear()
     del first
     assert [ref() is None for ref in kept] == [False, False]
-    reused.keep_no_more()
+    reused.stop_pooling()
     assert [ref() is None for ref in kept] == [True, False]
     del second
     assert [ref() is None for ref in kept] == [True, True]
@@ -51,7 +52,7 @@ def test_it_goes_to_the_system_once_nothing_is_kept(monkeypatch):
 
 
 def test_it_outlives_its_giver():
-    reused = Reused()
+    reused = MemoryPool()
     kept = reused(HUGE_PAGE).fill_(3)
     del reused
     assert int(kept.sum()) == 3 * HUGE_PAGE
@@ -62,11 +63,12 @@ def test_it_outlives_its_giver():
 def test_nothing_of_a_model_is_overwritten_by_what_is_read_later(tiny_model, tmp_path, monkeypatch, kind, kernels):
     path = tiny_model if kind is None else packed_checkpoint(tiny_model, tmp_path / "packed", **kind)
     if kernels == "torch":
-        monkeypatch.setattr(cpu_layout, "refusal", lambda *args: "left out")
+        monkeypatch.setattr(cpu_layout, "unsupported_reason", lambda *args: "left out")
     ids, mapped = torch.randint(384, (2, 20)), []
     wanted = load(path, device="cpu").logits(ids)
-    monkeypatch.setattr(memory, "HUGE_PAGE", 512)  # so that the tensors of a tiny model are large
-    monkeypatch.setattr(memory, "_mapped", lambda size, make=memory._mapped: mapped.append(size) or make(size))
+    monkeypatch.setattr(huge_pages, "HUGE_PAGE", 512)  # so that the tensors of a tiny model are large
+    monkeypatch.setattr(huge_pages, "_mapped",
+                        lambda size, make=huge_pages._mapped: mapped.append(size) or make(size))
     found = load(path, device="cpu")
     assert mapped
     assert torch.equal(found.logits(ids), wanted)

@@ -12,7 +12,7 @@ class WeightStruct(ctypes.Structure):
                 ("bits", ctypes.c_int32), ("half_scales", ctypes.c_int32), ("zero", ctypes.c_int32)]
 
 
-class WordsStruct(ctypes.Structure):
+class PackedWordsStruct(ctypes.Structure):
     """`BelleWords` of native.h."""
 
     _fields_ = [("words", ctypes.c_void_p), ("order", ctypes.c_void_p), ("inputs", ctypes.c_int64),
@@ -20,14 +20,14 @@ class WordsStruct(ctypes.Structure):
                 ("run", ctypes.c_int32), ("container", ctypes.c_int32)]
 
 
-class RowsStruct(ctypes.Structure):
+class CodeRowsStruct(ctypes.Structure):
     """`BelleRows` of native.h."""
 
     _fields_ = [("matrix", ctypes.c_void_p), ("count", ctypes.c_int64), ("groups", ctypes.c_int64),
                 ("run", ctypes.c_int32), ("bits", ctypes.c_int32)]
 
 
-class RoundingStruct(ctypes.Structure):
+class RowQuantizationStruct(ctypes.Structure):
     """`BelleRounding` of native.h."""
 
     _fields_ = [("matrix", ctypes.c_void_p), ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p),
@@ -36,13 +36,13 @@ class RoundingStruct(ctypes.Structure):
                 ("kind", ctypes.c_int32)]
 
 
-class NewStruct(ctypes.Structure):
+class NewTokensStruct(ctypes.Structure):
     """`BelleNew` of native.h."""
 
     _fields_ = [("numbers", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64)]
 
 
-class CacheStruct(ctypes.Structure):
+class KvCacheStruct(ctypes.Structure):
     """`BelleCache` of native.h."""
 
     _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("key_scales", ctypes.c_void_p),
@@ -50,7 +50,7 @@ class CacheStruct(ctypes.Structure):
                 ("capacity", ctypes.c_int64), ("head_dim", ctypes.c_int64), ("kind", ctypes.c_int32)]
 
 
-class StepStruct(ctypes.Structure):
+class DecodeStepStruct(ctypes.Structure):
     """`BelleStep` of native.h."""
 
     _fields_ = [("slots", ctypes.c_void_p), ("lengths", ctypes.c_void_p), ("cosines", ctypes.c_void_p),
@@ -60,8 +60,9 @@ class StepStruct(ctypes.Structure):
 class AttentionStruct(ctypes.Structure):
     """`BelleAttention` of native.h."""
 
-    _fields_ = [("cache", ctypes.POINTER(CacheStruct)), ("step", ctypes.POINTER(StepStruct)), ("query", NewStruct),
-                ("key", NewStruct), ("value", NewStruct), ("out", ctypes.c_void_p), ("heads", ctypes.c_int64)]
+    _fields_ = [("cache", ctypes.POINTER(KvCacheStruct)), ("step", ctypes.POINTER(DecodeStepStruct)),
+                ("query", NewTokensStruct), ("key", NewTokensStruct), ("value", NewTokensStruct),
+                ("out", ctypes.c_void_p), ("heads", ctypes.c_int64)]
 
 
 class CallStruct(ctypes.Structure):
@@ -82,7 +83,7 @@ class GptqBlockStruct(ctypes.Structure):
                 ("levels", ctypes.c_int32), ("symmetric", ctypes.c_int32)]
 
 
-class DescentStruct(ctypes.Structure):
+class CoordinateDescentStruct(ctypes.Structure):
     """`BelleDescent` of native.h."""
 
     _fields_ = [("codes", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("scale", ctypes.c_void_p),
@@ -91,7 +92,7 @@ class DescentStruct(ctypes.Structure):
                 ("levels", ctypes.c_int32)]
 
 
-class SearchStruct(ctypes.Structure):
+class GridSearchStruct(ctypes.Structure):
     """`BelleSearch` of native.h."""
 
     _fields_ = [("weights", ctypes.c_void_p), ("importance", ctypes.c_void_p), ("scales", ctypes.c_void_p),
@@ -101,5 +102,5 @@ class SearchStruct(ctypes.Structure):
 
 
 STRUCTS: tuple[type[ctypes.Structure], ...] = (  # in the order of `belle_struct_size` in native/matmul.cpp
-    WeightStruct, WordsStruct, RowsStruct, RoundingStruct, NewStruct, CacheStruct, StepStruct, AttentionStruct,
-    CallStruct, GptqBlockStruct, DescentStruct, SearchStruct)
+    WeightStruct, PackedWordsStruct, CodeRowsStruct, RowQuantizationStruct, NewTokensStruct, KvCacheStruct,
+    DecodeStepStruct, AttentionStruct, CallStruct, GptqBlockStruct, CoordinateDescentStruct, GridSearchStruct)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-RUNS = (128, 64, 32)
-MOST_PADDING = 2  # times K
+RUN_LENGTHS = (128, 64, 32)
+MAX_PADDING = 2  # times K
 
 
-class Runs(NamedTuple):
+class SortedGroups(NamedTuple):
     """How inputs are cut into runs of one group."""
 
     run: int
@@ -17,14 +17,14 @@ class Runs(NamedTuple):
     order: Tensor | None  # (G * run,) int32: the input at each place, -1 for padding; None where they stand in order
 
 
-def cut_runs(g_idx: Tensor, block: int = 1) -> Runs:
+def sort_by_group(g_idx: Tensor, block: int = 1) -> SortedGroups:
     """Sort inputs by group, and fill every group up to whole runs, as long ones as cost no more padding than others.
 
     Args:
         g_idx: (K,) integers, the group of each input. The result is on its device.
         block: the caller will fill the last places up to a multiple of it anyway: that padding costs nothing here.
     """
-    run = min(RUNS, key=lambda length: (-(-padded(g_idx, length) // block), -length))
+    run = min(RUN_LENGTHS, key=lambda length: (-(-padded_length(g_idx, length) // block), -length))
     ordered, inputs = g_idx.sort(stable=True)
     groups, counts = ordered.unique_consecutive(return_counts=True)
     taken = -(-counts // run)
@@ -35,14 +35,14 @@ def cut_runs(g_idx: Tensor, block: int = 1) -> Runs:
     if not torch.equal(inputs, places):
         order = torch.full((int(taken.sum()) * run,), -1, dtype=torch.int32, device=g_idx.device)
         order[places] = inputs.int()
-    return Runs(run, torch.repeat_interleave(groups.long(), taken), order)
+    return SortedGroups(run, torch.repeat_interleave(groups.long(), taken), order)
 
 
-def padded(g_idx: Tensor, run: int) -> int:
+def padded_length(g_idx: Tensor, run: int) -> int:
     """Places that the inputs of g_idx (K,) take when every group is filled up to whole runs."""
     return int((-(-g_idx.bincount() // run)).sum()) * run
 
 
-def wasteful(g_idx: Tensor) -> bool:
+def is_mostly_padding(g_idx: Tensor) -> bool:
     """Whether groups are so small that even the shortest runs would be mostly padding."""
-    return padded(g_idx, RUNS[-1]) > MOST_PADDING * max(g_idx.numel(), RUNS[-1])
+    return padded_length(g_idx, RUN_LENGTHS[-1]) > MAX_PADDING * max(g_idx.numel(), RUN_LENGTHS[-1])

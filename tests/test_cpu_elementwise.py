@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gptq_belle.kernels import cpu_rowwise
-from gptq_belle.kernels.cpu_rowwise import LayerNorm, RmsNorm, gelu_, silu_and_mul
-from gptq_belle.kernels.library import Library, library
+from gptq_belle.kernels import cpu_elementwise
+from gptq_belle.kernels.cpu_elementwise import LayerNorm, RmsNorm, gelu_, silu_and_mul
+from gptq_belle.kernels.native_library import NativeLibrary, load_library
 
 
 def rms_norm(x, weight, eps):
@@ -56,7 +56,7 @@ def test_a_row_is_the_same_to_the_bit_alone():
 def test_torch_serves_the_rest(case, monkeypatch):
     x, weight = torch.randn(4, 64), torch.randn(64)
     if case == "no library":
-        monkeypatch.setattr(cpu_rowwise, "library", lambda: "not built")
+        monkeypatch.setattr(cpu_elementwise, "load_library", lambda: "not built")
     x = {"bfloat16": x.bfloat16(), "strided": torch.randn(64, 4).t()}.get(case, x).requires_grad_(case == "gradient")
     found = rms_norm(x, weight, 1e-6)
     assert torch.equal(found, F.rms_norm(x, (64,), weight, 1e-6))
@@ -84,9 +84,9 @@ def test_gates_against_float64(width, rows, threads):
     torch.testing.assert_close(found.double(), gated(x), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("isa", library().usable if isinstance(library(), Library) else ())
+@pytest.mark.parametrize("isa", load_library().usable if isinstance(load_library(), NativeLibrary) else ())
 def test_gates_of_every_instruction_set(isa, monkeypatch):
-    monkeypatch.setattr(library(), "isa", isa)
+    monkeypatch.setattr(load_library(), "isa", isa)
     x = torch.linspace(-200, 200, 4001).repeat_interleave(2).view(-1, 2).t().reshape(1, -1)
     torch.testing.assert_close(silu_and_mul(x).double(), gated(x), rtol=2e-6, atol=1e-30)
 
@@ -113,7 +113,7 @@ def test_a_gated_row_is_the_same_to_the_bit_alone():
 def test_torch_serves_other_gates(case, monkeypatch):
     x = torch.randn(4, 64)
     if case == "no library":
-        monkeypatch.setattr(cpu_rowwise, "library", lambda: "not built")
+        monkeypatch.setattr(cpu_elementwise, "load_library", lambda: "not built")
     x = {"bfloat16": x.bfloat16(), "strided": torch.randn(64, 4).t()}.get(case, x).requires_grad_(case == "gradient")
     found = silu_and_mul(x)
     assert torch.equal(found, F.silu(x[:, :32]) * x[:, 32:])
@@ -141,9 +141,9 @@ def test_layer_norms_against_float64(width, rows):
         norm(torch.randn(2, width + 1))
 
 
-@pytest.mark.parametrize("isa", library().usable if isinstance(library(), Library) else ())
+@pytest.mark.parametrize("isa", load_library().usable if isinstance(load_library(), NativeLibrary) else ())
 def test_gelu_against_float64(isa, monkeypatch):
-    monkeypatch.setattr(library(), "isa", isa)
+    monkeypatch.setattr(load_library(), "isa", isa)
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e4, -1e4, torch.inf])])
     wide = x.double()
     exact = wide / 2 * (1 + (math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)).tanh())
@@ -157,7 +157,7 @@ def test_gelu_against_float64(isa, monkeypatch):
 def test_torch_serves_other_gelus(case, monkeypatch):
     x = torch.randn(4, 64)
     if case == "no library":
-        monkeypatch.setattr(cpu_rowwise, "library", lambda: "not built")
+        monkeypatch.setattr(cpu_elementwise, "load_library", lambda: "not built")
     x = {"bfloat16": x.bfloat16(), "strided": torch.randn(64, 4).t()}.get(case, x)
     wanted = F.gelu(x, approximate="tanh")
     assert torch.equal(gelu_(x), wanted)

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import native
-from .structs import CallStruct
+from .native_library import require_library
+from .native_structs import CallStruct
 
-PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = KINDS = range(6)  # `BelleKind` of native.h
+PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = CALL_KINDS = range(6)  # `BelleKind` of native.h
 BAD_INDEX = 1  # what a call returns; else 0, or that there is no memory
 _recording = threading.local()
 
 
-class Tape:
+class CallRecorder:
     """Calls in the order in which they were made while it was recorded, by one thread.
 
-    Results lie in memory of the tape. What one block makes is read up to the end of the next one: two sets of memory
-    serve all blocks.
+    The recorder owns the memory of the results. Results of one block are read until the end of the next block, so two
+    sets of buffers serve all blocks.
 
     Attributes:
         seconds: by kind of call, added up by replays where it is not None.
@@ -44,11 +44,11 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Calls are made and put down."""
-        _recording.tape = self
+        _recording.recorder = self
         try:
             yield
         finally:
-            _recording.tape = None
+            _recording.recorder = None
         self._recorded = (CallStruct * len(self._calls))(*self._calls)
 
     def replay(self) -> None:
@@ -57,7 +57,7 @@ class Tape:
         Raises:
             ValueError, MemoryError: as the calls would.
         """
-        lib = native()
+        lib = require_library()
         _check(lib.run(self._recorded, len(self._recorded), torch.get_num_threads(), lib.number(None), self.seconds))
 
     def add(self, call: CallStruct, kept: Any) -> None:
@@ -78,20 +78,20 @@ class Tape:
         return self._now[-1]
 
 
-def empty(*shape: int) -> Tensor:
-    """Memory for a result, float32 on the CPU: the tape's where one is recorded."""
-    tape: Tape | None = getattr(_recording, "tape", None)
-    return _memory(shape) if tape is None else tape.memory(shape)
+def empty_result(*shape: int) -> Tensor:
+    """Memory for a result, float32 on the CPU: the recorder's where one is recorded."""
+    recorder: CallRecorder | None = getattr(_recording, "recorder", None)
+    return _memory(shape) if recorder is None else recorder.memory(shape)
 
 
-def refuse(what: str) -> None:
-    """Raises RuntimeError while a tape is recorded: `what` is no native call, and would be left out."""
-    if getattr(_recording, "tape", None) is not None:
+def reject_while_recording(what: str) -> None:
+    """Raises RuntimeError while a recorder is recorded: `what` is no native call, and would be left out."""
+    if getattr(_recording, "recorder", None) is not None:
         raise RuntimeError(f"{what} cannot be recorded")
 
 
-def run(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
-    """Make a call, and record it where a tape is.
+def execute(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
+    """Make a call, and record it where a recorder is.
 
     Args:
         kept: what it points to.
@@ -100,13 +100,13 @@ def run(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
         ValueError: it would have reached beyond a table.
         MemoryError: there is none.
     """
-    lib = native()
+    lib = require_library()
     _check(lib.run(call, 1, torch.get_num_threads(), lib.number(isa), None))
-    tape: Tape | None = getattr(_recording, "tape", None)
-    if tape is not None:
-        tape.add(call, kept)
+    recorder: CallRecorder | None = getattr(_recording, "recorder", None)
+    if recorder is not None:
+        recorder.add(call, kept)
         if call.kind == ATTENTION:
-            tape.next_block()
+            recorder.next_block()
 
 
 def _memory(shape: tuple[int, ...]) -> Tensor:

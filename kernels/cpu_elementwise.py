@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .library import Library, address, library, plain
-from .structs import CallStruct
-from .tape import GELU, LAYER_NORM, RMS_NORM, SILU_AND_MUL, empty, refuse, run
+from .call_recorder import GELU, LAYER_NORM, RMS_NORM, SILU_AND_MUL, empty_result, execute, reject_while_recording
+from .native_library import NativeLibrary, data_pointer, is_contiguous_float32, load_library
+from .native_structs import CallStruct
 
 
 class RmsNorm:
@@ -29,9 +29,9 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., H), of any floating dtype; raises ValueError where H is another."""
         _check_width(x, self.weight)
-        if self._native and plain(x):
+        if self._native and is_contiguous_float32(x):
             return _normed(RMS_NORM, x, self.weight, None, self.eps)
-        refuse("an RMS norm by torch")
+        reject_while_recording("an RMS norm by torch")
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -50,9 +50,9 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., H), of any floating dtype; raises ValueError where H is another."""
         _check_width(x, self.weight)
-        if self._native and plain(x):
+        if self._native and is_contiguous_float32(x):
             return _normed(LAYER_NORM, x, self.weight, self.bias, self.eps)
-        refuse("a layer norm by torch")
+        reject_while_recording("a layer norm by torch")
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -66,28 +66,28 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if width % 2:
         raise ValueError(f"x of {tuple(x.shape)} does not hold two numbers for each result")
     if not _served(x):
-        refuse("a gate by torch")
+        reject_while_recording("a gate by torch")
         return F.silu(x[..., : width // 2]).mul_(x[..., width // 2 :])
-    out = empty(*x.shape[:-1], width // 2)
-    run(CallStruct(SILU_AND_MUL, 0, None, x.data_ptr(), None, out.data_ptr(), x.numel() // width, width), (x, out))
+    out = empty_result(*x.shape[:-1], width // 2)
+    execute(CallStruct(SILU_AND_MUL, 0, None, x.data_ptr(), None, out.data_ptr(), x.numel() // width, width), (x, out))
     return out
 
 
 def gelu_(x: Tensor) -> Tensor:
     """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in place (1606.08415, section 2); returns x."""
     if not _served(x):
-        refuse("a GELU by torch")
+        reject_while_recording("a GELU by torch")
         return torch.ops.aten.gelu_(x, approximate="tanh")
-    run(CallStruct(GELU, 0, None, x.data_ptr(), None, x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1]), x)
+    execute(CallStruct(GELU, 0, None, x.data_ptr(), None, x.data_ptr(), x.numel() // x.shape[-1], x.shape[-1]), x)
     return x
 
 
 def _native(tensor: Tensor) -> bool:
-    return isinstance(library(), Library) and plain(tensor)
+    return isinstance(load_library(), NativeLibrary) and is_contiguous_float32(tensor)
 
 
 def _served(x: Tensor) -> bool:
-    return plain(x) and x.numel() > 0 and isinstance(library(), Library)
+    return is_contiguous_float32(x) and x.numel() > 0 and isinstance(load_library(), NativeLibrary)
 
 
 def _check_width(x: Tensor, weight: Tensor) -> None:
@@ -96,7 +96,7 @@ def _check_width(x: Tensor, weight: Tensor) -> None:
 
 
 def _normed(kind: int, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    out, width = empty(*x.shape), len(weight)
-    run(CallStruct(kind, 0, weight.data_ptr(), x.data_ptr(), address(bias), out.data_ptr(), x.numel() // width, width,
-                   eps), (x, weight, bias, out))
+    out, width = empty_result(*x.shape), len(weight)
+    execute(CallStruct(kind, 0, weight.data_ptr(), x.data_ptr(), data_pointer(bias), out.data_ptr(),
+                       x.numel() // width, width, eps), (x, weight, bias, out))
     return out
