@@ -21,8 +21,8 @@ import torch
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
-from gptq_belle.quantization.auto_bits import stages_and_room, with_choice
-from gptq_belle.quantization.job import set_up
+from gptq_belle.quantization.auto_bits import config_of_choice, stages_and_budget
+from gptq_belle.quantization.job import prepare_job
 
 TINY = records.ROOT / "examples" / "belle_tiny"
 MODELS = ("bloom", "llama")
@@ -32,15 +32,15 @@ CALIBRATION = Calibration(seq_len=WINDOW)
 
 def at_random(source: Path, budget: str, seed: int) -> QuantConfig:
     """A configuration with 8 bits for randomly chosen stages, as many as the budget allows."""
-    setup = set_up(source, QuantConfig(auto_bits=budget), CALIBRATION, "cpu")
-    stages, room = stages_and_room(setup)
+    job = prepare_job(source, QuantConfig(auto_bits=budget), CALIBRATION, "cpu")
+    stages, room = stages_and_budget(job)
     random.Random(seed).shuffle(stages)
     chosen = set()
     for stage in stages:
         if stage.cost <= room:
             room -= stage.cost
             chosen.add((stage.block, stage.linears[0]))
-    return replace(with_choice(setup, chosen), auto_bits=None)
+    return replace(config_of_choice(job, chosen), auto_bits=None)
 
 
 def variants(source: Path, budget: str, seeds: int) -> Iterator[tuple[str, QuantConfig]]:

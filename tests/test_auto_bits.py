@@ -13,10 +13,16 @@ from conftest import job_output
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization import auto_bits
-from gptq_belle.quantization.auto_bits import average_bits, foretold, knapsack, stages_and_room, with_choice
-from gptq_belle.quantization.block import BlockJob
-from gptq_belle.quantization.job import set_up
-from gptq_belle.quantization.overrides import parse
+from gptq_belle.quantization.auto_bits import (
+    average_bits,
+    config_of_choice,
+    describe_estimate,
+    knapsack,
+    stages_and_budget,
+)
+from gptq_belle.quantization.block import BlockQuantizer
+from gptq_belle.quantization.job import prepare_job
+from gptq_belle.quantization.overrides import parse_override
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +32,7 @@ def config(budget, **settings):
     return QuantConfig(group_size=32, auto_bits=budget, **settings)
 
 
-def job(source, out, budget="5", **settings):
+def run_job(source, out, budget="5", **settings):
     return quantize_checkpoint(source, out, config(budget, **settings), calibration=CALIBRATION)
 
 
@@ -52,7 +58,7 @@ def test_the_knapsack_keeps_a_room_of_more_units_than_its_table_has():
 
 @pytest.mark.parametrize("budget", ["4", "4.5", "6.1", "8"])
 def test_a_budget_of_bits_is_met(tiny_model, tmp_path, budget):
-    report = job(tiny_model, tmp_path / "out", budget)
+    report = run_job(tiny_model, tmp_path / "out", budget)
     assert report.average_bits <= float(budget)
     assert report.average_bits == report.choice["average_bits"]
     left = (float(budget) - report.average_bits) * sum(row["weights"] for row in report.choice["stages"])
@@ -65,14 +71,14 @@ def test_a_budget_of_bytes_is_met(tiny_model, tmp_path):
     least, most = (quantize_checkpoint(tiny_model, tmp_path / f"{bits}", QuantConfig(bits=bits, group_size=32),
                                        calibration=CALIBRATION).bytes_on_disk for bits in (4, 8))
     budget = (least + most) // 2
-    report = job(tiny_model, tmp_path / "out", f"{budget}B")
+    report = run_job(tiny_model, tmp_path / "out", f"{budget}B")
     assert least < report.bytes_on_disk <= budget
     assert {row["bits"] for row in report.choice["stages"]} == {4, 8}
 
 
-def measured(setup, tmp_path):
-    stages, _ = stages_and_room(setup)
-    return stages, auto_bits.measure(setup, [(stage.block, stage.linears) for stage in stages], tmp_path / "scratch",
+def measured(job, tmp_path):
+    stages, _ = stages_and_budget(job)
+    return stages, auto_bits.measure(job, [(stage.block, stage.linears) for stage in stages], tmp_path / "scratch",
                                      lambda index: None)
 
 
@@ -84,16 +90,16 @@ def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
     from gptq_belle.quantization.sensitivity import _rows
     from gptq_belle.quantization.solver import gptq
 
-    setup = set_up(tiny_model, config("5"), CALIBRATION, "cpu")
-    stages, losses = measured(setup, tmp_path)
+    job = prepare_job(tiny_model, config("5"), CALIBRATION, "cpu")
+    stages, losses = measured(job, tmp_path)
     assert not (tmp_path / "scratch").exists()
-    rows, seen = _rows(setup)
+    rows, seen = _rows(job)
     assert not any(torch.equal(row, other) for row in rows for other in seen)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():
         full = model(rows).logits.double().log_softmax(-1)
     for stage, loss in list(zip(stages, losses, strict=True))[::3]:
-        linears = [model.get_submodule(f"{setup.stream.arch.blocks}.{stage.block}.{name}") for name in stage.linears]
+        linears = [model.get_submodule(f"{job.stream.arch.blocks}.{stage.block}.{name}") for name in stage.linears]
         inputs = []
         hook = linears[0].register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0].flatten(0, 1)))
         with torch.no_grad():
@@ -101,7 +107,7 @@ def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
             hook.remove()
             hessian = inputs[0].t() @ inputs[0] / len(inputs[0])
             before = [linear.weight.clone() for linear in linears]
-            plain = replace(setup.config, bits=4, preset="fast")
+            plain = replace(job.config, bits=4, preset="fast")
             for linear in linears:
                 linear.weight.copy_(dequantize(gptq(linear.weight, hessian, plain).weight))
             few = model(rows).logits.double().log_softmax(-1)
@@ -111,7 +117,8 @@ def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
 
 
 def test_overrides_stay_and_count(tiny_bloom, tmp_path):
-    settings = config("7", overrides=(parse(r"h\.0\.mlp.dense_h_to_4h=skip"), parse(r"h\.0\.mlp.dense_4h_to_h=bits:4")))
+    settings = config("7", overrides=tuple(map(parse_override, (
+        r"h\.0\.mlp.dense_h_to_4h=skip", r"h\.0\.mlp.dense_4h_to_h=bits:4"))))
     report = quantize_checkpoint(tiny_bloom, tmp_path / "out", settings, calibration=CALIBRATION)
     names = {name for row in report.choice["stages"] for name in row["linears"] if row["block"] == 0}
     assert names == {"self_attention.query_key_value", "self_attention.dense"}
@@ -119,34 +126,35 @@ def test_overrides_stay_and_count(tiny_bloom, tmp_path):
 
 
 def test_a_resumed_job_keeps_its_choice(tiny_model, tmp_path, monkeypatch):
-    job(tiny_model, tmp_path / "whole")
-    plain = BlockJob.run
-    monkeypatch.setattr(BlockJob, "run", lambda self, index, *rest: plain(self, index, *rest) if index == 0 else 1 / 0)
+    run_job(tiny_model, tmp_path / "whole")
+    plain = BlockQuantizer.run
+    monkeypatch.setattr(BlockQuantizer, "run",
+                        lambda self, index, *rest: plain(self, index, *rest) if index == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        job(tiny_model, tmp_path / "cut")
-    monkeypatch.setattr(BlockJob, "run", plain)
+        run_job(tiny_model, tmp_path / "cut")
+    monkeypatch.setattr(BlockQuantizer, "run", plain)
     monkeypatch.setattr(auto_bits, "measure", lambda *_: pytest.fail("measured again"))
     with pytest.raises(UsageError, match="auto_bits"):
-        job(tiny_model, tmp_path / "cut", "6")
-    assert job(tiny_model, tmp_path / "cut").resumed == [1]
+        run_job(tiny_model, tmp_path / "cut", "6")
+    assert run_job(tiny_model, tmp_path / "cut").resumed == [1]
     assert job_output(tmp_path / "cut") == job_output(tmp_path / "whole")
 
 
 def test_what_was_measured_outlives_a_job_that_ended_before_its_first_block(tiny_bloom, tmp_path, monkeypatch):
-    plain = BlockJob.run
-    monkeypatch.setattr(BlockJob, "run", lambda *_: 1 / 0)
+    plain = BlockQuantizer.run
+    monkeypatch.setattr(BlockQuantizer, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        job(tiny_bloom, tmp_path / "out")
-    monkeypatch.setattr(BlockJob, "run", plain)
+        run_job(tiny_bloom, tmp_path / "out")
+    monkeypatch.setattr(BlockQuantizer, "run", plain)
     monkeypatch.setattr(auto_bits, "measure", lambda *_: pytest.fail("measured again"))
-    assert job(tiny_bloom, tmp_path / "out").choice is not None
+    assert run_job(tiny_bloom, tmp_path / "out").choice is not None
 
 
 @pytest.mark.parametrize(("settings", "cause"), [
     ({"auto_bits": "3.5"}, "3.5 is not between 4 and 8"), ({"auto_bits": "9"}, "not between"),
     ({"auto_bits": "some"}, "neither bits nor a size"), ({"auto_bits": "10kB"}, "less than 4 bits"),
     ({"auto_bits": "5", "bits": 8}, "not with 8 bits"), ({"auto_bits": "5", "method": "rtn"}, "method rtn"),
-    ({"auto_bits": "5", "overrides": (parse("mlp=bits:8"),)}, "less than 4 bits and the overrides")], ids=str)
+    ({"auto_bits": "5", "overrides": (parse_override("mlp=bits:8"),)}, "less than 4 bits and the overrides")], ids=str)
 def test_what_is_refused_before_any_work(tiny_bloom, tmp_path, settings, cause):
     with pytest.raises(UsageError, match=cause) as caught:
         quantize_checkpoint(tiny_bloom, tmp_path / "out", QuantConfig(group_size=32, **settings),
@@ -156,11 +164,11 @@ def test_what_is_refused_before_any_work(tiny_bloom, tmp_path, settings, cause):
 
 
 def test_the_dry_run_says_it(tiny_llama):
-    setup = set_up(tiny_llama, config("5"), CALIBRATION, "cpu")
-    assert foretold(setup).startswith("8 stages are measured first")
-    assert foretold(set_up(tiny_llama, QuantConfig(group_size=32), CALIBRATION, "cpu")) == ""
-    all_of_it = {(stage.block, stage.linears[0]) for stage in stages_and_room(setup)[0]}
-    assert average_bits(replace(setup, config=with_choice(setup, all_of_it))) == 8
+    job = prepare_job(tiny_llama, config("5"), CALIBRATION, "cpu")
+    assert describe_estimate(job).startswith("8 stages are measured first")
+    assert describe_estimate(prepare_job(tiny_llama, QuantConfig(group_size=32), CALIBRATION, "cpu")) == ""
+    all_of_it = {(stage.block, stage.linears[0]) for stage in stages_and_budget(job)[0]}
+    assert average_bits(replace(job, config=config_of_choice(job, all_of_it))) == 8
 
 
 def test_the_record_says_that_the_choice_is_worth_it():

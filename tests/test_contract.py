@@ -13,7 +13,7 @@ from oracle_format import formula
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
-from gptq_belle.quantization.overrides import parse
+from gptq_belle.quantization.overrides import parse_override
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,8 @@ def written(request, sources, tmp_path_factory):
     kind, name = request.param
     settings = dict(JOBS[name])
     if "overrides" in settings:
-        settings["overrides"] = tuple(parse(text.replace("DOWN", DOWN[kind])) for text in settings["overrides"])
+        settings["overrides"] = tuple(
+            parse_override(text.replace("DOWN", DOWN[kind])) for text in settings["overrides"])
     out = tmp_path_factory.mktemp(name) / kind
     quantize_checkpoint(sources[kind], out, QuantConfig(**settings), calibration=CALIBRATION)
     return contract.Files(out)

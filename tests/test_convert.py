@@ -23,7 +23,7 @@ from gptq_belle.engine.model import load
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.formats.zero_points import write_zeros
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.overrides import parse
+from gptq_belle.quantization.overrides import parse_override
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 3, 61], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
@@ -333,7 +333,8 @@ def test_directories_of_others_there_and_back(tiny_model, tmp_path, how):
 
 def test_directories_of_mixed_bits_there_and_back(tiny_model, tmp_path):
     """With linears of other bits and groups, and unquantized ones, by `dynamic`."""
-    rules = (parse("down_proj|dense_4h_to_h=bits:8,group_size:64"), parse("o_proj|self_attention.dense=skip"))
+    texts = ("down_proj|dense_4h_to_h=bits:8,group_size:64", "o_proj|self_attention.dense=skip")
+    rules = tuple(map(parse_override, texts))
     quantize_checkpoint(tiny_model, tmp_path / "mixed", QuantConfig(group_size=32, method="rtn", overrides=rules))
     source = foreign(tmp_path / "mixed", "gptqmodel:7.0.0")
     found = convert(source, tmp_path / "v2", checkpoint_format="gptq_v2")

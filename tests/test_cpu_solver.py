@@ -96,7 +96,7 @@ def test_search(bits, sym, isa):
         weight[:, 0] = 0
         importance = torch.rand(inputs, generator=generator) ** 2 + 0.01
         low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
-        scales, zeros = grid._spans(low, high, bits, sym, False)
+        scales, zeros = grid._candidate_grids(low, high, bits, sym, False)
         found = cpu_solver.search_grid(weight, importance, scales, zeros, bits, grid.SMALLEST_SEARCHED, isa=isa)
         exact = grid._search(weight.double(), scales.double(), zeros.double(), importance.double(), bits)
         assert found[0] == exact[0] == -1

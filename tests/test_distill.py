@@ -17,18 +17,18 @@ from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.quantization.end_to_end import tuning
 from gptq_belle.quantization.end_to_end.rows import TuningRows, cut
 from gptq_belle.quantization.end_to_end.savepoint import Savepoint
-from gptq_belle.quantization.end_to_end.student import Changes, Student, TunableLinear
-from gptq_belle.quantization.end_to_end.tuning import Tuned, Tuning, divergence, learn
+from gptq_belle.quantization.end_to_end.student import RelativeChanges, Student, TrainableLinear
+from gptq_belle.quantization.end_to_end.tuning import Tuning, TuningResult, divergence, learn
 from gptq_belle.quantization.estimate import estimate
-from gptq_belle.quantization.job import set_up
-from gptq_belle.quantization.presets import RECIPES
+from gptq_belle.quantization.job import prepare_job
+from gptq_belle.quantization.presets import PRESETS
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setitem(RECIPES, "max", replace(RECIPES["max"], steps=20))
+    monkeypatch.setitem(PRESETS, "max", replace(PRESETS["max"], steps=20))
     monkeypatch.setattr(tuning, "PATIENCE", 2)
 
 
@@ -36,7 +36,7 @@ def config(preset="max", **settings):
     return QuantConfig(group_size=32, preset=preset, **settings)
 
 
-def job(source, out, preset="max", **settings):
+def run_job(source, out, preset="max", **settings):
     return quantize_checkpoint(source, out, config(preset, **settings), calibration=CALIBRATION)
 
 
@@ -45,7 +45,7 @@ def job(source, out, preset="max", **settings):
 def test_gradients_are_those_of_the_dense_weight(bits, sym, act_order):
     weight = random_quantized(torch.randn(64, 96), bits, 32, sym=sym, act_order=act_order)
     weight.scales[::3] *= -1
-    linear = TunableLinear(weight, torch.nn.Parameter(torch.randn(64)))
+    linear = TrainableLinear(weight, torch.nn.Parameter(torch.randn(64)))
     x = torch.randn(2, 5, 96, requires_grad=True)
     aim = torch.randn(2, 5, 64)
     (linear(x) * aim).sum().backward()
@@ -84,7 +84,7 @@ def test_the_divergence_and_its_gradient_by_chunks_are_those_of_the_whole():
 
 def test_changes_are_shares_of_scales_and_of_the_mean_square_of_vectors():
     scales, vector = torch.nn.Parameter(torch.tensor([[0.5, -4.0]])), torch.nn.Parameter(torch.tensor([0.0, 2.0]))
-    changes = Changes([scales, vector])
+    changes = RelativeChanges([scales, vector])
     scales.grad, vector.grad = torch.tensor([[1.0, 1.0]]), torch.tensor([1.0, 1.0])
     changes.collect()
     torch.testing.assert_close(changes.vector.grad, torch.tensor([0.5, 4.0, 2**0.5, 2**0.5]))
@@ -114,8 +114,8 @@ def test_rows_to_stop_by_come_from_the_end():
 
 def test_codes_stay_and_the_held_out_rows_gain(tiny_model, tmp_path):
     best, most = tmp_path / "best", tmp_path / "max"
-    job(tiny_model, best, "best")
-    report = job(tiny_model, most)
+    run_job(tiny_model, best, "best")
+    report = run_job(tiny_model, most)
     before, after = load_file(best / "model.safetensors"), load_file(most / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name.rpartition(".")[2] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
@@ -126,8 +126,8 @@ def test_codes_stay_and_the_held_out_rows_gain(tiny_model, tmp_path):
     told = report.tuning
     assert told["kl"][told["best"]] == min(told["kl"].values()) < told["kl"][0]
     assert json.loads((most / "quantization_report.json").read_text())["tuning"]["best"] == told["best"]
-    setup = set_up(tiny_model, config(), CALIBRATION, "cpu")
-    held = cut(setup.tokens)[1]
+    job = prepare_job(tiny_model, config(), CALIBRATION, "cpu")
+    held = cut(job.tokens)[1]
     full, own = (load(path, head_bits=16).logits(held).double().log_softmax(-1) for path in (tiny_model, most))
     measured = float(((full - own) * full.exp()).sum(-1).mean())
     assert measured == pytest.approx(told["kl"][told["best"]], rel=0.02)  # the source is in float16 there, too
@@ -139,7 +139,7 @@ class Interrupted(Exception):
 
 def test_an_interrupted_tuning_ends_bit_for_bit_where_it_would_have(tiny_model, tmp_path, monkeypatch):
     whole, cut_off = tmp_path / "whole", tmp_path / "cut"
-    job(tiny_model, whole)
+    run_job(tiny_model, whole)
     step = Tuning._step
     taken = []
 
@@ -151,9 +151,9 @@ def test_an_interrupted_tuning_ends_bit_for_bit_where_it_would_have(tiny_model, 
 
     monkeypatch.setattr(Tuning, "_step", interrupted)
     with pytest.raises(Interrupted):
-        job(tiny_model, cut_off)
+        run_job(tiny_model, cut_off)
     monkeypatch.setattr(Tuning, "_step", lambda self, number: (taken.append(number), step(self, number)))
-    report = job(tiny_model, cut_off)
+    report = run_job(tiny_model, cut_off)
     assert taken[:15] == [*range(14), 10]  # on behind the last look
     assert report.resumed == [len(report.phases)]
     assert job_output(cut_off)[0] == job_output(whole)[0]
@@ -162,8 +162,8 @@ def test_an_interrupted_tuning_ends_bit_for_bit_where_it_would_have(tiny_model, 
 def test_tuning_that_gains_nothing_stops_and_leaves_what_was_solved(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 1.0)
     best, most = tmp_path / "best", tmp_path / "max"
-    job(tiny_llama, best, "best")
-    told = job(tiny_llama, most).tuning
+    run_job(tiny_llama, best, "best")
+    told = run_job(tiny_llama, most).tuning
     assert told["best"] == 0
     assert told["steps"] == tuning.EVERY * tuning.PATIENCE
     before, after = load_file(best / "model.safetensors"), load_file(most / "model.safetensors")
@@ -171,7 +171,7 @@ def test_tuning_that_gains_nothing_stops_and_leaves_what_was_solved(tiny_llama, 
 
 
 def test_what_a_look_means():
-    told = Tuned()
+    told = TuningResult()
     assert told.look(0, 1.0)
     assert told.look(10, 0.5)
     assert not told.look(20, 0.5)
@@ -182,16 +182,16 @@ def test_what_a_look_means():
 
 
 def test_a_model_too_large_to_be_tuned_is_refused_with_what_it_needs(tiny_model, tmp_path):
-    setup = set_up(tiny_model, config(), CALIBRATION, "cpu")
-    needed = estimate(setup).memory
+    job = prepare_job(tiny_model, config(), CALIBRATION, "cpu")
+    needed = estimate(job).memory
     with pytest.raises(HardwareError, match=r"tuning this model as a whole takes [\d,]+ MiB, [\d,]+ MiB are allowed"):
         quantize_checkpoint(tiny_model, tmp_path / "out", config(), calibration=CALIBRATION, memory=needed // 4)
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_tuning_switched_off_is_best(tiny_llama, tmp_path):
-    job(tiny_llama, tmp_path / "best", "best")
-    report = job(tiny_llama, tmp_path / "max", without=("tuning",))
+    run_job(tiny_llama, tmp_path / "best", "best")
+    report = run_job(tiny_llama, tmp_path / "max", without=("tuning",))
     assert report.tuning is None
     assert (tmp_path / "max/model.safetensors").read_bytes() == (tmp_path / "best/model.safetensors").read_bytes()
 

@@ -18,8 +18,8 @@ from gptq_belle.quantization.activations import Activations
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.estimate import estimate
-from gptq_belle.quantization.job import set_up
-from gptq_belle.quantization.memory_estimate import memory_needed, spills
+from gptq_belle.quantization.job import prepare_job
+from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,14 +61,14 @@ def command(source, out, *options):
 
 
 @pytest.mark.parametrize(("kind", "hidden", "rows", "length"), [("llama", 1024, 8, 256), ("bloom", 512, 4, 1024)])
-def test_memory_is_foretold(kind, hidden, rows, length, tmp_path):
+def test_memory_is_estimated(kind, hidden, rows, length, tmp_path):
     source = random_model(kind, tmp_path / "source", hidden=hidden, inner=3 * hidden, blocks=2)
     options = ["--rows", str(rows), "--seq-len", str(length)]
-    foretold = command(source, tmp_path / "out", *options, "--dry-run")
+    estimated = command(source, tmp_path / "out", *options, "--dry-run")
     assert not list(tmp_path.glob("out*"))
     report = command(source, tmp_path / "out", *options)
-    assert report["peak_memory"] == pytest.approx(foretold["memory"], rel=TOLERANCE)
-    assert report["bytes_on_disk"] == pytest.approx(foretold["output"], rel=0.01)
+    assert report["peak_memory"] == pytest.approx(estimated["memory"], rel=TOLERANCE)
+    assert report["bytes_on_disk"] == pytest.approx(estimated["output"], rel=0.01)
 
 
 @pytest.mark.slow
@@ -79,16 +79,16 @@ def test_a_model_several_times_larger_than_the_allowed_memory(kind, hidden, bloc
     source = random_model(kind, tmp_path / "source", hidden=hidden, inner=hidden, blocks=blocks)
     weights = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     options = ["--rows", "8", "--seq-len", "256", "--memory", f"{limit >> 20}MiB"]
-    foretold = command(source, tmp_path / "out", *options, "--dry-run")
+    estimated = command(source, tmp_path / "out", *options, "--dry-run")
     report = command(source, tmp_path / "out", *options)
-    print(f"{kind}: weights {weights >> 20} MiB, allowed {limit >> 20}, foretold {foretold['memory'] >> 20}, peak "
-          f"{report['peak_memory'] >> 20}; seconds foretold {foretold['seconds']:.0f}, {report['seconds']:.0f}")
+    print(f"{kind}: weights {weights >> 20} MiB, allowed {limit >> 20}, estimated {estimated['memory'] >> 20}, peak "
+          f"{report['peak_memory'] >> 20}; seconds estimated {estimated['seconds']:.0f}, {report['seconds']:.0f}")
     assert weights > 3 * limit
     assert report["peak_memory"] < limit
-    assert report["peak_memory"] == pytest.approx(foretold["memory"], rel=TOLERANCE)
+    assert report["peak_memory"] == pytest.approx(estimated["memory"], rel=TOLERANCE)
 
 
-def test_disk_is_foretold(tiny_model, tmp_path, monkeypatch):
+def test_disk_is_estimated(tiny_model, tmp_path, monkeypatch):
     held = []
     plain = Activations.write
 
@@ -99,14 +99,14 @@ def test_disk_is_foretold(tiny_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Activations, "write", write)
     config = QuantConfig(group_size=32)
-    foretold = estimate(set_up(tiny_model, config, CALIBRATION, "cpu"))
+    estimated = estimate(prepare_job(tiny_model, config, CALIBRATION, "cpu"))
     report = quantize_checkpoint(tiny_model, tmp_path / "out", config, calibration=CALIBRATION)
-    assert report.bytes_on_disk == pytest.approx(foretold.output, rel=0.05)
-    assert max(held) <= 1.2 * foretold.disk
+    assert report.bytes_on_disk == pytest.approx(estimated.output, rel=0.05)
+    assert max(held) <= 1.2 * estimated.disk
 
 
-def test_time_is_foretold_from_one_block(tiny_model):
-    few, many = (estimate(set_up(tiny_model, QuantConfig(group_size=32), Calibration(rows=rows, seq_len=64,
+def test_time_is_estimated_from_one_block(tiny_model):
+    few, many = (estimate(prepare_job(tiny_model, QuantConfig(group_size=32), Calibration(rows=rows, seq_len=64,
                                                                                       allow_short=True), "cpu"))
                  for rows in (64, 512))
     assert 0 < few.seconds < many.seconds
@@ -116,19 +116,19 @@ def test_time_is_foretold_from_one_block(tiny_model):
 def test_linears_of_one_size_are_solved_once_and_counted_each(tiny_model, monkeypatch):
     """What is counted and was not spent must not be missing from the time of the rows."""
     monkeypatch.setattr("gptq_belle.quantization.estimate._seconds_of_solving", lambda *_: 100.0)
-    setup = set_up(tiny_model, QuantConfig(group_size=32), CALIBRATION, "cpu")
-    stages = setup.stream.count * len(setup.stream.arch.stages)
-    assert 100 * stages < estimate(setup).seconds < 101 * stages
+    job = prepare_job(tiny_model, QuantConfig(group_size=32), CALIBRATION, "cpu")
+    stages = job.stream.count * len(job.stream.arch.stages)
+    assert 100 * stages < estimate(job).seconds < 101 * stages
 
 
 def test_spilled_activations_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("gptq_belle.quantization.memory_estimate.anonymous_bytes", lambda: 256 << 20)
     config = QuantConfig(group_size=32)
-    setup = set_up(tiny_model, config, CALIBRATION, "cpu")
-    needed = memory_needed(setup)
+    job = prepare_job(tiny_model, config, CALIBRATION, "cpu")
+    needed = estimate_memory(job)
     assert needed.activations == 4 * 16 * 64 * 128 * 4  # of both models, and what attention makes of them
-    assert not spills(setup, needed.total + (64 << 20))
-    assert spills(setup, needed.floor + needed.activations // 2)
+    assert not must_spill(job, needed.total + (64 << 20))
+    assert must_spill(job, needed.floor + needed.activations // 2)
     for name, limit in (("memory", None), ("disk", needed.floor + (8 << 10))):
         quantize_checkpoint(tiny_model, tmp_path / name, config, calibration=CALIBRATION, memory=limit)
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "disk"))
@@ -167,7 +167,7 @@ def test_bytes_of_a_7b_model_fit_into_8_gb(tmp_path, monkeypatch):
         save_file({"x": torch.zeros(1)}, source / "model.safetensors")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(EXAMPLES / kind / name, source)
-        setup = set_up(source, QuantConfig(), Calibration(rows=128, seq_len=2048, allow_short=True), "cpu")
-        needed = memory_needed(setup)
+        job = prepare_job(source, QuantConfig(), Calibration(rows=128, seq_len=2048, allow_short=True), "cpu")
+        needed = estimate_memory(job)
         print(kind, needed)
         assert needed.floor < 8_000_000_000

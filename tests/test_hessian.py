@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.hessian import HessianSum, inverse_factor
+from gptq_belle.quantization.hessian import HessianMean, inverse_cholesky
 
 
 def test_the_mean_does_not_depend_on_how_tokens_are_dealt_to_batches():
     x = torch.randn(60, 16)
-    total = HessianSum(16)
+    total = HessianMean(16)
     for batch in x.view(5, 3, 4, 16).split([2, 1, 2]):
         total.add(batch.half().float())
     exact = x.half().double()
@@ -18,7 +18,7 @@ def test_the_mean_does_not_depend_on_how_tokens_are_dealt_to_batches():
 
 
 def test_half_precision_activations_are_summed_in_float32():
-    total = HessianSum(4)
+    total = HessianMean(4)
     for _ in range(4):
         total.add(torch.full((1000, 4), 0.1, dtype=torch.float16))
     assert total.value.dtype == torch.float32
@@ -28,7 +28,7 @@ def test_half_precision_activations_are_summed_in_float32():
 def test_the_factor_is_that_of_the_damped_inverse():
     x = torch.randn(100, 24, dtype=torch.float64)
     hessian = x.t() @ x
-    upper, damp = inverse_factor(hessian, 0.01)
+    upper, damp = inverse_cholesky(hessian, 0.01)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24, dtype=torch.float64)
     assert damp == 0.01
     assert torch.allclose(upper.t() @ upper, damped.inverse())
@@ -38,15 +38,15 @@ def test_the_factor_is_that_of_the_damped_inverse():
 def test_damping_rises_in_tens_and_then_fails_with_the_figure():
     hessian = torch.eye(8, dtype=torch.float64)
     hessian[0, 0] = -0.03
-    assert inverse_factor(hessian, 0.01)[1] == pytest.approx(0.1)
+    assert inverse_cholesky(hessian, 0.01)[1] == pytest.approx(0.1)
     hessian[0, 0] = -5
     with pytest.raises(InputError, match="even damped by 1 "):
-        inverse_factor(hessian, 0.01)
+        inverse_cholesky(hessian, 0.01)
 
 
 def test_wide_sums_are_symmetric_and_can_be_looked_at_in_between():
     x = torch.randn(300, 1300)
-    total = HessianSum(1300)
+    total = HessianMean(1300)
     total.add(x[:100])
     assert torch.allclose(total.value, x[:100].t() @ x[:100] / 100, atol=1e-4)
     total.add(x[100:])

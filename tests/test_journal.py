@@ -21,7 +21,7 @@ from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import Journal, Record, finished_blocks
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.report import LinearReport, Silent
+from gptq_belle.quantization.report import LinearReport, NoProgress
 
 ROOT = Path(__file__).resolve().parent.parent
 FINGERPRINT = {"source": {"config.json": "a" * 64}, "settings": {"bits": 4}, "calibration": {"rows": 8}}
@@ -96,7 +96,7 @@ def test_other_settings_are_refused_with_the_differences_and_restart_begins_anew
     assert not list((tmp_path / "parts").iterdir())
 
 
-class StopBehind(Silent):
+class StopBehind(NoProgress):
     """Interrupts a job in the middle of a block."""
 
     def __init__(self, block):
@@ -183,14 +183,14 @@ def test_out_of_memory_halves_the_batch(tiny_model, tmp_path, monkeypatch):
 
 def test_out_of_memory_everywhere_but_on_the_cpu(tiny_bloom, tmp_path, monkeypatch):
     out_of_memory_above(0, monkeypatch)
-    ways = block_module.BlockJob._ways
+    ways = block_module.BlockQuantizer._fallbacks
 
     def told(self, activations):
         for way in ways(self, activations):
             self.stream.elsewhere = way == "on the CPU"  # the only device here plays both
             yield way
 
-    monkeypatch.setattr(block_module.BlockJob, "_ways", told)
+    monkeypatch.setattr(block_module.BlockQuantizer, "_fallbacks", told)
     report = quantize(tiny_bloom, tmp_path / "out")
     assert [note.split(":")[0] for note in report.notes] == ["block 0"] * 6 + ["block 1"]
     assert report.readback_error == 0

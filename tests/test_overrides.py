@@ -20,8 +20,8 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import ARCHITECTURES
 from gptq_belle.quantization.config import Override
 from gptq_belle.quantization.estimate import estimate
-from gptq_belle.quantization.job import set_up
-from gptq_belle.quantization.overrides import parse, resolve
+from gptq_belle.quantization.job import prepare_job
+from gptq_belle.quantization.overrides import parse_override, resolve_overrides
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 TEXTS = {
@@ -33,10 +33,10 @@ FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj
 
 
 def config(kind, *texts, **settings):
-    return QuantConfig(group_size=32, overrides=tuple(map(parse, texts or TEXTS[kind])), **settings)
+    return QuantConfig(group_size=32, overrides=tuple(map(parse_override, texts or TEXTS[kind])), **settings)
 
 
-def job(source, out, **settings):
+def run_job(source, out, **settings):
     return quantize_checkpoint(source, out, config(source.name, **settings), calibration=CALIBRATION)
 
 
@@ -62,7 +62,7 @@ def rule_of_vllm(dynamic, name):
 @pytest.mark.parametrize("sort", [False, True], ids=["as written", "sorted"])
 @pytest.mark.parametrize("rule", [rule_of_gptqmodel, rule_of_vllm])
 def test_the_readers_rules_find_the_bits_that_the_tensors_have(tiny_model, tmp_path, rule, sort):
-    job(tiny_model, tmp_path / "out")
+    run_job(tiny_model, tmp_path / "out")
     stated = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == stated
     dynamic = dict(sorted(stated["dynamic"].items())) if sort else stated["dynamic"]
@@ -85,7 +85,7 @@ def test_the_readers_rules_find_the_bits_that_the_tensors_have(tiny_model, tmp_p
 
 
 def test_vllm_finds_a_fused_linear_by_its_own_name(tiny_llama, tmp_path):
-    job(tiny_llama, tmp_path / "out")
+    run_job(tiny_llama, tmp_path / "out")
     dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
     for prefix in ("model.layers.0.", "model.layers.1."):
         for fused, parts in FUSED.items():
@@ -98,7 +98,7 @@ def test_vllm_finds_a_fused_linear_by_its_own_name(tiny_llama, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"sym": False}, {"act_order": True}, {"method": "rtn"}], ids=str)
 def test_a_mixed_checkpoint_computes_what_the_report_says(tiny_model, tmp_path, settings):
     """The loaded model against transformers on weights expanded here; on the way, the job's own reading back."""
-    report = job(tiny_model, tmp_path / "out", **settings)
+    report = run_job(tiny_model, tmp_path / "out", **settings)
     assert report.readback_error < 1e-5
     reader = CheckpointReader(tmp_path / "out")
     stated = read_quantization(reader)
@@ -129,24 +129,25 @@ def unpacked(words, bits):
 
 
 def test_resumed_and_undisturbed_jobs_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
-    from gptq_belle.quantization.block import BlockJob
+    from gptq_belle.quantization.block import BlockQuantizer
 
-    job(tiny_model, tmp_path / "whole")
-    plain = BlockJob.run
-    monkeypatch.setattr(BlockJob, "run", lambda self, index, *rest: plain(self, index, *rest) if index == 0 else 1 / 0)
+    run_job(tiny_model, tmp_path / "whole")
+    plain = BlockQuantizer.run
+    monkeypatch.setattr(BlockQuantizer, "run",
+                        lambda self, index, *rest: plain(self, index, *rest) if index == 0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        job(tiny_model, tmp_path / "cut")
-    monkeypatch.setattr(BlockJob, "run", plain)
+        run_job(tiny_model, tmp_path / "cut")
+    monkeypatch.setattr(BlockQuantizer, "run", plain)
     with pytest.raises(UsageError, match="overrides"):
         quantize_checkpoint(tiny_model, tmp_path / "cut", QuantConfig(group_size=32), calibration=CALIBRATION)
-    assert job(tiny_model, tmp_path / "cut").resumed == [1]
+    assert run_job(tiny_model, tmp_path / "cut").resumed == [1]
     assert job_output(tmp_path / "cut") == job_output(tmp_path / "whole")
 
 
 def test_report_card_inspect_and_bench_tell_mixed_bits(tiny_bloom, tmp_path):
-    foretold = estimate(set_up(tiny_bloom, config("bloom"), CALIBRATION, "cpu"))
-    report = job(tiny_bloom, tmp_path / "out")
-    assert foretold.output == pytest.approx(report.bytes_on_disk, rel=0.05)
+    estimated = estimate(prepare_job(tiny_bloom, config("bloom"), CALIBRATION, "cpu"))
+    report = run_job(tiny_bloom, tmp_path / "out")
+    assert estimated.output == pytest.approx(report.bytes_on_disk, rel=0.05)
     # a block: 3 + 1 + 4 + 4 units of 128 x 128 weights
     average = (4 * 14 + 8 * 8 + 16 + 2) / 24
     assert report.average_bits == pytest.approx(average)
@@ -167,7 +168,7 @@ def test_report_card_inspect_and_bench_tell_mixed_bits(tiny_bloom, tmp_path):
 
 def test_a_saved_model_keeps_its_mixture(tiny_llama, tmp_path):
     """transformers sorts the keys of what it saves."""
-    job(tiny_llama, tmp_path / "out")
+    run_job(tiny_llama, tmp_path / "out")
     hf_model(tmp_path / "out", device="cpu").save_pretrained(tmp_path / "saved")
     ids = torch.arange(4, 36)[None]
     ours, theirs = (hf_model(tmp_path / name, device="cpu")(ids).logits for name in ("out", "saved"))
@@ -182,7 +183,7 @@ def test_a_saved_model_keeps_its_mixture(tiny_llama, tmp_path):
     ("(?i)mlp=bits:8", "no regular expression")])
 def test_what_is_no_override(text, cause):
     with pytest.raises(UsageError, match=re.escape(cause)) as caught:
-        parse(text)
+        parse_override(text)
     assert caught.value.remedy
 
 
@@ -195,13 +196,13 @@ def test_what_is_no_override(text, cause):
     ("bloom", ["mlp|(attentiom){e<=1}=bits:8"], "read differently by the libraries re and regex")], ids=str)
 def test_what_a_model_refuses(kind, texts, cause):
     with pytest.raises(UsageError, match=re.escape(cause)) as caught:
-        resolve(config(kind, *texts), ARCHITECTURES[kind], 2)
+        resolve_overrides(config(kind, *texts), ARCHITECTURES[kind], 2)
     assert caught.value.remedy
 
 
 def test_the_names_that_exist_are_named():
     with pytest.raises(UsageError) as caught:
-        resolve(config("llama", "dense=bits:8"), ARCHITECTURES["llama"], 3)
+        resolve_overrides(config("llama", "dense=bits:8"), ARCHITECTURES["llama"], 3)
     assert all(word in caught.value.remedy for word in ("model.layers.0 to 2", "self_attn.q_proj", "mlp.down_proj"))
 
 
@@ -213,8 +214,8 @@ def test_overrides_of_the_library_are_checked_too():
 
 
 def test_an_override_that_agrees_with_the_job_leaves_the_format_alone():
-    same = resolve(config("bloom", "mlp=bits:8,sym:true"), ARCHITECTURES["bloom"], 2)
-    other = resolve(config("bloom", "mlp=sym:false"), ARCHITECTURES["bloom"], 2)
+    same = resolve_overrides(config("bloom", "mlp=bits:8,sym:true"), ARCHITECTURES["bloom"], 2)
+    other = resolve_overrides(config("bloom", "mlp=sym:false"), ARCHITECTURES["bloom"], 2)
     assert (same.checkpoint_format, other.checkpoint_format) == ("gptq", "gptq_v2")
     assert other.of("transformer.h.0.mlp.dense_h_to_4h").checkpoint_format == "gptq_v2"
     assert other.of("transformer.h.0.self_attention.dense").sym
@@ -227,7 +228,7 @@ def test_a_group_size_that_does_not_divide_is_refused_for_the_linear(tiny_llama,
     stated = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(stated | {"intermediate_size": 224}))
     with pytest.raises(UsageError, match=r"group size 64 does not divide the 224 inputs of model.layers.0.mlp.down"):
-        set_up(path, config("llama", "down_proj=group_size:64"), CALIBRATION, "cpu")
+        prepare_job(path, config("llama", "down_proj=group_size:64"), CALIBRATION, "cpu")
 
 
 @pytest.mark.parametrize(("dynamic", "cause"), [

@@ -248,15 +248,15 @@ import sys
 from gptq_belle import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.common.memory import anonymous_bytes, release_unused
-from gptq_belle.quantization.block import BlockJob
+from gptq_belle.quantization.block import BlockQuantizer
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 source, out, preset = sys.argv[1:]
-held, run = [], BlockJob.run
+held, run = [], BlockQuantizer.run
 def measured(*arguments):
     run(*arguments)
     release_unused()
     held.append(anonymous_bytes())
-BlockJob.run = measured
+BlockQuantizer.run = measured
 quantize_checkpoint(source, out, QuantConfig(group_size=128, preset=preset),
                     calibration=Calibration(rows=4, seq_len=64, allow_short=True))
 print(*held)
@@ -291,5 +291,5 @@ def test_bf16_large_values_overflow_is_named(tiny_bloom, tmp_path):
 
 def test_blocks_are_dropped_behind_the_job(tiny_model):
     stream = BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
-    stream.drop(stream.block(0))
+    stream.release(stream.load_block(0))
     assert all(parameter.is_meta for parameter in stream.model.parameters())

@@ -9,7 +9,7 @@ from test_solver import problem
 
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.refine import descend, refine, refit_scales
-from gptq_belle.quantization.solver import factorize, gptq, solutions
+from gptq_belle.quantization.solver import candidate_weights, factorize, gptq
 
 
 def solved(config, rows, columns, seed, **options):
@@ -64,7 +64,7 @@ def test_inputs_that_were_never_active_and_outputs_of_zeros_stay():
     weight, hessian = problem(4, 64, seed=2, dead=(5, 40))
     weight[1] = 0
     config = QuantConfig(group_size=32)
-    before, after = solutions(weight, hessian, config, factorize(hessian, config)).values()
+    before, after = candidate_weights(weight, hessian, config, factorize(hessian, config)).values()
     assert (after.codes[:, [5, 40]] == 8).all()
     assert (after.codes[1] == 8).all()
     assert (after.scales[1] == 1).all()

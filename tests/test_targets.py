@@ -6,7 +6,7 @@ import torch
 from test_solver import problem
 
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.solution_choice import full_targets
+from gptq_belle.quantization.solution_choice import full_precision_target
 from gptq_belle.quantization.solver import factorize
 
 
@@ -23,7 +23,7 @@ def test_targets_are_ridge_regression_on_the_full_outputs(alpha, without):
     weight, x, full = streams(32, seed=1)
     hessian, cross = x.T @ x / len(x), (full - x).T @ x / len(x)
     factor = factorize(torch.from_numpy(hessian), QuantConfig(group_size=32, damp=0.05, without=without))
-    found = full_targets(torch.from_numpy(weight), torch.from_numpy(cross), factor, alpha)
+    found = full_precision_target(torch.from_numpy(weight), torch.from_numpy(cross), factor, alpha)
     # min ||(W + D) X - W F||^2 + ridge ||D||^2, as rows that lstsq sees below the inputs
     ridge = np.sqrt(len(x) * 0.05 * np.mean(np.diag(hessian)))
     rows = np.concatenate([x, ridge * np.eye(32)])
@@ -35,4 +35,4 @@ def test_targets_are_ridge_regression_on_the_full_outputs(alpha, without):
 def test_equal_streams_leave_the_weight_alone():
     weight, hessian = problem(4, 32, seed=2)
     factor = factorize(hessian, QuantConfig(group_size=32))
-    assert torch.equal(full_targets(weight, torch.zeros_like(hessian), factor, 1.0), weight)
+    assert torch.equal(full_precision_target(weight, torch.zeros_like(hessian), factor, 1.0), weight)

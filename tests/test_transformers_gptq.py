@@ -14,7 +14,7 @@ from gptq_belle import QuantConfig, hf_model, load, patch_transformers, quantize
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.overrides import parse
+from gptq_belle.quantization.overrides import parse_override
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_save_pretrained_writes_a_standard_directory(tiny_model, tmp_path, varia
 
 
 def test_linears_of_other_bits_and_unquantized_ones(tiny_model, tmp_path):
-    rules = (parse("down_proj|dense_4h_to_h=bits:8"), parse("o_proj|self_attention.dense=skip"))
+    rules = (parse_override("down_proj|dense_4h_to_h=bits:8"), parse_override("o_proj|self_attention.dense=skip"))
     quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32, method="rtn", overrides=rules))
     model = through_transformers(tmp_path / "packed")
     kinds = {type(module) for name, module in model.named_modules() if name.endswith(("o_proj", "attention.dense"))}

@@ -204,7 +204,7 @@ def test_descent_on_a_device(bits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_layer_on_a_device(act_order):
-    """Factor and products behind a block are rounded differently there, so some codes differ; the error hardly."""
+    """Factor and products after a block are rounded differently there, so some codes differ; the error hardly."""
     weight, hessian = (t.float() for t in problem(256, 512, seed=3))
     config = QuantConfig(preset="fast", group_size=64, act_order=act_order)
     ours, torchs = solver.gptq(weight.cuda(), hessian.cuda(), config), solver.gptq(weight, hessian, config)

@@ -131,7 +131,7 @@ def _mend_generation(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedT
 def _write_rest(job: _Job, writer: CheckpointWriter) -> None:
     """What stands outside of the blocks, in float16 and some rows at a time; a tied head not again."""
     model = job.model
-    for number, name in enumerate(model.rest()):
+    for number, name in enumerate(model.tensors_outside_blocks()):
         rows: Iterable[Tensor] = (model.float16(name, chunk) for chunk in model.reader.chunks(name))
         writer.add_rows(f"rest-{number}.safetensors", name, model.shape(name), rows)
 

@@ -38,15 +38,17 @@ class SourceModel:
                              "Only models whose blocks all use the same attention can be quantized or converted.")
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
 
-    def around(self) -> list[str]:
+    def embeddings_and_norms(self) -> list[str]:
         """Names of what stands before and behind the blocks, but the head: embeddings and norms."""
         return [f"{root}.{name}" for root in (*self.arch.before, *self.arch.after)
                 for name, _ in self.model.get_submodule(root).named_parameters()]
 
-    def rest(self) -> list[str]:
-        """Names of what goes into the file unquantized beside the blocks: `around`, and the head where it is one of its
-        own. Old files hold a tied head too: it is written once."""
-        return self.around() if self.tied() else [*self.around(), f"{HEAD}.weight"]
+    def tensors_outside_blocks(self) -> list[str]:
+        """Names of the tensors outside of the blocks, which are written unquantized; without a head that is tied.
+
+        Old files hold a tied head too: it is written once.
+        """
+        return self.embeddings_and_norms() if self.tied() else [*self.embeddings_and_norms(), f"{HEAD}.weight"]
 
     def tied(self) -> bool:
         """Whether the head is the embedding; where the configuration says so and the file does not, believe the file.
@@ -105,12 +107,12 @@ class SourceModel:
         for chunk in self.reader.chunks(name):
             yield self.float16(name, chunk).to(self.device, torch.float32)
 
-    def fill(self, root: str, as_they_are: Sequence[str] = ()) -> None:
-        """Read the parameters of a module of the skeleton, those that stay `as_they_are` without rounding."""
+    def fill(self, root: str, unrounded: Sequence[str] = ()) -> None:
+        """Read the parameters of a module of the skeleton, those that stay `unrounded` without rounding."""
         module = self.model.get_submodule(root)
         for name, _ in list(module.named_parameters()):
             full_name = f"{root}.{name}"
-            rounded = self.finite if name in as_they_are else self.float16
+            rounded = self.finite if name in unrounded else self.float16
             tensor = rounded(full_name, self.reader.tensor(full_name))
             assign(module, name, tensor.to(self.device, torch.float32))
 

@@ -86,9 +86,9 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.pipeline import quantize_checkpoint
-    from gptq_belle.quantization.report import Silent
+    from gptq_belle.quantization.report import NoProgress
 
-    class Counter(Silent):
+    class Counter(NoProgress):
         """One bar for the whole job; the lines of every linear are for the verb quantize."""
 
         def __init__(self, show: Callable[[int, int], None]) -> None:

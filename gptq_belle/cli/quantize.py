@@ -14,10 +14,10 @@ from gptq_belle.cli import console
 from gptq_belle.cli.options import WrittenStyle, chosen
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.overrides import parse
+from gptq_belle.quantization.overrides import parse_override
 
 if TYPE_CHECKING:
-    from gptq_belle.quantization.job import Setup
+    from gptq_belle.quantization.job import QuantizationJob
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")],
@@ -71,19 +71,19 @@ def command(
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
                          preset=preset, without=tuple(filter(None, without.split(","))),
-                         positive_scales=positive_scales, overrides=tuple(map(parse, override or ())),
+                         positive_scales=positive_scales, overrides=tuple(map(parse_override, override or ())),
                          head_bits=head_bits if packed_head_only else 16, auto_bits=auto_bits)
     from gptq_belle.cli.progress import ConsoleProgress
     from gptq_belle.common.memory import parse_bytes
     from gptq_belle.quantization.calibration import Calibration
-    from gptq_belle.quantization.job import set_up
+    from gptq_belle.quantization.job import prepare_job
     from gptq_belle.quantization.pipeline import quantize_checkpoint
-    from gptq_belle.quantization.report import tuning_in_words
+    from gptq_belle.quantization.report import format_tuning
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
     limit, style = None if memory is None else parse_bytes(memory), chosen(prompt_style)
     if dry_run:
-        _say_what_it_takes(set_up(model, config, text, device, lora, style), limit, as_json)
+        _say_what_it_takes(prepare_job(model, config, text, device, lora, style), limit, as_json)
         return
     with resumable(out), ConsoleProgress(console.err()) as progress:
         report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
@@ -99,7 +99,7 @@ def command(
     if report.winners:
         console.say("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
     if report.tuning is not None:
-        console.say(f"tuning: {tuning_in_words(report.tuning)}")
+        console.say(f"tuning: {format_tuning(report.tuning)}")
 
 
 def _show_choice(choice: dict[str, Any]) -> None:
@@ -111,16 +111,16 @@ def _show_choice(choice: dict[str, Any]) -> None:
                         columns, rows, text=2)
 
 
-def _say_what_it_takes(setup: "Setup", limit: int | None, as_json: bool) -> None:
+def _say_what_it_takes(job: "QuantizationJob", limit: int | None, as_json: bool) -> None:
     """The dry run: time, memory and disk."""
-    from gptq_belle.common.memory import steady_heap
-    from gptq_belle.quantization.auto_bits import foretold
+    from gptq_belle.common.memory import lower_mmap_threshold
+    from gptq_belle.quantization.auto_bits import describe_estimate
     from gptq_belle.quantization.estimate import estimate
 
-    auto = foretold(setup)
+    auto = describe_estimate(job)
     with console.step("working through one block"):
-        steady_heap()
-        found = estimate(setup, limit)
+        lower_mmap_threshold()
+        found = estimate(job, limit)
     if as_json:
         console.print_json(found)
         return

@@ -46,7 +46,7 @@ def trim_heap() -> None:
             trim(0)
 
 
-def steady_heap() -> None:
+def lower_mmap_threshold() -> None:
     """Let the C heap map every larger piece of its own and return it when it is freed, so that a peak is that of what
     is in use: by itself it keeps pieces of up to 32 MiB. For the rest of the process."""
     if sys.platform == "linux" and (option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:

@@ -11,7 +11,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.common.files import stamp_of
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.report_evaluations import Results
-from gptq_belle.quantization.report import REPORT, tuning_in_words
+from gptq_belle.quantization.report import REPORT, format_tuning
 
 BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
 SCALARS = (str, int, float, bool)
@@ -112,7 +112,7 @@ def settings(variant: Variant) -> dict[str, str]:
     if isinstance(winners, dict) and winners:
         rows["held-out rows chose"] = ", ".join(f"{name}: {count}" for name, count in winners.items())
     if isinstance(tuning, dict):
-        rows["tuning"] = tuning_in_words(tuning)
+        rows["tuning"] = format_tuning(tuning)
     return rows | {f"sha256 {name}": digest for name, digest in variant.hashes.items()}
 
 

@@ -12,7 +12,7 @@ from gptq_belle.checkpoint.direct_io import raw
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.common.files import DurableFile, Stamp
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.attention_outputs import Contexts
+from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.journal import QUANTIZED, activations_name
 
 
@@ -36,7 +36,7 @@ class Activations:
                  model: str = QUANTIZED) -> None:
         self.partial, self.shapes, self.spill, self.model = partial, list(shapes), spill, model
         self.index = 0
-        self.contexts = Contexts(partial if spill else None)
+        self.attention = AttentionOutputs(partial if spill else None)
         self._kept: list[Tensor] | None = None
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class Activations:
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
+class ActivationPair:
     """The calibration rows in the quantized model and, where its outputs are aimed at, in the full-precision one.
 
     Attributes:
@@ -127,10 +127,10 @@ class Streams:
                 raise
         return files
 
-    def forget_contexts(self) -> None:
-        """`Contexts.clear` for each model."""
+    def clear_attention(self) -> None:
+        """`AttentionOutputs.clear` for each model."""
         for states in self.models:
-            states.contexts.clear()
+            states.attention.clear()
 
     def load(self, index: int) -> None:
         """`Activations.load` for each model."""
@@ -143,7 +143,7 @@ class Streams:
             states.forget(index)
 
 
-def mapped(function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], advance: Callable[[], None],
+def map_batches(function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], advance: Callable[[], None],
            ) -> Iterator[Tensor]:
     """`function` of each batch, telling `advance` about every one."""
     for states in batches:

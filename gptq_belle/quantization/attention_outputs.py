@@ -18,20 +18,20 @@ from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.errors import InputError
 from gptq_belle.models.architectures import Architecture
 
-Turn = Callable[[], AbstractContextManager[None]]
+PieceContext = Callable[[], AbstractContextManager[None]]
 
 
-class Rows:
+class BatchList:
     """Batches (rows, T, hidden_size) in front of a block that are at hand, with contexts as `Activations` has them."""
 
     def __init__(self, *batches: Tensor) -> None:
-        self.batches, self.contexts = batches, Contexts()
+        self.batches, self.attention = batches, AttentionOutputs()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
 
 
-class Contexts:
+class AttentionOutputs:
     """Inputs of the output projection, piece by piece in the order in which they ran; float32, on the CPU.
 
     Args:
@@ -63,7 +63,8 @@ class Contexts:
         self._shapes, self._kept, self._file, self._whole = [], [], None, False
 
     @contextmanager
-    def during(self, block: nn.Module, arch: Architecture, stage: tuple[str, ...] | None = None) -> Iterator[Turn]:
+    def forward_pass(self, block: nn.Module, arch: Architecture,
+                     stage: tuple[str, ...] | None = None) -> Iterator[PieceContext]:
         """A context for one pass over all pieces, up to a stage or through the whole block.
 
         The first pass that comes to the output projection leaves here what the later ones take.
@@ -74,8 +75,8 @@ class Contexts:
         if stage == arch.stages[0]:
             yield nullcontext
         elif self._whole:
-            turns = iter(self)
-            yield lambda: self._replayed(block, arch, turns)
+            recorded = iter(self)
+            yield lambda: self._replayed(block, arch, recorded)
         else:
             yield lambda: self._recorded(block, arch)
             self._whole = True
@@ -89,13 +90,13 @@ class Contexts:
             hook.remove()
 
     @contextmanager
-    def _replayed(self, block: nn.Module, arch: Architecture, turns: Iterator[Tensor]) -> Iterator[None]:
+    def _replayed(self, block: nn.Module, arch: Architecture, recorded: Iterator[Tensor]) -> Iterator[None]:
         attention: Any = block.get_submodule(arch.attention)
         output = block.get_submodule(arch.output)
 
         def forward(*args: Any, **_: Any) -> tuple[Tensor, None]:
             weight = cast(Tensor, output.weight)
-            result = output(next(turns).to(weight.device))
+            result = output(next(recorded).to(weight.device))
             return (result.add_(args[1]) if arch.residual_in_attention else result), None
 
         attention.forward = forward  # the instance's, which hides its class's

@@ -17,10 +17,10 @@ import numpy as np
 from gptq_belle.common.memory import parse_bytes
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization.config import Override, QuantConfig
-from gptq_belle.quantization.job import Setup, linear_shapes
+from gptq_belle.quantization.job import QuantizationJob, linear_shapes
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import linear_bytes, output_bytes
-from gptq_belle.quantization.overrides import resolve
+from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.report import JobProgress
 from gptq_belle.quantization.sensitivity import BITS, measure, scratch_bytes
 
@@ -48,89 +48,90 @@ class Stage:
     cost: int
 
 
-def stages_and_room(setup: Setup) -> tuple[list[Stage], int]:
+def stages_and_budget(job: QuantizationJob) -> tuple[list[Stage], int]:
     """The stages that no override has settled, and what the budget leaves for 8 bits, in `Stage.cost`'s unit.
 
     Raises:
         UsageError: no budget's form; less than 4 bits take; settings that it does not go with.
     """
-    config, text = setup.config, str(setup.config.auto_bits)
+    config, text = job.config, str(job.config.auto_bits)
     if config.bits != BITS or config.method != "gptq":
         raise UsageError(f"auto-bits chooses between {BITS} and {MORE} bits by GPTQ, not with {config.bits} bits, "
                          f"method {config.method}", "Leave --bits and --method out.")
-    shapes, blocks = linear_shapes(setup.stream), range(setup.stream.count)
+    shapes, blocks = linear_shapes(job.stream), range(job.stream.count)
     sized = _bits_of(text) is None
     stages = []
-    for index, linears in ((index, stage) for index in blocks for stage in setup.stream.arch.stages):
-        if _is_free(setup, index, linears[0]):
+    for index, linears in ((index, stage) for index in blocks for stage in job.stream.arch.stages):
+        if _is_free(job, index, linears[0]):
             weights = sum(shapes[name].numel() for name in linears)
             cost = sum(linear_bytes(replace(config, bits=MORE, auto_bits=None), *shapes[name]) -
                        linear_bytes(config, *shapes[name]) for name in linears) if sized else (MORE - BITS) * weights
             stages.append(Stage(index, linears, weights, cost))
-    room = _room_in_bytes(setup, text) if sized else _room_in_bits(setup, float(text))
+    room = _room_in_bytes(job, text) if sized else _room_in_bits(job, float(text))
     if room < 0:
         raise UsageError(f"auto-bits {text} is less than {BITS} bits and the overrides take",
-                         f"Allow {_least(setup, text, room)} or more.")
+                         f"Allow {_least(job, text, room)} or more.")
     return stages, room
 
 
-def choose(setup: Setup, journal: Journal, progress: JobProgress) -> tuple[Setup, dict[str, Any] | None]:
+def choose_bits(job: QuantizationJob, journal: Journal,
+                progress: JobProgress) -> tuple[QuantizationJob, dict[str, Any] | None]:
     """Measure and choose, or take what an earlier run of the same job has chosen.
 
     Returns:
         The job with the choice among its overrides; and the choice for the report, None without a budget:
         {"budget", "average_bits", "stages": [{"block", "linears", "weights", "loss" (nats a token), "bits"}]}.
     Raises:
-        UsageError: see `stages_and_room`.
+        UsageError: see `stages_and_budget`.
     """
-    if setup.config.auto_bits is None:
-        return setup, None
-    stages, room = stages_and_room(setup)
+    if job.config.auto_bits is None:
+        return job, None
+    stages, room = stages_and_budget(job)
     if journal.choice is None:
         def step(index: int) -> None:
-            progress.phase(f"measuring what {BITS} bits cost each stage: block {index + 1} of {setup.stream.count}")
+            progress.phase(f"measuring what {BITS} bits cost each stage: block {index + 1} of {job.stream.count}")
 
-        losses = measure(setup, [(stage.block, stage.linears) for stage in stages],
+        losses = measure(job, [(stage.block, stage.linears) for stage in stages],
                          journal.folder / "versions.f32", step)
         more = knapsack(losses, [stage.cost for stage in stages], room)
-        journal.choose({"budget": setup.config.auto_bits, "stages": [
+        journal.choose({"budget": job.config.auto_bits, "stages": [
             {"block": stage.block, "linears": list(stage.linears), "weights": stage.weights, "loss": loss,
              "bits": MORE if place in more else BITS}
             for place, (stage, loss) in enumerate(zip(stages, losses, strict=True))]})
     assert journal.choice is not None
-    config = with_choice(setup, {(row["block"], row["linears"][0]) for row in journal.choice["stages"]
+    config = config_of_choice(job, {(row["block"], row["linears"][0]) for row in journal.choice["stages"]
                                  if row["bits"] == MORE})
-    chosen = replace(setup, config=config)
+    chosen = replace(job, config=config)
     average = average_bits(chosen)
     progress.phase(f"{MORE} bits for {sum(row['bits'] == MORE for row in journal.choice['stages'])} of {len(stages)} "
                    f"stages, {average:.3f} bits a weight on average")
     return chosen, journal.choice | {"average_bits": average}
 
 
-def foretold(setup: Setup) -> str:
+def describe_estimate(job: QuantizationJob) -> str:
     """What a dry run says of the choice; "" where there is none to be made.
 
     Raises:
-        UsageError: see `stages_and_room`.
+        UsageError: see `stages_and_budget`.
     """
-    if setup.config.auto_bits is None:
+    if job.config.auto_bits is None:
         return ""
-    stages, room = stages_and_room(setup)
-    most = min(room, sum(stage.cost for stage in stages)) / (1 if _bits_of(str(setup.config.auto_bits)) is None else 8)
-    scratch = scratch_bytes(setup, len(stages)) / 1e6
+    stages, room = stages_and_budget(job)
+    most = min(room, sum(stage.cost for stage in stages)) / (1 if _bits_of(str(job.config.auto_bits)) is None else 8)
+    scratch = scratch_bytes(job, len(stages)) / 1e6
     return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not in the "
             f"one above; those that get {MORE} bits then take up to {most / 1e6:,.1f} MB more")
 
 
-def with_choice(setup: Setup, more: set[tuple[int, str]]) -> QuantConfig:
+def config_of_choice(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantConfig:
     """The config with 8 bits for the stages (block, first linear) in `more`."""
-    arch, overrides = setup.stream.arch, list(setup.config.overrides)
+    arch, overrides = job.stream.arch, list(job.config.overrides)
     for stage in arch.stages:
-        blocks = [str(index) for index in range(setup.stream.count) if (index, stage[0]) in more]
+        blocks = [str(index) for index in range(job.stream.count) if (index, stage[0]) in more]
         if blocks:
             names = "|".join(map(re.escape, stage))
             overrides.append(Override(rf"{re.escape(arch.blocks)}\.(?:{'|'.join(blocks)})\.(?:{names})$", bits=MORE))
-    return resolve(replace(setup.config, overrides=tuple(overrides)), arch, setup.stream.count)
+    return resolve_overrides(replace(job.config, overrides=tuple(overrides)), arch, job.stream.count)
 
 
 def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[int]:
@@ -157,9 +158,9 @@ def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[in
     return found
 
 
-def average_bits(setup: Setup) -> float:
+def average_bits(job: QuantizationJob) -> float:
     """Bits a weight over the linears of all blocks; scales and zero points are not counted."""
-    bits, weights = _codes(setup)
+    bits, weights = _codes(job)
     return bits / weights
 
 
@@ -176,32 +177,32 @@ def _bits_of(text: str) -> float | None:
     return float(text)
 
 
-def _is_free(setup: Setup, index: int, name: str) -> bool:
-    full_name = f"{setup.stream.arch.blocks}.{index}.{name}"
-    return not any(re.match(override.pattern, full_name) for override in setup.config.overrides)
+def _is_free(job: QuantizationJob, index: int, name: str) -> bool:
+    full_name = f"{job.stream.arch.blocks}.{index}.{name}"
+    return not any(re.match(override.pattern, full_name) for override in job.config.overrides)
 
 
-def _codes(setup: Setup) -> tuple[int, int]:
+def _codes(job: QuantizationJob) -> tuple[int, int]:
     """Bits of all codes, and weights."""
     bits = weights = 0
-    for name, shape in linear_shapes(setup.stream).items():
-        for index in range(setup.stream.count):
-            own = setup.config.of(f"{setup.stream.arch.blocks}.{index}.{name}")
+    for name, shape in linear_shapes(job.stream).items():
+        for index in range(job.stream.count):
+            own = job.config.of(f"{job.stream.arch.blocks}.{index}.{name}")
             weights += shape.numel()
             bits += shape.numel() * (PLAIN if own is None else own.bits)
     return bits, weights
 
 
-def _room_in_bits(setup: Setup, average: float) -> int:
-    bits, weights = _codes(setup)
+def _room_in_bits(job: QuantizationJob, average: float) -> int:
+    bits, weights = _codes(job)
     return math.floor(average * weights) - bits
 
 
-def _room_in_bytes(setup: Setup, text: str) -> int:
-    stream = setup.stream
-    tensors = stream.count * (5 * len(stream.arch.linears) + 8) + len(stream.rest())
-    return parse_bytes(text) - output_bytes(setup) - HEADER_BYTES * tensors
+def _room_in_bytes(job: QuantizationJob, text: str) -> int:
+    stream = job.stream
+    tensors = stream.count * (5 * len(stream.arch.linears) + 8) + len(stream.tensors_outside_blocks())
+    return parse_bytes(text) - output_bytes(job) - HEADER_BYTES * tensors
 
 
-def _least(setup: Setup, text: str, room: int) -> str:
-    return f"{parse_bytes(text) - room:,} bytes" if _bits_of(text) is None else f"{average_bits(setup):.3f} bits"
+def _least(job: QuantizationJob, text: str, room: int) -> str:
+    return f"{parse_bytes(text) - room:,} bytes" if _bits_of(text) is None else f"{average_bits(job):.3f} bits"

@@ -12,8 +12,8 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.source_model import SourceModel
 from gptq_belle.common.timers import PhaseClock
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.attention_outputs import Turn
-from gptq_belle.quantization.bloom_attention import quicken
+from gptq_belle.quantization.attention_outputs import PieceContext
+from gptq_belle.quantization.bloom_attention import use_fused_modules
 
 TOKENS_A_BATCH = 4096
 
@@ -27,18 +27,18 @@ class BlockStream(SourceModel):
 
     Attributes:
         device: where blocks run.
-        most_rows: rows that go through a block at a time; None for whole batches.
+        max_rows: rows that go through a block at a time; None for whole batches.
         clock: told what time goes into: "reading", "forwards", "hessians".
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device, clock: PhaseClock | None = None) -> None:
         super().__init__(reader, device)
         self.clock = clock or PhaseClock()
-        self.most_rows: int | None = None
-        quicken(self.model)
+        self.max_rows: int | None = None
+        use_fused_modules(self.model)
         self._arguments: dict[tuple[torch.device, torch.Size], tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def block(self, index: int) -> nn.Module:
+    def load_block(self, index: int) -> nn.Module:
         """Block `index` on the device, in float32, with the source's weights.
 
         Raises:
@@ -49,7 +49,7 @@ class BlockStream(SourceModel):
             self.fill(f"{self.arch.blocks}.{index}", [f"{name}.weight" for name in self.arch.linears])
         return block
 
-    def read_ahead(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Begin to bring block `index` from the disk into the system's cache, while something else goes on."""
         names = [f"{self.arch.blocks}.{index}.{name}" for name, _ in
                  self.blocks.get_submodule(str(index)).named_parameters()] if index < self.count else []
@@ -61,7 +61,7 @@ class BlockStream(SourceModel):
 
         threading.Thread(target=read, name="read-ahead", daemon=True).start()
 
-    def drop(self, block: nn.Module) -> None:
+    def release(self, block: nn.Module) -> None:
         """Give a block's memory back."""
         block.to("meta")
 
@@ -86,7 +86,7 @@ class BlockStream(SourceModel):
         for name in self.arch.before:
             self.model.get_submodule(name).to("meta")
 
-    def reach(self, block: nn.Module, linear: str, states: Tensor) -> Tensor:
+    def linear_input(self, block: nn.Module, linear: str, states: Tensor) -> Tensor:
         """The input (rows, T, K) of a linear inside the block, on `states` (rows, T, hidden_size); what would come
         behind it is left out."""
         found: list[Tensor] = []
@@ -99,27 +99,27 @@ class BlockStream(SourceModel):
             self._run(block, states)
         return found[0]
 
-    def run(self, block: nn.Module, states: Tensor, turn: Turn = nullcontext) -> Tensor:
+    def run(self, block: nn.Module, states: Tensor, piece_context: PieceContext = nullcontext) -> Tensor:
         """The block's output (batch, T, hidden_size) on the CPU, on `states` of the same shape.
 
         Args:
             block, states: as they are.
-            turn: what each piece runs in, see `Contexts.during`.
+            piece_context: what each piece runs in, see `AttentionOutputs.forward_pass`.
         """
         pieces = []
-        for piece in states.split(self.most_rows or len(states)):
-            with turn():
+        for piece in states.split(self.max_rows or len(states)):
+            with piece_context():
                 pieces.append(self._run(block, piece).cpu())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def arguments(self, shape: torch.Size) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def block_arguments(self, shape: torch.Size) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a block gets beside hidden states of `shape` (rows, T): it follows from the shape alone."""
         if (self.device, shape) not in self._arguments:
             list(self.embed(torch.zeros(shape, dtype=torch.int64)))
         return self._arguments[self.device, shape]
 
     @contextmanager
-    def behind(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def final_norm(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A context with what comes between the last block and the head, to be run on states of any shape."""
         for root in self.arch.after:
             self.fill(root)
@@ -156,7 +156,7 @@ class BlockStream(SourceModel):
 
     @torch.no_grad()
     def _run(self, block: nn.Module, states: Tensor) -> Tensor:
-        args, kwargs = self.arguments(states.shape[:2])
+        args, kwargs = self.block_arguments(states.shape[:2])
         with self.clock("forwards"):
             output = block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output

@@ -14,7 +14,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 BIAS_CHANNELS = 8  # of which one is used: fused kernels on GPUs want multiples of 8
 
 
-class QuickBloomAttention(nn.Module):
+class FusedBloomAttention(nn.Module):
     """Causal attention with ALiBi in the place of transformers', for whole rows without padding and without a cache."""
 
     def __init__(self, slow: BloomAttention) -> None:
@@ -43,10 +43,10 @@ class QuickBloomAttention(nn.Module):
         return self.dense(context).add_(residual), None
 
 
-def quicken(model: PreTrainedModel) -> None:
+def use_fused_modules(model: PreTrainedModel) -> None:
     """Put quicker modules in the place of those that have one; parameters keep their names and tensors."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BloomAttention):
-            model.set_submodule(name, QuickBloomAttention(module))
+            model.set_submodule(name, FusedBloomAttention(module))
         elif isinstance(module, BloomGelu):
             model.set_submodule(name, nn.GELU(approximate="tanh"))

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from gptq_belle import __version__
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import BITS
-from gptq_belle.quantization.presets import IDEAS, RECIPES, Recipe, recipe
+from gptq_belle.quantization.presets import DISABLED, PRESETS, Techniques, techniques_of
 
 GROUP_SIZES = (32, 64, 128, -1)
 HEAD_BITS = (16, 8, 4)
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Other settings for some linears; see `overrides.parse` for the way they are given on the command line.
+    """Other settings for some linears; see `overrides.parse_override` for the way they are given on the command line.
 
     Attributes:
         pattern: a regular expression that `re.match` holds against full names of linears, from their start on.
@@ -72,8 +72,8 @@ class QuantConfig:
             ``damp_percent``, its name on disk, can be given and read instead.
         method: "gptq", or "rtn" for rounding to nearest without calibration.
         preset: "best", "fast" for plain GPTQ, or "max", which also tunes the whole model (see
-            `quantization.presets.RECIPES`).
-        without: ideas of the preset that are switched off (see `quantization.presets.IDEAS`).
+            `quantization.presets.PRESETS`).
+        without: ideas of the preset that are switched off (see `quantization.presets.DISABLED`).
         positive_scales: for readers that cannot take negative ones; costs a little quality.
         head_bits: 16 leaves embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
             embedding too) is stored packed under names of our own, which `gptq_belle.load` alone reads.
@@ -128,16 +128,16 @@ class QuantConfig:
         _check("head bits", self.head_bits, HEAD_BITS)
         _check("group size", self.group_size, GROUP_SIZES)
         _check("method", self.method, METHODS)
-        _check("preset", self.preset, tuple(RECIPES))
+        _check("preset", self.preset, tuple(PRESETS))
         for idea in self.without:
-            _check("without", idea, tuple(IDEAS))
+            _check("without", idea, tuple(DISABLED))
         if not 0 < self.damp < 1:
             raise UsageError(f"damp {self.damp} is not allowed", "Choose a number above 0 and below 1, such as 0.01.")
 
     @property
-    def recipe(self) -> Recipe:
+    def techniques(self) -> Techniques:
         """What the job does beyond plain GPTQ; nothing where it rounds to nearest."""
-        return recipe("fast") if self.method == "rtn" else recipe(self.preset, self.without)
+        return techniques_of("fast") if self.method == "rtn" else techniques_of(self.preset, self.without)
 
     @property
     def checkpoint_format(self) -> str:
@@ -168,7 +168,7 @@ class QuantConfig:
             "pack_dtype": "int32",
             "lm_head": False,
             "true_sequential": True,
-            "static_groups": self.recipe.static_order and not self.act_order,
+            "static_groups": self.techniques.static_order and not self.act_order,
             "damp_percent": self.damp,
             **({"dynamic": self._dynamic()} if self.overrides else {}),
             **({"head_bits": self.head_bits} if self.head_bits != 16 else {}),

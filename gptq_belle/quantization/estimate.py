@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from gptq_belle.formats.gptq_weight import dequantize, pack
-from gptq_belle.quantization.attention_outputs import Rows
+from gptq_belle.quantization.attention_outputs import BatchList
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.cost import check_tuning, tuning_seconds
+from gptq_belle.quantization.end_to_end.estimate import check_tuning, tuning_seconds
 from gptq_belle.quantization.end_to_end.rows import scratch_bytes
-from gptq_belle.quantization.job import Setup
-from gptq_belle.quantization.memory_estimate import memory_needed, output_bytes, spills
-from gptq_belle.quantization.solution_choice import best_of
+from gptq_belle.quantization.job import QuantizationJob
+from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill, output_bytes
+from gptq_belle.quantization.solution_choice import best_solution
 from gptq_belle.quantization.solver import factorize, round_to_nearest
-from gptq_belle.quantization.stage_hessians import Moments, Originals, moments
+from gptq_belle.quantization.stage_hessians import OriginalWeights, StageHessians, accumulate_hessians
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,66 +44,67 @@ class Estimate:
     tokens: int
 
 
-def estimate(setup: Setup, limit: int | None = None) -> Estimate:
+def estimate(job: QuantizationJob, limit: int | None = None) -> Estimate:
     """Measure one block and do the arithmetic for the rest.
 
     Args:
-        setup: the job.
-        limit: see `spills`.
+        job: the job.
+        limit: see `must_spill`.
     Raises:
-        HardwareError: see `spills` and `tuning_cost.check_tuning`.
+        HardwareError: see `must_spill` and `tuning_cost.check_tuning`.
     """
-    memory, spill = memory_needed(setup), spills(setup, limit)
-    output = output_bytes(setup)
-    generations = (1 if setup.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
-    tuning, scratch = check_tuning(setup, limit), scratch_bytes(setup) if setup.config.recipe.steps else 0
+    memory, spill = estimate_memory(job), must_spill(job, limit)
+    output = output_bytes(job)
+    generations = (1 if job.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
+    tuning, scratch = check_tuning(job, limit), scratch_bytes(job) if job.config.techniques.steps else 0
     disk = output + max(output, generations * memory.activations // 2, scratch)
-    return Estimate(_seconds(setup), max(memory.floor if spill else memory.total, tuning), spill, disk, output,
-                    setup.stream.count, setup.stream.count * len(setup.stream.arch.linears),
-                    0 if setup.tokens is None else setup.tokens.numel())
+    return Estimate(_seconds(job), max(memory.floor if spill else memory.total, tuning), spill, disk, output,
+                    job.stream.count, job.stream.count * len(job.stream.arch.linears),
+                    0 if job.tokens is None else job.tokens.numel())
 
 
-def _seconds(setup: Setup) -> float:
+def _seconds(job: QuantizationJob) -> float:
     """One block's work on one batch, and what follows from it for all."""
-    stream, hashed = setup.stream, _seconds_a_byte()
-    block = stream.block(0)
-    batch, models = None, 2 if setup.config.recipe.alpha else 1
-    if setup.tokens is not None:
-        batch = next(stream.embed(stream.batches(setup.tokens)[0]))
+    stream, hashed = job.stream, _seconds_a_byte()
+    block = stream.load_block(0)
+    batch, models = None, 2 if job.config.techniques.alpha else 1
+    if job.tokens is not None:
+        batch = next(stream.embed(stream.batches(job.tokens)[0]))
         stream.run(block, batch)  # the first run of anything takes longer
-    rows_of = [] if batch is None else [Rows(batch), Rows(batch.flip(0))][:models]
+    rows_of = [] if batch is None else [BatchList(batch), BatchList(batch.flip(0))][:models]
     rows = solving = 0.0
     for stage in stream.arch.stages:
-        if (own := setup.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
+        if (own := job.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
             continue
         began = time.perf_counter()
-        found = None if batch is None else _moments(setup, block, stage, rows_of)
+        found = None if batch is None else _hessians(job, block, stage, rows_of)
         rows += time.perf_counter() - began
         solving += _seconds_of_solving(own, block, stage, found)
     began = time.perf_counter()
     for states in rows_of:
-        with states.contexts.during(block, stream.arch) as turn:
-            stream.run(block, states.batches[0], turn)
+        with states.attention.forward_pass(block, stream.arch) as piece_context:
+            stream.run(block, states.batches[0], piece_context)
     rows += time.perf_counter() - began
-    tuning = tuning_seconds(setup, block) if setup.config.recipe.steps else 0.0
-    stream.drop(block)
-    batches = 0.0 if batch is None or setup.tokens is None else setup.tokens.numel() / math.prod(batch.shape[:2])
-    written = 2 * output_bytes(setup) + models * stream.count * 4 * batches * math.prod(
+    tuning = tuning_seconds(job, block) if job.config.techniques.steps else 0.0
+    stream.release(block)
+    batches = 0.0 if batch is None or job.tokens is None else job.tokens.numel() / math.prod(batch.shape[:2])
+    written = 2 * output_bytes(job) + models * stream.count * 4 * batches * math.prod(
         batch.shape if batch is not None else ())
     return tuning + stream.count * (solving + batches * rows) + hashed * (2 * stream.reader.bytes_on_disk() + written)
 
 
-def _moments(setup: Setup, block: torch.nn.Module, stage: tuple[str, ...], rows: Sequence[Rows]) -> Moments:
+def _hessians(job: QuantizationJob, block: torch.nn.Module, stage: tuple[str, ...],
+              rows: Sequence[BatchList]) -> StageHessians:
     """Of one batch, for one model or two; as many rows are held out as the job will hold out, and targets differ from
     a layer's own."""
-    full = (Originals(), rows[1]) if len(rows) == 2 else None
-    seen = len(rows[0].batches[0]) - min(1, setup.held_out)
-    found = moments(setup.stream, block, stage, rows[0], full, seen, lambda: None)
-    return found._replace(held=[pair for pair in found.held for _ in range(setup.held_out)])
+    full = (OriginalWeights(), rows[1]) if len(rows) == 2 else None
+    seen = len(rows[0].batches[0]) - min(1, job.held_out)
+    found = accumulate_hessians(job.stream, block, stage, rows[0], full, seen, lambda: None)
+    return found._replace(held_out=[pair for pair in found.held_out for _ in range(job.held_out)])
 
 
 def _seconds_of_solving(config: QuantConfig, block: torch.nn.Module, stage: tuple[str, ...],
-                        found: Moments | None) -> float:
+                        found: StageHessians | None) -> float:
     """Of one stage; linears of one size are solved once and counted as often as they are."""
     began = time.perf_counter()
     factor = None if found is None else factorize(found.hessian, config)
@@ -113,7 +114,7 @@ def _seconds_of_solving(config: QuantConfig, block: torch.nn.Module, stage: tupl
         weight = block.get_parameter(f"{name}.weight").detach()
         if weight.shape not in seen:
             began = time.perf_counter()
-            solution = round_to_nearest(weight, config) if found is None or factor is None else best_of(
+            solution = round_to_nearest(weight, config) if found is None or factor is None else best_solution(
                 weight, found, factor, config).solution
             dequantize(solution.weight)
             pack(solution.weight, config.bits, config.checkpoint_format)

@@ -39,7 +39,7 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
         "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # sha256 says more
         "settings": json.loads(json.dumps(asdict(config))) | {  # as it is read back: tuples are lists
             "overrides": config.to_dict().get("dynamic", {})},
-        "recipe": asdict(config.recipe),
+        "recipe": asdict(config.techniques),
         "program": {"gptq_belle": __version__},
     }
 
@@ -57,7 +57,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
 
 
-def differences(begun: dict[str, Any], now: dict[str, Any]) -> str:
+def environment_differences(begun: dict[str, Any], now: dict[str, Any]) -> str:
     """What of `environment` changed since the job was begun, threads excepted; "" where nothing did."""
     return ", ".join(f"{name} {begun.get(name)} then, {value} now" for name, value in now.items()
                      if name != "threads" and begun.get(name) != value)

@@ -59,7 +59,7 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
 
     Args:
         weight: (g, N), the group's weights.
-        importance: (g,), h, such as `hessian.left_after_making_up`; positive.
+        importance: (g,), h, such as `hessian.remaining_error`; positive.
         bits, sym: as for `min_max_grid`.
         positive: no negative scales.
     Returns:
@@ -69,7 +69,7 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
     """
     low, high = weight.amin(0).clamp_(max=0), weight.amax(0).clamp_(min=0)
     check_storable(torch.maximum(-low, high) / (1 << (bits - 1)))
-    scales, zeros = _spans(low, high, bits, sym, positive)
+    scales, zeros = _candidate_grids(low, high, bits, sym, positive)
     if cpu_solver.is_supported(weight):
         best = cpu_solver.search_grid(weight, importance.float(), scales, zeros, bits, SMALLEST_SEARCHED).long()
     else:
@@ -94,7 +94,7 @@ def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, b
     return best
 
 
-def _spans(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
+def _candidate_grids(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
     """Scales, rounded to float16, and zeros that a search looks at, for groups from low <= 0 to high >= 0, each (N,).
 
     Symmetric: +-(absmax / (2**(b-1) - 0.5)) times `NARROWEST` .. `WIDEST`, and absmax / 2**(b-1), which with the right
@@ -108,9 +108,9 @@ def _spans(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> t
     shares = torch.cat([torch.linspace(NARROWEST, WIDEST, POINTS - 1, dtype=torch.float64), torch.tensor([last])])
     shares = shares.to(low)[:, None]
     if not sym:
-        scales = _halved((high - low) * shares / levels)
+        scales = _rounded_to_float16((high - low) * shares / levels)
         return scales, (-low * shares / scales).round_().nan_to_num_(0).clamp_(0, levels)
-    scales = _halved(torch.maximum(-low, high) * shares / (half - 0.5))
+    scales = _rounded_to_float16(torch.maximum(-low, high) * shares / (half - 0.5))
     if not positive:
         scales = torch.stack([scales, -scales], 1).flatten(0, 1)
     return scales, torch.full_like(scales, half)
@@ -135,9 +135,9 @@ def check_storable(scales: Tensor) -> None:
 def _float16_exact(scales: Tensor) -> Tensor:
     """Round to float16 and back, so that codes are chosen for the scale that the file will hold."""
     check_storable(scales)
-    rounded = _halved(scales)
+    rounded = _rounded_to_float16(scales)
     return torch.where(rounded < SMALLEST_SCALE, 1.0, rounded)
 
 
-def _halved(scales: Tensor) -> Tensor:
+def _rounded_to_float16(scales: Tensor) -> Tensor:
     return scales.to(torch.float16).to(scales.dtype)

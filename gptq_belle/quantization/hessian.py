@@ -10,7 +10,7 @@ COLUMNS = 512  # of the sum at a time: of 4096 x 4096 products 56 % are computed
 LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done
 
 
-class HessianSum:
+class HessianMean:
     """The running mean of x x^T over calibration tokens, in float32.
 
     Of its two equal triangles one is summed up.
@@ -41,7 +41,7 @@ class HessianSum:
         return self._sum
 
 
-class CrossSum:
+class CrossProductMean:
     """The running mean of x y^T over calibration tokens, in float32.
 
     Attributes:
@@ -60,13 +60,13 @@ class CrossSum:
         self._tokens = total
 
 
-def live_diagonal(hessian: Tensor) -> Tensor:
+def nonzero_diagonal(hessian: Tensor) -> Tensor:
     """The diagonal (K,) of H with 1 in the place of 0: an input that was never active is then left alone."""
     diagonal = hessian.diagonal()
     return torch.where(diagonal == 0, 1.0, diagonal)
 
 
-def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
 
     Where the Cholesky factorization fails, damping is raised tenfold, up to 1; the value used is returned.
@@ -75,18 +75,18 @@ def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) ->
 
     Args:
         hessian: (K, K) float32 or float64, symmetric.
-        damp: first damping, as a share of the mean of `live_diagonal`.
+        damp: first damping, as a share of the mean of `nonzero_diagonal`.
         order: (K,) int64, a permutation to apply to H first.
     Raises:
         InputError: not positive definite even with the largest damping.
     """
-    diagonal = live_diagonal(hessian)
+    diagonal = nonzero_diagonal(hessian)
     mean = diagonal.mean()
     if order is not None:
         diagonal = diagonal[order]
     failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
     while True:
-        work = _by_columns(hessian, order)
+        work = _column_major(hessian, order)
         work.diagonal().copy_(diagonal + damp * mean)
         torch.linalg.cholesky_ex(work, out=(work, failed))
         if not failed:
@@ -101,20 +101,20 @@ def inverse_factor(hessian: Tensor, damp: float, order: Tensor | None = None) ->
         damp = min(10 * damp, LARGEST_DAMP)
 
 
-def left_after_making_up(upper: Tensor, order: Tensor | None) -> Tensor:
+def remaining_error(upper: Tensor, order: Tensor | None) -> Tensor:
     """1 / [H^-1]_kk (K,): how much rounding input k costs once all others have made up for it as well as they can.
 
     It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); H_kk is what it costs where none do.
 
     Args:
-        upper: U of `inverse_factor`, whose columns' squares sum to the diagonal of the inverse.
+        upper: U of `inverse_cholesky`, whose columns' squares sum to the diagonal of the inverse.
         order: that U was made for.
     """
     found = torch.linalg.vector_norm(upper, dim=0).square_().reciprocal_()
     return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
 
 
-def _by_columns(matrix: Tensor, order: Tensor | None) -> Tensor:
+def _column_major(matrix: Tensor, order: Tensor | None) -> Tensor:
     """A copy that lies column by column, its rows and columns in another order where one is given."""
     copy = torch.empty_like(matrix, memory_format=torch.contiguous_format).t()
     if order is None:

@@ -17,12 +17,12 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.quantize_config import WRONG_CONFIG
 from gptq_belle.models.architectures import HEAD
 from gptq_belle.prompts.styles import choose_style, detect_style
-from gptq_belle.quantization.activations import Activations, Streams
+from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import FULL
-from gptq_belle.quantization.overrides import resolve
+from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.stage_hessians import held_out_rows
 
 
@@ -44,7 +44,7 @@ def check_complete(stream: BlockStream) -> None:
     Raises:
         InputError: they do; a tensor is named.
     """
-    prefix, names = f"{stream.arch.blocks}.", stream.around()
+    prefix, names = f"{stream.arch.blocks}.", stream.embeddings_and_norms()
     names += [f"{prefix}{index}.{name}" for index in range(stream.count)
               for name, _ in stream.blocks.get_submodule(str(index)).named_parameters()]
     if not stream.model.config.tie_word_embeddings:
@@ -89,7 +89,7 @@ def linear_shapes(stream: BlockStream) -> dict[str, torch.Size]:
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class QuantizationJob:
     """A job that could begin.
 
     Attributes:
@@ -109,13 +109,13 @@ class Setup:
     @property
     def held_out(self) -> int:
         """How many of the rows, the last ones, no Hessian sees."""
-        return 0 if self.tokens is None else held_out_rows(*self.tokens.shape, share=self.config.recipe.held_out)
+        return 0 if self.tokens is None else held_out_rows(*self.tokens.shape, share=self.config.techniques.held_out)
 
-    def streams(self, partial: Path, *, spill: bool) -> Streams:
+    def streams(self, partial: Path, *, spill: bool) -> ActivationPair:
         """Where the calibration rows will be kept, in the models that the recipe follows."""
-        full = Activations(partial, self.shapes, spill=spill, model=FULL) if self.config.recipe.alpha else None
+        full = Activations(partial, self.shapes, spill=spill, model=FULL) if self.config.techniques.alpha else None
         seen = 0 if self.tokens is None else len(self.tokens) - self.held_out
-        return Streams(Activations(partial, self.shapes, spill=spill), full, seen)
+        return ActivationPair(Activations(partial, self.shapes, spill=spill), full, seen)
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -126,8 +126,8 @@ class Setup:
         return [(*batch.shape, size) for batch in self.stream.batches(self.tokens)]
 
 
-def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, device: str,
-           lora: str | Path | None = None, prompt_style: str | None = None) -> Setup:
+def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibration, device: str,
+           lora: str | Path | None = None, prompt_style: str | None = None) -> QuantizationJob:
     """Read and check everything that a job needs, but the weights.
 
     Raises:
@@ -137,14 +137,14 @@ def set_up(source: str | Path, config: QuantConfig, calibration: Calibration, de
     check_source(reader)
     choose_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
-    config = resolve(config, stream.arch, stream.count)
+    config = resolve_overrides(config, stream.arch, stream.count)
     check_complete(stream)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
     if config.method == "rtn":
-        return Setup(stream, config, tokenizer)
+        return QuantizationJob(stream, config, tokenizer)
     style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
     tokens, used = calibration_rows(calibration, tokenizer, style, stream.context)
     if not calibration.allow_short:
         check_enough(tokens, *widest(stream))
-    return Setup(stream, config, tokenizer, tokens, calibration.describe(tokens, used))
+    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used))

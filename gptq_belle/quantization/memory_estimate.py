@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from gptq_belle.common.memory import anonymous_bytes, available_bytes, mib
 from gptq_belle.errors import HardwareError
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.job import Setup, linear_shapes
+from gptq_belle.quantization.job import QuantizationJob, linear_shapes
 
 LIBRARIES = 32 << 20  # bytes that torch's and MKL's own buffers grow to during a job
 HIDDEN_ATTENTION, HIDDEN_MLP = 10, 3  # hidden states alive at a time in either half of a block, as measured
@@ -14,7 +14,7 @@ SHARE = 0.8  # of the memory that is free, which a job without a limit keeps to
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of anonymous memory at the peak, by what they are for.
 
     Attributes:
@@ -41,16 +41,16 @@ class Memory:
         return self.floor + self.activations
 
 
-def spills(setup: Setup, limit: int | None) -> bool:
+def must_spill(job: QuantizationJob, limit: int | None) -> bool:
     """Whether activations have to be on disk only.
 
     Args:
-        setup: the job.
+        job: the job.
         limit: bytes of anonymous memory to keep to; None for four fifths of what is free.
     Raises:
         HardwareError: not even that suffices for a limit that was named.
     """
-    memory = memory_needed(setup)
+    memory = estimate_memory(job)
     if limit is not None and memory.floor > limit:
         raise HardwareError(
             f"one block of this model takes {mib(memory.floor)} to quantize, {mib(limit)} are allowed: "
@@ -61,9 +61,9 @@ def spills(setup: Setup, limit: int | None) -> bool:
     return allowed is not None and memory.total > allowed
 
 
-def memory_needed(setup: Setup) -> Memory:
+def estimate_memory(job: QuantizationJob) -> MemoryEstimate:
     """The peak of a job's memory by arithmetic."""
-    stream, config, recipe = setup.stream, setup.config, setup.config.recipe
+    stream, config, techniques = job.stream, job.config, job.config.techniques
     shapes = linear_shapes(stream)
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
@@ -71,53 +71,55 @@ def memory_needed(setup: Setup) -> Memory:
         config = replace(config, bits=8)  # which a whole block may get
     packed = max(sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
                      for name, (n, k) in shapes.items()) for index in range(stream.count))
-    full = bool(recipe.alpha) and setup.tokens is not None
+    full = bool(techniques.alpha) and job.tokens is not None
     originals = sum(4 * n * k for n, k in shapes.values()) if full else 0
-    work = max([_forward(setup, full), *(_solution(setup, n, k, full) for n, k in shapes.values())])
-    return Memory((anonymous_bytes() or 0) + LIBRARIES, weights + packed + originals, work,
-                  (4 if full else 2) * sum(4 * math.prod(shape) for shape in setup.shapes))
+    work = max([_forward(job, full), *(_solution(job, n, k, full) for n, k in shapes.values())])
+    return MemoryEstimate((anonymous_bytes() or 0) + LIBRARIES, weights + packed + originals, work,
+                  (4 if full else 2) * sum(4 * math.prod(shape) for shape in job.shapes))
 
 
-def _solution(setup: Setup, n: int, k: int, full: bool) -> int:
+def _solution(job: QuantizationJob, n: int, k: int, full: bool) -> int:
     """Bytes that the solution of a linear takes beside its weight."""
-    recipe, squares = setup.config.recipe, 2 + full  # the Hessian, its factor, and what the targets follow from
-    if setup.tokens is None:
+    techniques, squares = job.config.techniques, 2 + full  # the Hessian, its factor, and what the targets follow from
+    if job.tokens is None:
         return 6 * n * k
-    if setup.config.act_order:
+    if job.config.act_order:
         squares += 2  # permuted
-    weights = 4 + 4 * bool(recipe.sweeps or recipe.static_order) + 4 * full  # in order of solving, of inputs, target
-    codes = 2 + bool(recipe.sweeps) + bool(setup.held_out)  # with their transpose, and those of earlier candidates
-    return (weights + codes) * n * k + 4 * squares * k * k + _held_out(setup, k, full)
+    # in the order of solving, of the inputs, and the target
+    weights = 4 + 4 * bool(techniques.sweeps or techniques.static_order) + 4 * full
+    codes = 2 + bool(techniques.sweeps) + bool(job.held_out)  # with their transpose, and those of earlier candidates
+    return (weights + codes) * n * k + 4 * squares * k * k + _held_out(job, k, full)
 
 
-def _held_out(setup: Setup, k: int, full: bool) -> int:
+def _held_out(job: QuantizationJob, k: int, full: bool) -> int:
     """Bytes of a linear's inputs in the rows that are held out."""
-    return 0 if setup.tokens is None else (2 if full else 1) * 4 * setup.held_out * setup.tokens.shape[1] * k
+    return 0 if job.tokens is None else (2 if full else 1) * 4 * job.held_out * job.tokens.shape[1] * k
 
 
-def _forward(setup: Setup, full: bool) -> int:
+def _forward(job: QuantizationJob, full: bool) -> int:
     """Bytes that a forward pass of a batch takes, as it ends in the sums of the widest linear's inputs."""
-    stream = setup.stream
-    batch = max(setup.shapes, key=math.prod, default=None)
+    stream = job.stream
+    batch = max(job.shapes, key=math.prod, default=None)
     if batch is None:
         return 0
     inner = linear_shapes(stream)[stream.arch.linears[-1]][1]
     tokens = batch[0] * batch[1]
     attention = HIDDEN_ATTENTION * batch[2] * tokens
     mlp = (HIDDEN_MLP * batch[2] + (stream.arch.inner_copies + full) * inner) * tokens
-    return 4 * max(attention, mlp + (1 + full) * inner * inner) + _held_out(setup, inner, full)
+    return 4 * max(attention, mlp + (1 + full) * inner * inner) + _held_out(job, inner, full)
 
 
-def output_bytes(setup: Setup) -> int:
+def output_bytes(job: QuantizationJob) -> int:
     """Size of the weight files that the job will write."""
-    stream, config = setup.stream, setup.config
+    stream, config = job.stream, job.config
     block = stream.blocks.get_submodule("0")
     shapes = linear_shapes(stream)
     linears = sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
                   for index in range(stream.count) for name, (n, k) in shapes.items())
     plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
                 if name.removesuffix(".weight") not in shapes)
-    return linears + stream.count * plain + sum(2 * math.prod(stream.shape(name)) for name in stream.rest())
+    outside = sum(2 * math.prod(stream.shape(name)) for name in stream.tensors_outside_blocks())
+    return linears + stream.count * plain + outside
 
 
 def linear_bytes(config: QuantConfig | None, n: int, k: int) -> int:

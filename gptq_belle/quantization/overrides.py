@@ -21,7 +21,7 @@ START, END = ".*(?:", ")"  # around an expression that may match anywhere
 TRUTHS = {"true": True, "false": False}
 
 
-def parse(text: str) -> Override:
+def parse_override(text: str) -> Override:
     """An override as `quantize --override` takes it; its expression may match anywhere in a linear's full name.
 
     Raises:
@@ -47,7 +47,7 @@ def parse(text: str) -> Override:
     return Override(pattern, **values)  # type: ignore[arg-type]
 
 
-def resolve(config: QuantConfig, arch: Architecture, blocks: int) -> QuantConfig:
+def resolve_overrides(config: QuantConfig, arch: Architecture, blocks: int) -> QuantConfig:
     """Hold the overrides against a model's linears, and complete them for the readers that run a stage as one linear.
 
     Args:
@@ -79,7 +79,7 @@ def resolve(config: QuantConfig, arch: Architecture, blocks: int) -> QuantConfig
 
 
 def _given(override: Override) -> str:
-    """Its expression as `parse` was given it."""
+    """Its expression as `parse_override` was given it."""
     inner = override.pattern.removeprefix(START).removesuffix(END)
     return inner if override.pattern == f"{START}{inner}{END}" else override.pattern
 

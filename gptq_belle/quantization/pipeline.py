@@ -14,27 +14,27 @@ from gptq_belle import __version__
 from gptq_belle.checkpoint.config_files import write_small_files
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.common.devices import threads
-from gptq_belle.common.memory import PeakMemory, steady_heap
+from gptq_belle.common.memory import PeakMemory, lower_mmap_threshold
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.packed_head import CODES, SCALES, group_of, rounded, to_bytes
 from gptq_belle.models.architectures import HEAD
-from gptq_belle.quantization.activations import Streams
-from gptq_belle.quantization.auto_bits import choose, stages_and_room
-from gptq_belle.quantization.block import BlockJob
+from gptq_belle.quantization.activations import ActivationPair
+from gptq_belle.quantization.auto_bits import choose_bits, stages_and_budget
+from gptq_belle.quantization.block import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.cost import check_tuning
-from gptq_belle.quantization.end_to_end.phase import distill
-from gptq_belle.quantization.fingerprint import differences, environment, fingerprint
-from gptq_belle.quantization.job import Setup, set_up
+from gptq_belle.quantization.end_to_end.distillation import distill
+from gptq_belle.quantization.end_to_end.estimate import check_tuning
+from gptq_belle.quantization.fingerprint import environment, environment_differences, fingerprint
+from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
-from gptq_belle.quantization.memory_estimate import spills
-from gptq_belle.quantization.report import JobProgress, Report, Silent
-from gptq_belle.quantization.verification import PROBED_BLOCK, Probe
+from gptq_belle.quantization.memory_estimate import must_spill
+from gptq_belle.quantization.report import JobProgress, NoProgress, Report
+from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification
 
 
-def write_rest(stream: BlockStream, writer: CheckpointWriter, config: QuantConfig) -> None:
+def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: QuantConfig) -> None:
     """Write every tensor outside of the blocks, some rows at a time.
 
     Raises:
@@ -42,7 +42,7 @@ def write_rest(stream: BlockStream, writer: CheckpointWriter, config: QuantConfi
         InputError: a tensor is missing, of another shape, or holds what float16 does not.
     """
     head = f"{stream.arch.before[0]}.weight" if stream.tied() else f"{HEAD}.weight"
-    for number, name in enumerate(stream.rest()):
+    for number, name in enumerate(stream.tensors_outside_blocks()):
         rows = (stream.float16(name, chunk) for chunk in stream.reader.chunks(name))
         if name == head and config.head_bits != 16:
             _write_packed(stream, writer, name, rows, config.head_bits)
@@ -70,7 +70,7 @@ def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows
     writer.add("rest-head-scales.safetensors", {SCALES: torch.cat(scales)})
 
 
-PROBE_TOKENS = 64  # of the row that is run through the first block before and after writing
+VERIFICATION_TOKENS = 64  # of the row that is run through the first block before and after writing
 
 
 def quantize_checkpoint(
@@ -107,75 +107,75 @@ def quantize_checkpoint(
         HardwareError: no such device; memory that does not suffice for one block.
     """
     began = time.perf_counter()
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     check_output(Path(out))
-    setup = set_up(source, config, calibration or Calibration(), device, lora, prompt_style)
-    if setup.config.auto_bits is not None:
-        stages_and_room(setup)  # refuses a budget that cannot be kept
-    steady_heap()
-    check_tuning(setup, memory)
-    spill = spills(setup, memory)
-    report = Report(str(source), setup.config, setup.calibration, versions=_versions())
+    job = prepare_job(source, config, calibration or Calibration(), device, lora, prompt_style)
+    if job.config.auto_bits is not None:
+        stages_and_budget(job)  # refuses a budget that cannot be kept
+    lower_mmap_threshold()
+    check_tuning(job, memory)
+    spill = must_spill(job, memory)
+    report = Report(str(source), job.config, job.calibration, versions=_versions())
     if lora is not None:
         report.notes.append(f"the LoRA adapter {Path(lora).name} is merged into the weights")
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
-        journal = _journal(writer, setup, report, progress, restart=not resume)
+        journal = _journal(writer, job, report, progress, restart=not resume)
         with threads(journal.environment["threads"]):
-            setup, report.choice = choose(setup, journal, progress)
-            report.settings = setup.config
+            job, report.choice = choose_bits(job, journal, progress)
+            report.settings = job.config
             writer.keep |= report.choice is not None  # what was measured is worth as much as a block
-            probe = _quantize_blocks(setup, writer, journal, setup.streams(writer.partial, spill=spill), peak,
+            verification = _quantize_blocks(job, writer, journal, job.streams(writer.partial, spill=spill), peak,
                                      progress)
-            stream, expected = setup.stream, journal.tensors(PROBED_BLOCK)
-            if setup.config.recipe.steps:
-                report.tuning, expected = distill(setup, writer, journal, probe, progress)
+            stream, expected = job.stream, journal.tensors(VERIFIED_BLOCK)
+            if job.config.techniques.steps:
+                report.tuning, expected = distill(job, writer, journal, verification, progress)
             progress.phase("writing")
-            write_small_files(writer, stream.reader, setup.config.to_dict(), setup.tokenizer, tied=stream.tied())
+            write_small_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
             writer.merge()
             progress.phase("reading back")
-            report.readback_error = probe.compare(writer.files, stream, expected)
+            report.readback_error = verification.compare(writer.files, stream, expected)
         _complete(report, journal, writer, peak, time.perf_counter() - began)
         writer.publish()
     return report
 
 
-def _journal(writer: CheckpointWriter, setup: Setup, report: Report, progress: JobProgress, *,
+def _journal(writer: CheckpointWriter, job: QuantizationJob, report: Report, progress: JobProgress, *,
              restart: bool) -> Journal:
     """The journal of this job, or of the one that it goes on with."""
     progress.phase("reading the source for its fingerprint")
-    now = environment(setup.stream.device)
+    now = environment(job.stream.device)
     writer.keep = True  # a refusal leaves what is there
-    journal = Journal(writer.partial, fingerprint(setup.stream.reader, setup.config, setup.calibration), now,
+    journal = Journal(writer.partial, fingerprint(job.stream.reader, job.config, job.calibration), now,
                       restart=restart)
     writer.keep = bool(journal.records)
     if journal.records:
         at = len(journal.records)
         report.resumed = [at]
-        progress.phase(f"going on behind block {at} of {setup.stream.count}")
-        if changed := differences(journal.environment, now):
+        progress.phase(f"going on behind block {at} of {job.stream.count}")
+        if changed := environment_differences(journal.environment, now):
             report.notes.append(f"from block {at} on, the last bits may differ from an undisturbed job's: {changed}")
             progress.phase(report.notes[-1])
     return journal
 
 
-def _quantize_blocks(setup: Setup, writer: CheckpointWriter, journal: Journal, activations: Streams,
-                     peak: PeakMemory, progress: JobProgress) -> Probe:
+def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Journal, activations: ActivationPair,
+                     peak: PeakMemory, progress: JobProgress) -> BlockVerification:
     """Every part of the written file: what stays as it is, and the blocks that are not finished yet."""
-    stream, done = setup.stream, len(journal.records)
-    write_rest(stream, writer, setup.config)
-    if setup.tokens is not None:
+    stream, done = job.stream, len(journal.records)
+    write_outer_tensors(stream, writer, job.config)
+    if job.tokens is not None:
         progress.phase("embedding the calibration rows")
-    probe = Probe(stream.embed(_probe_tokens(setup)))
-    if setup.tokens is not None and done == 0:
-        activations.write(0, *[partial(stream.embed, setup.tokens)] * len(activations.models))
-    elif setup.tokens is not None and done < stream.count:
+    verification = BlockVerification(stream.embed(_verification_tokens(job)))
+    if job.tokens is not None and done == 0:
+        activations.write(0, *[partial(stream.embed, job.tokens)] * len(activations.models))
+    elif job.tokens is not None and done < stream.count:
         activations.load(done)
-    job = BlockJob(stream, writer, journal, setup.config, peak, progress)
-    progress.start(stream.count, job.steps(len(activations)), done)
+    quantizer = BlockQuantizer(stream, writer, journal, job.config, peak, progress)
+    progress.start(stream.count, quantizer.steps(len(activations)), done)
     for index in range(done, stream.count):
-        job.run(index, activations, probe)
+        quantizer.run(index, activations, verification)
         writer.keep = True
-    return probe
+    return verification
 
 
 def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: PeakMemory, seconds: float) -> None:
@@ -191,10 +191,10 @@ def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: 
     writer.write_json("quantization_report.json", report.to_dict())
 
 
-def _probe_tokens(setup: Setup) -> Tensor:
-    if setup.tokens is not None:
-        return setup.tokens[:1, :PROBE_TOKENS]
-    return torch.arange(PROBE_TOKENS).unsqueeze(0) % setup.stream.model.config.vocab_size
+def _verification_tokens(job: QuantizationJob) -> Tensor:
+    if job.tokens is not None:
+        return job.tokens[:1, :VERIFICATION_TOKENS]
+    return torch.arange(VERIFICATION_TOKENS).unsqueeze(0) % job.stream.model.config.vocab_size
 
 
 def _versions() -> dict[str, str]:

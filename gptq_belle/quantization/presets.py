@@ -6,16 +6,17 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Techniques:
     """Which ideas a job follows; all at their zeros is plain GPTQ.
 
     Attributes:
         search: scales by weighted search instead of by the largest weight (`grid.searched_grid`).
         static_order: solve the most active inputs first, in groups that stay as they are (`solver.gptq`).
         sweeps: of scale refit and coordinate descent behind GPTQ (`refine.refine`).
-        alpha: how far targets move towards the full-precision model's outputs, 0 .. 1 (`targets.full_targets`).
+        alpha: how far targets move towards the full-precision model's outputs, 0 .. 1
+            (`solution_choice.full_precision_target`).
         held_out: every so manieth calibration row is seen by no Hessian, and decides between solutions
-            (`candidates.best_of`); 0 where there is nothing to decide.
+            (`candidates.best_solution`); 0 where there is nothing to decide.
         steps: of tuning the whole model behind its last block (`distill.distill`), at most.
     """
 
@@ -27,13 +28,13 @@ class Recipe:
     steps: int = 0
 
 
-_BEST = Recipe(search=True, static_order=True, sweeps=2, alpha=0.5, held_out=16)
-RECIPES = {
-    "fast": Recipe(),
+_BEST = Techniques(search=True, static_order=True, sweeps=2, alpha=0.5, held_out=16)
+PRESETS = {
+    "fast": Techniques(),
     "best": _BEST,
     "max": replace(_BEST, steps=100),
 }
-IDEAS: dict[str, dict[str, Any]] = {  # what is set where an idea is switched off
+DISABLED: dict[str, dict[str, Any]] = {  # what is set where an idea is switched off
     "search": {"search": False},
     "order": {"static_order": False},
     "refine": {"sweeps": 0},
@@ -43,14 +44,14 @@ IDEAS: dict[str, dict[str, Any]] = {  # what is set where an idea is switched of
 }
 
 
-def recipe(preset: str, without: Iterable[str] = ()) -> Recipe:
+def techniques_of(preset: str, without: Iterable[str] = ()) -> Techniques:
     """The recipe of a preset, some of its ideas switched off.
 
     Args:
-        preset: a key of `RECIPES`.
-        without: keys of `IDEAS`.
+        preset: a key of `PRESETS`.
+        without: keys of `DISABLED`.
     """
-    chosen = RECIPES[preset]
+    chosen = PRESETS[preset]
     for name in without:
-        chosen = replace(chosen, **IDEAS[name])
+        chosen = replace(chosen, **DISABLED[name])
     return chosen

@@ -9,7 +9,7 @@ from torch import Tensor
 from gptq_belle.common.devices import threads
 from gptq_belle.quantization import grid
 from gptq_belle.quantization.grid import SMALLEST_SEARCHED
-from gptq_belle.quantization.hessian import live_diagonal
+from gptq_belle.quantization.hessian import nonzero_diagonal
 
 INNER = 32  # inputs, in torch, whose own changes R takes in one at a time; the rest of the group gets them together
 
@@ -33,7 +33,7 @@ def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *
     parts = [slice(start, start + group) for start in range(0, len(codes), group)]
     for g, part in enumerate(parts):
         torch.sub((codes[part] - zeros[g]).mul_(scales[g]), W[part], out=D[part])
-    diagonal = live_diagonal(H)
+    diagonal = nonzero_diagonal(H)
     for _ in range(sweeps):
         for g, part in enumerate(parts):
             code, residual, block = codes[part] - zeros[g], H[part] @ D, H[part, part]

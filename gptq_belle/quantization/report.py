@@ -23,7 +23,7 @@ class LinearReport:
         seconds: time of its solution.
         inputs, outputs: K and N.
         bits: a weight; 16 where the linear was left in float16, whose rounding is then the error.
-        won: which of the recipe's solutions was taken (see `candidates.Choice`); "" for rtn.
+        won: which of the recipe's solutions was taken (see `solution_choice.ChosenSolution`); "" for rtn.
         held_out: error of every solution on the rows that are held out, which decided; empty where none are.
     """
 
@@ -49,10 +49,9 @@ class Report:
             `overlap`); None for rtn.
         linears: one row a quantized linear, in the order of solving.
         phases: seconds of every block by what they went into; "total" is all of the block.
-        choice: of bits a stage, with what 4 bits were measured to cost it (see `auto_bits.choose`); None where the
+        choice: of bits a stage, with what 4 bits were measured to cost it (see `auto_bits.choose_bits`); None where the
             settings say all.
-        tuning: steps of end-to-end tuning, the best one, and the held-out rows' KL at every look (see `tuning.Tuned`);
-            None where the recipe has none.
+        tuning: the result of end-to-end tuning (`end_to_end.tuning.TuningResult`); None where the preset has none.
         notes: what went otherwise than planned, such as a block that fell back to the CPU.
         resumed: the first block of this run, where it went on with an earlier one; else empty.
         seconds: working time of the job, without blocks that were begun and not finished.
@@ -100,8 +99,8 @@ class Report:
                 "winners": self.winners}
 
 
-def tuning_in_words(tuning: Mapping[str, Any]) -> str:
-    """What end-to-end tuning did (see `end_to_end.tuning.Tuned`), in one line; "" for any other record."""
+def format_tuning(tuning: Mapping[str, Any]) -> str:
+    """What end-to-end tuning did (see `end_to_end.tuning.TuningResult`), in one line; "" for any other record."""
     try:
         kl = {int(step): float(value) for step, value in tuning["kl"].items()}
         return (f"{tuning['steps']} steps; held-out KL {kl[0]:.6f} before, {kl[tuning['best']]:.6f} behind step "
@@ -149,7 +148,7 @@ class LoggedProgress:
         LOGGER.info("%s", text)
 
 
-class Silent:
+class NoProgress:
     """Shows nothing: the library's default."""
 
     def start(self, blocks: int, steps: int, finished: int) -> None: ...

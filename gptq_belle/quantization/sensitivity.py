@@ -18,8 +18,8 @@ from gptq_belle.checkpoint.empty_model import assign
 from gptq_belle.formats.gptq_weight import dequantize
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.hessian import HessianSum
-from gptq_belle.quantization.job import Setup
+from gptq_belle.quantization.hessian import HessianMean
+from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.solver import factorize, gptq
 
 TOKENS, ROW = 2048, 256  # that are measured on, in rows of so many
@@ -27,20 +27,20 @@ SOLVER_TOKENS = 16384  # others, whose Hessians the solver sees
 BITS = 4
 
 
-def measure(setup: Setup, stages: Sequence[tuple[int, tuple[str, ...]]], scratch: Path,
+def measure(job: QuantizationJob, stages: Sequence[tuple[int, tuple[str, ...]]], scratch: Path,
             step: Callable[[int], None]) -> list[float]:
     """The mean KL(full || one stage in 4 bits) over the measured tokens' predictions, in nats a token.
 
     Args:
-        setup: the job; its tokens are those to calibrate on.
+        job: the job; its tokens are those to calibrate on.
         stages: (block, linears that see the same input) of each stage in question, by block.
         scratch: a file to keep the rows in; removed in the end.
         step: called with the number of every block when it begins.
     Returns:
         A loss for each of `stages`.
     """
-    stream = setup.stream
-    rows, seen = _rows(setup)
+    stream = job.stream
+    rows, seen = _rows(job)
     hidden = int(stream.model.config.hidden_size)
     count = (1 + len(stages)) * rows.numel() * hidden
     try:  # a mapped file: anonymous memory stays that of one block
@@ -52,23 +52,23 @@ def measure(setup: Setup, stages: Sequence[tuple[int, tuple[str, ...]]], scratch
                 part.copy_(batch)
         for index in range(stream.count):
             step(index)
-            _advance(setup.config, stream, index, stages, versions, solved)
+            _advance(job.config, stream, index, stages, versions, solved)
         return _divergences(stream, versions)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def scratch_bytes(setup: Setup, stages: int) -> int:
+def scratch_bytes(job: QuantizationJob, stages: int) -> int:
     """Size of the scratch file for so many stages."""
-    rows, seen = _rows(setup)
-    return 4 * int(setup.stream.model.config.hidden_size) * ((1 + stages) * rows.numel() + seen.numel())
+    rows, seen = _rows(job)
+    return 4 * int(job.stream.model.config.hidden_size) * ((1 + stages) * rows.numel() + seen.numel())
 
 
-def _rows(setup: Setup) -> tuple[Tensor, Tensor]:
+def _rows(job: QuantizationJob) -> tuple[Tensor, Tensor]:
     """Rows to measure on, from the calibration rows' end, and rows for the solver, from their beginning."""
-    assert setup.tokens is not None
-    length = min(ROW, setup.tokens.shape[1])
-    pieces = setup.tokens[:, : setup.tokens.shape[1] // length * length].reshape(-1, length)
+    assert job.tokens is not None
+    length = min(ROW, job.tokens.shape[1])
+    pieces = job.tokens[:, : job.tokens.shape[1] // length * length].reshape(-1, length)
     measured = max(1, min(TOKENS // length, len(pieces) // 4))
     return pieces[-measured:], pieces[: max(1, min(SOLVER_TOKENS // length, len(pieces) - measured))]
 
@@ -76,8 +76,8 @@ def _rows(setup: Setup) -> tuple[Tensor, Tensor]:
 def _advance(config: QuantConfig, stream: BlockStream, index: int, stages: Sequence[tuple[int, tuple[str, ...]]],
              versions: Tensor, solved: Tensor) -> None:
     """Move all versions behind block `index`, and those that begin there come to be; the solver's rows likewise."""
-    block = stream.block(index)
-    stream.read_ahead(index + 1)
+    block = stream.load_block(index)
+    stream.prefetch(index + 1)
     for place, (owner, stage) in enumerate(stages):
         if owner < index:
             versions[1 + place] = stream.run(block, versions[1 + place])
@@ -87,7 +87,7 @@ def _advance(config: QuantConfig, stream: BlockStream, index: int, stages: Seque
     versions[0] = stream.run(block, versions[0])
     for batch in solved.split(_batch(stream, solved)):
         batch.copy_(stream.run(block, batch))
-    stream.drop(block)
+    stream.release(block)
 
 
 @contextmanager
@@ -95,9 +95,9 @@ def _in_few_bits(config: QuantConfig, stream: BlockStream, block: nn.Module, sta
                  solved: Tensor) -> Iterator[None]:
     """The block with one stage in 4 bits, by plain GPTQ."""
     own = replace(config, bits=BITS, preset="fast", without=(), overrides=(), auto_bits=None)
-    total = HessianSum(block.get_parameter(f"{stage[0]}.weight").shape[1], stream.device)
+    total = HessianMean(block.get_parameter(f"{stage[0]}.weight").shape[1], stream.device)
     for batch in solved.split(_batch(stream, solved)):
-        total.add(stream.reach(block, stage[0], batch))
+        total.add(stream.linear_input(block, stage[0], batch))
     hessian = total.value
     factor = factorize(hessian, own)
     before = {name: block.get_parameter(f"{name}.weight") for name in stage}
@@ -114,7 +114,7 @@ def _batch(stream: BlockStream, states: Tensor) -> int:
 
 def _divergences(stream: BlockStream, versions: Tensor) -> list[float]:
     """KL of each version's predictions to the first one's, with some rows of the head in memory at a time."""
-    with stream.behind() as normalize:
+    with stream.final_norm() as normalize:
         for version in versions:
             version.copy_(normalize(version))
     states = versions.flatten(1, 2)

@@ -9,11 +9,11 @@ from torch import Tensor
 from gptq_belle.formats.gptq_weight import QuantizedWeight
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.output_error import held_out_error, output_error
-from gptq_belle.quantization.solver import Factor, Solution, solutions
-from gptq_belle.quantization.stage_hessians import Moments
+from gptq_belle.quantization.solver import HessianFactor, Solution, candidate_weights
+from gptq_belle.quantization.stage_hessians import StageHessians
 
 
-def full_targets(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) -> Tensor:
+def full_precision_target(weight: Tensor, cross: Tensor, factor: HessianFactor, alpha: float) -> Tensor:
     """The weight whose output on the quantized model's inputs comes closest to the full-precision model's.
 
     With X the layer's inputs in the quantized model and F in the full-precision one, ||Q X - W F||^2 is, but for what
@@ -32,7 +32,7 @@ def full_targets(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) ->
     moved = weight @ cross
     if factor.order is not None:
         moved = moved[:, factor.order]
-    moved = (moved @ factor.upper.t()) @ factor.upper
+    moved = (moved @ factor.Hinv.t()) @ factor.Hinv
     if factor.order is not None:
         moved = torch.empty_like(moved).index_copy_(1, factor.order, moved)
     return torch.add(weight, moved, alpha=alpha)
@@ -41,7 +41,7 @@ def full_targets(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) ->
 OWN, FULL = "own", "full"  # whose outputs are aimed at: the layer's on its inputs as they are, or the full model's
 
 
-class Choice(NamedTuple):
+class ChosenSolution(NamedTuple):
     """The solution that was taken, and how it came about."""
 
     solution: Solution
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     held_out: dict[str, float]  # by candidate, its `held_out_error`; empty where no rows were held out
 
 
-def best_of(weight: Tensor, moments: Moments, factor: Factor, config: QuantConfig) -> Choice:
+def best_solution(weight: Tensor, moments: StageHessians, factor: HessianFactor, config: QuantConfig) -> ChosenSolution:
     """Quantize a layer in the ways that the recipe knows, and keep what does best on the rows that are held out.
 
     Where none are, the recipe's last word is taken unseen.
@@ -64,24 +64,24 @@ def best_of(weight: Tensor, moments: Moments, factor: Factor, config: QuantConfi
     """
     chosen, won, errors = None, "", {}
     for name, candidate in _candidates(weight, moments, factor, config):
-        if moments.held:
-            errors[name] = held_out_error(candidate, weight, moments.held)
+        if moments.held_out:
+            errors[name] = held_out_error(candidate, weight, moments.held_out)
             if won and errors[name] >= errors[won]:
                 continue
         chosen, won = candidate, name
     assert chosen is not None
-    return Choice(Solution(chosen, output_error(weight, chosen, moments.hessian), factor.damp), won, errors)
+    return ChosenSolution(Solution(chosen, output_error(weight, chosen, moments.hessian), factor.damp), won, errors)
 
 
-def _candidates(weight: Tensor, moments: Moments, factor: Factor,
+def _candidates(weight: Tensor, moments: StageHessians, factor: HessianFactor,
                 config: QuantConfig) -> Iterator[tuple[str, QuantizedWeight]]:
     """Name and solution; the last one is the recipe's."""
     aims = [OWN]
     if moments.cross is not None and bool(moments.cross.any()):  # in front of the first linear, both models agree
-        aims = [OWN, FULL] if moments.held else [FULL]
+        aims = [OWN, FULL] if moments.held_out else [FULL]
     for aim in aims:
         target = weight
         if aim == FULL and moments.cross is not None:
-            target = full_targets(weight, moments.cross, factor, config.recipe.alpha)
-        for name, found in solutions(target, moments.hessian, config, factor).items():
+            target = full_precision_target(weight, moments.cross, factor, config.techniques.alpha)
+        for name, found in candidate_weights(target, moments.hessian, config, factor).items():
             yield f"{aim} {name}", found

@@ -16,7 +16,7 @@ from gptq_belle.formats.gptq_weight import QuantizedWeight, all_finite
 from gptq_belle.quantization import grid
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
-from gptq_belle.quantization.hessian import inverse_factor, left_after_making_up, live_diagonal
+from gptq_belle.quantization.hessian import inverse_cholesky, nonzero_diagonal, remaining_error
 from gptq_belle.quantization.output_error import output_error
 from gptq_belle.quantization.refine import refine
 
@@ -32,15 +32,15 @@ class Solution(NamedTuple):
     damp: float  # the damping that made the Hessian positive definite; 0 where there was none
 
 
-class Factor(NamedTuple):
+class HessianFactor(NamedTuple):
     """What layers that see the same inputs share: the factor of the inverse Hessian, and the order of solving."""
 
-    upper: Tensor  # (K, K), Hinv in the order of solving
+    Hinv: Tensor  # (K, K), upper Cholesky factor of the inverse Hessian, in the order of solving
     damp: float
     order: Tensor | None  # (K,) int64; None for the layer's own
 
 
-def factorize(hessian: Tensor, config: QuantConfig) -> Factor:
+def factorize(hessian: Tensor, config: QuantConfig) -> HessianFactor:
     """The part of the work that depends on the inputs only.
 
     Args:
@@ -50,12 +50,12 @@ def factorize(hessian: Tensor, config: QuantConfig) -> Factor:
         InputError: NaN or infinity, or a Hessian that no allowed damping makes positive definite.
     """
     _check_finite(Hessian=hessian)
-    by_activity = config.act_order or config.recipe.static_order
-    order = torch.argsort(live_diagonal(hessian), descending=True, stable=True) if by_activity else None
-    return Factor(*inverse_factor(hessian, config.damp, order), order)
+    by_activity = config.act_order or config.techniques.static_order
+    order = torch.argsort(nonzero_diagonal(hessian), descending=True, stable=True) if by_activity else None
+    return HessianFactor(*inverse_cholesky(hessian, config.damp, order), order)
 
 
-def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | None = None) -> Solution:
+def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: HessianFactor | None = None) -> Solution:
     """Quantize a layer against the inputs that its Hessian has seen.
 
     Args:
@@ -70,11 +70,12 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor | 
         UsageError: group_size does not divide K.
     """
     factor = factorize(hessian.to(weight.dtype), config) if factor is None else factor
-    *_, quantized = solutions(weight, hessian, config, factor).values()
+    *_, quantized = candidate_weights(weight, hessian, config, factor).values()
     return Solution(quantized, output_error(weight, quantized, hessian), factor.damp)
 
 
-def solutions(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Factor) -> dict[str, QuantizedWeight]:
+def candidate_weights(weight: Tensor, hessian: Tensor, config: QuantConfig,
+                      factor: HessianFactor) -> dict[str, QuantizedWeight]:
     """What GPTQ makes of a layer, under "gptq", and what the recipe's sweeps make of that, under "refined".
 
     Static groups (GPTQ's own code, option static_groups): grids come of the weights as they are, so that the order of
@@ -82,21 +83,21 @@ def solutions(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: Fact
 
     Args, Raises: as `gptq`.
     """
-    group, recipe = _group_size(weight, config), config.recipe
+    group, techniques = _group_size(weight, config), config.techniques
     _check_finite(weight=weight)
     Hinv, _, order = factor
     grouped, solving = (order, None) if config.act_order else (None, order)  # the order in which groups lie together
-    W = _inputs_first(weight, hessian, grouped)
+    W = _transposed(weight, hessian, grouped)
     grids = None
-    if recipe.search or recipe.static_order:
-        grids = static_grids(W, left_after_making_up(Hinv, solving), group, config)
+    if techniques.search or techniques.static_order:
+        grids = static_grids(W, remaining_error(Hinv, solving), group, config)
     codes, scales, zeros = _solve(W.clone() if solving is None else W[solving], Hinv, group, config, grids, solving)
-    found = {"gptq": _finish(codes, scales, zeros, group, grouped)}
-    if recipe.sweeps:
+    found = {"gptq": _quantized_weight(codes, scales, zeros, group, grouped)}
+    if techniques.sweeps:
         H = hessian.to(W.dtype) if grouped is None else hessian.to(W.dtype)[grouped][:, grouped]
-        refine(codes, scales, zeros, W, H, bits=config.bits, sweeps=recipe.sweeps,
+        refine(codes, scales, zeros, W, H, bits=config.bits, sweeps=techniques.sweeps,
                positive=config.positive_scales or not config.sym)
-        found["refined"] = _finish(codes, scales, zeros, group, grouped)
+        found["refined"] = _quantized_weight(codes, scales, zeros, group, grouped)
     return found
 
 
@@ -111,13 +112,13 @@ def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
     grids = [min_max_grid(part, config.bits, config.sym) for part in W.split(group)]
     codes = torch.cat([to_codes(part, *grid, config.bits) for part, grid in zip(W.split(group), grids, strict=True)])
     scales, zeros = (torch.stack(rows) for rows in zip(*grids, strict=True))
-    quantized = _finish(codes.to(torch.uint8), scales, zeros, group, None)
+    quantized = _quantized_weight(codes.to(torch.uint8), scales, zeros, group, None)
     return Solution(quantized, output_error(weight, quantized, None), 0.0)
 
 
 def static_grids(W: Tensor, importance: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Scales and zeros (G, N) of the weights W (K, N) as they are, searched for where the recipe says so."""
-    if config.recipe.search:
+    if config.techniques.search:
         grids = [searched_grid(part, matters, config.bits, config.sym, positive=config.positive_scales)
                  for part, matters in zip(W.split(group), importance.split(group), strict=True)]
     else:
@@ -173,7 +174,7 @@ def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Te
         W[j2:].addmm_(Hinv[j1:j2, j2:].t(), Err[j1:j2], alpha=-1)
 
 
-def _inputs_first(weight: Tensor, hessian: Tensor, order: Tensor | None) -> Tensor:
+def _transposed(weight: Tensor, hessian: Tensor, order: Tensor | None) -> Tensor:
     """(K, N) of (N, K), in another order where one is given; inputs that were never active are left out of account."""
     W = weight.t().clone(memory_format=torch.contiguous_format) if order is None else weight.t()[order].contiguous()
     W[_permuted(hessian.diagonal() == 0, order)] = 0
@@ -184,7 +185,8 @@ def _permuted(vector: Tensor, order: Tensor | None) -> Tensor:
     return vector if order is None else vector[order]
 
 
-def _finish(codes: Tensor, scales: Tensor, zeros: Tensor, group: int, order: Tensor | None) -> QuantizedWeight:
+def _quantized_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group: int,
+                      order: Tensor | None) -> QuantizedWeight:
     """Back from (K, N) in order of the groups to (N, K) in the layer's own order."""
     g_idx = torch.arange(codes.shape[0], device=codes.device) // group
     if order is not None:

@@ -7,22 +7,22 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gptq_belle.quantization.activations import Activations
-from gptq_belle.quantization.attention_outputs import Rows
+from gptq_belle.quantization.attention_outputs import BatchList
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.hessian import CrossSum, HessianSum
+from gptq_belle.quantization.hessian import CrossProductMean, HessianMean
 
 HELD_OUT_TOKENS = 4096  # at most: enough to tell two solutions apart, and less memory than a second Hessian
 
 
-class Moments(NamedTuple):
+class StageHessians(NamedTuple):
     """Of the inputs X that the linears of one stage share, and of the full-precision model's there, F."""
 
     hessian: Tensor  # (K, K), the mean of x x^T
     cross: Tensor | None = None  # (K, K), the mean of (f - x) x^T; None where there are no targets
-    held: Sequence[tuple[Tensor, Tensor]] = ()  # X and F (tokens, K) of rows that are held out; F is X without targets
+    held_out: Sequence[tuple[Tensor, Tensor]] = ()  # X and F (tokens, K) of held-out rows
 
 
-class Originals:
+class OriginalWeights:
     """Full-precision weights of the linears of a block that are quantized already, to be put back for a while."""
 
     def __init__(self) -> None:
@@ -53,8 +53,9 @@ def held_out_rows(rows: int, length: int, *, share: int) -> int:
     return 0 if not share else min(rows // share, max(1, HELD_OUT_TOKENS // length))
 
 
-def moments(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | Rows,
-            full: tuple[Originals, Activations | Rows] | None, seen: int, advance: Callable[[], None]) -> Moments:
+def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
+                        full: tuple[OriginalWeights, Activations | BatchList] | None, seen: int,
+                        advance: Callable[[], None]) -> StageHessians:
     """Run the calibration rows up to a stage, through the full-precision block too where there are targets.
 
     Args:
@@ -67,8 +68,8 @@ def moments(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batch
         advance: called once a batch.
     """
     features = block.get_parameter(f"{stage[0]}.weight").shape[1]
-    hessian = HessianSum(features, stream.device)
-    cross = None if full is None else CrossSum(features, stream.device)
+    hessian = HessianMean(features, stream.device)
+    cross = None if full is None else CrossProductMean(features, stream.device)
     held: list[tuple[Tensor, Tensor]] = []
     for x, f in _inputs(stream, block, stage, batches, full, advance):
         count = max(0, min(len(x), seen))
@@ -81,23 +82,23 @@ def moments(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batch
             if count < len(x):  # copies, so that the rest of the batch can go
                 kept = x[count:].flatten(0, 1).clone()
                 held.append((kept, kept if f is x else f[count:].flatten(0, 1).clone()))
-    return Moments(hessian.value, None if cross is None else cross.value, held)
+    return StageHessians(hessian.value, None if cross is None else cross.value, held)
 
 
-def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | Rows,
-            full: tuple[Originals, Activations | Rows] | None, advance: Callable[[], None],
+def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
+            full: tuple[OriginalWeights, Activations | BatchList] | None, advance: Callable[[], None],
             ) -> Iterator[tuple[Tensor, Tensor]]:
     """A linear's inputs in the quantized and in the full-precision model, (rows, T, K), some rows at a time."""
     pairs = ((states, states) for states in batches) if full is None else zip(batches, full[1], strict=True)
-    other_contexts = nullcontext(nullcontext) if full is None else full[1].contexts.during(block, stream.arch, stage)
-    with batches.contexts.during(block, stream.arch, stage) as turn, other_contexts as other_turn:
+    full_pass = nullcontext(nullcontext) if full is None else full[1].attention.forward_pass(block, stream.arch, stage)
+    with batches.attention.forward_pass(block, stream.arch, stage) as piece_context, full_pass as full_context:
         for states, others in pairs:
-            rows = stream.most_rows or len(states)
+            rows = stream.max_rows or len(states)
             for piece, other in zip(states.split(rows), others.split(rows), strict=True):
-                with turn():
-                    x = f = stream.reach(block, stage[0], piece)
+                with piece_context():
+                    x = f = stream.linear_input(block, stage[0], piece)
                 if full is not None:
-                    with full[0].in_place(block), other_turn():
-                        f = stream.reach(block, stage[0], other)
+                    with full[0].in_place(block), full_context():
+                        f = stream.linear_input(block, stage[0], other)
                 yield x, f
             advance()

@@ -15,18 +15,18 @@ from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.reference import dequantize
 from gptq_belle.quantization.block_stream import BlockStream
 
-PROBED_BLOCK = 0
-EXPECTED = "probe.expected"
+VERIFIED_BLOCK = 0
+EXPECTED = "verification.expected"
 LARGEST_DIFFERENCE = 1e-5  # of the output's largest value; the same floats in the same order give 0 on a CPU
 
 
-class Probe:
+class BlockVerification:
     """A few tokens in front of the first block, and what they were behind it when that block was quantized."""
 
     def __init__(self, hidden: Iterable[Tensor]) -> None:
         (self.states,) = hidden
 
-    def expect(self, stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
+    def expected_output(self, stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
         """The output of the block as the solver left it, to be kept until `compare`."""
         return {EXPECTED: stream.run(block, self.states)}
 
@@ -40,16 +40,16 @@ class Probe:
         """
         expected = kept[EXPECTED]
         reader = CheckpointReader(directory)
-        block = stream.blocks.get_submodule(str(PROBED_BLOCK))
+        block = stream.blocks.get_submodule(str(VERIFIED_BLOCK))
         for name, _ in list(block.named_parameters()):
-            full_name = f"{stream.arch.blocks}.{PROBED_BLOCK}.{name}"
+            full_name = f"{stream.arch.blocks}.{VERIFIED_BLOCK}.{name}"
             assign(block, name, _read(reader, full_name).to(stream.device, torch.float32))
         output = stream.run(block, self.states)
-        stream.drop(block)
+        stream.release(block)
         difference = float((output - expected).abs().max() / expected.abs().max())
         if not difference <= LARGEST_DIFFERENCE:
             raise GptqBelleError(
-                f"block {PROBED_BLOCK} read back from the written file differs by {difference:.2e} of its output",
+                f"block {VERIFIED_BLOCK} read back from the written file differs by {difference:.2e} of its output",
                 "The files were removed. Check disk and memory, and run it with --restart; if it stays, report it.")
         return difference
 

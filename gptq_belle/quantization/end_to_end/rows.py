@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import UsageError
-from gptq_belle.quantization.job import Setup
+from gptq_belle.quantization.job import QuantizationJob
 
 LENGTH = 256  # tokens a row, at most
 TOKENS, HELD_OUT = 1 << 17, 1 << 13  # at most, of rows to learn from and of those to stop by
@@ -16,7 +16,7 @@ SHARE = 16  # one in so many rows is held out
 
 
 class TuningRows:
-    """Rows of tokens, in the two models.
+    """InMemoryActivations of tokens, in the two models.
 
     Args:
         states: (rows, T, hidden_size) float32, in front of the first block.
@@ -65,18 +65,18 @@ def cut(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return pieces[: min(len(pieces) - held, TOKENS // length)], pieces[-held:]
 
 
-def tuning_rows(setup: Setup, scratch: Path, step: Callable[[int], None]) -> tuple[TuningRows, TuningRows]:
+def tuning_rows(job: QuantizationJob, scratch: Path, step: Callable[[int], None]) -> tuple[TuningRows, TuningRows]:
     """Run the full-precision model, with one block in memory at a time.
 
     Args:
-        setup: the job.
+        job: the job.
         scratch: a name for the file that memory is mapped to; it has gone when this returns.
         step: called with the number of every block when it begins.
     Returns:
-        Rows to learn from, and rows to stop by.
+        InMemoryActivations to learn from, and rows to stop by.
     """
-    assert setup.tokens is not None
-    stream, (learnt, held) = setup.stream, cut(setup.tokens)
+    assert job.tokens is not None
+    stream, (learnt, held) = job.stream, cut(job.tokens)
     tokens = torch.cat([learnt, held])
     shape = (2, *tokens.shape, int(stream.model.config.hidden_size))
     states, aims = torch.from_file(str(scratch), shared=True, size=torch.Size(shape).numel(),
@@ -88,20 +88,20 @@ def tuning_rows(setup: Setup, scratch: Path, step: Callable[[int], None]) -> tup
     aims.copy_(states)
     for index in range(stream.count):
         step(index)
-        block = stream.block(index)
-        stream.read_ahead(index + 1)
+        block = stream.load_block(index)
+        stream.prefetch(index + 1)
         for batch in aims.split(count):
             batch.copy_(stream.run(block, batch))
-        stream.drop(block)
-    with stream.behind() as normalize:
+        stream.release(block)
+    with stream.final_norm() as normalize:
         for batch in aims.split(count):
             batch.copy_(normalize(batch))
-    seed = int((setup.calibration or {}).get("seed", 0))
+    seed = int((job.calibration or {}).get("seed", 0))
     at = len(learnt)
     return TuningRows(states[:at], aims[:at], seed), TuningRows(states[at:], aims[at:])
 
 
-def scratch_bytes(setup: Setup) -> int:
+def scratch_bytes(job: QuantizationJob) -> int:
     """Size of the file that the rows lie in."""
-    assert setup.tokens is not None
-    return 8 * int(setup.stream.model.config.hidden_size) * sum(part.numel() for part in cut(setup.tokens))
+    assert job.tokens is not None
+    return 8 * int(job.stream.model.config.hidden_size) * sum(part.numel() for part in cut(job.tokens))

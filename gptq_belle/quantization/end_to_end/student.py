@@ -11,11 +11,11 @@ from gptq_belle.checkpoint.empty_model import assign, empty_model
 from gptq_belle.checkpoint.safetensors_file import TensorFile
 from gptq_belle.formats.gptq_weight import PackedWeight, QuantizedWeight, dequantize, unpack
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.bloom_attention import quicken
+from gptq_belle.quantization.bloom_attention import use_fused_modules
 from gptq_belle.quantization.config import QuantConfig
 
 
-class Changes:
+class RelativeChanges:
     """Parameters that are (1 + change) times what they were, as float16 holds it.
 
     Scales of different layers differ by orders of magnitude, and Adam's steps do not: so a scale's change is a share of
@@ -56,7 +56,7 @@ def _unit(part: Tensor) -> Tensor:
     return part.abs() if part.ndim == 2 else part.square().mean().sqrt().expand(part.shape)
 
 
-class TunableLinear(nn.Module):
+class TrainableLinear(nn.Module):
     """A quantized linear with a gradient to its input, its scales and its bias.
 
     Args:
@@ -124,7 +124,7 @@ class Student:
 
         What a block computes inside is computed again on the way back: memory holds one block's at a time.
         """
-        args, kwargs = self.stream.arguments(states.shape[:2])
+        args, kwargs = self.stream.block_arguments(states.shape[:2])
         states = states.to(self.stream.device)
         for block in self.blocks:
             output = checkpoint(block, states, *args, use_reentrant=False, **kwargs)
@@ -148,7 +148,7 @@ def read_student(stream: BlockStream, written: Mapping[str, TensorFile], config:
         config: the job's settings.
     """
     model = empty_model(stream.reader.path)
-    quicken(model)
+    use_fused_modules(model)
     blocks = list(model.get_submodule(stream.arch.blocks).children())
     after = {root: model.get_submodule(root) for root in stream.arch.after}
     parameters: dict[str, nn.Parameter] = {}
@@ -173,7 +173,7 @@ def _fill(stream: BlockStream, root: str, module: nn.Module, written: Mapping[st
     for name, linear in list(module.named_modules()):
         if isinstance(linear, nn.Linear) and (stem := f"{root}.{name}") + ".qweight" in written:
             weight = _solved(stem, written, config)
-            tunable = TunableLinear(QuantizedWeight(*(part.to(stream.device) for part in weight)), linear.bias)
+            tunable = TrainableLinear(QuantizedWeight(*(part.to(stream.device) for part in weight)), linear.bias)
             parameters[f"{stem}.scales"] = tunable.scales
             module.set_submodule(name, tunable)
     return parameters

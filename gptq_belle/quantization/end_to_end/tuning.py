@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptq_belle.quantization.end_to_end.rows import TuningRows
 from gptq_belle.quantization.end_to_end.savepoint import Savepoint
-from gptq_belle.quantization.end_to_end.student import Changes, Student
+from gptq_belle.quantization.end_to_end.student import RelativeChanges, Student
 from gptq_belle.quantization.report import JobProgress
 
 BATCH = 2048  # tokens a step
@@ -26,7 +26,7 @@ EVERY, PATIENCE = 10, 6  # steps between two looks at the held-out rows, and loo
 
 
 @dataclass(slots=True)
-class Tuned:
+class TuningResult:
     """What tuning did, for the report.
 
     Attributes:
@@ -69,12 +69,12 @@ class Tuning:
                  steps: int) -> None:
         self.student, self.head, self.rows, self.held_out = student, head, rows, held_out
         self.savepoint, self.steps = savepoint, steps
-        self.changes = Changes(list(student.parameters.values()))
+        self.changes = RelativeChanges(list(student.parameters.values()))
         self.adam = torch.optim.Adam([self.changes.vector], lr=RATE, betas=BETAS, eps=EPS)
         self.best = self.changes.vector.detach().clone()
-        self.told = Tuned()
+        self.told = TuningResult()
 
-    def run(self, progress: JobProgress) -> Tuned:
+    def run(self, progress: JobProgress) -> TuningResult:
         """Tune, and leave the student with the parameters that the held-out rows liked best."""
         first = self._resume()
         progress.start(1, self.steps - first, 0)
@@ -128,7 +128,7 @@ class Tuning:
         if (saved := self.savepoint.load()) is None:
             return 0
         told: dict[str, Any] = saved.state
-        self.told = Tuned(told["steps"], told["best"], {int(step): kl for step, kl in told["kl"].items()})
+        self.told = TuningResult(told["steps"], told["best"], {int(step): kl for step, kl in told["kl"].items()})
         vector = self.changes.vector
         tensors = {name: tensor.to(vector.device) for name, tensor in saved.tensors.items()}
         self.best = tensors.pop("best")

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.quantization.attention_outputs import Rows
+from gptq_belle.quantization.attention_outputs import BatchList
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.stage_hessians import Originals, held_out_rows, moments
+from gptq_belle.quantization.stage_hessians import OriginalWeights, accumulate_hessians, held_out_rows
 
 ROWS, LENGTH, SEEN = 8, 24, 6
 
@@ -21,24 +21,24 @@ def captured(model, name, ids):
     return found[0].double()
 
 
-@pytest.mark.parametrize("most_rows", [None, 1, 3])
+@pytest.mark.parametrize("max_rows", [None, 1, 3])
 @pytest.mark.parametrize("targets", [True, False])
-def test_sums_and_held_out_rows_are_those_of_the_models(tiny_model, targets, most_rows):
+def test_sums_and_held_out_rows_are_those_of_the_models(tiny_model, targets, max_rows):
     """Block 0 with its first linear changed: behind it, the two models differ."""
     stream = BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
-    stream.most_rows = most_rows
+    stream.max_rows = max_rows
     ids = torch.randint(4, 300, (ROWS, LENGTH))
     batches = [part for batch in stream.embed(ids) for part in batch.split(5)]
-    block, stage = stream.block(0), stream.arch.stages[-1]
+    block, stage = stream.load_block(0), stream.arch.stages[-1]
     name = f"{stream.arch.linears[0]}.weight"
     original = block.get_parameter(name).data
-    originals = Originals()
+    originals = OriginalWeights()
     originals.weights[name] = original
     block.get_parameter(name).data = changed = original + 0.05 * torch.randn_like(original)
     steps = []
-    rows, full = Rows(*batches), (originals, Rows(*batches)) if targets else None
-    found = moments(stream, block, stage, rows, full, SEEN, lambda: steps.append(1))
-    again = moments(stream, block, stage, rows, full, SEEN, lambda: None)  # from what attention has made of them
+    rows, full = BatchList(*batches), (originals, BatchList(*batches)) if targets else None
+    found = accumulate_hessians(stream, block, stage, rows, full, SEEN, lambda: steps.append(1))
+    again = accumulate_hessians(stream, block, stage, rows, full, SEEN, lambda: None)  # recorded
     assert torch.equal(again.hessian, found.hessian)
     assert not targets or torch.equal(again.cross, found.cross)
     assert block.get_parameter(name).data_ptr() == changed.data_ptr()
@@ -53,7 +53,7 @@ def test_sums_and_held_out_rows_are_those_of_the_models(tiny_model, targets, mos
     seen, gap = x[:SEEN].flatten(0, 1), (f - x)[:SEEN].flatten(0, 1)
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found.hessian.double(), seen.t() @ seen / len(seen), **close)
-    held_x, held_f = (torch.cat(parts).double() for parts in zip(*found.held, strict=True))
+    held_x, held_f = (torch.cat(parts).double() for parts in zip(*found.held_out, strict=True))
     torch.testing.assert_close(held_x, x[SEEN:].flatten(0, 1), **close)
     torch.testing.assert_close(held_f, (f if targets else x)[SEEN:].flatten(0, 1), **close)
     if targets:

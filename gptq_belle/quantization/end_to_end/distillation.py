@@ -11,31 +11,31 @@ from gptq_belle.quantization.end_to_end.rows import tuning_rows
 from gptq_belle.quantization.end_to_end.savepoint import Savepoint
 from gptq_belle.quantization.end_to_end.student import read_student
 from gptq_belle.quantization.end_to_end.tuning import Tuning
-from gptq_belle.quantization.job import Setup
+from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.report import JobProgress
-from gptq_belle.quantization.verification import PROBED_BLOCK, Probe
+from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification
 
 PART = "tuned.safetensors"  # sorts behind all other parts, and what it holds counts instead of theirs
 
 
-def distill(setup: Setup, writer: CheckpointWriter, journal: Journal, probe: Probe,
+def distill(job: QuantizationJob, writer: CheckpointWriter, journal: Journal, verification: BlockVerification,
             progress: JobProgress) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Tune the finished blocks, and write what changed as a part of its own.
 
     An interrupted phase goes on behind its last look at the held-out rows, and ends bit for bit where it would have.
 
     Returns:
-        `Tuned` for the report, and what the probe is to compare the written file with.
+        `TuningResult` for the report, and what the verification is to compare the written file with.
     """
     def step(index: int) -> None:
-        progress.phase(f"what the full-precision model predicts: block {index + 1} of {setup.stream.count}")
+        progress.phase(f"what the full-precision model predicts: block {index + 1} of {job.stream.count}")
 
-    stream, steps = setup.stream, setup.config.recipe.steps
-    rows, held_out = tuning_rows(setup, journal.folder / "rows.f32", step)
+    stream, steps = job.stream, job.config.techniques.steps
+    rows, held_out = tuning_rows(job, journal.folder / "rows.f32", step)
     origin = [stamp for record in journal.records for name, stamp in record.files.items() if name.startswith("parts/")]
-    student = read_student(stream, writer.written(), setup.config)
+    student = read_student(stream, writer.written(), job.config)
     told = Tuning(student, torch.cat(list(stream.head())), rows, held_out, Savepoint(journal.folder, origin),
                   steps).run(progress)
     writer.add(PART, student.tensors())
-    return asdict(told), probe.expect(stream, student.blocks[PROBED_BLOCK])
+    return asdict(told), verification.expected_output(stream, student.blocks[VERIFIED_BLOCK])

@@ -8,12 +8,12 @@ from conftest import job_output
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.quantization import activations
-from gptq_belle.quantization.attention_outputs import Contexts, Rows
+from gptq_belle.quantization.attention_outputs import AttentionOutputs, BatchList
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-from gptq_belle.quantization.stage_hessians import moments
+from gptq_belle.quantization.stage_hessians import accumulate_hessians
 
 CALIBRATION = Calibration(rows=32, seq_len=64, allow_short=True)
 
@@ -23,11 +23,11 @@ def stream(tiny_model):
     return BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
 
 
-class Anew(Contexts):
+class Anew(AttentionOutputs):
     """Keeps nothing."""
 
     @contextmanager
-    def during(self, *_):
+    def forward_pass(self, *_):
         yield nullcontext
 
 
@@ -36,32 +36,32 @@ def test_jobs_end_in_the_same_bytes_without_it(tiny_model, tmp_path, monkeypatch
     config = QuantConfig(group_size=32, preset=preset)
     for name in ("kept", "anew"):
         quantize_checkpoint(tiny_model, tmp_path / name, config, calibration=CALIBRATION)
-        monkeypatch.setattr(activations, "Contexts", Anew)
+        monkeypatch.setattr(activations, "AttentionOutputs", Anew)
     assert job_output(tmp_path / "kept") == job_output(tmp_path / "anew")
 
 
 def hessian(stream, block, stage, rows):
-    return moments(stream, block, stage, rows, None, 1 << 30, lambda: None).hessian
+    return accumulate_hessians(stream, block, stage, rows, None, 1 << 30, lambda: None).hessian
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_attention_runs_once_and_its_successors_see_the_same(stream, tmp_path, on_disk):
     arch = stream.arch
-    rows = Rows(*stream.embed(torch.randint(10, 300, (80, 64))))
-    stream.most_rows = 48  # batches of 64 and 16 rows, in three pieces
-    block, calls = stream.block(0), []
+    rows = BatchList(*stream.embed(torch.randint(10, 300, (80, 64))))
+    stream.max_rows = 48  # batches of 64 and 16 rows, in three pieces
+    block, calls = stream.load_block(0), []
     block.get_submodule(arch.stages[0][0]).register_forward_hook(lambda *_: calls.append(1))
 
     def through(contexts):
-        rows.contexts = contexts
+        rows.attention = contexts
         found = [hessian(stream, block, stage, rows) for stage in arch.stages]
-        with contexts.during(block, arch) as turn:
-            return [*found, *(stream.run(block, states, turn) for states in rows)]
+        with contexts.forward_pass(block, arch) as piece_context:
+            return [*found, *(stream.run(block, states, piece_context) for states in rows)]
 
     expected = through(Anew())
     assert len(calls) == 4 * 3  # the pass to the first stage ends in front of it
     calls.clear()
-    contexts = Contexts(tmp_path if on_disk else None)
+    contexts = AttentionOutputs(tmp_path if on_disk else None)
     assert all(map(torch.equal, through(contexts), expected))
     assert len(calls) == 3
     assert "forward" not in vars(block.get_submodule(arch.attention))
@@ -72,28 +72,28 @@ def test_attention_runs_once_and_its_successors_see_the_same(stream, tmp_path, o
 def test_another_output_projection_is_seen(stream):
     """It is quantized between the passes."""
     arch = stream.arch
-    rows = Rows(next(stream.embed(torch.randint(10, 300, (2, 16)))))
-    block = stream.block(0)
+    rows = BatchList(next(stream.embed(torch.randint(10, 300, (2, 16)))))
+    block = stream.load_block(0)
     hessian(stream, block, arch.stages[1], rows)
     block.get_submodule(arch.output).weight.mul_(0.5)
-    with rows.contexts.during(block, arch) as turn:
-        replayed = stream.run(block, rows.batches[0], turn)
+    with rows.attention.forward_pass(block, arch) as piece_context:
+        replayed = stream.run(block, rows.batches[0], piece_context)
     assert torch.equal(replayed, stream.run(block, rows.batches[0]))
 
 
 def test_a_pass_that_fails_keeps_nothing(stream):
-    contexts, arch = Contexts(), stream.arch
+    contexts, arch = AttentionOutputs(), stream.arch
     states = next(stream.embed(torch.randint(10, 300, (2, 16))))
-    block = stream.block(0)
+    block = stream.load_block(0)
 
     def fail():
-        with contexts.during(block, arch, arch.stages[1]) as turn:
-            stream.run(block, states, turn)
+        with contexts.forward_pass(block, arch, arch.stages[1]) as piece_context:
+            stream.run(block, states, piece_context)
             raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
         fail()
     contexts.clear()
-    with contexts.during(block, arch) as turn:
-        stream.run(block, states, turn)
+    with contexts.forward_pass(block, arch) as piece_context:
+        stream.run(block, states, piece_context)
     assert len(list(contexts)) == 1

@@ -6,31 +6,31 @@ import pytest
 
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.presets import IDEAS, RECIPES, Recipe, recipe
+from gptq_belle.quantization.presets import DISABLED, PRESETS, Techniques, techniques_of
 
 
 def test_fast_is_plain_gptq_and_best_the_default():
-    assert QuantConfig(preset="fast").recipe == Recipe()
-    assert QuantConfig().recipe == RECIPES["best"]
+    assert QuantConfig(preset="fast").techniques == Techniques()
+    assert QuantConfig().techniques == PRESETS["best"]
 
 
 def test_without_all_ideas_best_is_fast():
-    assert recipe("best", IDEAS) == recipe("fast")
+    assert techniques_of("best", DISABLED) == techniques_of("fast")
 
 
-@pytest.mark.parametrize("idea", IDEAS)
+@pytest.mark.parametrize("idea", DISABLED)
 def test_every_idea_is_one_of_max_and_goes_alone(idea):
-    left = recipe("max", [idea])
-    assert left != RECIPES["max"]
-    assert replace(left, **{name: getattr(RECIPES["max"], name) for name in IDEAS[idea]}) == RECIPES["max"]
+    left = techniques_of("max", [idea])
+    assert left != PRESETS["max"]
+    assert replace(left, **{name: getattr(PRESETS["max"], name) for name in DISABLED[idea]}) == PRESETS["max"]
 
 
 def test_best_is_max_without_tuning():
-    assert recipe("max", ["tuning"]) == RECIPES["best"]
+    assert techniques_of("max", ["tuning"]) == PRESETS["best"]
 
 
 def test_rounding_to_nearest_knows_no_ideas():
-    assert QuantConfig(method="rtn").recipe == Recipe()
+    assert QuantConfig(method="rtn").techniques == Techniques()
 
 
 @pytest.mark.parametrize(("option", "value"), [("preset", "better"), ("without", ("clipping",))])

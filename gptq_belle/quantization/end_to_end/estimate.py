@@ -11,9 +11,9 @@ from torch import nn
 from gptq_belle.common.memory import anonymous_bytes, available_bytes, mib
 from gptq_belle.errors import HardwareError
 from gptq_belle.quantization.end_to_end.rows import cut
-from gptq_belle.quantization.end_to_end.student import Student, TunableLinear
+from gptq_belle.quantization.end_to_end.student import Student, TrainableLinear
 from gptq_belle.quantization.end_to_end.tuning import BATCH, CHUNK, EVERY, learn
-from gptq_belle.quantization.job import Setup, linear_shapes
+from gptq_belle.quantization.job import QuantizationJob, linear_shapes
 from gptq_belle.quantization.solver import round_to_nearest
 
 COPIES = 11  # of a trained figure: itself, how it began, unit, change, gradients, moments, the best, and passing ones
@@ -22,9 +22,9 @@ FORWARD = 0.3  # of a step's time is its way forward
 INNER = 2.5  # times what a forward pass of a block keeps, on the way back
 
 
-def tuning_bytes(setup: Setup) -> int:
+def tuning_bytes(job: QuantizationJob) -> int:
     """Peak beside the program's own memory, in bytes."""
-    stream, config = setup.stream, setup.config
+    stream, config = job.stream, job.config
     shapes, block = linear_shapes(stream), stream.blocks.get_submodule("0")
     vectors = sum(parameter.numel() for name, parameter in block.named_parameters()
                   if name.removesuffix(".weight") not in shapes)
@@ -43,11 +43,11 @@ def tuning_bytes(setup: Setup) -> int:
     return total + 4 * vocabulary * (hidden + PREDICTIONS * CHUNK) + states + 3 * 4 * widest
 
 
-def check_tuning(setup: Setup, limit: int | None) -> int:
+def check_tuning(job: QuantizationJob, limit: int | None) -> int:
     """Refuse a job whose model cannot be tuned here, before anything else is done.
 
     Args:
-        setup: the job.
+        job: the job.
         limit: bytes of anonymous memory to keep to; None for what is free. Of a GPU it is what is free there.
     Returns:
         The peak of the process's anonymous memory in bytes, where it tunes on the CPU; 0 where on a GPU or not at all.
@@ -55,10 +55,10 @@ def check_tuning(setup: Setup, limit: int | None) -> int:
         HardwareError: the model does not fit; what it needs is said.
         UsageError: too little text to calibrate on.
     """
-    if not setup.config.recipe.steps or setup.tokens is None:
+    if not job.config.techniques.steps or job.tokens is None:
         return 0
-    cut(setup.tokens)
-    device, needed, process = setup.stream.device, tuning_bytes(setup), anonymous_bytes() or 0
+    cut(job.tokens)
+    device, needed, process = job.stream.device, tuning_bytes(job), anonymous_bytes() or 0
     free = available_bytes() if limit is None else limit - process
     if device.type == "cuda":
         process, free = 0, torch.cuda.mem_get_info(device)[0]
@@ -70,21 +70,21 @@ def check_tuning(setup: Setup, limit: int | None) -> int:
     return process + needed if device.type == "cpu" else 0
 
 
-def tuning_seconds(setup: Setup, block: nn.Module) -> float:
+def tuning_seconds(job: QuantizationJob, block: nn.Module) -> float:
     """Time of all steps, from one through a single block and one through two.
 
     Args:
-        setup: the job.
+        job: the job.
         block: its first one, in full precision.
     """
-    assert setup.tokens is not None
-    stream, steps = setup.stream, setup.config.recipe.steps
-    learnt, held = cut(setup.tokens)
+    assert job.tokens is not None
+    stream, steps = job.stream, job.config.techniques.steps
+    learnt, held = cut(job.tokens)
     length = learnt.shape[1]
     vocabulary, hidden = stream.embedding_shape
     states = torch.randn(max(1, BATCH // length), length, hidden)
     head = torch.randn(vocabulary, hidden, device=stream.device)
-    with _tunable(setup, block) as tunable:
+    with _tunable(job, block) as tunable:
         seconds = []
         for blocks in ([tunable], [tunable], [tunable] * 2):  # the first time of anything takes longer
             began = time.perf_counter()
@@ -96,15 +96,15 @@ def tuning_seconds(setup: Setup, block: nn.Module) -> float:
 
 
 @contextmanager
-def _tunable(setup: Setup, block: nn.Module) -> Iterator[nn.Module]:
+def _tunable(job: QuantizationJob, block: nn.Module) -> Iterator[nn.Module]:
     """The block with tunable linears, of weights that are rounded to nearest, for a while."""
-    stream = setup.stream
+    stream = job.stream
     before = {}
     for name in stream.arch.linears:
-        if (own := setup.config.of(f"{stream.arch.blocks}.0.{name}")) is not None:
+        if (own := job.config.of(f"{stream.arch.blocks}.0.{name}")) is not None:
             linear: Any = block.get_submodule(name)
             before[name] = linear
-            block.set_submodule(name, TunableLinear(round_to_nearest(linear.weight, own).weight, linear.bias))
+            block.set_submodule(name, TrainableLinear(round_to_nearest(linear.weight, own).weight, linear.bias))
     try:
         yield block
     finally:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu, build_alibi_tensor
 
-from gptq_belle.quantization.bloom_attention import QuickBloomAttention, quicken
+from gptq_belle.quantization.bloom_attention import FusedBloomAttention, use_fused_modules
 
 
 def eager(module, states, residual, slopes):
@@ -32,16 +32,16 @@ def test_attention_with_alibi(heads, width, rows, length):
     mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
     with torch.inference_mode():
         expected = eager(slow, states, residual, slopes)
-        exact = QuickBloomAttention(slow)(states, residual, (slopes[:, None] * places).repeat(rows, 1))[0]
+        exact = FusedBloomAttention(slow)(states, residual, (slopes[:, None] * places).repeat(rows, 1))[0]
         slow.float()
         theirs = slow(states.float(), residual.float(), alibi, mask)[0]
-        ours = QuickBloomAttention(slow)(states.float(), residual.float(), alibi, attention_mask=mask)[0]
+        ours = FusedBloomAttention(slow)(states.float(), residual.float(), alibi, attention_mask=mask)[0]
     assert torch.allclose(exact, expected, rtol=1e-9, atol=1e-9)
     assert (ours - expected).norm() < 2 * (theirs - expected).norm()
 
 
 def test_what_comes_later_is_not_seen():
-    attention = QuickBloomAttention(BloomAttention(BloomConfig(hidden_size=64, n_head=4), 0))
+    attention = FusedBloomAttention(BloomAttention(BloomConfig(hidden_size=64, n_head=4), 0))
     alibi = build_alibi_tensor(torch.ones(1, 20), 4, torch.float32)
     states = torch.randn(1, 20, 64)
     other = torch.cat([states[:, :12], torch.randn(1, 8, 64)], 1)
@@ -54,7 +54,7 @@ def test_what_comes_later_is_not_seen():
 def test_a_quickened_model_is_the_same_function(tiny_model):
     slow, quick = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
     names = set(slow.state_dict())
-    quicken(quick)
+    use_fused_modules(quick)
     assert set(quick.state_dict()) == names
     assert not any(isinstance(module, BloomAttention | BloomGelu) for module in quick.modules())
     ids = torch.randint(10, 300, (2, 48))
