@@ -95,3 +95,11 @@ def test_memory_table_agrees_with_plan_and_models(row, model, name, head):
     for bits, file, total in zip((4, 8), cells[::2], cells[1::2], strict=True):
         assert file == known[f"gb_{bits}_bit"]
         assert abs(total - memory[bits]) < 0.06
+
+
+def test_layout_lists_every_folder_of_the_package():
+    text = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(.+?)/` \|", text, re.MULTILINE))
+    assert all((ROOT / folder).is_dir() for folder in listed)
+    assert {f"gptq_belle/{path.name}" for path in (ROOT / "gptq_belle").iterdir()
+            if path.is_dir() and not path.is_symlink() and not path.name.startswith("_")} <= listed
