@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_file(path, content, begin, size, memory):
         found = FileBytes(path).read(begin, size, memory)
         assert found.shape == (size,)
         assert torch.equal(found, content[begin : begin + size]), state
-        FileBytes(path).ahead(0, SIZE if state == "partly held" else 6 * PAGE)
+        FileBytes(path).fill_cache(0, SIZE if state == "partly held" else 6 * PAGE)
 
 
 @pytest.mark.parametrize(("begin", "size"), SPANS)

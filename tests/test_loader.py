@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.common.devices import resolve_device
-from gptq_belle.engine.hf_model import hf_model, read_quantization
+from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.formats.quantize_config import Quantization

@@ -17,13 +17,11 @@ from gptq_belle.checkpoint.config_files import mended, write_configuration
 from gptq_belle.checkpoint.conversion_check import Conversion, largest_deviation
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.model_card import converted_card
-from gptq_belle.checkpoint.packed_reader import stated_quantization
+from gptq_belle.checkpoint.packed_reader import PARTS, linear_quantization, read_packed, stated_quantization
 from gptq_belle.checkpoint.quantized_source import (
     STATE,
     Source,
-    group_index,
     open_source,
-    own_quantization,
     packed_linears,
     quantization_of,
 )
@@ -110,7 +108,7 @@ def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bo
     linears = dict(packed_linears(source.reader, model.model))
     _check_nothing_left(source, model, linears)
     read = packed.checkpoint_format
-    own = {name: own_quantization(packed, name) for name in linears}
+    own = {name: linear_quantization(source.reader, packed, name) for name in linears}
     zeros = census((read_zeros(source.reader.tensor(f"{name}.qzeros"), each.bits, read), each.bits)
                    for name, each in own.items())
     report = Conversion(
@@ -154,31 +152,30 @@ def _block(job: _Job, index: int) -> dict[str, Tensor]:
 
 def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     """One packed linear: words of codes as they are, zero points in the format to be written, the rest in float16."""
-    reader, packed, report = job.source.reader, own_quantization(job.packed, name), job.report
-    scales = reader.tensor(f"{name}.scales")
-    half = job.model.float16(f"{name}.scales", scales)
-    report.vanished_scales += int(((half == 0) & (scales != 0)).sum())
-    qzeros = reader.tensor(f"{name}.qzeros")
-    if job.repair or report.written_format != packed.checkpoint_format:
-        zeros = read_zeros(qzeros, packed.bits, packed.checkpoint_format)
-        zeros = repaired(zeros, packed.bits) if job.repair else zeros
-        qzeros = write_zeros(zeros, packed.bits, report.written_format)
-    tensors = {f"{name}.qweight": reader.tensor(f"{name}.qweight"), f"{name}.qzeros": qzeros,
-               f"{name}.scales": half, f"{name}.g_idx": group_index(job.source, packed, name).int()}
+    reader, linear, report = job.source.reader, job.linears[name], job.report
+    words = read_packed(reader, job.packed, name, linear.in_features, linear.out_features)
+    scales = job.model.float16(f"{name}.scales", words.scales)
+    report.vanished_scales += int(((scales == 0) & (words.scales != 0)).sum())
+    qzeros = words.qzeros
+    if job.repair or report.written_format != job.packed.checkpoint_format:
+        zeros = read_zeros(qzeros, words.bits, job.packed.checkpoint_format)
+        zeros = repaired(zeros, words.bits) if job.repair else zeros
+        qzeros = write_zeros(zeros, words.bits, report.written_format)
+    tensors = {f"{name}.qweight": words.qweight, f"{name}.qzeros": qzeros, f"{name}.scales": scales,
+               f"{name}.g_idx": words.g_idx}
     if f"{name}.bias" in reader:
         bias = job.model.float16(f"{name}.bias", reader.tensor(f"{name}.bias"))
-        if job.linears[name].bias is not None or bool(bias.any()):
+        if linear.bias is not None or bool(bias.any()):
             tensors[f"{name}.bias"] = bias
         else:
             report.dropped_biases += 1
-    elif job.linears[name].bias is not None:
+    elif linear.bias is not None:
         raise InputError(f"{reader.path} lacks the tensor {name}.bias", "The file is incomplete: fetch it again.")
     return tensors
 
 
 def _check_nothing_left(source: Source, model: SourceModel, linears: dict[str, nn.Linear]) -> None:
-    parts = ("qweight", "qzeros", "scales", "g_idx", "bias")
-    known = {f"{name}.{part}" for name in linears for part in parts} | {f"{HEAD}.weight"}
+    known = {f"{name}.{part}" for name in linears for part in PARTS} | {f"{HEAD}.weight"}
     known |= {name for name, _ in model.model.named_parameters()}
     extra = [name for name in source.reader if name not in known and not name.endswith(COMPUTED)]
     if extra:
@@ -209,5 +206,5 @@ def _read_back(job: _Job, files: Path, step: Callable[[int], None]) -> None:
     if problems := inspect(files).problems:
         raise GptqBelleError(f"the converted directory is not sound: {problems[0]}",
                              "The files were removed. The source may be damaged; if not, report it.")
-    job.report.deviation = largest_deviation(job.source.reader, files, job.packed, list(job.linears),
-                                             lambda name: group_index(job.source, job.packed, name), job.repair, step)
+    job.report.deviation = largest_deviation(job.source.reader, files, job.packed, job.linears,
+                                             job.repair, step)

@@ -83,7 +83,7 @@ class FileBytes:
             self._fill(begin + chosen[place] * size, raw(found[place * size : (place + count) * size]))
         return found
 
-    def ahead(self, begin: int, end: int) -> None:
+    def fill_cache(self, begin: int, end: int) -> None:
         """Bring bytes into the system's cache, holding no more than a piece of them; stops where the file does."""
         buffer = bytearray(min(PIECE, end - begin))
         while begin < end and (count := os.preadv(self._file, [buffer], begin)):

@@ -1,28 +1,32 @@
-"""Quantized linears of a checkpoint: their configuration, checked against the tensors."""
+"""Read quantized linears of a checkpoint: their configuration, checked against the tensors; and a packed lm_head.
 
-from collections.abc import Iterator
+K = in_features, N = out_features, G = groups. Everything that loads a quantized linear does it through this module.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.prefetch import ahead
+from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.formats.packed_head import BITS as PACKED_HEAD_BITS
 from gptq_belle.formats.packed_head import CODES, SCALES, from_bytes, group_of
-from gptq_belle.formats.quantize_config import BITS, WRONG_CONFIG, Quantization, _producer
-from gptq_belle.formats.zero_points import V1, V2
+from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization, parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, MemoryPool
+from gptq_belle.kernels.layout import CanonicalWeight, canonical
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-LARGEST_GROUP = 1 << 24  # more inputs than any linear has
+WORDS, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx", "bias")
+PARTS = (*WORDS, *OPTIONAL)  # tensors of a quantized linear, by the last part of their names
 
 
 def stated_quantization(reader: CheckpointReader) -> dict[str, Any] | None:
-    """config.json's quantization_config as it stands there, else all of quantize_config.json, else None.
+    """The quantization_config of config.json, else the content of quantize_config.json, else None.
 
     Raises:
         InputError: it is not an object.
@@ -37,100 +41,124 @@ def stated_quantization(reader: CheckpointReader) -> dict[str, Any] | None:
 
 
 def read_quantization(reader: CheckpointReader) -> Quantization | None:
-    """The quantization that config.json states, else quantize_config.json; None where neither does.
+    """The checked quantization of a directory; None where it states none.
 
     Raises:
-        InputError: another method than GPTQ, or a figure that is missing or not supported.
+        InputError: as `parse_quantization`.
     """
     stated = stated_quantization(reader)
-    if stated is None:
-        return None
-    # AutoGPTQ's file has no quant_method; `format` wins over `checkpoint_format`; without either it is v1.
-    _expect(reader, "quant_method", stated.get("quant_method", "gptq"), ("gptq",))
-    _expect(reader, "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
-    checkpoint_format = stated.get("format") or stated.get("checkpoint_format") or V1
-    _expect(reader, "format", checkpoint_format, (V1, V2))
-    _expect(reader, "bits", stated.get("bits"), BITS)
-    _expect_group(reader, stated.get("group_size"))
-    return Quantization(stated["bits"], stated["group_size"], stated.get("sym"), bool(stated.get("desc_act")),
-                        checkpoint_format, _producer(stated), _rules(reader, stated.get("dynamic")))
+    return None if stated is None else parse_quantization(stated, reader.path)
 
 
-def check_geometry(reader: CheckpointReader, name: str, quantization: Quantization, inputs: int, outputs: int) -> None:
-    """Hold the configuration's bits and group size against the shapes of one packed linear (headers only).
+def check_packed(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
+                 out_features: int) -> Quantization:
+    """Check one packed linear against the configuration, from the headers of the files alone.
 
     Args:
-        name: of the linear.
-        inputs, outputs: in_features and out_features that config.json gives it.
+        reader: the directory.
+        quantization: of the directory.
+        name: full name of the linear.
+        in_features, out_features: as config.json gives them.
+    Returns:
+        The settings of this linear.
     Raises:
-        InputError: they disagree; the message states both figures.
+        InputError: no configuration, one that leaves this linear unquantized, a missing tensor, or bits, group size,
+            shapes or dtypes that disagree; the message states both figures.
     """
-    rows, columns = _matrix(reader, f"{name}.qweight")
-    groups, _ = _matrix(reader, f"{name}.scales")
-    if columns != outputs:
-        raise InputError(f"{name} has {columns} outputs, config.json gives it {outputs}", WRONG_CONFIG)
-    if rows * 32 != quantization.bits * inputs:
-        raise InputError(f"the configuration says {quantization.bits} bits, but {name} has {rows} rows of words for "
-                         f"{inputs} inputs: {rows * 32 / inputs:g} bits", WRONG_CONFIG)
-    size = inputs if quantization.group_size == -1 else quantization.group_size
-    if groups != -(-inputs // size):
-        raise InputError(f"the configuration says group size {quantization.group_size}, but {name} has {groups} groups "
-                         f"for {inputs} inputs: group size {inputs / max(groups, 1):g}", WRONG_CONFIG)
-    for part, (shape, dtypes) in _parts(quantization.bits, inputs, outputs, groups).items():
-        if f"{name}.{part}" not in reader and part in ("g_idx", "bias"):
+    own = linear_quantization(reader, quantization, name)
+    rows, columns = _matrix_shape(reader, f"{name}.qweight")
+    groups, _ = _matrix_shape(reader, f"{name}.scales")
+    if columns != out_features:
+        raise InputError(f"{name} has {columns} outputs, config.json gives it {out_features}", WRONG_CONFIG)
+    if rows * 32 != own.bits * in_features:
+        raise InputError(f"the configuration says {own.bits} bits, but {name} has {rows} rows of words for "
+                         f"{in_features} inputs: {rows * 32 / in_features:g} bits", WRONG_CONFIG)
+    size = in_features if own.group_size == -1 else own.group_size
+    if groups != -(-in_features // size):
+        raise InputError(f"the configuration says group size {own.group_size}, but {name} has {groups} groups for "
+                         f"{in_features} inputs: group size {in_features / max(groups, 1):g}", WRONG_CONFIG)
+    for part, (shape, dtypes) in _expected_parts(own.bits, in_features, out_features, groups).items():
+        if f"{name}.{part}" not in reader and part in OPTIONAL:
             continue
         found, dtype = reader.shape(f"{name}.{part}"), reader.dtype(f"{name}.{part}")
         if found != shape or dtype not in dtypes:
             raise InputError(f"{name}.{part} is {dtype} {found}, expected {dtypes[0]} {shape}", WRONG_CONFIG)
+    return own
 
 
-def _parts(bits: int, inputs: int, outputs: int,
-           groups: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+def linear_quantization(reader: CheckpointReader, quantization: Quantization | None, name: str) -> Quantization:
+    """The settings of one packed linear.
+
+    Raises:
+        InputError: no configuration states any, or it leaves this linear unquantized.
+    """
+    if quantization is None:
+        raise InputError(f"{reader.path} holds packed weights, but no configuration says how",
+                         "Add the quantize_config.json that belongs to it.")
+    own = quantization.of(name)
+    if own is None:
+        raise InputError(f"{reader.path}: dynamic leaves {name} unquantized, but it is packed", WRONG_CONFIG)
+    return own
+
+
+def read_packed(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
+                out_features: int, read: Callable[[str], Tensor] | None = None) -> CanonicalWeight:
+    """Load one packed linear, without its bias, as the file stores it.
+
+    Args:
+        reader, quantization, name, in_features, out_features: as of `check_packed`.
+        read: gives a tensor by name; left out, `reader.tensor`.
+    Raises:
+        InputError: as `check_packed` and `CheckpointReader.tensor`; groups out of range; scales with NaN or infinity.
+    """
+    own, read = check_packed(reader, quantization, name, in_features, out_features), read or reader.tensor
+    tensors = {part: read(f"{name}.{part}") for part in WORDS}
+    if f"{name}.g_idx" in reader:
+        tensors["g_idx"] = read(f"{name}.g_idx")
+    return canonical_weight(tensors, own, in_features, f"{reader.path}: {name}")
+
+
+def canonical_weight(tensors: Mapping[str, Tensor], quantization: Quantization, in_features: int,
+                     where: str) -> CanonicalWeight:
+    """Check the values of one packed linear.
+
+    Args:
+        tensors: qweight, qzeros, scales and, where the file has it, g_idx; without it, group of k = k // group size.
+        quantization: the settings of this linear.
+        in_features: K.
+        where: begins the error message.
+    Raises:
+        InputError: tensors that do not fit together, groups out of range, scales with NaN or infinity.
+    """
+    g_idx, qweight = tensors.get("g_idx"), tensors["qweight"]
+    if g_idx is None and quantization.group_size != -1:
+        g_idx = torch.arange(in_features, device=qweight.device) // quantization.group_size
+    try:
+        return canonical(qweight, tensors["qzeros"], tensors["scales"], g_idx, quantization.bits,
+                         quantization.zero_offset)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}", "The file is damaged, or was not written in the GPTQ format.") from error
+
+
+def _expected_parts(bits: int, in_features: int, out_features: int,
+                    groups: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Shape and allowed dtypes of each tensor of a packed linear."""
-    return {"qweight": ((inputs * bits // 32, outputs), (torch.int32,)),
-            "qzeros": ((groups, outputs * bits // 32), (torch.int32,)),
-            "scales": ((groups, outputs), FLOATS),
-            "g_idx": ((inputs,), (torch.int32, torch.int64)),
-            "bias": ((outputs,), FLOATS)}
+    return {"qweight": ((in_features * bits // 32, out_features), (torch.int32,)),
+            "qzeros": ((groups, out_features * bits // 32), (torch.int32,)),
+            "scales": ((groups, out_features), FLOATS),
+            "g_idx": ((in_features,), (torch.int32, torch.int64)),
+            "bias": ((out_features,), FLOATS)}
 
 
-def _matrix(reader: CheckpointReader, name: str) -> tuple[int, int]:
+def _matrix_shape(reader: CheckpointReader, name: str) -> tuple[int, int]:
     shape = reader.shape(name)
     if len(shape) != 2:
         raise InputError(f"tensor {name} of shape {shape} is not a matrix", "The file is damaged or of another kind.")
     return shape[0], shape[1]
 
 
-def _expect(reader: CheckpointReader, key: str, value: object, allowed: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
-        raise InputError(f"{reader.path}: {key} {value!r} of the quantization is not supported",
-                         f"It must be one of {', '.join(map(str, allowed))}.")
-
-
-def _expect_group(reader: CheckpointReader, value: object) -> None:
-    if type(value) is not int or not (value == -1 or 1 <= value <= LARGEST_GROUP):
-        raise InputError(f"{reader.path}: group_size {str(value)[:40]!r} is not supported", "Expected -1 or a count.")
-
-
-def _rules(reader: CheckpointReader, dynamic: object) -> tuple[tuple[str, dict[str, Any] | None], ...]:
-    """`Quantization.rules` from GPTQModel's ``dynamic``: "+:", "-:" or nothing, and an expression."""
-    if dynamic is None:
-        return ()
-    if not isinstance(dynamic, dict) or not all(isinstance(values, dict) for values in dynamic.values()):
-        raise InputError(f"{reader.path}: dynamic is not an object of objects", WRONG_CONFIG)
-    rules: list[tuple[str, dict[str, Any] | None]] = []
-    for key, values in dynamic.items():
-        if "bits" in values:
-            _expect(reader, "bits", values["bits"], BITS)
-        if "group_size" in values:
-            _expect_group(reader, values["group_size"])
-        kept = {name: values[name] for name in ("bits", "group_size", "sym", "desc_act") if name in values}
-        rules.append((key.removeprefix("-:").removeprefix("+:"), None if key.startswith("-:") else kept))
-    return tuple(rules)
-
-
-def stored_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | None:
-    """Bits of a head that a directory holds packed; None where it holds none.
+def packed_head_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | None:
+    """Bits of the packed lm_head of a directory; None where it has none.
 
     Raises:
         InputError: its tensors are not those of a matrix (vocabulary, width).
@@ -146,20 +174,19 @@ def stored_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | 
     return bits
 
 
-def stored_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes (n, H) and scales (n, groups) of a stored head, `step` rows at a time.
+def packed_head_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes (n, H) and scales (n, groups) of the packed lm_head, `step` rows at a time.
 
     Raises:
         ValueError: a scale is NaN or infinite.
     """
-    count = reader.shape(CODES)[0]
+    count, memory = reader.shape(CODES)[0], MemoryPool()
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
-    memory = MemoryPool()
-    for codes, scales in ahead(partial(_stored, reader, part, memory) for part in parts):
+    for codes, scales in prefetch(partial(_head_rows, reader, part, memory) for part in parts):
         if not all_finite(scales):
             raise ValueError(f"{SCALES} hold NaN or infinity")
         yield from_bytes(codes, bits), scales
 
 
-def _stored(reader: CheckpointReader, rows: range, memory: Allocator) -> tuple[Tensor, Tensor]:
+def _head_rows(reader: CheckpointReader, rows: range, memory: Allocator) -> tuple[Tensor, Tensor]:
     return reader.rows(CODES, rows, memory), reader.rows(SCALES, rows, memory)

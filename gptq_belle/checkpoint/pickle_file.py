@@ -93,12 +93,12 @@ class PickleFile:
             found = self._bytes.pieces(begin, size, chosen, memory, align)
         return found.view(state.dtype).view(len(chosen), *state.shape[1:])
 
-    def read_ahead(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Bring a tensor's bytes into the system's cache."""
         if self._zipped:
             skip, size = self._span(name)
             with self._stored(name, skip, size) as begin:
-                self._bytes.ahead(begin, begin + size)
+                self._bytes.fill_cache(begin, begin + size)
 
     def _read(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
         meta, (skip, size) = self._state[name], self._span(name)

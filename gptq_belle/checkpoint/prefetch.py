@@ -13,16 +13,13 @@ from gptq_belle.kernels.huge_pages import MemoryPool
 T = TypeVar("T")
 
 
-def ahead(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
-    """The results of some calls in order; each is made in a thread beside this one while results before are used.
+def prefetch(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
+    """Yield the results of calls in order; a thread runs up to `count` of them ahead.
 
-    Args:
-        calls: as many as `count` are made before their results are asked for.
-        count: 1 or more.
-    A thread reads in earnest: asking the system to (`posix_fadvise`) shortened nothing on the virtual disk that this
-    was measured on. No result is kept here once it is handed out.
+    The thread really reads: `posix_fadvise` made nothing faster on the virtual disk where this was measured. No
+    reference to a result is kept after it was yielded.
     """
-    pool, waiting = ThreadPoolExecutor(1, "reading-ahead"), list[Future[T]]()
+    pool, waiting = ThreadPoolExecutor(1, "prefetch"), list[Future[T]]()
     try:
         for call in calls:
             waiting.append(pool.submit(call))
@@ -34,43 +31,43 @@ def ahead(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
         pool.shutdown(cancel_futures=True)
 
 
-class BlocksAhead:
-    """Reads, in a thread, what some blocks hold, by the order of use; while one stage is laid out, next ones arrive.
+class BlockPrefetch:
+    """Reads the tensors of blocks in a thread, stage by stage in the order of use.
 
-    As many stages are in memory as a block has, so that loading takes no more than the model does in the end.
+    At most one block is in memory, so that loading takes no more memory than the loaded model.
 
     Args:
         reader: the directory.
         prefix: of the blocks' names.
-        count: blocks prefix.0 and on.
+        count: number of blocks, from prefix.0 on.
     """
 
     def __init__(self, reader: CheckpointReader, prefix: str, count: int) -> None:
         self._reader, self._memory = reader, MemoryPool()
-        stages = self._stages(prefix, count)
-        self._coming = {name for names in stages for name in names}
-        self._arriving = ahead(self._reads(stages), len(reader.arch.stages) - 1)
-        self._here: dict[str, Tensor] = {}
+        stages = self._names_by_stage(prefix, count)
+        self._pending = {name for names in stages for name in names}
+        self._stages = prefetch(self._reads(stages), len(reader.arch.stages) - 1)
+        self._ready: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor | None:
-        """A tensor, once; None for one that is of no such block, or that was taken before.
+        """A tensor of the blocks, once; None if it is of no block or was taken before.
 
         Raises:
             InputError: as `CheckpointReader.tensor`.
         """
-        while name in self._coming:
-            self._here |= next(self._arriving)
-            self._coming -= self._here.keys()
-        return self._here.pop(name, None)
+        while name in self._pending:
+            self._ready |= next(self._stages)
+            self._pending -= self._ready.keys()
+        return self._ready.pop(name, None)
 
     def close(self) -> None:
-        """Read no more."""
-        self._arriving.close()
-        self._coming.clear()
-        self._here.clear()
+        """Stop reading."""
+        self._stages.close()
+        self._pending.clear()
+        self._ready.clear()
 
-    def _stages(self, prefix: str, count: int) -> list[list[str]]:
-        """Names by stage of block after block; what belongs to no linear comes with a block's first."""
+    def _names_by_stage(self, prefix: str, count: int) -> list[list[str]]:
+        """Tensor names of every stage of every block; what belongs to no linear comes with a block's first stage."""
         depth, linears = prefix.count(".") + 2, self._reader.arch.stages
         stages: list[list[str]] = [[] for _ in range(count * len(linears))]
         numbers = {f"{prefix}.{index}": index for index in range(count)}

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gptq_belle.checkpoint.packed_reader import check_geometry, read_quantization
+from gptq_belle.checkpoint.packed_reader import check_packed, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json, unready, weight_files
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.quantize_config import BITS, WRONG_CONFIG, Quantization
+from gptq_belle.formats.quantize_config import BITS, Quantization
 from gptq_belle.formats.zero_points import V1
 
 POWERS_OF_TWO = tuple(1 << power for power in range(4, 16))
@@ -110,36 +109,8 @@ def quantization_of(source: Source, model: nn.Module) -> Quantization:
     stated = read_quantization(reader) if source.kind == DIRECTORY else None
     found = stated or _derived(reader, linears)
     for name, linear in linears:
-        check_geometry(reader, name, own_quantization(found, name), linear.in_features, linear.out_features)
+        check_packed(reader, found, name, linear.in_features, linear.out_features)
     return found
-
-
-def own_quantization(packed: Quantization, name: str) -> Quantization:
-    """How one packed linear is packed, where some have bits or groups of their own.
-
-    Raises:
-        InputError: it is stated not to be.
-    """
-    own = packed.of(name)
-    if own is None:
-        raise InputError(f"dynamic leaves {name} unquantized, but it is packed", WRONG_CONFIG)
-    return own
-
-
-def group_index(source: Source, packed: Quantization, name: str) -> Tensor:
-    """The group of each input (K,): as stored, else k // group size.
-
-    Raises:
-        InputError: it names groups that are not there.
-    """
-    packed, groups = own_quantization(packed, name), source.reader.shape(f"{name}.scales")[0]
-    if f"{name}.g_idx" not in source.reader:
-        inputs = source.reader.shape(f"{name}.qweight")[0] * 32 // packed.bits
-        return torch.arange(inputs) // (inputs if packed.group_size == -1 else packed.group_size)
-    g_idx = source.reader.tensor(f"{name}.g_idx")
-    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
-        raise InputError(f"{name}.g_idx names groups outside of 0..{groups - 1}", "The file is damaged.")
-    return g_idx
 
 
 def _derived(reader: CheckpointReader, linears: list[tuple[str, nn.Linear]]) -> Quantization:

@@ -122,11 +122,11 @@ class CheckpointReader:
         for begin in range(0, count, step):
             yield self.rows(name, range(begin, min(begin + step, count)))
 
-    def read_ahead(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Bring a tensor's bytes into the system's cache; one that cannot be read is left for `tensor` to name."""
         file, stored = self._find(name)
         with suppress(OSError):
-            self._shards[file].read_ahead(stored)
+            self._shards[file].prefetch(stored)
 
     @property
     def files(self) -> list[Path]:

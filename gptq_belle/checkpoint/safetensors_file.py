@@ -101,9 +101,9 @@ class TensorFile:
             found = self._bytes.pieces(entry.begin, size, chosen, memory, self.dtype(name).itemsize)
         return found.view(self.dtype(name)).view(len(chosen), *entry.shape[1:])
 
-    def read_ahead(self, name: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Bring a tensor's bytes into the system's cache."""
-        self._bytes.ahead(self.entries[name].begin, self.entries[name].end)
+        self._bytes.fill_cache(self.entries[name].begin, self.entries[name].end)
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:

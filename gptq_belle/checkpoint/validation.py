@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_belle.checkpoint.packed_reader import check_geometry
+from gptq_belle.checkpoint.packed_reader import PARTS, check_packed
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.errors import GptqBelleError
@@ -62,7 +62,7 @@ def _unknown(reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
     known = {name for name, _ in model.named_parameters()} | {f"{HEAD}.weight", CODES, SCALES}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            known.update(f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx", "bias"))
+            known.update(f"{name}.{part}" for part in PARTS)
     yield from (f"the model has no place for tensor {name}" for name in reader
                 if name not in known and not name.endswith(COMPUTED))
 
@@ -80,11 +80,7 @@ def _packed(reader: CheckpointReader, model: nn.Module, quantization: Quantizati
         try:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            own = quantization.of(name)
-            if own is None:
-                yield f"{name}: packed, although dynamic leaves it unquantized"
-                continue
-            check_geometry(reader, name, own, linear.in_features, linear.out_features)
+            own = check_packed(reader, quantization, name, linear.in_features, linear.out_features)
         except (GptqBelleError, AttributeError, AssertionError) as error:
             yield error.cause if isinstance(error, GptqBelleError) else f"the model has no linear {name}"
             continue

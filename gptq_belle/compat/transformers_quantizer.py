@@ -14,18 +14,23 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from gptq_belle.checkpoint.packed_reader import check_geometry, read_quantization, stated_quantization
+from gptq_belle.checkpoint.packed_reader import (
+    PARTS,
+    canonical_weight,
+    check_packed,
+    read_quantization,
+    stated_quantization,
+)
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.common.devices import resolve_precision
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import InputError
 from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization
-from gptq_belle.kernels.dispatch import prepare
+from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.models.architectures import ARCHITECTURES
 
 METHOD = "gptq"
 METHODS: dict[str, Any] = AUTO_QUANTIZER_MAPPING  # transformers calls what it finds there
-PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
 def patch_transformers() -> Callable[[], None]:
@@ -81,11 +86,7 @@ class PackedQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             stored = name if f"{name}.qweight" in reader else f"{reader.arch.prefix}.{name}"
             if isinstance(module, nn.Linear) and f"{stored}.qweight" in reader:
-                own = found.of(stored)
-                if own is None:
-                    raise InputError(f"{reader.path}: dynamic leaves {stored} unquantized, but it is packed",
-                                     WRONG_CONFIG)
-                check_geometry(reader, stored, own, module.in_features, module.out_features)
+                own = check_packed(reader, found, stored, module.in_features, module.out_features)
                 model.set_submodule(name, Words(reader, stored, module, own))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -134,15 +135,8 @@ class Words(nn.Module):
         Raises:
             InputError: tensors that do not fit together.
         """
-        quantization, parts = self.quantization, dict(self._buffers)
-        bias, g_idx = parts.pop("bias", None), parts.pop("g_idx", None)
-        words = [tensor for tensor in parts.values() if tensor is not None]
-        device = words[0].device
-        if g_idx is None and quantization.group_size != -1:
-            g_idx = torch.arange(self.in_features, device=device) // quantization.group_size
-        try:
-            weight = prepare(words[0], words[1], words[2], g_idx, quantization.bits, quantization.zero_offset,
-                             device=device, dtype=dtype, precision=resolve_precision(None, device))
-        except ValueError as error:
-            raise InputError(f"{name}: {error}", "The file is damaged, or not in the GPTQ format.") from error
-        return QuantLinear(weight, bias)
+        tensors = {part: tensor for part, tensor in self._buffers.items() if tensor is not None}
+        bias, device = tensors.pop("bias", None), tensors["qweight"].device
+        words = canonical_weight(tensors, self.quantization, self.in_features, name)
+        precision = resolve_precision(None, device)
+        return QuantLinear(prepare_weight(words, device=device, dtype=dtype, precision=precision), bias)

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packed_reader import stored_bits, stored_rows
-from gptq_belle.checkpoint.prefetch import ahead
+from gptq_belle.checkpoint.packed_reader import packed_head_bits, packed_head_rows
+from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.engine.linear import Dense, Packed, Product
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import InputError, UsageError
@@ -76,7 +76,7 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
         UsageError: bits were asked for that its shape does not allow.
     """
     shape, stored, embedding = (sizes.vocabulary, sizes.width), f"{HEAD}.weight", f"{name}.weight"
-    if (own := stored_bits(weights.reader, *shape)) is not None:
+    if (own := packed_head_bits(weights.reader, *shape)) is not None:
         return _stored(weights, embedding, shape, own, sizes.tied)
     tied = sizes.tied and (stored not in weights.reader or _same(weights, embedding, stored))
     packable = tied and weights.quantization is not None and refusal(weights, shape) is None
@@ -109,7 +109,7 @@ def _stored(weights: Weights, embedding: str, shape: tuple[int, int], bits: int,
                          f"Leave head bits out, or say {bits}; other bits need the full-precision model.")
     for name in (CODES, SCALES):
         weights.mark_used(name)
-    weight = _packed(weights, CODES, shape, bits, stored_rows(weights.reader, bits, _step(shape)))
+    weight = _packed(weights, CODES, shape, bits, packed_head_rows(weights.reader, bits, _step(shape)))
     if tied:
         return PackedLookup(weight, weights.dtype), Packed(weight, None)
     table = weights.tensor(embedding, *shape, narrow=True)
@@ -187,7 +187,7 @@ def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Ten
     """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
     parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
     memory = MemoryPool()
-    for piece in ahead(partial(weights.reader.rows, name, part, memory) for part in parts):
+    for piece in prefetch(partial(weights.reader.rows, name, part, memory) for part in parts):
         yield piece.to(weights.device)
 
 

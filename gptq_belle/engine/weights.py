@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.empty_model import wrong_shape
-from gptq_belle.checkpoint.packed_reader import check_geometry, read_quantization
-from gptq_belle.checkpoint.prefetch import BlocksAhead
+from gptq_belle.checkpoint.packed_reader import read_packed, read_quantization
+from gptq_belle.checkpoint.prefetch import BlockPrefetch
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.linear import Dense, Packed, Product, SideBySide
 from gptq_belle.errors import InputError
-from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization
 from gptq_belle.kernels.dispatch import prepare_weight
-from gptq_belle.kernels.layout import CanonicalWeight, canonical, fuse
+from gptq_belle.kernels.layout import CanonicalWeight, fuse
 from gptq_belle.models.architectures import COMPUTED
 
 
@@ -44,11 +43,11 @@ class Weights:
         self.nbytes = 0
         self.native = dtype is torch.float32
         self._used: set[str] = set()
-        self._ahead: BlocksAhead | None = None
+        self._prefetch: BlockPrefetch | None = None
 
     def in_turn(self, prefix: str, count: int) -> Iterator[str]:
         """The names of blocks, prefix.0 and on; while one's tensors are laid out, next ones are read."""
-        with closing(BlocksAhead(self.reader, prefix, count)) as self._ahead:
+        with closing(BlockPrefetch(self.reader, prefix, count)) as self._prefetch:
             yield from (f"{prefix}.{index}" for index in range(count))
 
     def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
@@ -97,11 +96,11 @@ class Weights:
 
     def _linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
         packed = [self.reader.is_packed(name) for name in names]
-        biases = [self._bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
+        biases = [self.bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
         if not any(packed):
             return Dense(self._together(names, inputs, outputs), self._joined(biases, outputs))
         if all(packed):
-            words = [self._words(name, inputs, size) for name, size in zip(names, outputs, strict=True)]
+            words = [self.packed(name, inputs, size) for name, size in zip(names, outputs, strict=True)]
             try:
                 together = fuse(words) if len(words) > 1 else words[0]
             except ValueError:  # other bits, groups or formats: side by side in a sum only
@@ -132,35 +131,19 @@ class Weights:
         """`name` was read in another way."""
         self._used.add(name)
 
-    def _words(self, name: str, inputs: int, outputs: int) -> CanonicalWeight:
-        quantization = self._quantization(name)
-        check_geometry(self.reader, name, quantization, inputs, outputs)
-        g_idx = self._stored(f"{name}.g_idx") if f"{name}.g_idx" in self.reader else None
-        if g_idx is None and quantization.group_size != -1:
-            g_idx = torch.arange(inputs) // quantization.group_size
-        try:
-            return canonical(self._stored(f"{name}.qweight"), self._stored(f"{name}.qzeros"),
-                             self._stored(f"{name}.scales"), g_idx, quantization.bits, quantization.zero_offset)
-        except ValueError as error:
-            raise InputError(f"{self.reader.path}: {name}: {error}",
-                             "The file is damaged, or was not written in the GPTQ format.") from error
+    def packed(self, name: str, inputs: int, outputs: int) -> CanonicalWeight:
+        """One packed linear as the file stores it; raises InputError as `read_packed`."""
+        return read_packed(self.reader, self.quantization, name, inputs, outputs, self._stored)
 
-    def _quantization(self, name: str) -> Quantization:
-        if self.quantization is None:
-            raise InputError(f"{self.reader.path} holds packed weights, but no configuration says how",
-                             "Add the quantize_config.json that belongs to it.")
-        own = self.quantization.of(name)
-        if own is None:
-            raise InputError(f"{self.reader.path}: dynamic leaves {name} unquantized, but it is packed", WRONG_CONFIG)
-        return own
+    def bias(self, name: str, size: int, needed: bool, *, narrow: bool = False) -> Tensor | None:
+        """The bias of a linear, as `tensor`; some writers store zeros where a model has none."""
+        present = needed or f"{name}.bias" in self.reader
+        return self.tensor(f"{name}.bias", size, narrow=narrow) if present else None
 
     def _packed(self, words: CanonicalWeight, bias: Tensor | None) -> Packed:
         prepared = prepare_weight(words, device=self.device, dtype=self.dtype, precision=self.precision)
         self.nbytes += sum(value.nbytes for value in prepared._asdict().values() if isinstance(value, Tensor))
         return Packed(prepared, bias)
-
-    def _bias(self, name: str, size: int, biased: bool) -> Tensor | None:
-        return self.tensor(f"{name}.bias", size) if biased or f"{name}.bias" in self.reader else None
 
     def _joined(self, biases: Sequence[Tensor | None], outputs: Sequence[int]) -> Tensor | None:
         if all(bias is None for bias in biases):
@@ -173,5 +156,5 @@ class Weights:
         return self._taken(name)
 
     def _taken(self, name: str) -> Tensor:
-        early = None if self._ahead is None else self._ahead.take(name)
+        early = None if self._prefetch is None else self._prefetch.take(name)
         return self.reader.tensor(name) if early is None else early

@@ -2,30 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import regex
 
 from gptq_belle.errors import InputError
-from gptq_belle.formats.zero_points import V1
+from gptq_belle.formats.zero_points import V1, V2
 
-MOST_SECONDS = 1.0  # for one expression of a file on one name; a malicious one could take for ever
+MATCH_TIMEOUT = 1.0  # seconds for one expression on one name; a malicious one could run forever
+LARGEST_GROUP = 1 << 24  # more inputs than any linear has
 WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the figure."
 BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What the configuration of a checkpoint says about its packed weights.
+    """How the linears of a checkpoint are quantized.
 
     Attributes:
-        bits: bits a weight.
-        group_size: inputs that share a scale; -1 for all of a row.
+        bits: bits per weight.
+        group_size: inputs that share a scale; -1 for one group per output.
         sym: one fixed zero point; None where the file does not say.
-        desc_act: groups follow act-order (``g_idx`` says how in any case).
+        desc_act: groups follow act-order (``g_idx`` holds the groups in any case).
         checkpoint_format: "gptq" (v1) or "gptq_v2".
         producer: the program that wrote it, or "" where the file does not say.
-        rules: of ``dynamic``, expressions and what they set, in the file's order; None where nothing is quantized.
+        rules: of ``dynamic``, expressions and the settings they change, in the file's order; None instead of settings
+            leaves a linear unquantized.
     """
 
     bits: int
@@ -37,11 +40,12 @@ class Quantization:
     rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
 
     def of(self, name: str) -> "Quantization | None":
-        """What holds for one linear, by its full name: the first rule counts that matches from the name's start, as
-        GPTQModel and vLLM have it. None where the linear is not quantized.
+        """The settings of one linear by its full name; None if ``dynamic`` leaves it unquantized.
+
+        The first rule that matches from the name's start applies, as in GPTQModel and vLLM.
 
         Raises:
-            InputError: a rule that no regular expression engine takes.
+            InputError: a rule is no valid regular expression, or takes too long.
         """
         for pattern, values in self.rules:
             if _matches(pattern, name):
@@ -50,19 +54,68 @@ class Quantization:
 
     @property
     def zero_offset(self) -> int:
-        """What is added to a stored zero point: 1 in v1, 0 in v2."""
+        """Added to a stored zero point: 1 in v1, 0 in v2."""
         return 1 if self.checkpoint_format == V1 else 0
 
 
 def _matches(pattern: str, name: str) -> bool:
     try:
-        return regex.match(pattern, name, timeout=MOST_SECONDS) is not None
+        return regex.match(pattern, name, timeout=MATCH_TIMEOUT) is not None
     except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
         raise InputError(f"the expression {pattern[:80]!r} of dynamic cannot be used: {str(error)[:80]}",
                          WRONG_CONFIG) from error
 
 
-def _producer(stated: dict[str, Any]) -> str:
+def parse_quantization(stated: Mapping[str, Any], path: Path) -> Quantization:
+    """Check a quantization_config dictionary.
+
+    AutoGPTQ's file has no ``quant_method``; ``format`` has precedence over ``checkpoint_format``; the default is v1.
+
+    Args:
+        stated: the dictionary.
+        path: the directory it comes from, for error messages.
+    Raises:
+        InputError: another method than GPTQ, or a value that is missing or not supported.
+    """
+    _expect(path, "quant_method", stated.get("quant_method", "gptq"), ("gptq",))
+    _expect(path, "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
+    checkpoint_format = stated.get("format") or stated.get("checkpoint_format") or V1
+    _expect(path, "format", checkpoint_format, (V1, V2))
+    _expect(path, "bits", stated.get("bits"), BITS)
+    _expect_group_size(path, stated.get("group_size"))
+    return Quantization(stated["bits"], stated["group_size"], stated.get("sym"), bool(stated.get("desc_act")),
+                        checkpoint_format, _producer(stated), _rules(path, stated.get("dynamic")))
+
+
+def _expect(path: Path, key: str, value: object, allowed: tuple[object, ...]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise InputError(f"{path}: {key} {value!r} of the quantization is not supported",
+                         f"It must be one of {', '.join(map(str, allowed))}.")
+
+
+def _expect_group_size(path: Path, value: object) -> None:
+    if type(value) is not int or not (value == -1 or 1 <= value <= LARGEST_GROUP):
+        raise InputError(f"{path}: group_size {str(value)[:40]!r} is not supported", "Expected -1 or a count.")
+
+
+def _rules(path: Path, dynamic: object) -> tuple[tuple[str, dict[str, Any] | None], ...]:
+    """`Quantization.rules` from GPTQModel's ``dynamic``: "+:", "-:" or nothing, and an expression."""
+    if dynamic is None:
+        return ()
+    if not isinstance(dynamic, dict) or not all(isinstance(values, dict) for values in dynamic.values()):
+        raise InputError(f"{path}: dynamic is not an object of objects", WRONG_CONFIG)
+    rules: list[tuple[str, dict[str, Any] | None]] = []
+    for key, values in dynamic.items():
+        if "bits" in values:
+            _expect(path, "bits", values["bits"], BITS)
+        if "group_size" in values:
+            _expect_group_size(path, values["group_size"])
+        kept = {name: values[name] for name in ("bits", "group_size", "sym", "desc_act") if name in values}
+        rules.append((key.removeprefix("-:").removeprefix("+:"), None if key.startswith("-:") else kept))
+    return tuple(rules)
+
+
+def _producer(stated: Mapping[str, Any]) -> str:
     meta = stated.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
     names = quantizer if isinstance(quantizer, list) else [quantizer or ""]

@@ -57,9 +57,9 @@ class BlockStream(SourceModel):
         def read() -> None:
             for name in names:
                 with suppress(InputError):  # whoever needs the tensor says what is wrong with it
-                    self.reader.read_ahead(name)
+                    self.reader.prefetch(name)
 
-        threading.Thread(target=read, name="read-ahead", daemon=True).start()
+        threading.Thread(target=read, name="prefetch", daemon=True).start()
 
     def release(self, block: nn.Module) -> None:
         """Give a block's memory back."""

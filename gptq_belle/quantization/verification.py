@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_belle.checkpoint.empty_model import assign
-from gptq_belle.checkpoint.packed_reader import read_quantization
+from gptq_belle.checkpoint.packed_reader import read_packed, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.formats.gptq_weight import PackedWeight
-from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.reference import dequantize
 from gptq_belle.quantization.block_stream import BlockStream
 
@@ -41,9 +39,9 @@ class BlockVerification:
         expected = kept[EXPECTED]
         reader = CheckpointReader(directory)
         block = stream.blocks.get_submodule(str(VERIFIED_BLOCK))
-        for name, _ in list(block.named_parameters()):
+        for name, parameter in list(block.named_parameters()):
             full_name = f"{stream.arch.blocks}.{VERIFIED_BLOCK}.{name}"
-            assign(block, name, _read(reader, full_name).to(stream.device, torch.float32))
+            assign(block, name, _read(reader, full_name, parameter.shape).to(stream.device, torch.float32))
         output = stream.run(block, self.states)
         stream.release(block)
         difference = float((output - expected).abs().max() / expected.abs().max())
@@ -54,14 +52,9 @@ class BlockVerification:
         return difference
 
 
-def _read(reader: CheckpointReader, name: str) -> Tensor:
+def _read(reader: CheckpointReader, name: str, shape: torch.Size) -> Tensor:
     """A parameter of the written file in full precision; (N, K) where it is a packed weight."""
     if name in reader:
         return reader.tensor(name)
-    stem = name.removesuffix(".weight")
-    stated = read_quantization(reader)
-    quantization = None if stated is None else stated.of(stem)
-    assert quantization is not None
-    qweight, qzeros, scales, g_idx = (reader.tensor(f"{stem}.{part}") for part in PackedWeight._fields)
-    words = canonical(qweight, qzeros, scales, g_idx, quantization.bits, quantization.zero_offset)
+    words = read_packed(reader, read_quantization(reader), name.removesuffix(".weight"), shape[1], shape[0])
     return dequantize(words).t().contiguous()

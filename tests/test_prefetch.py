@@ -11,7 +11,7 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.checkpoint.prefetch import BlocksAhead, ahead
+from gptq_belle.checkpoint.prefetch import BlockPrefetch, prefetch
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 
@@ -23,20 +23,20 @@ class Piece:
 @pytest.mark.parametrize("count", [1, 2, 7])
 @pytest.mark.parametrize("calls", [0, 1, 2, 5])
 def test_results_come_in_order(calls, count):
-    assert [piece.number for piece in ahead((partial(Piece, i) for i in range(calls)), count)] == list(range(calls))
+    assert [piece.number for piece in prefetch((partial(Piece, i) for i in range(calls)), count)] == list(range(calls))
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_next_calls_run_while_a_result_is_used(count):
     begun = [threading.Event() for _ in range(6)]
-    for number, _ in enumerate(ahead([event.set for event in begun], count)):
+    for number, _ in enumerate(prefetch([event.set for event in begun], count)):
         for event in begun[: number + 1 + count]:
             assert event.wait(10)
         assert not any(event.is_set() for event in begun[number + 1 + count :])
 
 
 def test_a_result_is_gone_once_its_user_has_let_go():
-    for piece in ahead(partial(Piece, i) for i in range(3)):
+    for piece in prefetch(partial(Piece, i) for i in range(3)):
         seen = weakref.ref(piece)
         del piece
         gc.collect()
@@ -47,7 +47,7 @@ def test_an_error_comes_in_its_turn():
     def fail():
         raise OSError("no more")
 
-    pieces = ahead([partial(Piece, 0), fail, partial(Piece, 2)])
+    pieces = prefetch([partial(Piece, 0), fail, partial(Piece, 2)])
     assert next(pieces).number == 0
     with pytest.raises(OSError, match="no more"):
         next(pieces)
@@ -56,19 +56,19 @@ def test_an_error_comes_in_its_turn():
 def test_tensors_of_blocks_come_once_in_any_order(tiny_model, tmp_path):
     reader = CheckpointReader(packed_checkpoint(tiny_model, tmp_path / "packed"))
     names = [name for name in reader if name.startswith(f"{reader.arch.blocks}.1.")]
-    with closing(BlocksAhead(reader, reader.arch.blocks, 2)) as blocks:
+    with closing(BlockPrefetch(reader, reader.arch.blocks, 2)) as blocks:
         for name in names[::-1]:
             assert torch.equal(blocks.take(name), reader.tensor(name))
             assert blocks.take(name) is None
         assert blocks.take(f"{reader.arch.blocks}.2.{reader.arch.linears[0]}.qweight") is None
         assert blocks.take("lm_head.weight") is None
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reading-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_blocks_that_are_no_longer_wanted_are_not_read(tiny_model):
     reader = CheckpointReader(tiny_model)
     name = f"{reader.arch.blocks}.1.{reader.arch.linears[-1]}.weight"
-    with closing(BlocksAhead(reader, reader.arch.blocks, 2)) as blocks:
+    with closing(BlockPrefetch(reader, reader.arch.blocks, 2)) as blocks:
         assert blocks.take(f"{reader.arch.blocks}.0.{reader.arch.linears[0]}.weight") is not None
     assert blocks.take(name) is None
 
@@ -94,7 +94,7 @@ def test_no_more_words_are_in_memory_than_a_block_has(tiny_model, tmp_path, monk
 
 def test_what_was_not_begun_when_the_user_stops_is_never_read():
     begun, go, late = threading.Event(), threading.Event(), threading.Event()
-    pieces = ahead([lambda: None, lambda: begun.set() or go.wait(10), late.set], 2)
+    pieces = prefetch([lambda: None, lambda: begun.set() or go.wait(10), late.set], 2)
     next(pieces)
     assert begun.wait(10)
     threading.Timer(0.05, go.set).start()
