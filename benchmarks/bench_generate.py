@@ -36,10 +36,10 @@ Timer = Callable[[str], float]
 
 def ours(model: Model, *, replays: bool = True) -> Timer:
     """Seconds of the prefill or of one decode step, with recorded steps or call by call."""
-    native = model.replays
+    native = model.use_step_graphs
 
     def run(what: str) -> float:
-        model.replays = replays and native
+        model.use_step_graphs = replays and native
         rows = BATCH if what == "batch" else 1
         ids = torch.randint(32000, (rows, PROMPT if what == "prefill" else CONTEXT))
         began = time.perf_counter()

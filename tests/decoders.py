@@ -25,7 +25,7 @@ def theirs(path, ids, mask=None):
 def assert_same_logits(path, length=200):
     """Whole, in pieces with a cache, and token by token, our float32 logits are transformers' float64 ones."""
     model = gptq_belle.load(path, device="cpu", cache="float32")
-    ids = torch.randint(4, model.settings.sizes.vocabulary, (2, length))
+    ids = torch.randint(4, model.vocabulary_size, (2, length))
     expected = theirs(path, ids)
     assert expected.std() > 0.1
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptq_belle.engine.kv_cache import Cache, quantized
+from gptq_belle.engine.kv_cache import KVCache, quantize_int8
 from gptq_belle.errors import HardwareError, UsageError
 
 CPU = torch.device("cpu")
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("kind", "step"), [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_what_was_written_is_read(kind, step):
-    cache = Cache(2, 3, 2, 10, 8, kind, CPU)
+    cache = KVCache(2, 3, 2, 10, 8, kind, CPU)
     pieces = [(0, 0, torch.randn(4, 2, 8)), (2, 0, torch.randn(3, 2, 8)), (0, 4, torch.randn(1, 2, 8)),
               (2, 3, torch.randn(7, 2, 8))]
     for slot, start, new in pieces:
@@ -24,7 +24,7 @@ def test_what_was_written_is_read(kind, step):
 
 
 def test_int8_is_off_by_half_a_step_at_most():
-    cache, new = Cache(1, 1, 2, 5, 64, "int8", CPU), torch.randn(5, 2, 64) * torch.tensor([1e-3, 50.0]).view(1, 2, 1)
+    cache, new = KVCache(1, 1, 2, 5, 64, "int8", CPU), torch.randn(5, 2, 64) * torch.tensor([1e-3, 50.0]).view(1, 2, 1)
     cache.write(0, 0, 0, new, new * 2)
     keys, values = cache.read(0, 0, 5, torch.float32)
     for found, wanted in ((keys, new), (values, new * 2)):
@@ -34,18 +34,18 @@ def test_int8_is_off_by_half_a_step_at_most():
 
 
 def test_quantized_of_nothing_but_zeros():
-    codes, scales = quantized(torch.zeros(3, 4))
+    codes, scales = quantize_int8(torch.zeros(3, 4))
     assert not codes.any()
     assert (scales > 0).all()
 
 
 def test_bytes():
-    assert Cache(2, 3, 2, 10, 8, "float16", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 2
-    assert Cache(2, 3, 2, 10, 8, "int8", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * (8 + 2)
+    assert KVCache(2, 3, 2, 10, 8, "float16", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 2
+    assert KVCache(2, 3, 2, 10, 8, "int8", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * (8 + 2)
 
 
 def test_copy():
-    cache = Cache(1, 2, 1, 4, 8, "int8", CPU)
+    cache = KVCache(1, 2, 1, 4, 8, "int8", CPU)
     new = torch.randn(3, 1, 8)
     cache.write(0, 0, 0, new, new)
     cache.copy(0, 1, 2)
@@ -54,6 +54,6 @@ def test_copy():
 
 def test_what_cannot_be():
     with pytest.raises(UsageError, match="cache 'int3'"):
-        Cache(1, 1, 1, 1, 8, "int3", CPU)
+        KVCache(1, 1, 1, 1, 8, "int3", CPU)
     with pytest.raises(HardwareError, match="no memory for the keys and values of 4096 x 1073741824 tokens"):
-        Cache(1, 4096, 4096, 1 << 30, 128, "float16", CPU)
+        KVCache(1, 4096, 4096, 1 << 30, 128, "float16", CPU)

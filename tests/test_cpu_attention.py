@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptq_belle.engine.kv_cache import quantized
+from gptq_belle.engine.kv_cache import quantize_int8
 from gptq_belle.kernels.cpu_attention import DecodeStep, KvCacheBlock, unsupported_reason
 from gptq_belle.kernels.native_library import load_library
 
@@ -18,7 +18,7 @@ def tables(dtype, kv_heads=2, size=48):
     keys, values = torch.randn(2, SLOTS, kv_heads, CAPACITY, size)
     if dtype != torch.int8:
         return keys.to(dtype), values.to(dtype), None
-    (keys, first), (values, second) = quantized(keys), quantized(values)
+    (keys, first), (values, second) = quantize_int8(keys), quantize_int8(values)
     return keys, values, (first, second)
 
 
@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_torch_would_keep(isa, dtype, size):
             old[PLACES, :, LENGTHS] = new.to(dtype)
             assert torch.equal(found, old)
         else:
-            codes, scale = quantized(new)
+            codes, scale = quantize_int8(new)
             whole = scale.isfinite().flatten(1).all(1)  # 8 bits of infinity are whatever a processor makes of it
             old[PLACES[whole], :, LENGTHS[whole]] = codes[whole]
             found[PLACES[~whole], :, LENGTHS[~whole]] = old[PLACES[~whole], :, LENGTHS[~whole]]

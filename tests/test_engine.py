@@ -9,7 +9,7 @@ from conftest import packed_checkpoint
 
 import gptq_belle
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
-from gptq_belle.engine.logits_model import CHUNK
+from gptq_belle.engine.logits_model import PREFILL_CHUNK
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import STYLES, chat_template
 
@@ -98,9 +98,9 @@ class Scripted:
 
     def __init__(self, model, monkeypatch, ids):
         self.ids, self.prompts = list(ids), []
-        read, step = model.read, model.step
-        monkeypatch.setattr(model, "read", lambda ids, *where: self.first(read(ids, *where), ids))
-        monkeypatch.setattr(model, "step", lambda *arguments: self.next(step(*arguments)))
+        read, step = model.prefill_slot, model.decode_slots
+        monkeypatch.setattr(model, "prefill_slot", lambda ids, *where: self.first(read(ids, *where), ids))
+        monkeypatch.setattr(model, "decode_slots", lambda *arguments: self.next(step(*arguments)))
 
     def first(self, logits, prompt):
         self.prompts.append(prompt.tolist())
@@ -183,9 +183,9 @@ def test_a_hint_in_the_configuration_decides_the_style(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(("length", "asked", "message"), [
-    (256, None, "a prompt of 256 tokens and an answer do not fit into this model's 256"),
-    (250, 7, "a prompt of 250 tokens and 7 new ones do not fit into this model's 256"),
-    (300, 1, "a prompt of 300 tokens and 1 new ones do not fit into this model's 256"),
+    (256, None, "a prompt of 256 tokens and an answer do not fit into 256"),
+    (250, 7, "a prompt of 250 tokens and 7 new ones do not fit into 256"),
+    (300, 1, "a prompt of 300 tokens and 1 new ones do not fit into 256"),
 ])
 def test_what_the_context_cannot_hold_is_refused_at_once(model, length, asked, message):
     with pytest.raises(UsageError, match=message):
@@ -195,7 +195,7 @@ def test_what_the_context_cannot_hold_is_refused_at_once(model, length, asked, m
 def test_the_context_can_be_filled_to_the_end(model, monkeypatch):
     script = Scripted(model, monkeypatch, [50] * 9)
     model.generate([5] * 250)
-    assert 9 - len(script.ids) == -(-250 // CHUNK) + 5  # six tokens of room; every piece of the prompt says one
+    assert 9 - len(script.ids) == -(-250 // PREFILL_CHUNK) + 5  # six tokens of room; every piece of the prompt says one
 
 
 @pytest.mark.parametrize(("ids", "message"), [

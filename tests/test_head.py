@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from gptq_belle import load
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.engine.linear import Dense, Packed
-from gptq_belle.engine.lm_head import PackedLookup, embedding_and_head
+from gptq_belle.engine.linear import DenseLinear, PackedLinear
+from gptq_belle.engine.lm_head import PackedEmbedding, embedding_and_head
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.packed_head import CLIPS, rounded
@@ -37,10 +37,10 @@ def test_a_packed_head_costs_little(tiny_model, bits, most):
 
 
 def test_the_default_is_8_bits_for_tied_heads_of_quantized_models(tiny_bloom, tiny_llama, tmp_path):
-    for source, kind in ((tiny_bloom, Packed), (tiny_llama, Dense)):
+    for source, kind in ((tiny_bloom, PackedLinear), (tiny_llama, DenseLinear)):
         model = load(packed_checkpoint(source, tmp_path / source.name), device="cpu")
         assert type(model.decoder.head) is kind
-        assert type(load(source, device="cpu").decoder.head) is Dense
+        assert type(load(source, device="cpu").decoder.head) is DenseLinear
     packed = load(tmp_path / "bloom", device="cpu").decoder
     assert packed.embedding.weight is packed.head.weight
 
@@ -159,7 +159,7 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
         return
     look_up, head = head_of(tmp_path, vocabulary, 64, head_bits=8)
     x, ids = torch.randn(3, 64), torch.tensor([0, 5, vocabulary - 1])
-    assert isinstance(look_up, PackedLookup)
+    assert isinstance(look_up, PackedEmbedding)
     assert (look_up(ids) - table[ids]).norm() < 8e-3 * table[ids].float().norm()
     assert head(x).shape == (3, vocabulary)
     assert (head(x) - x @ table.float().t()).norm() < 8e-3 * (x @ table.float().t()).norm()

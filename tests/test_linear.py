@@ -109,7 +109,7 @@ def test_to_peft_it_is_a_linear_whose_weight_has_a_size_and_no_values(dtype):
     layer, _ = linear_and_weight(dtype=dtype)
     assert isinstance(layer, torch.nn.Linear)
     assert (layer.weight.shape, layer.weight.device, layer.qweight.device) == ((32, 64), CPU, CPU)
-    assert repr(layer.weight) == "StandIn(32, 64, device='cpu')"
+    assert repr(layer.weight) == "WeightProxy(32, 64, device='cpu')"
     assert not list(layer.parameters())
     for use in (lambda w: w + 1, lambda w: w.data, lambda w: w.add_(1), lambda w: w.norm(), lambda w: w.clone()):
         with pytest.raises(UsageError, match=r"packed weight.*\n.*--lora"):

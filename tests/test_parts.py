@@ -28,12 +28,12 @@ def test_the_model_answers_the_same_while_it_is_clocked_and_afterwards(tiny_mode
 @pytest.mark.parametrize("batch", [1, 9])  # recorded, and not
 def test_shares_of_packed_models(tiny_model, tmp_path, batch):
     model = load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
-    head, replays = model.decoder.head, model.replays
+    head, replays = model.decoder.head, model.use_step_graphs
     found = step_shares(model, batch, 4, 10.0)  # of a step so long, all parts are little
     assert 0 < found.linears < 0.1
     assert 0 < found.attention < 0.1
     assert 0 < found.head < 0.1
-    assert (model.decoder.head, model.replays) == (head, replays)
+    assert (model.decoder.head, model.use_step_graphs) == (head, replays)
 
 
 def test_shares_follow_the_time(tiny_llama, monkeypatch):

@@ -132,4 +132,5 @@ def test_the_engine_reads_prompts_as_planned():
     from gptq_belle.bench import plan
     from gptq_belle.engine import attention, logits_model
 
-    assert (plan.CHUNK, plan.QUERIES, plan.KV_HEADS) == (logits_model.CHUNK, attention.QUERIES, attention.KV_HEADS)
+    assert (plan.CHUNK, plan.QUERIES, plan.KV_HEADS) == (
+        logits_model.PREFILL_CHUNK, attention.QUERY_BLOCK, attention.KV_HEADS_PER_PASS)

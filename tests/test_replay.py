@@ -5,7 +5,7 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.engine.step_graph import MOST_ROWS
+from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS
 from gptq_belle.kernels.call_recorder import CallRecorder
 from gptq_belle.kernels.cpu_elementwise import RmsNorm, silu_and_mul
 from gptq_belle.kernels.native_library import load_library
@@ -24,25 +24,25 @@ def steps(model, turns):
     """Logits of some steps, each (slots, lengths), on a cache of six slots that hold twenty tokens each."""
     generator, cache = torch.Generator().manual_seed(3), model.new_cache(6, 40)
     for slot in range(6):
-        model.read(torch.randint(4, 380, (20,), generator=generator), cache, slot)
+        model.prefill_slot(torch.randint(4, 380, (20,), generator=generator), cache, slot)
     found = []
     for slots, lengths in turns:
         tokens = torch.randint(4, 380, (len(slots),), generator=generator)
-        found.append(model.step(tokens, cache, slots, lengths))
+        found.append(model.decode_slots(tokens, cache, slots, lengths))
     return found, cache
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_recorded_steps_are_those_of_python(model, threads):
     torch.set_num_threads(threads)
-    assert model.replays
+    assert model.use_step_graphs
     turns = [([0], [20]), ([0], [21]), ([4, 1, 2], [20, 20, 19]), ([3], [20]), ([2, 5, 0], [20, 7, 22]),
              ([4, 1, 2], [21, 21, 21]), ([0], [23])]
     found, cache = steps(model, turns)
-    assert set(cache.recorded) == {1, 3}
-    model.replays = False
+    assert set(cache.step_graphs) == {1, 3}
+    model.use_step_graphs = False
     wanted, plain = steps(model, turns)
-    assert not plain.recorded
+    assert not plain.step_graphs
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -53,35 +53,36 @@ def test_other_weights_and_other_threads(kind, tiny_model, tmp_path):
     turns = [([2, 0], [20, 20]), ([2, 5], [21, 20]), ([0, 1], [21, 20])]
     torch.set_num_threads(1)
     found, _ = steps(model, turns)
-    model.replays = False
+    model.use_step_graphs = False
     torch.set_num_threads(3)
     wanted, _ = steps(model, turns)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    model.replays = True
+    model.use_step_graphs = True
     with torch.inference_mode():
         tokens, cache = torch.tensor([7, 8]), steps(model, turns)[1]
-        several = model.step(tokens, cache, [3, 4], [20, 20])
+        several = model.decode_slots(tokens, cache, [3, 4], [20, 20])
         torch.set_num_threads(1)
-        assert torch.equal(several, model.step(tokens, cache, [3, 4], [20, 20]))
+        assert torch.equal(several, model.decode_slots(tokens, cache, [3, 4], [20, 20]))
 
 
 def test_nothing_of_the_step_before_is_read(model):
     (_, second), cache = steps(model, [([1], [20]), ([1], [20])])
-    recorded = cache.recorded[1]
+    recorded = cache.step_graphs[1]
     recorder = recorded.recorder
     for tensor in [*recorder._now, *recorder._before, *(t for free in recorder._free.values() for t in free)]:
         tensor.numpy()[:] = torch.nan
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(4, 380, (count,), generator=generator) for count in (*[20] * 6, 1, 1)][-1]
     with torch.inference_mode():
-        assert torch.equal(model.step(tokens, cache, [1], [20]), second)
+        assert torch.equal(model.decode_slots(tokens, cache, [1], [20]), second)
 
 
 def test_more_rows_are_not_recorded(model):
     with torch.inference_mode():
-        cache = model.new_cache(MOST_ROWS + 1, 8)
-        model.step(torch.arange(MOST_ROWS + 1) + 4, cache, range(MOST_ROWS + 1), [0] * (MOST_ROWS + 1))
-    assert not cache.recorded
+        cache = model.new_cache(MAX_GRAPH_ROWS + 1, 8)
+        rows = MAX_GRAPH_ROWS + 1
+        model.decode_slots(torch.arange(rows) + 4, cache, range(rows), [0] * rows)
+    assert not cache.step_graphs
 
 
 def test_no_cache_is_kept_alive(model):
@@ -105,27 +106,27 @@ def test_what_is_not_native_is_not_recorded(case, tiny_model, tmp_path, monkeypa
         monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
         monkeypatch.setattr("gptq_belle.kernels.cpu_attention.load_library", lambda: "no compiler")
     found = load(path, device="cpu", dtype=torch.bfloat16 if case == "bfloat16" else None)
-    assert not found.replays
+    assert not found.use_step_graphs
     logits, session = found.prefill(torch.arange(4, 12)[None], 4)
     assert found.decode(logits.argmax(-1), session).isfinite().all()
-    assert not session.cache.recorded
+    assert not session.cache.step_graphs
 
 
 def test_an_index_beyond_a_table_stops_a_replay(model):
     _, cache = steps(model, [([0], [20])])
     with torch.inference_mode(), pytest.raises(ValueError, match="beyond its table"):
-        model.step(torch.tensor([5]), cache, [6], [20])
+        model.decode_slots(torch.tensor([5]), cache, [6], [20])
     with torch.inference_mode(), pytest.raises(ValueError, match="beyond its table"):
-        model.step(torch.tensor([5]), cache, [0], [40])
+        model.decode_slots(torch.tensor([5]), cache, [0], [40])
     with torch.inference_mode(), pytest.raises(ValueError, match="twice"):
-        model.step(torch.tensor([5, 6]), cache, [0, 0], [20, 20])
+        model.decode_slots(torch.tensor([5, 6]), cache, [0, 0], [20, 20])
 
 
 def test_a_step_of_other_rows_or_outside_of_inference(model):
     (first,), cache = steps(model, [([0], [20])])
     with pytest.raises(ValueError, match="1 rows was recorded, not of 2"):
-        cache.recorded[1].again(torch.zeros(2, first.shape[-1]), [0], [20])
-    assert model.step(torch.tensor([5]), cache, [0], [20]).isfinite().all()  # without inference mode around it
+        cache.step_graphs[1].replay(torch.zeros(2, first.shape[-1]), [0], [20])
+    assert model.decode_slots(torch.tensor([5]), cache, [0], [20]).isfinite().all()  # without inference mode around it
 
 
 def test_a_call_that_is_not_native_is_not_left_out_in_silence():

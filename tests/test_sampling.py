@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_belle.engine.sampling import Sampler, SamplingParams, draw, drawn, kept, penalized
+from gptq_belle.engine.sampling import (
+    Sampler,
+    SamplingParams,
+    apply_repetition_penalty,
+    filter_logits,
+    sample_inverse_cdf,
+    sample_tokens,
+)
 from gptq_belle.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -15,7 +22,7 @@ LOGITS = torch.log(torch.tensor([0.4, 0.1, 0.3, 0.2]))
 
 
 def kept_tokens(logits, **limits):
-    values, order = kept(logits[None], [SamplingParams(**limits)])
+    values, order = filter_logits(logits[None], [SamplingParams(**limits)])
     return sorted(order[values.isfinite()].tolist())
 
 
@@ -45,7 +52,7 @@ def test_what_is_kept(limits, tokens):
        st.floats(0, 1))
 def test_the_likeliest_is_always_kept_and_values_are_not_changed(values, top_k, top_p, min_p):
     logits = torch.tensor(values)
-    left, order = kept(logits[None], [SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)])
+    left, order = filter_logits(logits[None], [SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)])
     assert left[0, 0] == logits.max()
     assert torch.equal(left[left.isfinite()], logits[order[left.isfinite()]])
     assert top_k == 0 or left.isfinite().sum() <= top_k
@@ -53,7 +60,7 @@ def test_the_likeliest_is_always_kept_and_values_are_not_changed(values, top_k, 
 
 def test_repetition_penalty():
     logits = torch.tensor([2.0, -2.0, 3.0, -3.0])
-    assert penalized(logits, torch.tensor([0, 1]), 2.0).tolist() == [1.0, -4.0, 3.0, -3.0]
+    assert apply_repetition_penalty(logits, torch.tensor([0, 1]), 2.0).tolist() == [1.0, -4.0, 3.0, -3.0]
     assert logits.tolist() == [2.0, -2.0, 3.0, -3.0]
 
 
@@ -86,8 +93,8 @@ def test_frequencies_follow_temperature():
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 0), (0.39, 0), (0.41, 2), (0.69, 2), (0.71, 3), (0.999999, 1)])
 def test_a_number_picks_its_place_in_the_distribution(number, token):
-    assert drawn(LOGITS[None], [SamplingParams(temperature=1.0)], [number]).tolist() == [token]
-    assert drawn(LOGITS[None], [SamplingParams(temperature=1.0, top_k=2)], [number]).item() in (0, 2)
+    assert sample_inverse_cdf(LOGITS[None], [SamplingParams(temperature=1.0)], [number]).tolist() == [token]
+    assert sample_inverse_cdf(LOGITS[None], [SamplingParams(temperature=1.0, top_k=2)], [number]).item() in (0, 2)
 
 
 def test_rows_are_drawn_as_if_each_were_alone():
@@ -96,14 +103,15 @@ def test_rows_are_drawn_as_if_each_were_alone():
     logits = torch.randn(6, 4, 50)
     together, alone = ([Sampler(params, [1, 2, 3], CPU) for params in rows] for _ in range(2))
     for step in logits:
-        assert draw(together, step.clone()) == [sampler(row) for sampler, row in zip(alone, step.clone(), strict=True)]
+        expected = [sampler(row) for sampler, row in zip(alone, step.clone(), strict=True)]
+        assert sample_tokens(together, step.clone()) == expected
 
 
 def test_many_at_once_on_a_gpu_are_the_same_draws():  # the way that a GPU takes, on the CPU
     rows = [SamplingParams(temperature=0.7), SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1)]
     logits, numbers = torch.randn(2, 50), [0.3, 0.8]
-    one_by_one = [drawn(logits[i : i + 1], rows[i : i + 1], numbers[i : i + 1]).item() for i in (0, 1)]
-    assert drawn(logits, rows, numbers).tolist() == one_by_one
+    one_by_one = [sample_inverse_cdf(logits[i : i + 1], rows[i : i + 1], numbers[i : i + 1]).item() for i in (0, 1)]
+    assert sample_inverse_cdf(logits, rows, numbers).tolist() == one_by_one
 
 
 def test_the_global_generator_is_left_alone():

@@ -75,7 +75,7 @@ class FakeEngine:
 
     def _advance(self, request):
         request.answer.append(request.ids[0] + len(request.answer))
-        if len(request.answer) == request.room:
+        if len(request.answer) == request.max_new_tokens:
             request.finished = "length"
             self.running.remove(request)
         return Event(request, request.answer[-1], request.finished)

@@ -7,7 +7,7 @@ import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from gptq_belle.errors import InputError
-from gptq_belle.models.decoder_config import alibi_slopes, read_settings
+from gptq_belle.models.decoder_config import alibi_slopes, read_decoder_config
 
 LLAMA = {"model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": [2, 7]}
@@ -15,12 +15,12 @@ BLOOM = {"model_type": "bloom", "vocab_size": 384, "n_embed": 64, "n_layer": 2, 
 
 
 def test_what_is_read():
-    found = read_settings(LLAMA)
+    found = read_decoder_config(LLAMA)
     assert (found.context, found.eps, found.eos, found.slopes) == (256, 1e-5, {2, 7}, None)
     assert found.frequencies[0] == 1
     assert float(found.frequencies[4]) == pytest.approx(10000 ** -(8 / 16))
-    bloom = read_settings(BLOOM | {"seq_length": 2048})
-    assert (bloom.context, bloom.eos, bloom.frequencies, bloom.sizes.width) == (2048, frozenset(), None, 64)
+    bloom = read_decoder_config(BLOOM | {"seq_length": 2048})
+    assert (bloom.context, bloom.eos, bloom.frequencies, bloom.dimensions.width) == (2048, frozenset(), None, 64)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 6, 12, 32, 112])
@@ -32,8 +32,8 @@ def test_alibi_slopes(heads):
 def test_llama3_leaves_short_waves_and_stretches_long_ones():
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 128}
-    plain = read_settings(LLAMA | {"rope_parameters": {"rope_theta": 5e5}}).frequencies
-    found = read_settings(LLAMA | {"rope_parameters": rope}).frequencies
+    plain = read_decoder_config(LLAMA | {"rope_parameters": {"rope_theta": 5e5}}).frequencies
+    found = read_decoder_config(LLAMA | {"rope_parameters": rope}).frequencies
     waves = 2 * math.pi / plain
     assert torch.equal(found[waves < 32], plain[waves < 32])
     assert torch.equal(found[waves > 128], plain[waves > 128] / 8)
@@ -63,13 +63,13 @@ def test_llama3_leaves_short_waves_and_stretches_long_ones():
 ])
 def test_what_is_refused(change, message):
     with pytest.raises(InputError, match=message) as caught:
-        read_settings(LLAMA | change)
+        read_decoder_config(LLAMA | change)
     assert caught.value.remedy
 
 
 def test_windows():
     mistral, qwen2 = LLAMA | {"model_type": "mistral"}, LLAMA | {"model_type": "qwen2", "sliding_window": 100}
-    assert read_settings(mistral).context == 256
-    assert read_settings(mistral | {"sliding_window": 100}).context == 100
-    assert read_settings(qwen2).context == 256
-    assert read_settings(qwen2 | {"use_sliding_window": True}).context == 100
+    assert read_decoder_config(mistral).context == 256
+    assert read_decoder_config(mistral | {"sliding_window": 100}).context == 100
+    assert read_decoder_config(qwen2).context == 256
+    assert read_decoder_config(qwen2 | {"use_sliding_window": True}).context == 100

@@ -58,19 +58,19 @@ def test_logits_of_a_row_are_the_same_to_the_bit_beside_others(model, threads):
         with torch.inference_mode():
             together, single = model.new_cache(9, 60), model.new_cache(1, 50)  # another capacity
             for slot, ids in enumerate(rows):
-                model.read(torch.tensor(ids), together, slot)
+                model.prefill_slot(torch.tensor(ids), together, slot)
             tokens = torch.tensor([ids[0] for ids in rows])
-            found = model.step(tokens, together, range(9), [len(ids) for ids in rows])
+            found = model.decode_slots(tokens, together, range(9), [len(ids) for ids in rows])
             for slot, ids in enumerate(rows):
-                model.read(torch.tensor(ids), single, 0)
-                assert torch.equal(model.step(tokens[slot : slot + 1], single, [0], [len(ids)])[0], found[slot])
+                model.prefill_slot(torch.tensor(ids), single, 0)
+                assert torch.equal(model.decode_slots(tokens[slot : slot + 1], single, [0], [len(ids)])[0], found[slot])
     finally:
         torch.set_num_threads(1)
 
 
 def test_what_was_read_is_not_read_again(model, monkeypatch):
-    read, lengths = model.read, []
-    monkeypatch.setattr(model, "read", lambda ids, *where: lengths.append(len(ids)) or read(ids, *where))
+    read, lengths = model.prefill_slot, []
+    monkeypatch.setattr(model, "prefill_slot", lambda ids, *where: lengths.append(len(ids)) or read(ids, *where))
     ids, params = torch.randint(4, 384, (150,)).tolist(), SamplingParams(max_new_tokens=5, ignore_eos=True)
     engine = Engine(model, 2)
     first = engine.submit(ids, params)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.engine.linear import Dense, Packed, SideBySide
+from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, PackedLinear
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import InputError
 
@@ -37,7 +37,7 @@ def test_logits_of_every_variant(tiny_model, tmp_path, variant):
     assert relative(load(path, device="cpu", head_bits=16).logits(ids), wanted) < 2e-4
 
 
-@pytest.mark.parametrize(("act_order", "kind"), [(False, Packed), (True, SideBySide)])
+@pytest.mark.parametrize(("act_order", "kind"), [(False, PackedLinear), (True, ConcatenatedLinear)])
 def test_query_key_and_value_are_one_product_where_their_groups_agree(tiny_llama, tmp_path, act_order, kind):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed", act_order=act_order)
     x = torch.randn(3, 128)
@@ -53,7 +53,7 @@ def test_one_that_is_packed_beside_one_that_is_not(tiny_llama, tmp_path):
     tensors = {name: t for name, t in load_file(path / "model.safetensors").items() if not name.startswith(NAMES[1])}
     save_file(tensors | {f"{NAMES[1]}.weight": plain[f"{NAMES[1]}.weight"]}, path / "model.safetensors")
     found = weights(path).linear(NAMES, 128, SIZES, False)
-    assert [type(part) for part in found.parts] == [Packed, Dense, Packed]
+    assert [type(part) for part in found.parts] == [PackedLinear, DenseLinear, PackedLinear]
     assert found(torch.randn(2, 128)).shape == (2, 256)
 
 

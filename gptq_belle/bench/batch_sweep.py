@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gptq_belle.common.timers import Spread, spread, synchronize
-from gptq_belle.engine.kv_cache import Cache
+from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.model import Model
 from gptq_belle.errors import UsageError
 
@@ -69,31 +69,31 @@ def sweep(models: Sequence[Model], batches: Sequence[int], depths: Sequence[int]
 
 
 @torch.inference_mode()
-def _filled(model: Model, batch: int, depth: int, capacity: int) -> Cache:
+def _filled(model: Model, batch: int, depth: int, capacity: int) -> KVCache:
     """A cache whose slots hold `depth` tokens each. One row is read, and copied to the others."""
     cache = model.new_cache(batch, capacity)
     if depth:
-        model.read(_ids(model, depth), cache, 0)
+        model.prefill_slot(_ids(model, depth), cache, 0)
         for slot in range(1, batch):
             cache.copy(0, slot, depth)
     return cache
 
 
 @torch.inference_mode()
-def _run(model: Model, cache: Cache, depth: int, prompt: int, tokens: int) -> tuple[float, float]:
+def _run(model: Model, cache: KVCache, depth: int, prompt: int, tokens: int) -> tuple[float, float]:
     """Seconds of prefill and of decoding; what an earlier run left behind `depth` is written over."""
     slots, ids = list(range(cache.slots)), _ids(model, prompt)
     synchronize(model.device)
     began = time.perf_counter()
-    logits = torch.cat([model.read(ids, cache, slot, depth) for slot in slots])
+    logits = torch.cat([model.prefill_slot(ids, cache, slot, depth) for slot in slots])
     synchronize(model.device)
     middle = time.perf_counter()
     for step in range(tokens):
-        logits = model.step(logits.argmax(-1), cache, slots, [depth + prompt + step] * len(slots))
+        logits = model.decode_slots(logits.argmax(-1), cache, slots, [depth + prompt + step] * len(slots))
     synchronize(model.device)
     return middle - began, time.perf_counter() - middle
 
 
 def _ids(model: Model, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.settings.sizes.vocabulary, (count,), generator=generator).to(model.device)
+    return torch.randint(model.vocabulary_size, (count,), generator=generator).to(model.device)

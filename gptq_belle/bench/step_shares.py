@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq_belle.bench.bandwidth import last_level_cache
 from gptq_belle.common.timers import PhaseClock, synchronize
-from gptq_belle.engine.linear import Dense, Packed, SideBySide
+from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, PackedLinear
 from gptq_belle.engine.model import Model
 from gptq_belle.kernels.call_recorder import ATTENTION as NATIVE_ATTENTION
 from gptq_belle.kernels.call_recorder import CALL_KINDS, PRODUCT, CallRecorder
@@ -32,10 +32,10 @@ class Shares(NamedTuple):
 def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
     """While it is open, the model's linears, attention and head charge their seconds to the clock."""
     decoder: Any = model.decoder
-    through, replays = decoder.through, model.replays
+    through, replays = decoder.run_blocks, model.use_step_graphs
     changed: list[tuple[Any, str, Any]] = [(decoder, "head", decoder.head)]
     changed += [(block, name, value) for block in decoder.blocks for name, value in vars(block).items()
-                if isinstance(value, Packed | Dense | SideBySide)]
+                if isinstance(value, PackedLinear | DenseLinear | ConcatenatedLinear)]
 
     def timed(action: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         def run(*args: Any) -> Tensor:
@@ -43,15 +43,15 @@ def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
                 return action(*args)
         return run
 
-    decoder.through = lambda x, attend: through(x, timed(attend, ATTENTION))
-    model.replays = False  # what is recorded has no parts
+    decoder.run_blocks = lambda x, attention: through(x, timed(attention, ATTENTION))
+    model.use_step_graphs = False  # what is recorded has no parts
     try:
         for owner, name, value in changed:
             setattr(owner, name, timed(value, HEAD if owner is decoder else LINEARS))
         yield
     finally:
-        del decoder.through  # the class's own again
-        model.replays = replays
+        del decoder.run_blocks  # the class's own again
+        model.use_step_graphs = replays
         for owner, name, value in changed:
             setattr(owner, name, value)
 
@@ -86,7 +86,7 @@ def step_shares(model: Model, batch: int, prompt: int, step: float) -> Shares:
     """
     logits, session = model.prefill(torch.ones(batch, prompt, dtype=torch.int64), STEPS + 1)
     tokens = model.decode(logits.argmax(-1), session).argmax(-1)  # from now on, it is recorded
-    clock, recorded = PhaseClock(lambda: synchronize(model.device)), session.cache.recorded.get(batch)
+    clock, recorded = PhaseClock(lambda: synchronize(model.device)), session.cache.step_graphs.get(batch)
     with clocked(model, clock) if recorded is None else clocked_replays(model, recorded.recorder, clock):
         for _ in range(STEPS):
             tokens = model.decode(tokens, session).argmax(-1)

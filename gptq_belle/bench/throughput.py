@@ -204,7 +204,7 @@ def interleaved(models: Sequence[Model], workload: Workload,
 def _run(model: Model, workload: Workload) -> Pass:
     """One repeat; the tokens' values do not matter to its time, and eos does not end it."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.settings.sizes.vocabulary, (workload.batch, workload.prompt or 1), generator=generator)
+    ids = torch.randint(model.vocabulary_size, (workload.batch, workload.prompt or 1), generator=generator)
     synchronize(model.device)
     began = time.perf_counter()
     logits, cache = model.prefill(ids, workload.tokens)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from gptq_belle.cli import console
-from gptq_belle.engine.model import MOST_NEW_TOKENS, Model
+from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
+from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.stop_strings import TextStream
@@ -82,7 +83,7 @@ class Conversation:
     def _prompt(self, question: str) -> tuple[list[int], int]:
         """Token ids of the turns and the question, and the room for the answer; old turns go until it is enough."""
         tokenizer, context = self.model.tokenizer, self.model.context
-        asked = self.params.max_new_tokens or MOST_NEW_TOKENS
+        asked = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         enough = min(asked, ANSWER_ROOM)
         while True:
             text = render([*self.turns, Turn(question)], self.name, tokenizer.eos_token)

@@ -1,8 +1,8 @@
-"""Many answers at a time: requests come and go, each in a slot of one cache, and every step moves all of them on.
+"""Continuous batching: requests come and go, each in a slot of one KV cache, and every step advances all of them.
 
-A step reads a piece of one prompt, then decodes one token for every request whose prompt is read. A free slot keeps
-what it held: a request that begins with the same tokens (a chat's earlier turns) takes it over. On a CPU each request
-gets exactly, to the bit, what it would get alone.
+A step prefills one chunk of one prompt, then decodes one token for every request whose prompt is complete. A free slot
+keeps its contents: a request whose prompt begins with the same tokens (the earlier turns of a chat) reuses them. On a
+CPU every request gets the same bits as it would get alone.
 """
 
 from collections import deque
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.engine.attention import QUERIES
-from gptq_belle.engine.logits_model import CHUNK, MOST_NEW_TOKENS, Tokens
-from gptq_belle.engine.sampling import Sampler, SamplingParams, draw
+from gptq_belle.engine.attention import QUERY_BLOCK
+from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, PREFILL_CHUNK, LogitsModel
+from gptq_belle.engine.sampling import Sampler, SamplingParams, sample_tokens
 from gptq_belle.errors import UsageError
 
 
@@ -24,18 +24,18 @@ class Request:
     """One prompt and its answer so far.
 
     Attributes:
-        ids: of the prompt.
-        params: how the answer is drawn.
-        room: the most tokens of the answer.
-        answer: token ids so far; eos is not among them.
-        end: the eos that ended it, if one did.
-        finished: why it ended: "stop" (eos), "length", "cancelled"; None while it goes on.
-        reused: tokens of the prompt that a slot held already.
+        ids: token ids of the prompt.
+        params: how to sample.
+        max_new_tokens: limit of the answer's length.
+        answer: token ids so far, without eos.
+        end: the eos token that ended it, if any.
+        finished: why it ended: "stop" (eos), "length", "cancelled"; None while it is running.
+        reused: number of prompt tokens taken from the cache.
     """
 
     ids: list[int]
     params: SamplingParams
-    room: int
+    max_new_tokens: int
     answer: list[int] = field(default_factory=list)
     end: int | None = None
     finished: str | None = None
@@ -43,11 +43,11 @@ class Request:
 
 
 class Event(NamedTuple):
-    """What a step did for one request: a token, or its end (both with the last token of a full answer).
+    """What a step did for one request: a token, its end, or both with the last token of a full answer.
 
     Attributes:
-        logprob: the natural logarithm of the token's probability; None unless `SamplingParams.logprobs` asks for it.
-        top: the likeliest tokens and theirs, as many as it asks for.
+        logprob: natural logarithm of the token's probability; None unless `SamplingParams.logprobs` is set.
+        top: the most likely tokens and their logarithms, as many as requested.
     """
 
     request: Request
@@ -59,34 +59,34 @@ class Event(NamedTuple):
 
 @dataclass(slots=True)
 class _Slot:
-    """A place in the cache.
+    """One sequence of the cache.
 
     Attributes:
-        held: token ids whose keys and values lie there.
-        read: how many of them came from reading prompts; those of answers were computed one by one, which rounds
-            otherwise, so they are read again.
+        cached: token ids whose keys and values are in the cache.
+        prefilled: how many of them come from prefill. Those of an answer were computed one by one, which rounds
+            differently, so they are not reused.
     """
 
-    held: list[int] = field(default_factory=list)
-    read: int = 0
+    cached: list[int] = field(default_factory=list)
+    prefilled: int = 0
     request: Request | None = None
     sampler: Sampler | None = None
 
 
 class Engine:
-    """Slots for requests on one model.
+    """Runs requests on one model with continuous batching.
 
     Args:
         model: from `gptq_belle.load`.
-        slots: requests that are answered at a time; further ones wait.
-        capacity: tokens of prompt and answer together, for each; left out, the model's context.
+        slots: number of requests answered at a time; others wait.
+        capacity: limit of prompt and answer tokens per request; default: the model's context.
     Attributes:
-        slots, capacity: as they are.
+        slots, capacity: as given.
     Raises:
-        HardwareError: no memory for so many keys and values.
+        HardwareError: not enough memory for the KV cache.
     """
 
-    def __init__(self, model: Tokens, slots: int = 1, capacity: int | None = None) -> None:
+    def __init__(self, model: LogitsModel, slots: int = 1, capacity: int | None = None) -> None:
         self.model, self.slots = model, slots
         self.capacity = min(capacity or model.context or 2048, model.context or 1 << 30)
         self.cache = model.new_cache(slots, self.capacity)
@@ -100,36 +100,32 @@ class Engine:
 
     @property
     def requests(self) -> list[Request]:
-        """Those that are being answered, then those that wait."""
+        """Running requests, then waiting ones."""
         return [slot.request for slot in self._slots if slot.request is not None] + list(self._waiting)
 
     @property
     def used(self) -> float:
-        """Share of the cache's positions that requests have filled."""
-        held = sum(len(slot.held) for slot in self._slots if slot.request is not None)
-        return held / (self.slots * self.capacity)
+        """Share of the cache's positions used by running requests."""
+        used = sum(len(slot.cached) for slot in self._slots if slot.request is not None)
+        return used / (self.slots * self.capacity)
 
     def submit(self, ids: Sequence[int], params: SamplingParams) -> Request:
-        """Put a request in line; `step` does the work.
+        """Queue a request; `step` runs it.
 
         Args:
-            ids: of the prompt.
-            params: `max_new_tokens` left out means what the capacity leaves, MOST_NEW_TOKENS at most.
+            ids: token ids of the prompt.
+            params: without `max_new_tokens`, the answer is limited by the capacity and DEFAULT_MAX_NEW_TOKENS.
         Raises:
-            UsageError: no ids, ids that are not in the vocabulary, or no room for prompt and answer.
+            UsageError: no ids, ids outside the vocabulary, or a prompt and answer that exceed the capacity.
         """
         self.model.check_ids(torch.tensor([list(ids)], dtype=torch.int64))
-        room = self.capacity - len(ids)
-        if room < max(1, params.max_new_tokens or 1):
-            wanted = f" and {params.max_new_tokens} new ones" if params.max_new_tokens else " and an answer"
-            raise UsageError(f"a prompt of {len(ids)} tokens{wanted} do not fit into {self.capacity}",
-                             "Shorten the prompt, or ask for fewer new tokens.")
-        request = Request(list(ids), params, params.max_new_tokens or min(room, MOST_NEW_TOKENS))
+        limit = new_token_limit(len(ids), params.max_new_tokens, self.capacity)
+        request = Request(list(ids), params, limit)
         self._waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request that nobody waits for any more; one that has ended is left as it is."""
+        """End a request that is no longer needed; no effect on one that has ended."""
         if request.finished is None:
             request.finished = "cancelled"
             if request in self._waiting:
@@ -140,62 +136,67 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Move on: a piece of the oldest prompt that is not read yet, then one token for all that are.
+        """Prefill a chunk of the first incomplete prompt, then decode one token for every complete one.
 
         Returns:
-            what came out, none where only a part of a prompt was read.
+            new tokens and ends of requests; empty if only a part of a prompt was prefilled.
         """
         self._admit()
         events: list[Event] = []
-        reading = [slot for slot in self._slots if slot.request is not None and len(slot.held) < len(slot.request.ids)]
-        going = [slot for slot in self._slots if slot.request is not None and slot not in reading]
-        if reading:
-            events += self._read(reading[0])
-        if going:
-            logits = self.model.step(
-                torch.tensor([_last(slot) for slot in going], device=self.model.device), self.cache,
-                [self._slots.index(slot) for slot in going], [len(slot.held) for slot in going])
-            for slot in going:
-                slot.held.append(_last(slot))
-            events += self._drawn(going, logits)
+        active = [slot for slot in self._slots if slot.request is not None]
+        incomplete = [slot for slot in active if slot.request and len(slot.cached) < len(slot.request.ids)]
+        decoding = [slot for slot in active if slot not in incomplete]
+        if incomplete:
+            events += self._prefill(incomplete[0])
+        if decoding:
+            events += self._decode(decoding)
         return events
 
     def _admit(self) -> None:
-        """Give free slots to those that wait, with what any slot holds of their prompts."""
+        """Assign free slots to waiting requests, and reuse what any slot holds of their prompts."""
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
-            source = max(self._slots, key=lambda slot: _shared(slot, request))
-            slot, shared = min(free, key=lambda slot: len(slot.held)), _shared(source, request)
-            if source in free and len(source.held) - shared <= len(slot.held):
-                slot = source  # less is lost by going on there
-            elif shared:
-                self.cache.copy(self._slots.index(source), self._slots.index(slot), shared)
-            slot.held, slot.read, request.reused = request.ids[:shared], shared, shared
+            source = max(self._slots, key=lambda slot: _reusable(slot, request))
+            slot, reusable = min(free, key=lambda slot: len(slot.cached)), _reusable(source, request)
+            if source in free and len(source.cached) - reusable <= len(slot.cached):
+                slot = source  # fewer cached tokens are lost there
+            elif reusable:
+                self.cache.copy(self._slots.index(source), self._slots.index(slot), reusable)
+            slot.cached, slot.prefilled, request.reused = request.ids[:reusable], reusable, reusable
             slot.request, slot.sampler = request, Sampler(request.params, request.ids, self.model.device)
 
-    def _read(self, slot: _Slot) -> list[Event]:
+    def _prefill(self, slot: _Slot) -> list[Event]:
         assert slot.request is not None
-        start = len(slot.held)
-        piece = slot.request.ids[start : start + CHUNK]
-        logits = self.model.read(torch.tensor(piece, device=self.model.device), self.cache, self._slots.index(slot),
-                                 start)
-        slot.held += piece
-        slot.read = len(slot.held)
-        return self._drawn([slot], logits) if len(slot.held) == len(slot.request.ids) else []
+        start = len(slot.cached)
+        chunk = slot.request.ids[start : start + PREFILL_CHUNK]
+        ids = torch.tensor(chunk, device=self.model.device)
+        logits = self.model.prefill_slot(ids, self.cache, self._slots.index(slot), start)
+        slot.cached += chunk
+        slot.prefilled = len(slot.cached)
+        return self._sample([slot], logits) if len(slot.cached) == len(slot.request.ids) else []
 
-    def _drawn(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
-        samplers = [slot.sampler for slot in slots if slot.sampler is not None]
-        tokens = draw(samplers, logits)
-        return [self._take(slot, token, row) for slot, token, row in zip(slots, tokens, logits, strict=True)]
+    def _decode(self, slots: Sequence[_Slot]) -> list[Event]:
+        tokens = [slot.request.answer[-1] for slot in slots if slot.request is not None]
+        logits = self.model.decode_slots(torch.tensor(tokens, device=self.model.device), self.cache,
+                                         [self._slots.index(slot) for slot in slots],
+                                         [len(slot.cached) for slot in slots])
+        for slot, token in zip(slots, tokens, strict=True):
+            slot.cached.append(token)
+        return self._sample(slots, logits)
 
-    def _take(self, slot: _Slot, token: int, logits: Tensor) -> Event:
+    def _sample(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
+        tokens = sample_tokens([slot.sampler for slot in slots if slot.sampler is not None], logits)
+        return [self._accept(slot, token, row) for slot, token, row in zip(slots, tokens, logits, strict=True)]
+
+    def _accept(self, slot: _Slot, token: int, logits: Tensor) -> Event:
+        """Add a sampled token to the slot's answer, or end it."""
         request = slot.request
         assert request is not None
         if token in self.model.eos_ids and not request.params.ignore_eos:
             request.end, request.finished, slot.request = token, "stop", None
             return Event(request, None, "stop")
         request.answer.append(token)
-        if len(request.answer) == request.room:
+        if len(request.answer) == request.max_new_tokens:
             request.finished, slot.request = "length", None
         if request.params.logprobs is None:
             return Event(request, token, request.finished)
@@ -205,14 +206,28 @@ class Engine:
         return Event(request, token, request.finished, float(logprobs[token]), top)
 
 
-def _last(slot: _Slot) -> int:
-    assert slot.request is not None
-    return slot.request.answer[-1]
+def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> int:
+    """How many tokens to generate after a prompt of `prompt` tokens.
+
+    Args:
+        prompt: its length.
+        wanted: the limit that the caller sets, if any.
+        capacity: limit of prompt and answer together, if any.
+    Raises:
+        UsageError: prompt and answer exceed the capacity.
+    """
+    if capacity is None:
+        return wanted or DEFAULT_MAX_NEW_TOKENS
+    if capacity - prompt < max(1, wanted or 1):
+        answer = f"{wanted} new ones" if wanted else "an answer"
+        raise UsageError(f"a prompt of {prompt} tokens and {answer} do not fit into {capacity}",
+                         "Shorten the prompt, or ask for fewer new tokens.")
+    return wanted or min(capacity - prompt, DEFAULT_MAX_NEW_TOKENS)
 
 
-def _shared(slot: _Slot, request: Request) -> int:
-    """Tokens of a prompt, the last one excepted, that a slot can give: whole pieces of QUERIES, which come out the same
-    whether they are read alone or with what stands behind them."""
-    most = min(slot.read, len(request.ids) - 1)
-    same = next((i for i in range(most) if slot.held[i] != request.ids[i]), most)
-    return same // QUERIES * QUERIES
+def _reusable(slot: _Slot, request: Request) -> int:
+    """Number of a prompt's tokens, the last one excepted, that a slot holds: whole multiples of QUERY_BLOCK, because
+    their results do not depend on the tokens after them."""
+    most = min(slot.prefilled, len(request.ids) - 1)
+    same = next((i for i in range(most) if slot.cached[i] != request.ids[i]), most)
+    return same // QUERY_BLOCK * QUERY_BLOCK

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from gptq_belle.engine.attention import Attend, Heads
-from gptq_belle.engine.linear import Product
+from gptq_belle.engine.attention import Attention, AttentionConfig
+from gptq_belle.engine.linear import LinearOperator
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weights import Weights
 from gptq_belle.kernels.cpu_elementwise import LayerNorm, gelu_
-from gptq_belle.models.decoder_config import Settings
+from gptq_belle.models.decoder_config import DecoderConfig
 
 
 def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:
@@ -15,11 +15,11 @@ def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:
 
 
 class _Block:
-    def __init__(self, weights: Weights, name: str, settings: Settings) -> None:
-        sizes, eps = settings.sizes, settings.eps
-        width, inner = sizes.width, sizes.inner
+    def __init__(self, weights: Weights, name: str, config: DecoderConfig) -> None:
+        d, eps = config.dimensions, config.eps
+        width, inner = d.width, d.inner
 
-        def linear(part: str, inputs: int, outputs: int) -> Product:
+        def linear(part: str, inputs: int, outputs: int) -> LinearOperator:
             return weights.linear([f"{name}.{part}"], inputs, [outputs], True)
 
         self.attention_norm = _norm(weights, f"{name}.input_layernorm", width, eps)
@@ -27,18 +27,18 @@ class _Block:
         self.out = linear("self_attention.dense", width, width)
         self.mlp_norm = _norm(weights, f"{name}.post_attention_layernorm", width, eps)
         self.up, self.down = linear("mlp.dense_h_to_4h", width, inner), linear("mlp.dense_4h_to_h", inner, width)
-        self.heads, self.head_dim, self.normed = sizes.heads, sizes.head_dim, settings.normed_residual
+        self.heads, self.head_dim, self.normed = d.heads, d.head_dim, config.normed_residual
 
-    def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+    def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         normed = self.attention_norm(x)
-        x = self.out(self._attended(normed, attend, index), normed if self.normed else x)
+        x = self.out(self._attended(normed, attention, index), normed if self.normed else x)
         normed = self.mlp_norm(x)
         return self.down(gelu_(self.up(normed)), normed if self.normed else x)
 
-    def _attended(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+    def _attended(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         # Query, key and value lie side by side in each head: (heads, 3, head_dim).
         query, key, value = self.qkv(x).view(len(x), self.heads, 3, self.head_dim).unbind(2)
-        return attend(index, query, key, value)
+        return attention(index, query, key, value)
 
 
 class Bloom:
@@ -46,25 +46,25 @@ class Bloom:
 
     Args:
         weights: of a checkpoint; every tensor of the model is taken from it.
-        settings: of its config.json.
+        config: of its config.json.
     """
 
-    def __init__(self, weights: Weights, settings: Settings) -> None:
-        sizes, eps = settings.sizes, settings.eps
-        self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", sizes)
-        self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", sizes.width, eps)
-        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("transformer.h", sizes.blocks)]
-        self.norm = _norm(weights, "transformer.ln_f", sizes.width, eps)
-        self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, None, settings.slopes)
+    def __init__(self, weights: Weights, config: DecoderConfig) -> None:
+        d, eps = config.dimensions, config.eps
+        self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", d)
+        self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", d.width, eps)
+        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("transformer.h", d.blocks)]
+        self.norm = _norm(weights, "transformer.ln_f", d.width, eps)
+        self.attention_config = AttentionConfig(d.heads, d.kv_heads, d.head_dim, None, config.slopes)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to what enters the first block, (n, width)."""
         return self.embedding_norm(self.embedding(ids))
 
-    def through(self, x: Tensor, attend: Attend) -> Tensor:
+    def run_blocks(self, x: Tensor, attention: Attention) -> Tensor:
         """What enters the first block to what leaves the last one, both (n, width)."""
         for index, block in enumerate(self.blocks):
-            x = block(x, attend, index)
+            x = block(x, attention, index)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.kernels import cpu_attention
 
 if TYPE_CHECKING:
-    from gptq_belle.engine.step_graph import Recorded
+    from gptq_belle.engine.step_graph import StepGraph
 
-KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
-LARGEST_CODE = 127
+CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+INT8_MAX = 127
 
 
-class Cache:
+class KVCache:
     """Keys and values of all blocks.
 
     Args:
@@ -28,12 +28,12 @@ class Cache:
         heads: of keys and values.
         capacity: positions a slot.
         head_dim: of a head.
-        kind: a key of KINDS; "int8" keeps 8 bits of each number and a float16 scale a head and position.
+        kind: a key of CACHE_DTYPES; "int8" keeps 8 bits of each number and a float16 scale a head and position.
         device: where it lives.
     Attributes:
         keys, values: for each block (slots, heads, capacity, head_dim).
         key_scales, value_scales: for each block (slots, heads, capacity, 1) float16; none but for "int8".
-        recorded: steps of decoding on these tables, by the number of rows.
+        step_graphs: steps of decoding on these tables, by the number of rows.
     Raises:
         UsageError: an unknown kind.
         HardwareError: no memory.
@@ -41,9 +41,9 @@ class Cache:
 
     def __init__(self, blocks: int, slots: int, heads: int, capacity: int, head_dim: int, kind: str,
                  device: torch.device) -> None:
-        check_kind(kind)
+        check_cache_dtype(kind)
         self.slots, self.capacity, self.kind, self.device = slots, capacity, kind, device
-        self.recorded: dict[int, Recorded] = {}
+        self.step_graphs: dict[int, StepGraph] = {}
         shape = (slots, heads, capacity, head_dim)
 
         def tables(dtype: torch.dtype, *shape: int) -> list[Tensor]:
@@ -51,7 +51,7 @@ class Cache:
             return [make(shape, dtype=dtype, device=device) for _ in range(blocks)]
 
         try:
-            self.keys, self.values = tables(KINDS[kind], *shape), tables(KINDS[kind], *shape)
+            self.keys, self.values = tables(CACHE_DTYPES[kind], *shape), tables(CACHE_DTYPES[kind], *shape)
             narrow = kind == "int8"
             self.key_scales = tables(torch.float16, *shape[:-1], 1) if narrow else []
             self.value_scales = tables(torch.float16, *shape[:-1], 1) if narrow else []
@@ -80,7 +80,7 @@ class Cache:
         for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
             place = (slot, slice(None), slice(start, start + len(new)))
             if scales:
-                codes, scale = quantized(new.transpose(0, 1))
+                codes, scale = quantize_int8(new.transpose(0, 1))
                 tables[block][place], scales[block][place] = codes, scale
             else:
                 tables[block][place] = new.transpose(0, 1)
@@ -89,7 +89,7 @@ class Cache:
         """Keep keys and values (n, heads, head_dim), one position of each of some slots, given by int64 (n,)."""
         for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
             if scales:
-                new, scale = quantized(new)
+                new, scale = quantize_int8(new)
                 scales[block][slots, :, positions] = scale
             tables[block][slots, :, positions] = new.to(tables[block].dtype)
 
@@ -114,14 +114,14 @@ class Cache:
                 table[target, :, :length] = table[source, :, :length]
 
 
-def check_kind(kind: str) -> None:
+def check_cache_dtype(kind: str) -> None:
     """Raises UsageError where there is no such kind of cache."""
-    if kind not in KINDS:
-        raise UsageError(f"cache {kind!r} is not known", f"Choose one of {', '.join(KINDS)}.")
+    if kind not in CACHE_DTYPES:
+        raise UsageError(f"cache {kind!r} is not known", f"Choose one of {', '.join(CACHE_DTYPES)}.")
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers (..., D) to codes (..., D) int8 and scales (..., 1) float16, x about codes * scales."""
-    scales = (x.abs().amax(-1, keepdim=True).float() / LARGEST_CODE).clamp_(min=6e-8).half()
-    codes = (x / scales.to(x.dtype)).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
+    scales = (x.abs().amax(-1, keepdim=True).float() / INT8_MAX).clamp_(min=6e-8).half()
+    codes = (x / scales.to(x.dtype)).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     return codes, scales

@@ -16,58 +16,58 @@ from gptq_belle.kernels.dispatch import PreparedWeight, bind, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
-ROWS_ALONE = 64
+MAX_SINGLE_ROWS = 64
 
 
-class Packed:
-    """x (..., K) to (..., N) through a packed weight, plus its bias and, where there is one, `plus` (..., N)."""
+class PackedLinear:
+    """x (..., K) to (..., N) through a packed weight, plus its bias and, where there is one, `residual` (..., N)."""
 
     def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
         self.weight, self._product = weight, bind(weight, bias)
         self.native = isinstance(weight, CpuWeight)
 
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        return self._product(x, plus)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._product(x, residual)
 
 
 @dataclass(slots=True)
-class Dense:
+class DenseLinear:
     """x (M, K) to (M, N) through a weight (N, K).
 
-    On a CPU up to ROWS_ALONE rows are multiplied one by one: a BLAS rounds by the number of rows, and a row of a batch
-    must come out as it does alone. That reads the weight for each of them; packed weights need no such thing.
+    On a CPU, up to MAX_SINGLE_ROWS rows are multiplied one by one: a BLAS rounds differently for different numbers of
+    rows, and a row of a batch must get the bits it gets alone. Packed weights do not need this.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        if x.is_cpu and 1 < len(x) <= ROWS_ALONE:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_cpu and 1 < len(x) <= MAX_SINGLE_ROWS:
             y = torch.cat([F.linear(row, self.weight, self.bias) for row in x.split(1)])
         else:
             y = F.linear(x, self.weight, self.bias)
-        return y if plus is None else y.add_(plus)
+        return y if residual is None else y.add_(residual)
 
 
 @dataclass(slots=True)
-class SideBySide:
+class ConcatenatedLinear:
     """Several products of the same x, their outputs one after another."""
 
-    parts: list[Packed | Dense]
+    parts: list[PackedLinear | DenseLinear]
 
-    def __call__(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.cat([part(x) for part in self.parts], -1)
-        return y if plus is None else y.add_(plus)
+        return y if residual is None else y.add_(residual)
 
 
-Product = Packed | Dense | SideBySide
+LinearOperator = PackedLinear | DenseLinear | ConcatenatedLinear
 
 
 class QuantLinear(nn.Linear):
     """A linear layer on a packed weight: x (..., in_features) to (..., out_features), in x's dtype.
 
     It is an `nn.Linear` to those who choose layers by that, as peft does for adapters (gradients pass through to x);
-    but its `weight` is a `StandIn`. `qweight` is the codes in whatever layout stands in memory.
+    but its `weight` is a `WeightProxy`. `qweight` is the codes in whatever layout stands in memory.
 
     Every tensor of the prepared weight is a buffer of its field's name; the state dict is what stands on disk, made
     anew where a layout of the kernels replaced the words. Moving the module moves them; no cast changes them (the bias
@@ -103,9 +103,9 @@ class QuantLinear(nn.Linear):
         return quant_matmul(x, self.prepared, self.bias)
 
     @property
-    def weight(self) -> "StandIn":  # type: ignore[override]
+    def weight(self) -> "WeightProxy":  # type: ignore[override]
         """Shape and device of the weight, and an error for whoever computes with it."""
-        return StandIn(self.out_features, self.in_features, self.qweight.device)
+        return WeightProxy(self.out_features, self.in_features, self.qweight.device)
 
     def __getattr__(self, name: str) -> Any:
         if name == "qweight" and self._buffers:  # where the layout calls it otherwise; each begins with its codes
@@ -135,14 +135,14 @@ class QuantLinear(nn.Linear):
         if isinstance(prepared, CanonicalWeight):
             super()._save_to_state_dict(destination, prefix, keep_vars)
         elif isinstance(prepared, CpuWeight | SlicedWeight):
-            state = words(prepared) | ({} if self.bias is None else {"bias": self.bias})
+            state = packed_tensors(prepared) | ({} if self.bias is None else {"bias": self.bias})
             destination |= {f"{prefix}{name}": tensor for name, tensor in state.items()}
         else:
             raise UsageError("this model's words were replaced by a layout of torch, which is not a file format",
                              "Copy the directory it came from, or load it with precision \"exact\" to save it.")
 
 
-class StandIn(Tensor):
+class WeightProxy(Tensor):
     """What a packed weight shows of itself: (out_features, in_features), float32, its device; no values.
 
     peft looks at it to size and place an adapter. Whatever needs values (to merge an adapter, DoRA) is refused, where
@@ -162,10 +162,10 @@ class StandIn(Tensor):
                          "To merge adapters into a model, give them with --lora when quantizing its source.")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"StandIn({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
+        return f"WeightProxy({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
 
 
-def words(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
+def packed_tensors(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
     """qweight, qzeros, scales and g_idx of the checkpoint that a weight was made from."""
     unpacked = (cpu_layout.unpack_weight(weight) if isinstance(weight, CpuWeight)
                 else triton_layout.unpack_weight(weight))

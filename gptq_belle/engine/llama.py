@@ -2,43 +2,43 @@
 
 from torch import Tensor
 
-from gptq_belle.engine.attention import Attend, Heads
-from gptq_belle.engine.linear import Product
+from gptq_belle.engine.attention import Attention, AttentionConfig
+from gptq_belle.engine.linear import LinearOperator
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weights import Weights
 from gptq_belle.kernels.cpu_elementwise import RmsNorm, silu_and_mul
-from gptq_belle.models.decoder_config import Settings
+from gptq_belle.models.decoder_config import DecoderConfig
 
 
 class _Block:
-    def __init__(self, weights: Weights, name: str, settings: Settings) -> None:
-        sizes = settings.sizes
-        width, inner, head_dim = sizes.width, sizes.inner, sizes.head_dim
-        self.heads = [sizes.heads, sizes.kv_heads, sizes.kv_heads]
+    def __init__(self, weights: Weights, name: str, config: DecoderConfig) -> None:
+        d = config.dimensions
+        width, inner, head_dim = d.width, d.inner, d.head_dim
+        self.heads = [d.heads, d.kv_heads, d.kv_heads]
         outputs = [heads * head_dim for heads in self.heads]
 
         def named(*parts: str) -> tuple[list[str], bool]:
-            return [f"{name}.{part}" for part in parts], parts[0] in sizes.biased
+            return [f"{name}.{part}" for part in parts], parts[0] in d.biased
 
-        def linear(names: tuple[list[str], bool], inputs: int, *outputs: int) -> Product:
+        def linear(names: tuple[list[str], bool], inputs: int, *outputs: int) -> LinearOperator:
             return weights.linear(names[0], inputs, outputs, names[1])
 
-        self.attention_norm = RmsNorm(weights.tensor(f"{name}.input_layernorm.weight", width), settings.eps)
+        self.attention_norm = RmsNorm(weights.tensor(f"{name}.input_layernorm.weight", width), config.eps)
         self.qkv = linear(named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), width, *outputs)
         self.out = linear(named("self_attn.o_proj"), outputs[0], width)
-        self.mlp_norm = RmsNorm(weights.tensor(f"{name}.post_attention_layernorm.weight", width), settings.eps)
+        self.mlp_norm = RmsNorm(weights.tensor(f"{name}.post_attention_layernorm.weight", width), config.eps)
         self.gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
         self.down = linear(named("mlp.down_proj"), inner, width)
         self.head_dim = head_dim
 
-    def __call__(self, x: Tensor, attend: Attend, index: int) -> Tensor:
-        x = self.out(self._attended(self.attention_norm(x), attend, index), x)
+    def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:
+        x = self.out(self._attended(self.attention_norm(x), attention, index), x)
         return self.down(silu_and_mul(self.gate_up(self.mlp_norm(x))), x)
 
-    def _attended(self, x: Tensor, attend: Attend, index: int) -> Tensor:
+    def _attended(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.head_dim)
         query, key, value = qkv.split_with_sizes(self.heads, 1)
-        return attend(index, query, key, value)
+        return attention(index, query, key, value)
 
 
 class Llama:
@@ -46,24 +46,24 @@ class Llama:
 
     Args:
         weights: of a checkpoint; every tensor of the model is taken from it.
-        settings: of its config.json.
+        config: of its config.json.
     """
 
-    def __init__(self, weights: Weights, settings: Settings) -> None:
-        sizes = settings.sizes
-        self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", sizes)
-        self.blocks = [_Block(weights, name, settings) for name in weights.in_turn("model.layers", sizes.blocks)]
-        self.norm = RmsNorm(weights.tensor("model.norm.weight", sizes.width), settings.eps)
-        self.heads = Heads(sizes.heads, sizes.kv_heads, sizes.head_dim, settings.frequencies, None)
+    def __init__(self, weights: Weights, config: DecoderConfig) -> None:
+        d = config.dimensions
+        self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", d)
+        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("model.layers", d.blocks)]
+        self.norm = RmsNorm(weights.tensor("model.norm.weight", d.width), config.eps)
+        self.attention_config = AttentionConfig(d.heads, d.kv_heads, d.head_dim, config.frequencies, None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to what enters the first block, (n, width)."""
         return self.embedding(ids)
 
-    def through(self, x: Tensor, attend: Attend) -> Tensor:
+    def run_blocks(self, x: Tensor, attention: Attention) -> Tensor:
         """What enters the first block to what leaves the last one, both (n, width)."""
         for index, block in enumerate(self.blocks):
-            x = block(x, attend, index)
+            x = block(x, attention, index)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.packed_reader import packed_head_bits, packed_head_rows
 from gptq_belle.checkpoint.prefetch import prefetch
-from gptq_belle.engine.linear import Dense, Packed, Product
+from gptq_belle.engine.linear import DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.packed_head import CODES, GROUPS, SCALES, STEP, group_of, rounded
@@ -34,7 +34,7 @@ Rounded = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
-class Lookup:
+class Embedding:
     """Token ids (n,) to embeddings (n, H) in the dtype of activations; the table stays in that of the file."""
 
     table: Tensor
@@ -46,7 +46,7 @@ class Lookup:
 
 
 @dataclass(slots=True)
-class PackedLookup:
+class PackedEmbedding:
     """The same from the head's packed copy."""
 
     weight: PreparedWeight
@@ -63,7 +63,8 @@ def check_head_bits(bits: int | None) -> None:
         raise UsageError(f"head bits {bits} is not allowed", f"Choose one of {', '.join(map(str, HEAD_BITS))}.")
 
 
-def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[Lookup | PackedLookup, Product]:
+def embedding_and_head(weights: Weights, name: str,
+                       sizes: Dimensions) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
     """What turns ids into hidden states, and hidden states into logits.
 
     Args:
@@ -81,7 +82,7 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
     tied = sizes.tied and (stored not in weights.reader or _same(weights, embedding, stored))
     packable = tied and weights.quantization is not None and refusal(weights, shape) is None
     bits = weights.head_bits or (8 if packable else 16)
-    head: Product
+    head: LinearOperator
     if tied:
         weights.mark_used(stored)
     if bits != 16:
@@ -89,20 +90,20 @@ def embedding_and_head(weights: Weights, name: str, sizes: Dimensions) -> tuple[
         weights.expect(source, *shape)
         pieces = (rounded(piece, bits, group_of(shape[1]) or 0) for piece in _pieces(weights, source, shape))
         weight = _packed(weights, source, shape, bits, pieces)
-        head = Packed(weight, None)
+        head = PackedLinear(weight, None)
         if tied:
-            return PackedLookup(weight, weights.dtype), head
+            return PackedEmbedding(weight, weights.dtype), head
     elif tied:
         table = weights.tensor(embedding, *shape)
-        return Lookup(table, weights.dtype, 0), Dense(table, None)
+        return Embedding(table, weights.dtype, 0), DenseLinear(table, None)
     else:
-        head = Dense(weights.tensor(stored, *shape), None)
+        head = DenseLinear(weights.tensor(stored, *shape), None)
     table = weights.tensor(embedding, *shape, narrow=True)
-    return Lookup(table, weights.dtype, table.nbytes), head
+    return Embedding(table, weights.dtype, table.nbytes), head
 
 
 def _stored(weights: Weights, embedding: str, shape: tuple[int, int], bits: int,
-            tied: bool) -> tuple[Lookup | PackedLookup, Product]:
+            tied: bool) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
     """A head that the file holds packed; where it is not also the embedding, that one is there beside it."""
     if weights.head_bits not in (None, bits):
         raise UsageError(f"{weights.reader.path} holds its head in {bits} bits only",
@@ -111,9 +112,9 @@ def _stored(weights: Weights, embedding: str, shape: tuple[int, int], bits: int,
         weights.mark_used(name)
     weight = _packed(weights, CODES, shape, bits, packed_head_rows(weights.reader, bits, _step(shape)))
     if tied:
-        return PackedLookup(weight, weights.dtype), Packed(weight, None)
+        return PackedEmbedding(weight, weights.dtype), PackedLinear(weight, None)
     table = weights.tensor(embedding, *shape, narrow=True)
-    return Lookup(table, weights.dtype, table.nbytes), Packed(weight, None)
+    return Embedding(table, weights.dtype, table.nbytes), PackedLinear(weight, None)
 
 
 def _packed(weights: Weights, name: str, shape: tuple[int, int], bits: int, pieces: Rounded) -> PreparedWeight:

@@ -1,4 +1,4 @@
-"""Token ids in, logits out: whole sequences, and prompts and steps on a cache."""
+"""Token ids in, logits out: whole sequences without a cache, prefill and decode steps with one."""
 
 from collections.abc import Sequence
 
@@ -6,146 +6,182 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.engine.attention import Decode, NativeDecode, Prefill, Whole
+from gptq_belle.engine.attention import DecodeAttention, NativeDecodeAttention, PrefillAttention, UncachedAttention
 from gptq_belle.engine.bloom import Bloom
-from gptq_belle.engine.kv_cache import Cache
+from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.llama import Llama
-from gptq_belle.engine.step_graph import MOST_ROWS, Recorded
+from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
-from gptq_belle.models.decoder_config import Settings
+from gptq_belle.models.decoder_config import DecoderConfig
 
-MOST_NEW_TOKENS = 512  # where the caller sets no limit
-CHUNK = 192  # tokens of a prompt that are read at a time: 256 take 38 MB more of BELLE-7B, and as long
-
-
-class Session:
-    """Rows of equal length that were read together, with their keys and values."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self.length = 0
+DEFAULT_MAX_NEW_TOKENS = 512
+PREFILL_CHUNK = 192  # prompt tokens per forward pass: 256 take 38 MB more for BELLE-7B, and are not faster
+LOGITS_BYTES = 1 << 26  # of logits at a time in `token_logprobs`: 67 rows of BLOOM's vocabulary
 
 
-class Tokens:
-    """A model that takes token ids and gives logits.
+class PrefilledBatch:
+    """Rows of equal length that were prefilled together, and their KV cache."""
+
+    def __init__(self, cache: KVCache, length: int) -> None:
+        self.cache, self.length = cache, length
+
+
+class LogitsModel:
+    """A model that takes token ids and returns logits.
 
     Attributes:
-        decoder: of `gptq_belle.models`.
-        settings: what config.json says about it.
-        path: the directory it came from.
+        decoder: embedding, blocks and lm_head.
+        decoder_config: the decoder's figures from config.json.
+        path: the directory it was loaded from.
         config: config.json as a dictionary.
-        device: where it lives.
-        dtype: of its activations.
-        context: the most tokens that prompt and answer may have together; None where the configuration does not say.
+        device: of weights and cache.
+        dtype: of activations.
+        context: limit of prompt and answer tokens together; None if the configuration does not state one.
         eos_ids: tokens that end an answer.
-        quantization: of its packed weights; None where it has none.
-        weight_bytes: of all weights as they lie in memory.
-        step_bytes: of those that a step of decoding reads whole: all but an embedding that is not also the head.
-        replays: whether steps through the blocks are recorded and made again in one call; false where a linear is not
+        quantization: of its packed weights; None if it has none.
+        weight_bytes: memory of all weights.
+        step_bytes: memory of the weights that a decode step reads: all but an embedding that is not also the lm_head.
+        use_step_graphs: whether decode steps are recorded and replayed in one native call; false if a linear is not
             native. It can be switched off.
     """
 
-    def __init__(self, decoder: Bloom | Llama, settings: Settings, reader: CheckpointReader, weights: Weights,
-                 cache: str, eos: frozenset[int]) -> None:
-        self.decoder, self.settings, self.path, self.config = decoder, settings, reader.path, reader.config
+    def __init__(self, decoder: Bloom | Llama, decoder_config: DecoderConfig, reader: CheckpointReader,
+                 weights: Weights, cache: str, eos: frozenset[int]) -> None:
+        self.decoder, self.decoder_config, self.path, self.config = decoder, decoder_config, reader.path, reader.config
         self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
-        self.context = settings.context
+        self.context = decoder_config.context
         self.quantization = weights.quantization
         self.weight_bytes = weights.nbytes
-        self.replays = weights.native
+        self.use_step_graphs = weights.native
         self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids that the model takes."""
+        return self.decoder_config.dimensions.vocabulary
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) float32 of token ids (B, T) int64. Rows that are shorter may be padded behind their end
-        with any token: what stands there changes nothing in front of it.
+        """Logits (B, T, V) float32 of token ids (B, T) int64, without a cache. Shorter rows may be padded at the end
+        with any token: attention is causal, so padding does not change the positions before it.
 
         Raises:
             UsageError: not a matrix, empty, or longer than the context.
         """
         self.check_ids(input_ids)
         rows, length = input_ids.shape
-        attend = Whole(self.decoder.heads, rows, length, self.device, self.dtype)
-        hidden = self.decoder.through(self.decoder.embed(input_ids.to(self.device).flatten()), attend)
-        return self.decoder.logits(hidden).float().view(rows, length, -1)
+        return self.decoder.logits(self._hidden(input_ids.to(self.device))).float().view(rows, length, -1)
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        """Outputs of the last block (B * T, width) for token ids (B, T)."""
+        rows, length = input_ids.shape
+        attention = UncachedAttention(self.decoder.attention_config, rows, length, self.device, self.dtype)
+        return self.decoder.run_blocks(self.decoder.embed(input_ids.flatten()), attention)
 
     @torch.inference_mode()
-    def prefill(self, input_ids: Tensor, room: int = MOST_NEW_TOKENS) -> tuple[Tensor, Session]:
-        """Read prompts of equal length.
+    def token_logprobs(self, ids: Sequence[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Natural logarithms of the probability of every token but the first, given the tokens before it.
+
+        Logits are computed for some positions at a time: all of them at once are 2 GB for BLOOM and 2,000 tokens.
+
+        Args:
+            ids: token ids that fit into the context.
+            top: number of most likely tokens to return per position.
+        Returns:
+            (logprob, [(token, logprob), ...]) for every token.
+        """
+        row = torch.tensor(list(ids), device=self.device)
+        hidden = self._hidden(row[None])
+        found: list[tuple[float, list[tuple[int, float]]]] = []
+        rows = max(1, LOGITS_BYTES // (4 * self.vocabulary_size))
+        for states, targets in zip(hidden[:-1].split(rows), row[1:].split(rows), strict=True):
+            logprobs = self.decoder.logits(states).float().log_softmax(-1)
+            own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+            values, indices = logprobs.topk(top)
+            found += [(one, list(zip(tokens, likely, strict=True)))
+                      for one, tokens, likely in zip(own, indices.tolist(), values.tolist(), strict=True)]
+        return found
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, room: int = DEFAULT_MAX_NEW_TOKENS) -> tuple[Tensor, PrefilledBatch]:
+        """Prefill prompts of equal length.
 
         Args:
             input_ids: (B, T) int64.
-            room: for how many tokens behind them; the context may leave less.
+            room: number of tokens that the cache has room for after them; the context may limit it further.
         Returns:
-            logits (B, V) float32 behind the last token, and what `decode` continues.
+            logits (B, V) float32 after the last token, and the state that `decode` continues.
         Raises:
             UsageError: as `logits`.
-            HardwareError: no memory for the cache.
+            HardwareError: not enough memory for the cache.
         """
         self.check_ids(input_ids)
         rows, length = input_ids.shape
         capacity = length + room if self.context is None else min(length + room, self.context)
-        session = Session(self.new_cache(rows, capacity))
-        session.length = length
+        batch = PrefilledBatch(self.new_cache(rows, capacity), length)
         ids = input_ids.to(self.device)
-        return torch.cat([self.read(ids[row], session.cache, row) for row in range(rows)]), session
+        return torch.cat([self.prefill_slot(ids[row], batch.cache, row) for row in range(rows)]), batch
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, session: Session) -> Tensor:
-        """Logits (B, V) float32 behind one more token a row, tokens (B,) int64.
+    def decode(self, tokens: Tensor, batch: PrefilledBatch) -> Tensor:
+        """Logits (B, V) float32 after one decode step with tokens (B,) int64.
 
         Raises:
-            UsageError: there is no room for it.
+            UsageError: the cache is full.
         """
-        if session.length >= session.cache.capacity:
-            raise UsageError(f"{session.length + 1} tokens do not fit into a cache of {session.cache.capacity}",
+        if batch.length >= batch.cache.capacity:
+            raise UsageError(f"{batch.length + 1} tokens do not fit into a cache of {batch.cache.capacity}",
                              "Ask for fewer new tokens.")
         slots = list(range(len(tokens)))
-        logits = self.step(tokens.to(self.device), session.cache, slots, [session.length] * len(slots))
-        session.length += 1
+        logits = self.decode_slots(tokens.to(self.device), batch.cache, slots, [batch.length] * len(slots))
+        batch.length += 1
         return logits
 
-    def new_cache(self, slots: int, capacity: int) -> Cache:
-        """An empty cache for so many sequences of at most `capacity` tokens; raises HardwareError without memory."""
-        sizes = self.settings.sizes
-        return Cache(sizes.blocks, slots, sizes.kv_heads, capacity, sizes.head_dim, self.cache_kind, self.device)
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """An empty cache for `slots` sequences of at most `capacity` tokens; HardwareError without enough memory."""
+        d = self.decoder_config.dimensions
+        return KVCache(d.blocks, slots, d.kv_heads, capacity, d.head_dim, self.cache_kind, self.device)
 
     @torch.inference_mode()
-    def read(self, ids: Tensor, cache: Cache, slot: int, start: int = 0) -> Tensor:
-        """Read ids (T,) behind the first `start` tokens of a slot, CHUNK at a time: logits (1, V) float32."""
-        for at in range(0, len(ids), CHUNK):
-            chunk = ids[at : at + CHUNK]
-            attend = Prefill(self.decoder.heads, cache, slot, start + at, len(chunk), self.dtype)
-            hidden = self.decoder.through(self.decoder.embed(chunk), attend)
+    def prefill_slot(self, ids: Tensor, cache: KVCache, slot: int, start: int = 0) -> Tensor:
+        """Logits (1, V) float32 after prefilling ids (T,) of a slot that holds `start` tokens, in PREFILL_CHUNKs."""
+        for at in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[at : at + PREFILL_CHUNK]
+            attention = PrefillAttention(self.decoder.attention_config, cache, slot, start + at, len(chunk), self.dtype)
+            hidden = self.decoder.run_blocks(self.decoder.embed(chunk), attention)
         return self.decoder.logits(hidden[-1:]).float()
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Logits (n, V) float32 behind one more token (n,) in each of some slots that hold `lengths` tokens so far."""
+    def decode_slots(self, tokens: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Logits (n, V) float32 after one decode step with tokens (n,) in slots that hold `lengths` tokens each."""
         x = self.decoder.embed(tokens)
-        return self.decoder.logits(self._through(x, cache, slots, lengths)).float()
+        return self.decoder.logits(self._decode_blocks(x, cache, slots, lengths)).float()
 
-    def _through(self, x: Tensor, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        heads, rows = self.decoder.heads, len(slots)
+    def _decode_blocks(self, x: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        config, rows = self.decoder.attention_config, len(slots)
         if cache.tables is None:
-            return self.decoder.through(x, Decode(heads, cache, slots, lengths, self.dtype))
-        if self.replays and rows in cache.recorded:
-            return cache.recorded[rows].again(x, slots, lengths)
-        attend = NativeDecode(heads, cache.tables, slots, lengths)
-        if not self.replays or rows > MOST_ROWS:
-            return self.decoder.through(x, attend)
-        cache.recorded[rows] = Recorded(self.decoder, x, attend)
-        return cache.recorded[rows].hidden
+            return self.decoder.run_blocks(x, DecodeAttention(config, cache, slots, lengths, self.dtype))
+        if self.use_step_graphs and rows in cache.step_graphs:
+            return cache.step_graphs[rows].replay(x, slots, lengths)
+        attention = NativeDecodeAttention(config, cache.tables, slots, lengths)
+        if not self.use_step_graphs or rows > MAX_GRAPH_ROWS:
+            return self.decoder.run_blocks(x, attention)
+        cache.step_graphs[rows] = StepGraph(self.decoder, x, attention)
+        return cache.step_graphs[rows].hidden
 
     def check_ids(self, input_ids: Tensor) -> None:
-        """Raises UsageError where token ids (B, T) are no filled matrix, too many for the context, or unknown."""
+        """Validate token ids.
+
+        Raises:
+            UsageError: not a matrix (B, T), empty, longer than the context, or outside the vocabulary.
+        """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise UsageError(f"token ids of shape {tuple(input_ids.shape)} cannot be run", "Give (rows, tokens).")
         if self.context is not None and input_ids.shape[1] > self.context:
             raise UsageError(f"{input_ids.shape[1]} tokens are more than this model's context of {self.context}",
                              "Give fewer tokens.")
-        low, high, vocabulary = int(input_ids.min()), int(input_ids.max()), self.settings.sizes.vocabulary
-        if low < 0 or high >= vocabulary:
-            raise UsageError(f"token ids {low}..{high} are not all in the vocabulary of {vocabulary}",
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.vocabulary_size:
+            raise UsageError(f"token ids {low}..{high} are not all in the vocabulary of {self.vocabulary_size}",
                              "The tokenizer belongs to another model.")

@@ -16,22 +16,21 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.common.memory import trim_heap
-from gptq_belle.engine.attention import Whole
-from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.batching import Engine, new_token_limit
 from gptq_belle.engine.bloom import Bloom
-from gptq_belle.engine.kv_cache import check_kind
+from gptq_belle.engine.kv_cache import check_cache_dtype
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import check_head_bits
-from gptq_belle.engine.logits_model import MOST_NEW_TOKENS, Tokens
+from gptq_belle.engine.logits_model import LogitsModel
 from gptq_belle.engine.sampling import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
-from gptq_belle.models.decoder_config import read_settings, token_ids
+from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.stop_strings import TextStream
 from gptq_belle.prompts.styles import Turn, detect_style, render, style_named
 
-USUAL_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
-BATCH = 8  # prompts of one list that are answered at a time
+DEFAULT_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
+MAX_BATCH = 8  # prompts of one list that are answered at a time
 Prompt = str | Sequence[int] | Tensor  # text, or token ids (T,)
 DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
 
@@ -58,19 +57,19 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
-    check_kind(cache)
+    check_cache_dtype(cache)
     reader = CheckpointReader(model_directory(path))
-    settings = read_settings(reader.config)
-    eos = settings.eos | _generation_eos(reader)
+    decoder_config = read_decoder_config(reader.config)
+    eos = decoder_config.eos | _generation_eos(reader)
     weights = Weights(reader, target, dtype, precision, head_bits)
-    decoder = DECODERS[settings.sizes.model_type](weights, settings)
+    decoder = DECODERS[decoder_config.dimensions.model_type](weights, decoder_config)
     weights.check_all_used()
     trim_heap()  # of LLaMA-7B, 90 MB that were freed while loading would stay
-    return Model(decoder, settings, reader, weights, cache, eos)
+    return Model(decoder, decoder_config, reader, weights, cache, eos)
 
 
-class Model(Tokens):
-    """A model that answers: `Tokens` with a tokenizer and the wording of its prompts."""
+class Model(LogitsModel):
+    """A model that answers: `LogitsModel` with a tokenizer and the wording of its prompts."""
 
     _single: Engine | None = None
 
@@ -145,14 +144,14 @@ class Model(Tokens):
         """
         params = sampling_params(params, **options)
         ids, stops = self._encode(prompt, prompt_style)
-        room = self._room(len(ids), params.max_new_tokens)
+        room = new_token_limit(len(ids), params.max_new_tokens, self.context)
         return self._text(self.tokens(ids, room, params), (*params.stop, *stops))
 
     def _generate_batch(self, prompts: Sequence[Prompt], prompt_style: str | None, params: SamplingParams) -> list[str]:
         encoded = [self._encode(prompt, prompt_style) for prompt in prompts]
-        rooms = [self._room(len(ids), params.max_new_tokens) for ids, _ in encoded]
+        rooms = [new_token_limit(len(ids), params.max_new_tokens, self.context) for ids, _ in encoded]
         capacity = max(len(ids) + room for (ids, _), room in zip(encoded, rooms, strict=True))
-        engine = Engine(self, min(len(prompts), BATCH), capacity)
+        engine = Engine(self, min(len(prompts), MAX_BATCH), capacity)
         streams = {engine.submit(ids, replace(params, max_new_tokens=room)): self._text_stream((*params.stop, *stops))
                    for (ids, stops), room in zip(encoded, rooms, strict=True)}
         answers = dict.fromkeys(streams, "")
@@ -179,7 +178,7 @@ class Model(Tokens):
         """One slot for `length` tokens, made anew where the last one is too short."""
         if self._single is None or self._single.capacity < length or not self._single.idle:
             self._single = None
-            self._single = Engine(self, 1, max(length, min(self.context or USUAL_CAPACITY, USUAL_CAPACITY)))
+            self._single = Engine(self, 1, max(length, min(self.context or DEFAULT_CAPACITY, DEFAULT_CAPACITY)))
         return self._single
 
     def _text_stream(self, stops: Sequence[str]) -> TextStream:
@@ -212,15 +211,6 @@ class Model(Tokens):
         text = render([Turn(prompt)], name, self.tokenizer.eos_token)
         return self.tokenizer(text, add_special_tokens=style.special_tokens)["input_ids"], style.stops
 
-    def _room(self, length: int, asked: int | None) -> int:
-        """How many tokens to generate behind a prompt of `length`."""
-        room = MOST_NEW_TOKENS if self.context is None else self.context - length
-        if room < max(1, asked or 1) and self.context is not None:
-            wanted = f" and {asked} new ones" if asked else " and an answer"
-            raise UsageError(f"a prompt of {length} tokens{wanted} do not fit into this model's {self.context}",
-                             "Shorten the prompt, or ask for fewer new tokens.")
-        return asked or min(room, MOST_NEW_TOKENS)
-
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
     """The prompts where there are several; None for one."""
@@ -233,33 +223,3 @@ def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
 def _generation_eos(reader: CheckpointReader) -> frozenset[int]:
     path = reader.path / "generation_config.json"
     return token_ids(read_json(path), "eos_token_id") if path.is_file() else frozenset()
-
-
-LOGITS_BYTES = 1 << 26  # of logits at a time: 67 rows of BLOOM's vocabulary
-
-
-@torch.inference_mode()
-def score(model: Model, ids: Sequence[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Of every token but the first: the natural logarithm of its probability behind those in front of it.
-
-    Logits are made for some positions at a time: all of them at once are 2 GB for BLOOM and 2,000 tokens.
-
-    Args:
-        model: what reads.
-        ids: token ids, within the context.
-        top: how many of the likeliest tokens to name at each place.
-    Returns:
-        (logprob, [(token, logprob), ...]) a token.
-    """
-    row = torch.tensor(list(ids), device=model.device)
-    attend = Whole(model.decoder.heads, 1, len(row), model.device, model.dtype)
-    hidden = model.decoder.through(model.decoder.embed(row), attend)
-    found: list[tuple[float, list[tuple[int, float]]]] = []
-    rows = max(1, LOGITS_BYTES // (4 * model.settings.sizes.vocabulary))
-    for states, targets in zip(hidden[:-1].split(rows), row[1:].split(rows), strict=True):
-        logprobs = model.decoder.logits(states).float().log_softmax(-1)
-        own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
-        values, indices = logprobs.topk(top)
-        found += [(one, list(zip(names, likely, strict=True)))
-                  for one, names, likely in zip(own, indices.tolist(), values.tolist(), strict=True)]
-    return found

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gptq_belle.errors import UsageError
 
-LEAST, MOST = 1e-10, 1e10  # of temperature and penalty: beyond them float32 holds 0 or infinity, and logits NaN
+# Bounds of temperature and penalty: beyond them float32 has only 0 or infinity, and logits become NaN.
+MIN_FACTOR, MAX_FACTOR = 1e-10, 1e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """The next token for logits (V,); it counts as having stood before from now on."""
-        return draw([self], logits[None])[0]
+        return sample_tokens([self], logits[None])[0]
 
     def remember(self, token: int) -> None:
         """`token` stood before from now on."""
@@ -117,7 +118,7 @@ class Sampler:
             self.before = torch.cat((self.before, self.before.new_tensor([token]))).unique()
 
 
-def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+def sample_tokens(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     """The next token of each row of logits (n, V) with its sampler; each counts as having stood before from now on.
 
     A row's token depends on its logits and its sampler alone. On a GPU all rows are drawn at once.
@@ -127,11 +128,11 @@ def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
         logits = logits.clone()
     for row, sampler in enumerate(samplers):
         if sampler.params.repetition_penalty != 1:
-            logits[row] = penalized(logits[row], sampler.before, sampler.params.repetition_penalty)
+            logits[row] = apply_repetition_penalty(logits[row], sampler.before, sampler.params.repetition_penalty)
     tokens = logits.argmax(-1)
     warm = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     for rows in [warm] if logits.is_cuda and warm else [[row] for row in warm]:
-        tokens[rows] = drawn(logits[rows], [samplers[row].params for row in rows],
+        tokens[rows] = sample_inverse_cdf(logits[rows], [samplers[row].params for row in rows],
                              [samplers[row].random.random() for row in rows])
     found: list[int] = tokens.tolist()
     for sampler, token in zip(samplers, found, strict=True):
@@ -139,16 +140,16 @@ def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     return found
 
 
-def drawn(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
+def sample_inverse_cdf(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
     """Tokens (n,) of logits (n, V) by inverting the distribution function at a number in 0..1 for each row."""
-    values, order = kept(logits / _column(logits, [max(p.temperature, LEAST) for p in params]), params)
+    values, order = filter_logits(logits / _column(logits, [max(p.temperature, MIN_FACTOR) for p in params]), params)
     total = values.double().softmax(-1).cumsum(-1)
     places = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
     last = values.isfinite().sum(-1, keepdim=True) - 1
     return order.gather(-1, places.clamp_(max=last)).squeeze(-1)
 
 
-def kept(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
     """Logits (n, V) by falling value, those that top_k, top_p and min_p leave out at minus infinity, and their tokens.
 
     top_k counts first, then top_p among those that are left, then min_p against the likeliest; one is always kept.
@@ -165,9 +166,9 @@ def kept(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tens
     return values.masked_fill(enough | unlikely, -math.inf), order
 
 
-def penalized(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
     """Logits (V,) with those of the token ids `before` (n,) made less likely."""
-    values, penalty = logits[before], min(max(penalty, LEAST), MOST)
+    values, penalty = logits[before], min(max(penalty, MIN_FACTOR), MAX_FACTOR)
     return logits.scatter(0, before, torch.where(values > 0, values / penalty, values * penalty))
 
 

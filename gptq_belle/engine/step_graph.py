@@ -1,39 +1,43 @@
-"""A step of decoding on a CPU, recorded for a number of rows and made again in one native call."""
+"""One decode step on a CPU, recorded for a number of rows and replayed in one native call."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from gptq_belle.engine.attention import NativeDecode
+from gptq_belle.engine.attention import NativeDecodeAttention
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.llama import Llama
 from gptq_belle.kernels.call_recorder import CallRecorder
 
-MOST_ROWS = 8  # with more, a step takes so long that what Python costs does not show; each needs memory of its own
+MAX_GRAPH_ROWS = 8  # with more rows the overhead of Python is not measurable, and each graph needs its own memory
 
 
-class Recorded:
-    """A step through all blocks. Making one does the step.
+class StepGraph:
+    """The recorded calls of one decode step through all blocks. Creating it runs the step once.
 
     Args:
-        decoder: every part of whose blocks is native.
-        x: (M, width) float32, what enters the first block.
-        attend: of the step.
+        decoder: all of its linears are native.
+        x: (M, width) float32, input of the first block.
+        attention: of the step.
     Attributes:
-        hidden: (M, width), what left the last block; the next step writes over it.
-        recorder: the calls.
+        hidden: (M, width), output of the last block; the next step overwrites it.
+        recorder: the recorded calls.
     """
 
-    def __init__(self, decoder: Bloom | Llama, x: Tensor, attend: NativeDecode) -> None:
-        self._x, self._attend, self.recorder = x.clone(), attend, CallRecorder()
+    def __init__(self, decoder: Bloom | Llama, x: Tensor, attention: NativeDecodeAttention) -> None:
+        self._x, self._attention, self.recorder = x.clone(), attention, CallRecorder()
         with self.recorder.recording():
-            self.hidden = decoder.through(self._x, attend)
+            self.hidden = decoder.run_blocks(self._x, attention)
 
-    def again(self, x: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """The step for other tokens in other slots: `hidden`. Raises ValueError for another number of rows."""
+    def replay(self, x: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Run the step for other tokens in other slots and return `hidden`.
+
+        Raises:
+            ValueError: another number of rows.
+        """
         if x.shape != self._x.shape:
             raise ValueError(f"a step of {len(self._x)} rows was recorded, not of {len(x)}")
         self._x.copy_(x)
-        self._attend.move(slots, lengths)
+        self._attention.update(slots, lengths)
         self.recorder.replay()
         return self.hidden

@@ -14,7 +14,7 @@ from gptq_belle.checkpoint.empty_model import wrong_shape
 from gptq_belle.checkpoint.packed_reader import read_packed, read_quantization
 from gptq_belle.checkpoint.prefetch import BlockPrefetch
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.engine.linear import Dense, Packed, Product, SideBySide
+from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.kernels.layout import CanonicalWeight, fuse
@@ -79,7 +79,7 @@ class Weights:
         self._used.add(name)
         return kind
 
-    def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
+    def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> LinearOperator:
         """One or several linears that meet the same activations, their outputs one after another.
 
         Args:
@@ -91,23 +91,23 @@ class Weights:
             InputError: tensors that are missing or do not fit; the linear is named.
         """
         product = self._linear(names, inputs, outputs, biased)
-        self.native &= isinstance(product, Packed) and product.native
+        self.native &= isinstance(product, PackedLinear) and product.native
         return product
 
-    def _linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> Product:
+    def _linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> LinearOperator:
         packed = [self.reader.is_packed(name) for name in names]
         biases = [self.bias(name, size, biased) for name, size in zip(names, outputs, strict=True)]
         if not any(packed):
-            return Dense(self._together(names, inputs, outputs), self._joined(biases, outputs))
+            return DenseLinear(self._together(names, inputs, outputs), self._joined(biases, outputs))
         if all(packed):
             words = [self.packed(name, inputs, size) for name, size in zip(names, outputs, strict=True)]
             try:
                 together = fuse(words) if len(words) > 1 else words[0]
             except ValueError:  # other bits, groups or formats: side by side in a sum only
-                return SideBySide([self._packed(word, bias) for word, bias in zip(words, biases, strict=True)])
+                return ConcatenatedLinear([self._packed(word, bias) for word, bias in zip(words, biases, strict=True)])
             return self._packed(together, self._joined(biases, outputs))
         parts = [self._linear([name], inputs, [size], biased) for name, size in zip(names, outputs, strict=True)]
-        return SideBySide([part for part in parts if not isinstance(part, SideBySide)])
+        return ConcatenatedLinear([part for part in parts if not isinstance(part, ConcatenatedLinear)])
 
     def _together(self, names: Sequence[str], inputs: int, outputs: Sequence[int]) -> Tensor:
         """The weights of linears (sum of outputs, inputs), one below the other."""
@@ -140,10 +140,10 @@ class Weights:
         present = needed or f"{name}.bias" in self.reader
         return self.tensor(f"{name}.bias", size, narrow=narrow) if present else None
 
-    def _packed(self, words: CanonicalWeight, bias: Tensor | None) -> Packed:
+    def _packed(self, words: CanonicalWeight, bias: Tensor | None) -> PackedLinear:
         prepared = prepare_weight(words, device=self.device, dtype=self.dtype, precision=self.precision)
         self.nbytes += sum(value.nbytes for value in prepared._asdict().values() if isinstance(value, Tensor))
-        return Packed(prepared, bias)
+        return PackedLinear(prepared, bias)
 
     def _joined(self, biases: Sequence[Tensor | None], outputs: Sequence[int]) -> Tensor | None:
         if all(bias is None for bias in biases):

@@ -82,7 +82,7 @@ def given_answers(model: Model, prompts: Sequence[Sequence[int]], answers: Seque
     while done < len(order):
         # the longest of a batch comes last, but rows in order differ little
         width = len(rows[order[min(done + 64, len(order)) - 1]])
-        members = order[done : done + max(1, min(64, LOGITS_BYTES // (4 * width * model.settings.sizes.vocabulary)))]
+        members = order[done : done + max(1, min(64, LOGITS_BYTES // (4 * width * model.vocabulary_size)))]
         logits = finite(model.logits(_padded([rows[i] for i in members])))
         for index, row in zip(members, logits, strict=True):
             start, ids = len(prompts[index]), torch.tensor(rows[index], device=row.device)

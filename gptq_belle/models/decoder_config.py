@@ -74,11 +74,11 @@ LIMITS = {"blocks": "num_hidden_layers", "width": "hidden_size", "inner": "inter
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Figures of one model.
+class DecoderConfig:
+    """What a decoder needs to know about one model.
 
     Attributes:
-        sizes: its dimensions.
+        dimensions: sizes of its tensors.
         context: the most tokens of prompt and answer together; None where the configuration does not say. With a
             sliding window (Mistral), the window: within it attention sees everything, as it does here.
         eps: of the norms.
@@ -88,7 +88,7 @@ class Settings:
         eos: token ids that config.json names as the end of an answer.
     """
 
-    sizes: Dimensions
+    dimensions: Dimensions
     context: int | None
     eps: float
     frequencies: Tensor | None
@@ -97,23 +97,23 @@ class Settings:
     eos: frozenset[int]
 
 
-def read_settings(config: Mapping[str, Any]) -> Settings:
-    """Settings of a configuration.
+def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder configuration of a config.json.
 
     Raises:
         InputError: a figure that is missing, of a wrong kind, or that fits no model of this architecture.
     """
-    sizes = dimensions(config)
-    _check_sizes(sizes, config)
-    bloom = sizes.model_type == "bloom"
+    figures = dimensions(config)
+    _check_dimensions(figures, config)
+    bloom = figures.model_type == "bloom"
     window = None if bloom else _window(config)
-    limits = [limit for limit in (sizes.context, window) if limit is not None]
-    return Settings(
-        sizes=sizes,
+    limits = [limit for limit in (figures.context, window) if limit is not None]
+    return DecoderConfig(
+        dimensions=figures,
         context=min(limits) if limits else None,
         eps=_small(config, "layer_norm_epsilon" if bloom else "rms_norm_eps", 1e-5 if bloom else 1e-6),
-        frequencies=None if bloom else frequencies(config, sizes.head_dim),
-        slopes=alibi_slopes(sizes.heads) if bloom else None,
+        frequencies=None if bloom else frequencies(config, figures.head_dim),
+        slopes=alibi_slopes(figures.heads) if bloom else None,
         normed_residual=bloom and bool(config.get("apply_residual_connection_post_layernorm")),
         eos=token_ids(config, "eos_token_id"),
     )
@@ -140,15 +140,15 @@ def token_ids(config: Mapping[str, Any], key: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def _check_sizes(sizes: Dimensions, config: Mapping[str, Any]) -> None:
+def _check_dimensions(d: Dimensions, config: Mapping[str, Any]) -> None:
     for name, key in LIMITS.items():
-        if not 1 <= getattr(sizes, name) <= LARGEST[key]:
-            raise InputError(f"config.json's {key} {getattr(sizes, name)} is not from 1 to {LARGEST[key]}", DAMAGED)
-    bloom = sizes.model_type == "bloom"
+        if not 1 <= getattr(d, name) <= LARGEST[key]:
+            raise InputError(f"config.json's {key} {getattr(d, name)} is not from 1 to {LARGEST[key]}", DAMAGED)
+    bloom = d.model_type == "bloom"
     given = not bloom and config.get("head_dim") is not None
-    if sizes.heads % sizes.kv_heads or (sizes.width % sizes.heads and not given) or (sizes.head_dim % 2 and not bloom):
-        raise InputError(f"{sizes.heads} heads of {sizes.head_dim}, {sizes.kv_heads} of keys, do not fit a width of "
-                         f"{sizes.width}", DAMAGED)
+    if d.heads % d.kv_heads or (d.width % d.heads and not given) or (d.head_dim % 2 and not bloom):
+        raise InputError(f"{d.heads} heads of {d.head_dim}, {d.kv_heads} of keys, do not fit a width of {d.width}",
+                         DAMAGED)
     kind = "bloom" if bloom else "llama"
     found = config.get("hidden_act", ACTIVATIONS[kind][0])
     if found not in ACTIVATIONS[kind]:

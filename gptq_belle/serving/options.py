@@ -7,7 +7,7 @@ from pathlib import Path
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.model import load
 from gptq_belle.errors import HardwareError, UsageError
-from gptq_belle.models.decoder_config import read_settings
+from gptq_belle.models.decoder_config import read_decoder_config
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.service import Limits, Service
 
@@ -42,7 +42,7 @@ class Setup:
         Raises:
             InputError: files that are missing or damaged, an architecture that is not ours.
         """
-        read_settings(CheckpointReader(self.path).config)
+        read_decoder_config(CheckpointReader(self.path).config)
 
     def service(self, metrics: Metrics) -> Service:
         """Load the model.

@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_belle.engine.model import score
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.app_state import ready
 from gptq_belle.serving.responses import envelope, streamed, usage, whole
@@ -84,7 +83,7 @@ async def _echoed(service: Service, ids: list[int], body: CompletionRequest) -> 
     if body.logprobs is None:
         return _Prompt(ids, text)
     top = body.logprobs
-    found = await service.scheduler.call(lambda: score(service.model, ids, top))
+    found = await service.scheduler.call(lambda: service.model.token_logprobs(ids, top))
     places = offsets(service.tokenizer, ids)
     scored = [Scored(Likely(token, logprob), place, [Likely(*pair) for pair in likely])
               for token, place, (logprob, likely) in zip(ids[1:], places[1:], found, strict=True)]

@@ -86,7 +86,7 @@ class Service:
         Raises:
             ApiError: 400; an empty prompt, ids beyond the vocabulary, or more tokens than the context holds.
         """
-        vocabulary = self.model.settings.sizes.vocabulary
+        vocabulary = self.model.vocabulary_size
         if not ids:
             raise ApiError(400, f"{param}: the prompt has no tokens", param, "invalid_value")
         if max(ids) >= vocabulary:
