@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import ARCHITECTURES
-from gptq_belle.prompts.stop_strings import StopStrings, TextStream, WholeText
-from gptq_belle.prompts.styles import STYLES, Turn, chat_template, detect_style, from_messages, render, style_named
+from gptq_belle.prompts.stop_strings import IncrementalDecoder, StopStrings, TextStream
+from gptq_belle.prompts.styles import STYLES, Turn, chat_template, detect_style, get_style, render, turns_from_messages
 
 few = settings(max_examples=100, deadline=None)
 TOKENIZER = tiny_tokenizer()
@@ -44,7 +44,7 @@ def test_an_unknown_style_is_refused():
 
 def test_every_architecture_names_a_known_style():
     assert {row.prompt_style for row in ARCHITECTURES.values()} <= STYLES.keys()
-    assert not style_named("newline").special_tokens
+    assert not get_style("newline").special_tokens
 
 
 MESSAGES = [
@@ -62,11 +62,11 @@ def test_the_chat_template_says_the_same(style, bos, messages):
     theirs = TOKENIZER.apply_chat_template(messages, chat_template=chat_template(style, bos=bos), tokenize=False,
                                            add_generation_prompt=True)
     prefix = "<s>" if bos and style != "newline" else ""
-    assert theirs == prefix + render(from_messages(messages), style, "</s>")
+    assert theirs == prefix + render(turns_from_messages(messages), style, "</s>")
 
 
 def test_messages_become_turns():
-    assert from_messages(MESSAGES) == [Turn("Be brief.\n" + MESSAGES[1]["content"], " ok\n"), Turn("你好")]
+    assert turns_from_messages(MESSAGES) == [Turn("Be brief.\n" + MESSAGES[1]["content"], " ok\n"), Turn("你好")]
 
 
 @pytest.mark.parametrize("messages", [
@@ -77,7 +77,7 @@ def test_messages_become_turns():
 ])
 def test_messages_out_of_order_are_refused(messages):
     with pytest.raises(UsageError, match="cannot stand here"):
-        from_messages(messages)
+        turns_from_messages(messages)
 
 
 def test_style_detection():
@@ -104,7 +104,7 @@ def pieces_of(data, items):
 @few
 @given(st.lists(st.integers(4, len(TOKENIZER) - 1), max_size=30), st.data())
 def test_any_chunks_of_any_tokens_give_the_same_text(ids, data):
-    whole = WholeText(decode)
+    whole = IncrementalDecoder(decode)
     text = "".join(whole.feed(piece) for piece in pieces_of(data, ids)) + whole.finish()
     assert text == decode(ids)
 
@@ -114,7 +114,7 @@ def test_any_chunks_of_any_tokens_give_the_same_text(ids, data):
 def test_characters_come_whole(text, data):
     if "\ufffd" in text:
         return
-    whole = WholeText(decode)
+    whole = IncrementalDecoder(decode)
     shown = [whole.feed(piece) for piece in pieces_of(data, TOKENIZER.encode(text))]
     assert not any("\ufffd" in piece for piece in shown)
     assert "".join(shown) == text
@@ -124,12 +124,12 @@ def test_characters_come_whole(text, data):
 def test_a_split_character_waits_for_its_last_byte():
     ids = TOKENIZER.encode("龘")  # in no training sentence, so three tokens of one byte
     assert len(ids) == 3
-    whole = WholeText(decode)
+    whole = IncrementalDecoder(decode)
     assert [whole.feed([i]) for i in ids] == ["", "", "龘"]
 
 
 def test_bytes_that_never_become_a_character_come_at_the_end():
-    whole = WholeText(decode)
+    whole = IncrementalDecoder(decode)
     assert whole.feed(TOKENIZER.encode("好")) == "好"
     assert whole.feed(TOKENIZER.encode("龘")[:2]) == ""
     assert whole.finish() == "\ufffd"
@@ -138,7 +138,7 @@ def test_bytes_that_never_become_a_character_come_at_the_end():
 
 def test_a_first_space_that_decoding_drops_is_kept_inside():
     words = {1: "Hello", 2: " world", 3: "!"}  # as LLaMA's tokenizer: a space at the beginning is dropped
-    whole = WholeText(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
+    whole = IncrementalDecoder(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     assert [whole.feed([i]) for i in (2, 1, 2, 3)] == ["world", "Hello", " world", "!"]
 
 
@@ -200,6 +200,6 @@ def test_bytes_that_never_become_characters_are_shown_and_do_not_pile_up():
         windows.append(len(ids))
         return bytes(ids).decode("utf-8", "replace")
 
-    text = WholeText(decode)
+    text = IncrementalDecoder(decode)
     assert len("".join(text.feed([0xE4]) for _ in range(200))) > 150
     assert max(windows) < 80

@@ -10,7 +10,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.common.files import check_fetched
 from gptq_belle.errors import InputError
-from gptq_belle.prompts.styles import Turn, chat_template, detect_style, render, style_named
+from gptq_belle.prompts.styles import Turn, chat_template, detect_style, get_style, render
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -60,7 +60,7 @@ def prompt_of(path: str | Path) -> Prompt:
     tokenizer = load_tokenizer(reader.path)
     template = getattr(tokenizer, "chat_template", None)
     name = detect_style(reader.config, template)
-    style = style_named(name)
+    style = get_style(name)
     asked = render([Turn(QUESTION)], name, tokenizer.eos_token)
     ids = tokenizer(asked, add_special_tokens=style.special_tokens)["input_ids"]
     templated = None

@@ -16,7 +16,7 @@ from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, render, style_named
+from gptq_belle.prompts.styles import Turn, get_style, render
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says this."
 ANSWER_ROOM = 128  # tokens that are kept free for an answer before old turns stay
@@ -50,7 +50,7 @@ class Conversation:
     def __init__(self, model: Model, style: str, params: SamplingParams) -> None:
         self.model, self.params = model, params
         self.name = model.prompt_style if style == "auto" else style
-        self.style = style_named(self.name)
+        self.style = get_style(self.name)
         self.turns: list[Turn] = []
         self.tokens = 0
 

@@ -33,16 +33,16 @@ def serve(
     verbose: console.Verbose = False,
 ) -> None:
     """Serve a model to OpenAI's clients, with a chat page at /. Ctrl-C or SIGTERM ends it behind running answers."""
-    from gptq_belle.serving.options import Door, Limits, Setup
+    from gptq_belle.serving.options import Limits, ListenConfig, ServiceConfig
     from gptq_belle.serving.server import serve
 
-    setup = Setup(local(path), Limits(slots=max_batch, waiting=max_queue, context=max_len), prompt_style, device,
-                  precision, head_bits, cache)
-    door = Door(host, port, api_key or None, allow_unauthenticated)
+    limits = Limits(slots=max_batch, waiting=max_queue, context=max_len)
+    config = ServiceConfig(local(path), limits, prompt_style, device, precision, head_bits, cache)
+    listen = ListenConfig(host, port, api_key or None, allow_unauthenticated)
     notice = partial(console.note, style=None)
     if ray:
         from gptq_belle.serving.ray_replicas import serve_replicas
 
-        serve_replicas(setup, door, replicas, console.print_json if as_json else None, notice)
+        serve_replicas(config, listen, replicas, console.print_json if as_json else None, notice)
     else:
-        serve(setup, door, console.print_json if as_json else None, notice)
+        serve(config, listen, console.print_json if as_json else None, notice)

@@ -27,7 +27,7 @@ from gptq_belle.engine.weights import Weights
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, detect_style, render, style_named
+from gptq_belle.prompts.styles import Turn, detect_style, get_style, render
 
 DEFAULT_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
 MAX_BATCH = 8  # prompts of one list that are answered at a time
@@ -207,7 +207,7 @@ class Model(LogitsModel):
         if prompt_style is None:
             return self.tokenizer(prompt)["input_ids"], ()
         name = self.prompt_style if prompt_style == "auto" else prompt_style
-        style = style_named(name)
+        style = get_style(name)
         text = render([Turn(prompt)], name, self.tokenizer.eos_token)
         return self.tokenizer(text, add_special_tokens=style.special_tokens)["input_ids"], style.stops
 

@@ -12,7 +12,7 @@ from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.evaluation.perplexity import finite, negative_log_likelihood
 from gptq_belle.prompts.stop_strings import StopStrings
-from gptq_belle.prompts.styles import Turn, render, style_named
+from gptq_belle.prompts.styles import Turn, get_style, render
 
 LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
 Progress = Callable[[int, int], None]
@@ -56,7 +56,7 @@ def prompt_ids(model: Model, questions: Sequence[str], style: str = "auto") -> l
     """Token ids of questions in the model's prompt."""
     name, tokenizer = model.prompt_style if style == "auto" else style, model.tokenizer
     texts = [render([Turn(question)], name, tokenizer.eos_token) for question in questions]
-    return [tokenizer(text, add_special_tokens=style_named(name).special_tokens)["input_ids"] for text in texts]
+    return [tokenizer(text, add_special_tokens=get_style(name).special_tokens)["input_ids"] for text in texts]
 
 
 def reference_ids(model: Model, answers: Sequence[str], style: str = "auto") -> list[list[int]]:
@@ -104,7 +104,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _frame(model: Model, style: str) -> Any:
-    return style_named(model.prompt_style if style == "auto" else style)
+    return get_style(model.prompt_style if style == "auto" else style)
 
 
 def _shown(text: str, stops: Sequence[str]) -> str:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable
 
-from gptq_belle.prompts.styles import MOST_HELD
-
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_PENDING_BYTES = 32  # of incomplete characters; SentencePiece's decoder returns whole runs of them at once
 
 
-class WholeText:
+class IncrementalDecoder:
     """Tokens in, text out, as soon as it can no longer change: byte-level tokens split Chinese characters.
 
     Args:
@@ -26,7 +25,7 @@ class WholeText:
         self._ids += ids
         text = self._decode(self._ids[self._start:])
         whole = text.rstrip(REPLACEMENT)
-        if len(text) - len(whole) > MOST_HELD:
+        if len(text) - len(whole) > MAX_PENDING_BYTES:
             whole = text
         new = whole[len(self._shown):]
         self._shown = whole
@@ -79,10 +78,10 @@ class StopStrings:
 
 
 class TextStream:
-    """Tokens in, text that may be shown out: `WholeText` followed by `StopStrings`."""
+    """Tokens in, text that may be shown out: `IncrementalDecoder` followed by `StopStrings`."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Iterable[str] = ()) -> None:
-        self._whole = WholeText(decode)
+        self._whole = IncrementalDecoder(decode)
         self._stops = StopStrings(stops)
 
     @property

@@ -12,11 +12,10 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import architecture
 
 EXTENDED_VOCABULARY = 79458  # tokens of BELLE-LLaMA-EXT-7B and -13B, which were tuned on the style with line breaks
-MOST_HELD = 32  # bytes in a row that are no characters yet; SentencePiece's decoder holds back whole runs of them
 
 
 @dataclass(frozen=True, slots=True)
-class Style:
+class PromptStyle:
     """One wording of the prompt.
 
     Attributes:
@@ -33,9 +32,9 @@ class Style:
 
 
 STYLES = {
-    "bloom": Style("Human: ", "\n\nAssistant:"),
-    "llama": Style("Human: ", " \n\nAssistant: "),
-    "newline": Style("Human: \n", "\n\nAssistant: \n", special_tokens=False),
+    "bloom": PromptStyle("Human: ", "\n\nAssistant:"),
+    "llama": PromptStyle("Human: ", " \n\nAssistant: "),
+    "newline": PromptStyle("Human: \n", "\n\nAssistant: \n", special_tokens=False),
 }
 
 
@@ -46,7 +45,7 @@ class Turn(NamedTuple):
     answer: str | None = None
 
 
-def style_named(name: str) -> Style:
+def get_style(name: str) -> PromptStyle:
     """The row of STYLES.
 
     Raises:
@@ -63,12 +62,12 @@ def render(turns: Iterable[Turn], style: str, eos: str) -> str:
     Raises:
         UsageError: no such style.
     """
-    frame = style_named(style)
+    frame = get_style(style)
     answers = ((turn, "" if turn.answer is None else turn.answer + eos) for turn in turns)
     return "".join(frame.before + turn.question + frame.after + answer for turn, answer in answers)
 
 
-def from_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+def turns_from_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     """Turns of a list of ``{"role": ..., "content": ...}``; a system text opens the next question.
 
     Raises:
@@ -100,7 +99,7 @@ def chat_template(style: str, *, bos: bool = False) -> str:
     Raises:
         UsageError: no such style.
     """
-    frame = style_named(style)
+    frame = get_style(style)
     return (
         ("{{ bos_token }}" if bos and frame.special_tokens else "")
         + "{% set ns = namespace(system='') %}"
@@ -140,7 +139,7 @@ def choose_style(config: dict[str, Any], name: str | None) -> None:
         UsageError: no such style.
     """
     if name is not None:
-        style_named(name)
+        get_style(name)
         config["prompt_style"] = name
 
 

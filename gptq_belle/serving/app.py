@@ -10,8 +10,8 @@ from fastapi.openapi.utils import get_openapi
 
 from gptq_belle import __version__
 from gptq_belle.serving import api_errors, routes_chat, routes_completions, routes_info
-from gptq_belle.serving.app_state import State
-from gptq_belle.serving.request_guard import Guard
+from gptq_belle.serving.app_state import AppState
+from gptq_belle.serving.request_guard import RequestGuard
 from gptq_belle.serving.service import Limits, Service
 
 REFUSALS = {"400": "A field has a value that is not allowed; the message names it.", "401": "No valid API key.",
@@ -19,7 +19,7 @@ REFUSALS = {"400": "A field has a value that is not allowed; the message names i
             "503": "The model is being loaded, or the server is stopping."}
 
 
-def create_app(load: Callable[[State], Service], limits: Limits, *, api_key: str | None = None,
+def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: str | None = None,
                local_only: bool = True, failed: Callable[[BaseException], None] | None = None,
                at_once: bool = False) -> FastAPI:
     """The server as an ASGI application.
@@ -27,12 +27,12 @@ def create_app(load: Callable[[State], Service], limits: Limits, *, api_key: str
     Args:
         load: makes the service; called in a thread once the server runs.
         limits: of bodies and requests.
-        api_key: see `guard.Guard`.
-        local_only: see `guard.Guard`.
+        api_key: see `RequestGuard`.
+        local_only: see `RequestGuard`.
         failed: told why `load` failed.
         at_once: load before anything is answered, and do not start where that fails.
     """
-    state = State()
+    state = AppState()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,13 +51,14 @@ def create_app(load: Callable[[State], Service], limits: Limits, *, api_key: str
     api_errors.install(app)
     for routes in (routes_chat, routes_completions, routes_info):
         app.include_router(routes.router)
-    app.add_middleware(Guard, api_key=api_key, most_bytes=limits.body, most_requests=limits.requests,
+    app.add_middleware(RequestGuard, api_key=api_key, max_bytes=limits.body, max_requests=limits.requests,
                        local_only=local_only and api_key is None)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-async def _load(state: State, load: Callable[[State], Service], failed: Callable[[BaseException], None] | None) -> None:
+async def _load(state: AppState, load: Callable[[AppState], Service],
+                failed: Callable[[BaseException], None] | None) -> None:
     try:
         state.service = await asyncio.to_thread(load, state)
     except Exception as error:

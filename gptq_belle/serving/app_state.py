@@ -10,7 +10,7 @@ from gptq_belle.serving.service import Service
 
 
 @dataclass(slots=True)
-class State:
+class AppState:
     """Of one application.
 
     Attributes:
@@ -24,19 +24,19 @@ class State:
     failure: BaseException | None = None
 
 
-def state_of(request: Request) -> State:
+def app_state(request: Request) -> AppState:
     """The state of the application that a request came to."""
-    state: State = request.app.state.server
+    state: AppState = request.app.state.server
     return state
 
 
-def ready(request: Request) -> Service:
+def loaded_service(request: Request) -> Service:
     """The service.
 
     Raises:
         ApiError: 503 while the model is loaded.
     """
-    service = state_of(request).service
+    service = app_state(request).service
     if service is None:
         raise ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"})
     return service

@@ -13,7 +13,7 @@ from gptq_belle.serving.service import Limits, Service
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class ServiceConfig:
     """A model, and what is taken at a time; plain values, so that another process can make the same.
 
     Attributes:
@@ -56,7 +56,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class ListenConfig:
     """Where to listen, and who may ask.
 
     Attributes:

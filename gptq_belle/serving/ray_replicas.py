@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gptq_belle.errors import HardwareError
-from gptq_belle.serving.options import Door, Setup, address
-from gptq_belle.serving.server import LAST_WORDS
+from gptq_belle.serving.options import ListenConfig, ServiceConfig, address
+from gptq_belle.serving.server import SHUTDOWN_TIMEOUT
 
 try:
     import ray
@@ -25,7 +25,8 @@ NAME = "gptq-belle"
 HEALTH = 1.0  # seconds between two looks at a replica: a dead one is replaced that soon
 
 
-def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any], None] | None = None,
+def serve_replicas(config: ServiceConfig, listen: ListenConfig, replicas: int,
+                   on_ready: Callable[[Any], None] | None = None,
                    notice: Callable[[str], None] = lambda text: None) -> None:
     """Serve a model directory by several processes until SIGINT or SIGTERM; answers that run then are finished.
 
@@ -35,31 +36,31 @@ def serve_replicas(setup: Setup, door: Door, replicas: int, tell: Callable[[Any]
     it, on this machine, its cores divided between them, or a GPU each.
 
     Args:
-        setup: the model, and what each replica takes at a time.
-        door: where to listen, and who may ask; port 0 takes a free one.
+        config: the model, and what each replica takes at a time.
+        listen: where to listen, and who may ask; port 0 takes a free one.
         replicas: how many.
-        tell: takes {"url", "model", "slots", "replicas"} once they are ready.
+        on_ready: takes {"url", "model", "slots", "replicas"} once they are ready.
         notice: called with a sentence once the server listens, and once the model is ready.
     Raises:
         UsageError: beyond loopback without a key.
-        InputError: as `Setup.check`.
+        InputError: as `ServiceConfig.check`.
         HardwareError: the address cannot be listened on, there is no place for so many replicas, or they do not start.
     """
-    door.check()
-    setup.check()
-    port = _free_port(door)
+    listen.check()
+    config.check()
+    port = _free_port(listen)
     stopped, interrupted = threading.Event(), threading.Event()
     _join()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        application = _application(setup, door, replicas, _share(setup, replicas))
-        serve.start(http_options=HTTPOptions(host=door.host, port=port))
+        application = _application(config, listen, replicas, _share(config, replicas))
+        serve.start(http_options=HTTPOptions(host=listen.host, port=port))
         _start(application, replicas)
         _on_signals(stopped, interrupted)
-        url = address(door.host, port)
-        if tell is not None:
-            tell({"url": url, "model": setup.name, "slots": replicas * setup.limits.slots, "replicas": replicas})
-        notice(f"Listening on {url}; {replicas} replicas of {setup.name} are ready.")
+        url = address(listen.host, port)
+        if on_ready is not None:
+            on_ready({"url": url, "model": config.name, "slots": replicas * config.limits.slots, "replicas": replicas})
+        notice(f"Listening on {url}; {replicas} replicas of {config.name} are ready.")
         stopped.wait()
         serve.delete(NAME)
     finally:
@@ -91,24 +92,25 @@ def _start(application: serve.Application, replicas: int) -> None:
                             "Serve the model without --ray to see what is wrong with one.") from error
 
 
-def _application(setup: Setup, door: Door, replicas: int, options: dict[str, Any]) -> serve.Application:
+def _application(config: ServiceConfig, listen: ListenConfig, replicas: int,
+                 options: dict[str, Any]) -> serve.Application:
     def build() -> Any:
         from gptq_belle.serving.app import create_app
 
-        return create_app(lambda state: setup.service(state.metrics), setup.limits, api_key=door.api_key,
-                          local_only=door.local, at_once=True)
+        return create_app(lambda state: config.service(state.metrics), config.limits, api_key=listen.api_key,
+                          local_only=listen.local, at_once=True)
 
     deployment: Any = serve.deployment(
         serve.ingress(build)(), name="replica", num_replicas=replicas, ray_actor_options=options,
-        max_ongoing_requests=setup.limits.slots + setup.limits.waiting, health_check_period_s=HEALTH,
-        graceful_shutdown_timeout_s=LAST_WORDS, max_constructor_retry_count=1)
+        max_ongoing_requests=config.limits.slots + config.limits.waiting, health_check_period_s=HEALTH,
+        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT, max_constructor_retry_count=1)
     return deployment.bind()
 
 
-def _share(setup: Setup, replicas: int) -> dict[str, Any]:
+def _share(config: ServiceConfig, replicas: int) -> dict[str, Any]:
     """What of the machines each replica gets; Ray sets the number of threads by it."""
     there = ray.cluster_resources()
-    if setup.device == "cuda" or (setup.device == "auto" and there.get("GPU", 0) and torch.cuda.is_available()):
+    if config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) and torch.cuda.is_available()):
         if there.get("GPU", 0) < replicas:
             raise HardwareError(f"{replicas} replicas need a GPU each, and there are {int(there.get('GPU', 0))}",
                                 "Ask for fewer --replicas, or for --device cpu.")
@@ -125,14 +127,14 @@ def cores_each(cores: Sequence[int], replicas: int) -> int:
     return next((each for each in range(max(cores), 0, -1) if sum(count // each for count in cores) >= replicas), 0)
 
 
-def _free_port(door: Door) -> int:
+def _free_port(listen: ListenConfig) -> int:
     """The port of an address, once seen to be free: Ray chooses none by itself, and says late that one is taken."""
-    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     try:
-        with socket.create_server((door.host.strip("[]"), door.port), family=family) as probe:
+        with socket.create_server((listen.host.strip("[]"), listen.port), family=family) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise door.refused() from error
+        raise listen.refused() from error
 
 
 def _on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:

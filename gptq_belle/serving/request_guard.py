@@ -17,21 +17,21 @@ OPEN_BELOW = "/static/"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
-class Guard:
+class RequestGuard:
     """Refuses before a body is read: keys that are wrong, hosts that are foreign, bodies that are too large.
 
     Args:
         app: what stands behind.
         api_key: that clients must send as ``Authorization: Bearer KEY``; None where everybody may ask.
-        most_bytes: of a body.
-        most_requests: at a time.
+        max_bytes: of a body.
+        max_requests: at a time.
         local_only: take only requests that name this machine as loopback: otherwise a page of the web that resolves
             its own name to 127.0.0.1 (DNS rebinding) could use a server that needs no key.
     """
 
-    def __init__(self, app: Application, *, api_key: str | None, most_bytes: int, most_requests: int,
+    def __init__(self, app: Application, *, api_key: str | None, max_bytes: int, max_requests: int,
                  local_only: bool) -> None:
-        self.app, self.most_bytes, self.most_requests, self.local_only = app, most_bytes, most_requests, local_only
+        self.app, self.max_bytes, self.max_requests, self.local_only = app, max_bytes, max_requests, local_only
         self._key = None if api_key is None else api_key.encode()
         self._running = 0
 
@@ -57,10 +57,10 @@ class Guard:
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
                             headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.most_bytes:
+        if not length.isdigit() or int(length) > self.max_bytes:
             return self._too_large()
-        if not public and self._running >= self.most_requests:
-            return ApiError(429, f"{self._running} requests are open already, {self.most_requests} may be",
+        if not public and self._running >= self.max_requests:
+            return ApiError(429, f"{self._running} requests are open already, {self.max_requests} may be",
                             code="too_many_requests", headers={"Retry-After": "1"})
         return None
 
@@ -76,7 +76,7 @@ class Guard:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self.most_bytes:
+            if seen > self.max_bytes:
                 refusal = self._too_large()
                 raise HTTPException(refusal.status, refusal.message)  # the one kind that passes through body parsing
             return message
@@ -84,7 +84,7 @@ class Guard:
         return counted
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self.most_bytes} bytes", code="body_too_large")
+        return ApiError(413, f"the body is larger than {self.max_bytes} bytes", code="body_too_large")
 
 
 def _host(headers: dict[bytes, bytes]) -> str:

@@ -13,11 +13,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gptq_belle.serving.api_errors import ApiError, from_exception
-from gptq_belle.serving.scheduler import Arrivals, Item
-from gptq_belle.serving.token_text import Choice, Piece
+from gptq_belle.serving.scheduler import Item, ItemQueue
+from gptq_belle.serving.token_text import CompletionChoice, TextDelta
 
 KEEP_ALIVE = 10.0  # seconds of silence after which a comment is sent: proxies drop silent connections
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall pass each event on as it comes
+# New text of several choices; None after the last text of a choice.
+Deltas = list[tuple[CompletionChoice, TextDelta | None]]
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -27,20 +29,20 @@ def envelope(kind: str, model: str) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(prompt_tokens: int, choices: Sequence[Choice]) -> dict[str, int]:
+def usage(prompt_tokens: int, choices: Sequence[CompletionChoice]) -> dict[str, int]:
     """Tokens that were read and generated."""
     generated = sum(choice.count for choice in choices)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated}
 
 
-async def whole(request: Request, choices: Sequence[Choice]) -> list[Piece]:
+async def collect(request: Request, choices: Sequence[CompletionChoice]) -> list[TextDelta]:
     """All of every choice. Where the client goes away meanwhile, nothing more is generated.
 
     Raises:
         ApiError: the client went away.
     """
-    totals = [Piece() for _ in choices]
-    async with aclosing(_pieces(request, choices)) as arriving:
+    totals = [TextDelta() for _ in choices]
+    async with aclosing(_deltas(request, choices)) as arriving:
         async for batch in arriving:
             for choice, piece in batch:
                 if piece is None:
@@ -50,9 +52,11 @@ async def whole(request: Request, choices: Sequence[Choice]) -> list[Piece]:
     return totals
 
 
-def streamed(request: Request, choices: Sequence[Choice], head: dict[str, Any],
-             show: Callable[[Choice, Piece], dict[str, Any]], first: Callable[[Choice], dict[str, Any] | None],
-             last: Callable[[Choice], dict[str, Any]], final: Callable[[], dict[str, Any] | None]) -> StreamingResponse:
+def event_stream(request: Request, choices: Sequence[CompletionChoice], head: dict[str, Any],
+                 show: Callable[[CompletionChoice, TextDelta], dict[str, Any]],
+                 first: Callable[[CompletionChoice], dict[str, Any] | None],
+                 last: Callable[[CompletionChoice], dict[str, Any]],
+                 final: Callable[[], dict[str, Any] | None]) -> StreamingResponse:
     """A stream of events, the choices' pieces mixed as they come, closed by ``[DONE]``.
 
     An event holds the text of one token; those that have come together are written together.
@@ -70,7 +74,7 @@ def streamed(request: Request, choices: Sequence[Choice], head: dict[str, Any],
         try:
             if opening := [entry(fields) for choice in choices if (fields := first(choice)) is not None]:
                 yield b"".join(opening)
-            async with aclosing(_pieces(request, choices)) as arriving:
+            async with aclosing(_deltas(request, choices)) as arriving:
                 async for batch in arriving:
                     yield b"".join([entry(last(choice) if piece is None else show(choice, piece))
                                     for choice, piece in batch]) or b": still there\n\n"
@@ -85,7 +89,7 @@ def streamed(request: Request, choices: Sequence[Choice], head: dict[str, Any],
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; `_pieces` notices by itself when the client goes away."""
+    """Server-sent events; `_deltas` notices by itself when the client goes away."""
 
     media_type = "text/event-stream"
 
@@ -98,8 +102,7 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + _encode(body).encode() + b"\n\n"
 
 
-async def _pieces(request: Request,
-                  choices: Sequence[Choice]) -> AsyncGenerator[list[tuple[Choice, Piece | None]], None]:
+async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> AsyncGenerator[Deltas, None]:
     """Pieces of all choices as they come, None behind the last one of each; an empty list after long silence.
 
     Closing it frees the slots.
@@ -109,7 +112,7 @@ async def _pieces(request: Request,
     try:
         while any(choice.reason is None for choice in choices):
             items = await _arrivals(arrived)
-            batch: list[tuple[Choice, Piece | None]] = []
+            batch: Deltas = []
             for index, item in items:
                 if isinstance(item, BaseException):
                     raise item
@@ -128,7 +131,7 @@ async def _pieces(request: Request,
             choice.close()
 
 
-async def _arrivals(arrived: Arrivals) -> list[tuple[int, Item]]:
+async def _arrivals(arrived: ItemQueue) -> list[tuple[int, Item]]:
     """All that has arrived, one item at least; nothing after KEEP_ALIVE seconds."""
     try:
         async with asyncio.timeout(KEEP_ALIVE):
@@ -140,7 +143,7 @@ async def _arrivals(arrived: Arrivals) -> list[tuple[int, Item]]:
     return items
 
 
-async def _until_gone(request: Request, arrived: Arrivals) -> None:
+async def _until_gone(request: Request, arrived: ItemQueue) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     arrived.put_nowait((0, ApiError(499, "the client went away")))  # nobody reads it

@@ -7,11 +7,19 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_belle.serving.api_errors import ApiError
-from gptq_belle.serving.app_state import ready
-from gptq_belle.serving.responses import envelope, streamed, usage, whole
+from gptq_belle.serving.app_state import loaded_service
+from gptq_belle.serving.responses import collect, envelope, event_stream, usage
 from gptq_belle.serving.schemas import CompletionRequest
 from gptq_belle.serving.service import Service
-from gptq_belle.serving.token_text import Choice, Likely, Piece, Scored, decode, offsets, text_logprobs
+from gptq_belle.serving.token_text import (
+    CompletionChoice,
+    ScoredToken,
+    TextDelta,
+    TokenLogprob,
+    decode,
+    offsets,
+    text_logprobs,
+)
 
 router = APIRouter()
 
@@ -22,13 +30,13 @@ class _Prompt:
 
     ids: list[int]
     text: str = ""
-    scored: tuple[Scored | int, ...] = ()
+    scored: tuple[ScoredToken | int, ...] = ()
 
 
 @router.post("/v1/completions")
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
-    service = ready(request)
+    service = loaded_service(request)
     wanted = 16 if body.max_tokens is None else body.max_tokens
     if wanted == 0 and (not body.echo or body.stream):
         raise ApiError(400, "max_tokens: 0 is allowed only with echo, and without stream", "max_tokens",
@@ -39,35 +47,36 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     prompts = [await _echoed(service, each, body) if body.echo else _Prompt(each) for each in ids]
     read = sum(map(len, ids))
     if wanted == 0:
-        entries = [_entry(service, body, prompt, index, Piece(), "length")
+        entries = [_entry(service, body, prompt, index, TextDelta(), "length")
                    for index, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices))]
         return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, [])})
     choices = service.choices(ids, body, wanted, body.logprobs, body.stops)
 
-    def prompt_of(choice: Choice) -> _Prompt:
+    def prompt_of(choice: CompletionChoice) -> _Prompt:
         return prompts[choice.index // body.choices]
 
     if body.stream:
         def final() -> dict[str, Any] | None:
             return {"choices": [], "usage": usage(read, choices)} if body.include_usage else None
 
-        def entry(choice: Choice, prompt: _Prompt, piece: Piece, reason: str | None = None) -> dict[str, Any]:
+        def entry(choice: CompletionChoice, prompt: _Prompt, piece: TextDelta,
+                  reason: str | None = None) -> dict[str, Any]:
             return _entry(service, body, prompt, choice.index, piece, reason)
 
         none = _Prompt([])
-        return streamed(
+        return event_stream(
             request, choices, envelope("text_completion", service.name),
             show=lambda choice, piece: entry(choice, none, piece),
-            first=lambda choice: entry(choice, prompt_of(choice), Piece()) if body.echo else None,
-            last=lambda choice: entry(choice, none, Piece(), choice.reason),
+            first=lambda choice: entry(choice, prompt_of(choice), TextDelta()) if body.echo else None,
+            last=lambda choice: entry(choice, none, TextDelta(), choice.reason),
             final=final)
-    pieces = await whole(request, choices)
+    pieces = await collect(request, choices)
     entries = [_entry(service, body, prompt_of(choice), choice.index, piece, choice.reason)
                for choice, piece in zip(choices, pieces, strict=True)]
     return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, choices)})
 
 
-def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: int, piece: Piece,
+def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: int, piece: TextDelta,
            reason: str | None) -> dict[str, Any]:
     """One element of ``choices``."""
     found = None
@@ -85,6 +94,6 @@ async def _echoed(service: Service, ids: list[int], body: CompletionRequest) -> 
     top = body.logprobs
     found = await service.scheduler.call(lambda: service.model.token_logprobs(ids, top))
     places = offsets(service.tokenizer, ids)
-    scored = [Scored(Likely(token, logprob), place, [Likely(*pair) for pair in likely])
+    scored = [ScoredToken(TokenLogprob(token, logprob), place, [TokenLogprob(*pair) for pair in likely])
               for token, place, (logprob, likely) in zip(ids[1:], places[1:], found, strict=True)]
     return _Prompt(ids, text, (ids[0], *scored))

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
 from gptq_belle.serving.api_errors import ApiError
-from gptq_belle.serving.app_state import ready, state_of
+from gptq_belle.serving.app_state import app_state, loaded_service
 from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
 
 router = APIRouter()
@@ -23,7 +23,7 @@ STATIC = {"chat.css": "text/css"} | dict.fromkeys(SCRIPTS, "text/javascript")
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """The one model that is served."""
-    service = ready(request)
+    service = loaded_service(request)
     return {"object": "list", "data": [{"id": service.name, "object": "model", "created": service.created,
                                         "owned_by": "gptq_belle", "max_model_len": service.context}]}
 
@@ -31,7 +31,7 @@ async def models(request: Request) -> dict[str, Any]:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 once the model is loaded, 503 before; also how much runs and what memory is in use."""
-    state = state_of(request)
+    state = app_state(request)
     if state.service is None:
         return ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"}).response()
     scheduler = state.service.scheduler
@@ -43,13 +43,13 @@ async def health(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Counters in Prometheus' text format."""
-    return Response(generate_latest(state_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(app_state(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Token ids of a text or of a conversation."""
-    service = ready(request)
+    service = loaded_service(request)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt: give either prompt or messages", "prompt", "invalid_value")
     ids = (service.chat_ids(body.messages) if body.messages is not None
@@ -60,7 +60,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
     """The text that the model reads for a conversation."""
-    return {"prompt": ready(request).chat_text(body.messages)}
+    return {"prompt": loaded_service(request).chat_text(body.messages)}
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -16,10 +16,10 @@ RETRY_AFTER = "1"  # seconds; a slot comes free as soon as the shortest answer e
 SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
 
 Item = Event | str | BaseException  # a token, why an answer ended ("stop" or "length"), or an error
-Arrivals = asyncio.Queue[tuple[int, Item]]
+ItemQueue = asyncio.Queue[tuple[int, Item]]
 
 
-class Answer:
+class QueuedRequest:
     """One answer that was asked for.
 
     Attributes:
@@ -30,7 +30,7 @@ class Answer:
     """
 
     def __init__(self, scheduler: "Scheduler", index: int, ids: Sequence[int], params: SamplingParams,
-                 arrived: Arrivals) -> None:
+                 arrived: ItemQueue) -> None:
         self._scheduler = scheduler
         self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
         self.began = time.perf_counter()
@@ -46,24 +46,24 @@ class Scheduler:
 
     Args:
         engine: used by this object's thread only.
-        most_waiting: answers that may wait for a slot; further ones are refused with 429.
+        queue_limit: answers that may wait for a slot; further ones are refused with 429.
         metrics: told about everything.
     """
 
-    def __init__(self, engine: Engine, most_waiting: int, metrics: Metrics) -> None:
-        self.engine, self.most_waiting, self.metrics = engine, most_waiting, metrics
+    def __init__(self, engine: Engine, queue_limit: int, metrics: Metrics) -> None:
+        self.engine, self.queue_limit, self.metrics = engine, queue_limit, metrics
         self._changed = threading.Condition()
-        self._waiting: deque[Answer] = deque()
-        self._cancelled: list[Answer] = []
+        self._waiting: deque[QueuedRequest] = deque()
+        self._cancelled: list[QueuedRequest] = []
         self._calls: deque[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = deque()
-        self._running: dict[Request, Answer] = {}  # this thread's own
+        self._running: dict[Request, QueuedRequest] = {}  # this thread's own
         self._loop: asyncio.AbstractEventLoop | None = None  # of those who ask; a server has one
         self._closing = False
         self._window = time.perf_counter(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Answer]:
+    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[QueuedRequest]:
         """Ask for answers, in the event loop of the server; all of them are taken, or none. They share one `arrived`.
 
         Raises:
@@ -73,18 +73,18 @@ class Scheduler:
             if self._closing:
                 raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
             free = self.engine.slots - len(self._running)
-            if len(self._waiting) + len(prompts) > self.most_waiting + max(free, 0):
+            if len(self._waiting) + len(prompts) > self.queue_limit + max(free, 0):
                 self.metrics.requests.labels("refused").inc(len(prompts))
-                raise ApiError(429, f"{len(self._waiting)} answers wait for a slot already, {self.most_waiting} may",
+                raise ApiError(429, f"{len(self._waiting)} answers wait for a slot already, {self.queue_limit} may",
                                code="queue_full", headers={"Retry-After": RETRY_AFTER})
-            self._loop, arrived = asyncio.get_running_loop(), Arrivals()
-            answers = [Answer(self, index, ids, params, arrived) for index, (ids, params) in enumerate(prompts)]
+            self._loop, arrived = asyncio.get_running_loop(), ItemQueue()
+            answers = [QueuedRequest(self, index, ids, params, arrived) for index, (ids, params) in enumerate(prompts)]
             self._waiting.extend(answers)
             self._changed.notify()
         return answers
 
-    def cancel(self, answer: Answer) -> None:
-        """See `Answer.cancel`."""
+    def cancel(self, answer: QueuedRequest) -> None:
+        """See `QueuedRequest.cancel`."""
         with self._changed:
             self._cancelled.append(answer)
             self._changed.notify()
@@ -135,7 +135,7 @@ class Scheduler:
             while not (self._waiting or self._running or self._cancelled or self._calls):
                 if self._closing:
                     return False
-                self._tell()
+                self._update_gauges()
                 self.metrics.speed.set(0)
                 self._changed.wait()
             cancelled, self._cancelled = self._cancelled, []
@@ -149,19 +149,19 @@ class Scheduler:
                 self.metrics.requests.labels("cancelled").inc()
         for answer in new:
             self._start(answer)
-        self._tell()
+        self._update_gauges()
         return True
 
-    def _free(self, cancelled: Sequence[Answer]) -> int:
+    def _free(self, cancelled: Sequence[QueuedRequest]) -> int:
         leaving = sum(1 for answer in set(cancelled) if answer.request in self._running)
         return self.engine.slots - len(self._running) + leaving
 
-    def _start(self, answer: Answer) -> None:
+    def _start(self, answer: QueuedRequest) -> None:
         try:
             answer.request = self.engine.submit(answer.ids, answer.params)
         except Exception as error:
             self.metrics.requests.labels("failed").inc()
-            self._hand_out([(answer, error)])
+            self._send([(answer, error)])
         else:
             self._running[answer.request] = answer
             self.metrics.prompt_tokens.inc(len(answer.ids))
@@ -172,7 +172,7 @@ class Scheduler:
         return calls
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        items: list[tuple[Answer, Item]] = []
+        items: list[tuple[QueuedRequest, Item]] = []
         for event in events:
             answer = self._running[event.request]
             if event.token is not None:
@@ -183,17 +183,17 @@ class Scheduler:
                 del self._running[event.request]
                 self.metrics.requests.labels(event.finished).inc()
                 items.append((answer, event.finished))
-        self._hand_out(items)
+        self._send(items)
         self._count(sum(event.token is not None for event in events))
 
     def _fail(self, error: Exception) -> None:
         for request in self._running:
             self.engine.cancel(request)
-        self._hand_out([(answer, error) for answer in self._running.values()])
+        self._send([(answer, error) for answer in self._running.values()])
         self.metrics.requests.labels("failed").inc(len(self._running))
         self._running.clear()
 
-    def _hand_out(self, items: Sequence[tuple[Answer, Item]]) -> None:
+    def _send(self, items: Sequence[tuple[QueuedRequest, Item]]) -> None:
         """All that a step brought in one call: waking the event loop costs as much as writing a token."""
         assert self._loop is not None
         try:
@@ -212,13 +212,13 @@ class Scheduler:
         else:
             self._window = since, before + tokens
 
-    def _tell(self) -> None:
+    def _update_gauges(self) -> None:
         self.metrics.waiting.set(len(self._waiting))
         self.metrics.running.set(len(self._running))
         self.metrics.cache.set(self.engine.used)
 
 
-def _put(items: Sequence[tuple[Answer, Item]]) -> None:
+def _put(items: Sequence[tuple[QueuedRequest, Item]]) -> None:
     for answer, item in items:
         answer.arrived.put_nowait((answer.index, item))
 

@@ -28,7 +28,7 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class _Body(BaseModel):
@@ -41,7 +41,7 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class Sampling(_Body):
+class SamplingRequest(_Body):
     """How an answer is drawn and sent; see `engine.sampling.SamplingParams`."""
 
     model: str | None = None
@@ -74,13 +74,13 @@ class Sampling(_Body):
 
     def params(self, choice: int, most_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Of one choice: each draws from a seed of its own, the first from the one that was given."""
-        def given(value: float | None, otherwise: float) -> float:
+        def or_default(value: float | None, otherwise: float) -> float:
             return otherwise if value is None else value
 
         return SamplingParams(
-            max_new_tokens=most_tokens, temperature=given(self.temperature, 1.0),
-            top_k=max(self.top_k or 0, 0), top_p=given(self.top_p, 1.0), min_p=given(self.min_p, 0.0),
-            repetition_penalty=given(self.repetition_penalty, 1.0),
+            max_new_tokens=most_tokens, temperature=or_default(self.temperature, 1.0),
+            top_k=max(self.top_k or 0, 0), top_p=or_default(self.top_p, 1.0), min_p=or_default(self.min_p, 0.0),
+            repetition_penalty=or_default(self.repetition_penalty, 1.0),
             seed=None if self.seed is None else (self.seed + choice) % (1 << 63), logprobs=logprobs,
             ignore_eos=bool(self.ignore_eos))
 
@@ -104,7 +104,7 @@ class Message(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -114,16 +114,16 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     @property
-    def wanted_logprobs(self) -> int | None:
+    def logprob_count(self) -> int | None:
         """How many likeliest tokens to tell beside each drawn one; None where no probabilities are wanted."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | Tokens | Annotated[
-        list[Tokens], Field(min_length=1, max_length=256)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | TokenIds | Annotated[
+        list[TokenIds], Field(min_length=1, max_length=256)]
     max_tokens: int | None = Field(16, ge=0, le=MOST_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     echo: bool | None = False

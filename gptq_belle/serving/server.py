@@ -12,13 +12,13 @@ try:
     import uvicorn
 
     from gptq_belle.serving.app import create_app
-    from gptq_belle.serving.app_state import State
-    from gptq_belle.serving.options import Door, Setup, address
+    from gptq_belle.serving.app_state import AppState
+    from gptq_belle.serving.options import ListenConfig, ServiceConfig, address
     from gptq_belle.serving.service import Service
 except ImportError as error:
     raise HardwareError(f"serving needs a package that is not installed: {error.name}",
                         "Install it: pip install 'gptq-belle[serve]'") from error
-LAST_WORDS = 60  # seconds that running answers get after SIGTERM
+SHUTDOWN_TIMEOUT = 60  # seconds that running answers get after SIGTERM
 
 
 class _Server(uvicorn.Server):
@@ -53,40 +53,41 @@ class _Server(uvicorn.Server):
             self.notice(f"Listening on {self.url}; loading the model.")
 
 
-def serve(setup: Setup, door: Door, tell: Callable[[Any], None] | None = None,
+def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any], None] | None = None,
           notice: Callable[[str], None] = lambda text: None) -> None:
     """Serve a model directory until SIGINT or SIGTERM; answers that run then are finished.
 
     Args:
-        setup: the model, and what is taken at a time.
-        door: where to listen, and who may ask; port 0 takes a free one.
-        tell: takes {"url", "model", "slots", "context"} once the model is ready.
+        config: the model, and what is taken at a time.
+        listen: where to listen, and who may ask; port 0 takes a free one.
+        on_ready: takes {"url", "model", "slots", "context"} once the model is ready.
         notice: called with a sentence once the server listens, and once the model is ready.
     Raises:
         UsageError: beyond loopback without a key.
         HardwareError: the address cannot be listened on.
         GptqBelleError: the model could not be loaded.
     """
-    door.check()
+    listen.check()
 
-    def make(state: State) -> Service:
-        service = setup.service(state.metrics)
-        if tell is not None:
-            tell({"url": server.url, "model": service.name, "slots": setup.limits.slots, "context": service.context})
-        notice(f"{service.name} is ready: {setup.limits.slots} answers at a time, "
-                     f"contexts of {service.context} tokens.")
+    def make(state: AppState) -> Service:
+        service = config.service(state.metrics)
+        if on_ready is not None:
+            on_ready({"url": server.url, "model": service.name, "slots": config.limits.slots,
+                      "context": service.context})
+        notice(f"{service.name} is ready: {config.limits.slots} answers at a time, "
+               f"contexts of {service.context} tokens.")
         return service
 
-    app = create_app(make, setup.limits, api_key=door.api_key, local_only=door.local,
+    app = create_app(make, config.limits, api_key=listen.api_key, local_only=listen.local,
                      failed=lambda error: server.fail(error))
-    config = uvicorn.Config(app, host=door.host, port=door.port, log_level=logging.WARNING, lifespan="on",
-                            timeout_graceful_shutdown=LAST_WORDS, access_log=False, server_header=False)
-    server = _Server(config)
+    server_config = uvicorn.Config(app, host=listen.host, port=listen.port, log_level=logging.WARNING, lifespan="on",
+                                   timeout_graceful_shutdown=SHUTDOWN_TIMEOUT, access_log=False, server_header=False)
+    server = _Server(server_config)
     server.notice = notice
     try:
         server.run()
     except SystemExit as error:
-        raise door.refused() from error
+        raise listen.refused() from error
     if server.failure is not None:
         raise server.failure
     if server.interrupted:

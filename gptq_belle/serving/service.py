@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
-from gptq_belle.prompts.styles import from_messages, render, style_named
+from gptq_belle.prompts.styles import get_style, render, turns_from_messages
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.scheduler import Scheduler
-from gptq_belle.serving.schemas import Message, Sampling
-from gptq_belle.serving.token_text import Choice
+from gptq_belle.serving.schemas import Message, SamplingRequest
+from gptq_belle.serving.token_text import CompletionChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,17 @@ class Service:
         if messages[-1].role != "user":
             raise ApiError(400, f"messages: the last one must be the user's, not {messages[-1].role}'s", "messages",
                            "invalid_value")
-        turns = from_messages([{"role": message.role, "content": message.text} for message in messages])
+        turns = turns_from_messages([{"role": message.role, "content": message.text} for message in messages])
         return render(turns, self.style, str(self.tokenizer.eos_token))
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """The same as token ids."""
-        return self.encode(self.chat_text(messages), style_named(self.style).special_tokens)
+        return self.encode(self.chat_text(messages), get_style(self.style).special_tokens)
 
     @property
     def chat_stops(self) -> tuple[str, ...]:
         """Strings that end every answer of a chat."""
-        return style_named(self.style).stops
+        return get_style(self.style).stops
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -98,8 +98,8 @@ class Service:
             raise ApiError(400, f"{param}: the prompt has {len(ids)} tokens and with {asked} exceeds the context of "
                            f"{self.context} tokens", param, "context_length_exceeded")
 
-    def choices(self, prompts: Sequence[Sequence[int]], body: Sampling, most_tokens: int | None,
-                logprobs: int | None, stops: Sequence[str]) -> list[Choice]:
+    def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, most_tokens: int | None,
+                logprobs: int | None, stops: Sequence[str]) -> list[CompletionChoice]:
         """`body.choices` answers to each prompt, in their order.
 
         Raises:
@@ -107,4 +107,4 @@ class Service:
         """
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
             (ids, body.params(number, most_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
-        return [Choice(answer, self.tokenizer, stops) for answer in self.scheduler.submit(wanted)]
+        return [CompletionChoice(answer, self.tokenizer, stops) for answer in self.scheduler.submit(wanted)]

@@ -11,39 +11,39 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gptq_belle.engine.batching import Event
-from gptq_belle.prompts.stop_strings import REPLACEMENT, StopStrings, WholeText
-from gptq_belle.serving.scheduler import Answer
+from gptq_belle.prompts.stop_strings import REPLACEMENT, IncrementalDecoder, StopStrings
+from gptq_belle.serving.scheduler import QueuedRequest
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's way to write a byte
 
 
-class Likely(NamedTuple):
+class TokenLogprob(NamedTuple):
     """A token, and the natural logarithm of its probability."""
 
     id: int
     logprob: float
 
 
-class Scored(NamedTuple):
+class ScoredToken(NamedTuple):
     """A token of an answer: what it was, where its text begins in the answer, and what else was likely."""
 
-    token: Likely
+    token: TokenLogprob
     offset: int
-    top: Sequence[Likely]
+    top: Sequence[TokenLogprob]
 
 
 @dataclass(slots=True)
-class Piece:
+class TextDelta:
     """Text that is certain, and the tokens that it came from where their probabilities are wanted."""
 
     text: str = ""
-    scored: list[Scored] = field(default_factory=list)
+    scored: list[ScoredToken] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.text or self.scored)
 
 
-class Choice:
+class CompletionChoice:
     """One answer to one prompt.
 
     Args:
@@ -57,16 +57,16 @@ class Choice:
         reason: "stop" or "length", once it has ended.
     """
 
-    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
+    def __init__(self, answer: QueuedRequest, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
         self.answer, self.tokenizer, self.index = answer, tokenizer, answer.index
         self.count = 0
         self.reason: str | None = None
-        self._whole = WholeText(lambda ids: decode(tokenizer, ids))
+        self._whole = IncrementalDecoder(lambda ids: decode(tokenizer, ids))
         self._stops = StopStrings(stops)
         self._certain = self._shown = 0  # characters before and behind the stop strings' hold
-        self._pending: list[Scored] = []
+        self._pending: list[ScoredToken] = []
 
-    def feed(self, item: Event | str) -> Piece:
+    def feed(self, item: Event | str) -> TextDelta:
         """What may be shown now that a token has come, or the reason why there will be none."""
         if isinstance(item, str):
             rest = self._stops.feed(self._whole.finish())
@@ -86,21 +86,21 @@ class Choice:
         if self.reason is None:
             self.answer.cancel()
 
-    def _feed(self, token: int, event: Event) -> Piece:
+    def _feed(self, token: int, event: Event) -> TextDelta:
         if event.logprob is not None:
-            likely = [Likely(*pair) for pair in event.top]
-            self._pending.append(Scored(Likely(token, event.logprob), self._certain, likely))
+            likely = [TokenLogprob(*pair) for pair in event.top]
+            self._pending.append(ScoredToken(TokenLogprob(token, event.logprob), self._certain, likely))
         text = self._whole.feed([token])
         self._certain += len(text)
         return self._released(self._stops.feed(text), last=False)
 
-    def _released(self, text: str, last: bool) -> Piece:
+    def _released(self, text: str, last: bool) -> TextDelta:
         """Tokens whose text begins in what is shown go with it; behind a stop string nothing does."""
         self._shown += len(text)
         everything = last and not self._stops.stopped
         ready = [scored for scored in self._pending if scored.offset < self._shown or everything]
         self._pending = self._pending[len(ready):]
-        return Piece(text, ready)
+        return TextDelta(text, ready)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -110,7 +110,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     """Where the text of each token begins, in characters; parts of one character begin where it does."""
-    whole, places, certain = WholeText(lambda part: decode(tokenizer, part)), [], 0
+    whole, places, certain = IncrementalDecoder(lambda part: decode(tokenizer, part)), [], 0
     for token in ids:
         places.append(certain)
         certain += len(whole.feed([token]))
@@ -139,9 +139,9 @@ def _byte_of() -> dict[str, int]:
     return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-def chat_logprobs(tokenizer: PreTrainedTokenizerBase, scored: Sequence[Scored]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: PreTrainedTokenizerBase, scored: Sequence[ScoredToken]) -> dict[str, Any]:
     """The ``logprobs`` of a chat choice."""
-    def shown(likely: Likely) -> dict[str, Any]:
+    def shown(likely: TokenLogprob) -> dict[str, Any]:
         return {"token": token_text(tokenizer, likely.id), "logprob": likely.logprob,
                 "bytes": token_bytes(tokenizer, likely.id)}
 
@@ -149,7 +149,7 @@ def chat_logprobs(tokenizer: PreTrainedTokenizerBase, scored: Sequence[Scored]) 
             "refusal": None}
 
 
-def text_logprobs(tokenizer: PreTrainedTokenizerBase, scored: Sequence[Scored | int]) -> dict[str, Any]:
+def text_logprobs(tokenizer: PreTrainedTokenizerBase, scored: Sequence[ScoredToken | int]) -> dict[str, Any]:
     """The ``logprobs`` of a text completion; a bare token id is the first of a prompt, which has no probability."""
     def name(token: int) -> str:
         text = token_text(tokenizer, token)
@@ -157,7 +157,7 @@ def text_logprobs(tokenizer: PreTrainedTokenizerBase, scored: Sequence[Scored | 
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes(tokenizer, token))
 
-    def top(one: Scored) -> dict[str, float]:
+    def top(one: ScoredToken) -> dict[str, float]:
         return {name(likely.id): likely.logprob for likely in reversed(one.top)}
 
     ids = [one if isinstance(one, int) else one.token.id for one in scored]
