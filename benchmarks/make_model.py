@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from gptq_belle.checkpoint.config_files import quantized_config
 from gptq_belle.checkpoint.reader import read_config
-from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, header_bytes
+from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, TensorEntry, header_bytes
 from gptq_belle.checkpoint.writer import SHARD_BYTES
 from gptq_belle.formats.packed_head import CODES, SCALES, group_of
 from gptq_belle.formats.quantize_config import BITS
@@ -150,7 +150,7 @@ def shards(every: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
 def write(path: Path, content: Mapping[str, Tensor], random: Random) -> None:
     """Write one safetensors file, generating its tensors on the way."""
     with path.open("wb") as file:
-        file.write(header_bytes({name: (t.dtype, t.shape, t.size) for name, t in content.items()}))
+        file.write(header_bytes({name: TensorEntry(t.dtype, t.shape, 0, t.size) for name, t in content.items()}))
         for name, tensor in content.items():
             count, piece = math.prod(tensor.shape), CHUNK_BYTES // BYTES[tensor.dtype]
             for begin in range(0, count, count if name.endswith("g_idx") else piece):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq_belle.checkpoint import direct_io
-from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, raw, runs
+from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, byte_view, runs
 from gptq_belle.kernels.huge_pages import MemoryPool, empty_bytes
 
 SIZE = 37 * PAGE + 1234
@@ -60,7 +60,7 @@ def forget(path):
 
 def held(path):
     with path.open("rb") as file:
-        return direct_io._held(file.fileno(), 0, SIZE)
+        return direct_io._is_cached(file.fileno(), 0, SIZE)
 
 
 def needs_a_cache(path):
@@ -116,8 +116,8 @@ def test_small_pieces_go_through_the_cache(path, counted, monkeypatch):
 
 def test_a_slow_disk_fills_the_cache(path, content, counted, monkeypatch):
     needs_a_cache(path)
-    monkeypatch.setattr(direct_io, "SLOW", float("inf"))
-    monkeypatch.setattr(direct_io, "TRIED", 8 * PAGE)
+    monkeypatch.setattr(direct_io, "SLOW_DISK", float("inf"))
+    monkeypatch.setattr(direct_io, "TRIAL_BYTES", 8 * PAGE)
     assert torch.equal(FileBytes(path).read(0, SIZE, empty_bytes), content)
     assert counted["bytes"] == 8 * PAGE
 
@@ -160,5 +160,5 @@ def test_runs(indices, expected):
     assert list(runs(indices)) == expected
 
 
-def test_raw_of_nothing():
-    assert bytes(raw(torch.empty(0, 3))) == b""
+def test_byte_view_of_an_empty_tensor():
+    assert bytes(byte_view(torch.empty(0, 3))) == b""

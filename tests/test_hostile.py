@@ -108,36 +108,34 @@ def set_first(**values):
     return lambda header: header[by_place(header)[0]].update(values)
 
 
-@pytest.mark.parametrize(("edit", "message"), [
-    (set_first(data_offsets=[0, 1 << 40]), "its shape needs"),
-    (set_first(data_offsets=[1 << 40, 0]), "its shape needs"),
-    (set_first(data_offsets=[0]), "no proper shape"),
-    (set_first(shape=[1 << 61, 1 << 61]), "its shape needs"),
-    (set_first(shape=[-1, -1]), "no proper shape"),
-    (set_first(shape=["4"]), "no proper shape"),
-    (set_first(shape=[True]), "no proper shape"),
-    (set_first(dtype="F13"), "'F13', which is not supported"),
-    (set_first(dtype=16), "has no dtype"),
-    (lambda header: header.update(twin=dict(header[by_place(header)[-1]])), "where .* was due"),
-    (lambda header: header.pop(by_place(header)[1]) and None, "where .* was due"),
-    (lambda header: header.pop(by_place(header)[-1]) and None, "its tensors end at byte"),
-    (lambda header: {"x": 3}, "has no dtype"),
-    (lambda header: [header], "not a JSON object")])
-def test_safetensors_headers_that_lie(model, edit, message):
+@pytest.mark.parametrize("edit", [
+    set_first(data_offsets=[0, 1 << 40]), set_first(data_offsets=[1 << 40, 0]), set_first(data_offsets=[0]),
+    set_first(shape=[1 << 61, 1 << 61]), set_first(shape=[-1, -1]), set_first(shape=["4"]), set_first(shape=[True]),
+    set_first(dtype="F13"), set_first(dtype=16),
+    lambda header: header.update(twin=dict(header[by_place(header)[-1]])),
+    lambda header: header.pop(by_place(header)[1]) and None,
+    lambda header: header.pop(by_place(header)[-1]) and None,
+    lambda header: {"x": 3}, lambda header: [header]])
+def test_a_false_safetensors_header_is_rejected(model, edit):
     with_header(model, edit)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         CheckpointReader(model)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (b"", "states a header"), (b"\xff" * 8, "states a header of 18446744073709551615"),
-    ((1 << 40).to_bytes(8, "little") + b"{}", "states a header"),
-    ((2).to_bytes(8, "little") + b"\xff\xfe", "not JSON"),
-    ((100_000).to_bytes(8, "little") + b"[" * 100_000, "not JSON"),
-    ((25).to_bytes(8, "little") + b'{"a":{},"a":{},"__m__":{}}'[:25], "not JSON")])
-def test_files_that_are_no_safetensors(model, data, message):
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16])
+def test_a_dtype_that_no_checkpoint_has_is_rejected(model, dtype):
+    save_file({"x": torch.zeros(2, dtype=dtype)}, model / "model.safetensors")
+    with pytest.raises(InputError):
+        CheckpointReader(model)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\xff" * 8, (1 << 40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"\xff\xfe",
+    (100_000).to_bytes(8, "little") + b"[" * 100_000,
+    (25).to_bytes(8, "little") + b'{"a":{},"a":{},"__m__":{}}'[:25]])
+def test_a_file_that_is_no_safetensors_is_rejected(model, data):
     (model / "model.safetensors").write_bytes(data)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError):
         CheckpointReader(model)
 
 
@@ -145,8 +143,37 @@ def test_a_gigantic_header_is_not_read(model):
     with (model / "model.safetensors").open("wb") as file:
         file.write((200 << 20).to_bytes(8, "little"))
         file.truncate(1 << 30)
-    with pytest.raises(InputError, match="states a header of 209715200 bytes"):
+    with pytest.raises(InputError):
         CheckpointReader(model)
+
+
+def pickled(model):
+    """The weights as a .bin file instead."""
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    return model / "pytorch_model.bin"
+
+
+def test_a_compressed_bin_file_is_rejected(model):
+    file = pickled(model)
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(InputError):
+        CheckpointReader(model)
+
+
+def test_a_storage_larger_than_its_record_is_rejected(model):
+    file = pickled(model)
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content[:-4] if name.endswith("data/0") else content)
+    with pytest.raises(InputError):
+        [CheckpointReader(model).tensor(name) for name in CheckpointReader(model)]
 
 
 def test_a_gigantic_json_is_not_read(model):

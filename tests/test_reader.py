@@ -37,7 +37,7 @@ def sizes(request, monkeypatch):
     if request.param != "small tensors":
         monkeypatch.setattr(direct_io, "LARGE", 0)
     if request.param.endswith("cache"):
-        monkeypatch.setattr(direct_io, "_held", lambda *part: False)
+        monkeypatch.setattr(direct_io, "_is_cached", lambda *part: False)
 
 
 def state_of(path):

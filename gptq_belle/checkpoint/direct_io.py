@@ -1,8 +1,9 @@
-"""The bytes of one file: what the system's cache holds is taken from there, the rest of large pieces is read past it.
+"""The bytes of one file: from the page cache where it holds them, else large pieces by direct I/O.
 
-Filling the cache takes a processor's time, and memory that the model needs; weights are laid out on the same
-processors. benchmarks/bench_belle_7b.py times both ways of reading beside loading. A disk that is slower than SLOW
-leaves processors idle anyhow; from there the cache is filled, for whoever loads the model again.
+Filling the page cache costs CPU time, 0.3 to 0.45 s per GB where reading the disk directly takes 0.05, and memory that
+the model needs; weights are prepared on the same cores. With direct I/O, loading takes about 0.7 of the time.
+benchmarks/bench_belle_7b.py times both ways of reading beside loading. A disk slower than SLOW_DISK leaves the cores
+idle anyway: from there the page cache is filled, for the next load.
 """
 
 import ctypes
@@ -12,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +22,33 @@ from torch import Tensor
 from gptq_belle.errors import GptqBelleError, InputError, from_system
 from gptq_belle.kernels.huge_pages import Allocator
 
-PAGE = mmap.PAGESIZE  # bytes; what reading past the cache begins and ends at: no file system asks for more
+PAGE = mmap.PAGESIZE  # bytes; alignment of direct I/O: no file system asks for more
 PIECE = 4 << 20  # bytes at a time
 LARGE = 1 << 20  # smaller ones are left to the system, which reads ahead
-TRIED = 64 << 20  # bytes, before the disk is judged
-SLOW = 600e6  # bytes a second; SATA gives less
+TRIAL_BYTES = 64 << 20  # bytes, before the disk is judged
+SLOW_DISK = 600e6  # bytes a second; SATA gives less
 
 
 class FileBytes:
-    """Bytes of a file, read when asked for; it stays open, so that they are of one file whatever takes its name.
+    """Bytes of a file that stays open: a file that replaces it under the same name is not mixed with it.
 
-    All raise OSError where the system does not read, and EOFError, with the reason, where the file ends first.
+    Reading raises OSError if the system fails, and EOFError, with the reason, if the file ends first.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
-        self._past = hasattr(os, "O_DIRECT")
-        self._bytes, self._seconds = 0, 0.0  # that were read past the cache
+        self._direct = hasattr(os, "O_DIRECT")
+        self._bytes, self._seconds = 0, 0.0  # read by direct I/O
 
-    @contextmanager
-    def from_beginning(self) -> Iterator[FileIO]:
-        """The file at its beginning; what else is read here does not move it."""
-        with open(os.dup(self._file), "rb", buffering=0) as file:
-            file.seek(0)
-            yield file
+    @property
+    def path(self) -> str:
+        """A path of this very file, whatever has taken its name since."""
+        return f"/proc/self/fd/{self._file}"
+
+    def size(self) -> int:
+        """Bytes of the file now."""
+        return os.fstat(self._file).st_size
 
     def read(self, begin: int, size: int, memory: Allocator, align: int = 1) -> Tensor:
         """Some bytes, (size,) uint8, in memory of their own.
@@ -56,15 +58,15 @@ class FileBytes:
             memory: gives so many bytes.
             align: what the result's address has to be a multiple of.
         """
-        if size < LARGE or begin % align or not self._past:
+        if size < LARGE or begin % align or not self._direct:
             found = memory(size)
-            self._fill(begin, raw(found))
+            self._read_cached(begin, byte_view(found))
             return found
         lead, room = begin % PAGE, memory(size + 3 * PAGE)  # bytes in front of the first one in its page
         start = -room.data_ptr() % PAGE  # a disk writes whole pages: bytes lie in theirs as they do in the file
         stop = start + lead + size
-        view = raw(room[start : stop + -(stop - start) % PAGE])
-        with _past_cache(self._file) as direct:
+        view = byte_view(room[start : stop + -(stop - start) % PAGE])
+        with _direct_handle(self._file) as direct:
             at = 0
             while at < lead + size:
                 at += self._piece(direct, begin - lead + at, view[at : at + PIECE])
@@ -80,7 +82,7 @@ class FileBytes:
             return self.read(begin + chosen[0] * size, len(chosen) * size, memory, align)
         found = memory(len(chosen) * size)
         for place, count in together:
-            self._fill(begin + chosen[place] * size, raw(found[place * size : (place + count) * size]))
+            self._read_cached(begin + chosen[place] * size, byte_view(found[place * size : (place + count) * size]))
         return found
 
     def fill_cache(self, begin: int, end: int) -> None:
@@ -89,25 +91,25 @@ class FileBytes:
         while begin < end and (count := os.preadv(self._file, [buffer], begin)):
             begin += count
 
-    def _fill(self, begin: int, view: memoryview) -> None:
+    def _read_cached(self, begin: int, view: memoryview) -> None:
         """Read into a buffer, through the system's cache."""
         while view:
-            count = _some(os.preadv(self._file, [view[: 1 << 30]], begin))
+            count = _expect_bytes(os.preadv(self._file, [view[: 1 << 30]], begin))
             begin, view = begin + count, view[count:]
 
     def _piece(self, direct: int | None, begin: int, view: memoryview) -> int:
         """Fill `view` from its start on; returns how many bytes there are now, at least one."""
-        if self._past and direct is not None and begin % PAGE == 0 and not _held(self._file, begin, len(view)):
+        if self._direct and direct is not None and begin % PAGE == 0 and not _is_cached(self._file, begin, len(view)):
             began = time.perf_counter()
             try:
                 count = os.preadv(direct, [view], begin)
             except OSError:  # what opens does not always read; from the cache, an error is one of the disk
-                self._past = False
+                self._direct = False
             else:
                 self._bytes, self._seconds = self._bytes + count, self._seconds + time.perf_counter() - began
-                self._past = self._bytes < TRIED or self._bytes > SLOW * self._seconds
-                return _some(count)
-        return _some(os.preadv(self._file, [view], begin))
+                self._direct = self._bytes < TRIAL_BYTES or self._bytes > SLOW_DISK * self._seconds
+                return _expect_bytes(count)
+        return _expect_bytes(os.preadv(self._file, [view], begin))
 
 
 def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -119,27 +121,28 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = place
 
 
-def unread(error: OSError | EOFError, name: str, path: Path, damaged: Callable[[str], InputError]) -> GptqBelleError:
-    """What a user is told of a tensor that was not read: what this machine refused, else why the file is damaged."""
+def read_error(error: OSError | EOFError, name: str, path: Path,
+               damaged: Callable[[str], InputError]) -> GptqBelleError:
+    """The error for a tensor that could not be read: HardwareError for what this machine refused, else `damaged`."""
     if isinstance(error, OSError):
         error.filename = error.filename or str(path)
         return from_system(error) or damaged(f"tensor {name[:100]}: {error.strerror}")
     return damaged(f"tensor {name[:100]}: {error}")
 
 
-def raw(tensor: Tensor) -> memoryview:
+def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, for reading and writing."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _some(count: int) -> int:
+def _expect_bytes(count: int) -> int:
     if not count:
         raise EOFError("the file ends inside of it; it shrank while it was read")
     return count
 
 
 @contextmanager
-def _past_cache(file: int) -> Iterator[int | None]:
+def _direct_handle(file: int) -> Iterator[int | None]:
     """The same file, to be read past the system's cache; None where the file system has no such thing."""
     found = None
     with suppress(OSError):
@@ -151,7 +154,7 @@ def _past_cache(file: int) -> Iterator[int | None]:
             os.close(found)
 
 
-def _held(file: int, begin: int, size: int) -> bool:
+def _is_cached(file: int, begin: int, size: int) -> bool:
     """Whether the system's cache holds all pages of a part of a file (mincore(2)); where it won't say, it says yes."""
     size = min(size, os.fstat(file).st_size - begin)
     try:

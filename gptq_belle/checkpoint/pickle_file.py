@@ -1,59 +1,55 @@
-"""PyTorch's .bin files: a pickle of names and storages, of which only plain tensors are taken, and nothing is run.
+"""PyTorch's .bin and .pt files: `torch.load(weights_only=True)` accepts plain tensors only and runs no code.
 
-Since torch 1.6 such a file is a zip archive whose storages lie uncompressed: the pickle is read for shapes and offsets
-alone, and a tensor's bytes when it is asked for. Older files are read whole.
+Files of torch 1.6 and later are zip archives, which are mapped; older files are read whole. A tensor is copied out of
+the map on request, after a look at the file's size: touching pages of a file that shrank ends the process with SIGBUS.
 """
 
-import os
 import pickle
-import sys
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.direct_io import FileBytes, unread
+from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, read_error
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 
 class PickleFile:
-    """One .bin file.
+    """One .bin or .pt file.
 
     Raises:
-        InputError: it is damaged, or holds more than plain tensors by name.
+        InputError: it is damaged, or holds anything but plain tensors by name.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise self._unreadable("it is not a plain file")
+            raise self._damaged("it is not a plain file")
         try:
             self._bytes = FileBytes(path)
-            self._zipped = zipfile.is_zipfile(path)
-            if self._zipped:
-                self._check_archive()
-            state = torch.load(path, map_location="meta" if self._zipped else "cpu", weights_only=True)
+            self._size = self._bytes.size()
+            zipped = zipfile.is_zipfile(self._bytes.path)
+            state = torch.load(self._bytes.path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
                              "Convert it to safetensors where you trust it, or fetch the original.") from error
-        except InputError:
-            raise
         except OSError as error:
-            raise from_system(error) or self._unreadable(str(error.strerror)) from error
-        except Exception as error:  # the restricted unpickler trips over damaged bytes in every way that Python knows
-            said = (str(error) or "it ends too early").splitlines()[0].split(". ")[0]
-            raise self._unreadable(said[:200]) from error
+            raise from_system(error) or self._damaged(str(error.strerror)) from error
+        except Exception as error:  # the restricted unpickler raises anything for damaged bytes
+            reason = (str(error) or "it ends too early").splitlines()[0].split(". ")[0]
+            raise self._damaged(reason[:200]) from error
         if not isinstance(state, dict) or not all(
                 isinstance(k, str) and type(v) in (Tensor, torch.nn.Parameter) and v.layout == torch.strided
                 for k, v in state.items()):
             raise InputError(f"{path} is not a flat dictionary of tensors", "Only state dictionaries can be read.")
-        self._state: dict[str, Tensor] = state
+        self._state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in state.items()}
+        if zipped:
+            self._check_records()
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -67,76 +63,56 @@ class PickleFile:
         """The dtype of a tensor."""
         return self._state[name].dtype
 
-    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
-        """One tensor; `memory` as of `TensorFile.tensor`.
+    def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
+        """Read one tensor; `allocator` as of `TensorFile.tensor`.
 
         Raises:
-            InputError: the file ends before the tensor does, or the tensor is larger than its storage.
+            InputError: the file has become shorter.
         """
-        return self._read(name, memory) if self._zipped else self._state[name].detach()
+        return self._copy(name, self._state[name], allocator)
 
-    def rows(self, name: str, indices: Iterable[int], memory: Allocator = empty_bytes) -> Tensor:
-        """Some rows of a tensor, in the order asked for. `memory` as of `TensorFile.tensor`.
+    def rows(self, name: str, indices: Iterable[int], allocator: Allocator = empty_bytes) -> Tensor:
+        """Read some rows of a tensor, in the order given. `allocator` as of `TensorFile.tensor`.
 
         Raises:
             InputError: as `tensor`.
             IndexError: a row that the tensor does not have.
         """
-        chosen = list(indices)
-        if any(not 0 <= row < self.shape(name)[0] for row in chosen):
-            raise IndexError(f"{name} has {self.shape(name)[0]} rows")
-        if not self._zipped or not self._state[name].is_contiguous():
-            return self.tensor(name)[chosen]
-        state = self._state[name]
-        size, align = state[0].nbytes, state.element_size()
-        with self._stored(name, int(state.storage_offset()) * align, state.nbytes) as begin:
-            found = self._bytes.pieces(begin, size, chosen, memory, align)
-        return found.view(state.dtype).view(len(chosen), *state.shape[1:])
+        chosen, count = list(indices), self.shape(name)[0]
+        if any(not 0 <= row < count for row in chosen):
+            raise IndexError(f"{name} has {count} rows")
+        if chosen and chosen == list(range(chosen[0], chosen[0] + len(chosen))):
+            return self._copy(name, self._state[name][chosen[0] : chosen[-1] + 1], allocator)
+        self._check_size(name)
+        return self._state[name][chosen]
 
     def prefetch(self, name: str) -> None:
-        """Bring a tensor's bytes into the system's cache."""
-        if self._zipped:
-            skip, size = self._span(name)
-            with self._stored(name, skip, size) as begin:
-                self._bytes.fill_cache(begin, begin + size)
+        """Read a tensor's bytes into the page cache, by touching every page of its memory map."""
+        tensor = self._state[name]
+        if tensor.is_contiguous():
+            self._check_size(name)
+            tensor.view(-1)[:: max(1, PAGE // tensor.element_size())].clone()
 
-    def _read(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
-        meta, (skip, size) = self._state[name], self._span(name)
-        with self._stored(name, skip, size) as begin:
-            flat = self._bytes.read(begin, size, memory, meta.element_size())
-        return flat.view(meta.dtype).as_strided(meta.shape, meta.stride())
-
-    def _span(self, name: str) -> tuple[int, int]:
-        """Where a tensor's bytes begin in its storage, and how many there are from its first to its last."""
-        meta = self._state[name]
-        last = sum((size - 1) * step for size, step in zip(meta.shape, meta.stride(), strict=True))
-        return int(meta.storage_offset()) * meta.element_size(), (last + 1 if meta.numel() else 0) * meta.element_size()
-
-    @contextmanager
-    def _stored(self, name: str, skip: int, size: int) -> Iterator[int]:
-        """Where in the file `size` bytes behind `skip` of a tensor's storage begin; reading them fails by name."""
-        storage: Any = self._state[name].untyped_storage()
-        if skip + size > self._records.get(storage._checkpoint_offset, 0):
-            raise self._unreadable(f"tensor {name[:100]} is larger than what is stored of it")
+    def _copy(self, name: str, mapped: Tensor, allocator: Allocator) -> Tensor:
+        self._check_size(name)
         try:
-            yield storage._checkpoint_offset + skip
-        except (OSError, EOFError) as error:
-            raise unread(error, name, self.path, self._unreadable) from error
+            memory = allocator(mapped.nbytes)
+        except OSError as error:
+            raise read_error(error, name, self.path, self._damaged) from error
+        return memory.view(mapped.dtype).view(mapped.shape).copy_(mapped)
 
-    def _check_archive(self) -> None:
-        """Note where every record begins and how long it is; a storage that is no record of its own is then refused."""
-        self._records: dict[int, int] = {}
-        reader: Any = torch._C.PyTorchFileReader(str(self.path))
-        with zipfile.ZipFile(self.path) as archive:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > os.path.getsize(
-                        self.path):
-                    raise self._unreadable(f"its record {info.filename[:100]} is compressed or out of bounds")
-                folder, _, record = info.filename.partition("/")
-                if record.startswith("data/"):
-                    self._records[reader.get_record_offset(record)] = info.file_size
-                if record == "byteorder" and archive.read(info) != sys.byteorder.encode():
-                    raise self._unreadable(f"it was written on a machine of other byte order in {folder[:100]}")
+    def _check_size(self, name: str) -> None:
+        if self._bytes.size() < self._size:
+            raise self._damaged(f"tensor {name[:100]}: the file ends inside of it; it shrank while it was read")
 
-    def _unreadable(self, reason: str) -> InputError:
+    def _check_records(self) -> None:
+        """Refuse compressed records, and storages that are no whole record; a map checks neither."""
+        with zipfile.ZipFile(self._bytes.path) as archive:
+            records = [info for info in archive.infolist() if info.filename.partition("/")[2].startswith("data/")]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._state.values()}
+        stored = Counter(info.file_size for info in records if info.compress_type == zipfile.ZIP_STORED)
+        if Counter(storage.nbytes() for storage in storages.values() if storage.nbytes()) - stored:
+            raise self._damaged("a tensor is compressed, or larger than what is stored of it")
+
+    def _damaged(self, reason: str) -> InputError:
         return InputError(f"{self.path} cannot be read as a PyTorch file: {reason}", DAMAGED)

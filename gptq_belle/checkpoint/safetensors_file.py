@@ -1,29 +1,30 @@
-"""The safetensors format with nothing taken on trust: an 8-byte length, a JSON header, bytes without gaps.
+"""Safetensors files: the library validates them, their bytes are read and written in pieces.
 
-github.com/huggingface/safetensors, "Format". Tensors are read, not mapped: a mapped file that shrinks ends the process
-with SIGBUS, and a short read can be told to the user.
+`safe_open` checks the header, then the file is read through a descriptor: a memory map that shrinks ends the process
+with SIGBUS, where a short read is an error with the tensor's name, and a map can neither bypass the page cache (see
+`direct_io`) nor fill memory of the caller. Writing needs a header of our own, because `save_file` takes every tensor of
+a file at an address (an embedding has 2 GB, a shard 5 GB), computes no checksum, and reports a full disk only as text.
 """
 
 import json
 import math
-import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptq_belle.checkpoint.direct_io import FileBytes, raw, unread
+from gptq_belle.checkpoint.direct_io import FileBytes, byte_view, read_error
 from gptq_belle.common.files import DurableFile, Stamp
 from gptq_belle.errors import InputError, from_system
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
-MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 CHUNK_BYTES = 16 << 20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -34,7 +35,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies: its dtype by the format's name, its shape, and its bytes begin..end in the file."""
+    """One tensor of a file: its dtype by the format's name, its shape, and its bytes begin..end in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,10 +44,12 @@ class TensorEntry(NamedTuple):
 
 
 class TensorFile:
-    """One .safetensors file: the header is read and checked at once, tensors when asked for.
+    """One .safetensors file: the header is read and checked at once, tensors on request.
 
+    Attributes:
+        entries: the tensors by name, in the order of their bytes.
     Raises:
-        InputError: it is not such a file; the message says what is wrong.
+        InputError: it is not such a file, with the reason.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,13 +58,12 @@ class TensorFile:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise _damaged(path, "it is not a plain file")
             self._bytes = FileBytes(path)
-            with self._bytes.from_beginning() as file:
-                self.entries = _read_header(path, file)
+            self.entries = _read_entries(path, self._bytes)
         except OSError as error:
-            raise from_system(error) or _damaged(path, str(error.strerror)) from error
+            raise from_system(error) or _damaged(path, str(error.strerror or error)) from error
 
     def names(self) -> list[str]:
-        """All tensors, in the header's order."""
+        """All tensors."""
         return list(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -72,22 +74,26 @@ class TensorFile:
         """The dtype of a tensor."""
         return DTYPES[self.entries[name].dtype]
 
-    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
-        """One tensor, in memory of its own.
+    def nbytes(self, name: str) -> int:
+        """The size of a tensor."""
+        return self.entries[name].end - self.entries[name].begin
+
+    def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
+        """Read one tensor into memory of its own.
 
         Args:
             name: of the tensor.
-            memory: gives so many bytes, (size,) uint8.
+            allocator: gives memory, (size,) uint8.
         Raises:
             InputError: the file ends before the tensor does.
         """
         entry = self.entries[name]
         with self._named(name):
-            found = self._bytes.read(entry.begin, entry.end - entry.begin, memory, self.dtype(name).itemsize)
+            found = self._bytes.read(entry.begin, entry.end - entry.begin, allocator, self.dtype(name).itemsize)
         return found.view(self.dtype(name)).view(entry.shape)
 
-    def rows(self, name: str, indices: Iterable[int], memory: Allocator = empty_bytes) -> Tensor:
-        """Some rows of a tensor, in the order asked for; the others are not read. `memory` as of `tensor`.
+    def rows(self, name: str, indices: Iterable[int], allocator: Allocator = empty_bytes) -> Tensor:
+        """Read some rows of a tensor, in the order given; the others are not read. `allocator` as of `tensor`.
 
         Raises:
             InputError: as `tensor`.
@@ -98,11 +104,19 @@ class TensorFile:
             raise IndexError(f"{name} has {entry.shape[0]} rows")
         size = (entry.end - entry.begin) // max(1, entry.shape[0])
         with self._named(name):
-            found = self._bytes.pieces(entry.begin, size, chosen, memory, self.dtype(name).itemsize)
+            found = self._bytes.pieces(entry.begin, size, chosen, allocator, self.dtype(name).itemsize)
         return found.view(self.dtype(name)).view(len(chosen), *entry.shape[1:])
 
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor in pieces of at most CHUNK_BYTES; raises InputError as `tensor`."""
+        entry = self.entries[name]
+        for begin in range(entry.begin, entry.end, CHUNK_BYTES):
+            with self._named(name):
+                piece = self._bytes.read(begin, min(CHUNK_BYTES, entry.end - begin), empty_bytes)
+            yield byte_view(piece)
+
     def prefetch(self, name: str) -> None:
-        """Bring a tensor's bytes into the system's cache."""
+        """Read a tensor's bytes into the page cache."""
         self._bytes.fill_cache(self.entries[name].begin, self.entries[name].end)
 
     @contextmanager
@@ -110,15 +124,37 @@ class TensorFile:
         try:
             yield
         except (OSError, EOFError) as error:
-            raise unread(error, name, self.path, partial(_damaged, self.path)) from error
+            raise read_error(error, name, self.path, partial(_damaged, self.path)) from error
+
+
+def _read_entries(path: Path, file: FileBytes) -> dict[str, TensorEntry]:
+    """Every tensor's place; a valid file holds them without gaps up to its end, so that sizes alone give offsets."""
+    size = file.size()
+    try:
+        with safe_open(file.path, framework="numpy") as header:
+            slices = {name: header.get_slice(name) for name in header.offset_keys()}
+            found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise _damaged(path, str(error)[:200]) from error
+    if unknown := [name for name, (dtype, _) in found.items() if dtype not in DTYPES]:
+        raise _damaged(path, f"tensor {unknown[0][:100]} has dtype {found[unknown[0]][0]}, which is not supported")
+    sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in found.items()}
+    begin, entries = size - sum(sizes.values()), dict[str, TensorEntry]()
+    if file.size() != size:
+        raise _damaged(path, "its size changes while it is read")
+    for name, (dtype, shape) in found.items():
+        entries[name] = TensorEntry(dtype, shape, begin, begin + sizes[name])
+        begin += sizes[name]
+    return entries
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Stamp:
     """Write one .safetensors file, whole or not there; no second copy of the tensors is made."""
+    entries = {name: TensorEntry(NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()}
     with DurableFile(path) as file:
-        file.write(header_bytes({name: (NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()}))
+        file.write(header_bytes(entries))
         for tensor in tensors.values():
-            file.write(raw(tensor.detach().cpu().contiguous()))
+            file.write(byte_view(tensor.detach().cpu().contiguous()))
     return file.stamp
 
 
@@ -126,72 +162,23 @@ def write_rows(path: Path, name: str, shape: tuple[int, ...], rows: Iterable[Ten
                dtype: torch.dtype = torch.float16) -> Stamp:
     """Write a file of one tensor of `dtype` that comes in pieces of some rows each."""
     with DurableFile(path) as file:
-        file.write(header_bytes({name: (NAMES[dtype], shape, dtype.itemsize * math.prod(shape))}))
+        file.write(header_bytes({name: TensorEntry(NAMES[dtype], shape, 0, dtype.itemsize * math.prod(shape))}))
         for piece in rows:
-            file.write(raw(piece.to(dtype).contiguous()))
+            file.write(byte_view(piece.to(dtype).contiguous()))
     return file.stamp
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
-    """Length and header of a file that holds tensors (dtype name, shape, bytes) one behind the other."""
+def header_bytes(tensors: Mapping[str, TensorEntry]) -> bytes:
+    """Length and header of a file that holds tensors of these dtypes, shapes and sizes one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (dtype, shape, size) in tensors.items():
+    for name, (dtype, shape, begin, end) in tensors.items():
+        size = end - begin
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _read_header(path: Path, file: Any) -> dict[str, TensorEntry]:
-    """Every tensor's entry; each is in bounds, of the size that dtype and shape say, and none overlaps another."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-        raise _damaged(path, f"it states a header of {length} bytes, and has {size} in all")
-    try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON: {str(error)[:200]}") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    at = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != at:
-            raise _damaged(path, f"tensor {name[:100]} begins at byte {entry.begin}, where {at} was due")
-        at = entry.end
-    if at != size:
-        raise _damaged(path, f"its tensors end at byte {at}, the file at {size}")
-    return entries
-
-
-def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
-    shown = f"tensor {name[:100]}"
-    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
-        raise _damaged(path, f"{shown} has no dtype")
-    if value["dtype"] not in DTYPES:
-        raise _damaged(path, f"{shown} is of dtype {value['dtype'][:20]!r}, which is not supported")
-    shape, offsets = (value.get(key) for key in ("shape", "data_offsets"))
-    if not (_whole_numbers(shape) and _whole_numbers(offsets)) or len(offsets) != 2:
-        raise _damaged(path, f"{shown} has no proper shape and offsets")
-    size = math.prod(shape) * DTYPES[value["dtype"]].itemsize
-    if offsets[1] - offsets[0] != size or len(shape) > 64:
-        raise _damaged(path, f"{shown} has {offsets[1] - offsets[0]} bytes, its shape needs {size}")
-    return TensorEntry(value["dtype"], tuple(shape), start + offsets[0], start + offsets[1])
-
-
-def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
 
 
 def _damaged(path: Path, reason: str) -> InputError:

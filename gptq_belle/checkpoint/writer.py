@@ -11,34 +11,18 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.reader import read_json
-from gptq_belle.checkpoint.safetensors_file import (
-    CHUNK_BYTES,
-    DTYPES,
-    TensorEntry,
-    TensorFile,
-    header_bytes,
-    write_rows,
-    write_tensors,
-)
+from gptq_belle.checkpoint.safetensors_file import TensorFile, header_bytes, write_rows, write_tensors
 from gptq_belle.common.files import Stamp, lock, sync
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import written_by_us
 
 SHARD_BYTES = 5_000_000_000
-
-
-class _Entry(NamedTuple):
-    """A tensor of a part."""
-
-    name: str
-    file: Path
-    at: TensorEntry
 
 
 class CheckpointWriter:
@@ -94,7 +78,7 @@ class CheckpointWriter:
         return write_rows(self.parts / part, name, shape, rows, dtype)
 
     def written(self) -> dict[str, TensorFile]:
-        """Every tensor of the parts by its name, and the part that holds it."""
+        """The part that holds each tensor, by the tensor's name; of two parts with the same name the later one."""
         files = [TensorFile(file) for file in sorted(self.parts.iterdir())]
         return {name: file for file in files for name in file.names()}
 
@@ -108,15 +92,21 @@ class CheckpointWriter:
 
     def merge(self) -> None:
         """Join the parts into ``model.safetensors``, or into shards and their index."""
-        shards = _shards(_entries(self.parts), self.shard_bytes)
+        parts = self.written()
+        shards = _shards({name: file.nbytes(name) for name, file in parts.items()}, self.shard_bytes)
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        for name, entries in zip(names, shards, strict=True):
-            _write_shard(self.files / name, entries)
+        for name, tensors in zip(names, shards, strict=True):
+            # Wide elements first, so that all are aligned.
+            tensors.sort(key=lambda tensor: -parts[tensor].dtype(tensor).itemsize)
+            with (self.files / name).open("wb") as out:
+                out.write(header_bytes({tensor: parts[tensor].entries[tensor] for tensor in tensors}))
+                for tensor in tensors:
+                    out.writelines(parts[tensor].chunks(tensor))
         if len(shards) > 1:
-            where = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
-            total = sum(_size(entry) for entries in shards for entry in entries)
+            where = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+            total = sum(parts[tensor].nbytes(tensor) for tensor in where)
             self.write_json("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
     def publish(self) -> None:
@@ -155,44 +145,14 @@ def check_output(out: Path) -> None:
     raise UsageError(f"{out} exists and was not written by gptq_belle", "Choose another output, or move it away.")
 
 
-def _entries(parts: Path) -> list[_Entry]:
-    """In the order of the parts' names; what two of them hold is the later one's."""
-    found = {name: _Entry(name, file, at) for file in sorted(parts.iterdir())
-             for name, at in TensorFile(file).entries.items()}
-    return list(found.values())
-
-
-def _size(entry: _Entry) -> int:
-    return entry.at.end - entry.at.begin
-
-
-def _shards(entries: list[_Entry], limit: int) -> list[list[_Entry]]:
-    """Cut into files in the model's order; within a file, wide elements first, so that all are aligned."""
-    shards: list[list[_Entry]] = [[]]
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names of tensors cut into files of at most `limit` bytes, in the model's order."""
+    shards: list[list[str]] = [[]]
     used = 0
-    for entry in entries:
-        if shards[-1] and used + _size(entry) > limit:
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
-        shards[-1].append(entry)
-        used += _size(entry)
-    return [sorted(shard, key=lambda entry: -DTYPES[entry.at.dtype].itemsize) for shard in shards]
-
-
-def _write_shard(path: Path, entries: list[_Entry]) -> None:
-    with path.open("wb") as out:
-        out.write(header_bytes({entry.name: (entry.at.dtype, entry.at.shape, _size(entry)) for entry in entries}))
-        for entry in entries:
-            _copy(entry, out)
-
-
-def _copy(entry: _Entry, out: Any) -> None:
-    with entry.file.open("rb") as source:
-        source.seek(entry.at.begin)
-        left = _size(entry)
-        while left:
-            chunk = source.read(min(left, CHUNK_BYTES))
-            if not chunk:
-                raise InputError(f"{entry.file} shrank while it was read", "Something else writes there; run it again.")
-            out.write(chunk)
-            left -= len(chunk)
+        shards[-1].append(name)
+        used += size
+    return shards

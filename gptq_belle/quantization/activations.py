@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.direct_io import raw
+from gptq_belle.checkpoint.direct_io import byte_view
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.common.files import DurableFile, Stamp
 from gptq_belle.errors import InputError
@@ -64,7 +64,7 @@ class Activations:
             with DurableFile(self.partial / self.name(index)) as file:
                 for place, states in enumerate(batches):
                     states = states.to("cpu", torch.float32).contiguous()
-                    file.write(raw(states))
+                    file.write(byte_view(states))
                     if kept is not None:
                         kept[place : place + 1] = [states]  # in place: never two generations in memory
         except Exception:
@@ -89,7 +89,7 @@ class Activations:
         with path.open("rb", buffering=0) as file:
             for shape in self.shapes:
                 states = torch.empty(shape, dtype=torch.float32)
-                if file.readinto(raw(states)) != states.nbytes:
+                if file.readinto(byte_view(states)) != states.nbytes:
                     raise InputError(f"{path} shrank while it was read", DAMAGED)
                 yield states
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from gptq_belle.checkpoint.direct_io import raw
+from gptq_belle.checkpoint.direct_io import byte_view
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
 from gptq_belle.errors import InputError
 from gptq_belle.models.architectures import Architecture
@@ -52,7 +52,7 @@ class AttentionOutputs:
         self._file.seek(0)
         for shape in self._shapes:
             states = torch.empty(shape, dtype=torch.float32)
-            if self._file.readinto(raw(states)) != states.nbytes:  # type: ignore[attr-defined]
+            if self._file.readinto(byte_view(states)) != states.nbytes:  # type: ignore[attr-defined]
                 raise InputError(f"a file in {self.folder} shrank while it was read", DAMAGED)
             yield states
 
@@ -113,7 +113,7 @@ class AttentionOutputs:
         try:
             if self._file is None:
                 self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115 - see clear
-            self._file.write(raw(states))
+            self._file.write(byte_view(states))
         except OSError as error:
             error.filename = str(self.folder)  # a full disk says no name by itself
             raise
