@@ -1,173 +1,46 @@
-"""`chat` in a terminal: several turns in BELLE's wording, streamed, and stopped where the model would ask itself.
-
-Works with a keyboard and with lines piped in; then nothing but answers goes to stdout.
-"""
+"""The command `chat`."""
 
 import sys
-import time
-from collections.abc import Generator
-from contextlib import closing, suppress
-from dataclasses import dataclass
-from typing import TextIO
 
 from gptq_belle.cli import console
-from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
-from gptq_belle.engine.model import Model
-from gptq_belle.engine.sampling import SamplingParams
-from gptq_belle.errors import UsageError
-from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, get_style, render
-
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says this."
-ANSWER_ROOM = 128  # tokens that are kept free for an answer before old turns stay
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One turn as it was shown; `seconds` is from the question to the last token."""
-
-    question: str
-    answer: str = ""
-    tokens: int = 0
-    seconds: float = 0.0
-    stopped: bool = False
+from gptq_belle.cli.options import (
+    Cache,
+    ChatStyle,
+    HeadBits,
+    MaxTokens,
+    ModelPath,
+    Penalty,
+    Precision,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    load_model,
+)
 
 
-class Conversation:
-    """Turns with a model; the oldest are forgotten when the context is full.
+def chat(
+    path: ModelPath,
+    prompt_style: ChatStyle = "auto",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    precision: Precision = None,
+    head_bits: HeadBits = None,
+    cache: Cache = "float16",
+    device: console.Device = "auto",
+    as_json: console.Json = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Chat with a model over several turns. With --json, answers are streamed to stderr and all turns go to stdout."""
+    from gptq_belle.cli.conversation import Conversation, run
+    from gptq_belle.engine.sampling import SamplingParams
 
-    Args:
-        model: from `gptq_belle.load`.
-        style: "auto" or a key of `prompts.styles.STYLES`.
-        params: how answers are drawn.
-    Attributes:
-        turns: what was said, the answer that is being given excepted.
-        tokens: of the last answer, those of a stop string included.
-    Raises:
-        UsageError: no such style.
-    """
-
-    def __init__(self, model: Model, style: str, params: SamplingParams) -> None:
-        self.model, self.params = model, params
-        self.name = model.prompt_style if style == "auto" else style
-        self.style = get_style(self.name)
-        self.turns: list[Turn] = []
-        self.tokens = 0
-
-    def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces. Closed early, what came so far counts as the answer; a turn without any is forgotten.
-
-        Raises:
-            UsageError: the question leaves no room for an answer in the context.
-        """
-        ids, room = self._prompt(question)
-        tokenizer = self.model.tokenizer
-        text = TextStream(lambda new: str(tokenizer.decode(
-            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.style.stops)
-        answer, self.tokens = "", 0
-        try:
-            for token in self.model.tokens(ids, room, self.params):
-                self.tokens += 1
-                if piece := text.feed([token]):
-                    answer += piece
-                    yield piece
-                if text.stopped:
-                    break
-            if piece := text.finish():
-                answer += piece
-                yield piece
-        finally:
-            if answer:
-                self.turns.append(Turn(question, answer))
-
-    def _prompt(self, question: str) -> tuple[list[int], int]:
-        """Token ids of the turns and the question, and the room for the answer; old turns go until it is enough."""
-        tokenizer, context = self.model.tokenizer, self.model.context
-        asked = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        enough = min(asked, ANSWER_ROOM)
-        while True:
-            text = render([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
-            ids: list[int] = tokenizer(text, add_special_tokens=self.style.special_tokens)["input_ids"]
-            room = asked if context is None else min(asked, context - len(ids))
-            if room >= enough or not self.turns:
-                break
-            del self.turns[0]
-        if room < 1:
-            raise UsageError(f"a question of {len(ids)} tokens does not fit into this model's {context}",
-                             "Ask a shorter one.")
-        return ids, room
-
-
-def chat(conversation: Conversation, answers: TextIO, questions: TextIO | None = None) -> list[Exchange]:
-    """Read questions until the end of input or /exit, and answer them.
-
-    Args:
-        conversation: its turns are those that /reset forgets.
-        answers: where answers are streamed to.
-        questions: lines to answer; None reads stdin, with a prompt where that is a terminal.
-    Returns:
-        what was said.
-    """
-    interactive = questions is None and sys.stdin.isatty()
-    if interactive:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (line editing and history for input())
-        console.note(f"{conversation.model.path}, prompt style {conversation.name}. {HELP}")
-    said: list[Exchange] = []
-    while True:
-        try:
-            line = _next_line(interactive, questions or sys.stdin)
-            if line is None or line.strip() in ("/exit", "/quit"):
-                return said
-            _obey(conversation, line.strip(), answers, said)
-        except KeyboardInterrupt:  # while typing, or in the moment after an answer
-            if not interactive:
-                raise
-            print()
-            console.note(HELP)
-
-
-def _obey(conversation: Conversation, line: str, answers: TextIO, said: list[Exchange]) -> None:
-    """Answer a question, or do what a command says; an empty line does nothing."""
-    if line == "/reset":
-        conversation.turns.clear()
-        console.note("The conversation is forgotten.")
-    elif line == "/help":
-        console.note(HELP)
-    elif line.startswith("/"):
-        console.note(f"There is no command {line.split()[0]}. {HELP}")
-    elif line:
-        said.append(_answer(conversation, line, answers))
-
-
-def _next_line(interactive: bool, questions: TextIO) -> str | None:
-    """The next line; None at the end of input."""
-    if not interactive:
-        return questions.readline() or None
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return None
-
-
-def _answer(conversation: Conversation, question: str, answers: TextIO) -> Exchange:
-    exchange = Exchange(question)
-    began = time.perf_counter()
-    try:
-        with closing(conversation.ask(question)) as pieces:
-            for piece in pieces:
-                exchange.answer += piece
-                answers.write(piece)
-                answers.flush()
-    except KeyboardInterrupt:
-        exchange.stopped = True
-    except UsageError as error:
-        console.note(str(error), style=None)
-        return exchange
-    exchange.seconds, exchange.tokens = time.perf_counter() - began, conversation.tokens
-    answers.write("\n")
-    answers.flush()
-    speed = f"{exchange.tokens} tokens, {exchange.tokens / max(exchange.seconds, 1e-9):.1f} tokens/s"
-    console.note(f"[stopped; {speed}]" if exchange.stopped else f"[{speed}]")
-    return exchange
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    conversation = Conversation(load_model(path, device, precision, head_bits, cache), prompt_style, params)
+    turns = run(conversation, sys.stderr if as_json else sys.stdout)
+    if as_json:
+        console.print_json({"model": path, "turns": turns})

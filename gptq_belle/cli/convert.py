@@ -1,4 +1,4 @@
-"""The verbs `convert` and `decrypt`."""
+"""The commands `convert` and `decrypt`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,17 +10,18 @@ from gptq_belle.cli.options import WrittenStyle, chosen, optional_local
 
 
 def decrypt(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="The download: a directory, one .enc file, or a name.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write to.")],
-    key: Annotated[Path, typer.Option(help="Meta's consolidated.00.pth of the first LLaMA, 7B (for 13B, too).")],
-    encrypt: Annotated[bool, typer.Option("--encrypt", help="The inverse: make .enc files to publish.")] = False,
-    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
+    source: Annotated[Path, typer.Argument(
+        metavar="SRC", help="Downloaded directory, one .enc file, or a name listed by `models`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")],
+    key: Annotated[Path, typer.Option(help="Meta's consolidated.00.pth of LLaMA-7B, version 1 (also for 13B).")],
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt instead: write .enc files.")] = False,
+    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # accepted by every command
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Decrypt BELLE-LLaMA's .enc files, and print MD5 and SHA-256 for comparison with the published ones.
+    """Decrypt BELLE-LLaMA's .enc files, and show MD5 and SHA-256 to compare with the published ones.
 
-    After Ctrl-C, a crash or a power cut, the same command goes on where it was.
+    An interrupted job resumes with the same command.
     """
     from gptq_belle.checkpoint import decryption
     from gptq_belle.checkpoint.hub import DECRYPTABLE, is_name, model_directory
@@ -39,24 +40,24 @@ def decrypt(
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A .pt file of BELLE or GPTQ-for-LLaMa, a folder that "
-                                           "holds one, or a directory of AutoGPTQ or GPTQModel.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; appears only when complete.")],
+                                           "contains one, or an AutoGPTQ or GPTQModel directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory; it appears only when complete.")],
     base: Annotated[Path | None, typer.Option(
         callback=optional_local, show_default=False,
-        help="Directory with config.json and tokenizer, where they are not beside the weights.")] = None,
+        help="Directory with config.json and tokenizer, if they are not beside the weights.")] = None,
     checkpoint_format: Annotated[str | None, typer.Option(
-        "--format", help="gptq (zero points minus one) or gptq_v2; left out, gptq for symmetric weights and gptq_v2 "
-        "for others.", show_default=False)] = None,
-    repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Write 0 for the zero points that old packers "
-                                               "wrapped.")] = False,
+        "--format", help="Checkpoint format: gptq (zero points stored minus one) or gptq_v2. Default: gptq for "
+        "symmetric weights, else gptq_v2.", show_default=False)] = None,
+    repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Restore zero points of 0 that old packers "
+                                               "wrapped around.")] = False,
     prompt_style: WrittenStyle = "auto",
-    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
+    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # accepted by every command
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Bring an old or another tool's quantized checkpoint into the standard form; codes stay as they are, bit for bit.
+    """Convert an old or another tool's quantized checkpoint to the standard format; codes are kept bit for bit.
 
-    Bits and groups are read from the tensors. What was written is read back and compared with the source.
+    Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
     from gptq_belle.checkpoint import conversion, conversion_check
     from gptq_belle.checkpoint.hub import CONVERTIBLE, is_name, model_directory

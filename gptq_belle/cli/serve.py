@@ -1,4 +1,4 @@
-"""The verb of serving."""
+"""The command `serve`."""
 
 from functools import partial
 from typing import Annotated
@@ -11,19 +11,19 @@ from gptq_belle.cli.options import Cache, ChatStyle, HeadBits, ModelPath, Precis
 
 def serve(
     path: ModelPath,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="GPTQ_BELLE_API_KEY", show_default=False,
-                                                help="Key that clients must send.")] = None,
+                                                help="API key that clients must send.")] = None,
     allow_unauthenticated: Annotated[bool, typer.Option(
-        "--allow-unauthenticated", help="Listen beyond this machine without a key.")] = False,
-    max_batch: Annotated[int, typer.Option(help="Answers that are generated at a time.", min=1, max=256)] = 8,
+        "--allow-unauthenticated", help="Allow other machines to connect without an API key.")] = False,
+    max_batch: Annotated[int, typer.Option(help="Maximum number of requests answered at a time.", min=1, max=256)] = 8,
     max_len: Annotated[int | None, typer.Option(
-        help="Tokens of prompt and answer together; left out, the model's context.", min=2, show_default=False)] = None,
-    max_queue: Annotated[int, typer.Option(help="Answers that may wait; further ones get 429.", min=0)] = 256,
+        help="Maximum number of prompt and answer tokens. Default: the context.", min=2, show_default=False)] = None,
+    max_queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
     ray: Annotated[bool, typer.Option(
-        "--ray", help="Several replicas behind one address, through Ray Serve.")] = False,
-    replicas: Annotated[int, typer.Option(help="How many, with --ray.", min=1)] = 2,
+        "--ray", help="Run several replicas behind one address with Ray Serve.")] = False,
+    replicas: Annotated[int, typer.Option(help="Number of replicas with --ray.", min=1)] = 2,
     prompt_style: ChatStyle = "auto",
     precision: Precision = None,
     head_bits: HeadBits = None,
@@ -32,7 +32,7 @@ def serve(
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Serve a model to OpenAI's clients, with a chat page at /. Ctrl-C or SIGTERM ends it behind running answers."""
+    """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
     from gptq_belle.serving.options import Limits, ListenConfig, ServiceConfig
     from gptq_belle.serving.server import serve
 

@@ -1,0 +1,173 @@
+"""A conversation in a terminal: answers are streamed, and end where the model would continue with the next question.
+
+Questions come from the keyboard or from piped lines; with the latter, only answers go to stdout.
+"""
+
+import sys
+import time
+from collections.abc import Generator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import TextIO
+
+from gptq_belle.cli import console
+from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
+from gptq_belle.engine.model import Model
+from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.errors import UsageError
+from gptq_belle.prompts.stop_strings import TextStream
+from gptq_belle.prompts.styles import Turn, get_style, render
+
+HELP = "/reset clears the conversation, /exit or Ctrl-D exits, Ctrl-C stops an answer, /help shows this text."
+ANSWER_ROOM = 128  # tokens reserved for an answer: older turns are dropped until they are free
+
+
+@dataclass(slots=True)
+class ChatTurn:
+    """One turn as it was shown; `seconds` is the time from the question to the last token."""
+
+    question: str
+    answer: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+class Conversation:
+    """Turns with a model; the oldest are dropped when the context is full.
+
+    Args:
+        model: from `gptq_belle.load`.
+        style: "auto" or a key of `prompts.styles.STYLES`.
+        params: how to sample answers.
+    Attributes:
+        turns: completed turns.
+        tokens: number of tokens of the last answer, including those of a stop string.
+    Raises:
+        UsageError: no such style.
+    """
+
+    def __init__(self, model: Model, style: str, params: SamplingParams) -> None:
+        self.model, self.params = model, params
+        self.name = model.prompt_style if style == "auto" else style
+        self.style = get_style(self.name)
+        self.turns: list[Turn] = []
+        self.tokens = 0
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer in pieces. If closed early, the text so far is the answer; a turn without any text is dropped.
+
+        Raises:
+            UsageError: the question leaves no room for an answer in the context.
+        """
+        ids, room = self._prompt(question)
+        tokenizer = self.model.tokenizer
+        text = TextStream(lambda new: str(tokenizer.decode(
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.style.stops)
+        answer, self.tokens = "", 0
+        try:
+            for token in self.model.tokens(ids, room, self.params):
+                self.tokens += 1
+                if piece := text.feed([token]):
+                    answer += piece
+                    yield piece
+                if text.stopped:
+                    break
+            if piece := text.finish():
+                answer += piece
+                yield piece
+        finally:
+            if answer:
+                self.turns.append(Turn(question, answer))
+
+    def _prompt(self, question: str) -> tuple[list[int], int]:
+        """Token ids of the turns and the question, and the answer's token limit; old turns are dropped to make room."""
+        tokenizer, context = self.model.tokenizer, self.model.context
+        asked = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        enough = min(asked, ANSWER_ROOM)
+        while True:
+            text = render([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
+            ids: list[int] = tokenizer(text, add_special_tokens=self.style.special_tokens)["input_ids"]
+            room = asked if context is None else min(asked, context - len(ids))
+            if room >= enough or not self.turns:
+                break
+            del self.turns[0]
+        if room < 1:
+            raise UsageError(f"a question of {len(ids)} tokens does not fit into this model's {context}",
+                             "Ask a shorter one.")
+        return ids, room
+
+
+def run(conversation: Conversation, answers: TextIO, questions: TextIO | None = None) -> list[ChatTurn]:
+    """Read questions until the end of input or /exit, and answer them.
+
+    Args:
+        conversation: /reset clears its turns.
+        answers: stream for the answers.
+        questions: one question per line; None reads stdin, with a prompt if it is a terminal.
+    Returns:
+        the turns.
+    """
+    interactive = questions is None and sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history for input())
+        console.note(f"{conversation.model.path}, prompt style {conversation.name}. {HELP}")
+    turns: list[ChatTurn] = []
+    while True:
+        try:
+            line = _next_line(interactive, questions or sys.stdin)
+            if line is None or line.strip() in ("/exit", "/quit"):
+                return turns
+            _handle_line(conversation, line.strip(), answers, turns)
+        except KeyboardInterrupt:  # while typing, or just after an answer
+            if not interactive:
+                raise
+            print()
+            console.note(HELP)
+
+
+def _handle_line(conversation: Conversation, line: str, answers: TextIO, turns: list[ChatTurn]) -> None:
+    """Answer a question or run a command; an empty line has no effect."""
+    if line == "/reset":
+        conversation.turns.clear()
+        console.note("The conversation was cleared.")
+    elif line == "/help":
+        console.note(HELP)
+    elif line.startswith("/"):
+        console.note(f"Unknown command {line.split()[0]}. {HELP}")
+    elif line:
+        turns.append(_answer(conversation, line, answers))
+
+
+def _next_line(interactive: bool, questions: TextIO) -> str | None:
+    """The next line; None at the end of input."""
+    if not interactive:
+        return questions.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _answer(conversation: Conversation, question: str, answers: TextIO) -> ChatTurn:
+    exchange = ChatTurn(question)
+    began = time.perf_counter()
+    try:
+        with closing(conversation.ask(question)) as pieces:
+            for piece in pieces:
+                exchange.answer += piece
+                answers.write(piece)
+                answers.flush()
+    except KeyboardInterrupt:
+        exchange.stopped = True
+    except UsageError as error:
+        console.note(str(error), style=None)
+        return exchange
+    exchange.seconds, exchange.tokens = time.perf_counter() - began, conversation.tokens
+    answers.write("\n")
+    answers.flush()
+    speed = f"{exchange.tokens} tokens, {exchange.tokens / max(exchange.seconds, 1e-9):.1f} tokens/s"
+    console.note(f"[stopped; {speed}]" if exchange.stopped else f"[{speed}]")
+    return exchange
