@@ -1,6 +1,7 @@
 """What the tests share: seeds, tolerances, tiny models of both architectures, random packed checkpoints of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -164,6 +165,14 @@ def job_output(directory: Path) -> tuple[dict[str, bytes], dict]:
     report = json.loads(files.pop("quantization_report.json"))
     linears = [{key: value for key, value in row.items() if key != "seconds"} for row in report["linears"]]
     return files, {key: value for key, value in report.items() if key not in MEASURED} | {"linears": linears}
+
+
+def naming(*objects: object) -> str:
+    """A pattern for `match=` that holds for a message that names all of these, in any order and any wording.
+
+    Names are files, tensors, layers, options, values or figures; each has to stand there as a whole word.
+    """
+    return "(?s)^" + "".join(rf"(?=.*(?<!\w){re.escape(str(one))}(?!\w))" for one in objects)
 
 
 def cut_short(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cut_short
+from conftest import cut_short, naming
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,13 +148,13 @@ def test_gradient_checkpointing(tiny_model, tmp_path):
 def test_merging_into_packed_weights_is_refused(tiny_llama, tmp_path, act):
     quantize_checkpoint(tiny_llama, tmp_path / "packed", QuantConfig(group_size=32, method="rtn"))
     model = get_peft_model(hf_model(tmp_path / "packed", device="cpu"), LoraConfig(target_modules="all-linear"))
-    with pytest.raises(UsageError, match="packed weight.*(\n.*)*--lora"):
+    with pytest.raises(UsageError, match="--lora"):
         act(model)
 
 
 def test_dora_is_refused_on_packed_weights(tiny_llama, tmp_path):
     quantize_checkpoint(tiny_llama, tmp_path / "packed", QuantConfig(group_size=32, method="rtn"))
-    with pytest.raises(UsageError, match="packed weight"):
+    with pytest.raises(UsageError, match="--lora"):
         get_peft_model(hf_model(tmp_path / "packed", device="cpu"),
                        LoraConfig(target_modules="all-linear", use_dora=True))
 
@@ -211,25 +211,25 @@ def reconfigured(adapter, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"peft_type": "IA3"}, "kind 'IA3', not LORA"),
-    ({"peft_type": None}, "kind None"),
-    ({"use_dora": True}, "uses use_dora"),
-    ({"use_qalora": True}, "uses use_qalora"),
-    ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
-    ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
-    ({"bias": "all"}, "holds biases"),
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"peft_type": "IA3"}, "IA3"),
+    ({"peft_type": None}, "None"),
+    ({"use_dora": True}, "use_dora"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"bias": "all"}, "bias: 'all'"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
-    ({"lora_alpha": "16"}, "other things than numbers"),
-    ({"lora_alpha": math.inf}, "other things than numbers"),
-    ({"alpha_pattern": {"q_proj": None}}, "other things than numbers"),
-    ({"alpha_pattern": ["q_proj"]}, "other things than numbers"),
-    ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+    ({"lora_alpha": "16"}, "lora_alpha"),
+    ({"lora_alpha": math.inf}, "lora_alpha"),
+    ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
+    ({"alpha_pattern": ["q_proj"]}, "alpha_pattern"),
+    ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
 ])
-def test_what_is_no_plain_sum_is_refused_by_name(tiny_llama, tmp_path, changes, message):
+def test_adapter_that_is_not_a_plain_lora_sum_is_refused(tiny_llama, tmp_path, changes, named):
     adapter = random_adapter(tiny_llama, tmp_path / "adapter")
     reconfigured(adapter, **changes)
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=naming(adapter, named)) as caught:
         Adapter(adapter)
     assert caught.value.remedy
 
@@ -246,22 +246,22 @@ def test_a_true_dora_adapter_is_refused(tiny_llama, tmp_path):
 LINEAR = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 
 
-@pytest.mark.parametrize(("tensors", "message"), [
-    ({f"{LINEAR}A.weight": torch.zeros(4, 96)}, r"\(128, 96\), the model's is \(128, 128\)"),
-    ({f"{LINEAR}A.weight": torch.zeros(3, 128)}, "cannot be multiplied"),
-    ({f"{LINEAR}A.weight": torch.zeros(512)}, "cannot be multiplied"),
-    ({f"{LINEAR}A.weight": None}, "only one of the two factors"),
+@pytest.mark.parametrize(("tensors", "named"), [
+    ({f"{LINEAR}A.weight": torch.zeros(4, 96)}, ["layers.0.self_attn.q_proj", (128, 96), (128, 128)]),
+    ({f"{LINEAR}A.weight": torch.zeros(3, 128)}, ["layers.0.self_attn.q_proj", (3, 128)]),
+    ({f"{LINEAR}A.weight": torch.zeros(512)}, ["layers.0.self_attn.q_proj", (512,)]),
+    ({f"{LINEAR}A.weight": None}, ["layers.0.self_attn.q_proj"]),
     ({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 128),
-      "base_model.model.lm_head.lora_B.weight": torch.zeros(384, 4)}, "lm_head, which is no linear of the blocks"),
+      "base_model.model.lm_head.lora_B.weight": torch.zeros(384, 4)}, ["lm_head"]),
     ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 128),
-      "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": torch.zeros(256, 4)}, "lacks the tensor"),
-    ({"base_model.model.model.norm.weight": torch.ones(128)}, "no factor of a linear"),
+      "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight": torch.zeros(256, 4)}, ["layers.7.mlp.up_proj"]),
+    ({"base_model.model.model.norm.weight": torch.ones(128)}, ["model.norm.weight"]),
 ])
-def test_factors_that_do_not_fit(tiny_llama, tmp_path, tensors, message):
+def test_factors_that_do_not_fit_the_model_are_refused(tiny_llama, tmp_path, tensors, named):
     adapter = random_adapter(tiny_llama, tmp_path / "adapter")
     state = load_file(adapter / "adapter_model.safetensors") | tensors
     save_file({name: t for name, t in state.items() if t is not None}, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=naming(*named)):
         open_source(tiny_llama, adapter)
 
 
@@ -271,8 +271,8 @@ def test_files_that_are_missing_or_cut_short(tiny_llama, tmp_path):
     with pytest.raises(InputError, match="adapter_model.safetensors"):
         open_source(tiny_llama, adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match="holds no adapter_model.safetensors or"):
+    with pytest.raises(InputError, match=naming(adapter, "adapter_model.safetensors")):
         open_source(tiny_llama, adapter)
     for path in (tiny_llama, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=r"adapter_config.json is missing\nGive the folder that peft saved"):
+        with pytest.raises(InputError, match=naming(path / "adapter_config.json")):
             open_source(tiny_llama, path)

@@ -1,14 +1,13 @@
 """Bits chosen under a budget: an exact knapsack, a budget that is kept, and a choice that a resumed job keeps."""
 
 import itertools
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import job_output
+from conftest import job_output, naming
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.errors import UsageError
@@ -150,13 +149,13 @@ def test_what_was_measured_outlives_a_job_that_ended_before_its_first_block(tiny
     assert run_job(tiny_bloom, tmp_path / "out").choice is not None
 
 
-@pytest.mark.parametrize(("settings", "cause"), [
-    ({"auto_bits": "3.5"}, "3.5 is not between 4 and 8"), ({"auto_bits": "9"}, "not between"),
-    ({"auto_bits": "some"}, "neither bits nor a size"), ({"auto_bits": "10kB"}, "less than 4 bits"),
-    ({"auto_bits": "5", "bits": 8}, "not with 8 bits"), ({"auto_bits": "5", "method": "rtn"}, "method rtn"),
-    ({"auto_bits": "5", "overrides": (parse_override("mlp=bits:8"),)}, "less than 4 bits and the overrides")], ids=str)
-def test_what_is_refused_before_any_work(tiny_bloom, tmp_path, settings, cause):
-    with pytest.raises(UsageError, match=cause) as caught:
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"auto_bits": "3.5"}, "3.5"), ({"auto_bits": "9"}, "9"), ({"auto_bits": "some"}, "some"),
+    ({"auto_bits": "10kB"}, "10kB"), ({"auto_bits": "5", "bits": 8}, "8 bits"),
+    ({"auto_bits": "5", "method": "rtn"}, "method rtn"),
+    ({"auto_bits": "5", "overrides": (parse_override("mlp=bits:8"),)}, "overrides")], ids=str)
+def test_unsuitable_auto_bits_is_refused_before_any_work(tiny_bloom, tmp_path, settings, named):
+    with pytest.raises(UsageError, match=naming(named)) as caught:
         quantize_checkpoint(tiny_bloom, tmp_path / "out", QuantConfig(group_size=32, **settings),
                             calibration=CALIBRATION)
     assert caught.value.remedy
@@ -171,12 +170,15 @@ def test_the_dry_run_says_it(tiny_llama):
     assert average_bits(replace(job, config=config_of_choice(job, all_of_it))) == 8
 
 
-def test_the_record_says_that_the_choice_is_worth_it():
-    record = json.loads((ROOT / "benchmarks" / "results" / "auto_bits.json").read_text(encoding="utf-8"))
-    for name, figures in record["verdicts"].items():
-        assert figures["auto"] < figures["explained"] < figures["uniform"], name
-        assert figures["auto"] < figures["random_mean"], name
-        assert record["models"][name]["auto 4.5"]["bits"] <= 4.5
+def test_verdict_compares_the_choice_with_its_size_and_with_random_choices(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_auto_bits
+
+    figures = {"4 bit": (4, 0.08), "8 bit": (8, 0.0), "auto 5": (5, 0.03), "random 0": (5, 0.07), "random 1": (5, 0.05)}
+    found = {name: {"bits": bits, "kl": kl} for name, (bits, kl) in figures.items()}
+    assert bench_auto_bits.verdict(found, "5") == pytest.approx({
+        "uniform": 0.08, "auto": 0.03, "explained": 0.06, "random_mean": 0.06, "random_best": 0.05,
+        "random_worst": 0.07})
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import packed_checkpoint, tiny_tokenizer
+from conftest import naming, packed_checkpoint, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -82,7 +82,7 @@ def test_quantize_save_and_load_again(tiny_model, tmp_path):
     assert again.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (1, 12)
     assert again.num_parameters() == again.model.num_parameters()  # whatever else is asked, the model is
     assert exllama_set_max_input_length(again, 4096) is again
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError):
         again.quantize(EXAMPLES)
 
 
@@ -90,7 +90,7 @@ def test_before_quantizing_it_is_the_full_model(tiny_llama):
     model = AutoGPTQForCausalLM.from_pretrained(tiny_llama, CONFIG)
     assert model.config.model_type == "llama"
     assert torch.equal(model(IDS).logits, hf_model(tiny_llama)(IDS).logits)
-    with pytest.raises(UsageError, match="not quantized yet"):
+    with pytest.raises(UsageError):
         model.save_quantized("nowhere")
 
 
@@ -108,15 +108,15 @@ def test_a_directory_of_auto_gptqs_own(tiny_llama, tmp_path):
         assert torch.equal(model(IDS).logits, expected)
     assert model.quantize_config == BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)
     shutil.copy(tiny_llama / "model.safetensors", packed / "model.safetensors")
-    with pytest.raises(UsageError, match="holds other weights besides gptq_model-4bit-32g"):
+    with pytest.raises(UsageError, match=naming(packed, "gptq_model-4bit-32g")):
         AutoGPTQForCausalLM.from_quantized(packed, model_basename="gptq_model-4bit-32g")
 
 
 def test_settings_that_are_not_the_directorys(tiny_llama, tmp_path):
     packed = packed_checkpoint(tiny_llama, tmp_path / "packed")
-    with pytest.raises(UsageError, match="says 8 bits and groups of 32, .* says 4 and 32"):
+    with pytest.raises(UsageError, match=naming("8 bits", 32, 4)):
         AutoGPTQForCausalLM.from_quantized(packed, quantize_config=BaseQuantizeConfig(8, 32))
-    with pytest.raises(InputError, match="states no quantization"):
+    with pytest.raises(InputError, match=naming(tiny_llama)):
         AutoGPTQForCausalLM.from_quantized(tiny_llama)
 
 
@@ -140,7 +140,7 @@ def test_other_models_are_not_written_over(tiny_llama, tmp_path):
     source = shutil.copytree(tiny_llama, tmp_path / "model")
     model = quantized(source)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    with pytest.raises(UsageError, match="weights that gptq_belle has not written"):
+    with pytest.raises(UsageError, match=naming(source)):
         model.save_quantized(source)
     assert before == {path.name: path.read_bytes() for path in source.iterdir()}
 
@@ -181,12 +181,12 @@ def test_examples_are_packed_without_padding_and_with_eos_between():
     [{"input_ids": [1, 2], "attention_mask": [1]}], [{"input_ids": [1], "attention_mask": [0]}],
 ])
 def test_what_is_not_tokenized_text_is_refused(examples):
-    with pytest.raises(InputError, match=r"example 0 is not tokenized|no examples"):
+    with pytest.raises(InputError, match=naming("example 0") if examples else None):
         token_rows(examples, 2)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tiny_llama):
-    with pytest.raises(InputError, match="token ids outside"):
+    with pytest.raises(InputError, match=naming(384)):
         quantized(tiny_llama, examples=[{"input_ids": [1, 2, 5000]}])
 
 
@@ -198,7 +198,7 @@ def test_harmless_arguments_are_noted_once_and_only_where_given(tiny_llama, tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AutoGPTQForCausalLM.from_quantized(packed, use_triton=False, disable_exllama=None, trust_remote_code=False)
-    with pytest.warns(UserWarning, match=r"use_triton: the kernel .*; trust_remote_code: no code") as caught:
+    with pytest.warns(UserWarning, match=naming("use_triton", "trust_remote_code")) as caught:
         AutoGPTQForCausalLM.from_quantized(packed, use_triton=True, trust_remote_code=True)
     assert len(caught) == 1
     with pytest.warns(UserWarning, match="max_memory"):
@@ -235,12 +235,12 @@ def test_devices():
              device_name("cpu", "auto"), device_name(torch.device("cuda", 2), None), device_name(None, "cuda:0"),
              device_name(None, {"a": "cpu", "b": "cpu"})]
     assert names == ["auto", "auto", "cuda:0", "cuda:1", "cpu", "cuda:2", "cuda:0", "cpu"]
-    with pytest.raises(UsageError, match="over cuda:0, cuda:1"):
+    with pytest.raises(UsageError, match=naming("cuda:0", "cuda:1")):
         device_name(None, {"a": 0, "b": 1})
 
 
 def test_a_device_that_is_not_there(tiny_llama, tmp_path):
-    with pytest.raises(HardwareError, match="cuda:9 is not there"):
+    with pytest.raises(HardwareError, match=naming("cuda:9")):
         AutoGPTQForCausalLM.from_quantized(packed_checkpoint(tiny_llama, tmp_path / "packed"), device="cuda:9")
 
 

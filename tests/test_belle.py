@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import naming
 
 from gptq_belle import load
 from gptq_belle.errors import InputError
@@ -62,14 +63,14 @@ def test_rows_are_read_by_class(tmp_path):
     assert read_rows(path, 1) == [Row("a", "0", "x"), Row("b", "0", "x")]
 
 
-@pytest.mark.parametrize(("text", "cause"), [("", "no rows"), ('{"class": "a"}', "line 1"), ("[", "line 1"),
+@pytest.mark.parametrize(("text", "cause"), [("", "test.jsonl"), ('{"class": "a"}', "line 1"), ("[", "line 1"),
                                                 ('{"class": "a", "question": "b", "std_answer": 3}', "line 1")])
 def test_damaged_rows_are_refused(tmp_path, text, cause):
     path = tmp_path / "test.jsonl"
     path.write_text(text)
-    with pytest.raises(InputError, match=cause):
+    with pytest.raises(InputError, match=naming(path, cause)):
         read_rows(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=naming(tmp_path / "absent.jsonl")):
         read_rows(tmp_path / "absent.jsonl")
 
 

@@ -1,7 +1,7 @@
 """Prompts as BELLE's models know them, and streaming: whole characters, stop strings never shown, any chunking."""
 
 import pytest
-from conftest import SENTENCES, tiny_tokenizer
+from conftest import SENTENCES, naming, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,9 +37,9 @@ def test_turns_are_closed_by_eos():
 
 
 def test_an_unknown_style_is_refused():
-    with pytest.raises(UsageError, match="prompt style 'alpaca' is not known") as caught:
+    with pytest.raises(UsageError, match=naming("alpaca")) as caught:
         render([], "alpaca", "")
-    assert "bloom, llama, newline" in caught.value.remedy
+    assert all(style in caught.value.remedy for style in STYLES)
 
 
 def test_every_architecture_names_a_known_style():
@@ -76,7 +76,7 @@ def test_messages_become_turns():
     [{"content": "t"}],
 ])
 def test_messages_out_of_order_are_refused(messages):
-    with pytest.raises(UsageError, match="cannot stand here"):
+    with pytest.raises(UsageError):
         turns_from_messages(messages)
 
 
@@ -88,7 +88,7 @@ def test_style_detection():
         assert detect_style({"model_type": "llama"}, chat_template(style)) == style
         assert detect_style({"model_type": "bloom", "prompt_style": style}, chat_template("llama")) == style
     assert detect_style({"model_type": "bloom"}, chat_template("llama", bos=True)) == "llama"
-    with pytest.raises(InputError, match="prompt_style 'x'"):
+    with pytest.raises(InputError, match=naming("prompt_style", "'x'")):
         detect_style({"model_type": "bloom", "prompt_style": "x"})
 
 

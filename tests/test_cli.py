@@ -107,8 +107,8 @@ def test_a_missing_model_is_4_with_cause_and_remedy(belle, tmp_path, verb):
     code, out, err = belle(verb[0], tmp_path / "absent", *verb[1:])
     assert (code, out) == (4, "")
     assert "Error: " in err
-    assert "is not a model directory" in err
-    assert err.rstrip().splitlines()[-1].startswith("Give the folder")
+    assert str(tmp_path / "absent") in err
+    assert len(err.rstrip().splitlines()) == 2
     assert "Traceback" not in err
 
 
@@ -202,7 +202,7 @@ def test_eval_kl_keeps_what_the_base_predicts(belle, packed, tiny_llama, text, t
     assert loaded == [tiny_llama, packed, tiny_llama, packed, packed]
     code, _, err = belle(*args, "--keep", tmp_path)
     assert code == 2
-    assert "holds other files" in err
+    assert str(tmp_path) in err
 
 
 def test_eval_belle(belle, packed, tmp_path):

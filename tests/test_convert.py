@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, VOCABULARY, packed_checkpoint, tiny_tokenizer
+from conftest import SENTENCES, VOCABULARY, naming, packed_checkpoint, tiny_tokenizer
 from oracle_format import formula
 from oracle_legacy import old_weight, write_legacy
 from safetensors.torch import load_file, save_file
@@ -126,9 +126,9 @@ def test_wrapped_zeros_are_mended_on_request(tiny_model, tmp_path, bits):
         wrapped += int(mended[:, ::32].sum())
     assert found.repaired_zeros == found.wrapped_zeros == wrapped
     assert 0 < found.overwritten_zeros < wrapped
-    with pytest.raises(InputError, match="zero points of 0 cannot be written in format gptq"):
+    with pytest.raises(InputError, match=naming("gptq", 0)):
         convert(tmp_path / "old", tmp_path / "other", repair_zeros=True, checkpoint_format="gptq")
-    with pytest.raises(InputError, match="read as one more than gptq_v2 can hold"):
+    with pytest.raises(InputError, match=naming("gptq_v2")):
         convert(tmp_path / "old", tmp_path / "other", checkpoint_format="gptq_v2")
 
 
@@ -182,13 +182,12 @@ def older(state, name):
     state[f"{name}.zeros"] = torch.zeros(128, 1)
 
 
-@pytest.mark.parametrize(("change", "cause"), [
-    (too_large, "values up to 7e\\+04, more than 65504"), (not_finite, "NaN or infinity"),
-    (extra, "no place for, such as model.nonsense.weight"), (halved, "qzeros is torch.int32"),
-    (other_groups, "group size"), (older, "before March 2023"),
+@pytest.mark.parametrize(("change", "named"), [
+    (too_large, ["scales", "7e+04", 65504]), (not_finite, ["scales", "NaN"]), (extra, ["model.nonsense.weight"]),
+    (halved, ["qzeros", torch.int32]), (other_groups, ["group size"]), (older, ["zeros"]),
 ])
-def test_what_cannot_be_converted_is_refused(tiny_llama, tmp_path, change, cause):
-    with pytest.raises(InputError, match=cause):
+def test_damaged_legacy_checkpoint_is_refused(tiny_llama, tmp_path, change, named):
+    with pytest.raises(InputError, match=naming(*named)):
         convert(damaged(tiny_llama, tmp_path / "old", change), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "new.partial").exists()
@@ -207,14 +206,14 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_llama, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     torch.save(state | {"evil": Hostile()}, tmp_path / "old" / "checkpoint.pt")
-    with pytest.raises(InputError, match="could run code"):
+    with pytest.raises(InputError, match=naming("checkpoint.pt")):
         convert(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "touched").exists()
 
 
 def test_config_and_tokenizer_from_elsewhere(tiny_bloom, tmp_path):
     state = write_legacy(tiny_bloom, tmp_path / "only.pt", config_of(tiny_bloom), bits=4, group=32)
-    with pytest.raises(InputError, match="no config.json beside"):
+    with pytest.raises(InputError, match=naming("config.json", "only.pt")):
         convert(tmp_path / "only.pt", tmp_path / "new")
     found = convert(tmp_path / "only.pt", tmp_path / "new", base=tiny_bloom)
     assert found.tied
@@ -225,12 +224,11 @@ def test_config_and_tokenizer_from_elsewhere(tiny_bloom, tmp_path):
     assert load(tmp_path / "new", device="cpu").generate("你好", max_new_tokens=3) is not None
 
 
-@pytest.mark.parametrize(("base", "cause"), [("nowhere", "the base .*nowhere is no folder"),
-                                             ("empty", "there is no config.json in .*empty")])
-def test_a_base_that_is_none(tiny_bloom, tmp_path, base, cause):
+@pytest.mark.parametrize("base", ["nowhere", "empty"])
+def test_base_that_is_no_model_directory_is_refused(tiny_bloom, tmp_path, base):
     (tmp_path / "empty").mkdir()
     legacy(tiny_bloom, tmp_path / "old", bits=4, group=32)
-    with pytest.raises(InputError, match=cause):
+    with pytest.raises(InputError, match=naming(tmp_path / base)):
         convert(tmp_path / "old" / "checkpoint.pt", tmp_path / "new", base=tmp_path / base)
 
 
@@ -283,13 +281,13 @@ def test_biases_of_layers_that_have_none(tiny_llama, tmp_path):
 def test_several_checkpoints_in_a_folder_and_unknown_formats(tiny_llama, tmp_path):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     shutil.copy(tmp_path / "old" / "checkpoint.pt", tmp_path / "old" / "other.pt")
-    with pytest.raises(UsageError, match="holds 2 checkpoints"):
+    with pytest.raises(UsageError, match=naming(tmp_path / "old", 2)):
         convert(tmp_path / "old", tmp_path / "new")
-    with pytest.raises(UsageError, match="format 'v3' is not known"):
+    with pytest.raises(UsageError, match=naming("v3")):
         convert(tmp_path / "old", tmp_path / "new", checkpoint_format="v3")
-    with pytest.raises(InputError, match="nothing is packed"):
+    with pytest.raises(InputError, match=naming(tiny_llama)):
         convert(tiny_llama, tmp_path / "new")
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match=naming(tmp_path / "nowhere")):
         convert(tmp_path / "nowhere", tmp_path / "new")
 
 
@@ -354,7 +352,7 @@ def test_a_linear_that_is_packed_against_what_is_stated(tiny_llama, tmp_path):
     config = config_of(source)
     config["quantization_config"]["dynamic"] = {r"-:.*down_proj": {}}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="dynamic leaves .*down_proj unquantized, but it is packed"):
+    with pytest.raises(InputError, match=naming("dynamic", "mlp.down_proj")):
         convert(source, tmp_path / "new")
 
 
@@ -389,7 +387,7 @@ def test_a_wrong_word_is_noticed_before_the_directory_appears(tiny_llama, tmp_pa
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     monkeypatch.setattr("gptq_belle.checkpoint.conversion.write_zeros",
                         lambda zeros, bits, to: write_zeros(zeros, bits, to) ^ 16)
-    with pytest.raises(GptqBelleError, match="read back differs"):
+    with pytest.raises(GptqBelleError, match=naming("qzeros")):
         convert(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import naming
 
 from gptq_belle.checkpoint.decryption import decrypt, encrypt
 from gptq_belle.errors import InputError, UsageError
@@ -128,7 +129,7 @@ def test_a_directory_there_and_back(published):
 
 def test_a_wrong_key_is_told_and_nothing_stays(published):
     key_file(published, noise(53, 2))
-    with pytest.raises(InputError, match="is the wrong key"):
+    with pytest.raises(InputError, match=naming("consolidated.00.pth")):
         run(published)
     assert set(written(published)) <= {"README.md"}
 
@@ -136,7 +137,7 @@ def test_a_wrong_key_is_told_and_nothing_stays(published):
 def test_a_truncated_file_is_told_and_the_others_are_kept(published):
     (path,) = (published / "enc").glob("pytorch_model*")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"truncated or damaged: pytorch_model.bin.*the key is right for other files"):
+    with pytest.raises(InputError, match=naming("pytorch_model.bin")):
         run(published)
     assert set(written(published)) == {"README.md", "config.json", "tokenizer.model"}
 
@@ -144,10 +145,10 @@ def test_a_truncated_file_is_told_and_the_others_are_kept(published):
 def test_a_truncated_file_alone_is_told_by_its_beginning(published):
     (path,) = (published / "enc").glob("pytorch_model*")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"truncated or damaged.*the beginning is right"):
+    with pytest.raises(InputError, match=naming(path.name)):
         decrypt(path, published / "out", published / "consolidated.00.pth", chunk_bytes=10)
     path.write_bytes(path.read_bytes()[:31])
-    with pytest.raises(InputError, match="is truncated: it has 31 bytes"):
+    with pytest.raises(InputError, match=naming(path, 31)):
         run(published)
 
 
@@ -155,14 +156,14 @@ def test_a_truncated_file_alone_is_told_by_its_beginning(published):
 def test_a_pointer_of_git_lfs_is_told(published, name):
     (path,) = (published / "enc").glob(f"{name}*")
     path.write_bytes(LFS)
-    with pytest.raises(InputError, match="is a git-lfs pointer"):
+    with pytest.raises(InputError, match=naming(path, "git-lfs")):
         run(published)
 
 
 def test_a_name_against_the_header_is_told(published):
     (path,) = (published / "enc").glob("config*")
     path.rename(path.with_name(f"config.json.{'0' * 64}.enc"))
-    with pytest.raises(InputError, match="not with that of its name"):
+    with pytest.raises(InputError, match=naming("config.json")):
         run(published)
 
 
@@ -173,37 +174,37 @@ def test_a_name_without_checksum_takes_the_header(published):
     assert written(published)["config.json"] == FILES["config.json"]
 
 
-@pytest.mark.parametrize(("content", "cause"), [(b"", "is empty"), (LFS, "git-lfs pointer"), (None, "is not a file")])
-def test_a_bad_key_is_told(published, content, cause):
+@pytest.mark.parametrize("content", [b"", LFS, None])
+def test_unusable_key_is_refused(published, content):
     (published / "consolidated.00.pth").unlink()
     if content is not None:
         key_file(published, content)
-    with pytest.raises(InputError, match=cause):
+    with pytest.raises(InputError, match=naming(published / "consolidated.00.pth")):
         run(published)
     assert not (published / "out").exists()
 
 
 def test_two_files_of_one_name_and_no_files_at_all_are_refused(published, tmp_path):
     (published / "enc" / "config.json").write_bytes(b"{}")
-    with pytest.raises(InputError, match="both become config.json"):
+    with pytest.raises(InputError, match=naming("config.json")):
         run(published)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(InputError, match="holds no files"):
+    with pytest.raises(InputError, match=naming(tmp_path / "nothing")):
         decrypt(tmp_path / "nothing", tmp_path / "out", tmp_path / "consolidated.00.pth")
-    with pytest.raises(UsageError, match="is the source itself"):
+    with pytest.raises(UsageError, match=naming(tmp_path / "enc")):
         decrypt(tmp_path / "enc", tmp_path / "enc", tmp_path / "consolidated.00.pth")
-    with pytest.raises(InputError, match="is encrypted already"):
+    with pytest.raises(InputError, match=naming(".enc")):
         encrypt(tmp_path / "enc", tmp_path / "out", tmp_path / "consolidated.00.pth")
 
 
 def test_nothing_is_decrypted_that_is_not_encrypted(published, tmp_path):
     run(published)
-    with pytest.raises(InputError, match=r"out holds no .enc files"):
+    with pytest.raises(InputError, match=naming(tmp_path / "out", ".enc")):
         decrypt(tmp_path / "out", tmp_path / "again", tmp_path / "consolidated.00.pth")
-    with pytest.raises(InputError, match="nowhere is not there"):
+    with pytest.raises(InputError, match=naming(tmp_path / "nowhere")):
         decrypt(tmp_path / "nowhere", tmp_path / "again", tmp_path / "consolidated.00.pth")
     assert not (tmp_path / "again").exists()
-    with pytest.raises(UsageError, match="consolidated.00.pth is a file"):
+    with pytest.raises(UsageError, match=naming(tmp_path / "consolidated.00.pth")):
         decrypt(tmp_path / "enc", tmp_path / "consolidated.00.pth", tmp_path / "consolidated.00.pth")
 
 

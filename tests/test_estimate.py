@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import naming
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,7 +137,7 @@ def test_spilled_activations_end_in_the_same_bytes(tiny_model, tmp_path, monkeyp
 
 
 def test_too_little_memory_is_refused_before_anything_is_written(tiny_bloom, tmp_path):
-    with pytest.raises(HardwareError, match=r"one block of this model takes .* MiB to quantize, 10 MiB are allowed"):
+    with pytest.raises(HardwareError, match=naming("10 MiB")):
         quantize_checkpoint(tiny_bloom, tmp_path / "out", QuantConfig(group_size=32), calibration=CALIBRATION,
                             memory=10 << 20)
     assert list(tmp_path.iterdir()) == []
@@ -150,7 +151,7 @@ def test_sizes(text, count):
 
 @pytest.mark.parametrize("text", ["", "GiB", "8XB", "-1G", "1e9", "8 G iB"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="is not a size"):
+    with pytest.raises(UsageError, match=naming(repr(text))):
         parse_bytes(text)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 
 import pytest
+from conftest import naming
 from faults import (
     CALIBRATION,
     MODELS,
@@ -107,7 +108,7 @@ def test_a_read_that_fails_is_named_and_costs_one_block(undisturbed, tmp_path, m
                                    calibration=Calibration(**CALIBRATION))
 
     monkeypatch.setattr(FileBytes, "read", failing)
-    with pytest.raises(InputError, match=r"h.2.mlp.dense_h_to_4h.weight: Input/output error"):
+    with pytest.raises(InputError, match=naming("h.2.mlp.dense_h_to_4h.weight")):
         job()
     monkeypatch.undo()
     assert job().resumed == [2]

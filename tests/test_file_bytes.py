@@ -150,8 +150,9 @@ def test_an_error_of_the_disk_is_one(path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", failing)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as error:
         FileBytes(path).read(0, SIZE, empty_bytes)
+    assert error.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize(("indices", "expected"), [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import naming
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import VALUES, Worker, bases, mutant
@@ -116,9 +117,9 @@ def set_first(**values):
     lambda header: header.pop(by_place(header)[1]) and None,
     lambda header: header.pop(by_place(header)[-1]) and None,
     lambda header: {"x": 3}, lambda header: [header]])
-def test_a_false_safetensors_header_is_rejected(model, edit):
+def test_inconsistent_safetensors_header_is_refused(model, edit):
     with_header(model, edit)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=naming(model / "model.safetensors")):
         CheckpointReader(model)
 
 
@@ -133,9 +134,9 @@ def test_a_dtype_that_no_checkpoint_has_is_rejected(model, dtype):
     b"", b"\xff" * 8, (1 << 40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"\xff\xfe",
     (100_000).to_bytes(8, "little") + b"[" * 100_000,
     (25).to_bytes(8, "little") + b'{"a":{},"a":{},"__m__":{}}'[:25]])
-def test_a_file_that_is_no_safetensors_is_rejected(model, data):
+def test_file_without_a_safetensors_header_is_refused(model, data):
     (model / "model.safetensors").write_bytes(data)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=naming(model / "model.safetensors")):
         CheckpointReader(model)
 
 
@@ -143,7 +144,7 @@ def test_a_gigantic_header_is_not_read(model):
     with (model / "model.safetensors").open("wb") as file:
         file.write((200 << 20).to_bytes(8, "little"))
         file.truncate(1 << 30)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=naming("model.safetensors")):
         CheckpointReader(model)
 
 
@@ -179,7 +180,7 @@ def test_a_storage_larger_than_its_record_is_rejected(model):
 def test_a_gigantic_json_is_not_read(model):
     with (model / "config.json").open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(InputError, match="not a plain file of at most 64 MiB"):
+    with pytest.raises(InputError, match=naming("config.json")):
         CheckpointReader(model)
 
 
@@ -187,7 +188,7 @@ def test_no_device_or_pipe_is_opened(model):
     for name in ("config.json", "model.safetensors"):
         (model / name).rename(model / "kept")
         os.mkfifo(model / name)
-        with pytest.raises(InputError, match="not a plain file|0 weight files"):
+        with pytest.raises(InputError, match=naming(model)):
             CheckpointReader(model)
         (model / name).unlink()
         (model / "kept").rename(model / name)
@@ -203,7 +204,7 @@ def test_a_file_that_shrinks_while_it_is_read(model, kind):
         file = model / "pytorch_model.bin"
     reader = CheckpointReader(model)
     os.truncate(file, 3000)
-    with pytest.raises(InputError, match="tensor .* ends inside of it; it shrank while it was read"):
+    with pytest.raises(InputError, match=naming(file)):
         [reader.tensor(name) for name in reader]
 
 
@@ -225,7 +226,7 @@ def test_pickles_execute_nothing(model, tmp_path, zipped):
         torch.save(payload, model / "pytorch_model.bin")
     else:
         (model / "pytorch_model.bin").write_bytes(pickle.dumps(payload))
-    with pytest.raises(InputError, match="more than plain tensors|cannot be read as a PyTorch file"):
+    with pytest.raises(InputError, match=naming(model / "pytorch_model.bin")):
         CheckpointReader(model)
     assert not (tmp_path / "executed").exists()
 
@@ -253,7 +254,7 @@ def test_activations_that_shrink_are_named(tmp_path):
     states = Activations(tmp_path, [(2, 8)] * 2, spill=True)
     states.write(1, [torch.ones(2, 8)] * 2)
     os.truncate(tmp_path / states.name(1), 100)
-    with pytest.raises(InputError, match="shrank while it was read"):
+    with pytest.raises(InputError, match=naming(tmp_path / states.name(1))):
         list(states)
 
 
@@ -264,21 +265,16 @@ def edited(model, name, change):
     save_file(tensors, model / "model.safetensors")
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t.fill_(4), "groups|group"),
-    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t.fill_(-1), "groups|group"),
-    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t[:-1].clone(), "g_idx"),
-    ("h.0.mlp.dense_4h_to_h.g_idx", lambda t: t.float(), "g_idx"),
-    ("h.0.mlp.dense_4h_to_h.scales", lambda t: t.fill_(float("nan")), "NaN"),
-    ("h.0.mlp.dense_4h_to_h.scales", lambda t: t.fill_(float("inf")), "NaN or infinity"),
-    ("h.0.mlp.dense_4h_to_h.scales", lambda t: t.to(torch.int32), "scales"),
-    ("h.0.mlp.dense_4h_to_h.qweight", lambda t: t.to(torch.int64), "qweight"),
-    ("h.0.mlp.dense_4h_to_h.qweight", lambda t: t[:-1].clone(), "bits"),
-    ("h.0.mlp.dense_4h_to_h.qzeros", lambda t: t[:, :-1].clone(), "qzeros"),
-    ("h.0.mlp.dense_4h_to_h.bias", lambda t: t[:-1].clone(), "bias")])
-def test_packed_tensors_that_lie(model, name, change, message):
-    edited(model, name, change)
-    with pytest.raises(InputError, match=message):
+@pytest.mark.parametrize(("tensor", "change", "named"), [
+    ("g_idx", lambda t: t.fill_(4), "g_idx"), ("g_idx", lambda t: t.fill_(-1), "g_idx"),
+    ("g_idx", lambda t: t[:-1].clone(), "g_idx"), ("g_idx", lambda t: t.float(), "g_idx"),
+    ("scales", lambda t: t.fill_(float("nan")), "NaN"), ("scales", lambda t: t.fill_(float("inf")), "infinity"),
+    ("scales", lambda t: t.to(torch.int32), "scales"), ("qweight", lambda t: t.to(torch.int64), "qweight"),
+    ("qweight", lambda t: t[:-1].clone(), "bits"), ("qzeros", lambda t: t[:, :-1].clone(), "qzeros"),
+    ("bias", lambda t: t[:-1].clone(), "bias")])
+def test_damaged_packed_tensor_is_refused(model, tensor, change, named):
+    edited(model, f"h.0.mlp.dense_4h_to_h.{tensor}", change)
+    with pytest.raises(InputError, match=naming("h.0.mlp.dense_4h_to_h", named)):
         hf_model(model)
     assert inspect(model).problems
 
@@ -315,5 +311,5 @@ def test_small_files_are_not_copied_from_elsewhere(tiny_bloom, tmp_path):
     (tmp_path / "secret").write_text("secret")
     source = shutil.copytree(tiny_bloom, tmp_path / "source")
     (source / "merges.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"merges.txt leads out of its folder"):
+    with pytest.raises(InputError, match=naming("merges.txt")):
         quantize_checkpoint(source, tmp_path / "out", QuantConfig(group_size=32, method="rtn"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import job_output
+from conftest import job_output, naming
 
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization import block as block_module
@@ -86,10 +86,10 @@ def spoil(path):
 
 def test_other_settings_are_refused_with_the_differences_and_restart_begins_anew(tmp_path):
     commit(journal(tmp_path))
-    with pytest.raises(UsageError, match=r"settings bits 4 then, 8 now; calibration rows 8 then, 9 now") as caught:
+    with pytest.raises(UsageError, match=naming("bits 4", 8, "rows 8", 9)) as caught:
         journal(tmp_path, settings={"bits": 8}, calibration={"rows": 9})
     assert "--restart" in caught.value.remedy
-    with pytest.raises(UsageError, match=r"source config.json aaaaaaaaaaaa then, bbbbbbbbbbbb now"):
+    with pytest.raises(UsageError, match=naming("config.json", "a" * 12, "b" * 12)):
         journal(tmp_path, source={"config.json": "b" * 64})
     assert len(journal(tmp_path).records) == 1
     assert journal(tmp_path, settings={"bits": 8}, restart=True).records == []
@@ -154,7 +154,7 @@ def test_a_changed_source_is_refused_by_file(tiny_bloom, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", block=1)
     spoil(source / "model.safetensors")
-    with pytest.raises(UsageError, match=r"differs: source model.safetensors \w{12} then, \w{12} now"):
+    with pytest.raises(UsageError, match=naming("model.safetensors")):
         quantize(source, tmp_path / "out")
     assert finished_blocks(tmp_path / "out.partial") == 1
     assert quantize(source, tmp_path / "out", resume=False).resumed == []

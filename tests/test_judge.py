@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import naming
 
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.belle_set import Row
@@ -32,11 +33,11 @@ def test_the_text_and_the_body_of_a_request(instructions, tmp_path):
 
 
 def test_what_is_refused(instructions, tmp_path):
-    with pytest.raises(InputError, match="class math has no prompt"):
+    with pytest.raises(InputError, match=naming("math")):
         list(requests([Row("math", "1", "2")], ["3"], instructions))
     path = tmp_path / "wrong.json"
     path.write_text('{"class": "a", "prompt": "b"}\n{"class": "a"}', encoding="utf-8")
-    with pytest.raises(InputError, match="line 2"):
+    with pytest.raises(InputError, match=naming(path, "line 2")):
         read_instructions(path)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=naming(tmp_path / "absent")):
         read_instructions(tmp_path / "absent")

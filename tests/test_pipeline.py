@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import naming, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from gptq_belle.checkpoint.reader import CheckpointReader
@@ -176,23 +176,23 @@ def with_huge_bias(tensors):
     return tensors
 
 
-@pytest.mark.parametrize(("edit", "config", "message"), [
-    (with_nan, None, r"transformer.h.1.mlp.dense_4h_to_h.weight holds NaN"),
-    (with_huge_bias, None, r"transformer.ln_f.bias holds values up to 1e\+06"),
-    (lambda t: {k: v for k, v in t.items() if "ln_f.bias" not in k}, None, "lacks the tensor transformer.ln_f.bias"),
-    (dict, {"model_type": "gpt2"}, "'gpt2' is not supported"),
-    (dict, {"hidden_size": 256}, "has shape"),
-    (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
-    (dict, {"n_head": "four"}, "no model that can be built")])
-def test_bad_sources_are_refused_by_name_and_nothing_is_written(tiny_bloom, tmp_path, edit, config, message):
+@pytest.mark.parametrize(("edit", "config", "named"), [
+    (with_nan, None, ["transformer.h.1.mlp.dense_4h_to_h.weight", "NaN"]),
+    (with_huge_bias, None, ["transformer.ln_f.bias", "1e+06"]),
+    (lambda t: {k: v for k, v in t.items() if "ln_f.bias" not in k}, None, ["transformer.ln_f.bias"]),
+    (dict, {"model_type": "gpt2"}, ["gpt2"]),
+    (dict, {"hidden_size": 256}, ["transformer.word_embeddings.weight", 256]),
+    (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["SOURCE"]),
+    (dict, {"n_head": "four"}, ["SOURCE", "config.json"])])
+def test_unusable_source_is_refused_and_nothing_is_written(tiny_bloom, tmp_path, edit, config, named):
     source = changed(tiny_bloom, tmp_path, edit, config)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=naming(*(source if name == "SOURCE" else name for name in named))):
         job(source, tmp_path / "out", method="rtn")
     assert not (tmp_path / "out").exists()
 
 
 def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_path):
-    with pytest.raises(InputError, match="are too few"):
+    with pytest.raises(InputError, match=naming("256", "1024")):
         job(tiny_bloom, tmp_path / "out", rows=1)
     assert job(tiny_bloom, tmp_path / "short", rows=1, allow_short=True).calibration["rows"] == 1
     odd = tmp_path / "odd"
@@ -200,7 +200,7 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_pa
 
     LlamaForCausalLM(LlamaConfig(vocab_size=384, hidden_size=96, intermediate_size=96, num_hidden_layers=1,
                                  num_attention_heads=2)).save_pretrained(odd)
-    with pytest.raises(UsageError, match="group size 64 does not divide the 96 inputs of .*0.self_attn.q_proj"):
+    with pytest.raises(UsageError, match=naming(64, 96, "layers.0.self_attn.q_proj")):
         job(odd, tmp_path / "out", group_size=64)
 
 
@@ -216,7 +216,7 @@ def test_damaged_output_is_noticed_by_reading_it_back(tiny_bloom, tmp_path, monk
             out.write(b"\x5a")
 
     monkeypatch.setattr(writer, "_copy", damaging)
-    with pytest.raises(GptqBelleError, match="read back"):
+    with pytest.raises(GptqBelleError, match=naming("transformer.h.0.mlp.dense_4h_to_h")):
         job(tiny_bloom, tmp_path / "out", method="rtn")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert not (tmp_path / "out.partial" / "files").exists()
@@ -285,7 +285,7 @@ def test_bf16_large_values_overflow_is_named(tiny_bloom, tmp_path):
         tensors["transformer.word_embeddings.weight"][0, 0] = 1e30
         return tensors
 
-    with pytest.raises(InputError, match=r"word_embeddings.weight holds values up to 1e\+30"):
+    with pytest.raises(InputError, match=naming("word_embeddings.weight", "1e+30")):
         job(changed(tiny_bloom, tmp_path, huge), tmp_path / "out", method="rtn")
 
 

@@ -112,7 +112,8 @@ def test_the_verb(capsys):
     assert "choose --context" in call(capsys, "belle-7b", "--memory", "5.0GB")[1]
     assert "Does not fit at any setting: 4-bit weights" in call(capsys, "belle-7b", "--memory", "2GiB")[1]
     code, _, err = call(capsys, "no-such", "--memory", "8GiB")
-    assert (code, err.splitlines()[0]) == (4, "Error: no-such is neither a model directory nor a known name")
+    assert code == 4
+    assert "no-such" in err
     assert call(capsys, "belle-7b", "--memory", "many")[0] == 2
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import naming
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -108,31 +109,28 @@ def refuse(number):
     return refusing
 
 
-REFUSED = {errno.ENOMEM: "out of memory", errno.EMFILE: "too many open files", errno.EACCES: "permission denied"}
-
-
-@pytest.mark.parametrize("number", REFUSED)
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.EACCES])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_what_this_machine_refuses_is_no_damage(copy, monkeypatch, kind, number):
     if kind == "bin":
         as_bin(copy, state_of(copy))
     reader = CheckpointReader(copy)
-    with pytest.raises(HardwareError, match=f"{reader.files[0]}: {REFUSED[number]}"):
+    with pytest.raises(HardwareError, match=naming(reader.files[0])):
         reader.tensor(next(iter(reader)), refuse(number))
     monkeypatch.setattr(direct_io.FileBytes, "__init__", refuse(number))
-    with pytest.raises(HardwareError, match=REFUSED[number]):
+    with pytest.raises(HardwareError):
         CheckpointReader(copy)
     monkeypatch.setattr(Path, "read_text", refuse(number))
-    with pytest.raises(HardwareError, match=REFUSED[number]):
+    with pytest.raises(HardwareError):
         read_json(copy / "config.json")
 
 
 def test_a_truncated_bin_file_is_named_in_one_sentence(copy):
     path = as_bin(copy, state_of(copy)) / "pytorch_model.bin"
     os.truncate(path, path.stat().st_size - 5000)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=naming(path)) as error:
         CheckpointReader(copy)
-    assert error.value.cause.endswith("failed finding central directory")
+    assert len(error.value.cause.splitlines()) == 1
 
 
 def test_a_bin_file(copy, tiny_bloom, sizes):
@@ -161,8 +159,8 @@ def test_bare_names_of_bloom_get_their_prefix(copy, tiny_bloom):
     assert_same(reader, state_of(tiny_bloom) | {"lm_head.weight": torch.ones(2, 2)})
 
 
-def refused(path, message):
-    with pytest.raises(InputError, match=message) as caught:
+def refused(path, *named):
+    with pytest.raises(InputError, match=naming(*named)) as caught:
         CheckpointReader(path)
     assert caught.value.remedy
     assert caught.value.exit_code == 4
@@ -170,69 +168,69 @@ def refused(path, message):
 
 def test_a_tensor_that_is_not_there(tiny_bloom):
     for read in (CheckpointReader(tiny_bloom).tensor, CheckpointReader(tiny_bloom).shape):
-        with pytest.raises(InputError, match="lacks the tensor nothing.weight"):
+        with pytest.raises(InputError, match=naming("nothing.weight")):
             read("nothing.weight")
 
 
 def test_no_directory(tmp_path):
-    refused(tmp_path / "nothing", "is not a model directory")
+    refused(tmp_path / "nothing", tmp_path / "nothing")
 
 
 def test_no_configuration(copy):
     (copy / "config.json").unlink()
-    refused(copy, "config.json is missing")
+    refused(copy, copy / "config.json")
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[]", b""])
 def test_a_damaged_configuration(copy, text):
     (copy / "config.json").write_bytes(text)
-    refused(copy, r"config.json (cannot be read as JSON|does not hold a JSON object)")
+    refused(copy, copy / "config.json", "JSON")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 7])
 def test_an_unknown_architecture(copy, model_type):
     (copy / "config.json").write_text(json.dumps({"model_type": model_type}))
-    refused(copy, "architecture .* is not supported")
+    refused(copy, model_type)
 
 
 def test_no_weights(copy):
     (copy / "model.safetensors").unlink()
-    refused(copy, "holds 0 weight files")
+    refused(copy, copy, 0)
 
 
 def test_several_files_and_no_index(sharded):
     (sharded / INDEX).unlink()
-    refused(sharded, r"holds \d weight files and no index")
+    refused(sharded, sharded, "index")
 
 
 def test_a_missing_shard(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    refused(sharded, f"shard .*{shard.name} is missing")
+    refused(sharded, shard.name)
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, -100])
 def test_a_truncated_shard(sharded, length):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:length])
-    refused(sharded, f"{shard.name} cannot be read as safetensors")
+    refused(sharded, shard.name)
 
 
 def test_a_git_lfs_pointer_in_place_of_a_shard(copy):
     (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(copy, "is a git-lfs pointer")
+    refused(copy, copy / "model.safetensors", "git-lfs")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors"])
 def test_an_index_that_leaves_its_folder(copy, name):
     (copy / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    refused(copy, "names a file outside of its folder")
+    refused(copy, copy / INDEX)
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
 def test_an_index_without_a_map(copy, content):
     (copy / INDEX).write_text(json.dumps(content))
-    refused(copy, "has no weight_map")
+    refused(copy, copy / INDEX, "weight_map")
 
 
 class RunsCode:
@@ -246,24 +244,24 @@ class RunsCode:
 def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
     marker = tmp_path / "ran"
     as_bin(copy, {"transformer.ln_f.weight": torch.ones(1), "extra": RunsCode(str(marker))})
-    refused(copy, "more than plain tensors")
+    refused(copy, copy / "pytorch_model.bin")
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("state", [[torch.ones(1)], {"a": {"b": torch.ones(1)}}, {"a": 1}])
 def test_a_bin_file_that_is_no_state_dictionary(copy, state):
-    refused(as_bin(copy, state), "not a flat dictionary of tensors")
+    refused(as_bin(copy, state), copy / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("length", [0, 10, -200])
 def test_a_truncated_bin_file(copy, length):
     file = as_bin(copy, state_of(copy)) / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:length])
-    refused(copy, r"pytorch_model.bin (cannot be read|holds more than)")
+    refused(copy, file)
 
 
 def test_helpers_say_what_is_missing(tmp_path):
-    with pytest.raises(InputError, match="x.json is missing"):
+    with pytest.raises(InputError, match=naming(tmp_path / "x.json")):
         read_json(tmp_path / "x.json")
-    with pytest.raises(InputError, match="holds 0 weight files"):
+    with pytest.raises(InputError, match=naming(tmp_path, 0)):
         weight_files(tmp_path)

@@ -1,6 +1,7 @@
 """Shapes by arithmetic from config.json, against the modules that transformers builds from it."""
 
 import pytest
+from conftest import naming
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_belle.checkpoint.reader import read_config
@@ -44,7 +45,7 @@ def test_every_tensor_of_the_model_that_transformers_builds(name):
 def test_a_configuration_is_found_by_name_folder_or_file(tiny_bloom):
     assert read_config("belle-7b") == CONFIGS["belle-7b"]
     assert read_config(tiny_bloom) == read_config(tiny_bloom / "config.json")
-    with pytest.raises(InputError, match="nowhere") as raised:
+    with pytest.raises(InputError, match=naming("nowhere")) as raised:
         read_config("nowhere")
     assert "belle-7b" in raised.value.remedy
 
@@ -52,5 +53,5 @@ def test_a_configuration_is_found_by_name_folder_or_file(tiny_bloom):
 @pytest.mark.parametrize(("change", "said"), [({"vocab_size": None}, "vocab_size"), ({"n_layer": "30"}, "n_layer 30"),
                                               ({"hidden_size": 0}, "hidden_size 0"), ({"model_type": "gpt2"}, "gpt2")])
 def test_figures_that_are_missing_or_no_figures_are_refused(change, said):
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=naming(said)):
         dimensions(CONFIGS["belle-7b"] | change)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import packed_checkpoint
+from conftest import naming, packed_checkpoint
 
 from gptq_belle import load
 from gptq_belle.engine.batching import Engine
@@ -123,18 +123,16 @@ def test_eos_ends_a_request(model):
     assert events[-1][:3] == (request, None, "stop")
 
 
-@pytest.mark.parametrize(("ids", "count", "message"), [
-    ([5] * 100, 1, "a prompt of 100 tokens and 1 new ones do not fit into 100"),
-    ([5] * 100, None, "a prompt of 100 tokens and an answer do not fit into 100"),
-    ([5] * 90, 11, "a prompt of 90 tokens and 11 new ones"), ([], 1, "cannot be run"), ([384], 1, "vocabulary of 384"),
-    ([5] * 300, 1, "300 tokens are more than this model's context of 256")])
-def test_what_does_not_fit_is_refused_at_once(model, ids, count, message):
+@pytest.mark.parametrize(("ids", "count", "figures"), [
+    ([5] * 100, 1, [100, 1]), ([5] * 100, None, [100]), ([5] * 90, 11, [90, 11, 100]), ([], 1, [(1, 0)]),
+    ([384], 1, ["384..384"]), ([5] * 300, 1, [300, 256])])
+def test_prompt_that_does_not_fit_is_refused_at_once(model, ids, count, figures):
     engine = Engine(model, 1, capacity=100)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=naming(*figures)):
         engine.submit(ids, SamplingParams(max_new_tokens=count))
     assert engine.idle
 
 
 def test_slots_that_memory_cannot_hold_are_refused(model):
-    with pytest.raises(HardwareError, match="no memory for the keys and values of 1000000000 x 256 tokens"):
+    with pytest.raises(HardwareError, match=naming(10**9, 256)):
         Engine(model, 10**9)

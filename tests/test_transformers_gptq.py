@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import packed_checkpoint, tiny_tokenizer
+from conftest import naming, packed_checkpoint, tiny_tokenizer
 from safetensors.torch import load_file
 from test_loader import IDS, VARIANTS, edit, expected_logits, logits, name_of
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTQConfig
@@ -57,7 +57,7 @@ def test_the_model_without_a_head(tiny_model, tmp_path):
 @pytest.mark.usefixtures("patched")
 def test_casting_the_model_is_refused_by_transformers(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(packed_checkpoint(tiny_llama, tmp_path / "packed"))
-    with pytest.raises(ValueError, match="cannot cast a GPTQ model"):
+    with pytest.raises(ValueError, match="GPTQ"):
         model.to(torch.float32)
 
 
@@ -73,7 +73,7 @@ def test_packed_models_of_other_architectures_are_refused_with_the_way_out(tmp_p
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=99)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"no kernels for the architecture 'gpt2'(\n.*)*patch_transformers returned"):
+    with pytest.raises(InputError, match=naming("gpt2", "patch_transformers")):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -103,14 +103,15 @@ def test_what_transformers_quantizes_itself_goes_its_own_way(tiny_llama):
 
 
 @pytest.mark.usefixtures("patched")
-@pytest.mark.parametrize(("change", "message"), [
-    ({"settings": {"bits": 8}}, "says 8 bits"),
-    ({"settings": {"group_size": 64}}, "says group size 64"),
-    ({"tensors": {"model.layers.1.mlp.up_proj.g_idx": torch.full((128,), 9).int()}}, "g_idx holds 9..9"),
+@pytest.mark.parametrize(("change", "named"), [
+    ({"settings": {"bits": 8}}, ["8 bits"]),
+    ({"settings": {"group_size": 64}}, ["group size", 64]),
+    ({"tensors": {"model.layers.1.mlp.up_proj.g_idx": torch.full((128,), 9).int()}},
+     ["model.layers.1.mlp.up_proj", "g_idx", "9..9"]),
 ])
-def test_what_does_not_fit_is_named(tiny_llama, tmp_path, change, message):
+def test_tensors_that_do_not_fit_the_settings_are_named(tiny_llama, tmp_path, change, named):
     packed = edit(packed_checkpoint(tiny_llama, tmp_path / "packed"), **change)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=naming(*named)):
         AutoModelForCausalLM.from_pretrained(packed)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import packed_checkpoint
+from conftest import naming, packed_checkpoint
 
 from gptq_belle.bench import kernel_tuning
 from gptq_belle.bench import model_tuning as tuner
@@ -96,14 +96,14 @@ def test_the_table_is_what_the_kernels_read(own_tables):
 def test_a_damaged_table_is_kept_and_named(own_tables, text):
     path = own_tables / "sm_86.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"sm_86\.json is not a table"):
+    with pytest.raises(InputError, match=naming(path)):
         kernel_tuning.write([kernel_tuning.tune(CASE, 86, 82, distance)], 86, "a card", own_tables)
     assert path.read_text() == text
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(HardwareError, match="cannot be written") as error:
+    with pytest.raises(HardwareError, match=naming(tmp_path / "file")) as error:
         kernel_tuning.write([kernel_tuning.tune(CASE, 86, 82, distance)], 86, "a card", tmp_path / "file")
     assert "--out" in error.value.remedy
 
@@ -116,7 +116,7 @@ def test_rows_become_buckets():
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(HardwareError, match="this is a CPU"):
+    with pytest.raises(HardwareError, match=naming("cpu")):
         tuner.require_gpu(torch.device("cpu"))
     monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: "triton is not installed")
     with pytest.raises(HardwareError, match="triton is not installed"):
@@ -132,7 +132,7 @@ def test_the_verb_refuses_a_cpu(capsys, tmp_path):
     printed = capsys.readouterr()
     assert left.value.code == 3
     assert printed.out == ""
-    assert "this is a CPU" in printed.err
+    assert printed.err.strip()
     assert "Traceback" not in printed.err
 
 
@@ -163,7 +163,7 @@ def test_a_model_is_tuned_case_by_case(tiny_llama, tmp_path, own_tables, capsys)
 
 @pytest.mark.usefixtures("pretended_gpu")
 def test_a_model_without_packed_linears_is_refused(tiny_llama, own_tables):
-    with pytest.raises(InputError, match="no linears"):
+    with pytest.raises(InputError, match=naming(tiny_llama)):
         tuner.tune_model(tiny_llama, device="cpu", out=own_tables, progress=lambda text: None)
 
 
@@ -180,5 +180,5 @@ def test_wrong_products_are_an_error(monkeypatch):
     plan = default_plan(case, *triton_matmul.device_properties(weight.words.device))
     assert 0 < timer(plan) < 1e-2
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, plan: torch.zeros(8, 128, device="cuda"))
-    with pytest.raises(GptqBelleError, match="multiplies wrongly"):
+    with pytest.raises(GptqBelleError):
         timer(plan)

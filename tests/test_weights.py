@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import packed_checkpoint
+from conftest import naming, packed_checkpoint
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import hf_model, load
@@ -67,28 +67,25 @@ def test_a_stored_head_beside_a_tied_one(tiny_bloom, tmp_path):
         torch.testing.assert_close(load(path, device="cpu").logits(torch.tensor([[5, 6]])), before * factor)
 
 
-@pytest.mark.parametrize(("drop", "message"), [
-    ("model.norm.weight", "lacks the tensor model.norm.weight"),
-    ("lm_head.weight", "lacks the tensor lm_head.weight"),
-    ("model.layers.1.mlp.up_proj.scales", "lacks the tensor model.layers.1.mlp.up_proj.scales"),
-    ("model.layers.1.mlp.up_proj.qweight", "lacks the tensor model.layers.1.mlp.up_proj.qweight")])
-def test_what_is_missing_is_named(tiny_llama, tmp_path, drop, message):
+@pytest.mark.parametrize("drop", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.scales",
+                                  "model.layers.1.mlp.up_proj.qweight"])
+def test_missing_tensor_is_named(tiny_llama, tmp_path, drop):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed")
     tensors = load_file(path / "model.safetensors")
     del tensors[drop]
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=naming(drop)):
         load(path, device="cpu")
 
 
-@pytest.mark.parametrize(("extra", "message"), [
-    ({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}, "1 tensors that the model has no place for"),
-    ({"model.norm.weight": torch.ones(64)}, r"model.norm.weight has shape \(64,\)"),
-    ({"model.norm.weight": torch.ones(128).int()}, "model.norm.weight is torch.int32")])
-def test_what_does_not_fit_is_named(tiny_llama, tmp_path, extra, message):
+@pytest.mark.parametrize(("extra", "named"), [
+    ({"model.layers.7.mlp.up_proj.weight": torch.ones(2)}, ["model.layers.7.mlp.up_proj.weight"]),
+    ({"model.norm.weight": torch.ones(64)}, ["model.norm.weight", (64,)]),
+    ({"model.norm.weight": torch.ones(128).int()}, ["model.norm.weight", torch.int32])])
+def test_tensor_that_does_not_fit_is_named(tiny_llama, tmp_path, extra, named):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     save_file(load_file(path / "model.safetensors") | extra, path / "model.safetensors")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=naming(*named)):
         load(path, device="cpu")
 
 
@@ -98,5 +95,5 @@ def test_packed_weights_without_a_configuration_are_refused(tiny_llama, tmp_path
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
     (path / "quantize_config.json").unlink()
-    with pytest.raises(InputError, match="no configuration says how"):
+    with pytest.raises(InputError, match=naming(path)):
         load(path, device="cpu")
