@@ -168,7 +168,7 @@ def test_at_a_keyboard(tiny_bloom, tmp_path):
         screen.wait("> ")
         time.sleep(0.5)  # readline loses a signal that comes before it waits for keys
         screen.type("\x03")
-        screen.wait("Ctrl-D leaves")
+        screen.wait("Ctrl-D exits")
         screen.wait("> ")
         screen.type("\x04")
         assert screen.leave() == 0
