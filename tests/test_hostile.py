@@ -166,6 +166,14 @@ def test_a_compressed_bin_file_is_rejected(model):
         CheckpointReader(model)
 
 
+def test_a_damaged_central_directory_is_rejected(model):
+    file = pickled(model)
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x03"))
+    with pytest.raises(InputError):
+        CheckpointReader(model)
+
+
 def test_a_storage_larger_than_its_record_is_rejected(model):
     file = pickled(model)
     with zipfile.ZipFile(file) as archive:

@@ -34,6 +34,7 @@ class PickleFile:
             self._bytes = FileBytes(path)
             self._size = self._bytes.size()
             zipped = zipfile.is_zipfile(self._bytes.path)
+            records = _record_sizes(self._bytes.path) if zipped else None
             state = torch.load(self._bytes.path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
@@ -48,8 +49,9 @@ class PickleFile:
                 for k, v in state.items()):
             raise InputError(f"{path} is not a flat dictionary of tensors", "Only state dictionaries can be read.")
         self._state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in state.items()}
-        if zipped:
-            self._check_records()
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+        if records is not None and Counter(size for size in storages.values() if size) - records:
+            raise self._damaged("a tensor is compressed, or larger than what is stored of it")
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -105,14 +107,11 @@ class PickleFile:
         if self._bytes.size() < self._size:
             raise self._damaged(f"tensor {name[:100]}: the file ends inside of it; it shrank while it was read")
 
-    def _check_records(self) -> None:
-        """Refuse compressed records, and storages that are no whole record; a map checks neither."""
-        with zipfile.ZipFile(self._bytes.path) as archive:
-            records = [info for info in archive.infolist() if info.filename.partition("/")[2].startswith("data/")]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._state.values()}
-        stored = Counter(info.file_size for info in records if info.compress_type == zipfile.ZIP_STORED)
-        if Counter(storage.nbytes() for storage in storages.values() if storage.nbytes()) - stored:
-            raise self._damaged("a tensor is compressed, or larger than what is stored of it")
-
     def _damaged(self, reason: str) -> InputError:
         return InputError(f"{self.path} cannot be read as a PyTorch file: {reason}", DAMAGED)
+
+
+def _record_sizes(path: str) -> Counter[int]:
+    """Sizes of the uncompressed records of an archive: every storage must be one, which a memory map does not check."""
+    with zipfile.ZipFile(path) as archive:
+        return Counter(info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED)
