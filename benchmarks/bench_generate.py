@@ -20,11 +20,14 @@ import records
 import torch
 from llama_peer import LlamaCpp, Shape
 from make_model import make
+from torch_int4 import Int4Linear
 
 from gptq_belle import hf_model, load
 from gptq_belle.common.timers import seconds, spread
+from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.engine.model import Model
 from gptq_belle.kernels import cpu_layout, cpu_matmul
+from gptq_belle.kernels.layout import CanonicalWeight
 
 CONTEXT, TOKENS, PROMPT, BATCH = 8, 32, 512, 8
 OURS, FAST, EIGHT, HF, PEER = "4 bit exact", "4 bit fast", "8 bit exact", "hf_model, torch int4", "llama.cpp Q4_0"
@@ -57,6 +60,12 @@ def transformers_int4(path: Path) -> Timer:
     """The same for transformers in bfloat16 with linears on torch's int4 op."""
     with patch("gptq_belle.kernels.cpu_layout.unsupported_reason", lambda *args: "disabled for the comparison"):
         model: Any = hf_model(path, device="cpu", dtype=torch.bfloat16)
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, QuantLinear):
+                weight = module.prepared
+                assert isinstance(weight, CanonicalWeight)
+                setattr(parent, name, Int4Linear(weight, module.bias))
 
     @torch.inference_mode()
     def run(what: str) -> float:

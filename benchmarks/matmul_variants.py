@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch_int4
 from torch import Tensor
 
 from gptq_belle.bench.bandwidth import MIB
-from gptq_belle.kernels import cpu_layout, cpu_matmul, torch_int4
+from gptq_belle.kernels import cpu_layout, cpu_matmul
 from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.cpu_matmul import CpuMatmul
 

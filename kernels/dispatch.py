@@ -15,35 +15,30 @@ from . import (
     gradient,
     groupwise,
     reference,
-    torch_int4,
     triton_layout,
     triton_matmul,
 )
 from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight, canonical, longest_run
-from .torch_int4 import Int4Weight
 from .triton_layout import SlicedWeight
 
-PreparedWeight = CanonicalWeight | Int4Weight | CpuWeight | SlicedWeight
+PreparedWeight = CanonicalWeight | CpuWeight | SlicedWeight
 
 
 class KernelChoice(NamedTuple):
     """The kernel that a case takes, and why it is not a faster one (empty where there is none)."""
 
-    kernel: str  # "native", "torch-int4", "groupwise", "triton", "dequantize+matmul" or "reference"
+    kernel: str  # "native", "groupwise", "triton", "dequantize+matmul" or "reference"
     reason: str
 
 
-def choose_kernel(bits: int, g_idx: Tensor, out_features: int, *, device: torch.device, dtype: torch.dtype,
-                  precision: str = "exact") -> KernelChoice:
-    """The kernel for one linear.
+def choose_kernel(g_idx: Tensor, *, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    """Choose the kernel for one linear layer. Neither bits nor the number of outputs matter.
 
     Args:
-        bits: 2, 3, 4 or 8.
         g_idx: (K,) integers, the group of each input.
-        out_features: N.
-        device, dtype: where the weight lives, and of what type the activations will be.
-        precision: "exact", or "fast" where fewer bits of the activations will do.
+        device: device of the weight.
+        dtype: dtype of the activations.
     """
     if device.type == "cuda":
         reason = triton_matmul.unsupported_reason(g_idx, device, dtype)
@@ -51,10 +46,6 @@ def choose_kernel(bits: int, g_idx: Tensor, out_features: int, *, device: torch.
     reason = cpu_layout.unsupported_reason(g_idx, device, dtype)
     if reason is None:
         return KernelChoice("native", "")
-    other = torch_int4.unsupported_reason(bits, g_idx, out_features, device, dtype, precision)
-    if other is None:
-        return KernelChoice("torch-int4", reason)
-    reason = f"{reason}; {other}"
     if longest_run(g_idx):
         return KernelChoice("groupwise", reason)
     return KernelChoice("reference", f"{reason}; groupwise takes groups of neighbouring inputs, not act-order")
@@ -86,12 +77,9 @@ def prepare_weight(weight: CanonicalWeight, *, device: torch.device, dtype: torc
     Returns:
         the words copied to `device`, or another layout that replaces them.
     """
-    choice = choose_kernel(weight.bits, weight.g_idx, weight.out_features, device=device, dtype=dtype,
-                           precision=precision)
+    choice = choose_kernel(weight.g_idx, device=device, dtype=dtype)
     if choice.kernel == "native":
         return cpu_layout.prepare(weight, precision)
-    if choice.kernel == "torch-int4":
-        return torch_int4.prepare(weight)
     there = weight._replace(
         qweight=weight.qweight.to(device, copy=True), qzeros=weight.qzeros.to(device, copy=True),
         scales=weight.scales.to(device, copy=True), g_idx=weight.g_idx.to(device, copy=True),
@@ -101,16 +89,11 @@ def prepare_weight(weight: CanonicalWeight, *, device: torch.device, dtype: torc
 
 def lookup_rows(weight: PreparedWeight, ids: Tensor) -> Tensor:
     """Rows ids (n,) of the matrix (N, K) whose product a weight is: (n, K) float32. An embedding is looked up so.
-
-    Raises:
-        ValueError: the layout of torch's int4 op, which cannot be looked into.
     """
     if isinstance(weight, CpuWeight):
         return cpu_packed_rows.lookup_rows(weight, ids)
     if isinstance(weight, SlicedWeight):
         return triton_layout.lookup_rows(weight, ids)
-    if isinstance(weight, Int4Weight):
-        raise ValueError("rows of a weight in torch's int4 layout cannot be looked up")
     return reference.lookup_rows(weight, ids)
 
 
@@ -161,8 +144,6 @@ def _product(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
         return (cpu_matmul.op if torch.compiler.is_compiling() else cpu_matmul.quant_matmul)(x, weight, bias)
     if isinstance(weight, SlicedWeight):
         return (triton_matmul.op if torch.compiler.is_compiling() else triton_matmul.quant_matmul)(x, weight, bias)
-    if isinstance(weight, Int4Weight):
-        return torch_int4.quant_matmul(x, weight, bias)
     if x.is_cuda:
         bias = None if bias is None else bias.to(x.dtype)
         return linear(x, reference.dequantize(weight).to(x.dtype).t(), bias)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_layout, reference, torch_int4, triton_matmul
+from . import cpu_layout, reference, triton_matmul
 from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight
-from .torch_int4 import Int4Weight
 from .triton_layout import SlicedWeight
 
 # Bytes of expanded weight at a time. 512 rows through 4 bits, 4096 x 11008, on two cores: 288 ms with 16 MiB, 341 with
@@ -22,7 +21,7 @@ SCRATCH = 16 << 20
 STEP = 256  # inputs come in multiples of it, which every layout can be cut at
 
 
-def input_gradient(grad: Tensor, weight: CanonicalWeight | Int4Weight | CpuWeight | SlicedWeight) -> Tensor:
+def input_gradient(grad: Tensor, weight: CanonicalWeight | CpuWeight | SlicedWeight) -> Tensor:
     """grad (..., N) to a product's result: the gradient (..., K) to its activations, in grad's dtype.
 
     On a CPU, arithmetic is in float32 (float64 where grad is); on CUDA it is in grad's dtype, as cuBLAS does it.
@@ -80,16 +79,8 @@ def _of_slices(weight: SlicedWeight, begin: int, end: int, dtype: torch.dtype) -
     return out[: weight.out_features].t()
 
 
-def _of_int4(weight: Int4Weight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """torch has no way back from its layout; but what the op makes of rows of the identity is the weight."""
-    rows = torch.zeros(end - begin, weight.in_features, dtype=torch.bfloat16)
-    rows[:, begin:end].fill_diagonal_(1)
-    return torch_int4.quant_matmul(rows, weight).to(dtype)
-
-
 _EXPANSIONS: dict[type, tuple[Callable[[Any], int], Callable[[Any, int, int, torch.dtype], Tensor]]] = {
     CanonicalWeight: (lambda weight: weight.in_features, _of_words),
     CpuWeight: (lambda weight: weight.codes.shape[1] * weight.run, _of_cpu),
     SlicedWeight: (lambda weight: weight.places, _of_slices),
-    Int4Weight: (lambda weight: weight.in_features, _of_int4),
 }

@@ -8,7 +8,6 @@ from gptq_belle.kernels import gradient
 from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.dispatch import prepare, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
-from gptq_belle.kernels.torch_int4 import Int4Weight
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SHAPES = [(128, 32), (320, 64), (96, 96), (544, -1)]  # inputs and group size; the last fills no whole runs of 128
@@ -49,16 +48,6 @@ def test_half_precision_is_rounded_once(dtype):
     rounded = relative_error(exact.to(dtype), exact)
     assert found.dtype == dtype
     assert relative_error(found, exact) < 1.1 * rounded
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_int4_layout_of_torch(monkeypatch, dtype, act_order):
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
-    words = random_words(4, 512, 64, 128, act_order=act_order)
-    weight, found, exact = both(words, 4, 1, dtype, "fast")
-    assert type(weight) is Int4Weight
-    assert relative_error(found, exact) < 6e-3  # the op keeps scales in bfloat16
 
 
 @pytest.mark.parametrize("rows", [1, 200])  # group by group, and the weight expanded

@@ -61,7 +61,7 @@ def test_a_wheel_carries_kernels_and_data_even_without_a_compiler(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(site)!r});"
             "import gptq_belle.kernels.dispatch as d; print(d.__file__);"
             "from gptq_belle.quantization.calibration import read_documents; print(len(read_documents('builtin')));"
-            "import torch; print(d.choose_kernel(4, torch.arange(64) // 32, 64, device=torch.device('cpu'),"
+            "import torch; print(d.choose_kernel(torch.arange(64) // 32, device=torch.device('cpu'),"
             " dtype=torch.float32))")
     where, documents, choice = python(code, cwd=tmp_path).splitlines()
     assert where.startswith(str(site))

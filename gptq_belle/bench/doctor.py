@@ -117,12 +117,12 @@ def kernel_choices(device: torch.device) -> list[dict[str, str]]:
     """For every kind of checkpoint and precision: the kernel that runs, and why no faster one does."""
     in_order = torch.arange(WIDTH, dtype=torch.int32) // GROUP
     mixed = torch.arange(WIDTH, dtype=torch.int32) % (WIDTH // GROUP)
-    cases = [(f"{bits} bit", bits, in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", 4, mixed)]
+    cases = [(f"{bits} bit", in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", mixed)]
     rows = []
-    for name, bits, g_idx in cases:
+    for name, g_idx in cases:
         for precision in PRECISIONS:
             dtype = torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32
-            choice = choose_kernel(bits, g_idx, WIDTH, device=device, dtype=dtype, precision=precision)
+            choice = choose_kernel(g_idx, device=device, dtype=dtype)
             rows.append({"device": device.type, "case": name, "precision": precision, "kernel": choice.kernel,
                          "why": choice.reason})
     return rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq_belle.common.timers import seconds
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, unpack
-from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, groupwise, reference, torch_int4, triton_matmul
+from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, groupwise, reference, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
 
@@ -56,8 +56,6 @@ def _on_cpu() -> Iterator[Check]:
             for isa, (precision, allowed) in product(found.usable, (("exact", EXACT), ("fast", BYTE))):
                 yield _check(f"native {isa}", f"{bits} bit {precision}", packed, bits, allowed,
                              partial(_native, words, precision, isa))
-        if bits == 4:
-            yield _check("torch-int4", "4 bit", packed, bits, HALF, partial(_int4, words))
         for name, multiply in (("groupwise", groupwise.quant_matmul), ("reference", reference.quant_matmul)):
             yield _check(name, f"{bits} bit", packed, bits, FLOAT, partial(_plain, words, multiply))
 
@@ -75,11 +73,6 @@ def _on_cuda() -> Iterator[Check]:
 def _native(words: CanonicalWeight, precision: str, isa: str) -> Product:
     weight = cpu_layout.prepare(words, precision)
     return lambda x: cpu_matmul.quant_matmul(x, weight, isa=isa)
-
-
-def _int4(words: CanonicalWeight) -> Product:
-    weight = torch_int4.prepare(words)
-    return lambda x: torch_int4.quant_matmul(x, weight)
 
 
 def _plain(words: CanonicalWeight, multiply: Callable[[Tensor, CanonicalWeight], Tensor]) -> Product:

@@ -141,7 +141,7 @@ def refusal(weights: Weights, shape: tuple[int, int]) -> str | None:
 
 def _kernel(weights: Weights, shape: tuple[int, int]) -> str:
     g_idx = torch.arange(shape[1], dtype=torch.int32) // GROUPS[-1]
-    return choose_kernel(8, g_idx, shape[0], device=weights.device, dtype=weights.dtype).kernel
+    return choose_kernel(g_idx, device=weights.device, dtype=weights.dtype).kernel
 
 
 def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
@@ -169,7 +169,7 @@ def _words(weights: Weights, shape: tuple[int, int], bits: int, group: int, piec
         at = stop
     stored = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
     weight = canonical(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
-    if device.type == "cpu":  # not through `prepare_weight`: torch's int4 layout cannot be looked into
+    if device.type == "cpu":  # without the native library; `prepare_weight` would copy the words
         return weight
     prepared = prepare_weight(weight, device=device, dtype=weights.dtype)
     return prepared._replace(out_features=shape[0]) if isinstance(prepared, SlicedWeight) else prepared

@@ -1,9 +1,8 @@
-"""torch's own 4-bit matmul for CPUs, in bfloat16: where the native kernels are missing, the best there is.
+"""torch's own 4-bit matmul for CPUs, in bfloat16, for comparison.
 
-The op computes ``sum_k x[k] * ((code - 8) * scale + shift)`` with one (scale, shift) pair a group of neighbouring
+The op computes ``sum_k x[k] * ((code - 8) * scale + shift)`` with one (scale, shift) pair per group of neighbouring
 inputs, so any zero point is a shift of ``scale * (8 - zero)``. Rows of an act-order weight are sorted by group once,
-and x is gathered in that order. Scales and shifts are rounded to bfloat16 (relative error at most 2**-9, as much as
-the rounding of x itself costs); sums are in float32.
+and x is gathered in that order. Scales and shifts are rounded to bfloat16; sums are in float32.
 """
 
 from typing import NamedTuple
@@ -11,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import RUNS, CanonicalWeight, longest_run
-from .reference import unpack
+from gptq_belle.kernels.layout import CanonicalWeight, longest_run
+from gptq_belle.kernels.reference import unpack
 
-COLUMNS = 16  # N must be a multiple; the group size must be one of layout.RUNS
+COLUMNS = 16  # N must be a multiple
 
 
 class Int4Weight(NamedTuple):
-    """A weight in the op's own layout; K inputs, N outputs, `run` inputs share a scale."""
+    """A weight in the op's layout; K inputs, N outputs, `run` neighbouring inputs share a scale."""
 
     packed: Tensor  # (N, K / 2) uint8, opaque
     scale_and_shift: Tensor  # (K / run, N, 2) bfloat16
-    order: Tensor | None  # (K,) int32: the input that stands at each place; None where they stand in order
+    order: Tensor | None  # (K,) int32: the inputs sorted by group; None if they are sorted already
     run: int
 
     @property
@@ -36,24 +35,14 @@ class Int4Weight(NamedTuple):
         return self.packed.shape[0]
 
 
-def unsupported_reason(bits: int, g_idx: Tensor, out_features: int, device: torch.device, dtype: torch.dtype,
-                       precision: str = "exact") -> str | None:
-    """Why the op does not serve this case, or None where it does; arguments as in `dispatch.choose_kernel`."""
-    if device.type != "cpu":
-        return f"torch's int4 kernel here is for CPUs, not {device.type}"
-    if dtype != torch.bfloat16 and precision != "fast":
-        return f"torch's int4 kernel computes in bfloat16: choose it, or precision fast, instead of {dtype}"
-    if bits != 4:
-        return f"torch's int4 kernel takes 4 bits, not {bits}"
-    if out_features % COLUMNS:
-        return f"torch's int4 kernel takes outputs in multiples of {COLUMNS}, not {out_features}"
-    if not longest_run(g_idx.sort().values):
-        return f"torch's int4 kernel takes groups that are multiples of {RUNS[-1]} inputs"
-    return None
+def is_supported(weight: CanonicalWeight) -> bool:
+    """Whether the op supports a weight: 4 bits, N a multiple of 16, groups of whole runs of inputs."""
+    return (weight.bits == 4 and weight.out_features % COLUMNS == 0
+            and longest_run(weight.g_idx.sort().values) > 0)
 
 
 def prepare(weight: CanonicalWeight) -> Int4Weight:
-    """Repack a weight on the CPU that `unsupported_reason` lets through."""
+    """Repack a weight on the CPU; `is_supported` holds."""
     groups, order = weight.g_idx.sort(stable=True)
     run = longest_run(groups)
     codes = unpack(weight.qweight, weight.bits)
@@ -79,3 +68,15 @@ def quant_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> T
     if bias is not None:
         y += bias.to(y.dtype)
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
+
+
+class Int4Linear(torch.nn.Module):
+    """A linear layer on the op: x (..., K) to (..., N), in x's dtype."""
+
+    def __init__(self, weight: CanonicalWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight, self._bias = prepare(weight), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product plus bias."""
+        return quant_matmul(x, self._weight, self._bias)
