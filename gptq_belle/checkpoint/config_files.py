@@ -48,7 +48,7 @@ def quantized_config(source: dict[str, Any], quantization: dict[str, Any], tied:
     return result
 
 
-def mended(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+def corrected_token_ids(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     """What of config.json (or generation_config.json) has to be written otherwise: key to id; mostly nothing.
 
     Raises:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.config_files import mended, write_configuration
+from gptq_belle.checkpoint.config_files import corrected_token_ids, write_configuration
 from gptq_belle.checkpoint.conversion_check import Conversion, largest_deviation
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.model_card import converted_card
 from gptq_belle.checkpoint.packed_reader import PARTS, linear_quantization, read_packed, stated_quantization
-from gptq_belle.checkpoint.quantized_source import (
+from gptq_belle.checkpoint.quantized_checkpoint import (
     STATE,
-    Source,
-    open_source,
+    QuantizedCheckpoint,
+    open_quantized,
     packed_linears,
     quantization_of,
 )
@@ -32,7 +32,16 @@ from gptq_belle.checkpoint.validation import is_act_ordered
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.formats.quantize_config import Quantization
-from gptq_belle.formats.zero_points import V1, V2, Census, census, choose_format, read_zeros, repaired, write_zeros
+from gptq_belle.formats.zero_points import (
+    V1,
+    V2,
+    ZeroPointCounts,
+    choose_format,
+    count_zero_points,
+    read_zeros,
+    repaired,
+    write_zeros,
+)
 from gptq_belle.models.architectures import COMPUTED, HEAD
 from gptq_belle.prompts.styles import choose_style
 
@@ -42,11 +51,11 @@ KEPT = ("damp_percent", "static_groups", "true_sequential", "dynamic")  # of wha
 
 
 class _Job(NamedTuple):
-    source: Source
+    source: QuantizedCheckpoint
     model: SourceModel
     packed: Quantization
     linears: dict[str, nn.Linear]
-    zeros: Census
+    zeros: ZeroPointCounts
     repair: bool
     report: Conversion
 
@@ -76,23 +85,23 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
     if checkpoint_format not in (None, V1, V2):
         raise UsageError(f"format {checkpoint_format!r} is not known", f"Choose {V1} or {V2}.")
     check_output(Path(out))
-    job = _set_up(open_source(Path(source), None if base is None else Path(base)), Path(source), Path(out),
+    job = _set_up(open_quantized(Path(source), None if base is None else Path(base)), Path(source), Path(out),
                   checkpoint_format, repair_zeros)
     choose_style(job.source.reader.config, prompt_style)
     tokenizer = load_tokenizer(job.source.folder)
     total = 2 * job.model.count
     with CheckpointWriter(out) as writer:
-        _write_rest(job, writer)
+        _write_unquantized(job, writer)
         for index in range(job.model.count):
             writer.add(f"block-{index:05d}.safetensors", _block(job, index))
             progress(index + 1, total)
         writer.merge()
         model, settings = job.source.reader.config, _settings(job)
         if job.source.kind == STATE:
-            job.report.mended_ids = mended(model, tokenizer)
+            job.report.mended_ids = corrected_token_ids(model, tokenizer)
         write_configuration(writer, model | job.report.mended_ids, settings, tied=job.report.tied)
         copy_tokenizer(writer, job.source.folder, tokenizer, model)
-        _mend_generation(job, writer, tokenizer)
+        _correct_generation_config(job, writer, tokenizer)
         writer.write_text("README.md", converted_card(Path(source), model["model_type"], settings))
         _read_back(job, writer.files, lambda index: progress(job.model.count + index, total))
         job.report.bytes_written = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
@@ -101,32 +110,33 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
     return job.report
 
 
-def _set_up(source: Source, path: Path, out: Path, asked: str | None, repair: bool) -> _Job:
+def _set_up(source: QuantizedCheckpoint, path: Path, out: Path, asked: str | None, repair: bool) -> _Job:
     """Everything that can be known before a weight is read."""
     model = SourceModel(source.reader, torch.device("cpu"))
     packed = quantization_of(source, model.model)
     linears = dict(packed_linears(source.reader, model.model))
-    _check_nothing_left(source, model, linears)
+    _check_unknown_tensors(source, model, linears)
     read = packed.checkpoint_format
     own = {name: linear_quantization(source.reader, packed, name) for name in linears}
-    zeros = census((read_zeros(source.reader.tensor(f"{name}.qzeros"), each.bits, read), each.bits)
+    zeros = count_zero_points((read_zeros(source.reader.tensor(f"{name}.qzeros"), each.bits, read), each.bits)
                    for name, each in own.items())
     report = Conversion(
         path, out, source.kind, source.reader.config["model_type"], len(linears), packed.bits, packed.group_size,
         zeros.symmetric, is_act_ordered(source.reader), read,
-        choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.behind, zeros.wrapped if repair else 0,
+        choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.overwritten, zeros.wrapped if repair else 0,
         mixed=sum((each.bits, each.group_size) != (packed.bits, packed.group_size) for each in own.values()),
         tied=model.tied(), bytes_read=source.reader.bytes_on_disk())
     return _Job(source, model, packed, linears, zeros, repair, report)
 
 
-def _mend_generation(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+def _correct_generation_config(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> None:
     path = job.source.folder / GENERATION
-    if job.source.kind == STATE and path.is_file() and (changed := mended(stated := read_json(path), tokenizer)):
+    stated = read_json(path) if job.source.kind == STATE and path.is_file() else {}
+    if changed := corrected_token_ids(stated, tokenizer):
         writer.write_json(GENERATION, stated | changed)
 
 
-def _write_rest(job: _Job, writer: CheckpointWriter) -> None:
+def _write_unquantized(job: _Job, writer: CheckpointWriter) -> None:
     """What stands outside of the blocks, in float16 and some rows at a time; a tied head not again."""
     model = job.model
     for number, name in enumerate(model.tensors_outside_blocks()):
@@ -174,7 +184,7 @@ def _linear(job: _Job, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_nothing_left(source: Source, model: SourceModel, linears: dict[str, nn.Linear]) -> None:
+def _check_unknown_tensors(source: QuantizedCheckpoint, model: SourceModel, linears: dict[str, nn.Linear]) -> None:
     known = {f"{name}.{part}" for name in linears for part in PARTS} | {f"{HEAD}.weight"}
     known |= {name for name, _ in model.model.named_parameters()}
     extra = [name for name in source.reader if name not in known and not name.endswith(COMPUTED)]

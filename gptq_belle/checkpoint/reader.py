@@ -43,9 +43,9 @@ class CheckpointReader:
     def __init__(self, path: str | Path, weights: Sequence[Path] | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise unready(self.path) or InputError(f"{self.path} is not a model directory",
+            raise needs_conversion(self.path) or InputError(f"{self.path} is not a model directory",
                                                    "Give the folder that holds config.json.")
-        if not (self.path / "config.json").exists() and (early := unready(self.path)):
+        if not (self.path / "config.json").exists() and (early := needs_conversion(self.path)):
             raise early
         self.config = read_json(self.path / "config.json")
         self.arch: Architecture = architecture(self.config.get("model_type"))
@@ -181,7 +181,7 @@ def weight_files(path: Path) -> list[Path]:
             return [path / kind]
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if len(found) != 1:
-        raise (None if found else unready(path)) or InputError(
+        raise (None if found else needs_conversion(path)) or InputError(
             f"{path} holds {len(found)} weight files and no index",
             "Expected model.safetensors, shards with model.safetensors.index.json, or pytorch_model.bin.")
     return found
@@ -221,7 +221,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
     return read_json(path / "config.json" if path.is_dir() else path)
 
 
-def unready(path: Path) -> InputError | None:
+def needs_conversion(path: Path) -> InputError | None:
     """The error for an encrypted or old checkpoint where a model directory is wanted; None for anything else.
 
     Args:

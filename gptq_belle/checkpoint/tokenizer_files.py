@@ -21,7 +21,7 @@ NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into
                 "--base DIR, too.")
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
                 "add_eos_token": False}
-AS_THEY_ARE = (TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt", "special_tokens_map.json",
+COPIED_FILES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt", "special_tokens_map.json",
                "added_tokens.json", GENERATION, TEMPLATE)
 QUESTION = "你好"
 
@@ -128,7 +128,7 @@ def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrained
 
     A template that lies there stays, unless config.json's ``prompt_style`` chooses one of ours.
     """
-    for name in AS_THEY_ARE:
+    for name in COPIED_FILES:
         if (folder / name).is_file() and not (name == TEMPLATE and "prompt_style" in config):
             (writer.files / name).write_bytes(_own_file(folder / name).read_bytes())
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -30,8 +30,8 @@ def problems(reader: CheckpointReader, model: nn.Module, quantization: Quantizat
         tied: the head is the embedding.
     """
     config: Any = model.config
-    return [*_few(_missing(reader, model, tied)), *_few(_packed(reader, model, quantization)),
-            *_few(_unknown(reader, model)), *_of_tokenizer(reader.path, config.vocab_size)]
+    return [*_first_few(_missing(reader, model, tied)), *_first_few(_packed(reader, model, quantization)),
+            *_first_few(_unknown(reader, model)), *_of_tokenizer(reader.path, config.vocab_size)]
 
 
 def is_act_ordered(reader: CheckpointReader) -> bool:
@@ -117,7 +117,7 @@ def _of_tokenizer(path: Path, vocabulary: int) -> list[str]:
     return []
 
 
-def _few(every: Iterator[str]) -> list[str]:
+def _first_few(every: Iterator[str]) -> list[str]:
     """The first few, and how many more there are."""
     found = list(every)
     return found[:MANY] + ([f"... and {len(found) - MANY} more like these"] if len(found) > MANY else [])

@@ -12,20 +12,20 @@ from gptq_belle.formats.packing import pack_rows, unpack_rows
 V1, V2 = "gptq", "gptq_v2"
 
 
-class Census(NamedTuple):
-    """What the zero points of a checkpoint are.
+class ZeroPointCounts(NamedTuple):
+    """Counts over all zero points of a checkpoint.
 
     Attributes:
         symmetric: all of them are 2**(bits - 1).
         lowest: the smallest one.
         wrapped: how many read as 2**bits.
-        behind: how many of those stand behind another one in their word: any value may have been overwritten there.
+        overwritten: how many of those follow another one in their word, whose carry may have changed them.
     """
 
     symmetric: bool
     lowest: int
     wrapped: int
-    behind: int
+    overwritten: int
 
 
 def read_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
@@ -33,20 +33,20 @@ def read_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     return true_zeros(unpack_rows(qzeros.t(), bits), checkpoint_format).t().contiguous()
 
 
-def census(zeros: Iterable[tuple[Tensor, int]]) -> Census:
+def count_zero_points(zeros: Iterable[tuple[Tensor, int]]) -> ZeroPointCounts:
     """Count over the zero points (G, N) of all linears, each with its bits."""
-    symmetric, lowest, wrapped, behind = True, 1 << 8, 0, 0
+    symmetric, lowest, wrapped, overwritten = True, 1 << 8, 0, 0
     for each, bits in zeros:
         symmetric &= bool((each == 1 << (bits - 1)).all())
         lowest = min(lowest, int(each.min()))
         full = each == 1 << bits
         word = torch.arange(each.shape[1]) * bits // 32
         wrapped += int(full.sum())
-        behind += int((full[:, 1:] & full[:, :-1] & (word[1:] == word[:-1])).sum())
-    return Census(symmetric, lowest, wrapped, behind)
+        overwritten += int((full[:, 1:] & full[:, :-1] & (word[1:] == word[:-1])).sum())
+    return ZeroPointCounts(symmetric, lowest, wrapped, overwritten)
 
 
-def choose_format(found: Census, asked: str | None, *, repair: bool) -> str:
+def choose_format(found: ZeroPointCounts, asked: str | None, *, repair: bool) -> str:
     """The format to write: asymmetric zero points go to gptq_v2, except where one reads as 2**bits.
 
     Raises:

@@ -13,7 +13,7 @@ import transformers
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.checkpoint.tokenizer_files import AS_THEY_ARE, TOKENIZER_CONFIG
+from gptq_belle.checkpoint.tokenizer_files import COPIED_FILES, TOKENIZER_CONFIG
 from gptq_belle.common.files import stamp_of
 from gptq_belle.kernels.native_library import load_library
 from gptq_belle.quantization.config import QuantConfig
@@ -30,7 +30,7 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
         config: the settings.
         calibration: `Calibration.describe` of the tokens; None for rtn.
     """
-    small = [reader.path / name for name in ("config.json", TOKENIZER_CONFIG, *AS_THEY_ARE)]
+    small = [reader.path / name for name in ("config.json", TOKENIZER_CONFIG, *COPIED_FILES)]
     files = [*reader.files, *(file for file in small if file.is_file())]
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(_digest, files))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from gptq_belle.checkpoint.packed_reader import check_packed, read_quantization
-from gptq_belle.checkpoint.reader import CheckpointReader, read_json, unready, weight_files
+from gptq_belle.checkpoint.reader import CheckpointReader, needs_conversion, read_json, weight_files
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.quantize_config import BITS, Quantization
 from gptq_belle.formats.zero_points import V1
@@ -23,7 +23,7 @@ BASE = "Name a directory with config.json and tokenizer of the model: --base DIR
 STATE, DIRECTORY = "state dictionary", "GPTQ directory"
 
 
-class Source(NamedTuple):
+class QuantizedCheckpoint(NamedTuple):
     """A quantized checkpoint of any kind.
 
     Attributes:
@@ -37,7 +37,7 @@ class Source(NamedTuple):
     folder: Path
 
 
-def open_source(path: Path, base: Path | None = None) -> Source:
+def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
     """Open a weight file, or a directory that holds one, or a GPTQ directory.
 
     Args:
@@ -46,7 +46,7 @@ def open_source(path: Path, base: Path | None = None) -> Source:
     Raises:
         InputError: no weights or no config.json there, or damaged files. UsageError: several .pt files.
     """
-    if path.suffix == ".enc" and (early := unready(path)):
+    if path.suffix == ".enc" and (early := needs_conversion(path)):
         raise early
     if path.is_file():
         weights, kind = [path], DIRECTORY if _states_quantization(path) else STATE
@@ -65,7 +65,7 @@ def open_source(path: Path, base: Path | None = None) -> Source:
     configured = beside if kind == DIRECTORY else base or beside  # a directory's config.json says how it is packed
     if not (configured / "config.json").is_file():
         raise InputError(f"there is no config.json {f'beside {weights[0]}' if base is None else f'in {base}'}", BASE)
-    return Source(CheckpointReader(configured, weights), kind, base or beside)
+    return QuantizedCheckpoint(CheckpointReader(configured, weights), kind, base or beside)
 
 
 def _states_quantization(file: Path) -> bool:
@@ -86,8 +86,8 @@ def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple
     names = reader.packed
     if not names:
         older = any(name.endswith(".zeros") for name in reader)
-        raise InputError(f"{reader.path}: nothing is packed" + (" but 3-bit weights of before March 2023" if older
-                                                               else " in these weights"),
+        raise InputError(f"{reader.path} holds no qweight tensors" + (
+            ", but zeros tensors: 3-bit weights of before March 2023" if older else ": nothing is quantized"),
                          "Quantize the full-precision model instead: gptq-belle quantize.")
     modules = dict(model.named_modules())
     for name in names:
@@ -97,7 +97,7 @@ def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple
         yield name, linear
 
 
-def quantization_of(source: Source, model: nn.Module) -> Quantization:
+def quantization_of(source: QuantizedCheckpoint, model: nn.Module) -> Quantization:
     """How a checkpoint is packed: as its directory states, or by the shapes of its tensors; every linear is checked.
 
     Raises:
