@@ -1,6 +1,6 @@
-"""Keys and values of what was read, written in place: room for `slots` sequences, taken once.
+"""The KV cache: keys and values of `slots` sequences, allocated once and written in place.
 
-On a CPU the system gives memory only for what is written, so room that is not used costs nothing.
+On a CPU the system commits memory only when it is written, so unused capacity costs nothing.
 """
 
 from functools import cached_property
@@ -47,7 +47,7 @@ class KVCache:
         shape = (slots, heads, capacity, head_dim)
 
         def tables(dtype: torch.dtype, *shape: int) -> list[Tensor]:
-            make = torch.empty if device.type == "cpu" else torch.zeros  # on CUDA, positions behind the end are read
+            make = torch.empty if device.type == "cpu" else torch.zeros  # on CUDA, positions after the end are read
             return [make(shape, dtype=dtype, device=device) for _ in range(blocks)]
 
         try:

@@ -17,19 +17,19 @@ MIN_FACTOR, MAX_FACTOR = 1e-10, 1e10
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How an answer is drawn.
+    """How tokens are sampled.
 
     Attributes:
         max_new_tokens: the most tokens to generate; None for as many as the context leaves room for, 512 at most.
-        temperature: divides the logits; 0 takes the likeliest token each time (greedy).
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have this probability; 1 for all.
+        temperature: divides the logits; 0 means greedy decoding.
+        top_k: sample from the k most likely tokens; 0 disables the limit.
+        top_p: nucleus sampling from the most likely tokens with this total probability; 1 disables the limit.
         min_p: only tokens with at least this share of the likeliest one's probability (2407.01082); 0 for all.
         repetition_penalty: tokens that stood before have positive logits divided, negative ones multiplied by it
             (Keskar et al., 1909.05858); 1 for none.
-        seed: of the draw; None for a new one each time.
+        seed: random seed; None for a new one each time.
         stop: strings that end the answer and are not part of it.
-        ignore_eos: go on behind eos (for benchmarks).
+        ignore_eos: continue after eos (for benchmarks).
         logprobs: tell each token's probability and those of so many of the likeliest ones, as they are before
             temperature and penalty; None to tell none.
 

@@ -94,5 +94,5 @@ class TextStream:
         return self._stops.feed(self._whole.feed(ids))
 
     def finish(self) -> str:
-        """The rest, behind the last token."""
+        """The remaining text after the last token."""
         return self._stops.feed(self._whole.finish()) + self._stops.finish()
