@@ -37,8 +37,8 @@ def at_random(source: Path, budget: str, seed: int) -> QuantConfig:
     random.Random(seed).shuffle(stages)
     chosen = set()
     for stage in stages:
-        if stage.cost <= room:
-            room -= stage.cost
+        if stage.extra <= room:
+            room -= stage.extra
             chosen.add((stage.block, stage.linears[0]))
     return replace(config_of_choice(job, chosen), auto_bits=None)
 

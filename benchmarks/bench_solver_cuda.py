@@ -28,16 +28,16 @@ def solve(inputs: int, outputs: int, config: QuantConfig, by_kernel: bool, devic
     weight = torch.randn(inputs, outputs, device=device, generator=generator)
     factor = torch.randn(inputs, inputs, device=device, generator=generator).mul_(0.01).triu_()
     factor.diagonal().add_(1.0)
-    taken = grid.kernels
+    taken = grid.fused_kernels
     if not by_kernel:
-        grid.kernels = lambda tensor: None
+        grid.fused_kernels = lambda tensor: None
     try:
         found = []
         group = config.group_size
         took = [seconds(lambda: found.append(solver._solve(weight.clone(), factor, group, config)), device)
                 for _ in range(3 if by_kernel else 2)]
     finally:
-        grid.kernels = taken
+        grid.fused_kernels = taken
     return statistics.median(took[1:]), found[-1]
 
 

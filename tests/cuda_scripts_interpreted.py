@@ -150,7 +150,7 @@ def test_solver(monkeypatch, tmp_path):
     from gptq_belle.kernels import triton_gptq
 
     monkeypatch.setattr(bench_solver_cuda, "LAYERS", ((128, 40),))
-    monkeypatch.setattr(bench_solver_cuda.grid, "kernels", lambda tensor: triton_gptq)
+    monkeypatch.setattr(bench_solver_cuda.grid, "fused_kernels", lambda tensor: triton_gptq)
     run(bench_solver_cuda, monkeypatch, tmp_path)
     [line] = json.loads((tmp_path / "cuda_solver.json").read_text())["results"]
     assert line["same_codes"] > 0.99

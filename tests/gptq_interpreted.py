@@ -73,9 +73,9 @@ def test_layer(group_size, sym, act_order, preset, monkeypatch):
     weight, hessian = (t.float() for t in problem(20, columns, seed=columns, dead=(3, 40)))
     torchs = solver.gptq(weight, hessian, config)
     oracles = SimpleNamespace(solve_block=oracle_solver, descend=oracle_descend, BLOCK=128)
-    monkeypatch.setattr(grid, "kernels", lambda tensor: oracles)
+    monkeypatch.setattr(grid, "fused_kernels", lambda tensor: oracles)
     expected = solver.gptq(weight, hessian, config)
-    monkeypatch.setattr(grid, "kernels", lambda tensor: triton_gptq)
+    monkeypatch.setattr(grid, "fused_kernels", lambda tensor: triton_gptq)
     found = solver.gptq(weight, hessian, config)
     for name in found.weight._fields:
         assert torch.equal(getattr(found.weight, name), getattr(expected.weight, name)), name
@@ -85,7 +85,7 @@ def test_layer(group_size, sym, act_order, preset, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, at what the solver refuses afterwards
 def test_scales_too_large_for_float16(monkeypatch):
-    monkeypatch.setattr(grid, "kernels", lambda tensor: triton_gptq)
+    monkeypatch.setattr(grid, "fused_kernels", lambda tensor: triton_gptq)
     weight, hessian = (t.float() for t in problem(4, 64, seed=1))
     with pytest.raises(solver.InputError, match="too large for float16"):
         solver.gptq(weight * 1e7, hessian, QuantConfig(preset="fast", group_size=32))

@@ -8,7 +8,8 @@ from conftest import job_output
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.quantization import activations
-from gptq_belle.quantization.attention_outputs import AttentionOutputs, BatchList
+from gptq_belle.quantization.activations import BatchList
+from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig

@@ -77,8 +77,8 @@ def test_a_budget_of_bytes_is_met(tiny_model, tmp_path):
 
 def measured(job, tmp_path):
     stages, _ = stages_and_budget(job)
-    return stages, auto_bits.measure(job, [(stage.block, stage.linears) for stage in stages], tmp_path / "scratch",
-                                     lambda index: None)
+    measured = [(stage.block, stage.linears) for stage in stages]
+    return stages, auto_bits.measure_losses(job, measured, tmp_path / "scratch", lambda index: None)
 
 
 def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
@@ -132,7 +132,7 @@ def test_a_resumed_job_keeps_its_choice(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_job(tiny_model, tmp_path / "cut")
     monkeypatch.setattr(BlockQuantizer, "run", plain)
-    monkeypatch.setattr(auto_bits, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(auto_bits, "measure_losses", lambda *_: pytest.fail("measured again"))
     with pytest.raises(UsageError, match="auto_bits"):
         run_job(tiny_model, tmp_path / "cut", "6")
     assert run_job(tiny_model, tmp_path / "cut").resumed == [1]
@@ -145,7 +145,7 @@ def test_what_was_measured_outlives_a_job_that_ended_before_its_first_block(tiny
     with pytest.raises(ZeroDivisionError):
         run_job(tiny_bloom, tmp_path / "out")
     monkeypatch.setattr(BlockQuantizer, "run", plain)
-    monkeypatch.setattr(auto_bits, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(auto_bits, "measure_losses", lambda *_: pytest.fail("measured again"))
     assert run_job(tiny_bloom, tmp_path / "out").choice is not None
 
 
@@ -188,7 +188,7 @@ def test_the_choice_beats_random_ones_of_its_size(kind, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_auto_bits.py"])
     import bench_auto_bits
 
-    found = bench_auto_bits.measure(kind, "4.5", 3)
+    found = bench_auto_bits.measure_losses(kind, "4.5", 3)
     figures = bench_auto_bits.verdict(found, "4.5")
     assert found["auto 4.5"]["bits"] <= 4.5
     assert figures["auto"] < figures["explained"]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.cli.progress import ConsoleProgress
 from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.quantization.config import PRESETS
 from gptq_belle.quantization.end_to_end import tuning
 from gptq_belle.quantization.end_to_end.rows import TuningRows, cut
 from gptq_belle.quantization.end_to_end.savepoint import Savepoint
@@ -21,14 +22,13 @@ from gptq_belle.quantization.end_to_end.student import RelativeChanges, Student,
 from gptq_belle.quantization.end_to_end.tuning import Tuning, TuningResult, divergence, learn
 from gptq_belle.quantization.estimate import estimate
 from gptq_belle.quantization.job import prepare_job
-from gptq_belle.quantization.presets import PRESETS
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch):
-    monkeypatch.setitem(PRESETS, "max", replace(PRESETS["max"], steps=20))
+    monkeypatch.setitem(PRESETS, "max", replace(PRESETS["max"], tuning_steps=20))
     monkeypatch.setattr(tuning, "PATIENCE", 2)
 
 

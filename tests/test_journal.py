@@ -45,7 +45,7 @@ def commit(book, tensors=None):
     activations = Activations(book.partial, [(2, 3)])
     files[f"journal/hidden-{index + 1:05d}.f32"] = activations.write(index + 1, [torch.randn(2, 3)])
     book.commit(Record(linears=[ROW], phases={"total": 2.0}, state={"preset": {"clip": [1, 2]}}), files, tensors)
-    activations.forget(index)
+    activations.delete(index)
 
 
 def test_records_come_back_with_their_state_and_tensors(tmp_path):
@@ -215,8 +215,8 @@ def test_signals_exit_130_with_the_line_that_resumes(end, tmp_path):
     rest = job.stderr.read()
     assert job.wait(timeout=60) == 130, rest
     assert "Traceback" not in rest
-    (said,) = [line for line in rest.splitlines() if "Go on with: " in line]
-    words = said.split("Go on with: ")[1].split()
+    (said,) = [line for line in rest.splitlines() if "Resume with: " in line]
+    words = said.split("Resume with: ")[1].split()
     assert words[1:] == command
     other = subprocess.run([sys.executable, *command, "--bits", "8"], cwd=ROOT, env=environment, capture_output=True,
                            text=True)

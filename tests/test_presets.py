@@ -1,4 +1,4 @@
-"""Presets, and ideas switched off."""
+"""Presets, and techniques that are disabled."""
 
 from dataclasses import replace
 
@@ -6,8 +6,7 @@ import pytest
 from conftest import naming
 
 from gptq_belle.errors import UsageError
-from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.presets import DISABLED, PRESETS, Techniques, techniques_of
+from gptq_belle.quantization.config import DISABLED, PRESETS, QuantConfig, Techniques
 
 
 def test_fast_is_plain_gptq_and_best_the_default():
@@ -15,22 +14,22 @@ def test_fast_is_plain_gptq_and_best_the_default():
     assert QuantConfig().techniques == PRESETS["best"]
 
 
-def test_without_all_ideas_best_is_fast():
-    assert techniques_of("best", DISABLED) == techniques_of("fast")
+def test_best_without_all_techniques_is_fast():
+    assert PRESETS["best"].disable(DISABLED) == PRESETS["fast"]
 
 
-@pytest.mark.parametrize("idea", DISABLED)
-def test_every_idea_is_one_of_max_and_goes_alone(idea):
-    left = techniques_of("max", [idea])
+@pytest.mark.parametrize("name", DISABLED)
+def test_each_technique_of_max_can_be_disabled_alone(name):
+    left = PRESETS["max"].disable([name])
     assert left != PRESETS["max"]
-    assert replace(left, **{name: getattr(PRESETS["max"], name) for name in DISABLED[idea]}) == PRESETS["max"]
+    assert replace(left, **{key: getattr(PRESETS["max"], key) for key in DISABLED[name]}) == PRESETS["max"]
 
 
 def test_best_is_max_without_tuning():
-    assert techniques_of("max", ["tuning"]) == PRESETS["best"]
+    assert PRESETS["max"].disable(["tuning"]) == PRESETS["best"]
 
 
-def test_rounding_to_nearest_knows_no_ideas():
+def test_rounding_to_nearest_uses_no_techniques():
     assert QuantConfig(method="rtn").techniques == Techniques()
 
 

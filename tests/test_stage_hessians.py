@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.quantization.attention_outputs import BatchList
+from gptq_belle.quantization.activations import BatchList
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.stage_hessians import OriginalWeights, accumulate_hessians, held_out_rows
 
@@ -63,7 +63,7 @@ def test_sums_and_held_out_rows_are_those_of_the_models(tiny_model, targets, max
         assert found.cross is None
 
 
-@pytest.mark.parametrize(("rows", "length", "share", "held"), [
+@pytest.mark.parametrize(("rows", "length", "every", "held"), [
     (128, 256, 16, 8), (128, 2048, 16, 2), (128, 8192, 16, 1), (15, 64, 16, 0), (16, 64, 16, 1), (64, 64, 0, 0)])
-def test_how_many_rows_are_held_out(rows, length, share, held):
-    assert held_out_rows(rows, length, share=share) == held
+def test_how_many_rows_are_held_out(rows, length, every, held):
+    assert held_out_rows(rows, length, every=every) == held

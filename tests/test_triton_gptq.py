@@ -171,7 +171,7 @@ def test_when_a_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
         pytest.skip(load_library())
     monkeypatch.setattr("gptq_belle.kernels.triton_matmul.unavailable_reason", lambda device: lacking)
     W = SimpleNamespace(is_cuda=device == "cuda", is_cpu=device == "cpu", device=torch.device(device), dtype=dtype)
-    found = grid.kernels(W)
+    found = grid.fused_kernels(W)
     assert (found and found.__name__.rpartition(".")[2]) == kernel
 
 

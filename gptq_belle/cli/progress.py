@@ -1,4 +1,4 @@
-"""What a running job shows: a progress bar on a terminal, one plain line per linear elsewhere."""
+"""Progress of a quantization job: a progress bar on a terminal, and one line per linear."""
 
 import time
 from types import TracebackType
@@ -11,13 +11,13 @@ from gptq_belle.quantization.report import MIB, LinearReport
 
 
 class ConsoleProgress:
-    """Progress on a rich console: a line for every linear with its error, seconds and the job's peak memory, and on a
-    terminal a bar. The time left follows from finished blocks: the steps of one are not equally long."""
+    """Progress on a rich console: a line per linear with its error, seconds and the job's peak memory, and a bar on a
+    terminal. The remaining time is estimated from whole blocks, because the steps of a block are not equally long."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.blocks = self.steps = self.todo = self.done = 0
-        self.began, self.of_a_step = time.monotonic(), 0.0  # seconds; 0: no block is finished yet
+        self.started, self.seconds_per_step = time.monotonic(), 0.0  # 0 until a block is finished
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps{task.fields[left]}"),
             console=console, transient=True, disable=not console.is_terminal)
@@ -32,17 +32,17 @@ class ConsoleProgress:
 
     def start(self, blocks: int, steps: int, finished: int) -> None:
         self.blocks, self.steps, self.todo, self.done = blocks, steps, (blocks - finished) * steps, 0
-        self.began, self.of_a_step = time.monotonic(), 0.0
+        self.started, self.seconds_per_step = time.monotonic(), 0.0
         self._bar.reset(self._task, total=self.todo, description=f"block {finished + 1}")
 
     def step(self) -> None:
         self.done += 1
         if self.done % self.steps == 0:
-            self.of_a_step = (time.monotonic() - self.began) / self.done
+            self.seconds_per_step = (time.monotonic() - self.started) / self.done
         self._bar.update(self._task, completed=self.done, left=self._left())
 
     def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
-        """A line for a finished linear, and a step of the bar."""
+        """Print a line for a quantized linear, and advance the bar."""
         self.step()
         self._bar.update(self._task, description=f"block {block + 1}/{self.blocks}")
         memory = f", peak {peak_memory / MIB:,.0f} MiB" if peak_memory is not None else ""
@@ -57,11 +57,11 @@ class ConsoleProgress:
             self.console.print(text, soft_wrap=True)
 
     def _left(self) -> str:
-        return f", {self.of_a_step * max(0, self.todo - self.done):.0f} s left" if self.of_a_step else ""
+        return f", {self.seconds_per_step * max(0, self.todo - self.done):.0f} s left" if self.seconds_per_step else ""
 
 
 def _short(name: str) -> str:
-    """A linear's name inside its block: what follows the block's number."""
+    """A linear's name inside its block, after the block's number."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[number + 1 :])

@@ -1,4 +1,4 @@
-"""The command `quantize`: its options, what it shows, and the line that resumes an interrupted job."""
+"""The command `quantize`: its options, its output, and the command line that resumes an interrupted job."""
 
 import shlex
 import signal
@@ -21,53 +21,56 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; appears only when complete.")],
-    bits: Annotated[int, typer.Option("--bits", "--wbits", help="Bits a weight: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option("--group-size", "--groupsize",
-                                            help="Inputs a scale: 32, 64, 128, or -1 for a whole row.")] = 128,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric, or a zero point a group.")] = True,
-    act_order: Annotated[bool, typer.Option("--act-order", help="Solve the most active inputs first.")] = False,
-    damp: Annotated[float, typer.Option(help="Damping, as a share of the Hessian's mean diagonal.")] = 0.01,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: rounding without calibration.")] = "gptq",
-    preset: Annotated[str, typer.Option(help="fast: plain GPTQ; best; or max: also tunes the whole model, which takes "
-                                         "the memory for all of it.")] = "best",
-    without: Annotated[str, typer.Option(metavar="IDEA,...", help="Ideas of the preset to switch off: search, order, "
-                                         "refine, targets, veto, tuning.")] = "",
-    positive_scales: Annotated[bool, typer.Option("--positive-scales", help="For readers that cannot take negative "
-                                                  "scales; a little less quality.")] = False,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when complete.")],
+    bits: Annotated[int, typer.Option("--bits", "--wbits", help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option("--group-size", "--groupsize", help="Group size: 32, 64, 128, or -1 for "
+                                            "one group per output channel.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric, or with a zero point per group.")] = True,
+    act_order: Annotated[bool, typer.Option("--act-order", help="Quantize columns in order of decreasing activation "
+                                            "(act-order, desc_act).")] = False,
+    damp: Annotated[float, typer.Option(help="Damping as a share of the Hessian's mean diagonal.")] = 0.01,
+    method: Annotated[str, typer.Option(help="gptq, or rtn for rounding to nearest without calibration.")] = "gptq",
+    preset: Annotated[str, typer.Option(help="fast (plain GPTQ), best, or max, which also tunes the whole model "
+                                         "and needs memory for all of it.")] = "best",
+    without: Annotated[str, typer.Option(metavar="NAME,...", help="Techniques of the preset to disable: search, "
+                                         "order, refine, targets, veto, tuning.")] = "",
+    positive_scales: Annotated[bool, typer.Option("--positive-scales", help="Only positive scales, for readers that do "
+                                                  "not accept negative ones; slightly lower quality.")] = False,
     override: Annotated[list[str] | None, typer.Option(
-        metavar="REGEX=KEY:VALUE,...", show_default=False, help="Other settings for the linears whose name REGEX is "
-        "found in, such as 'mlp.dense_4h_to_h=bits:8': bits, group_size, sym; or REGEX=skip to leave them in float16. "
-        "Repeatable. GPTQModel reads all of it, vLLM symmetric 4 and 8 bits and skip.")] = None,
+        metavar="REGEX=KEY:VALUE,...", show_default=False, help="Different bits, group_size or sym for the linears "
+        "whose name matches REGEX, such as 'mlp.dense_4h_to_h=bits:8', or REGEX=skip to keep them in float16. "
+        "Repeatable. GPTQModel reads all of these, vLLM symmetric 4 and 8 bits and skip.")] = None,
     auto_bits: Annotated[str | None, typer.Option(
-        "--auto-bits", metavar="BUDGET", show_default=False, help="4 or 8 bits for each stage of each block, by what 4 "
-        "bits are measured to cost it, within bits a weight on average (4.5) or a file size (3.2GB). Linears that an "
-        "--override matches keep what it says.")] = None,
-    calibration: Annotated[str, typer.Option(help="A text or JSONL file, or builtin.")] = "builtin",
-    rows: Annotated[int, typer.Option(help="Calibration rows, at most.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens a calibration row.")] = 2048,
-    allow_short: Annotated[bool, typer.Option("--allow-short", help="Accept under 4 K calibration tokens.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the calibration rows' order.")] = 0,
+        "--auto-bits", metavar="BUDGET", show_default=False, help="Choose 4 or 8 bits for each stage of each block by "
+        "its measured loss in 4 bits, within average bits per weight (4.5) or a file size (3.2GB). Linears that an "
+        "--override matches keep its settings.")] = None,
+    calibration: Annotated[str, typer.Option(help="Calibration data: a text or JSONL file, or builtin.")] = "builtin",
+    rows: Annotated[int, typer.Option(help="Maximum number of calibration rows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 2048,
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Allow fewer than 4 calibration "
+                                              "tokens per input feature.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed for the order of calibration documents.")] = 0,
     lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter to merge into MODEL's weights.",
                                               metavar="DIR", show_default=False)] = None,
     memory: Annotated[str | None, typer.Option(
-        metavar="SIZE", show_default=False, help="Anonymous memory to keep to, such as 8GiB: calibration activations "
-        "stay on disk where they do not fit. Left out, what is free.")] = None,
+        metavar="SIZE", show_default=False, help="Limit of anonymous memory, such as 8GiB: calibration activations "
+        "are kept on disk where they do not fit. By default the free memory.")] = None,
     prompt_style: WrittenStyle = "auto",
     packed_head_only: Annotated[bool, typer.Option(
-        "--packed-head-only", help="Store the head (of BLOOM the embedding too) in --head-bits and nowhere else: a "
-        "smaller file that this program alone reads.")] = False,
-    head_bits: Annotated[int, typer.Option(help="8 or 4, with --packed-head-only.")] = 8,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job will take, and write nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with what an earlier job of the same source "
-                                         "and settings has finished in OUT.partial, or begin anew.")] = True,
+        "--packed-head-only", help="Store the LM head (of BLOOM the embedding too) only packed in --head-bits: a "
+        "smaller file that only gptq-belle reads.")] = False,
+    head_bits: Annotated[int, typer.Option(help="Bits of the packed head with --packed-head-only: 8 or 4.")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk without "
+                                          "writing anything.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Resume an interrupted job of the same source and "
+                                         "settings from OUT.partial, or start again.")] = True,
     device: console.Device = "auto",
     as_json: console.Json = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Quantize MODEL to OUT: packed safetensors that every GPTQ reader takes, with a report of every layer's error.
+    """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
 
-    Every finished block is kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command goes on there.
+    Finished blocks are kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command resumes there.
     """
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
                          preset=preset, without=tuple(filter(None, without.split(","))),
@@ -83,7 +86,7 @@ def command(
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
     limit, style = None if memory is None else parse_bytes(memory), chosen(prompt_style)
     if dry_run:
-        _say_what_it_takes(prepare_job(model, config, text, device, lora, style), limit, as_json)
+        _print_estimate(prepare_job(model, config, text, device, lora, style), limit, as_json)
         return
     with resumable(out), ConsoleProgress(console.err()) as progress:
         report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
@@ -103,22 +106,22 @@ def command(
 
 
 def _show_choice(choice: dict[str, Any]) -> None:
-    """The bits of every stage, and what decided."""
+    """Print the bits and the measured loss of every stage."""
     rows = [(str(row["block"]), ", ".join(row["linears"]), f"{row['loss']:.3e}",
              f"{1e6 * row['loss'] / row['weights']:.3e}", str(row["bits"])) for row in choice["stages"]]
-    columns = ["block", "stage", "KL in 4 bits", "a million weights", "bits"]
-    console.print_table(f"--auto-bits {choice['budget']}: {choice['average_bits']:.3f} bits a weight on average",
+    columns = ["block", "stage", "KL in 4 bits", "per million weights", "bits"]
+    console.print_table(f"--auto-bits {choice['budget']}: {choice['average_bits']:.3f} bits per weight on average",
                         columns, rows, text=2)
 
 
-def _say_what_it_takes(job: "QuantizationJob", limit: int | None, as_json: bool) -> None:
-    """The dry run: time, memory and disk."""
+def _print_estimate(job: "QuantizationJob", limit: int | None, as_json: bool) -> None:
+    """Estimate and print time, memory and disk of a job."""
     from gptq_belle.common.memory import lower_mmap_threshold
     from gptq_belle.quantization.auto_bits import describe_estimate
     from gptq_belle.quantization.estimate import estimate
 
     auto = describe_estimate(job)
-    with console.step("working through one block"):
+    with console.step("measuring one block"):
         lower_mmap_threshold()
         found = estimate(job, limit)
     if as_json:
@@ -128,42 +131,42 @@ def _say_what_it_takes(job: "QuantizationJob", limit: int | None, as_json: bool)
     console.say(f"{found.blocks} blocks, {found.linears} linears, {found.tokens:,} calibration tokens")
     console.say(f"time    {found.seconds:,.0f} s on this machine")
     console.say(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
-    console.say(f"disk    {found.disk / 1e6:,.1f} MB at the fullest, {found.output / 1e6:,.1f} MB of them the output")
+    console.say(f"disk    {found.disk / 1e6:,.1f} MB at the peak, of which {found.output / 1e6:,.1f} MB are the output")
     if auto:
         console.say(f"bits    {auto}")
 
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """SIGTERM ends what is inside like Ctrl-C; whatever ends it, the line that goes on with it is printed."""
+    """A context in which SIGTERM acts like Ctrl-C; after an interruption it prints the command that resumes the job."""
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except UsageError:  # this command would be refused again
+    except UsageError:  # the same command would fail again
         raise
     except BaseException:
         from gptq_belle.checkpoint.writer import partial_of
         from gptq_belle.quantization.journal import finished_blocks
 
         if finished := finished_blocks(partial_of(out.absolute())):
-            console.note(f"{finished} finished blocks are kept. Go on with: {_this_command()}", style=None)
+            console.note(f"{finished} finished blocks are kept. Resume with: {_this_command()}", style=None)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _this_command() -> str:
-    """The command line of this process, as it goes on with what it has begun."""
+    """The command line that resumes the job of this process."""
     program = Path(sys.argv[0])
     start = ["python", "-m", f"gptq_belle.{program.stem}"] if program.suffix == ".py" else [program.name]
     return shlex.join([*start, *(word for word in sys.argv[1:] if word != "--restart")])
 
 
 def main() -> None:
-    """The command line of this one verb."""
+    """Run this command alone, for `python -m gptq_belle.quantize`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     console.run(app)

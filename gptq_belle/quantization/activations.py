@@ -1,6 +1,5 @@
-"""The calibration rows between two blocks: always on disk, for a restart, and in memory too where there is room."""
+"""The calibration activations between two blocks: on disk, to resume from, and in memory where there is room."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,30 @@ from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.journal import QUANTIZED, activations_name
 
 
-class Activations:
-    """Hidden states in front of a block, batch by batch; iterating gives (batch, T, hidden_size) float32 tensors.
+class BatchList:
+    """Batches (rows, T, hidden_size) in memory only, with the interface of `Activations` for one block."""
 
-    A file holds the batches' bytes one behind the other.
+    def __init__(self, *batches: Tensor) -> None:
+        self.batches, self.attention = batches, AttentionOutputs()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+class Activations:
+    """The inputs of a block; iterating gives one (batch, T, hidden_size) float32 tensor per batch.
+
+    A file holds the bytes of all batches in order.
 
     Args:
-        partial: ``OUT.partial``, below which their files lie (see `journal.activations_name`).
+        partial: ``OUT.partial``, which holds the files (see `journal.activations_name`).
         shapes: of the batches; none where nothing is calibrated.
         spill: keep them on disk only.
         model: whose they are, `journal.QUANTIZED` or `journal.FULL`.
 
     Attributes:
-        index: the block in front of which they stand.
-        contexts: what that block's attention has made of them, kept where they are; empty unless it is being solved.
+        index: the block whose inputs they are.
+        attention: recorded attention outputs of that block; empty unless it is being quantized.
     """
 
     def __init__(self, partial: Path, shapes: Iterable[tuple[int, ...]], *, spill: bool = False,
@@ -37,51 +46,46 @@ class Activations:
         self.partial, self.shapes, self.spill, self.model = partial, list(shapes), spill, model
         self.index = 0
         self.attention = AttentionOutputs(partial if spill else None)
-        self._kept: list[Tensor] | None = None
+        self._batches: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.shapes)
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield from self._kept if self._kept is not None else self._read()
+        yield from self._batches if self._batches is not None else self._read()
 
     def name(self, index: int) -> str:
-        """Path below ``OUT.partial`` of the states in front of block `index`."""
+        """Path below ``OUT.partial`` of the inputs of block `index`."""
         return activations_name(index, self.model)
 
-    @property
-    def nbytes(self) -> int:
-        """Of all batches."""
-        return sum(4 * math.prod(shape) for shape in self.shapes)
-
     def write(self, index: int, batches: Iterable[Tensor]) -> Stamp:
-        """Put the states in front of block `index` in the place of those that are here; `batches` may come of these.
+        """Replace the activations by the inputs of block `index`, which may be computed from the present ones.
 
-        Where `batches` ends in an error, the states are those of before.
+        Where `batches` raises, the present activations are kept.
         """
-        kept: list[Tensor] | None = None if self.spill else (self._kept or [])
+        written: list[Tensor] | None = None if self.spill else (self._batches or [])
         try:
             with DurableFile(self.partial / self.name(index)) as file:
                 for place, states in enumerate(batches):
                     states = states.to("cpu", torch.float32).contiguous()
                     file.write(byte_view(states))
-                    if kept is not None:
-                        kept[place : place + 1] = [states]  # in place: never two generations in memory
+                    if written is not None:
+                        written[place : place + 1] = [states]  # in place: never two generations in memory
         except Exception:
-            if self._kept is not None:
+            if self._batches is not None:
                 self.load(self.index)
             raise
-        self.index, self._kept = index, kept
+        self.index, self._batches = index, written
         return file.stamp
 
     def load(self, index: int) -> None:
-        """Go on with the states in front of block `index` that an earlier job has written."""
-        self.index, self._kept = index, None
+        """Use the inputs of block `index` that an earlier job has written."""
+        self.index, self._batches = index, None
         if not self.spill:
-            self._kept = list(self._read())
+            self._batches = list(self._read())
 
-    def forget(self, index: int) -> None:
-        """The states in front of block `index` are not needed any more."""
+    def delete(self, index: int) -> None:
+        """Delete the file of the inputs of block `index`."""
         (self.partial / self.name(index)).unlink(missing_ok=True)
 
     def _read(self) -> Iterator[Tensor]:
@@ -96,27 +100,27 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class ActivationPair:
-    """The calibration rows in the quantized model and, where its outputs are aimed at, in the full-precision one.
+    """The activations of the quantized model and, where its outputs are the target, of the full-precision model.
 
     Attributes:
-        quantized, full: in front of the same block.
-        seen: how many rows, from the first one on, Hessians see; those behind them are held out.
+        quantized, full: inputs of the same block.
+        hessian_rows: number of rows, the first ones, that Hessians see; the others are held out.
     """
 
     quantized: Activations
     full: Activations | None = None
-    seen: int = 0
+    hessian_rows: int = 0
 
     def __len__(self) -> int:
         return len(self.quantized)
 
     @property
     def models(self) -> list[Activations]:
-        """Those that there are."""
+        """The one or two that exist."""
         return [self.quantized] if self.full is None else [self.quantized, self.full]
 
     def write(self, index: int, *batches: Callable[[], Iterable[Tensor]]) -> dict[str, Stamp]:
-        """`Activations.write` for each model; where one ends in an error, all are those of before."""
+        """`Activations.write` for each model; where one raises, the present activations of all are kept."""
         before, files = self.quantized.index, {}
         for states, outputs in zip(self.models, batches, strict=True):
             try:
@@ -137,15 +141,7 @@ class ActivationPair:
         for states in self.models:
             states.load(index)
 
-    def forget(self, index: int) -> None:
-        """`Activations.forget` for each model."""
+    def delete(self, index: int) -> None:
+        """`Activations.delete` for each model."""
         for states in self.models:
-            states.forget(index)
-
-
-def map_batches(function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], advance: Callable[[], None],
-           ) -> Iterator[Tensor]:
-    """`function` of each batch, telling `advance` about every one."""
-    for states in batches:
-        yield function(states)
-        advance()
+            states.delete(index)

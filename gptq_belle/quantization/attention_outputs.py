@@ -1,7 +1,7 @@
-"""What a block's attention has computed, kept so that the passes behind it do not compute it again.
+"""Record the output of a block's attention, so that later passes through the block do not compute it again.
 
-A block is run once for every stage of its linears, each time up to that stage. Nothing in front of attention's output
-projection changes any more once that is reached: of four passes through q, k, v and the attention itself one is left.
+A block runs once for every stage of its linears, each time up to that stage. Once the output projection is reached, no
+weight before it changes: q, k, v and attention run in one pass instead of in four.
 """
 
 import tempfile
@@ -21,33 +21,23 @@ from gptq_belle.models.architectures import Architecture
 PieceContext = Callable[[], AbstractContextManager[None]]
 
 
-class BatchList:
-    """Batches (rows, T, hidden_size) in front of a block that are at hand, with contexts as `Activations` has them."""
-
-    def __init__(self, *batches: Tensor) -> None:
-        self.batches, self.attention = batches, AttentionOutputs()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.batches)
-
-
 class AttentionOutputs:
-    """Inputs of the output projection, piece by piece in the order in which they ran; float32, on the CPU.
+    """Inputs of the output projection, one tensor per piece of rows in the order in which they ran; float32 on the CPU.
 
     Args:
-        folder: where a file without a name keeps them; None for memory.
+        folder: keep them in an unnamed temporary file in this folder; None for memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._shapes: list[torch.Size] = []
-        self._kept: list[Tensor] = []
+        self._pieces: list[Tensor] = []
         self._file: BinaryIO | None = None
-        self._whole = False
+        self._complete = False
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._file is None:
-            yield from self._kept
+            yield from self._pieces
             return
         self._file.seek(0)
         for shape in self._shapes:
@@ -57,40 +47,41 @@ class AttentionOutputs:
             yield states
 
     def clear(self) -> None:
-        """Forget everything, and give its memory or the disk's space back."""
+        """Discard everything, and free its memory or disk space."""
         if self._file is not None:
             self._file.close()
-        self._shapes, self._kept, self._file, self._whole = [], [], None, False
+        self._shapes, self._pieces, self._file, self._complete = [], [], None, False
 
     @contextmanager
     def forward_pass(self, block: nn.Module, arch: Architecture,
                      stage: tuple[str, ...] | None = None) -> Iterator[PieceContext]:
-        """A context for one pass over all pieces, up to a stage or through the whole block.
+        """A context for one pass of all pieces, up to a stage or (None) through the whole block.
 
-        The first pass that comes to the output projection leaves here what the later ones take.
+        The first pass that reaches the output projection records its inputs; later passes replay them.
 
         Returns:
-            what each piece has to run in; between two pieces the block is as it was, and other rows may run.
+            A function that gives the context in which to run one piece; outside of it the block is unchanged, so that
+            other rows may run between two pieces.
         """
         if stage == arch.stages[0]:
             yield nullcontext
-        elif self._whole:
+        elif self._complete:
             recorded = iter(self)
-            yield lambda: self._replayed(block, arch, recorded)
+            yield lambda: self._replaying(block, arch, recorded)
         else:
-            yield lambda: self._recorded(block, arch)
-            self._whole = True
+            yield lambda: self._recording(block, arch)
+            self._complete = True
 
     @contextmanager
-    def _recorded(self, block: nn.Module, arch: Architecture) -> Iterator[None]:
-        hook = block.get_submodule(arch.output).register_forward_pre_hook(lambda _, inputs: self._put(inputs[0]))
+    def _recording(self, block: nn.Module, arch: Architecture) -> Iterator[None]:
+        hook = block.get_submodule(arch.output).register_forward_pre_hook(lambda _, inputs: self._record(inputs[0]))
         try:
             yield
         finally:
             hook.remove()
 
     @contextmanager
-    def _replayed(self, block: nn.Module, arch: Architecture, recorded: Iterator[Tensor]) -> Iterator[None]:
+    def _replaying(self, block: nn.Module, arch: Architecture, recorded: Iterator[Tensor]) -> Iterator[None]:
         attention: Any = block.get_submodule(arch.attention)
         output = block.get_submodule(arch.output)
 
@@ -99,22 +90,22 @@ class AttentionOutputs:
             result = output(next(recorded).to(weight.device))
             return (result.add_(args[1]) if arch.residual_in_attention else result), None
 
-        attention.forward = forward  # the instance's, which hides its class's
+        attention.forward = forward  # an attribute of the instance, which hides the method of its class
         try:
             yield
         finally:
             del attention.forward
 
-    def _put(self, states: Tensor) -> None:
+    def _record(self, states: Tensor) -> None:
         states = states.to("cpu", torch.float32).contiguous()
         if self.folder is None:
-            self._kept.append(states)
+            self._pieces.append(states)
             return
         try:
             if self._file is None:
                 self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115 - see clear
             self._file.write(byte_view(states))
         except OSError as error:
-            error.filename = str(self.folder)  # a full disk says no name by itself
+            error.filename = str(self.folder)  # the error of a full disk names no file
             raise
         self._shapes.append(states.shape)

@@ -1,8 +1,8 @@
-"""4 or 8 bits for each stage of a model, chosen by what 4 bits were measured to cost, under a budget.
+"""Choose 4 or 8 bits for each stage of a model by its measured loss in 4 bits, within a budget.
 
-The loss that is measured is that of one stage alone (see `sensitivity`). On the demo models the losses of all stages
-add up to 0.8 and 1.2 times the loss of all stages together, and 8 bits lose 1/300 of what 4 bits do: so the choice is
-a knapsack, the gain of 8 bits being the loss of 4.
+The loss is measured for one stage alone (see `sensitivity`). On the demo models the losses of all stages add up to 0.8
+and 1.2 times the loss of all stages together, and 8 bits lose 1/300 of what 4 bits lose: so the choice is a knapsack
+problem, in which the gain of 8 bits is the loss of 4.
 """
 
 import math
@@ -22,65 +22,67 @@ from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import linear_bytes, output_bytes
 from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.report import JobProgress
-from gptq_belle.quantization.sensitivity import BITS, measure, scratch_bytes
+from gptq_belle.quantization.sensitivity import LOW_BITS, measure_losses, scratch_bytes
 
-MORE = 8
-PLAIN = 16  # bits of what is not quantized
-MOST_UNITS = 100_000  # of room in the knapsack's table
-BUDGET = "Give bits a weight on average, such as 4.5, or a file size, such as 3.2GB."
-HEADER_BYTES = 160  # a tensor's line in a file's header, at most
+HIGH_BITS = 8
+FLOAT_BITS = 16  # of linears that are not quantized
+MAX_UNITS = 100_000  # size of the knapsack's table
+BUDGET = "Give average bits per weight, such as 4.5, or a file size, such as 3.2GB."
+HEADER_BYTES = 160  # upper bound per tensor in a safetensors header
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class FreeStage:
     """A stage whose bits are to be chosen.
 
     Attributes:
-        block: its number.
-        linears: their names inside the block.
-        weights: how many they have.
-        cost: what 8 bits take more than 4, in the budget's unit: bits of codes, or bytes of the file.
+        block: its index.
+        linears: names inside the block.
+        weights: number of weights.
+        extra: size of 8 bits minus that of 4, in the budget's unit: bits of codes, or bytes of the file.
     """
 
     block: int
     linears: tuple[str, ...]
     weights: int
-    cost: int
+    extra: int
 
 
-def stages_and_budget(job: QuantizationJob) -> tuple[list[Stage], int]:
-    """The stages that no override has settled, and what the budget leaves for 8 bits, in `Stage.cost`'s unit.
+def stages_and_budget(job: QuantizationJob) -> tuple[list[FreeStage], int]:
+    """The stages that no override matches, and the budget that 4 bits leave, in the unit of `FreeStage.extra`.
 
     Raises:
-        UsageError: no budget's form; less than 4 bits take; settings that it does not go with.
+        UsageError: an invalid budget, one smaller than 4 bits need, or settings that exclude a choice.
     """
     config, text = job.config, str(job.config.auto_bits)
-    if config.bits != BITS or config.method != "gptq":
-        raise UsageError(f"auto-bits chooses between {BITS} and {MORE} bits by GPTQ, not with {config.bits} bits, "
-                         f"method {config.method}", "Leave --bits and --method out.")
+    if config.bits != LOW_BITS or config.method != "gptq":
+        raise UsageError(f"auto-bits chooses between {LOW_BITS} and {HIGH_BITS} bits by GPTQ, not with {config.bits} "
+                         f"bits, method {config.method}", "Leave --bits and --method out.")
     shapes, blocks = linear_shapes(job.stream), range(job.stream.count)
     sized = _bits_of(text) is None
     stages = []
     for index, linears in ((index, stage) for index in blocks for stage in job.stream.arch.stages):
         if _is_free(job, index, linears[0]):
             weights = sum(shapes[name].numel() for name in linears)
-            cost = sum(linear_bytes(replace(config, bits=MORE, auto_bits=None), *shapes[name]) -
-                       linear_bytes(config, *shapes[name]) for name in linears) if sized else (MORE - BITS) * weights
-            stages.append(Stage(index, linears, weights, cost))
+            extra = (HIGH_BITS - LOW_BITS) * weights
+            if sized:
+                extra = sum(linear_bytes(replace(config, bits=HIGH_BITS, auto_bits=None), *shapes[name]) -
+                            linear_bytes(config, *shapes[name]) for name in linears)
+            stages.append(FreeStage(index, linears, weights, extra))
     room = _room_in_bytes(job, text) if sized else _room_in_bits(job, float(text))
     if room < 0:
-        raise UsageError(f"auto-bits {text} is less than {BITS} bits and the overrides take",
+        raise UsageError(f"auto-bits {text} is less than {LOW_BITS} bits and the overrides need",
                          f"Allow {_least(job, text, room)} or more.")
     return stages, room
 
 
 def choose_bits(job: QuantizationJob, journal: Journal,
                 progress: JobProgress) -> tuple[QuantizationJob, dict[str, Any] | None]:
-    """Measure and choose, or take what an earlier run of the same job has chosen.
+    """Measure and choose, or use the choice of an earlier run of the same job.
 
     Returns:
         The job with the choice among its overrides; and the choice for the report, None without a budget:
-        {"budget", "average_bits", "stages": [{"block", "linears", "weights", "loss" (nats a token), "bits"}]}.
+        {"budget", "average_bits", "stages": [{"block", "linears", "weights", "loss" (nats per token), "bits"}]}.
     Raises:
         UsageError: see `stages_and_budget`.
     """
@@ -89,27 +91,28 @@ def choose_bits(job: QuantizationJob, journal: Journal,
     stages, room = stages_and_budget(job)
     if journal.choice is None:
         def step(index: int) -> None:
-            progress.phase(f"measuring what {BITS} bits cost each stage: block {index + 1} of {job.stream.count}")
+            progress.phase(f"measuring the loss of {LOW_BITS} bits in each stage: block {index + 1} of "
+                           f"{job.stream.count}")
 
-        losses = measure(job, [(stage.block, stage.linears) for stage in stages],
+        losses = measure_losses(job, [(stage.block, stage.linears) for stage in stages],
                          journal.folder / "versions.f32", step)
-        more = knapsack(losses, [stage.cost for stage in stages], room)
+        more = knapsack(losses, [stage.extra for stage in stages], room)
         journal.choose({"budget": job.config.auto_bits, "stages": [
             {"block": stage.block, "linears": list(stage.linears), "weights": stage.weights, "loss": loss,
-             "bits": MORE if place in more else BITS}
+             "bits": HIGH_BITS if place in more else LOW_BITS}
             for place, (stage, loss) in enumerate(zip(stages, losses, strict=True))]})
     assert journal.choice is not None
     config = config_of_choice(job, {(row["block"], row["linears"][0]) for row in journal.choice["stages"]
-                                 if row["bits"] == MORE})
+                                 if row["bits"] == HIGH_BITS})
     chosen = replace(job, config=config)
     average = average_bits(chosen)
-    progress.phase(f"{MORE} bits for {sum(row['bits'] == MORE for row in journal.choice['stages'])} of {len(stages)} "
-                   f"stages, {average:.3f} bits a weight on average")
+    high = sum(row["bits"] == HIGH_BITS for row in journal.choice["stages"])
+    progress.phase(f"{HIGH_BITS} bits for {high} of {len(stages)} stages, {average:.3f} bits per weight on average")
     return chosen, journal.choice | {"average_bits": average}
 
 
 def describe_estimate(job: QuantizationJob) -> str:
-    """What a dry run says of the choice; "" where there is none to be made.
+    """The estimate of the choice for a dry run; "" without a budget.
 
     Raises:
         UsageError: see `stages_and_budget`.
@@ -117,10 +120,10 @@ def describe_estimate(job: QuantizationJob) -> str:
     if job.config.auto_bits is None:
         return ""
     stages, room = stages_and_budget(job)
-    most = min(room, sum(stage.cost for stage in stages)) / (1 if _bits_of(str(job.config.auto_bits)) is None else 8)
+    most = min(room, sum(stage.extra for stage in stages)) / (1 if _bits_of(str(job.config.auto_bits)) is None else 8)
     scratch = scratch_bytes(job, len(stages)) / 1e6
-    return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not in the "
-            f"one above; those that get {MORE} bits then take up to {most / 1e6:,.1f} MB more")
+    return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not included "
+            f"above; those that get {HIGH_BITS} bits then add up to {most / 1e6:,.1f} MB")
 
 
 def config_of_choice(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantConfig:
@@ -130,17 +133,17 @@ def config_of_choice(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantC
         blocks = [str(index) for index in range(job.stream.count) if (index, stage[0]) in more]
         if blocks:
             names = "|".join(map(re.escape, stage))
-            overrides.append(Override(rf"{re.escape(arch.blocks)}\.(?:{'|'.join(blocks)})\.(?:{names})$", bits=MORE))
+            pattern = rf"{re.escape(arch.blocks)}\.(?:{'|'.join(blocks)})\.(?:{names})$"
+            overrides.append(Override(pattern, bits=HIGH_BITS))
     return resolve_overrides(replace(job.config, overrides=tuple(overrides)), arch, job.stream.count)
 
 
 def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[int]:
-    """The places whose values add up to most while their costs stay within `room`: exact, by dynamic programming.
+    """Indices with the largest sum of values whose costs fit in `room`: exact, by dynamic programming.
 
-    Where the costs' greatest common divisor leaves more than `MOST_UNITS` units of room, costs are rounded up to larger
-    ones.
+    Where the costs' greatest common divisor gives more than `MAX_UNITS` units, costs are rounded up to larger units.
     """
-    unit = max(math.gcd(*costs), -(-room // MOST_UNITS), 1)
+    unit = max(math.gcd(*costs), -(-room // MAX_UNITS), 1)
     size = room // unit
     best = np.zeros(size + 1)
     taken = np.zeros((len(values), size + 1), dtype=bool)
@@ -159,20 +162,20 @@ def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[in
 
 
 def average_bits(job: QuantizationJob) -> float:
-    """Bits a weight over the linears of all blocks; scales and zero points are not counted."""
+    """Bits per weight over the linears of all blocks, without scales and zero points."""
     bits, weights = _codes(job)
     return bits / weights
 
 
 def _bits_of(text: str) -> float | None:
-    """Average bits a weight, or None where the budget is a size."""
+    """Average bits per weight, or None where the budget is a size."""
     if not re.fullmatch(r"\d+(\.\d+)?", text):
         with suppress(UsageError):
             parse_bytes(text)
             return None
         raise UsageError(f"auto-bits {text!r} is neither bits nor a size", BUDGET)
-    if not BITS <= float(text) <= MORE:
-        raise UsageError(f"auto-bits {text} is not between {BITS} and {MORE}",
+    if not LOW_BITS <= float(text) <= HIGH_BITS:
+        raise UsageError(f"auto-bits {text} is not between {LOW_BITS} and {HIGH_BITS}",
                          BUDGET)
     return float(text)
 
@@ -183,13 +186,13 @@ def _is_free(job: QuantizationJob, index: int, name: str) -> bool:
 
 
 def _codes(job: QuantizationJob) -> tuple[int, int]:
-    """Bits of all codes, and weights."""
+    """Total bits of codes, and number of weights."""
     bits = weights = 0
     for name, shape in linear_shapes(job.stream).items():
         for index in range(job.stream.count):
             own = job.config.of(f"{job.stream.arch.blocks}.{index}.{name}")
             weights += shape.numel()
-            bits += shape.numel() * (PLAIN if own is None else own.bits)
+            bits += shape.numel() * (FLOAT_BITS if own is None else own.bits)
     return bits, weights
 
 

@@ -1,5 +1,4 @@
-"""One block of a job: capture, solve, pack, write, propagate; and what is tried where a GPU's memory does not suffice.
-"""
+"""Quantize one block: accumulate Hessians, solve, pack, write, propagate; with fallbacks where GPU memory runs out."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from gptq_belle.common.files import Stamp
 from gptq_belle.common.memory import PeakMemory, trim_heap
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
-from gptq_belle.quantization.activations import ActivationPair, Activations, map_batches
+from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import Journal, Record
@@ -26,7 +25,7 @@ from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerificati
 
 
 class BlockQuantizer:
-    """What is done to every block, and what that shares from block to block."""
+    """Quantizes the blocks of a job one after another."""
 
     def __init__(self, stream: BlockStream, writer: CheckpointWriter, journal: Journal, config: QuantConfig,
                  memory: PeakMemory, progress: JobProgress) -> None:
@@ -34,41 +33,42 @@ class BlockQuantizer:
         self.memory, self.progress, self.clock = memory, progress, stream.clock
 
     def steps(self, batches: int) -> int:
-        """Solutions, and the batches that run once a stage and once more behind the block (but not the last one)."""
+        """Progress steps per block: one per linear, and per batch one for each stage and for each model's propagation.
+        """
         arch = self.stream.arch
         return len(arch.linears) + batches * (len(arch.stages) + (2 if self.config.techniques.alpha else 1))
 
     def run(self, index: int, activations: ActivationPair, verification: BlockVerification) -> None:
-        """Quantize a block, move the activations behind it, and commit both.
+        """Quantize a block, replace the activations by the block's outputs, and commit both.
 
-        Where a GPU runs out of memory, the block is begun again with half as many rows at a time, at last on the CPU;
-        the record says so. Rows at a time stay halved, for the next block is as large; the device does not.
+        Where GPU memory runs out, the block is started again with half as many rows at a time, finally on the CPU, and
+        the record notes it. The number of rows stays halved, because the next block is as large; the device does not.
 
         Raises:
             OutOfMemoryError: on the CPU too.
         """
         notes: list[str] = []
-        device, failed = self.stream.device, torch.OutOfMemoryError()
-        for way in self._fallbacks(activations):
+        device, failure = self.stream.device, torch.OutOfMemoryError()
+        for description in self._fallbacks(activations):
             self.clock.restart()
-            began = time.perf_counter()
+            started = time.perf_counter()
             try:
                 record, files, tensors = self._attempt(index, activations, verification)
                 break
             except torch.OutOfMemoryError as error:
-                failed = error.with_traceback(None)  # whose frames hold what is to be freed
-                notes.append(f"block {index}: out of memory {way}")
+                failure = error.with_traceback(None)  # its frames hold the tensors to be freed
+                notes.append(f"block {index}: out of memory {description}")
                 self.progress.phase(notes[-1])
         else:
-            raise failed
+            raise failure
         self.stream.device = device
         record.notes = notes
-        record.phases = self.clock.restart() | {"total": time.perf_counter() - began}
+        record.phases = self.clock.restart() | {"total": time.perf_counter() - started}
         self.journal.commit(record, files, tensors)
-        activations.forget(index)
+        activations.delete(index)
 
     def _fallbacks(self, activations: ActivationPair) -> Iterator[str]:
-        """What is tried one after the other, each in words once it is set."""
+        """Set each fallback strategy in order, and yield its description."""
         stream = self.stream
         rows = stream.max_rows or max((shape[0] for shape in activations.quantized.shapes), default=1)
         yield f"on {stream.device} with {rows} rows at a time"
@@ -83,7 +83,7 @@ class BlockQuantizer:
 
     def _attempt(self, index: int, activations: ActivationPair,
                  verification: BlockVerification) -> tuple[Record, dict[str, Stamp], dict[str, Tensor]]:
-        """Everything about a block but the record's last lines."""
+        """Quantize and write a block; its record, without notes and phases, its files, and tensors for the journal."""
         stream, record, originals = self.stream, Record(), OriginalWeights()
         block = stream.load_block(index)
         stream.prefetch(index + 1)
@@ -102,39 +102,40 @@ class BlockQuantizer:
         record.peak_memory = self.memory.bytes
         return record, files, tensors
 
-    def _propagate(self, index: int, block: nn.Module, activations: ActivationPair, originals: OriginalWeights,
-                   ) -> dict[str, Stamp]:
-        """Move the activations behind the block, those of the full-precision model through its original weights."""
+    def _propagate(self, index: int, block: nn.Module, activations: ActivationPair,
+                   originals: OriginalWeights) -> dict[str, Stamp]:
+        """Replace the activations by the block's outputs, in the full-precision model with the original weights."""
         def outputs(states: Activations) -> Iterator[Tensor]:
             with states.attention.forward_pass(block, self.stream.arch) as piece_context:
-                yield from map_batches(lambda batch: self.stream.run(block, batch, piece_context), states,
-                                       self.progress.step)
+                for batch in states:
+                    yield self.stream.run(block, batch, piece_context)
+                    self.progress.step()
 
-        def full() -> Iterator[Tensor]:
+        def full_outputs() -> Iterator[Tensor]:
             assert activations.full is not None
-            with originals.in_place(block):
+            with originals.restored(block):
                 yield from outputs(activations.full)
 
-        ways = [lambda: outputs(activations.quantized), full]
-        return activations.write(index + 1, *ways[: len(activations.models)])
+        outputs_of = [lambda: outputs(activations.quantized), full_outputs]
+        return activations.write(index + 1, *outputs_of[: len(activations.models)])
 
     def _solve(self, index: int, block: nn.Module, activations: ActivationPair, originals: OriginalWeights,
                record: Record) -> dict[str, Tensor]:
-        """Solve the linears in the order in which they run; the tensors that the file holds of the block."""
+        """Quantize the linears in the order in which they run; the block's tensors as the file stores them."""
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            own = self.config.of(f"{prefix}.{stage[0]}")  # and of all the stage, see overrides.resolve_overrides
-            found = None
-            if len(activations) and own:
-                found = self._inputs(block, stage, prefix, activations, originals, own)
+            config = self.config.of(f"{prefix}.{stage[0]}")  # of the whole stage, see overrides.resolve_overrides
+            inputs = None
+            if len(activations) and config:
+                inputs = self._hessians(block, stage, prefix, activations, originals, config)
             for name in stage:
                 if activations.full is not None:
-                    originals.keep(block, f"{name}.weight")
-                if own is None:
+                    originals.save(block, f"{name}.weight")
+                if config is None:
                     row = self._keep_float16(block, name, f"{prefix}.{name}")
                 else:
-                    packed, row = self._linear(block, name, f"{prefix}.{name}", found, own)
+                    packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, config)
                     tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
@@ -142,45 +143,47 @@ class BlockQuantizer:
                           block.named_parameters() if f"{prefix}.{name.removesuffix('.weight')}.qweight" not in tensors}
 
     def _keep_float16(self, block: nn.Module, name: str, full_name: str) -> LinearReport:
-        """A linear that stays in float16, which is what the blocks behind it shall see."""
+        """Round a linear that is not quantized to float16, so that later blocks see the stored values."""
         weight = block.get_parameter(f"{name}.weight")
         rounded = self.stream.float16(f"{full_name}.weight", weight).float()
         error = float((rounded - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
         assign(block, f"{name}.weight", rounded)
         return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
 
-    def _inputs(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: ActivationPair,
-                originals: OriginalWeights, config: QuantConfig) -> tuple[StageHessians, HessianFactor]:
-        """What the solver knows of the inputs that the linears of a stage share."""
+    def _hessians(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: ActivationPair,
+                  originals: OriginalWeights, config: QuantConfig) -> tuple[StageHessians, HessianFactor]:
+        """The Hessians of the inputs that the linears of a stage share, and their factor."""
         full = None if activations.full is None else (originals, activations.full)
-        found = accumulate_hessians(self.stream, block, stage, activations.quantized, full, activations.seen,
-                                    self.progress.step)
-        with self.clock("solving"), _naming(f"{prefix}.{stage[0]}"):
-            return found, factorize(found.hessian, config)
+        hessians = accumulate_hessians(self.stream, block, stage, activations.quantized, full, activations.hessian_rows,
+                                       self.progress.step)
+        with self.clock("solving"), _layer_named(f"{prefix}.{stage[0]}"):
+            return hessians, factorize(hessians.hessian, config)
 
     def _linear(self, block: nn.Module, name: str, full_name: str, inputs: tuple[StageHessians, HessianFactor] | None,
                 config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
-        """Quantize one linear in place, by its own settings."""
-        began = time.perf_counter()
+        """Quantize one linear in place; without Hessians its weight is rounded to nearest."""
+        started = time.perf_counter()
         weight = block.get_parameter(f"{name}.weight").detach()
         N, K = weight.shape
-        with self.clock("solving"), _naming(full_name):
-            choice = ChosenSolution(round_to_nearest(weight, config), "", {}) if inputs is None else best_solution(
-                weight, *inputs, config)
-        solution = choice.solution
+        with self.clock("solving"), _layer_named(full_name):
+            if inputs is None:
+                chosen = ChosenSolution(round_to_nearest(weight, config), "", {})
+            else:
+                chosen = best_solution(weight, *inputs, config)
+        solution = chosen.solution
         with self.clock("packing"):
             needed = inputs is not None and inputs[0].cross is not None  # by the full-precision model
             assign(block, f"{name}.weight", dequantize(solution.weight, out=None if needed else weight))
             packed = pack(solution.weight, config.bits, config.checkpoint_format)
             trim_heap()
-        seconds = time.perf_counter() - began
-        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits, choice.won,
-                                    choice.held_out)
+        seconds = time.perf_counter() - started
+        return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits, chosen.won,
+                                    chosen.held_out)
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """An error inside says which layer it was."""
+def _layer_named(name: str) -> Iterator[None]:
+    """Add the layer's name to an InputError."""
     try:
         yield
     except InputError as error:
@@ -188,6 +191,5 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _empty_cuda_cache(device: torch.device) -> None:
-    """Hand the memory that torch keeps for later back to a GPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

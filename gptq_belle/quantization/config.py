@@ -1,13 +1,13 @@
-"""How to quantize: the settings of a job, their validation, and the dictionary that stands in a checkpoint."""
+"""How to quantize: the settings of a job, their validation, the presets, and the dictionary written to config.json."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from gptq_belle import __version__
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import BITS
-from gptq_belle.quantization.presets import DISABLED, PRESETS, Techniques, techniques_of
 
 GROUP_SIZES = (32, 64, 128, -1)
 HEAD_BITS = (16, 8, 4)
@@ -18,16 +18,58 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Override:
-    """Other settings for some linears; see `overrides.parse_override` for the way they are given on the command line.
+class Techniques:
+    """What a job does beyond plain GPTQ, which is all defaults.
 
     Attributes:
-        pattern: a regular expression that `re.match` holds against full names of linears, from their start on.
-        bits, group_size, sym: as in `QuantConfig`; None leaves the job's.
+        search: search the scales by weighted rounding error instead of min-max (`grid.searched_grid`).
+        static_order: quantize inputs in order of decreasing activation, in static groups (`solver.candidate_weights`).
+        sweeps: number of sweeps of scale refit and coordinate descent after GPTQ (`refine.refine`).
+        alpha: how far targets move towards the full-precision model's outputs, 0 .. 1
+            (`solution_choice.full_precision_target`).
+        held_out_every: every n-th calibration row is held out of the Hessians and decides between solutions
+            (`solution_choice.best_solution`); 0 for none.
+        tuning_steps: maximum number of steps of end-to-end tuning after the last block (`end_to_end`).
+    """
+
+    search: bool = False
+    static_order: bool = False
+    sweeps: int = 0
+    alpha: float = 0.0
+    held_out_every: int = 0
+    tuning_steps: int = 0
+
+    def disable(self, names: Iterable[str]) -> "Techniques":
+        """The techniques without those named, keys of `DISABLED`."""
+        techniques = self
+        for name in names:
+            techniques = replace(techniques, **DISABLED[name])
+        return techniques
+
+
+_BEST = Techniques(search=True, static_order=True, sweeps=2, alpha=0.5, held_out_every=16)
+PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, tuning_steps=100)}
+DISABLED: dict[str, dict[str, Any]] = {  # the values that disable a technique, by its name in `QuantConfig.without`
+    "search": {"search": False},
+    "order": {"static_order": False},
+    "refine": {"sweeps": 0},
+    "targets": {"alpha": 0.0},
+    "veto": {"held_out_every": 0},
+    "tuning": {"tuning_steps": 0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Different settings for some linears; `overrides.parse_override` reads them from the command line.
+
+    Attributes:
+        pattern: regular expression that is matched against full names of linears, from their start (`re.match`).
+        bits, group_size, sym: as in `QuantConfig`; None keeps the job's value.
         skip: leave the linears in float16.
 
     Raises:
-        UsageError: no regular expression, a value that is not allowed, or nothing that it changes.
+        UsageError: not a regular expression, a value that is not allowed, or an override that changes nothing.
     """
 
     pattern: str
@@ -40,7 +82,7 @@ class Override:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UsageError(f"override {self.pattern!r} is no regular expression: {error}",
+            raise UsageError(f"override {self.pattern!r} is not a regular expression: {error}",
                              EXPRESSION) from error
         if self.bits is not None:
             _check("bits", self.bits, BITS)
@@ -53,7 +95,7 @@ class Override:
                              f"Name at least one of {', '.join(OVERRIDABLE)}, or skip alone.")
 
     def values(self) -> dict[str, Any]:
-        """What it sets, by `QuantConfig`'s names."""
+        """The values that it sets, by `QuantConfig`'s names."""
         values = {name: getattr(self, name) for name in OVERRIDABLE}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -63,23 +105,22 @@ class QuantConfig:
     """Settings of one quantization job.
 
     Attributes:
-        bits: bits a weight, one of 2, 3, 4, 8.
-        group_size: inputs that share a scale and a zero point: 32, 64, 128, or -1 for a whole row.
-        sym: one fixed zero point in the middle of the codes, 2**(bits - 1), instead of one a group.
-        act_order: solve columns by falling Hessian diagonal; groups follow that order. ``desc_act``, its name on disk,
-            can be given and read instead.
-        damp: first damping tried, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3).
-            ``damp_percent``, its name on disk, can be given and read instead.
+        bits: bits per weight: 2, 3, 4 or 8.
+        group_size: inputs that share a scale and a zero point: 32, 64, 128, or -1 for one group per output channel.
+        sym: symmetric quantization: the zero point is always 2**(bits - 1).
+        act_order: quantize columns in order of decreasing activation; groups follow that order. ``desc_act``, its name
+            on disk, can be given and read instead.
+        damp: first damping, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3). ``damp_percent``,
+            its name on disk, can be given and read instead.
         method: "gptq", or "rtn" for rounding to nearest without calibration.
-        preset: "best", "fast" for plain GPTQ, or "max", which also tunes the whole model (see
-            `quantization.presets.PRESETS`).
-        without: ideas of the preset that are switched off (see `quantization.presets.DISABLED`).
-        positive_scales: for readers that cannot take negative ones; costs a little quality.
-        head_bits: 16 leaves embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
+        preset: "fast" for plain GPTQ, "best", or "max", which also tunes the whole model (`PRESETS`).
+        without: techniques of the preset to disable (`DISABLED`).
+        positive_scales: for readers that do not accept negative scales; costs a little quality.
+        head_bits: 16 keeps embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
             embedding too) is stored packed under names of our own, which `gptq_belle.load` alone reads.
-        overrides: other settings for some linears (``dynamic`` on disk); no two may match the same one.
-        auto_bits: a budget, in bits a weight on average ("4.5") or as a file size ("3.2GB"), under which the job
-            chooses 4 or 8 bits for every stage that no override settles (see `quantization.auto_bits`).
+        overrides: different settings for some linears (``dynamic`` on disk); no two may match the same linear.
+        auto_bits: a budget, in average bits per weight ("4.5") or as a file size ("3.2GB"), within which the job
+            chooses 4 or 8 bits for every stage that no override matches (see `auto_bits.choose_bits`).
 
     Raises:
         UsageError: a value is not among the allowed ones, or the two names of a setting have different values.
@@ -129,22 +170,22 @@ class QuantConfig:
         _check("group size", self.group_size, GROUP_SIZES)
         _check("method", self.method, METHODS)
         _check("preset", self.preset, tuple(PRESETS))
-        for idea in self.without:
-            _check("without", idea, tuple(DISABLED))
+        for name in self.without:
+            _check("without", name, tuple(DISABLED))
         if not 0 < self.damp < 1:
             raise UsageError(f"damp {self.damp} is not allowed", "Choose a number above 0 and below 1, such as 0.01.")
 
     @property
     def techniques(self) -> Techniques:
-        """What the job does beyond plain GPTQ; nothing where it rounds to nearest."""
-        return techniques_of("fast") if self.method == "rtn" else techniques_of(self.preset, self.without)
+        """The preset's techniques without those that are disabled; none for rounding to nearest."""
+        return Techniques() if self.method == "rtn" else PRESETS[self.preset].disable(self.without)
 
     @property
     def checkpoint_format(self) -> str:
-        """"gptq" (zero points stored minus one) where all is symmetric, "gptq_v2" (stored as they are) where not.
+        """"gptq" (zero points stored minus one) where all linears are symmetric, else "gptq_v2" (stored unchanged).
 
-        Readers disagree on whether a stored 15 means 16 or 0, and an asymmetric zero point can be 0. It is one for the
-        whole file: `of` does not change it.
+        Readers disagree on whether a stored 15 means 16 or 0, and an asymmetric zero point can be 0. The format holds
+        for the whole file: `of` does not change it.
         """
         return "gptq" if self.sym and all(override.sym is None for override in self.overrides) else "gptq_v2"
 
@@ -156,7 +197,7 @@ class QuantConfig:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The ``quantization_config`` of config.json, which is also the whole of quantize_config.json."""
+        """The ``quantization_config`` of config.json, which is also the content of quantize_config.json."""
         return {
             "quant_method": "gptq",
             "bits": self.bits,
@@ -176,7 +217,7 @@ class QuantConfig:
         }
 
     def _dynamic(self) -> dict[str, dict[str, Any]]:
-        """The overrides as GPTQModel writes them: by "+:" or, where nothing is quantized, "-:" and the expression."""
+        """The overrides as GPTQModel writes them: the pattern after "+:" or, where it skips, "-:"."""
         return {f"{'-' if override.skip else '+'}:{override.pattern}": override.values() for override in self.overrides}
 
 

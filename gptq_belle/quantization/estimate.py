@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from gptq_belle.formats.gptq_weight import dequantize, pack
-from gptq_belle.quantization.attention_outputs import BatchList
+from gptq_belle.quantization.activations import BatchList
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.end_to_end.estimate import check_tuning, tuning_seconds
 from gptq_belle.quantization.end_to_end.rows import scratch_bytes
@@ -56,7 +56,7 @@ def estimate(job: QuantizationJob, limit: int | None = None) -> Estimate:
     memory, spill = estimate_memory(job), must_spill(job, limit)
     output = output_bytes(job)
     generations = (1 if job.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
-    tuning, scratch = check_tuning(job, limit), scratch_bytes(job) if job.config.techniques.steps else 0
+    tuning, scratch = check_tuning(job, limit), scratch_bytes(job) if job.config.techniques.tuning_steps else 0
     disk = output + max(output, generations * memory.activations // 2, scratch)
     return Estimate(_seconds(job), max(memory.floor if spill else memory.total, tuning), spill, disk, output,
                     job.stream.count, job.stream.count * len(job.stream.arch.linears),
@@ -85,7 +85,7 @@ def _seconds(job: QuantizationJob) -> float:
         with states.attention.forward_pass(block, stream.arch) as piece_context:
             stream.run(block, states.batches[0], piece_context)
     rows += time.perf_counter() - began
-    tuning = tuning_seconds(job, block) if job.config.techniques.steps else 0.0
+    tuning = tuning_seconds(job, block) if job.config.techniques.tuning_steps else 0.0
     stream.release(block)
     batches = 0.0 if batch is None or job.tokens is None else job.tokens.numel() / math.prod(batch.shape[:2])
     written = 2 * output_bytes(job) + models * stream.count * 4 * batches * math.prod(

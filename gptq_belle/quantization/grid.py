@@ -1,4 +1,4 @@
-"""Where the inner loops of quantizing run: in kernels where there are some, else in torch, operation by operation."""
+"""Quantization grids: the scale and zero point of each group, by min-max range or by weighted search."""
 
 from types import ModuleType
 
@@ -8,9 +8,15 @@ from torch import Tensor
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import cpu_solver, triton_matmul
 
+SMALLEST_SCALE = 1e-7  # float16 still holds it (its smallest step is 6e-8); groups below it count as all zero
+SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits left here; fewer are not worth a searched or refitted scale
+POINTS = 28  # candidate scales of a search, for either sign
+NARROWEST, WIDEST = 0.55, 1.1  # range of a search, as shares of the span that reaches the largest weight
+VALUES_AT_A_TIME = 1 << 18  # of a search in torch: its working set then stays in the cache
 
-def kernels(tensor: Tensor) -> ModuleType | None:
-    """The module whose `solve_block` and `descend` serve such tensors, `BLOCK` inputs at a time; None: torch does."""
+
+def fused_kernels(tensor: Tensor) -> ModuleType | None:
+    """The module whose `solve_block` and `descend` accept this tensor, up to `BLOCK` inputs a call; None for torch."""
     if cpu_solver.is_supported(tensor):
         return cpu_solver
     if not tensor.is_cuda or tensor.dtype != torch.float32 or triton_matmul.unavailable_reason(tensor.device):
@@ -20,23 +26,15 @@ def kernels(tensor: Tensor) -> ModuleType | None:
     return triton_gptq
 
 
-SMALLEST_SCALE = 1e-7  # float16 still holds it (its smallest step is 6e-8); below, a group counts as all zero
-SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits left there, and a searched or refitted scale is not worth fewer
-POINTS = 28  # of a search, for either sign
-NARROWEST, WIDEST = 0.55, 1.1  # of a search, as shares of the span that reaches the largest weight
-VALUES_AT_A_TIME = 1 << 18  # of a search in torch: what its steps read and write then stays in the cache
-
-
 def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """The grid that spans a group's smallest and largest weight, zero always included (GPTQ's own choice).
+    """The grid from a group's smallest to its largest weight, zero included (the original GPTQ's choice).
 
     Args:
         weight: (g, N), the group's weights.
-        bits: bits a code.
-        sym: the same span on both sides of zero, and the zero point in the middle of the codes.
+        bits: bits per code.
+        sym: the same range on both sides of zero, with the zero point in the middle of the codes.
     Returns:
-        scales (N,) in weight's dtype, rounded to what float16 holds; zeros (N,) in weight's dtype, whole numbers in
-        0 .. 2**bits - 1.
+        scales (N,) in weight's dtype, rounded to float16; zeros (N,) in weight's dtype, integers in 0 .. 2**bits - 1.
     Raises:
         InputError: a scale is too large for float16.
     """
@@ -51,19 +49,19 @@ def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
 
 def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
                   positive: bool = False) -> tuple[Tensor, Tensor]:
-    """The grid with the smallest error of rounding, each input weighted by how much it matters.
+    """The grid with the smallest weighted rounding error, sum over k of importance_k (w_k - q_k)^2.
 
-    Minimises sum_k h_k (w_k - s (code_k - zero))^2 over `POINTS` spans; where symmetric, over both signs of s too, for
-    there is one more code below zero than above (weighted clipping search as in AWQ, arXiv 2306.00978, section 3.2;
-    signed scales as in llama.cpp's Q4_0). Of equal ones, the first stays.
+    Candidates are narrower and slightly wider spans than min-max; where symmetric, with both signs of the scale too,
+    because there is one more code below zero than above (weighted clipping search as in AWQ, arXiv 2306.00978, section
+    3.2; signed scales as in llama.cpp's Q4_0). The first of equally good candidates is taken.
 
     Args:
         weight: (g, N), the group's weights.
-        importance: (g,), h, such as `hessian.remaining_error`; positive.
+        importance: (g,), positive, such as `hessian.remaining_error`.
         bits, sym: as for `min_max_grid`.
-        positive: no negative scales.
+        positive: exclude negative scales.
     Returns:
-        scales (N,) and zeros (N,), as `min_max_grid`; scales may be negative.
+        scales (N,) and zeros (N,) as `min_max_grid`; scales may be negative.
     Raises:
         InputError: a scale is too large for float16.
     """
@@ -82,7 +80,10 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
 
 
 def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The first of the best candidates for some outputs, (N,) int64; -1 where none counts. `cpu_solver.search_grid`."""
+    """Index of the best candidate for each output (N,) int64, the first of equals; -1 where none is valid.
+
+    The same as `cpu_solver.search_grid`.
+    """
     least = torch.full_like(scales[0], torch.inf)
     best = torch.full(least.shape, -1, device=least.device)
     for index, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
@@ -95,10 +96,10 @@ def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, b
 
 
 def _candidate_grids(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
-    """Scales, rounded to float16, and zeros that a search looks at, for groups from low <= 0 to high >= 0, each (N,).
+    """Candidate scales, rounded to float16, and zeros of a search, for groups from low <= 0 to high >= 0, each (N,).
 
     Symmetric: +-(absmax / (2**(b-1) - 0.5)) times `NARROWEST` .. `WIDEST`, and absmax / 2**(b-1), which with the right
-    sign reaches the largest weight exactly. Asymmetric: the min-max span times the same.
+    sign reaches the largest weight exactly. Asymmetric: the min-max span times the same shares.
 
     Returns:
         (candidates, N) both.
@@ -117,23 +118,19 @@ def _candidate_grids(low: Tensor, high: Tensor, bits: int, sym: bool, positive: 
 
 
 def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """The nearest codes, clamped to 0 .. 2**bits - 1, still in weight's dtype; all arguments broadcast."""
+    """The nearest codes, clamped to 0 .. 2**bits - 1, in weight's dtype; all arguments broadcast."""
     return (weight / scales).round_().add_(zeros).clamp_(0, (1 << bits) - 1)
 
 
 def check_storable(scales: Tensor) -> None:
-    """Refuse scales that float16 does not hold, infinite ones included.
-
-    Raises:
-        InputError: one is too large.
-    """
+    """Raise InputError where a scale is too large for float16 or infinite."""
     if not torch.isfinite(scales.to(torch.float16)).all():
         raise InputError(f"a group's scale {float(scales.max()):.3g} is too large for float16",
                          "The weights of this layer are not those of a trained model; check the source.")
 
 
 def _float16_exact(scales: Tensor) -> Tensor:
-    """Round to float16 and back, so that codes are chosen for the scale that the file will hold."""
+    """Round to float16 and back, so that codes are chosen for the scale that is stored; 1 for groups of zeros."""
     check_storable(scales)
     rounded = _rounded_to_float16(scales)
     return torch.where(rounded < SMALLEST_SCALE, 1.0, rounded)

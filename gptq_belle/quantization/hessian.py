@@ -1,48 +1,47 @@
-"""The layer-wise Hessian H = X^T X / n of the calibration inputs X, and the Cholesky factor of its inverse."""
+"""The layer-wise Hessian H = X^T X / n of the calibration inputs X, the Cholesky factor of its inverse, and the output
+error that H measures."""
 
 import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError
-from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, all_finite
+from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, QuantizedWeight, all_finite, dequantize
 
-COLUMNS = 512  # of the sum at a time: of 4096 x 4096 products 56 % are computed, in pieces that are no slower a product
-LARGEST_DAMP = 1.0  # beyond, H is mostly the identity and GPTQ mostly rounding to nearest: better said than done
+COLUMNS = 512  # at a time: of a symmetric 4096 x 4096 product 56 % is computed, at the speed of the whole
+LARGEST_DAMP = 1.0  # beyond it H is mostly the identity, and GPTQ mostly rounding to nearest: an error is more honest
 
 
 class HessianMean:
-    """The running mean of x x^T over calibration tokens, in float32.
-
-    Of its two equal triangles one is summed up.
+    """Running mean of x x^T over calibration tokens, in float32; only the lower triangle is accumulated.
 
     Attributes:
-        tokens: how many inputs it has seen.
+        tokens: number of inputs accumulated.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self._sum = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._mean = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in activations x (..., K) of any float dtype."""
+        """Accumulate activations x (..., K) of any float dtype."""
         x = x.reshape(-1, x.shape[-1]).float()
         total = self.tokens + x.shape[0]
         for k1 in range(0, x.shape[1], COLUMNS):
             k2 = min(k1 + COLUMNS, x.shape[1])
-            self._sum[k1:k2, :k2].addmm_(x[:, k1:k2].t(), x[:, :k2], beta=self.tokens / total, alpha=1 / total)
+            self._mean[k1:k2, :k2].addmm_(x[:, k1:k2].t(), x[:, :k2], beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
 
     @property
     def value(self) -> Tensor:
-        """(K, K) float32, symmetric; of this object, not a copy."""
-        for k1 in range(0, len(self._sum), COLUMNS):
-            k2 = min(k1 + COLUMNS, len(self._sum))
-            self._sum[k1:k2, k2:] = self._sum[k2:, k1:k2].t()
-        return self._sum
+        """(K, K) float32, symmetric; a view of this object's tensor, not a copy."""
+        for k1 in range(0, len(self._mean), COLUMNS):
+            k2 = min(k1 + COLUMNS, len(self._mean))
+            self._mean[k1:k2, k2:] = self._mean[k2:, k1:k2].t()
+        return self._mean
 
 
 class CrossProductMean:
-    """The running mean of x y^T over calibration tokens, in float32.
+    """Running mean of x y^T over calibration tokens, in float32.
 
     Attributes:
         value: (K, K) float32.
@@ -53,7 +52,7 @@ class CrossProductMean:
         self._tokens = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in activations x and y (..., K) of any float dtype."""
+        """Accumulate activations x and y (..., K) of any float dtype."""
         x, y = (part.reshape(-1, part.shape[-1]).float() for part in (x, y))
         total = self._tokens + x.shape[0]
         self.value.addmm_(x.t(), y, beta=self._tokens / total, alpha=1 / total)
@@ -61,22 +60,23 @@ class CrossProductMean:
 
 
 def nonzero_diagonal(hessian: Tensor) -> Tensor:
-    """The diagonal (K,) of H with 1 in the place of 0: an input that was never active is then left alone."""
+    """The diagonal (K,) of H with 1 in place of 0, so that an input that was never active is left unchanged."""
     diagonal = hessian.diagonal()
     return torch.where(diagonal == 0, 1.0, diagonal)
 
 
 def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
-    """The upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
+    """Hinv, the upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
 
-    Where the Cholesky factorization fails, damping is raised tenfold, up to 1; the value used is returned.
-    One further K x K matrix is alive beside `hessian`, which is left as it is: LAPACK works in place on a matrix that
-    lies column by column, as does torch where result and argument are the same such matrix.
+    Where the factorization fails, damping is raised tenfold, up to 1. One K x K matrix is allocated beside `hessian`,
+    which stays unchanged: LAPACK, and torch with it, works in place on a column-major matrix.
 
     Args:
         hessian: (K, K) float32 or float64, symmetric.
         damp: first damping, as a share of the mean of `nonzero_diagonal`.
         order: (K,) int64, a permutation to apply to H first.
+    Returns:
+        U (K, K), and the damping that was used.
     Raises:
         InputError: not positive definite even with the largest damping.
     """
@@ -92,7 +92,7 @@ def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) 
         if not failed:
             torch.cholesky_inverse(work, out=work)
             torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
-            if not failed and all_finite(work.t()):  # by rows, it would be copied
+            if not failed and all_finite(work.t()):  # the transpose is contiguous; otherwise it would be copied
                 return work, damp
         del work
         if damp >= LARGEST_DAMP:
@@ -101,21 +101,57 @@ def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) 
         damp = min(10 * damp, LARGEST_DAMP)
 
 
-def remaining_error(upper: Tensor, order: Tensor | None) -> Tensor:
-    """1 / [H^-1]_kk (K,): how much rounding input k costs once all others have made up for it as well as they can.
+def remaining_error(Hinv: Tensor, order: Tensor | None) -> Tensor:
+    """1 / [H^-1]_kk (K,): the error of rounding input k that is left after compensation by all other inputs.
 
-    It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); H_kk is what it costs where none do.
+    It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); without compensation it is H_kk.
 
     Args:
-        upper: U of `inverse_cholesky`, whose columns' squares sum to the diagonal of the inverse.
-        order: that U was made for.
+        Hinv: U of `inverse_cholesky`; the squared norms of its columns are the diagonal of the inverse.
+        order: the permutation of U.
     """
-    found = torch.linalg.vector_norm(upper, dim=0).square_().reciprocal_()
-    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
+    error = torch.linalg.vector_norm(Hinv, dim=0).square_().reciprocal_()
+    return error if order is None else torch.empty_like(error).index_copy_(0, order, error)
+
+
+def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = W - Q, computed some rows at a time; H = I where `hessian` is None.
+
+    Args:
+        weight: W (N, K).
+        quantized: Q (N, K).
+        hessian: (K, K), undamped.
+    """
+    if hessian is not None:
+        hessian = hessian.to(weight.dtype)
+    total = lost = 0.0
+    for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        lost += _energy(weight[part] - dequantize(rows_of(quantized, part)), hessian)
+        total += _energy(weight[part], hessian)
+    return max(0.0, lost) / total if total > 0 else 0.0
+
+
+def rows_of(quantized: QuantizedWeight, part: slice) -> QuantizedWeight:
+    """Some output rows of a quantized weight."""
+    codes, scales, zeros = (tensor[part] for tensor in quantized[:3])
+    return QuantizedWeight(codes, scales, zeros, quantized.g_idx)
+
+
+def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    """tr(M H M^T); only the upper triangle of the symmetric product is computed."""
+    if hessian is None:
+        return float(torch.sum(matrix * matrix, dtype=torch.float64))
+    total, K = 0.0, matrix.shape[1]
+    for k1 in range(0, K, COLUMNS):
+        k2 = min(k1 + COLUMNS, K)
+        image = (matrix[:, k1:k2] @ hessian[k1:k2, k1:]).mul_(matrix[:, k1:])
+        total += 2 * float(image.sum(dtype=torch.float64)) - float(image[:, : k2 - k1].sum(dtype=torch.float64))
+    return total
 
 
 def _column_major(matrix: Tensor, order: Tensor | None) -> Tensor:
-    """A copy that lies column by column, its rows and columns in another order where one is given."""
+    """A column-major copy, its rows and columns permuted where an order is given."""
     copy = torch.empty_like(matrix, memory_format=torch.contiguous_format).t()
     if order is None:
         return copy.copy_(matrix)

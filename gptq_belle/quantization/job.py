@@ -90,14 +90,14 @@ def linear_shapes(stream: BlockStream) -> dict[str, torch.Size]:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationJob:
-    """A job that could begin.
+    """The validated inputs of a job.
 
     Attributes:
         stream: the source's blocks.
-        config: the settings, their overrides resolved.
+        config: the settings, with resolved overrides.
         tokenizer: the source's.
-        tokens: (rows, T) int64 to calibrate on; None for rtn.
-        calibration: what the report says of them.
+        tokens: calibration rows (rows, T) int64; None for rtn.
+        calibration: their description in the report (`Calibration.describe`).
     """
 
     stream: BlockStream
@@ -108,18 +108,19 @@ class QuantizationJob:
 
     @property
     def held_out(self) -> int:
-        """How many of the rows, the last ones, no Hessian sees."""
-        return 0 if self.tokens is None else held_out_rows(*self.tokens.shape, share=self.config.techniques.held_out)
+        """Number of rows, the last ones, that are held out of the Hessians."""
+        every = self.config.techniques.held_out_every
+        return 0 if self.tokens is None else held_out_rows(*self.tokens.shape, every=every)
 
-    def streams(self, partial: Path, *, spill: bool) -> ActivationPair:
-        """Where the calibration rows will be kept, in the models that the recipe follows."""
+    def activations(self, partial: Path, *, spill: bool) -> ActivationPair:
+        """The store of the calibration activations, for each model that the techniques need."""
         full = Activations(partial, self.shapes, spill=spill, model=FULL) if self.config.techniques.alpha else None
-        seen = 0 if self.tokens is None else len(self.tokens) - self.held_out
-        return ActivationPair(Activations(partial, self.shapes, spill=spill), full, seen)
+        hessian_rows = 0 if self.tokens is None else len(self.tokens) - self.held_out
+        return ActivationPair(Activations(partial, self.shapes, spill=spill), full, hessian_rows)
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """Of the activations (batch, T, hidden_size), batch by batch."""
+        """Shape (batch, T, hidden_size) of each batch of activations."""
         if self.tokens is None:
             return []
         size = self.stream.model.config.hidden_size
@@ -127,8 +128,8 @@ class QuantizationJob:
 
 
 def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibration, device: str,
-           lora: str | Path | None = None, prompt_style: str | None = None) -> QuantizationJob:
-    """Read and check everything that a job needs, but the weights.
+                lora: str | Path | None = None, prompt_style: str | None = None) -> QuantizationJob:
+    """Read and validate everything that a job needs except the weights.
 
     Raises:
         UsageError, InputError, HardwareError: as `quantize_checkpoint`.

@@ -33,7 +33,8 @@ def parse_override(text: str) -> Override:
     try:
         re.compile(expression)
     except re.error as error:
-        raise UsageError(f"override {text!r}: {expression!r} is no regular expression: {error}", EXPRESSION) from error
+        raise UsageError(f"override {text!r}: {expression!r} is not a regular expression: {error}",
+                         EXPRESSION) from error
     pattern = f"{START}{expression}{END}"
     if assignments == "skip":
         return Override(pattern, skip=True)

@@ -1,4 +1,4 @@
-"""What goes into the written file beside the blocks: embedding, norms, and the head, in float16 or packed."""
+"""The quantization job: from a model directory, block by block, to a verified quantized directory."""
 
 import platform
 import time
@@ -38,8 +38,8 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
     """Write every tensor outside of the blocks, some rows at a time.
 
     Raises:
-        UsageError: the head is to be packed, and its rows are too odd for that.
-        InputError: a tensor is missing, of another shape, or holds what float16 does not.
+        UsageError: the head is to be packed, and its number of columns does not allow it.
+        InputError: a tensor is missing, has a wrong shape, or holds values beyond float16.
     """
     head = f"{stream.arch.before[0]}.weight" if stream.tied() else f"{HEAD}.weight"
     for number, name in enumerate(stream.tensors_outside_blocks()):
@@ -51,10 +51,10 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
 
 
 def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows: Iterator[Tensor], bits: int) -> None:
-    """The matrix `name` as `formats.packed_head` has it; only the scales of all rows are in memory at a time."""
+    """Write the matrix `name` in the layout of `formats.packed_head`; of all rows only the scales stay in memory."""
     count, width = stream.shape(name)
     if (group := group_of(width)) is None:
-        raise UsageError(f"{name} has {width} columns: too odd to be packed", "Leave --packed-head-only out.")
+        raise UsageError(f"{name} has {width} columns, which cannot be packed", "Leave --packed-head-only out.")
     scales: list[Tensor] = []
 
     def codes() -> Iterator[Tensor]:
@@ -70,7 +70,7 @@ def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows
     writer.add("rest-head-scales.safetensors", {SCALES: torch.cat(scales)})
 
 
-VERIFICATION_TOKENS = 64  # of the row that is run through the first block before and after writing
+VERIFICATION_TOKENS = 64  # tokens that run through the first block before and after writing
 
 
 def quantize_checkpoint(
@@ -78,40 +78,39 @@ def quantize_checkpoint(
     device: str = "auto", progress: JobProgress | None = None, resume: bool = True, memory: int | None = None,
     lora: str | Path | None = None, prompt_style: str | None = None,
 ) -> Report:
-    """Quantize a model directory into a new one that any GPTQ reader takes.
+    """Quantize a model directory into a new one that any GPTQ reader loads.
 
-    In memory at a time: one block in float32, two float32 matrices of K x K of the largest linear or what a forward
-    pass of one batch takes, and the activations of the calibration rows where there is room. What is finished is kept
-    in ``OUT.partial``; a job that was ended in any way goes on behind its last finished block, and ends bit for bit
-    where it would have ended: with the number of threads it was begun with, and on the same kind of processor (see
-    `fingerprint.environment`).
+    Memory holds one block in float32, two float32 matrices of K x K of the largest linear or the forward pass of one
+    batch, and the calibration activations where there is room. Finished blocks are kept in ``OUT.partial``; an
+    interrupted job resumes after its last finished block, with bit-identical results on the same kind of processor: it
+    keeps the number of threads with which it was started (see `fingerprint.environment`).
 
     Args:
         source: a Hugging Face directory or hub id, in float32, float16 or bfloat16.
-        out: the directory to write; it appears only when everything in it is complete and was read back.
+        out: the directory to write; it appears only when everything in it is complete and verified.
         config: how to quantize.
-        calibration: what to calibrate on; left out, the built-in rows. Unused by method rtn.
-        device: "auto", "cpu" or "cuda:N", where forwards and solutions run.
-        progress: told about every step.
-        resume: go on with what an earlier job of the same source and settings has finished; else begin anew.
-        memory: bytes of anonymous memory to keep to, by leaving the activations on disk; left out, what is free.
-        lora: directory of a LoRA adapter that is merged into the source's weights on the way in, in float32.
-        prompt_style: "bloom", "llama" or "newline": how the model is asked, written into the output as a chat template
-            and used for calibration; left out, the source's template or what suits its architecture.
+        calibration: calibration data; by default the built-in rows. Unused by method rtn.
+        device: "auto", "cpu" or "cuda:N", where forward passes and the solver run.
+        progress: progress callbacks.
+        resume: resume an earlier job of the same source and settings; otherwise start from the first block.
+        memory: limit of anonymous memory in bytes, kept by storing activations on disk; by default the free memory.
+        lora: directory of a LoRA adapter to merge into the source's weights, in float32.
+        prompt_style: "bloom", "llama" or "newline": the prompt format of calibration and of the chat template that is
+            written; by default the source's template or that of its architecture.
     Returns:
-        What stands in the output's quantization_report.json.
+        The content of the output's quantization_report.json.
     Raises:
-        UsageError: an option's value; an output that is not ours; a group size that does not divide a layer; an
+        UsageError: an invalid option; an output that is not ours; a group size that does not divide a layer; an
             unfinished job of another source or other settings, which are named.
         InputError: source or calibration missing, damaged or unsuitable; the tensor or line is named.
-        HardwareError: no such device; memory that does not suffice for one block.
+        HardwareError: no such device, or not enough memory for one block.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     progress = progress or NoProgress()
     check_output(Path(out))
     job = prepare_job(source, config, calibration or Calibration(), device, lora, prompt_style)
     if job.config.auto_bits is not None:
-        stages_and_budget(job)  # refuses a budget that cannot be kept
+        stages_and_budget(job)  # raises where the budget cannot be kept
     lower_mmap_threshold()
     check_tuning(job, memory)
     spill = must_spill(job, memory)
@@ -123,44 +122,44 @@ def quantize_checkpoint(
         with threads(journal.environment["threads"]):
             job, report.choice = choose_bits(job, journal, progress)
             report.settings = job.config
-            writer.keep |= report.choice is not None  # what was measured is worth as much as a block
-            verification = _quantize_blocks(job, writer, journal, job.streams(writer.partial, spill=spill), peak,
+            writer.keep |= report.choice is not None  # the measurement takes as long as a block
+            verification = _quantize_blocks(job, writer, journal, job.activations(writer.partial, spill=spill), peak,
                                      progress)
             stream, expected = job.stream, journal.tensors(VERIFIED_BLOCK)
-            if job.config.techniques.steps:
+            if job.config.techniques.tuning_steps:
                 report.tuning, expected = distill(job, writer, journal, verification, progress)
             progress.phase("writing")
             write_small_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
             writer.merge()
-            progress.phase("reading back")
+            progress.phase("verifying the written file")
             report.readback_error = verification.compare(writer.files, stream, expected)
-        _complete(report, journal, writer, peak, time.perf_counter() - began)
+        _complete(report, journal, writer, peak, time.perf_counter() - started)
         writer.publish()
     return report
 
 
 def _journal(writer: CheckpointWriter, job: QuantizationJob, report: Report, progress: JobProgress, *,
              restart: bool) -> Journal:
-    """The journal of this job, or of the one that it goes on with."""
-    progress.phase("reading the source for its fingerprint")
+    """The journal of this job, or of the earlier one that it resumes."""
+    progress.phase("computing the source's checksums")
     now = environment(job.stream.device)
-    writer.keep = True  # a refusal leaves what is there
+    writer.keep = True  # a refused job leaves the partial directory unchanged
     journal = Journal(writer.partial, fingerprint(job.stream.reader, job.config, job.calibration), now,
                       restart=restart)
     writer.keep = bool(journal.records)
     if journal.records:
         at = len(journal.records)
         report.resumed = [at]
-        progress.phase(f"going on behind block {at} of {job.stream.count}")
+        progress.phase(f"resuming after block {at} of {job.stream.count}")
         if changed := environment_differences(journal.environment, now):
-            report.notes.append(f"from block {at} on, the last bits may differ from an undisturbed job's: {changed}")
+            report.notes.append(f"from block {at} on, the last bits may differ from an uninterrupted job's: {changed}")
             progress.phase(report.notes[-1])
     return journal
 
 
 def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Journal, activations: ActivationPair,
                      peak: PeakMemory, progress: JobProgress) -> BlockVerification:
-    """Every part of the written file: what stays as it is, and the blocks that are not finished yet."""
+    """Write every part of the file: the tensors outside of the blocks, and the blocks that are not finished yet."""
     stream, done = job.stream, len(journal.records)
     write_outer_tensors(stream, writer, job.config)
     if job.tokens is not None:
@@ -179,7 +178,7 @@ def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Jo
 
 
 def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: PeakMemory, seconds: float) -> None:
-    """Fill in the report and write it; earlier jobs' blocks count."""
+    """Complete the report, with the blocks of earlier runs, and write it."""
     report.linears = [row for record in journal.records for row in record.linears]
     report.phases = [record.phases for record in journal.records]
     report.notes += [note for record in journal.records for note in record.notes]

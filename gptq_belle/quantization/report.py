@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from gptq_belle.quantization.config import QuantConfig
 
 REPORT = "quantization_report.json"
+LOGGER = logging.getLogger("gptq_belle")
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +19,14 @@ class LinearReport:
 
     Attributes:
         name: full name in the model.
-        error: squared error of its output on the calibration rows as a share of the output's square; with method
-            rtn, which sees no inputs, of its weights.
-        damp: damping that was needed; 0 for rtn.
-        seconds: time of its solution.
+        error: squared error of its output on the calibration rows, relative to the squared output; with method rtn,
+            which uses no inputs, of its weights.
+        damp: damping that was used; 0 for rtn.
+        seconds: time to solve it.
         inputs, outputs: K and N.
-        bits: a weight; 16 where the linear was left in float16, whose rounding is then the error.
-        won: which of the recipe's solutions was taken (see `solution_choice.ChosenSolution`); "" for rtn.
-        held_out: error of every solution on the rows that are held out, which decided; empty where none are.
+        bits: bits per weight; 16 where the linear was kept in float16, whose rounding is then the error.
+        won: the candidate that was taken (see `solution_choice.ChosenSolution`); "" for rtn.
+        held_out: error of each candidate on held-out rows; empty without held-out rows.
     """
 
     name: str
@@ -45,21 +47,20 @@ class Report:
     Attributes:
         source: the model that was quantized.
         settings: the job's configuration.
-        calibration: source, rows, tokens a row, seed, SHA-256 of the token ids, and keys of the documents (see
-            `overlap`); None for rtn.
-        linears: one row a quantized linear, in the order of solving.
-        phases: seconds of every block by what they went into; "total" is all of the block.
-        choice: of bits a stage, with what 4 bits were measured to cost it (see `auto_bits.choose_bits`); None where the
-            settings say all.
-        tuning: the result of end-to-end tuning (`end_to_end.tuning.TuningResult`); None where the preset has none.
-        notes: what went otherwise than planned, such as a block that fell back to the CPU.
-        resumed: the first block of this run, where it went on with an earlier one; else empty.
-        seconds: working time of the job, without blocks that were begun and not finished.
-        peak_memory: largest anonymous memory in bytes, None where the system does not tell.
+        calibration: source, rows, tokens per row, seed, SHA-256 of the token ids, and keys of the documents (see
+            `calibration_keys`); None for rtn.
+        choice: bits of each stage and the measured loss of 4 bits (see `auto_bits.choose_bits`); None without a budget.
+        linears: one row per linear, in the order of solving.
+        phases: seconds of every block by phase; "total" is the whole block.
+        tuning: result of end-to-end tuning (`end_to_end.tuning.TuningResult`); None where the preset has none.
+        notes: unplanned events, such as a block that fell back to the CPU.
+        resumed: the first block of this run where it resumed an earlier one; else empty.
+        seconds: working time of the job, without blocks that were started and not finished.
+        peak_memory: peak of anonymous memory in bytes; None where the system does not report it.
         bytes_on_disk: size of the weight files.
-        readback_error: largest difference between one block's output from the written file and from the solver, as a
-            share of the output's largest value.
-        versions: gptq_belle, torch, transformers.
+        readback_error: largest difference between one block's output from the written file and from the solver,
+            relative to the output's largest value.
+        versions: gptq_belle, torch, transformers, python.
     """
 
     source: str
@@ -79,18 +80,18 @@ class Report:
 
     @property
     def mean_error(self) -> float:
-        """Mean of the linears' normalised errors."""
+        """Mean relative error of the linears."""
         return sum(row.error for row in self.linears) / max(1, len(self.linears))
 
     @property
     def average_bits(self) -> float:
-        """Bits a weight over all linears; scales and zero points are not counted."""
+        """Bits per weight over all linears, without scales and zero points."""
         weights = sum(row.inputs * row.outputs for row in self.linears)
         return sum(row.bits * row.inputs * row.outputs for row in self.linears) / max(1, weights)
 
     @property
     def winners(self) -> dict[str, int]:
-        """How many linears each kind of solution won, where held-out rows had a choice."""
+        """Number of linears by candidate that was taken, where held-out rows decided between several."""
         return dict(Counter(row.won for row in self.linears if len(row.held_out) > 1).most_common())
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,58 +101,45 @@ class Report:
 
 
 def format_tuning(tuning: Mapping[str, Any]) -> str:
-    """What end-to-end tuning did (see `end_to_end.tuning.TuningResult`), in one line; "" for any other record."""
+    """The result of end-to-end tuning (`end_to_end.tuning.TuningResult`) in one line; "" for an invalid record."""
     try:
         kl = {int(step): float(value) for step, value in tuning["kl"].items()}
-        return (f"{tuning['steps']} steps; held-out KL {kl[0]:.6f} before, {kl[tuning['best']]:.6f} behind step "
-                f"{tuning['best']}, which is in the file")
+        return (f"{tuning['steps']} steps; held-out KL {kl[0]:.6f} before, {kl[tuning['best']]:.6f} after step "
+                f"{tuning['best']}, which was kept")
     except (KeyError, TypeError, ValueError, AttributeError):
         return ""
 
 
-LOGGER = logging.getLogger("gptq_belle")
-MIB = 1 << 20
-
-
 class JobProgress(Protocol):
-    """What the pipeline tells its caller."""
+    """Progress callbacks of a job."""
 
     def start(self, blocks: int, steps: int, finished: int) -> None:
-        """The job has `blocks` blocks, `finished` of them by an earlier one, each of `steps` steps (forward batches and
-        solutions)."""
+        """The job has `blocks` blocks of `steps` steps (forward batches and solutions) each; `finished` are done."""
 
     def step(self) -> None:
         """One step of the current block is done."""
 
     def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
-        """A linear is solved."""
+        """A linear is quantized; this is a step too."""
 
     def phase(self, text: str) -> None:
-        """Something outside of the blocks begins."""
-
-
-class LoggedProgress:
-    """Logs a line for every linear and phase at level INFO under the name "gptq_belle", as AutoGPTQ does."""
-
-    def start(self, blocks: int, steps: int, finished: int) -> None:
-        """Log how many blocks there are."""
-        LOGGER.info("%d of %d blocks are finished", finished, blocks)
-
-    def step(self) -> None: ...
-
-    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
-        """Log a finished linear."""
-        LOGGER.info("%s: error %.2e, %.2f s", row.name, row.error, row.seconds)
-
-    def phase(self, text: str) -> None:
-        """Log what starts."""
-        LOGGER.info("%s", text)
+        """A phase outside of the blocks starts."""
 
 
 class NoProgress:
-    """Shows nothing: the library's default."""
+    """Shows nothing: the default of the library."""
 
     def start(self, blocks: int, steps: int, finished: int) -> None: ...
     def step(self) -> None: ...
     def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None: ...
     def phase(self, text: str) -> None: ...
+
+
+class LoggedProgress(NoProgress):
+    """Logs a line for every linear and phase at level INFO under the name "gptq_belle", as AutoGPTQ does."""
+
+    def linear(self, block: int, row: LinearReport, peak_memory: int | None) -> None:
+        LOGGER.info("%s: error %.2e, %.2f s", row.name, row.error, row.seconds)
+
+    def phase(self, text: str) -> None:
+        LOGGER.info("%s", text)

@@ -1,8 +1,8 @@
-"""What each stage of a model loses in 4 bits: the KL divergence of the model's output when that stage alone has them.
+"""Measure the loss of each stage in 4 bits: the KL divergence of the model's output with that stage alone in 4 bits.
 
-One pass over the source, with one block in memory at a time. Some rows of text go through it in as many versions as
-there are stages behind them: one as it is, and one for every stage that had 4 bits. Behind the last block stand the
-predictions of all of them. A pass of `TOKENS` tokens takes TOKENS * (blocks * stages)^2 / (2 * stages) token-blocks:
+One pass over the source with one block in memory at a time. Some rows of text run through it in several versions: the
+unchanged one, and one for every earlier stage in 4 bits. After the last block, the predictions of all versions are
+compared. A pass of `TOKENS` tokens takes TOKENS * (blocks * stages)^2 / (2 * stages) token-blocks:
 for a 7B model a tenth of what calibration with 128 rows of 2048 tokens takes.
 """
 
@@ -22,20 +22,20 @@ from gptq_belle.quantization.hessian import HessianMean
 from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.solver import factorize, gptq
 
-TOKENS, ROW = 2048, 256  # that are measured on, in rows of so many
-SOLVER_TOKENS = 16384  # others, whose Hessians the solver sees
-BITS = 4
+TOKENS, ROW = 2048, 256  # measured tokens, and tokens per row
+SOLVER_TOKENS = 16384  # other tokens, for the solver's Hessians
+LOW_BITS = 4
 
 
-def measure(job: QuantizationJob, stages: Sequence[tuple[int, tuple[str, ...]]], scratch: Path,
-            step: Callable[[int], None]) -> list[float]:
-    """The mean KL(full || one stage in 4 bits) over the measured tokens' predictions, in nats a token.
+def measure_losses(job: QuantizationJob, stages: Sequence[tuple[int, tuple[str, ...]]], scratch: Path,
+                   step: Callable[[int], None]) -> list[float]:
+    """The mean KL(full || one stage in 4 bits) over the measured tokens, in nats per token.
 
     Args:
-        job: the job; its tokens are those to calibrate on.
-        stages: (block, linears that see the same input) of each stage in question, by block.
-        scratch: a file to keep the rows in; removed in the end.
-        step: called with the number of every block when it begins.
+        job: the job, with its calibration rows.
+        stages: (block, linears with the same input) of each stage to measure, by block.
+        scratch: path of a temporary file for the activations.
+        step: called with the index of each block when it starts.
     Returns:
         A loss for each of `stages`.
     """
@@ -59,13 +59,13 @@ def measure(job: QuantizationJob, stages: Sequence[tuple[int, tuple[str, ...]]],
 
 
 def scratch_bytes(job: QuantizationJob, stages: int) -> int:
-    """Size of the scratch file for so many stages."""
+    """Size of the temporary file for this number of stages."""
     rows, seen = _rows(job)
     return 4 * int(job.stream.model.config.hidden_size) * ((1 + stages) * rows.numel() + seen.numel())
 
 
 def _rows(job: QuantizationJob) -> tuple[Tensor, Tensor]:
-    """Rows to measure on, from the calibration rows' end, and rows for the solver, from their beginning."""
+    """Rows to measure, from the end of the calibration rows, and rows for the solver, from their beginning."""
     assert job.tokens is not None
     length = min(ROW, job.tokens.shape[1])
     pieces = job.tokens[:, : job.tokens.shape[1] // length * length].reshape(-1, length)
@@ -75,7 +75,7 @@ def _rows(job: QuantizationJob) -> tuple[Tensor, Tensor]:
 
 def _advance(config: QuantConfig, stream: BlockStream, index: int, stages: Sequence[tuple[int, tuple[str, ...]]],
              versions: Tensor, solved: Tensor) -> None:
-    """Move all versions behind block `index`, and those that begin there come to be; the solver's rows likewise."""
+    """Replace all versions and the solver's rows by the outputs of block `index`; start the versions of its stages."""
     block = stream.load_block(index)
     stream.prefetch(index + 1)
     for place, (owner, stage) in enumerate(stages):
@@ -94,7 +94,7 @@ def _advance(config: QuantConfig, stream: BlockStream, index: int, stages: Seque
 def _in_few_bits(config: QuantConfig, stream: BlockStream, block: nn.Module, stage: Sequence[str],
                  solved: Tensor) -> Iterator[None]:
     """The block with one stage in 4 bits, by plain GPTQ."""
-    own = replace(config, bits=BITS, preset="fast", without=(), overrides=(), auto_bits=None)
+    own = replace(config, bits=LOW_BITS, preset="fast", without=(), overrides=(), auto_bits=None)
     total = HessianMean(block.get_parameter(f"{stage[0]}.weight").shape[1], stream.device)
     for batch in solved.split(_batch(stream, solved)):
         total.add(stream.linear_input(block, stage[0], batch))
@@ -113,7 +113,7 @@ def _batch(stream: BlockStream, states: Tensor) -> int:
 
 
 def _divergences(stream: BlockStream, versions: Tensor) -> list[float]:
-    """KL of each version's predictions to the first one's, with some rows of the head in memory at a time."""
+    """KL of each version's predictions from the first one's, with some rows of the head in memory at a time."""
     with stream.final_norm() as normalize:
         for version in versions:
             version.copy_(normalize(version))

@@ -1,30 +1,65 @@
-"""Several solutions of one layer, compared on held-out rows; one of them aims at the full-precision model's outputs."""
+"""Choose between several solutions of a layer by their error on held-out rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptq_belle.formats.gptq_weight import QuantizedWeight
+from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, QuantizedWeight, dequantize
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.output_error import held_out_error, output_error
+from gptq_belle.quantization.hessian import output_error, rows_of
 from gptq_belle.quantization.solver import HessianFactor, Solution, candidate_weights
 from gptq_belle.quantization.stage_hessians import StageHessians
 
+OWN, FULL = "own", "full"  # the target: the layer's own output on its inputs, or the full-precision model's output
+
+
+class ChosenSolution(NamedTuple):
+    """The solution that was taken, and how it compares."""
+
+    solution: Solution
+    won: str  # its target, and "gptq" or "refined"; "" for rounding to nearest
+    held_out: dict[str, float]  # `held_out_error` by candidate; empty without held-out rows
+
+
+def best_solution(weight: Tensor, hessians: StageHessians, factor: HessianFactor,
+                  config: QuantConfig) -> ChosenSolution:
+    """Quantize a layer with the techniques of the preset, and keep the candidate that is best on held-out rows.
+
+    Without held-out rows the last candidate is taken, which uses all techniques.
+
+    Args:
+        weight: (N, K) float32.
+        hessians: of the layer's inputs.
+        factor: of their Hessian.
+        config: the layer's settings.
+    Raises:
+        InputError, UsageError: as `gptq`.
+    """
+    best, won, errors = None, "", {}
+    for name, candidate in _candidates(weight, hessians, factor, config):
+        if hessians.held_out:
+            errors[name] = held_out_error(candidate, weight, hessians.held_out)
+            if won and errors[name] >= errors[won]:
+                continue
+        best, won = candidate, name
+    assert best is not None
+    return ChosenSolution(Solution(best, output_error(weight, best, hessians.hessian), factor.damp), won, errors)
+
 
 def full_precision_target(weight: Tensor, cross: Tensor, factor: HessianFactor, alpha: float) -> Tensor:
-    """The weight whose output on the quantized model's inputs comes closest to the full-precision model's.
+    """The weight whose output on the quantized model's inputs is closest to the full-precision model's output.
 
-    With X the layer's inputs in the quantized model and F in the full-precision one, ||Q X - W F||^2 is, but for what
-    no Q changes, ||(Q - T) X||^2 with T = W + W (F - X) X^T (X X^T)^-1. That is the objective of GPTAQ (arXiv
-    2504.02692, equation 6), solved for all inputs at once and before GPTQ instead of along with it. Because (F - X) X^T
-    is known from a sample only, T goes the share alpha of the way.
+    With X the layer's inputs in the quantized model and F in the full-precision model, ||Q X - W F||^2 equals, up to a
+    constant, ||(Q - T) X||^2 with T = W + W (F - X) X^T (X X^T)^-1. That is the objective of GPTAQ (arXiv 2504.02692,
+    equation 6), solved for all inputs at once before GPTQ instead of along with it. (F - X) X^T is estimated from a
+    sample, so T moves by the share alpha only.
 
     Args:
         weight: (N, K), W.
         cross: (K, K), the mean of (f - x) x^T.
-        factor: of the Hessian, the mean of x x^T; damped.
+        factor: of the damped Hessian, the mean of x x^T.
         alpha: 0 .. 1.
     Returns:
         (N, K), T.
@@ -38,50 +73,34 @@ def full_precision_target(weight: Tensor, cross: Tensor, factor: HessianFactor, 
     return torch.add(weight, moved, alpha=alpha)
 
 
-OWN, FULL = "own", "full"  # whose outputs are aimed at: the layer's on its inputs as they are, or the full model's
-
-
-class ChosenSolution(NamedTuple):
-    """The solution that was taken, and how it came about."""
-
-    solution: Solution
-    won: str  # whose outputs it aims at, and "gptq" or "refined"
-    held_out: dict[str, float]  # by candidate, its `held_out_error`; empty where no rows were held out
-
-
-def best_solution(weight: Tensor, moments: StageHessians, factor: HessianFactor, config: QuantConfig) -> ChosenSolution:
-    """Quantize a layer in the ways that the recipe knows, and keep what does best on the rows that are held out.
-
-    Where none are, the recipe's last word is taken unseen.
+def held_out_error(quantized: QuantizedWeight, weight: Tensor, held_out: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """||Q X - W F||^2 / ||W F||^2: the distance of a layer's output from the full-precision model's output.
 
     Args:
-        weight: (N, K) float32.
-        moments: of the layer's inputs.
-        factor: of their Hessian.
-        config: the settings.
-    Raises:
-        InputError, UsageError: as `gptq`.
+        quantized: Q (N, K).
+        weight: W (N, K).
+        held_out: the layer's inputs X (tokens, K) in the quantized model and F (tokens, K) in the full-precision model.
     """
-    chosen, won, errors = None, "", {}
-    for name, candidate in _candidates(weight, moments, factor, config):
-        if moments.held_out:
-            errors[name] = held_out_error(candidate, weight, moments.held_out)
-            if won and errors[name] >= errors[won]:
-                continue
-        chosen, won = candidate, name
-    assert chosen is not None
-    return ChosenSolution(Solution(chosen, output_error(weight, chosen, moments.hessian), factor.damp), won, errors)
+    total = lost = 0.0
+    for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        rows = dequantize(rows_of(quantized, part))
+        for x, full in held_out:
+            target = full @ weight[part].t()
+            lost += float(torch.sum((x @ rows.t()).sub_(target).square_(), dtype=torch.float64))
+            total += float(torch.sum(target.square_(), dtype=torch.float64))
+    return lost / total if total > 0 else 0.0
 
 
-def _candidates(weight: Tensor, moments: StageHessians, factor: HessianFactor,
+def _candidates(weight: Tensor, hessians: StageHessians, factor: HessianFactor,
                 config: QuantConfig) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Name and solution; the last one is the recipe's."""
-    aims = [OWN]
-    if moments.cross is not None and bool(moments.cross.any()):  # in front of the first linear, both models agree
-        aims = [OWN, FULL] if moments.held_out else [FULL]
-    for aim in aims:
+    """Name and solution of each candidate; the last one uses all techniques of the preset."""
+    targets = [OWN]
+    if hessians.cross is not None and bool(hessians.cross.any()):  # at the first linear both models have equal inputs
+        targets = [OWN, FULL] if hessians.held_out else [FULL]
+    for kind in targets:
         target = weight
-        if aim == FULL and moments.cross is not None:
-            target = full_precision_target(weight, moments.cross, factor, config.techniques.alpha)
-        for name, found in candidate_weights(target, moments.hessian, config, factor).items():
-            yield f"{aim} {name}", found
+        if kind == FULL and hessians.cross is not None:
+            target = full_precision_target(weight, hessians.cross, factor, config.techniques.alpha)
+        for name, candidate in candidate_weights(target, hessians.hessian, config, factor).items():
+            yield f"{kind} {name}", candidate

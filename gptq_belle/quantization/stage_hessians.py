@@ -6,35 +6,35 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gptq_belle.quantization.activations import Activations
-from gptq_belle.quantization.attention_outputs import BatchList
+from gptq_belle.quantization.activations import Activations, BatchList
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.hessian import CrossProductMean, HessianMean
 
-HELD_OUT_TOKENS = 4096  # at most: enough to tell two solutions apart, and less memory than a second Hessian
+HELD_OUT_TOKENS = 4096  # limit: enough to distinguish two solutions, with less memory than a second Hessian
 
 
 class StageHessians(NamedTuple):
-    """Of the inputs X that the linears of one stage share, and of the full-precision model's there, F."""
+    """Statistics of the inputs X that the linears of one stage share, and of F, the same in the full-precision model.
+    """
 
     hessian: Tensor  # (K, K), the mean of x x^T
-    cross: Tensor | None = None  # (K, K), the mean of (f - x) x^T; None where there are no targets
-    held_out: Sequence[tuple[Tensor, Tensor]] = ()  # X and F (tokens, K) of held-out rows
+    cross: Tensor | None = None  # (K, K), the mean of (f - x) x^T; None without targets
+    held_out: Sequence[tuple[Tensor, Tensor]] = ()  # X and F (tokens, K) of held-out rows; F is X without targets
 
 
 class OriginalWeights:
-    """Full-precision weights of the linears of a block that are quantized already, to be put back for a while."""
+    """Full-precision weights of the linears of a block that are quantized already."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
 
-    def keep(self, block: nn.Module, name: str) -> None:
-        """Keep a parameter as it is now; what is put in its place must not write over it."""
+    def save(self, block: nn.Module, name: str) -> None:
+        """Keep a parameter, without a copy: its replacement must not be written in place."""
         self.weights[name] = block.get_parameter(name).data
 
     @contextmanager
-    def in_place(self, block: nn.Module) -> Iterator[None]:
-        """The block is the full-precision model's inside, and the quantized one's again behind it."""
+    def restored(self, block: nn.Module) -> Iterator[None]:
+        """A context in which the block has its full-precision weights."""
         self._swap(block)
         try:
             yield
@@ -47,42 +47,41 @@ class OriginalWeights:
             self.weights[name], parameter.data = parameter.data, weight
 
 
-def held_out_rows(rows: int, length: int, *, share: int) -> int:
-    """How many rows are held out: one in `share`, but no more than `HELD_OUT_TOKENS`, and none of fewer than `share`.
-    """
-    return 0 if not share else min(rows // share, max(1, HELD_OUT_TOKENS // length))
+def held_out_rows(rows: int, length: int, *, every: int) -> int:
+    """Number of rows to hold out: one in `every` (0 for none), at most `HELD_OUT_TOKENS` or one row."""
+    return 0 if not every else min(rows // every, max(1, HELD_OUT_TOKENS // length))
 
 
 def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
-                        full: tuple[OriginalWeights, Activations | BatchList] | None, seen: int,
+                        full: tuple[OriginalWeights, Activations | BatchList] | None, hessian_rows: int,
                         advance: Callable[[], None]) -> StageHessians:
     """Run the calibration rows up to a stage, through the full-precision block too where there are targets.
 
     Args:
         stream: of the block.
-        block: whose linears of earlier stages are quantized already.
-        stage: names of linears that see the same input.
-        batches: (batch, T, hidden_size) in front of the block, in the quantized model.
-        full: the block's original weights, and the batches in the full-precision model.
-        seen: how many rows, from the first one on, are summed up; those behind them are held out.
-        advance: called once a batch.
+        block: its linears of earlier stages are quantized already.
+        stage: names of linears that have the same input.
+        batches: inputs of the block (batch, T, hidden_size) in the quantized model.
+        full: the block's original weights, and its inputs in the full-precision model; None without targets.
+        hessian_rows: number of rows to accumulate, the first ones; the others are held out.
+        advance: called after each batch.
     """
     features = block.get_parameter(f"{stage[0]}.weight").shape[1]
     hessian = HessianMean(features, stream.device)
     cross = None if full is None else CrossProductMean(features, stream.device)
-    held: list[tuple[Tensor, Tensor]] = []
+    held_out: list[tuple[Tensor, Tensor]] = []
     for x, f in _inputs(stream, block, stage, batches, full, advance):
-        count = max(0, min(len(x), seen))
-        seen -= count
+        count = max(0, min(len(x), hessian_rows))
+        hessian_rows -= count
         with stream.clock("hessians"):
             if count:
                 hessian.add(x[:count])
                 if cross is not None:
                     cross.add(f[:count] - x[:count], x[:count])
-            if count < len(x):  # copies, so that the rest of the batch can go
+            if count < len(x):  # copies, so that the rest of the batch can be freed
                 kept = x[count:].flatten(0, 1).clone()
-                held.append((kept, kept if f is x else f[count:].flatten(0, 1).clone()))
-    return StageHessians(hessian.value, None if cross is None else cross.value, held)
+                held_out.append((kept, kept if f is x else f[count:].flatten(0, 1).clone()))
+    return StageHessians(hessian.value, None if cross is None else cross.value, held_out)
 
 
 def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
@@ -92,13 +91,13 @@ def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batch
     pairs = ((states, states) for states in batches) if full is None else zip(batches, full[1], strict=True)
     full_pass = nullcontext(nullcontext) if full is None else full[1].attention.forward_pass(block, stream.arch, stage)
     with batches.attention.forward_pass(block, stream.arch, stage) as piece_context, full_pass as full_context:
-        for states, others in pairs:
+        for states, full_states in pairs:
             rows = stream.max_rows or len(states)
-            for piece, other in zip(states.split(rows), others.split(rows), strict=True):
+            for piece, full_piece in zip(states.split(rows), full_states.split(rows), strict=True):
                 with piece_context():
                     x = f = stream.linear_input(block, stage[0], piece)
                 if full is not None:
-                    with full[0].in_place(block), full_context():
-                        f = stream.linear_input(block, stage[0], other)
+                    with full[0].restored(block), full_context():
+                        f = stream.linear_input(block, stage[0], full_piece)
                 yield x, f
             advance()

@@ -1,4 +1,4 @@
-"""Trust, then verify: one block's output from the written file must be the one that the solver left behind."""
+"""Verify the written file: one block read back from it must give the output that it had when it was quantized."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,28 +15,32 @@ from gptq_belle.quantization.block_stream import BlockStream
 
 VERIFIED_BLOCK = 0
 EXPECTED = "verification.expected"
-LARGEST_DIFFERENCE = 1e-5  # of the output's largest value; the same floats in the same order give 0 on a CPU
+LARGEST_DIFFERENCE = 1e-5  # relative to the output's largest value; on a CPU the same operations give 0
 
 
 class BlockVerification:
-    """A few tokens in front of the first block, and what they were behind it when that block was quantized."""
+    """Inputs of the verified block for a few tokens."""
 
     def __init__(self, hidden: Iterable[Tensor]) -> None:
         (self.states,) = hidden
 
     def expected_output(self, stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
-        """The output of the block as the solver left it, to be kept until `compare`."""
+        """The output of the block as it was quantized, to be kept for `compare`."""
         return {EXPECTED: stream.run(block, self.states)}
 
-    def compare(self, directory: Path, stream: BlockStream, kept: Mapping[str, Tensor]) -> float:
-        """Read the block back, through the runtime's own reading of the words, and run the same tokens.
+    def compare(self, directory: Path, stream: BlockStream, tensors: Mapping[str, Tensor]) -> float:
+        """Read the block from the written files, with the engine's reader, and run the same tokens.
 
+        Args:
+            directory: the written files.
+            stream: the source.
+            tensors: of `expected_output`.
         Returns:
-            The largest difference as a share of the output's largest value.
+            The largest difference, relative to the output's largest value.
         Raises:
-            GptqBelleError: it is larger than rounding explains; the written files are then not to be trusted.
+            GptqBelleError: it is larger than rounding explains: the written files must not be trusted.
         """
-        expected = kept[EXPECTED]
+        expected = tensors[EXPECTED]
         reader = CheckpointReader(directory)
         block = stream.blocks.get_submodule(str(VERIFIED_BLOCK))
         for name, parameter in list(block.named_parameters()):
@@ -48,12 +52,13 @@ class BlockVerification:
         if not difference <= LARGEST_DIFFERENCE:
             raise GptqBelleError(
                 f"block {VERIFIED_BLOCK} read back from the written file differs by {difference:.2e} of its output",
-                "The files were removed. Check disk and memory, and run it with --restart; if it stays, report it.")
+                "The files were removed. Check disk and memory, and run the command again with --restart; if the error "
+                "persists, report it.")
         return difference
 
 
 def _read(reader: CheckpointReader, name: str, shape: torch.Size) -> Tensor:
-    """A parameter of the written file in full precision; (N, K) where it is a packed weight."""
+    """A parameter of the written file in full precision; a packed weight as (N, K)."""
     if name in reader:
         return reader.tensor(name)
     words = read_packed(reader, read_quantization(reader), name.removesuffix(".weight"), shape[1], shape[0])

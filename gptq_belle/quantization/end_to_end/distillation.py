@@ -31,7 +31,7 @@ def distill(job: QuantizationJob, writer: CheckpointWriter, journal: Journal, ve
     def step(index: int) -> None:
         progress.phase(f"what the full-precision model predicts: block {index + 1} of {job.stream.count}")
 
-    stream, steps = job.stream, job.config.techniques.steps
+    stream, steps = job.stream, job.config.techniques.tuning_steps
     rows, held_out = tuning_rows(job, journal.folder / "rows.f32", step)
     origin = [stamp for record in journal.records for name, stamp in record.files.items() if name.startswith("parts/")]
     student = read_student(stream, writer.written(), job.config)

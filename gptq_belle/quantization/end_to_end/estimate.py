@@ -55,7 +55,7 @@ def check_tuning(job: QuantizationJob, limit: int | None) -> int:
         HardwareError: the model does not fit; what it needs is said.
         UsageError: too little text to calibrate on.
     """
-    if not job.config.techniques.steps or job.tokens is None:
+    if not job.config.techniques.tuning_steps or job.tokens is None:
         return 0
     cut(job.tokens)
     device, needed, process = job.stream.device, tuning_bytes(job), anonymous_bytes() or 0
@@ -78,7 +78,7 @@ def tuning_seconds(job: QuantizationJob, block: nn.Module) -> float:
         block: its first one, in full precision.
     """
     assert job.tokens is not None
-    stream, steps = job.stream, job.config.techniques.steps
+    stream, steps = job.stream, job.config.techniques.tuning_steps
     learnt, held = cut(job.tokens)
     length = learnt.shape[1]
     vocabulary, hidden = stream.embedding_shape
