@@ -387,7 +387,7 @@ def test_a_wrong_word_is_noticed_before_the_directory_appears(tiny_llama, tmp_pa
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     monkeypatch.setattr("gptq_belle.checkpoint.conversion.write_zeros",
                         lambda zeros, bits, to: write_zeros(zeros, bits, to) ^ 16)
-    with pytest.raises(GptqBelleError, match=naming("qzeros")):
+    with pytest.raises(GptqBelleError, match=naming("model.layers.0.mlp.down_proj")):
         convert(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
