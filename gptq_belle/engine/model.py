@@ -164,8 +164,8 @@ class Model(LogitsModel):
         return [answer + streams[request].finish() for request, answer in answers.items()]
 
     def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
-        """Draw up to `count` tokens behind `ids`; ends in front of eos unless `params.ignore_eos`. What an earlier call
-        read of the same beginning is not read again."""
+        """Generate up to `count` tokens after `ids`; stops before eos unless `params.ignore_eos`. A prefix that an
+        earlier call prefilled is reused."""
         engine = self._engine(len(ids) + count)
         request = engine.submit(ids, replace(params, max_new_tokens=count))
         try:
@@ -175,7 +175,7 @@ class Model(LogitsModel):
             engine.cancel(request)
 
     def _engine(self, length: int) -> Engine:
-        """One slot for `length` tokens, made anew where the last one is too short."""
+        """One slot for `length` tokens, created again if the last one is too short."""
         if self._single is None or self._single.capacity < length or not self._single.idle:
             self._single = None
             self._single = Engine(self, 1, max(length, min(self.context or DEFAULT_CAPACITY, DEFAULT_CAPACITY)))

@@ -21,7 +21,7 @@ class RequestGuard:
     """Refuses before a body is read: keys that are wrong, hosts that are foreign, bodies that are too large.
 
     Args:
-        app: what stands behind.
+        app: the application that gets the accepted requests.
         api_key: that clients must send as ``Authorization: Bearer KEY``; None where everybody may ask.
         max_bytes: of a body.
         max_requests: at a time.

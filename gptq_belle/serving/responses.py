@@ -64,7 +64,7 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
     Args:
         request, choices: as `whole`.
         head: what every event begins with.
-        show, first, last: the ``choices`` entry of a piece, in front of all pieces, and behind them.
+        show, first, last: the ``choices`` entry for new text, before the first text, and after the last.
         final: what the last event holds (the usage), if anything.
     """
     def entry(fields: dict[str, Any]) -> bytes:
@@ -103,7 +103,7 @@ def _event(body: dict[str, Any]) -> bytes:
 
 
 async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> AsyncGenerator[Deltas, None]:
-    """Pieces of all choices as they come, None behind the last one of each; an empty list after long silence.
+    """New text of all choices as it arrives, None after the last of each; an empty list after KEEP_ALIVE seconds.
 
     Closing it frees the slots.
     """

@@ -75,7 +75,8 @@ class Scheduler:
             free = self.engine.slots - len(self._running)
             if len(self._waiting) + len(prompts) > self.queue_limit + max(free, 0):
                 self.metrics.requests.labels("refused").inc(len(prompts))
-                raise ApiError(429, f"{len(self._waiting)} answers wait for a slot already, {self.queue_limit} may",
+                waiting = len(self._waiting)
+                raise ApiError(429, f"The queue is full: {waiting} requests are waiting (limit {self.queue_limit}).",
                                code="queue_full", headers={"Retry-After": RETRY_AFTER})
             self._loop, arrived = asyncio.get_running_loop(), ItemQueue()
             answers = [QueuedRequest(self, index, ids, params, arrived) for index, (ids, params) in enumerate(prompts)]

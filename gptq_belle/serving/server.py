@@ -31,7 +31,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the server; uvicorn's own version raises them again behind a clean end."""
+        """SIGTERM and SIGINT end the server; uvicorn's own version raises them again after a clean end."""
         def interrupt(number: int, frame: Any) -> None:
             self.interrupted = True
             self.handle_exit(number, frame)

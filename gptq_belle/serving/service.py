@@ -35,7 +35,7 @@ class Limits:
 
 
 class Service:
-    """A loaded model behind a server.
+    """A loaded model and its scheduler.
 
     Args:
         model: what answers.

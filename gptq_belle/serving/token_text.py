@@ -63,7 +63,7 @@ class CompletionChoice:
         self.reason: str | None = None
         self._whole = IncrementalDecoder(lambda ids: decode(tokenizer, ids))
         self._stops = StopStrings(stops)
-        self._certain = self._shown = 0  # characters before and behind the stop strings' hold
+        self._certain = self._shown = 0  # characters decoded, and characters released by the stop strings
         self._pending: list[ScoredToken] = []
 
     def feed(self, item: Event | str) -> TextDelta:
@@ -95,7 +95,7 @@ class CompletionChoice:
         return self._released(self._stops.feed(text), last=False)
 
     def _released(self, text: str, last: bool) -> TextDelta:
-        """Tokens whose text begins in what is shown go with it; behind a stop string nothing does."""
+        """Tokens whose text begins within the released text are released with it; none after a stop string."""
         self._shown += len(text)
         everything = last and not self._stops.stopped
         ready = [scored for scored in self._pending if scored.offset < self._shown or everything]
