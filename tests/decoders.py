@@ -56,8 +56,8 @@ def assert_padding_changes_nothing(path):
     with torch.inference_mode():
         cache = model.new_cache(3, width)
         for i, row in enumerate(rows):
-            model.read(row[:-1], cache, i)
-        last = model.step(torch.stack([row[-1] for row in rows]), cache, range(3), [n - 1 for n in lengths])
+            model.prefill_slot(row[:-1], cache, i)
+        last = model.decode_slots(torch.stack([row[-1] for row in rows]), cache, range(3), [n - 1 for n in lengths])
     wanted = torch.stack([expected[i, n - 1] for i, n in enumerate(lengths)])
     torch.testing.assert_close(last.double(), wanted, rtol=1e-4, atol=1e-4)
 

@@ -86,7 +86,7 @@ def test_an_adapter_teaches_belle_tiny_in_4_bits_and_the_merged_4_bits_keep_it(a
     """The shipped models, and answers that they were not trained on."""
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / arch)
     rows = [torch.tensor([tokenizer(fact + tokenizer.eos_token)["input_ids"]]) for fact in FACTS]
-    calibration = Calibration(rows=16, seq_len=256, allow_short=True)
+    calibration = Calibration(rows=4, seq_len=256, allow_short=True)
     quantize_checkpoint(EXAMPLE / arch, tmp_path / "packed", QuantConfig(), calibration=calibration)
 
     def mean(model):

@@ -58,7 +58,7 @@ def directory(path, name, bits, blocks=None):
 
 
 def test_a_directory_is_measured_and_stands_in_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(belle_table.peak, "fresh", lambda path, **options: Footprint(1.0, 2, 3, 4 * GIB, None))
+    monkeypatch.setattr(belle_table.footprint, "fresh", lambda path, **options: Footprint(1.0, 2, 3, 4 * GIB, None))
     path = directory(tmp_path / "four", "belle-7b", 4)
     rows = belle_table.belle_table([path], 516, "cpu")
     assert [ours.measured == path for _, ours in rows] == [False, False, True, False, True, False]

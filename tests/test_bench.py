@@ -148,7 +148,7 @@ def test_what_bounds_a_step():
 
 
 def test_a_workload_beyond_the_context_or_empty_is_refused(tiny_llama):
-    with pytest.raises(UsageError, match=naming(200, 100, 256)):
+    with pytest.raises(UsageError, match=naming(300, 256)):
         bench([tiny_llama], Workload(prompt=200, tokens=100), device="cpu")
     with pytest.raises(UsageError, match=naming(256)):
         bench([tiny_llama], Workload(tokens=256), device="cpu")

@@ -108,7 +108,9 @@ def test_a_missing_model_is_4_with_cause_and_remedy(belle, tmp_path, verb):
     assert (code, out) == (4, "")
     assert "Error: " in err
     assert str(tmp_path / "absent") in err
-    assert len(err.rstrip().splitlines()) == 2
+    error, remedy = err.rstrip().splitlines()[-2:]
+    assert error.startswith("Error: ")
+    assert remedy
     assert "Traceback" not in err
 
 

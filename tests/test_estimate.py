@@ -61,7 +61,7 @@ def command(source, out, *options):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("kind", "hidden", "rows", "length"), [("llama", 1024, 8, 256), ("bloom", 512, 4, 1024)])
+@pytest.mark.parametrize(("kind", "hidden", "rows", "length"), [("llama", 768, 8, 256), ("bloom", 512, 4, 1024)])
 def test_memory_is_estimated(kind, hidden, rows, length, tmp_path):
     source = random_model(kind, tmp_path / "source", hidden=hidden, inner=3 * hidden, blocks=2)
     options = ["--rows", str(rows), "--seq-len", str(length)]

@@ -250,28 +250,27 @@ from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.common.memory import anonymous_bytes, release_unused
 from gptq_belle.quantization.block import BlockQuantizer
 from gptq_belle.quantization.pipeline import quantize_checkpoint
-source, out, preset = sys.argv[1:]
+source, out = sys.argv[1:]
 held, run = [], BlockQuantizer.run
 def measured(*arguments):
     run(*arguments)
     release_unused()
     held.append(anonymous_bytes())
 BlockQuantizer.run = measured
-quantize_checkpoint(source, out, QuantConfig(group_size=128, preset=preset),
+quantize_checkpoint(source, out, QuantConfig(group_size=128),
                     calibration=Calibration(rows=4, seq_len=64, allow_short=True))
 print(*held)
 """
 
 
-@pytest.mark.parametrize("preset", ["fast", "best"])
-def test_nothing_piles_up_from_block_to_block(tiny_llama, tmp_path, preset):
+def test_nothing_piles_up_from_block_to_block(tiny_llama, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 384, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=9, **sizes)).half().save_pretrained(tmp_path / "model")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_llama / file, tmp_path / "model" / file)
-    result = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "model", tmp_path / "out", preset],
+    result = subprocess.run([sys.executable, "-c", MEASURE, tmp_path / "model", tmp_path / "out"],
                             capture_output=True, text=True, check=True)
     held = [int(count) for count in result.stdout.split()]
     assert len(held) == 9

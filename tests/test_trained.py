@@ -9,7 +9,7 @@ from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"
-WINDOW, TOKENS = 256, 4000
+WINDOW, TOKENS = 256, 2000
 
 
 @pytest.fixture(scope="module", params=["bloom", "llama"])
@@ -22,7 +22,7 @@ def kl(request, tmp_path_factory):
     def measure(bits, method):
         out = tmp_path_factory.mktemp("trained") / "out"
         gptq_belle.quantize_checkpoint(source, out, gptq_belle.QuantConfig(bits=bits, method=method),
-                                       calibration=gptq_belle.Calibration(rows=64, seq_len=WINDOW))
+                                       calibration=gptq_belle.Calibration(rows=16, seq_len=WINDOW))
         model = gptq_belle.load(out)
         return divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW, limit=TOKENS).kl_mean
 
