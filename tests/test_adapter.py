@@ -128,7 +128,7 @@ def test_gradients_of_the_adapter_are_those_of_the_dense_model(tiny_model, tmp_p
         assert float((found[1][name] - expected).norm() / expected.norm()) < 2e-3, name
 
 
-def test_gradient_checkpointing(tiny_model, tmp_path):
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, tmp_path):
     quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32, method="rtn"))
     grads = []
     for checkpointing in (False, True):
@@ -183,7 +183,7 @@ def test_merged_weights_are_those_of_peft(tiny_model, tmp_path, settings, safe):
         torch.testing.assert_close(ours.tensor(name).float(), merged[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_scale_is_the_papers(tiny_llama, tmp_path):
+def test_scale_follows_the_rslora_paper(tiny_llama, tmp_path):
     name = "model.layers.1.self_attn.q_proj"
     adapter = random_adapter(tiny_llama, tmp_path / "adapter", use_rslora=True)
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -193,7 +193,7 @@ def test_the_scale_is_the_papers(tiny_llama, tmp_path):
     assert float((open_source(tiny_llama, adapter).tensor(f"{name}.weight") - expected).abs().max()) < 1e-6
 
 
-def test_another_adapter_is_another_job(tiny_llama, tmp_path, monkeypatch):
+def test_resuming_with_another_adapter_is_refused(tiny_llama, tmp_path, monkeypatch):
     for name in ("one", "two"):
         random_adapter(tiny_llama, tmp_path / name)
     config = QuantConfig(group_size=32, method="rtn")
@@ -234,7 +234,7 @@ def test_adapter_that_is_not_a_plain_lora_sum_is_refused(tiny_llama, tmp_path, c
     assert caught.value.remedy
 
 
-def test_a_true_dora_adapter_is_refused(tiny_llama, tmp_path):
+def test_dora_adapter_is_refused(tiny_llama, tmp_path):
     adapter = random_adapter(tiny_llama, tmp_path / "adapter", use_dora=True)
     with pytest.raises(InputError, match="use_dora"):
         Adapter(adapter)
@@ -265,7 +265,7 @@ def test_factors_that_do_not_fit_the_model_are_refused(tiny_llama, tmp_path, ten
         open_source(tiny_llama, adapter)
 
 
-def test_files_that_are_missing_or_cut_short(tiny_llama, tmp_path):
+def test_missing_or_truncated_adapter_files_are_refused(tiny_llama, tmp_path):
     adapter = random_adapter(tiny_llama, tmp_path / "adapter")
     cut_short(adapter / "adapter_model.safetensors")
     with pytest.raises(InputError, match="adapter_model.safetensors"):

@@ -18,7 +18,7 @@ def model(request):
     return load(request.getfixturevalue(f"tiny_{request.param}"), device="cpu", dtype=torch.float32)
 
 
-def test_batches_answer_as_one_by_one(model):
+def test_batched_answers_equal_single_answers(model):
     together = ask(model, QUESTIONS, 12, 8)
     for index, question in enumerate(QUESTIONS):
         alone = model.generate(question, prompt_style="auto", max_new_tokens=12)
@@ -45,7 +45,7 @@ def test_a_question_beyond_the_context_is_refused(model):
         ask(model, ["字" * 300], 8, 1)
 
 
-def test_given_answers_against_the_loss_of_transformers(model, monkeypatch):
+def test_loss_of_given_answers_equals_transformers(model, monkeypatch):
     """Rows of different lengths share batches; each is held against a forward of its own with labels."""
     monkeypatch.setattr(belle_answers, "LOGITS_BYTES", 4 * 384 * 60 * 2)
     texts = ["巴黎", "Paris is the capital of France.", "", "春风" * 5, "b"]
@@ -66,7 +66,7 @@ def test_given_answers_against_the_loss_of_transformers(model, monkeypatch):
         assert torch.equal(one.same_top, likeliest == torch.tensor(answer))
 
 
-def test_given_answers_beyond_the_context_are_cut(model):
+def test_given_answers_beyond_the_context_are_truncated(model):
     prompt = prompt_ids(model, ["a"])[0]
     (found,) = given_answers(model, [prompt], [[7] * 400])
     assert len(found.loss) == model.context - len(prompt)

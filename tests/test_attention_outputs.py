@@ -33,7 +33,7 @@ class Anew(AttentionOutputs):
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
-def test_jobs_end_in_the_same_bytes_without_it(tiny_model, tmp_path, monkeypatch, preset):
+def test_output_is_identical_without_attention_reuse(tiny_model, tmp_path, monkeypatch, preset):
     config = QuantConfig(group_size=32, preset=preset)
     for name in ("kept", "anew"):
         quantize_checkpoint(tiny_model, tmp_path / name, config, calibration=CALIBRATION)
@@ -46,7 +46,7 @@ def hessian(stream, block, stage, rows):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_attention_runs_once_and_its_successors_see_the_same(stream, tmp_path, on_disk):
+def test_attention_runs_once_and_its_output_is_reused(stream, tmp_path, on_disk):
     arch = stream.arch
     rows = BatchList(*stream.embed(torch.randint(10, 300, (80, 64))))
     stream.max_rows = 48  # batches of 64 and 16 rows, in three pieces
@@ -70,7 +70,7 @@ def test_attention_runs_once_and_its_successors_see_the_same(stream, tmp_path, o
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_output_projection_is_seen(stream):
+def test_changed_output_projection_is_noticed(stream):
     """It is quantized between the passes."""
     arch = stream.arch
     rows = BatchList(next(stream.embed(torch.randint(10, 300, (2, 16)))))
@@ -82,7 +82,7 @@ def test_another_output_projection_is_seen(stream):
     assert torch.equal(replayed, stream.run(block, rows.batches[0]))
 
 
-def test_a_pass_that_fails_keeps_nothing(stream):
+def test_failed_pass_leaves_nothing_cached(stream):
     contexts, arch = AttentionOutputs(), stream.arch
     states = next(stream.embed(torch.randint(10, 300, (2, 16))))
     block = stream.load_block(0)

@@ -36,7 +36,7 @@ def run_job(source, out, budget="5", **settings):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_knapsack_finds_what_trying_all_finds(seed):
+def test_knapsack_finds_the_optimum_of_exhaustive_search(seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
     costs = (torch.randint(1, 12, (9,), generator=generator) * (7 if seed % 2 else 1)).tolist()
@@ -48,7 +48,7 @@ def test_the_knapsack_finds_what_trying_all_finds(seed):
     assert sum(values[i] for i in found) == pytest.approx(best, rel=1e-12)
 
 
-def test_the_knapsack_keeps_a_room_of_more_units_than_its_table_has():
+def test_knapsack_respects_a_budget_larger_than_its_table():
     costs = [3_000_001, 5_000_003, 7_000_001]
     assert knapsack([1.0, 1.0, 1.5], costs, 8_001_000) == {0, 1}
     assert knapsack([1.0, 1.0, 1.5], costs, 3_000_000) == set()
@@ -81,7 +81,7 @@ def measured(job, tmp_path):
     return stages, auto_bits.measure_losses(job, measured, tmp_path / "scratch", lambda index: None)
 
 
-def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
+def test_measured_losses_equal_kl_of_whole_models(tiny_model, tmp_path):
     """Against transformers' own model with one stage's weights replaced, logits in float64."""
     from transformers import AutoModelForCausalLM
 
@@ -115,7 +115,7 @@ def test_losses_are_the_divergences_of_whole_models(tiny_model, tmp_path):
         assert loss == pytest.approx(float((full.exp() * (full - few)).sum(-1).mean()), rel=0.05)
 
 
-def test_overrides_stay_and_count(tiny_bloom, tmp_path):
+def test_overrides_are_kept_and_count_against_the_budget(tiny_bloom, tmp_path):
     settings = config("7", overrides=tuple(map(parse_override, (
         r"h\.0\.mlp.dense_h_to_4h=skip", r"h\.0\.mlp.dense_4h_to_h=bits:4"))))
     report = quantize_checkpoint(tiny_bloom, tmp_path / "out", settings, calibration=CALIBRATION)
@@ -124,7 +124,7 @@ def test_overrides_stay_and_count(tiny_bloom, tmp_path):
     assert 6 < report.average_bits <= 7  # (4 * 16 + 20 * 4) / 24 without the choice
 
 
-def test_a_resumed_job_keeps_its_choice(tiny_model, tmp_path, monkeypatch):
+def test_resumed_job_keeps_the_chosen_bits(tiny_model, tmp_path, monkeypatch):
     run_job(tiny_model, tmp_path / "whole")
     plain = BlockQuantizer.run
     monkeypatch.setattr(BlockQuantizer, "run",
@@ -139,7 +139,7 @@ def test_a_resumed_job_keeps_its_choice(tiny_model, tmp_path, monkeypatch):
     assert job_output(tmp_path / "cut") == job_output(tmp_path / "whole")
 
 
-def test_what_was_measured_outlives_a_job_that_ended_before_its_first_block(tiny_bloom, tmp_path, monkeypatch):
+def test_measured_sensitivities_survive_an_interrupt_before_the_first_block(tiny_bloom, tmp_path, monkeypatch):
     plain = BlockQuantizer.run
     monkeypatch.setattr(BlockQuantizer, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -162,7 +162,7 @@ def test_unsuitable_auto_bits_is_refused_before_any_work(tiny_bloom, tmp_path, s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_dry_run_says_it(tiny_llama):
+def test_dry_run_announces_the_sensitivity_measurement(tiny_llama):
     job = prepare_job(tiny_llama, config("5"), CALIBRATION, "cpu")
     assert describe_estimate(job).startswith("8 stages are measured first")
     assert describe_estimate(prepare_job(tiny_llama, QuantConfig(group_size=32), CALIBRATION, "cpu")) == ""

@@ -52,7 +52,7 @@ def quantized(source, config=CONFIG, examples=EXAMPLES):
 
 
 @pytest.mark.parametrize("settings", [{}, {"sym": False}, {"desc_act": True, "bits": 8}, {"group_size": -1, "bits": 3}])
-def test_what_is_written_is_what_our_own_call_writes(tiny_model, tmp_path, settings):
+def test_output_equals_that_of_quantize_checkpoint(tiny_model, tmp_path, settings):
     config = BaseQuantizeConfig(**{"group_size": 32, "desc_act": False} | settings)
     quantized(tiny_model, config).save_quantized(tmp_path / "theirs")
     ours = QuantConfig(config.bits, config.group_size, config.sym, config.desc_act)
@@ -85,7 +85,7 @@ def test_quantize_save_and_load_again(tiny_model, tmp_path):
         again.quantize(EXAMPLES)
 
 
-def test_before_quantizing_it_is_the_full_model(tiny_llama):
+def test_model_before_quantizing_is_the_full_precision_model(tiny_llama):
     model = AutoGPTQForCausalLM.from_pretrained(tiny_llama, CONFIG)
     assert model.config.model_type == "llama"
     assert torch.equal(model(IDS).logits, hf_model(tiny_llama)(IDS).logits)
@@ -93,7 +93,7 @@ def test_before_quantizing_it_is_the_full_model(tiny_llama):
         model.save_quantized("nowhere")
 
 
-def test_a_directory_of_auto_gptqs_own(tiny_llama, tmp_path):
+def test_directory_written_by_auto_gptq_is_loaded(tiny_llama, tmp_path):
     """Its file's name and its few keys, with the name of the file given or not."""
     packed = packed_checkpoint(tiny_llama, tmp_path / "packed")
     (packed / "model.safetensors").rename(packed / "gptq_model-4bit-32g.safetensors")
@@ -111,7 +111,7 @@ def test_a_directory_of_auto_gptqs_own(tiny_llama, tmp_path):
         AutoGPTQForCausalLM.from_quantized(packed, model_basename="gptq_model-4bit-32g")
 
 
-def test_settings_that_are_not_the_directorys(tiny_llama, tmp_path):
+def test_quantize_config_that_contradicts_the_directory_is_refused(tiny_llama, tmp_path):
     packed = packed_checkpoint(tiny_llama, tmp_path / "packed")
     with pytest.raises(UsageError, match=naming("8 bits", 32, 4)):
         AutoGPTQForCausalLM.from_quantized(packed, quantize_config=BaseQuantizeConfig(8, 32))
@@ -119,7 +119,7 @@ def test_settings_that_are_not_the_directorys(tiny_llama, tmp_path):
         AutoGPTQForCausalLM.from_quantized(tiny_llama)
 
 
-def test_the_dtype_of_a_loaded_model(tiny_llama, tmp_path):
+def test_torch_dtype_sets_the_dtype_of_a_loaded_model(tiny_llama, tmp_path):
     packed = packed_checkpoint(tiny_llama, tmp_path / "packed")
     assert AutoGPTQForCausalLM.from_quantized(packed, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
@@ -127,7 +127,7 @@ def test_the_dtype_of_a_loaded_model(tiny_llama, tmp_path):
 # ---- where files go ----
 
 
-def test_saving_twice_and_beside_a_tokenizer(tiny_llama, tmp_path):
+def test_saving_twice_and_next_to_a_tokenizer_works(tiny_llama, tmp_path):
     model = quantized(tiny_llama)
     tiny_tokenizer().save_pretrained(tmp_path / "out")
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_saving_twice_and_beside_a_tokenizer(tiny_llama, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
 
 
-def test_other_models_are_not_written_over(tiny_llama, tmp_path):
+def test_weights_of_other_models_are_not_overwritten(tiny_llama, tmp_path):
     source = shutil.copytree(tiny_llama, tmp_path / "model")
     model = quantized(source)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
@@ -151,7 +151,7 @@ def test_saving_into_the_directory_it_was_loaded_from_changes_nothing(tiny_llama
     assert before == {path.name: path.read_bytes() for path in packed.iterdir()}
 
 
-def test_the_temporary_folder_goes_with_the_model(tiny_llama):
+def test_temporary_folder_is_deleted_with_the_model(tiny_llama):
     model = quantized(tiny_llama)
     folder = model.path.parent
     assert folder.exists()
@@ -162,7 +162,7 @@ def test_the_temporary_folder_goes_with_the_model(tiny_llama):
 # ---- examples ----
 
 
-def test_examples_of_one_length_are_the_rows():
+def test_examples_of_equal_length_become_the_calibration_rows():
     assert torch.equal(token_rows(EXAMPLES, 2), torch.cat([example["input_ids"] for example in EXAMPLES]))
 
 
@@ -179,7 +179,7 @@ def test_examples_are_packed_without_padding_and_with_eos_between():
     [], [{"attention_mask": [1]}], ["text"], [{"input_ids": "text"}], [{"input_ids": [1.5]}],
     [{"input_ids": [1, 2], "attention_mask": [1]}], [{"input_ids": [1], "attention_mask": [0]}],
 ])
-def test_what_is_not_tokenized_text_is_refused(examples):
+def test_examples_that_are_not_tokenized_are_refused(examples):
     with pytest.raises(InputError, match="example"):
         token_rows(examples, 2)
 
@@ -192,7 +192,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tiny_llama):
 # ---- arguments ----
 
 
-def test_harmless_arguments_are_noted_once_and_only_where_given(tiny_llama, tmp_path):
+def test_ignored_arguments_warn_once_and_only_when_given(tiny_llama, tmp_path):
     packed = packed_checkpoint(tiny_llama, tmp_path / "packed")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -217,19 +217,19 @@ def test_harmless_arguments_are_noted_once_and_only_where_given(tiny_llama, tmp_
     lambda source, packed: AutoGPTQForCausalLM.from_pretrained(source, BaseQuantizeConfig(static_groups=True)),
     lambda source, packed: AutoGPTQForCausalLM.from_pretrained(source, BaseQuantizeConfig(true_sequential=False)),
 ])
-def test_what_would_mean_something_else_is_refused(tiny_llama, tmp_path, call):
+def test_unsupported_arguments_are_refused(tiny_llama, tmp_path, call):
     with pytest.raises(UsageError, match="is not supported"):
         call(tiny_llama, packed_checkpoint(tiny_llama, tmp_path / "packed"))
 
 
 @pytest.mark.parametrize(("config", "message"), [({"bits": 5}, "bits 5"), ({"group_size": 100}, "group size 100"),
                                                  ({"damp_percent": 2}, "damp 2")])
-def test_settings_out_of_range(tiny_llama, config, message):
+def test_settings_out_of_range_are_refused(tiny_llama, config, message):
     with pytest.raises(UsageError, match=message):
         AutoGPTQForCausalLM.from_pretrained(tiny_llama, BaseQuantizeConfig(**config))
 
 
-def test_devices():
+def test_device_arguments_are_translated():
     names = [device_name(None, None), device_name(None, "auto"), device_name(0, None), device_name(None, {"": 1}),
              device_name("cpu", "auto"), device_name(torch.device("cuda", 2), None), device_name(None, "cuda:0"),
              device_name(None, {"a": "cpu", "b": "cpu"})]
@@ -238,11 +238,11 @@ def test_devices():
         device_name(None, {"a": 0, "b": 1})
 
 
-def test_a_device_that_is_not_there(tiny_llama, tmp_path):
+def test_unavailable_device_is_refused(tiny_llama, tmp_path):
     with pytest.raises(HardwareError, match=naming("cuda:9")):
         AutoGPTQForCausalLM.from_quantized(packed_checkpoint(tiny_llama, tmp_path / "packed"), device="cuda:9")
 
 
-def test_it_is_not_made_directly():
+def test_direct_construction_is_refused():
     with pytest.raises(UsageError, match="from_quantized"):
         AutoGPTQForCausalLM()

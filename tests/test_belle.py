@@ -43,7 +43,7 @@ def test_scores_by_class_and_in_order_of_rows(model):
     assert [row[0] for row in lines(found)] == ["extract *", "code", "generation", "all with * together", "all"]
 
 
-def test_agreement_with_the_bases_answers(model):
+def test_agreement_with_answers_of_the_base_model(model):
     rows = [Row("a", question, "") for question in QUESTIONS]
     own = ask(model, QUESTIONS, 10, 2)
     found = evaluate(model, rows, limit=10, base=own)
@@ -74,7 +74,7 @@ def test_damaged_rows_are_refused(tmp_path, text, cause):
         read_rows(tmp_path / "absent.jsonl")
 
 
-def test_the_quirks_of_belles_own_file(tmp_path):
+def test_irregularities_of_the_published_belle_file_are_read(tmp_path):
     """Its classes hold a space or a no-break space, open questions an empty answer; others' files leave it out."""
     path = tmp_path / "eval_set.json"
     lines = [{"question": "一\u2028二", "std_answer": "a", "class": "closed\xa0qa"},

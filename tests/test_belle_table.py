@@ -32,7 +32,7 @@ def test_file_sizes_are_those_of_files(tmp_path, bits):
     assert file_bytes(dimensions(read_config(tmp_path)), bits) == written - header
 
 
-def test_files_of_belle_7b_are_as_small_as_promised():
+def test_file_sizes_of_belle_7b():
     assert file_bytes(BELLE, 4) < 5.3e9
     assert file_bytes(BELLE, 4, head_bits=8) < 4.3e9
     assert file_bytes(BELLE, 8) < 8.3e9
@@ -40,7 +40,7 @@ def test_files_of_belle_7b_are_as_small_as_promised():
         assert file_bytes(BELLE, row.bits) < row.file * GIB
 
 
-def test_without_directories_all_is_arithmetic():
+def test_table_without_directories_is_computed_from_sizes():
     rows = belle_table.belle_table([], 516, "cpu")
     assert [row for row, _ in rows] == list(TABLE)
     assert all(ours.measured is None for _, ours in rows)
@@ -57,7 +57,7 @@ def directory(path, name, bits, blocks=None):
     return path
 
 
-def test_a_directory_is_measured_and_stands_in_its_rows(tmp_path, monkeypatch):
+def test_measured_directory_appears_in_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(belle_table.footprint, "fresh", lambda path, **options: Footprint(1.0, 2, 3, 4 * GIB, None))
     path = directory(tmp_path / "four", "belle-7b", 4)
     rows = belle_table.belle_table([path], 516, "cpu")
@@ -67,7 +67,7 @@ def test_a_directory_is_measured_and_stands_in_its_rows(tmp_path, monkeypatch):
         belle_table.belle_table([directory(tmp_path / "cut", "belle-7b", 4, blocks=2)], 516, "cpu")
 
 
-def test_the_verb(capsys):
+def test_bench_table_command(capsys):
     def call(*args):
         with pytest.raises(SystemExit) as left:
             console.run(app.app, ["bench", *args])

@@ -70,7 +70,7 @@ def test_the_split_of_a_content_is_fixed() -> None:
     assert splits == ["test", "train", "train", "train", "train", "train", "train", "test", "train", "train"]
 
 
-def test_the_stream_is_seeded_and_can_be_entered_anywhere() -> None:
+def test_stream_is_seeded_and_can_start_at_any_position() -> None:
     whole = list(islice(generate.dialogues(3, "train"), 50))
     assert list(islice(generate.dialogues(3, "train", start=30), 20)) == whole[30:]
     assert list(islice(generate.dialogues(4, "train"), 50)) != whole
@@ -83,7 +83,7 @@ def test_streams_hold_every_class_and_second_turns() -> None:
     assert {len(turns) for _, turns in drawn} == {2, 4}
 
 
-def test_worked_steps_lead_to_the_answer() -> None:
+def test_worked_steps_end_in_the_expected_answer() -> None:
     """The digits written, read from the last to the first, are the result; every step is a true equation."""
     rng = random.Random(0)
     for _ in range(2000):
@@ -98,7 +98,7 @@ def test_worked_steps_lead_to_the_answer() -> None:
 
 
 @pytest.mark.parametrize("cls", ["extract", "closed_qa"])
-def test_answers_stand_in_the_passage(cls: str) -> None:
+def test_extracted_answers_occur_in_the_passage(cls: str) -> None:
     for sample in samples("train", cls, 500):
         pieces = sample.answer.split("、") if cls == "extract" else [sample.answer[-4:-1]]
         assert all(piece in sample.question for piece in pieces)
@@ -205,7 +205,7 @@ def test_shipped_rows_are_what_the_generator_makes(tmp_path: Path, monkeypatch) 
 
 
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_shipped_model(arch: str) -> None:
+def test_shipped_model_has_documented_size_dtype_and_config(arch: str) -> None:
     """float16, small, quantizable in groups of 128, and described so that older readers understand."""
     from safetensors import safe_open
 

@@ -33,7 +33,7 @@ def measured(tiny_llama, tmp_path_factory):
                      batches=[3], depths=(0, 40))
 
 
-def test_both_models_are_measured(measured):
+def test_bench_measures_both_models(measured):
     full, packed = measured.results
     assert (full.bits, packed.bits) == (None, 4)
     for result in measured.results:
@@ -46,14 +46,14 @@ def test_both_models_are_measured(measured):
     assert measured.bandwidth.median > 1e8
 
 
-def test_bytes_of_a_step_count_a_tied_embedding_once_and_no_lookup_table(tiny_model):
+def test_step_bytes_count_a_tied_embedding_once_and_no_lookup_table(tiny_model):
     model, numbers = load(tiny_model, device="cpu"), CheckpointReader(tiny_model)
     total = sum(math.prod(numbers.shape(name)) for name in numbers) * 4
     embedding = 0 if model.config.get("tie_word_embeddings", True) else 384 * 128
     assert (model.weight_bytes, model.step_bytes) == (total - 2 * embedding, total - 4 * embedding)
 
 
-def test_shares_add_up_to_a_step(measured):
+def test_time_shares_add_up_to_one(measured):
     for result in measured.results:
         assert sum(result.shares) == pytest.approx(1)
         assert all(0 < share < 1 for share in result.shares[:3])
@@ -71,21 +71,21 @@ def test_every_batch_and_depth_is_measured(measured, capsys):
 
 
 @pytest.mark.parametrize(("text", "depths"), [("0", (0,)), ("0, 512,0", (0, 512))])
-def test_depths_are_read(text, depths):
+def test_depths_option_is_parsed(text, depths):
     assert parse_depths(text) == depths
     with pytest.raises(UsageError, match=naming("x")):
         parse_depths(text + ",x")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_fresh_process_sees_the_model_and_little_else(measured):
+def test_footprint_is_measured_in_a_new_process(measured):
     for result in measured.results:
         assert 0 <= result.footprint.peak_bytes < 64 * MIB
         assert result.footprint.process_bytes > result.footprint.peak_bytes + 50 * MIB
 
 
 @pytest.mark.parametrize(("script", "error"), [("echo why >&2; exit 4", InputError), ("kill -9 $$", HardwareError)])
-def test_a_process_that_fails_is_reported(tmp_path, monkeypatch, script, error):
+def test_failing_measurement_process_is_reported(tmp_path, monkeypatch, script, error):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
@@ -94,7 +94,7 @@ def test_a_process_that_fails_is_reported(tmp_path, monkeypatch, script, error):
         footprint.fresh("model", device="cpu")
 
 
-def test_rows_for_programs(measured, capsys):
+def test_csv_and_jsonl_rows_hold_the_measurements(measured, capsys):
     bench_output.show(measured, "jsonl")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     bench_output.show(measured, "csv")
@@ -109,7 +109,7 @@ def test_rows_for_programs(measured, capsys):
     assert "torch" in whole["machine"]
 
 
-def test_the_table_for_people(measured, capsys):
+def test_markdown_table_shows_the_measurements(measured, capsys):
     bench_output.show(measured, "md")
     text = capsys.readouterr().out
     assert "| decode, tokens/s |" in text
@@ -117,14 +117,14 @@ def test_the_table_for_people(measured, capsys):
     assert text.count("is bound by") == 2
 
 
-def test_a_picture(measured, tmp_path):
+def test_plot_is_written_as_png_and_other_formats_are_refused(measured, tmp_path):
     plots.plot(measured, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match=naming("bench.docx")):
         plots.check_plot(tmp_path / "bench.docx")
 
 
-def test_the_picture_shows_the_smallest_depth_of_every_batch(measured):
+def test_plot_shows_the_smallest_depth_of_every_batch(measured):
     found = plots.series(measured)
     assert [one.batch for one in found] == [2, 3]
     for one in found:
@@ -133,14 +133,14 @@ def test_the_picture_shows_the_smallest_depth_of_every_batch(measured):
             assert (one.prefill[place], one.decode[place]) == (point.prefill, point.decode)
 
 
-def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
+def test_plot_without_matplotlib_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(HardwareError, match="matplotlib") as raised:
         plots.check_plot(tmp_path / "a.png")
     assert "pip install" in raised.value.remedy
 
 
-def test_what_bounds_a_step():
+def test_explanation_names_the_largest_cost_of_a_step():
     busy = Shares(linears=0.7, attention=0.1, head=0.1, rest=0.1)
     assert explain(8 * 10**9, 1.0, 10e9, busy).startswith("memory bandwidth: reading 8,000.0 MB of weights takes 80 %")
     assert explain(10**6, 1.0, 10e9, busy).startswith("arithmetic of the linears (70 % of the time)")
@@ -161,13 +161,13 @@ def test_a_workload_beyond_the_context_or_empty_is_refused(tiny_llama):
         bench_output.check_format("xml")
 
 
-def test_timing():
+def test_timers_measure_and_summarize():
     assert seconds(lambda: time.sleep(0.02)) >= 0.02
     assert spread([3.0, 1.0, 2.0]) == spread((3.0, 1.0, 2.0))
     assert spread([3.0, 1.0, 2.0]).median == 2
 
 
-def test_bandwidth_is_of_this_world():
+def test_measured_bandwidth_is_plausible():
     assert buffer_bytes() >= MIB
     found = read_bandwidth("cpu", repeats=3, size=16 * MIB)
     assert len(found.values) == 3

@@ -40,7 +40,7 @@ def test_attention_with_alibi(heads, width, rows, length):
     assert (ours - expected).norm() < 2 * (theirs - expected).norm()
 
 
-def test_what_comes_later_is_not_seen():
+def test_attention_is_causal():
     attention = FusedBloomAttention(BloomAttention(BloomConfig(hidden_size=64, n_head=4), 0))
     alibi = build_alibi_tensor(torch.ones(1, 20), 4, torch.float32)
     states = torch.randn(1, 20, 64)
@@ -51,7 +51,7 @@ def test_what_comes_later_is_not_seen():
     assert not torch.allclose(first[:, 12:], second[:, 12:])
 
 
-def test_a_quickened_model_is_the_same_function(tiny_model):
+def test_faster_modules_compute_the_same_function(tiny_model):
     slow, quick = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
     names = set(slow.state_dict())
     use_fused_modules(quick)

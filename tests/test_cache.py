@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("kind", "step"), [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)])
-def test_what_was_written_is_read(kind, step):
+def test_written_keys_and_values_are_read_back(kind, step):
     cache = KVCache(2, 3, 2, 10, 8, kind, CPU)
     pieces = [(0, 0, torch.randn(4, 2, 8)), (2, 0, torch.randn(3, 2, 8)), (0, 4, torch.randn(1, 2, 8)),
               (2, 3, torch.randn(7, 2, 8))]
@@ -24,7 +24,7 @@ def test_what_was_written_is_read(kind, step):
         assert torch.equal(values, -keys)
 
 
-def test_int8_is_off_by_half_a_step_at_most():
+def test_int8_error_is_at_most_half_a_step():
     cache, new = KVCache(1, 1, 2, 5, 64, "int8", CPU), torch.randn(5, 2, 64) * torch.tensor([1e-3, 50.0]).view(1, 2, 1)
     cache.write(0, 0, 0, new, new * 2)
     keys, values = cache.read(0, 0, 5, torch.float32)
@@ -34,18 +34,18 @@ def test_int8_is_off_by_half_a_step_at_most():
         assert ((found - wanted).abs() <= 0.55 * step).all()  # the scale itself is rounded to float16
 
 
-def test_quantized_of_nothing_but_zeros():
+def test_int8_cache_of_zeros_stays_zero():
     codes, scales = quantize_int8(torch.zeros(3, 4))
     assert not codes.any()
     assert (scales > 0).all()
 
 
-def test_bytes():
+def test_nbytes_of_the_cache():
     assert KVCache(2, 3, 2, 10, 8, "float16", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 2
     assert KVCache(2, 3, 2, 10, 8, "int8", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * (8 + 2)
 
 
-def test_copy():
+def test_copy_of_a_slot_prefix():
     cache = KVCache(1, 2, 1, 4, 8, "int8", CPU)
     new = torch.randn(3, 1, 8)
     cache.write(0, 0, 0, new, new)
@@ -53,7 +53,7 @@ def test_copy():
     assert torch.equal(cache.read(0, 1, 2, torch.float32)[0], cache.read(0, 0, 2, torch.float32)[0])
 
 
-def test_what_cannot_be():
+def test_unknown_dtype_and_too_large_cache_are_refused():
     with pytest.raises(UsageError, match=naming("int3")):
         KVCache(1, 1, 1, 1, 8, "int3", CPU)
     with pytest.raises(HardwareError, match=naming(4096, 1 << 30)):

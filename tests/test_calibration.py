@@ -39,7 +39,7 @@ def test_a_json_array_reads_like_lines(tmp_path):
     assert read_documents(file) == ["a", "b"]
 
 
-def test_chats_wear_the_belle_prompt_and_plain_text_does_not(tmp_path):
+def test_chats_get_the_belle_prompt_and_plain_text_does_not(tmp_path):
     tokenizer = tiny_tokenizer()
     file = jsonl(tmp_path, {"instruction": "问", "output": "答"})
     rows = tokens(file)
@@ -59,7 +59,7 @@ def test_rows_are_packed_whole_with_eos_between_documents(tmp_path):
     assert (rows == tokenizer.eos_token_id).any()
 
 
-def test_the_seed_decides_the_order(tmp_path):
+def test_seed_determines_the_order(tmp_path):
     file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
     first, again = (tokens(file) for _ in range(2))
     other = tokens(file, seed=1)
@@ -67,14 +67,14 @@ def test_the_seed_decides_the_order(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_text_shorter_than_a_row_makes_one_shorter_row(tmp_path):
+def test_short_text_gives_one_shorter_row(tmp_path):
     file = jsonl(tmp_path, {"text": "短"})
     rows = tokens(file)
     assert rows.shape[0] == 1
     assert rows.shape[1] < 16
 
 
-def test_too_few_tokens_are_refused_with_the_numbers(tmp_path):
+def test_too_few_calibration_tokens_are_refused(tmp_path):
     file = jsonl(tmp_path, *({"text": f"第{i}句话"} for i in range(40)))
     rows = tokens(file)
     check_enough(rows, 16, "mlp")
@@ -94,7 +94,7 @@ def test_unusable_calibration_file_is_refused(tmp_path, name, content, place):
         tokens(tmp_path / name)
 
 
-def test_a_missing_file_and_impossible_sizes_are_refused(tmp_path):
+def test_missing_file_and_zero_rows_are_refused(tmp_path):
     with pytest.raises(InputError, match=naming(tmp_path / "none.txt")):
         read_documents(tmp_path / "none.txt")
     with pytest.raises(UsageError):

@@ -26,7 +26,7 @@ def decode(ids):
     ("llama", "Human: 你好 \n\nAssistant: "),
     ("newline", "Human: \n你好\n\nAssistant: \n"),
 ])
-def test_one_question(style, text):
+def test_single_question_is_rendered(style, text):
     assert render([Turn("你好")], style, "</s>") == text
 
 
@@ -58,7 +58,7 @@ MESSAGES = [
 @pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:], MESSAGES[:3], MESSAGES[3:]])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("style", STYLES)
-def test_the_chat_template_says_the_same(style, bos, messages):
+def test_chat_template_equals_our_rendering(style, bos, messages):
     theirs = TOKENIZER.apply_chat_template(messages, chat_template=chat_template(style, bos=bos), tokenize=False,
                                            add_generation_prompt=True)
     prefix = "<s>" if bos and style != "newline" else ""
@@ -103,7 +103,7 @@ def pieces_of(data, items):
 
 @few
 @given(st.lists(st.integers(4, len(TOKENIZER) - 1), max_size=30), st.data())
-def test_any_chunks_of_any_tokens_give_the_same_text(ids, data):
+def test_detokenization_does_not_depend_on_chunks(ids, data):
     whole = IncrementalDecoder(decode)
     text = "".join(whole.feed(piece) for piece in pieces_of(data, ids)) + whole.finish()
     assert text == decode(ids)
@@ -111,7 +111,7 @@ def test_any_chunks_of_any_tokens_give_the_same_text(ids, data):
 
 @few
 @given(st.text(max_size=20) | st.sampled_from(SENTENCES), st.data())
-def test_characters_come_whole(text, data):
+def test_characters_are_never_split(text, data):
     if "\ufffd" in text:
         return
     whole = IncrementalDecoder(decode)
@@ -128,7 +128,7 @@ def test_a_split_character_waits_for_its_last_byte():
     assert [whole.feed([i]) for i in ids] == ["", "", "龘"]
 
 
-def test_bytes_that_never_become_a_character_come_at_the_end():
+def test_incomplete_utf8_is_emitted_at_the_end():
     whole = IncrementalDecoder(decode)
     assert whole.feed(TOKENIZER.encode("好")) == "好"
     assert whole.feed(TOKENIZER.encode("龘")[:2]) == ""
@@ -136,7 +136,7 @@ def test_bytes_that_never_become_a_character_come_at_the_end():
     assert whole.finish() == ""
 
 
-def test_a_first_space_that_decoding_drops_is_kept_inside():
+def test_leading_space_dropped_by_decoding_is_kept_inside_the_text():
     words = {1: "Hello", 2: " world", 3: "!"}  # as LLaMA's tokenizer: a space at the beginning is dropped
     whole = IncrementalDecoder(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     assert [whole.feed([i]) for i in (2, 1, 2, 3)] == ["world", "Hello", " world", "!"]
@@ -156,7 +156,7 @@ def cut(text, stops):
 
 @few
 @given(st.text("aHum:\n", max_size=30), st.lists(st.text("aHum:\n", max_size=4), max_size=3), st.data())
-def test_any_chunks_of_text_stop_at_the_same_place(text, stops, data):
+def test_stop_position_does_not_depend_on_chunks(text, stops, data):
     filtered, expected, shown = StopStrings(stops), cut(text, stops), ""
     for piece in pieces_of(data, text):
         shown += filtered.feed(piece)
@@ -169,7 +169,7 @@ def test_any_chunks_of_text_stop_at_the_same_place(text, stops, data):
 @few
 @given(st.sampled_from(["北京", "Hum", "春天 Human", "ok\n\n", ""]),
        st.sampled_from(["Human: 你", "\n\nHuman: x", "好"]), st.data())
-def test_human_is_never_shown_not_even_partly(answer, more, data):
+def test_stop_string_is_never_shown_even_partly(answer, more, data):
     stream, shown = TextStream(decode, STYLES["bloom"].stops), ""
     expected = cut(answer + more, STYLES["bloom"].stops)
     for piece in pieces_of(data, TOKENIZER.encode(answer + more)):
@@ -193,7 +193,7 @@ def test_without_stop_strings_nothing_is_held_back():
     assert not filtered.stopped
 
 
-def test_bytes_that_never_become_characters_are_shown_and_do_not_pile_up():
+def test_invalid_bytes_are_shown_and_do_not_accumulate():
     windows = []
 
     def decode(ids):

@@ -76,7 +76,7 @@ def test_convert_and_decrypt(belle, packed, tmp_path):
     assert belle("decrypt", tmp_path / "enc", tmp_path / "other", "--key", tmp_path / "key")[0] == 4
 
 
-def test_version(belle):
+def test_version_option(belle):
     assert belle("--version") == (0, f"gptq-belle {__version__}\n", "")
 
 
@@ -96,14 +96,14 @@ def test_every_verb_has_help_and_takes_the_common_options(belle, verb):
      ("generate", "x", "--prompt", "a", "--precision", "half"), ("demo", "--model", "gpt"),
      ("doctor", "--device", "tpu"), ("eval", "ppl", "x", "--text", "y", "--gate", "kl<1")],
 )
-def test_wrong_usage_is_2(belle, args):
+def test_wrong_usage_exits_2(belle, args):
     code, out, err = belle(*args)
     assert (code, out) == (2, "")
     assert err
 
 
 @pytest.mark.parametrize("verb", [("inspect",), ("generate", "--prompt", "a"), ("bench",), ("chat",)])
-def test_a_missing_model_is_4_with_cause_and_remedy(belle, tmp_path, verb):
+def test_missing_model_exits_4_with_cause_and_remedy(belle, tmp_path, verb):
     code, out, err = belle(verb[0], tmp_path / "absent", *verb[1:])
     assert (code, out) == (4, "")
     assert "Error: " in err
@@ -114,7 +114,7 @@ def test_a_missing_model_is_4_with_cause_and_remedy(belle, tmp_path, verb):
     assert "Traceback" not in err
 
 
-def test_a_missing_device_is_3(belle, packed):
+def test_missing_device_exits_3(belle, packed):
     code, _, err = belle("generate", packed, "--prompt", "a", "--device", "cuda:99")
     assert code == 3
     assert "cuda:99" in err
@@ -128,7 +128,7 @@ def test_generate_is_reproducible(belle, packed):
     assert belle(*args)[:2] == (0, done.stdout)
 
 
-def test_generate_json(belle, packed):
+def test_generate_json_output(belle, packed):
     code, out, _ = belle("generate", packed, "--prompt", "你好", "--max-tokens", 4, "--json")
     _, plain, _ = belle("generate", packed, "--prompt", "你好", "--max-tokens", 4)
     found = json.loads(out)
@@ -148,7 +148,7 @@ def test_prompt_styles(belle, packed):
     assert "bloom" in err
 
 
-def test_inspect(belle, packed):
+def test_inspect_command(belle, packed):
     code, out, err = belle("inspect", packed)
     assert (code, err) == (0, "")
     assert "4 bits, group size 32, format gptq" in out
@@ -157,7 +157,7 @@ def test_inspect(belle, packed):
     assert json.loads(out)["quantization"]["bits"] == 4
 
 
-def test_inspect_of_a_damaged_model_is_4(belle, tiny_llama, tmp_path):
+def test_inspect_of_a_damaged_model_exits_4(belle, tiny_llama, tmp_path):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed")
     (path / "tokenizer.json").unlink()
     code, out, _ = belle("inspect", path, "--json")
@@ -165,7 +165,7 @@ def test_inspect_of_a_damaged_model_is_4(belle, tiny_llama, tmp_path):
     assert json.loads(out)["problems"]
 
 
-def test_eval_ppl(belle, packed, text):
+def test_eval_ppl_and_its_gate(belle, packed, text):
     code, out, _ = belle("eval", "ppl", packed, "--text", text, "--window", 64, "--json")
     found = json.loads(out)
     assert code == 0
@@ -176,7 +176,7 @@ def test_eval_ppl(belle, packed, text):
     assert "ppl<1.5" in err
 
 
-def test_eval_kl(belle, packed, tiny_llama, text):
+def test_eval_kl_and_its_gates(belle, packed, tiny_llama, text):
     code, out, _ = belle("eval", "kl", packed, "--base", tiny_llama, "--text", text, "--json", "--gate", "kl<99")
     found = json.loads(out)
     assert code == 0
@@ -192,7 +192,7 @@ def test_eval_kl(belle, packed, tiny_llama, text):
         assert gate in err
 
 
-def test_eval_kl_keeps_what_the_base_predicts(belle, packed, tiny_llama, text, tmp_path, monkeypatch):
+def test_eval_kl_reuses_stored_predictions_of_the_base(belle, packed, tiny_llama, text, tmp_path, monkeypatch):
     from gptq_belle.cli import evaluate
 
     loaded, load = [], evaluate.load_model
@@ -207,7 +207,7 @@ def test_eval_kl_keeps_what_the_base_predicts(belle, packed, tiny_llama, text, t
     assert str(tmp_path) in err
 
 
-def test_eval_belle(belle, packed, tmp_path):
+def test_eval_belle_and_its_gates(belle, packed, tmp_path):
     test = tmp_path / "test.jsonl"
     test.write_text('{"class": "math", "question": "1+1?", "std_answer": "2"}\n')
     code, out, _ = belle("eval", "belle", packed, "--test", test, "--max-tokens", 4, "--json")
@@ -249,14 +249,14 @@ def test_text_that_was_calibrated_on_is_refused(belle, packed, text, tmp_path):
     assert belle("eval", "ppl", path, "--text", text, "--allow-overlap")[0] == 0
 
 
-def test_bench_json(belle, packed, monkeypatch):
+def test_bench_json_output(belle, packed, monkeypatch):
     monkeypatch.setattr("gptq_belle.bench.bandwidth.buffer_bytes", lambda: 1 << 22)
     code, out, _ = belle("bench", packed, "-p", 8, "-n", 2, "-r", 1, "--json", "--precision", "fast")
     assert code == 0
     assert json.loads(out)["results"][0]["precision"] == "fast"
 
 
-def test_doctor(belle):
+def test_doctor_command(belle):
     code, out, err = belle("doctor")
     assert (code, err) == (0, "")
     assert "torch" in out

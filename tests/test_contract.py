@@ -81,12 +81,12 @@ def test_vllm_and_sglang_take_the_standard_files(written, ranks):
 
 
 @jobs("asym", "three")
-def test_what_vllm_refuses_is_what_the_documentation_says(written):
+def test_documented_formats_are_refused_by_vllm(written):
     assert len(contract.vllm(written, 1)) == len(written.linears())
 
 
 @jobs("act-order")
-def test_act_order_is_told(written):
+def test_act_order_is_declared(written):
     assert contract.vllm(written, 1) == ["desc_act"]
     assert any(np.any(np.diff(written.array(f"{linear.name}.g_idx")) < 0) for linear in written.linears())
 
@@ -97,7 +97,7 @@ def test_auto_gptq_and_transformers_take_one_setting_in_v1(written):
 
 
 @jobs("override")
-def test_dynamic_says_what_the_tensors_are(written):
+def test_dynamic_rules_describe_the_tensors(written):
     seen = {(linear.bits, linear.group) for linear in written.linears()}
     assert seen == {(4, 128), (8, 64)}
     left = [name for names, _, _ in written.stages() for name in names if f"{name}.weight" in written.header]
@@ -105,7 +105,7 @@ def test_dynamic_says_what_the_tensors_are(written):
 
 
 @jobs("fast-4", "best-8", "asym", "act-order")
-def test_the_words_hold_the_weights(written, sources):
+def test_packed_words_reproduce_the_weights(written, sources):
     """A word read in a wrong order leaves no likeness."""
     source = load_file(sources[written.config["model_type"]] / "model.safetensors")
     for linear in written.linears()[:4]:
@@ -133,7 +133,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("written", [("llama", "fast-4")], indirect=True, ids=["llama"])
-def test_the_rules_notice(written, tmp_path, name):
+def test_reader_rules_detect_violations(written, tmp_path, name):
     change, rule, words = CHANGES[name]
     shutil.copytree(written.path, tmp_path, dirs_exist_ok=True)
     tensors, stated = load_file(tmp_path / "model.safetensors"), dict(written.stated)
@@ -155,7 +155,7 @@ SIZES = {  # hidden, feed-forward's inner size, heads
 
 
 @pytest.mark.parametrize("model", SIZES)
-def test_the_documented_sizes_of_tensor_parallelism(model):
+def test_documented_tensor_parallel_sizes_are_right(model):
     kind, hidden, inner, heads = SIZES[model]
     fused = [(hidden, 3 * hidden)] if kind == "bloom" else [(hidden, hidden)] * 3
     column, row = [*fused, (hidden, inner)], [(hidden, hidden), (inner, hidden)]

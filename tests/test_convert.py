@@ -107,7 +107,7 @@ def test_one_group_a_row_is_minus_1_and_a_group_of_a_rows_size_is_too(tiny_llama
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_wrapped_zeros_are_mended_on_request(tiny_model, tmp_path, bits):
+def test_wrapped_zero_points_are_repaired_on_request(tiny_model, tmp_path, bits):
     state = legacy(tiny_model, tmp_path / "old", bits=bits, group=32, all_positive=2)
     found = convert(tmp_path / "old", tmp_path / "new", repair_zeros=True)
     assert found.written_format == "gptq_v2"
@@ -192,7 +192,7 @@ def test_damaged_legacy_checkpoint_is_refused(tiny_llama, tmp_path, change, name
     assert not (tmp_path / "new.partial").exists()
 
 
-def test_scales_that_vanish_are_counted(tiny_llama, tmp_path):
+def test_underflowing_scales_are_counted(tiny_llama, tmp_path):
     assert convert(damaged(tiny_llama, tmp_path / "old", too_small), tmp_path / "new").vanished_scales == 1
 
 
@@ -210,7 +210,7 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_llama, tmp_path, monkeypat
     assert not (tmp_path / "touched").exists()
 
 
-def test_config_and_tokenizer_from_elsewhere(tiny_bloom, tmp_path):
+def test_config_and_tokenizer_come_from_the_base(tiny_bloom, tmp_path):
     state = write_legacy(tiny_bloom, tmp_path / "only.pt", config_of(tiny_bloom), bits=4, group=32)
     with pytest.raises(InputError, match=naming("config.json", "only.pt")):
         convert(tmp_path / "only.pt", tmp_path / "new")
@@ -233,7 +233,7 @@ def test_base_that_is_no_model_directory_is_refused(tiny_bloom, tmp_path, base):
 
 @pytest.mark.parametrize("stated_in", ["config.json", "quantize_config.json"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-def test_a_directorys_file_is_read_as_its_directory(tiny_model, tmp_path, checkpoint_format, stated_in):
+def test_single_file_of_a_directory_is_read_with_its_config(tiny_model, tmp_path, checkpoint_format, stated_in):
     """Named by itself it is no state dictionary of old, whose zero points are all stored minus one."""
     source = packed_checkpoint(tiny_model, tmp_path / "source", sym=False, checkpoint_format=checkpoint_format)
     if stated_in == "config.json":
@@ -256,7 +256,7 @@ def test_safetensors_of_old_state_no_quantization(tiny_llama, tmp_path):
     assert torch.equal(written_logits(tiny_llama, tmp_path / "new", 4), old_logits(tiny_llama, state, 4, 32))
 
 
-def test_a_head_of_its_own_is_kept(tiny_bloom, tmp_path):
+def test_untied_lm_head_is_kept(tiny_bloom, tmp_path):
     state = legacy(tiny_bloom, tmp_path / "old", bits=4, group=32)
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     torch.save(state, tmp_path / "old" / "checkpoint.pt")
@@ -266,7 +266,7 @@ def test_a_head_of_its_own_is_kept(tiny_bloom, tmp_path):
     assert config_of(tmp_path / "new")["tie_word_embeddings"] is False
 
 
-def test_biases_of_layers_that_have_none(tiny_llama, tmp_path):
+def test_zero_biases_of_layers_without_bias_are_dropped(tiny_llama, tmp_path):
     state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     name = packed_names(state)[0]
     state[f"{name}.bias"][3] = 0.5
@@ -313,7 +313,7 @@ def auto_gptq(path):
 
 
 @pytest.mark.parametrize("how", [{}, {"act_order": True}, {"bits": 8}, {"bits": 3, "act_order": True}])
-def test_directories_of_others_there_and_back(tiny_model, tmp_path, how):
+def test_directories_of_other_tools_round_trip(tiny_model, tmp_path, how):
     source = foreign(packed_checkpoint(tiny_model, tmp_path / "source", **how), "gptqmodel:7.0.0")
     there = convert(source, tmp_path / "v2", checkpoint_format="gptq_v2")
     back = convert(tmp_path / "v2", tmp_path / "v1", checkpoint_format="gptq")
@@ -328,7 +328,7 @@ def test_directories_of_others_there_and_back(tiny_model, tmp_path, how):
     assert config_of(tmp_path / "v1")["quantization_config"]["meta"]["quantizer"][0].startswith("gptq_belle:")
 
 
-def test_directories_of_mixed_bits_there_and_back(tiny_model, tmp_path):
+def test_mixed_bit_directories_round_trip(tiny_model, tmp_path):
     """With linears of other bits and groups, and unquantized ones, by `dynamic`."""
     texts = ("down_proj|dense_4h_to_h=bits:8,group_size:64", "o_proj|self_attention.dense=skip")
     rules = tuple(map(parse_override, texts))
@@ -346,7 +346,7 @@ def test_directories_of_mixed_bits_there_and_back(tiny_model, tmp_path):
     assert config_of(tmp_path / "v1")["quantization_config"]["dynamic"] == dynamic
 
 
-def test_a_linear_that_is_packed_against_what_is_stated(tiny_llama, tmp_path):
+def test_linear_packed_against_its_dynamic_rule_is_refused(tiny_llama, tmp_path):
     source = packed_checkpoint(tiny_llama, tmp_path / "source")
     config = config_of(source)
     config["quantization_config"]["dynamic"] = {r"-:.*down_proj": {}}
@@ -355,7 +355,7 @@ def test_a_linear_that_is_packed_against_what_is_stated(tiny_llama, tmp_path):
         convert(source, tmp_path / "new")
 
 
-def test_a_bin_of_auto_gptq(tiny_model, tmp_path):
+def test_bin_file_of_auto_gptq_is_converted(tiny_model, tmp_path):
     source = packed_checkpoint(tiny_model, tmp_path / "source", bits=4, sym=True)
     expected = load_file(source / "model.safetensors")
     convert(auto_gptq(source), tmp_path / "new")
@@ -374,7 +374,7 @@ def test_asymmetric_v1_becomes_v2_and_a_directory_without_tokenizer_takes_the_ba
     assert (tmp_path / "new" / "tokenizer.json").is_file()
 
 
-def test_progress_ends_where_it_said(tiny_model, tmp_path):
+def test_progress_ends_at_its_total(tiny_model, tmp_path):
     seen = []
     legacy(tiny_model, tmp_path / "old", bits=4, group=32)
     convert(tmp_path / "old", tmp_path / "new", progress=lambda done, total: seen.append((done, total)))
@@ -382,7 +382,7 @@ def test_progress_ends_where_it_said(tiny_model, tmp_path):
     assert seen[-1] == (seen[-1][1], seen[-1][1])
 
 
-def test_a_wrong_word_is_noticed_before_the_directory_appears(tiny_llama, tmp_path, monkeypatch):
+def test_wrong_packed_word_is_found_before_publishing(tiny_llama, tmp_path, monkeypatch):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     monkeypatch.setattr("gptq_belle.checkpoint.conversion.write_zeros",
                         lambda zeros, bits, to: write_zeros(zeros, bits, to) ^ 16)
@@ -417,7 +417,7 @@ def published_ids(folder):
     (folder / "generation_config.json").write_text(json.dumps(WRONG_IDS | {"_from_model_config": True}))
 
 
-def test_wrong_ids_of_special_tokens_are_mended_in_old_checkpoints_only(tiny_llama, tmp_path):
+def test_wrong_special_token_ids_are_fixed_in_old_checkpoints_only(tiny_llama, tmp_path):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     assert convert(tmp_path / "old", tmp_path / "right").mended_ids == {}
     published_ids(tmp_path / "old")
@@ -434,7 +434,7 @@ def test_wrong_ids_of_special_tokens_are_mended_in_old_checkpoints_only(tiny_lla
     assert config_of(tmp_path / "kept")["eos_token_id"] == 1
 
 
-def test_the_whole_old_road(tiny_llama, tmp_path):
+def test_conversion_of_a_published_legacy_folder(tiny_llama, tmp_path):
     """A LLaMA .pt, published as BELLE did: encrypted with Meta's weights, decrypted, converted, answering."""
     state = legacy(tiny_llama, tmp_path / "plain", bits=4, group=32)
     published_tokenizer(tmp_path / "plain")

@@ -14,7 +14,7 @@ ROOT = TESTS.parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_scripts_in_the_interpreter():
+def test_gpu_scripts_run_in_the_triton_interpreter():
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "cuda_scripts_interpreted.py"],
                          cwd=TESTS, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
@@ -23,7 +23,7 @@ def test_the_scripts_in_the_interpreter():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_stops_at_once(tmp_path):
+def test_gpu_check_without_a_gpu_exits_3(tmp_path):
     run = subprocess.run([ROOT / "benchmarks" / "gpu_check.sh", tmp_path / "out"], capture_output=True, text=True,
                          env=os.environ | {"PYTHON": sys.executable})
     assert run.returncode == 3

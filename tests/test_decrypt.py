@@ -55,7 +55,7 @@ def key_file(tmp_path, content: bytes):
 
 @pytest.mark.parametrize("key_bytes", [1, 7, 10, 20, 23, 30])
 @pytest.mark.parametrize("plain_bytes", [0, 1, 9, 10, 11, 23, 30, 31, 57, 100])
-def test_the_stream_is_that_of_the_transcription(tmp_path, plain_bytes, key_bytes):
+def test_keystream_equals_the_reference_implementation(tmp_path, plain_bytes, key_bytes):
     plain, key = noise(plain_bytes), noise(key_bytes, 1)
     publish(tmp_path / "enc", "data.bin", plain, key, 10)
     (found,) = decrypt(tmp_path / "enc", tmp_path / "out", key_file(tmp_path, key), chunk_bytes=10)
@@ -109,7 +109,7 @@ def written(tmp_path):
     return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_a_directory(published):
+def test_directory_is_decrypted(published):
     seen = []
     found = run(published, progress=lambda done, total: seen.append((done, total)))
     assert written(published) == FILES | {"README.md": b"# BELLE"}
@@ -118,7 +118,7 @@ def test_a_directory(published):
     assert {row.how for row in run(published)} == {"was there", "copied"}
 
 
-def test_a_directory_there_and_back(published):
+def test_directory_round_trip(published):
     run(published)
     key = published / "consolidated.00.pth"
     names = {row.name for row in encrypt(published / "out", published / "again", key, chunk_bytes=10)}
@@ -127,14 +127,14 @@ def test_a_directory_there_and_back(published):
         assert (published / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_wrong_key_is_told_and_nothing_stays(published):
+def test_wrong_key_is_refused_and_nothing_is_left(published):
     key_file(published, noise(53, 2))
     with pytest.raises(InputError, match=naming("consolidated.00.pth")):
         run(published)
     assert set(written(published)) <= {"README.md"}
 
 
-def test_a_truncated_file_is_told_and_the_others_are_kept(published):
+def test_truncated_file_is_refused_and_others_are_kept(published):
     (path,) = (published / "enc").glob("pytorch_model*")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match=naming("pytorch_model.bin")):
@@ -142,7 +142,7 @@ def test_a_truncated_file_is_told_and_the_others_are_kept(published):
     assert set(written(published)) == {"README.md", "config.json", "tokenizer.model"}
 
 
-def test_a_truncated_file_alone_is_told_by_its_beginning(published):
+def test_single_truncated_file_is_refused(published):
     (path,) = (published / "enc").glob("pytorch_model*")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match=naming(path.name)):
@@ -153,21 +153,21 @@ def test_a_truncated_file_alone_is_told_by_its_beginning(published):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "README.md"])
-def test_a_pointer_of_git_lfs_is_told(published, name):
+def test_git_lfs_pointer_is_refused(published, name):
     (path,) = (published / "enc").glob(f"{name}*")
     path.write_bytes(LFS)
     with pytest.raises(InputError, match=naming(path, "git-lfs")):
         run(published)
 
 
-def test_a_name_against_the_header_is_told(published):
+def test_checksum_in_the_name_has_to_match_the_header(published):
     (path,) = (published / "enc").glob("config*")
     path.rename(path.with_name(f"config.json.{'0' * 64}.enc"))
     with pytest.raises(InputError, match=naming("config.json")):
         run(published)
 
 
-def test_a_name_without_checksum_takes_the_header(published):
+def test_name_without_checksum_uses_the_header(published):
     (path,) = (published / "enc").glob("config*")
     path.rename(path.with_name("config.json.enc"))
     run(published)
@@ -197,7 +197,7 @@ def test_two_files_of_one_name_and_no_files_at_all_are_refused(published, tmp_pa
         encrypt(tmp_path / "enc", tmp_path / "out", tmp_path / "consolidated.00.pth")
 
 
-def test_nothing_is_decrypted_that_is_not_encrypted(published, tmp_path):
+def test_unencrypted_or_missing_source_is_refused(published, tmp_path):
     run(published)
     with pytest.raises(InputError, match=naming(tmp_path / "out", ".enc")):
         decrypt(tmp_path / "out", tmp_path / "again", tmp_path / "consolidated.00.pth")
@@ -217,7 +217,7 @@ def test_an_unfinished_file_is_continued(published, left):
     assert written(published) == FILES | {"README.md": b"# BELLE"}
 
 
-def test_an_unfinished_file_of_another_source_is_begun_anew(published):
+def test_unfinished_file_of_another_source_is_restarted(published):
     partial = published / "out" / "pytorch_model.bin.unfinished"
     partial.parent.mkdir()
     partial.write_bytes(noise(100, 9))
@@ -225,7 +225,7 @@ def test_an_unfinished_file_of_another_source_is_begun_anew(published):
     assert written(published)["pytorch_model.bin"] == FILES["pytorch_model.bin"]
 
 
-def test_a_finished_file_that_was_changed_is_made_anew(published):
+def test_modified_output_is_decrypted_again(published):
     run(published)
     (published / "out" / "config.json").write_bytes(FILES["config.json"].replace(b"llama", b"bloom"))
     assert {row.name: row.how for row in run(published)}["config.json"] == "decrypted"
@@ -249,7 +249,7 @@ def command(tmp_path):
             str(tmp_path / "consolidated.00.pth"), "--json"]
 
 
-def test_killed_midway_and_run_again(tmp_path):
+def test_killed_decryption_is_resumed(tmp_path):
     plain = big_publication(tmp_path, 6 * CHUNK_BYTES + 5, files=3)
     process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
     partials = [tmp_path / "out" / f"part{i}.unfinished" for i in range(3)]

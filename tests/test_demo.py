@@ -72,7 +72,7 @@ def test_one_model_in_a_table_and_again_into_the_same_folder(examples, tmp_path,
     assert not (tmp_path / "out" / "bloom-4bit").exists()
 
 
-def test_without_the_repository_it_says_so(monkeypatch, tmp_path, capsys):
+def test_demo_without_the_repository_exits_3(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
     assert run() == 3
     assert capsys.readouterr().err.strip()

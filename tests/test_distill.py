@@ -102,7 +102,7 @@ def test_every_row_comes_once_before_any_comes_again():
     assert torch.equal(rows.batch(2, 32)[1], -rows.batch(2, 32)[0])
 
 
-def test_rows_to_stop_by_come_from_the_end():
+def test_validation_rows_come_from_the_end():
     learnt, held = cut(torch.arange(64 * 256).view(64, 256))
     assert len(learnt) == 60
     assert len(held) == 4
@@ -112,7 +112,7 @@ def test_rows_to_stop_by_come_from_the_end():
         cut(torch.zeros(1, 300, dtype=torch.int64))
 
 
-def test_codes_stay_and_the_held_out_rows_gain(tiny_model, tmp_path):
+def test_tuning_keeps_codes_and_lowers_the_held_out_loss(tiny_model, tmp_path):
     best, most = tmp_path / "best", tmp_path / "max"
     run_job(tiny_model, best, "best")
     report = run_job(tiny_model, most)
@@ -170,7 +170,7 @@ def test_tuning_that_gains_nothing_stops_and_leaves_what_was_solved(tiny_llama, 
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_what_a_look_means():
+def test_early_stopping_after_worse_validation():
     told = TuningResult()
     assert told.look(0, 1.0)
     assert told.look(10, 0.5)
@@ -181,7 +181,7 @@ def test_what_a_look_means():
     assert told.best == 10
 
 
-def test_a_model_too_large_to_be_tuned_is_refused_with_what_it_needs(tiny_model, tmp_path):
+def test_model_too_large_for_tuning_is_refused(tiny_model, tmp_path):
     job = prepare_job(tiny_model, config(), CALIBRATION, "cpu")
     needed = estimate(job).memory
     with pytest.raises(HardwareError, match="tuning"):
@@ -189,14 +189,14 @@ def test_a_model_too_large_to_be_tuned_is_refused_with_what_it_needs(tiny_model,
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_tuning_switched_off_is_best(tiny_llama, tmp_path):
+def test_max_without_tuning_equals_best(tiny_llama, tmp_path):
     run_job(tiny_llama, tmp_path / "best", "best")
     report = run_job(tiny_llama, tmp_path / "max", without=("tuning",))
     assert report.tuning is None
     assert (tmp_path / "max/model.safetensors").read_bytes() == (tmp_path / "best/model.safetensors").read_bytes()
 
 
-def test_a_savepoint_of_another_job_or_a_damaged_one_counts_for_nothing(tmp_path):
+def test_damaged_or_foreign_savepoint_is_ignored(tmp_path):
     saved = Savepoint(tmp_path, [1, "a"])
     saved.save(3, {"x": 1}, {"t": torch.ones(2)})
     saved.save(7, {"x": 2}, {"t": torch.zeros(2)})
@@ -209,7 +209,7 @@ def test_a_savepoint_of_another_job_or_a_damaged_one_counts_for_nothing(tmp_path
     assert saved.load() is None
 
 
-def test_the_bar_of_tuning_begins_at_nothing():
+def test_progress_bar_of_tuning_starts_at_zero():
     shown = ConsoleProgress(Console(file=io.StringIO()))
     shown.start(2, 3, 0)
     for _ in range(6):

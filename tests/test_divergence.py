@@ -27,7 +27,7 @@ def distribution(row):
     return [weight / sum(weights) for weight in weights]
 
 
-def test_against_sums_written_out():
+def test_kl_equals_a_direct_computation():
     base, model, tokenizer = fake_model(1), fake_model(2), tiny_tokenizer()
     ids = encode(tokenizer, TEXT)
     found = divergence(base, model, tokenizer, TEXT, length=48, stride=20)

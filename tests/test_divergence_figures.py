@@ -35,7 +35,7 @@ def found():
     return summarize(tokens(), 3)
 
 
-def test_values_against_numpy(found):
+def test_figures_equal_numpy(found):
     kl, same, base, loss = (column.double().numpy() for column in tokens())
     change = numpy.exp(-loss) - numpy.exp(-base)
     expected = {
@@ -70,17 +70,17 @@ def resampled():
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_standard_errors_against_a_bootstrap(found, resampled, error):
+def test_standard_errors_equal_a_bootstrap(found, resampled, error):
     # a standard deviation of 1,000 draws is known to 1 / sqrt(2,000) = 2.2 %; four times that
     assert getattr(found, error) == pytest.approx(resampled[ERRORS[error]], rel=0.09)
 
 
-def test_pairing_makes_the_difference_better_known_than_either(found):
+def test_paired_difference_has_a_smaller_standard_error(found):
     assert found.difference_error < 0.5 * found.perplexity_error
     assert found.correlation > 0.9
 
 
-def test_one_token_has_no_spread():
+def test_single_token_has_no_standard_error():
     one = summarize(taken(tokens(), torch.tensor([3])), 1)
     assert one.kl_error == one.ratio_error == one.difference_error == 0
     assert math.isnan(one.correlation)

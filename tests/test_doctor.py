@@ -30,7 +30,7 @@ def card(monkeypatch):
 
 
 @pytest.mark.usefixtures("card")
-def test_everything_is_there():
+def test_doctor_reports_a_complete_installation():
     found = doctor.gpu()
     assert found == {"kernel": "triton", "why_not": None, "tables": []}
     assert doctor.gpu_line(found) == "triton; tiles by rule (see gptq-belle tune)"
@@ -41,7 +41,7 @@ def test_everything_is_there():
 @pytest.mark.parametrize(("name", "value", "reason"), [
     ("find_spec", lambda name: None, "triton is not installed"), ("c_compiler", lambda: None, "needs a C compiler")])
 @pytest.mark.usefixtures("card")
-def test_something_is_missing(name, value, reason, monkeypatch):
+def test_doctor_reports_missing_parts(name, value, reason, monkeypatch):
     monkeypatch.setattr(triton_matmul, name, value)
     found = doctor.gpu()
     assert found["kernel"] == "dequantize+matmul"
@@ -49,12 +49,12 @@ def test_something_is_missing(name, value, reason, monkeypatch):
     assert doctor.gpu_line(found).endswith("weights are expanded for cuBLAS instead")
 
 
-def test_a_card_that_is_too_old(card):
+def test_gpu_below_the_minimum_capability_is_reported(card):
     card.major, card.minor = 7, 5
     assert "compute capability 8.0 or newer, not 7.5" in doctor.gpu_line(doctor.gpu())
 
 
-def test_no_card(card, monkeypatch):
+def test_missing_gpu_is_reported(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = doctor.gpu()
     assert found == {"kernel": None, "why_not": "PyTorch sees no CUDA device", "tables": []}
@@ -79,7 +79,7 @@ def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
     assert all(check["error"] > 0 for check in checks)  # something was computed, in fewer bits than float64
 
 
-def test_a_kernel_that_is_off_by_a_percent_is_found(monkeypatch, capsys):
+def test_kernel_wrong_by_one_percent_fails_the_self_test(monkeypatch, capsys):
     rightly = groupwise.quant_matmul
     monkeypatch.setattr(groupwise, "quant_matmul", lambda x, weight: 1.01 * rightly(x, weight))
     code, out = doctor_verb(capsys)
@@ -88,7 +88,7 @@ def test_a_kernel_that_is_off_by_a_percent_is_found(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(isinstance(load_library(), str), reason="no compiled kernels")
-def test_no_number_and_an_exception_do_not_pass(monkeypatch):
+def test_nan_and_exceptions_fail_the_self_test(monkeypatch):
     def broken(x, weight, isa):
         if isa == "portable":
             raise ValueError("no such thing")

@@ -27,14 +27,14 @@ def packed(tiny_model, tmp_path):
                            head_bits=16)
 
 
-def test_attributes(model, tiny_model):
+def test_model_attributes(model, tiny_model):
     assert (model.path, model.device, model.dtype) == (tiny_model, torch.device("cpu"), torch.float32)
     assert (model.context, model.eos_ids) == (256, {2})
     assert model.prompt_style == model.config["model_type"]
     assert model.tokenizer.eos_token == "</s>"
 
 
-def test_logits(packed):
+def test_logits_equal_transformers(packed):
     logits = packed.logits(IDS)
     assert (logits.shape, logits.dtype) == ((2, 9, 384), torch.float32)
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def test_prefill_and_decode_equal_one_forward_pass(packed):
 
 
 @pytest.mark.parametrize(("cache", "most"), [("float16", 1e-3), ("bfloat16", 1e-2), ("int8", 4e-2)])
-def test_narrow_caches_cost_little(tiny_model, cache, most):
+def test_narrow_cache_dtypes_have_small_errors(tiny_model, cache, most):
     ids = torch.randint(384, (2, 90))
     model = gptq_belle.load(tiny_model, device="cpu", cache=cache)
     whole = model.logits(ids)
@@ -144,7 +144,7 @@ def test_eos_can_be_ignored(model, monkeypatch):
     assert not script.ids
 
 
-def test_own_stop_strings(model, monkeypatch):
+def test_custom_stop_strings_end_the_answer(model, monkeypatch):
     Scripted(model, monkeypatch, model.tokenizer.encode("春天。夏天。"))
     assert model.generate("你好", max_new_tokens=50, stop=("。",)) == "春天"
 
@@ -169,13 +169,13 @@ def _adds_bos():
     return TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
 
 
-def test_the_chat_template_decides_the_style(tiny_llama, tmp_path):
+def test_prompt_style_is_detected_from_the_chat_template(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     (path / "chat_template.jinja").write_text(chat_template("newline"))
     assert gptq_belle.load(path, device="cpu").prompt_style == "newline"
 
 
-def test_a_hint_in_the_configuration_decides_the_style(tiny_llama, tmp_path):
+def test_prompt_style_in_config_is_used(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"prompt_style": "bloom"}))

@@ -145,12 +145,12 @@ def test_too_little_memory_is_refused_before_anything_is_written(tiny_bloom, tmp
 
 @pytest.mark.parametrize(("text", "count"), [
     ("8GiB", 8 << 30), ("8G", 8 << 30), ("500MB", 500_000_000), ("1.5 kib", 1536), ("77", 77), ("3b", 3)])
-def test_sizes(text, count):
+def test_sizes_are_parsed(text, count):
     assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8XB", "-1G", "1e9", "8 G iB"])
-def test_sizes_that_are_none(text):
+def test_malformed_sizes_are_refused(text):
     with pytest.raises(UsageError, match=naming(repr(text))):
         parse_bytes(text)
 

@@ -45,7 +45,7 @@ def undisturbed(worker, tmp_path_factory):
     return run_undisturbed(worker, tmp_path_factory.mktemp("undisturbed"))
 
 
-def test_killed_jobs_end_as_undisturbed_ones(worker, undisturbed, tmp_path):
+def test_killed_jobs_resume_to_identical_output(worker, undisturbed, tmp_path):
     kept = []
     for number, (kind, share) in enumerate([("bloom", 0.4), ("llama", 0.6), ("llama", 0.8)]):
         seconds, found = share * undisturbed[kind][1], None
@@ -86,14 +86,14 @@ def test_a_full_disk_loses_nothing(worker, undisturbed, disk, tenths):
     fill_and_resume(worker, disk, lambda size: mount(disk, size), undisturbed["bloom"][0], tenths)
 
 
-def test_a_read_only_place_is_named_before_any_work(worker, disk):
+def test_read_only_output_is_refused_before_any_work(worker, disk):
     mount(disk, 1 << 20, "ro")
     said = worker(MODELS["bloom"], disk / "out")
     assert said["code"] == 3, said
     assert "permission denied" in said["error"]
 
 
-def test_a_read_that_fails_is_named_and_costs_one_block(undisturbed, tmp_path, monkeypatch):
+def test_failing_read_is_named_and_costs_one_block(undisturbed, tmp_path, monkeypatch):
     expected, _ = undisturbed["bloom"]
     broken = "transformer.h.2.mlp.dense_h_to_4h.weight"
     plain, begin = FileBytes.read, TensorFile(MODELS["bloom"] / "model.safetensors").entries[broken].begin

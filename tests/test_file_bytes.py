@@ -123,7 +123,7 @@ def test_a_slow_disk_fills_the_cache(path, content, counted, monkeypatch):
 
 
 @pytest.mark.parametrize("refused", ["open", "read"])
-def test_a_file_system_without_it_is_read_through_the_cache(path, content, counted, monkeypatch, refused):
+def test_file_system_without_direct_io_is_read_through_the_cache(path, content, counted, monkeypatch, refused):
     if refused == "read":
         counted["error"] = errno.EINVAL
     else:
@@ -145,7 +145,7 @@ def test_a_file_that_shrank_is_not_read_past_its_end(path, monkeypatch, left, la
         file.read(8, SIZE - 8, empty_bytes)
 
 
-def test_an_error_of_the_disk_is_one(path, monkeypatch):
+def test_disk_error_is_raised(path, monkeypatch):
     def failing(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -157,7 +157,7 @@ def test_an_error_of_the_disk_is_one(path, monkeypatch):
 
 @pytest.mark.parametrize(("indices", "expected"), [
     ([], []), ([4], [(0, 1)]), ([4, 5, 6], [(0, 3)]), ([4, 6, 7, 7, 8, 1], [(0, 1), (1, 2), (3, 2), (5, 1)])])
-def test_runs(indices, expected):
+def test_consecutive_pages_are_merged_into_runs(indices, expected):
     assert list(runs(indices)) == expected
 
 

@@ -65,7 +65,7 @@ def test_the_search_finds_the_best_span(bits, sym, positive):
         assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_largest_weight_alone_is_reached_exactly_with_either_sign():
+def test_single_large_weight_is_represented_exactly():
     """absmax / 2**(b-1) is among the points: the one code more below zero than above takes the largest weight."""
     weight = torch.zeros(32, 2)
     weight[3] = torch.tensor([4.0, -4.0])
@@ -74,7 +74,7 @@ def test_the_largest_weight_alone_is_reached_exactly_with_either_sign():
     assert to_codes(weight, scales, zeros, 4)[3].tolist() == [0, 0]
 
 
-def test_the_search_prefers_what_matters():
+def test_search_weighs_errors_by_importance():
     weight = torch.tensor([[1.0], [0.11], [0.13], [-0.09]]).repeat(8, 1)
     small = (weight.abs() < 1).flatten()
     losses = []
@@ -87,14 +87,14 @@ def test_the_search_prefers_what_matters():
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("size", [0, 1e-7])
-def test_a_searched_group_of_next_to_nothing_has_scale_one_and_decodes_to_zero(size, sym):
+def test_searched_group_of_tiny_weights_has_scale_one_and_decodes_to_zero(size, sym):
     weight = size * torch.randn(32, 3)
     scales, zeros = searched_grid(weight, torch.ones(32), 4, sym)
     assert scales.tolist() == [1, 1, 1]
     assert torch.equal(to_codes(weight, scales, zeros, 4), zeros.expand(32, 3))
 
 
-def test_a_search_of_many_outputs_is_that_of_each(monkeypatch):
+def test_search_in_chunks_equals_search_at_once(monkeypatch):
     weight, importance = torch.randn(32, 50), torch.rand(32)
     whole = searched_grid(weight, importance, 4, sym=True)
     monkeypatch.setattr(grid, "VALUES_AT_A_TIME", 32 * 7)

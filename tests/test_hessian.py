@@ -8,7 +8,7 @@ from gptq_belle.errors import InputError
 from gptq_belle.quantization.hessian import HessianMean, inverse_cholesky
 
 
-def test_the_mean_does_not_depend_on_how_tokens_are_dealt_to_batches():
+def test_mean_does_not_depend_on_batching():
     x = torch.randn(60, 16)
     total = HessianMean(16)
     for batch in x.view(5, 3, 4, 16).split([2, 1, 2]):
@@ -36,7 +36,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
     assert torch.equal(upper, upper.triu())
 
 
-def test_damping_rises_in_tens_and_then_fails_with_the_figure():
+def test_damping_is_raised_tenfold_and_then_fails():
     hessian = torch.eye(8, dtype=torch.float64)
     hessian[0, 0] = -0.03
     assert inverse_cholesky(hessian, 0.01)[1] == pytest.approx(0.1)
@@ -45,7 +45,7 @@ def test_damping_rises_in_tens_and_then_fails_with_the_figure():
         inverse_cholesky(hessian, 0.01)
 
 
-def test_wide_sums_are_symmetric_and_can_be_looked_at_in_between():
+def test_wide_hessian_is_symmetric_and_readable_between_batches():
     x = torch.randn(300, 1300)
     total = HessianMean(1300)
     total.add(x[:100])

@@ -47,7 +47,7 @@ def run(worker, small, seeds, folder):
     return counts
 
 
-def test_the_bases_are_valid(worker, small):
+def test_unmutated_checkpoints_load(worker, small):
     assert [worker(base) for base in small] == [("valid", "")] * 3
 
 
@@ -297,7 +297,7 @@ def configured(model, **values):
     {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 10**30}},
     {"quantization_config": {"quant_method": "gptq", "bits": True, "group_size": 32}},
     {"quantization_config": [4]}], ids=str)
-def test_configurations_that_lie(model, values):
+def test_inconsistent_configuration_is_refused(model, values):
     configured(model, **values)
     with pytest.raises(InputError):
         hf_model(model)
@@ -305,7 +305,7 @@ def test_configurations_that_lie(model, values):
         assert inspect(model).problems
 
 
-def test_a_configuration_chooses_no_code(model):
+def test_configuration_cannot_select_code(model):
     configured(model, _attn_implementation="attacker/kernel", attn_implementation="attacker/kernel",
                auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
     (model / "evil.py").write_text("raise SystemExit('executed')")

@@ -12,7 +12,7 @@ def python(code: str, cwd: Path = ROOT) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, check=True, capture_output=True, text=True).stdout
 
 
-def test_kernels_is_a_plain_folder_behind_a_link():
+def test_kernels_is_a_plain_folder_and_a_symlink():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "gptq_belle" / "kernels").is_symlink()
     assert (ROOT / "gptq_belle" / "kernels").resolve() == ROOT / "kernels"

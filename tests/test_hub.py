@@ -46,7 +46,7 @@ def test_a_model_by_its_hub_id(tiny_llama, command):
         assert "BelleGroup/other" in err
 
 
-def test_a_member_of_the_family_by_name(tiny_bloom, command):
+def test_known_model_is_found_by_its_short_name(tiny_bloom, command):
     with Hub("BelleGroup/BELLE-7B-2M", tiny_bloom) as stub:
         code, out, err = command(stub, "generate", "BELLE-7B-2M", "--prompt", "你好", "--max-tokens", "3", "--json")
         assert code == 0, err
@@ -58,7 +58,7 @@ def downloaded(tmp_path, name="model.safetensors"):
     return got.read_bytes()
 
 
-def test_a_connection_that_breaks_is_resumed_where_it_was(tiny_llama, command, tmp_path):
+def test_broken_connection_resumes_the_download(tiny_llama, command, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "model")
     large = np.random.default_rng(0).bytes(2 * DOWNLOAD_CHUNK_SIZE + 5)
     (tmp_path / "model" / "another.bin").write_bytes(large)
@@ -70,7 +70,7 @@ def test_a_connection_that_breaks_is_resumed_where_it_was(tiny_llama, command, t
     assert downloaded(tmp_path, "another.bin") == large
 
 
-def test_a_download_that_ended_early_keeps_what_was_complete(tiny_llama, command, tmp_path):
+def test_interrupted_download_keeps_complete_files(tiny_llama, command, tmp_path):
     whole = (tiny_llama / "model.safetensors").read_bytes()
     with Hub("BelleGroup/tiny", tiny_llama) as stub:
         stub.breaks = {"model.safetensors": len(whole) // 2}
@@ -121,13 +121,13 @@ def test_one_encrypted_file_of_several(tiny_llama, command, tmp_path):
     ("BELLE-7B-gptq", hub.CONVERTIBLE, "Name one: BELLE-7B-gptq/bloom7b-2m-4bit-128g.pt"),
     ("BELLE-7B-2M", hub.DECRYPTABLE, "gptq-belle quantize BELLE-7B-2M OUT"),
 ])
-def test_the_verb_that_comes_first_is_said(model, kinds, advice):
+def test_command_that_has_to_run_first_is_suggested(model, kinds, advice):
     with pytest.raises(UsageError) as refused:
         hub.model_directory(model, kinds)
     assert advice in refused.value.remedy
 
 
-def test_what_is_no_name(tmp_path):
+def test_unknown_model_name_is_refused(tmp_path):
     with pytest.raises(InputError, match=naming("nonsense")):
         hub.model_directory("nonsense")
     with pytest.raises(InputError, match=naming(tmp_path / "not" / "there")):

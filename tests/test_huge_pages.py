@@ -13,7 +13,7 @@ from gptq_belle.kernels.huge_pages import HUGE_PAGE, MemoryPool, empty_bytes
 
 @pytest.mark.parametrize("size", [0, 1, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE + 5])
 @pytest.mark.parametrize("make", [empty_bytes, MemoryPool()])
-def test_it_is_as_large_as_asked_for(make, size):
+def test_allocation_has_the_requested_size(make, size):
     found = make(size)
     assert found.shape == (size,)
     assert found.dtype == torch.uint8
@@ -21,7 +21,7 @@ def test_it_is_as_large_as_asked_for(make, size):
     assert int(found.fill_(7).sum()) == 7 * size
 
 
-def test_it_comes_back_when_the_last_view_is_gone():
+def test_allocation_is_reused_when_the_last_view_is_gone():
     reused = MemoryPool()
     first = reused(2 * HUGE_PAGE)
     address, view = first.data_ptr(), first.view(torch.int32)[5:9]
@@ -34,7 +34,7 @@ def test_it_comes_back_when_the_last_view_is_gone():
     assert reused(HUGE_PAGE).data_ptr() not in (again.data_ptr(), third.data_ptr())  # of another size
 
 
-def test_it_goes_to_the_system_once_nothing_is_kept(monkeypatch):
+def test_memory_is_returned_to_the_system(monkeypatch):
     mapped = []
     monkeypatch.setattr(huge_pages, "_mapped",
                         lambda size, make=huge_pages._mapped: mapped.append(make(size)) or mapped[-1])
@@ -51,7 +51,7 @@ def test_it_goes_to_the_system_once_nothing_is_kept(monkeypatch):
     assert reused(HUGE_PAGE).shape == (HUGE_PAGE,)
 
 
-def test_it_outlives_its_giver():
+def test_allocation_outlives_its_pool():
     reused = MemoryPool()
     kept = reused(HUGE_PAGE).fill_(3)
     del reused

@@ -113,7 +113,7 @@ def test_damage_is_named(packed, damage, named):
     assert any(all(name in text for name in named) for text in inspect(packed).problems)
 
 
-def test_a_long_list_is_cut(packed):
+def test_long_list_of_problems_is_shortened(packed):
     edited(packed, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("norm.weight")])
     edited(packed, damage_zeros)
     problems = inspect(packed).problems
@@ -128,7 +128,7 @@ def test_an_unsupported_configuration_is_a_problem(packed, key, value, problem):
     assert any(problem in text for text in inspect(packed).problems)
 
 
-def test_packed_without_configuration_and_the_other_way_round(packed, tiny_model, tmp_path):
+def test_packed_weights_without_configuration_and_the_reverse_are_problems(packed, tiny_model, tmp_path):
     config = json.loads((packed / "config.json").read_text())
     settings = config.pop("quantization_config")
     (packed / "config.json").write_text(json.dumps(config))
@@ -139,12 +139,12 @@ def test_packed_without_configuration_and_the_other_way_round(packed, tiny_model
     assert inspect(tmp_path / "plain").problems
 
 
-def test_without_a_tokenizer(packed):
+def test_missing_tokenizer_is_a_problem(packed):
     for file in packed.glob("tokenizer*"):
         file.unlink()
     assert any("tokenizer" in text for text in inspect(packed).problems)
 
 
-def test_nothing_to_inspect(tmp_path):
+def test_empty_directory_is_refused(tmp_path):
     with pytest.raises(InputError, match=naming(tmp_path / "config.json")):
         inspect(tmp_path)

@@ -67,7 +67,7 @@ def test_records_come_back_with_their_state_and_tensors(tmp_path):
     (lambda p: spoil(p / "journal" / "block-00000.json"), 0),
     (lambda p: (p / "parts" / "block-00009.safetensors").write_bytes(b"unfinished"), 3),
     (lambda p: (p / "journal" / "block-00003.json.unfinished").write_bytes(b"{"), 3)], ids=range(6))
-def test_what_is_not_whole_does_not_count(tmp_path, damage, left):
+def test_incomplete_records_are_ignored(tmp_path, damage, left):
     book = journal(tmp_path)
     for _ in range(3):
         commit(book)
@@ -84,7 +84,7 @@ def spoil(path):
     path.write_bytes(data)
 
 
-def test_other_settings_are_refused_with_the_differences_and_restart_begins_anew(tmp_path):
+def test_other_settings_are_refused_and_restart_starts_over(tmp_path):
     commit(journal(tmp_path))
     with pytest.raises(UsageError, match=naming("bits 4", 8, "rows 8", 9)) as caught:
         journal(tmp_path, settings={"bits": 8}, calibration={"rows": 9})

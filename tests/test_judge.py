@@ -32,7 +32,7 @@ def test_the_text_and_the_body_of_a_request(instructions, tmp_path):
         "打分二。 改写  模型回答： '改'。请针对模型回答给出得分，顺便给出理由：")
 
 
-def test_what_is_refused(instructions, tmp_path):
+def test_unusable_judge_prompts_are_refused(instructions, tmp_path):
     with pytest.raises(InputError, match=naming("math")):
         list(requests([Row("math", "1", "2")], ["3"], instructions))
     path = tmp_path / "wrong.json"

@@ -69,7 +69,7 @@ def test_output_follows_the_activations(dtype):
     assert layer(torch.randn(2, 64).to(dtype)).dtype == dtype
 
 
-def test_moving_goes_where_asked():
+def test_to_moves_all_buffers():
     layer, _ = linear_and_weight(dtype=torch.float64, bias=torch.zeros(32).half())
     assert all(buffer.is_meta for buffer in layer.to("meta").buffers())
 
@@ -90,7 +90,7 @@ def test_the_layout_of_torch_neither_moves_nor_saves(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deepcopy_is_whole_and_apart(dtype):
+def test_deepcopy_is_independent(dtype):
     layer, _ = linear_and_weight(dtype=dtype)
     twin = copy.deepcopy(layer)
     x = torch.randn(1, 64).to(dtype)
@@ -100,13 +100,13 @@ def test_deepcopy_is_whole_and_apart(dtype):
     assert not torch.equal(layer(x), twin(x))
 
 
-def test_print_tells_sizes_and_layout():
+def test_repr_shows_sizes_and_layout():
     layer, _ = linear_and_weight(dtype=torch.float64)
     assert repr(layer) == "QuantLinear(64, 32, CanonicalWeight)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_to_peft_it_is_a_linear_whose_weight_has_a_size_and_no_values(dtype):
+def test_weight_is_a_placeholder_with_a_shape_for_peft(dtype):
     layer, _ = linear_and_weight(dtype=dtype)
     assert isinstance(layer, torch.nn.Linear)
     assert (layer.weight.shape, layer.weight.device, layer.qweight.device) == ((32, 64), CPU, CPU)

@@ -29,22 +29,22 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     {"rope_parameters": LLAMA3}], ids=str)
-def test_logits(tmp_path, options):
+def test_logits_equal_transformers(tmp_path, options):
     assert_same_logits(saved(LlamaForCausalLM, LlamaConfig(**SMALL | options), tmp_path / "model"))
 
 
-def test_a_prompt_longer_than_a_chunk(tmp_path):
+def test_prompt_longer_than_a_prefill_chunk(tmp_path):
     path = saved(LlamaForCausalLM, LlamaConfig(**SMALL | {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
                  tmp_path / "model")
     assert_same_logits(path, length=1300)
 
 
-def test_padding(tmp_path):
+def test_padded_batch_equals_transformers(tmp_path):
     path = saved(LlamaForCausalLM, LlamaConfig(**SMALL | {"num_key_value_heads": 2}), tmp_path / "model")
     assert_padding_changes_nothing(path)
 
 
-def test_rope_settings_of_older_files(tmp_path):
+def test_rope_settings_of_older_configs_are_read(tmp_path):
     path = saved(LlamaForCausalLM, LlamaConfig(**SMALL | {"rope_parameters": LLAMA3}), tmp_path / "model")
     old = {key: value for key, value in LLAMA3.items() if key not in ("rope_theta", "rope_type")}
     edit_config(path, rope_parameters=None, rope_theta=500000.0, rope_scaling=old | {"type": "llama3"})

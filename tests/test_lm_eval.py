@@ -27,7 +27,7 @@ def choice_scores(path, context, choices):
     return scores
 
 
-def test_local_completions(tiny_llama, tmp_path):
+def test_lm_eval_local_completions(tiny_llama, tmp_path):
     from lm_eval.tasks import TaskManager
 
     (tmp_path / "items.jsonl").write_text("".join(

@@ -111,7 +111,7 @@ def test_generate_of_transformers_works_and_casts_corrupt_nothing(tiny_model, tm
     assert torch.equal(logits(model), before)
 
 
-def test_half_and_bfloat16_stay_close(tiny_model, tmp_path):
+def test_half_and_bfloat16_logits_are_close(tiny_model, tmp_path):
     model = hf_model(packed_checkpoint(tiny_model, tmp_path / "packed", bits=8), device="cpu")
     before = logits(model)
     for dtype in (torch.float16, torch.bfloat16):
@@ -165,13 +165,13 @@ def test_loaded_tensors_do_not_depend_on_the_files(tiny_model, tmp_path):
     assert torch.equal(logits(model), before)
 
 
-def test_the_head_stays_tied(tiny_bloom, tmp_path):
+def test_lm_head_stays_tied(tiny_bloom, tmp_path):
     model = hf_model(packed_checkpoint(tiny_bloom, tmp_path / "packed"), device="cpu")
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_stored_head_beside_a_tied_one(tiny_bloom, tmp_path, equal):
+def test_stored_head_of_a_tied_model_is_used(tiny_bloom, tmp_path, equal):
     path = shutil.copytree(tiny_bloom, tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     embedding = tensors["transformer.word_embeddings.weight"]
@@ -209,7 +209,7 @@ def packed(tiny_llama, tmp_path):
 LINEAR = "model.layers.1.mlp.up_proj"
 
 
-def test_the_configuration_may_stand_in_quantize_config_alone(packed):
+def test_configuration_in_quantize_config_alone_is_read(packed):
     before = logits(hf_model(packed, device="cpu"))
     config = json.loads((packed / "config.json").read_text())
     old = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}  # AutoGPTQ's keys
@@ -313,7 +313,7 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_llama, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_devices():
+def test_device_names_are_resolved():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(HardwareError, match=naming("cuda:99")):
@@ -323,6 +323,6 @@ def test_devices():
             resolve_device(name)
 
 
-def test_dtypes_that_models_do_not_run_in(tiny_llama):
+def test_unsupported_dtype_is_refused(tiny_llama):
     with pytest.raises(UsageError, match=naming(torch.int8)):
         hf_model(tiny_llama, device="cpu", dtype=torch.int8)

@@ -32,7 +32,7 @@ def config(request, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
-def test_the_loader_takes_it_and_its_activations_fit_into_float16(config, tmp_path, bits):
+def test_made_model_loads_and_its_activations_fit_into_float16(config, tmp_path, bits):
     make_model.make(config, tmp_path / "out", bits=bits, layers=2)
     hf = hf_model(tmp_path / "out", device="cpu")
     model = load(tmp_path / "out", device="cpu", head_bits=16)  # as transformers has it

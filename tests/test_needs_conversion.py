@@ -25,25 +25,25 @@ def refused(action, *args):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_pointer_of_git_lfs_instead_of_weights(model, name):
+def test_git_lfs_pointer_instead_of_weights_is_refused(model, name):
     (model / "model.safetensors").unlink()
     (model / name).write_bytes(POINTER)
     assert refused(CheckpointReader, model) == (f"{model / name} is a git-lfs pointer, not the file itself",
                                                 "Fetch it: git lfs pull.")
 
 
-def test_a_pointer_instead_of_a_pt_file(model, tmp_path):
+def test_git_lfs_pointer_instead_of_a_pt_file_is_refused(model, tmp_path):
     (model / "old.pt").write_bytes(POINTER)
     assert "old.pt is a git-lfs pointer" in refused(convert, model, tmp_path / "out")[0]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pointer_instead_of_a_tokenizer(model):
+def test_git_lfs_pointer_instead_of_a_tokenizer_is_refused(model):
     (model / "tokenizer.json").write_bytes(POINTER)
     assert "tokenizer.json is a git-lfs pointer" in refused(load_tokenizer, model)[0]
 
 
-def test_no_tokenizer_and_a_damaged_one(model):
+def test_missing_or_damaged_tokenizer_is_refused(model):
     (model / "tokenizer.json").write_text("{")
     assert "holds no tokenizer that can be loaded: " in refused(load_tokenizer, model)[0]
     for file in model.glob("tokenizer*"):
@@ -55,7 +55,7 @@ def test_no_tokenizer_and_a_damaged_one(model):
 
 @pytest.mark.parametrize("config", [True, False])
 @pytest.mark.parametrize(("name", "verb"), [("a.pt", "convert"), (f"a.bin.{'0' * 64}.enc", "decrypt")])
-def test_the_verb_that_comes_first_is_said(model, name, verb, config):
+def test_command_that_has_to_run_first_is_suggested(model, name, verb, config):
     (model / "model.safetensors").rename(model / name)
     if not config:
         (model / "config.json").unlink()
@@ -69,6 +69,6 @@ def test_encrypted_files_are_not_converted(model, tmp_path):
         assert refused(convert, path, tmp_path / "out")[1].startswith(f"First: gptq-belle decrypt {path} OUT")
 
 
-def test_other_files_beside_the_weights_do_no_harm(model):
+def test_unrelated_files_next_to_the_weights_are_ignored(model):
     torch.save({}, model / "optimizer.pt")
     assert "model.embed_tokens.weight" in CheckpointReader(model)

@@ -36,7 +36,7 @@ def test_rows_are_numbered_and_counted():
     assert overlapping(seen_keys([CHAT, TEXT]), [other, CHAT, other, TEXT]) == ([2, 4, 5, 6], 6)
 
 
-def test_the_record_is_small_and_in_order():
+def test_record_is_small_and_sorted():
     documents = [[Turn(f"第{number}个足够长的问题", "")] for number in range(1000)]
     seen = seen_keys(documents)
     assert len(seen) < 7 * 1000

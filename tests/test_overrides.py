@@ -144,7 +144,7 @@ def test_resumed_and_undisturbed_jobs_end_in_the_same_bytes(tiny_model, tmp_path
     assert job_output(tmp_path / "cut") == job_output(tmp_path / "whole")
 
 
-def test_report_card_inspect_and_bench_tell_mixed_bits(tiny_bloom, tmp_path):
+def test_report_model_card_inspect_and_bench_show_mixed_bits(tiny_bloom, tmp_path):
     estimated = estimate(prepare_job(tiny_bloom, config("bloom"), CALIBRATION, "cpu"))
     report = run_job(tiny_bloom, tmp_path / "out")
     assert estimated.output == pytest.approx(report.bytes_on_disk, rel=0.05)
@@ -166,7 +166,7 @@ def test_report_card_inspect_and_bench_tell_mixed_bits(tiny_bloom, tmp_path):
     assert measured.bits == pytest.approx(average)
 
 
-def test_a_saved_model_keeps_its_mixture(tiny_llama, tmp_path):
+def test_saved_model_keeps_its_mixed_bits(tiny_llama, tmp_path):
     """transformers sorts the keys of what it saves."""
     run_job(tiny_llama, tmp_path / "out")
     hf_model(tmp_path / "out", device="cpu").save_pretrained(tmp_path / "saved")
@@ -198,7 +198,7 @@ def test_override_that_does_not_suit_the_model_is_refused(kind, texts, named):
     assert caught.value.remedy
 
 
-def test_the_names_that_exist_are_named():
+def test_remedy_lists_the_names_of_linears():
     with pytest.raises(UsageError) as caught:
         resolve_overrides(config("llama", "dense=bits:8"), ARCHITECTURES["llama"], 3)
     assert all(word in caught.value.remedy for word in ("model.layers.0 to 2", "self_attn.q_proj", "mlp.down_proj"))

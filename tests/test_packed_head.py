@@ -31,7 +31,7 @@ def test_golden_bytes():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_it_is_what_rounding_at_load_gives(tiny_model, tmp_path, bits):
+def test_packed_head_equals_rounding_at_load(tiny_model, tmp_path, bits):
     usual, alone = quantized(tiny_model, tmp_path / "usual", 16), quantized(tiny_model, tmp_path / "alone", bits)
     for at_load, stored in ((load(usual, device="cpu", head_bits=bits), load(alone, device="cpu")),):
         assert torch.equal(at_load.logits(IDS), stored.logits(IDS))
@@ -69,7 +69,7 @@ def test_damaged_packed_head_is_named(tiny_bloom, tmp_path, change, named):
         load(path, device="cpu")
 
 
-def test_rows_that_are_too_odd():
+def test_unsupported_head_bits_are_refused_and_constant_rows_round():
     with pytest.raises(UsageError, match=naming("head bits", 5)):
         QuantConfig(head_bits=5)
     codes, scales = rounded(torch.ones(2, 32), 8, 32)

@@ -34,7 +34,7 @@ def column(values):
     (8, [1, 2, 3, 4], [0x04030201]),
     (8, [255] * 4, [0xFFFFFFFF]),
 ])
-def test_words(bits, codes, words):
+def test_codes_are_packed_into_known_words(bits, codes, words):
     packed = pack_rows(column(codes), bits)
     assert packed.dtype == torch.int32
     assert unsigned(packed) == words

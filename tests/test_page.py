@@ -107,7 +107,7 @@ def test_language_theme_and_a_new_chat(page):
     assert page.locator(".message").count() == 0
 
 
-def test_what_a_model_writes_stays_text(page):
+def test_model_output_is_escaped(page):
     answer_with(page, HOSTILE)
     ask(page, "你好")
     text = done(page)

@@ -36,7 +36,7 @@ def direct(logits, ids, length, stride):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(32, None), (32, 8), (1000, None), (2, 1)])
-def test_against_a_direct_computation(reference, length, stride):
+def test_perplexity_equals_a_direct_computation(reference, length, stride):
     logits, tokenizer = reference
     ids = encode(tokenizer, TEXT)
     losses = direct(logits, ids, length, length - 1 if stride is None else stride)
@@ -51,7 +51,7 @@ def test_against_a_direct_computation(reference, length, stride):
     assert math.log(found.per_character) == pytest.approx(sum(losses) / len(rest), rel=1e-4)
 
 
-def test_the_standard_error_against_a_bootstrap():
+def test_standard_error_equals_a_bootstrap():
     losses = torch.rand(600, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) ** 2 * 4
     draws = [summarize(losses[torch.randint(600, (600,))], "text", 1).perplexity for _ in range(1000)]
     # a standard deviation of 1,000 draws is known to 2.2 %
@@ -74,7 +74,7 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(reference):
     assert found.tokens == 49
 
 
-def test_what_is_refused(reference):
+def test_unusable_windows_and_nan_logits_are_refused(reference):
     _, tokenizer = reference
     with pytest.raises(UsageError, match=naming("window", 1)):
         list(windows(torch.arange(5), 1))

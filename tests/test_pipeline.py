@@ -134,7 +134,7 @@ def test_bare_bloom_names_get_their_prefix_and_the_tied_head_is_written_once(tin
     assert all(name.startswith("transformer.") for name in names)
 
 
-def test_a_head_of_its_own_is_kept_although_the_config_says_tied(tiny_bloom, tmp_path):
+def test_untied_lm_head_is_kept_although_the_config_says_tied(tiny_bloom, tmp_path):
     head = torch.randn(384, 128).half()
     source = changed(tiny_bloom, tmp_path, lambda tensors: tensors | {"lm_head.weight": head})
     job(source, tmp_path / "out", method="rtn")
@@ -225,7 +225,7 @@ def test_damaged_output_is_noticed_by_reading_it_back(tiny_bloom, tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_relatives_of_llama_come_free(kind, tiny_llama, tmp_path):
+def test_llama_relatives_are_quantized(kind, tiny_llama, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import gptq_belle
@@ -263,7 +263,7 @@ print(*held)
 """
 
 
-def test_nothing_piles_up_from_block_to_block(tiny_llama, tmp_path):
+def test_memory_does_not_grow_from_block_to_block(tiny_llama, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 384, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4}
@@ -288,7 +288,7 @@ def test_bf16_large_values_overflow_is_named(tiny_bloom, tmp_path):
         job(changed(tiny_bloom, tmp_path, huge), tmp_path / "out", method="rtn")
 
 
-def test_blocks_are_dropped_behind_the_job(tiny_model):
+def test_blocks_are_freed_after_use(tiny_model):
     stream = BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
     stream.release(stream.load_block(0))
     assert all(parameter.is_meta for parameter in stream.model.parameters())

@@ -52,7 +52,7 @@ def test_packed_sizes_are_those_of_the_gpu_layout(case):
     assert found == held(triton_layout.prepare(weight(inputs, outputs, bits, group)))
 
 
-def test_belle_7b_by_hand():
+def test_plan_of_belle_7b_equals_hand_computation():
     found = needs(BELLE, Setting(bits=4, head_bits=8), 2048, 1)
     weights = 30 * (4096 * 12288 + 4096 * 4096 + 2 * 4096 * 16384)
     assert found.blocks == pytest.approx(weights * (0.5 + 2 / 128), rel=0.004)  # the rest: norms, biases, g_idx
@@ -93,7 +93,7 @@ def test_a_packed_model_is_planned_with_its_own_bits():
 
 
 @pytest.mark.parametrize("wrong", [{"context": 4096}, {"context": 0}, {"batch": 0}, {"cache": "int2"}])
-def test_what_cannot_be_is_refused(wrong):
+def test_impossible_workloads_are_refused(wrong):
     with pytest.raises(UsageError):
         plan.plan(CONFIGS["belle-7b"], GIB, **wrong)
 
@@ -105,7 +105,7 @@ def call(capsys, *args):
     return left.value.code or 0, printed.out, printed.err
 
 
-def test_the_verb(capsys):
+def test_plan_command(capsys):
     code, out, _ = call(capsys, "belle-7b", "--memory", "8.2GB")
     assert code == 0
     assert "Fits with 8-bit weights and a head of 4 bits" in out
@@ -117,7 +117,7 @@ def test_the_verb(capsys):
     assert call(capsys, "belle-7b", "--memory", "many")[0] == 2
 
 
-def test_the_verb_as_json(capsys, tiny_llama):
+def test_plan_command_as_json(capsys, tiny_llama):
     found = json.loads(call(capsys, str(tiny_llama), "--memory", "1GiB", "--json")[1])
     assert found["best"]["bits"] == 16
     row = found["rows"][0]

@@ -29,7 +29,7 @@ def cut():
     return list(windows(encode(tiny_tokenizer(), TEXT), 48, 20))
 
 
-def test_two_passes_find_what_one_finds(models, cut, tmp_path):
+def test_two_passes_equal_one_pass(models, cut, tmp_path):
     base, model = models
     stored = record(tmp_path, about(base.path, cut), base.logits, cut)
     found = summarize(token_figures(stored, model.logits), len(cut))
@@ -39,7 +39,7 @@ def test_two_passes_find_what_one_finds(models, cut, tmp_path):
     assert summarize(token_figures(again, model.logits), len(cut)) == found
 
 
-def test_against_a_direct_computation(models, cut, tmp_path):
+def test_two_pass_kl_equals_a_direct_computation(models, cut, tmp_path):
     """KL written out in numpy over probabilities, position by position, without any of the code under test."""
     base, model = models
     stored = record(tmp_path, about(base.path, cut), base.logits, cut)
@@ -60,7 +60,7 @@ def test_against_a_direct_computation(models, cut, tmp_path):
     assert place == len(found.kl) == len(ids) - 1
 
 
-def test_what_does_not_fit_is_not_taken(models, cut, tmp_path, tiny_llama):
+def test_stored_predictions_of_other_settings_are_not_used(models, cut, tmp_path, tiny_llama):
     base, _ = models
     content = about(base.path, cut, precision=None)
     record(tmp_path, content, base.logits, cut)
@@ -77,13 +77,13 @@ def test_what_does_not_fit_is_not_taken(models, cut, tmp_path, tiny_llama):
         kept(tmp_path, content, cut)
 
 
-def test_a_full_disk_is_foreseen(models, cut, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused(models, cut, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
     with pytest.raises(HardwareError, match=naming(tmp_path)):
         record(tmp_path, {}, models[0].logits, cut)
 
 
-def test_a_crash_leaves_nothing_that_looks_whole(models, cut, tmp_path):
+def test_interrupted_recording_is_not_reused(models, cut, tmp_path):
     base, _ = models
     content = about(base.path, cut)
     record(tmp_path, content, base.logits, cut)

@@ -35,7 +35,7 @@ def test_next_calls_run_while_a_result_is_used(count):
         assert not any(event.is_set() for event in begun[number + 1 + count :])
 
 
-def test_a_result_is_gone_once_its_user_has_let_go():
+def test_result_is_freed_when_its_consumer_releases_it():
     for piece in prefetch(partial(Piece, i) for i in range(3)):
         seen = weakref.ref(piece)
         del piece
@@ -43,7 +43,7 @@ def test_a_result_is_gone_once_its_user_has_let_go():
         assert seen() is None
 
 
-def test_an_error_comes_in_its_turn():
+def test_error_is_raised_in_order_of_the_calls():
     def fail():
         raise OSError("no more")
 
@@ -65,7 +65,7 @@ def test_tensors_of_blocks_come_once_in_any_order(tiny_model, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_blocks_that_are_no_longer_wanted_are_not_read(tiny_model):
+def test_skipped_blocks_are_not_read(tiny_model):
     reader = CheckpointReader(tiny_model)
     name = f"{reader.arch.blocks}.1.{reader.arch.linears[-1]}.weight"
     with closing(BlockPrefetch(reader, reader.arch.blocks, 2)) as blocks:
@@ -73,7 +73,7 @@ def test_blocks_that_are_no_longer_wanted_are_not_read(tiny_model):
     assert blocks.take(name) is None
 
 
-def test_no_more_words_are_in_memory_than_a_block_has(tiny_model, tmp_path, monkeypatch):
+def test_prefetch_holds_at_most_one_block_of_packed_weights(tiny_model, tmp_path, monkeypatch):
     alive, most, plain = {}, [0], CheckpointReader.tensor
 
     def tensor(self, name, *memory):
@@ -92,7 +92,7 @@ def test_no_more_words_are_in_memory_than_a_block_has(tiny_model, tmp_path, monk
     assert not alive
 
 
-def test_what_was_not_begun_when_the_user_stops_is_never_read():
+def test_reads_that_have_not_started_are_dropped_on_close():
     begun, go, late = threading.Event(), threading.Event(), threading.Event()
     pieces = prefetch([lambda: None, lambda: begun.set() or go.wait(10), late.set], 2)
     next(pieces)

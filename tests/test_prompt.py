@@ -62,7 +62,7 @@ def test_a_chosen_style_is_that_of_the_calibration(tiny_llama, tmp_path):
     assert len(hashes) == 2
 
 
-def test_a_template_that_disagrees_is_shown(tiny_llama, tmp_path):
+def test_disagreeing_chat_template_is_shown(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     assert prompt_of(path).chat_template is None
     assert ("chat template", "none") in lines(prompt_of(path))

@@ -135,7 +135,7 @@ def test_wrong_options_are_named_with_a_remedy(run, tiny_bloom, tmp_path, option
     assert not list(tmp_path.glob("out*"))
 
 
-def test_somebody_elses_directory_is_left_alone(run, tiny_bloom, tmp_path):
+def test_directory_of_another_program_is_not_overwritten(run, tiny_bloom, tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.txt").write_text("precious")
@@ -171,7 +171,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_named_and_what_was_written_goes(run, tiny_llama, small_disk):
+def test_full_disk_is_reported_and_partial_output_removed(run, tiny_llama, small_disk):
     code, _, err = run(tiny_llama, small_disk / "out", *SHORT, "--bits", "8")
     assert code == 3, err
     assert str(small_disk) in err

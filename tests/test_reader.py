@@ -86,7 +86,7 @@ def test_tensors_of_all_sizes(copy, dtype):
         assert found.data_ptr() % dtype.itemsize == 0
 
 
-def test_shards(sharded, tiny_bloom):
+def test_sharded_checkpoint_is_read(sharded, tiny_bloom):
     assert_same(CheckpointReader(sharded), state_of(tiny_bloom))
 
 
@@ -111,7 +111,7 @@ def refuse(number):
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.EACCES])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_what_this_machine_refuses_is_no_damage(copy, monkeypatch, kind, number):
+def test_system_errors_are_hardware_errors(copy, monkeypatch, kind, number):
     if kind == "bin":
         as_bin(copy, state_of(copy))
     reader = CheckpointReader(copy)
@@ -133,7 +133,7 @@ def test_a_truncated_bin_file_is_named_in_one_sentence(copy):
     assert len(error.value.cause.splitlines()) == 1
 
 
-def test_a_bin_file(copy, tiny_bloom, sizes):
+def test_bin_file_is_read(copy, tiny_bloom, sizes):
     assert_same(CheckpointReader(as_bin(copy, state_of(copy))), state_of(tiny_bloom))
 
 
@@ -166,69 +166,69 @@ def refused(path, *named):
     assert caught.value.exit_code == 4
 
 
-def test_a_tensor_that_is_not_there(tiny_bloom):
+def test_missing_tensor_is_refused(tiny_bloom):
     for read in (CheckpointReader(tiny_bloom).tensor, CheckpointReader(tiny_bloom).shape):
         with pytest.raises(InputError, match=naming("nothing.weight")):
             read("nothing.weight")
 
 
-def test_no_directory(tmp_path):
+def test_missing_directory_is_refused(tmp_path):
     refused(tmp_path / "nothing", tmp_path / "nothing")
 
 
-def test_no_configuration(copy):
+def test_missing_configuration_is_refused(copy):
     (copy / "config.json").unlink()
     refused(copy, copy / "config.json")
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[]", b""])
-def test_a_damaged_configuration(copy, text):
+def test_damaged_configuration_is_refused(copy, text):
     (copy / "config.json").write_bytes(text)
     refused(copy, copy / "config.json", "JSON")
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, 7])
-def test_an_unknown_architecture(copy, model_type):
+def test_unknown_architecture_is_refused(copy, model_type):
     (copy / "config.json").write_text(json.dumps({"model_type": model_type}))
     refused(copy, model_type)
 
 
-def test_no_weights(copy):
+def test_missing_weights_are_refused(copy):
     (copy / "model.safetensors").unlink()
     refused(copy, copy, 0)
 
 
-def test_several_files_and_no_index(sharded):
+def test_several_files_without_index_are_refused(sharded):
     (sharded / INDEX).unlink()
     refused(sharded, sharded, "index")
 
 
-def test_a_missing_shard(sharded):
+def test_missing_shard_is_refused(sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
     refused(sharded, shard.name)
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, -100])
-def test_a_truncated_shard(sharded, length):
+def test_truncated_shard_is_rejected(sharded, length):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:length])
     refused(sharded, shard.name)
 
 
-def test_a_git_lfs_pointer_in_place_of_a_shard(copy):
+def test_git_lfs_pointer_is_refused(copy):
     (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     refused(copy, copy / "model.safetensors", "git-lfs")
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors"])
-def test_an_index_that_leaves_its_folder(copy, name):
+def test_index_with_paths_outside_the_folder_is_refused(copy, name):
     (copy / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     refused(copy, copy / INDEX)
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}])
-def test_an_index_without_a_map(copy, content):
+def test_index_without_weight_map_is_refused(copy, content):
     (copy / INDEX).write_text(json.dumps(content))
     refused(copy, copy / INDEX, "weight_map")
 
@@ -249,18 +249,18 @@ def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
 
 
 @pytest.mark.parametrize("state", [[torch.ones(1)], {"a": {"b": torch.ones(1)}}, {"a": 1}])
-def test_a_bin_file_that_is_no_state_dictionary(copy, state):
+def test_bin_file_without_a_state_dictionary_is_refused(copy, state):
     refused(as_bin(copy, state), copy / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("length", [0, 10, -200])
-def test_a_truncated_bin_file(copy, length):
+def test_truncated_bin_file_is_rejected(copy, length):
     file = as_bin(copy, state_of(copy)) / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[:length])
     refused(copy, file)
 
 
-def test_helpers_say_what_is_missing(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match=naming(tmp_path / "x.json")):
         read_json(tmp_path / "x.json")
     with pytest.raises(InputError, match=naming(tmp_path, 0)):

@@ -90,7 +90,7 @@ def test_the_residual_follows_a_refit():
     torch.testing.assert_close(residual, block @ (code * found - weight.t()), rtol=1e-9, atol=1e-9)
 
 
-def test_descent_goes_on_from_input_to_input():
+def test_descent_proceeds_from_input_to_input():
     """The second of two like inputs makes up for what the first could not."""
     block = torch.ones(2, 2, dtype=torch.float64)
     code, ones = torch.zeros(2, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)

@@ -119,7 +119,7 @@ def test_a_whole_report(belle, models, inputs, tmp_path, real_footprints):
     assert record["calibration"]["seen"] not in page
 
 
-def test_the_verbs_find_the_same_figures(belle, models, inputs, tmp_path):
+def test_eval_commands_give_the_same_figures(belle, models, inputs, tmp_path):
     base, _, four, _ = models
     _, out, _ = belle("report", four, "--base", base, *inputs, "--out", tmp_path, "--json")
     of_report = json.loads(out)["models"][1]
@@ -144,7 +144,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(belle, models, inputs, 
     assert not re.search(r"https?://|@import|url\(", text)
 
 
-def test_both_languages_say_something_everywhere(belle, models, tmp_path):
+def test_both_languages_have_every_text(belle, models, tmp_path):
     belle("report", models[2], "--out", tmp_path)
     english, chinese = (Page(tmp_path / "report.html", language).text for language in ("en", "zh"))
     assert "Error by layer and linear" in english
@@ -154,7 +154,7 @@ def test_both_languages_say_something_everywhere(belle, models, tmp_path):
     assert text.count('<span lang="en">') == text.count('<span lang="zh">') > 10
 
 
-def test_what_is_absent_says_what_to_run(belle, models, tmp_path):
+def test_missing_sections_name_the_command_to_run(belle, models, tmp_path):
     code, _, _ = belle("report", models[2], models[3], "--out", tmp_path)
     assert code == 0
     text = Page(tmp_path / "report.html").text

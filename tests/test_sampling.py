@@ -43,14 +43,14 @@ def kept_tokens(logits, **limits):
     ({"top_p": 0.71, "min_p": 0.6}, [0, 2]),
     ({"top_k": 2, "top_p": 0.5}, [0]),  # of the two that are left, the first has 4/7
 ])
-def test_what_is_kept(limits, tokens):
+def test_filters_keep_the_expected_tokens(limits, tokens):
     assert kept_tokens(LOGITS, **limits) == tokens
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=20), st.integers(0, 25), st.floats(0.001, 1),
        st.floats(0, 1))
-def test_the_likeliest_is_always_kept_and_values_are_not_changed(values, top_k, top_p, min_p):
+def test_most_likely_token_is_always_kept(values, top_k, top_p, min_p):
     logits = torch.tensor(values)
     left, order = filter_logits(logits[None], [SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)])
     assert left[0, 0] == logits.max()
@@ -64,11 +64,11 @@ def test_repetition_penalty():
     assert logits.tolist() == [2.0, -2.0, 3.0, -3.0]
 
 
-def test_greedy_takes_the_likeliest():
+def test_greedy_takes_the_most_likely_token():
     assert Sampler(SamplingParams(), [], CPU)(LOGITS) == 0
 
 
-def test_greedy_with_penalty_moves_on():
+def test_greedy_with_repetition_penalty_avoids_repeats():
     sampler = Sampler(SamplingParams(repetition_penalty=3.0), [2], CPU)
     logits = torch.tensor([1.0, 0.9, 1.1, 0.5])
     assert [sampler(logits) for _ in range(4)] == [0, 1, 3, 2]
@@ -107,7 +107,7 @@ def test_rows_are_drawn_as_if_each_were_alone():
         assert sample_tokens(together, step.clone()) == expected
 
 
-def test_many_at_once_on_a_gpu_are_the_same_draws():  # the way that a GPU takes, on the CPU
+def test_batched_sampling_on_a_gpu_draws_the_same_tokens():  # the way that a GPU takes, on the CPU
     rows = [SamplingParams(temperature=0.7), SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1)]
     logits, numbers = torch.randn(2, 50), [0.3, 0.8]
     one_by_one = [sample_inverse_cdf(logits[i : i + 1], rows[i : i + 1], numbers[i : i + 1]).item() for i in (0, 1)]

@@ -13,12 +13,12 @@ from gptq_belle.evaluation import scores
     ("answer", "expected"),
     [(" 北京。", "北京"), ("１２３", "123"), ("The cat.", "the  cat"), ("你好，世界", "你好,世界"), ("", " ")],
 )
-def test_same_answer_in_other_clothes(answer: str, expected: str) -> None:
+def test_equivalent_answers_match(answer: str, expected: str) -> None:
     assert scores.exact_match(answer, expected) == 1.0
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("北京市", "北京"), ("12 3", "123"), ("cat", "cats"), ("", "a")])
-def test_other_answer(answer: str, expected: str) -> None:
+def test_different_answers_do_not_match(answer: str, expected: str) -> None:
     assert scores.exact_match(answer, expected) == 0.0
 
 

@@ -151,13 +151,13 @@ def test_unknown_fields_are_accepted(client):
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages": 1}', b"\xff\xfe", b'{"messages": "x"}',
                                   b'{"messages": [{"role": "user", "content": "\\ud83d"}]}'])
-def test_bodies_that_are_none_are_refused(client, body):
+def test_malformed_bodies_are_refused(client, body):
     response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["message"]
 
 
-def test_whoever_goes_away_frees_the_slot(client, server):
+def test_client_that_disconnects_frees_its_slot(client, server):
     def hang_up():
         with httpx.Client(base_url=server.url) as other, other.stream("POST", "/v1/chat/completions", json={
                 "messages": QUESTION, "max_tokens": 200, "stream": True, "temperature": 0}) as response:
@@ -208,7 +208,7 @@ def test_large_bodies_are_refused_with_and_without_a_length(client):
     assert client.post("/v1/chat/completions", content=iter([large])).status_code == 413
 
 
-def test_a_full_queue_says_when_to_come_back(tiny_bloom, tmp_path):
+def test_full_queue_answers_429_with_retry_after(tiny_bloom, tmp_path):
     with serving(tiny_bloom, tmp_path / "log", "--max-batch", "1", "--max-queue", "1") as server:
         def ask():
             return httpx.post(f"{server.url}/v1/chat/completions", timeout=60, json={
@@ -242,7 +242,7 @@ def test_sigterm_finishes_what_runs(tiny_bloom, tmp_path):
     (("--host", "0.0.0.0"), 2, "--allow-unauthenticated"),
     (("--max-len", "1"), 2, "max-len"),
 ])
-def test_options_that_are_refused(tiny_bloom, options, code, words):
+def test_invalid_serve_options_exit_2(tiny_bloom, options, code, words):
     import subprocess
     import sys
 
@@ -252,7 +252,7 @@ def test_options_that_are_refused(tiny_bloom, options, code, words):
     assert words in done.stderr
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
+def test_model_that_cannot_be_loaded_exits_4(tmp_path):
     import subprocess
     import sys
 

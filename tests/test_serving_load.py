@@ -82,7 +82,7 @@ def check_load(model, log, clients, seconds):
     assert 'outcome="failed"' not in metrics
 
 
-def test_a_few_streams(tiny_bloom, tmp_path):
+def test_concurrent_streams_with_disconnects(tiny_bloom, tmp_path):
     check_load(tiny_bloom, tmp_path / "log", 12, 4)
 
 

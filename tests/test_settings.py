@@ -15,7 +15,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermedi
 BLOOM = {"model_type": "bloom", "vocab_size": 384, "n_embed": 64, "n_layer": 2, "num_attention_heads": 4}
 
 
-def test_what_is_read():
+def test_decoder_configuration_is_read():
     found = read_decoder_config(LLAMA)
     assert (found.context, found.eps, found.eos, found.slopes) == (256, 1e-5, {2, 7}, None)
     assert found.frequencies[0] == 1
@@ -68,7 +68,7 @@ def test_unsupported_configuration_is_refused(change, named):
     assert caught.value.remedy
 
 
-def test_windows():
+def test_sliding_windows_limit_the_context():
     mistral, qwen2 = LLAMA | {"model_type": "mistral"}, LLAMA | {"model_type": "qwen2", "sliding_window": 100}
     assert read_decoder_config(mistral).context == 256
     assert read_decoder_config(mistral | {"sliding_window": 100}).context == 100

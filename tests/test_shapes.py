@@ -24,7 +24,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
-def test_every_tensor_of_the_model_that_transformers_builds(name):
+def test_shapes_equal_those_of_transformers(name):
     import torch
 
     config = (CONFIGS | OTHERS)[name]

@@ -37,7 +37,7 @@ def alone(model, ids, params):
     return request.answer
 
 
-def test_each_gets_what_it_gets_alone(model):
+def test_batched_answers_equal_single_answers(model):
     rows = [(ids, SamplingParams(max_new_tokens=12 + 3 * (i % 4), ignore_eos=i % 2 == 0, **KINDS[i % len(KINDS)]))
             for i, ids in enumerate(prompts(12))]
     engine, requests = Engine(model, 4), []
@@ -51,7 +51,7 @@ def test_each_gets_what_it_gets_alone(model):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_logits_of_a_row_are_the_same_to_the_bit_beside_others(model, threads):
+def test_logits_of_a_row_are_bit_identical_in_a_batch(model, threads):
     torch.set_num_threads(threads)
     try:
         rows = prompts(9, 40)
@@ -68,7 +68,7 @@ def test_logits_of_a_row_are_the_same_to_the_bit_beside_others(model, threads):
         torch.set_num_threads(1)
 
 
-def test_what_was_read_is_not_read_again(model, monkeypatch):
+def test_shared_prefixes_are_not_prefilled_again(model, monkeypatch):
     read, lengths = model.prefill_slot, []
     monkeypatch.setattr(model, "prefill_slot", lambda ids, *where: lengths.append(len(ids)) or read(ids, *where))
     ids, params = torch.randint(4, 384, (150,)).tolist(), SamplingParams(max_new_tokens=5, ignore_eos=True)

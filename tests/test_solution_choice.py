@@ -36,7 +36,7 @@ def test_targets_are_ridge_regression_on_the_full_outputs(alpha, without):
     np.testing.assert_allclose(found.numpy(), weight + alpha * moved, rtol=1e-8, atol=1e-10)
 
 
-def test_equal_streams_leave_the_weight_alone():
+def test_equal_activations_leave_the_weight_unchanged():
     weight, hessian = problem(4, 32, seed=2)
     factor = factorize(hessian, QuantConfig(group_size=32))
     assert torch.equal(full_precision_target(weight, torch.zeros_like(hessian), factor, 1.0), weight)
@@ -55,7 +55,7 @@ def chosen(weight, hessians, **options):
     return best_solution(weight, hessians, factorize(hessians.hessian, config), config)
 
 
-def test_the_choice_has_the_least_error_on_held_out_rows():
+def test_candidate_with_least_held_out_error_is_chosen():
     weight, hessians = inputs()
     choice = chosen(weight, hessians)
     assert list(choice.held_out) == NAMES
@@ -66,7 +66,7 @@ def test_the_choice_has_the_least_error_on_held_out_rows():
     assert choice.held_out[choice.won] == pytest.approx(np.sum((got - wanted) ** 2) / np.sum(wanted**2), rel=1e-4)
 
 
-def test_targets_win_where_the_models_differ_alike_and_lose_where_they_mislead():
+def test_full_precision_targets_are_chosen_only_where_they_generalize():
     assert chosen(*inputs()).won.startswith("full")
     assert chosen(*inputs(gap=-3.0)).won.startswith("own")
 

@@ -114,7 +114,7 @@ def test_damping_is_a_share_of_the_mean_diagonal(damp, act_order):
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])  # a repaired diagonal of 1 sorts and damps differently in each
-def test_dead_inputs(scale, sym, act_order):
+def test_never_active_inputs(scale, sym, act_order):
     dead = (0, 5, 6, 63, 127, 128, 159)
     weight, hessian = problem(7, 160, seed=12, dead=dead)
     hessian = hessian * scale
@@ -204,7 +204,7 @@ def test_static_groups_are_solved_by_falling_activity(bits, group_size, sym, sea
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 64), (4, 128), (8, 128)])
-def test_every_idea_pays_on_inputs_of_unequal_size(bits, group_size):
+def test_every_technique_lowers_the_error_on_unequal_inputs(bits, group_size):
     """Not so at 2 bits in groups of 32, where search alone is no gain."""
     errors = {}
     for name, without in {"plain": ("search", "order", "refine"), "order": ("search", "refine"), "search": ("refine",),
@@ -297,7 +297,7 @@ def test_damping_is_raised_until_the_factorisation_works(damp, smallest, used, a
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_hopeless_hessian_is_refused_with_the_reason(act_order):
+def test_hessian_that_cannot_be_damped_is_refused(act_order):
     weight, _ = problem(3, 32, seed=20)
     hessian = torch.eye(32, dtype=torch.float64)
     hessian[4, 9] = hessian[9, 4] = 1e9
@@ -351,7 +351,7 @@ def test_inputs_are_left_alone(group_size, act_order, dtype):
     torch.testing.assert_close((weight, hessian), before, **EXACT)
 
 
-def test_strides_do_not_matter():
+def test_result_does_not_depend_on_strides():
     weight, hessian = problem(6, 96, seed=24)
     config = QuantConfig(preset="fast", group_size=32, sym=False)
     strided = torch.stack([weight.t(), weight.t()], dim=2)[..., 0].t()

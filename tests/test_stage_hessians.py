@@ -65,5 +65,5 @@ def test_sums_and_held_out_rows_are_those_of_the_models(tiny_model, targets, max
 
 @pytest.mark.parametrize(("rows", "length", "every", "held"), [
     (128, 256, 16, 8), (128, 2048, 16, 2), (128, 8192, 16, 1), (15, 64, 16, 0), (16, 64, 16, 1), (64, 64, 0, 0)])
-def test_how_many_rows_are_held_out(rows, length, every, held):
+def test_number_of_held_out_rows(rows, length, every, held):
     assert held_out_rows(rows, length, every=every) == held

@@ -51,7 +51,7 @@ def run(talk, *lines):
     return chat(talk, out, io.StringIO("".join(f"{line}\n" for line in lines))), out.getvalue()
 
 
-def test_turns_are_put_behind_each_other_with_eos(model):
+def test_turns_are_concatenated_with_eos(model):
     scripted = Scripted(model, ["你好。", "二"])
     talk = talk_with(scripted)
     said, shown = run(talk, "你是谁?", "", "一加一?")
@@ -104,7 +104,7 @@ def test_the_models_own_next_question_is_not_shown(model):
     assert said[0].answer == "好的。"
 
 
-def test_styles(model):
+def test_prompt_style_option_is_resolved(model):
     assert talk_with(model).name == "bloom"
     with pytest.raises(UsageError, match="alpaca"):
         Conversation(model, "alpaca", SamplingParams())
@@ -151,7 +151,7 @@ class Keyboard:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a controlling terminal")
-def test_at_a_keyboard(tiny_bloom, tmp_path):
+def test_chat_on_a_pseudo_terminal(tiny_bloom, tmp_path):
     endless = shutil.copytree(tiny_bloom, tmp_path / "endless")  # 256 tokens are said before anybody can stop them
     config = json.loads((endless / "config.json").read_text())
     (endless / "config.json").write_text(json.dumps(config | {"seq_length": 10**6}))

@@ -29,9 +29,9 @@ def kl(request, tmp_path_factory):
     return measure
 
 
-def test_8_bits_are_as_good_as_full_precision(kl):
+def test_8_bit_kl_is_below_one_thousandth(kl):
     assert kl(8, "gptq") < 1e-3
 
 
-def test_4_bit_gptq_loses_at_most_0_7_of_what_rounding_loses(kl):
+def test_4_bit_gptq_kl_is_at_most_0_7_of_rounding(kl):
     assert kl(4, "gptq") <= 0.7 * kl(4, "rtn")

@@ -62,7 +62,7 @@ def test_casting_the_model_is_refused_by_transformers(tiny_llama, tmp_path):
 
 
 @pytest.mark.usefixtures("patched")
-def test_unquantized_models_load_as_ever(tiny_model):
+def test_unquantized_models_load_unchanged(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
 
@@ -77,7 +77,7 @@ def test_packed_models_of_other_architectures_are_refused_with_the_way_out(tmp_p
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_undone_it_is_as_before():
+def test_undo_restores_transformers():
     before = dict(AUTO_QUANTIZER_MAPPING)
     undo, again = patch_transformers(), patch_transformers()
     changed = {name for name in before if AUTO_QUANTIZER_MAPPING[name] is not before[name]}
@@ -88,7 +88,7 @@ def test_undone_it_is_as_before():
     assert before == AUTO_QUANTIZER_MAPPING
 
 
-def test_undoing_does_not_undo_somebody_else(monkeypatch):
+def test_undo_keeps_patches_of_others(monkeypatch):
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gptq", AUTO_QUANTIZER_MAPPING["gptq"])
     undo = patch_transformers()
     AUTO_QUANTIZER_MAPPING["gptq"] = other = object()
@@ -97,7 +97,7 @@ def test_undoing_does_not_undo_somebody_else(monkeypatch):
 
 
 @pytest.mark.usefixtures("patched")
-def test_what_transformers_quantizes_itself_goes_its_own_way(tiny_llama):
+def test_quantizing_with_transformers_is_not_intercepted(tiny_llama):
     with pytest.raises(ImportError, match="optimum"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=GPTQConfig(bits=4, dataset=["text"]))
 

@@ -59,13 +59,13 @@ def test_many_rows_may_take_another_kernel():
     assert cheap.plan == LaunchPlan("expand", None)
 
 
-def test_noise_changes_nothing():
+def test_timing_noise_does_not_change_the_plan():
     """A plan that is one percent faster than the rule's does not replace it."""
     first = default_plan(CASE, 86, 82)
     assert kernel_tuning.tune(CASE, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
 
 
-def test_a_config_that_does_not_run_is_passed_over():
+def test_failing_kernel_config_is_skipped():
     first = default_plan(CASE, 86, 82)
     found = kernel_tuning.tune(CASE, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
     assert found.plan.config.SPLIT_K == 4
@@ -108,14 +108,14 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert "--out" in error.value.remedy
 
 
-def test_rows_become_buckets():
+def test_row_counts_are_rounded_to_buckets():
     assert tuner.chosen_buckets([]) == list(triton_config.ROW_BUCKETS)
     assert tuner.chosen_buckets([1, 5, 9, 4000]) == [8, 16, 2048]
     with pytest.raises(UsageError):
         tuner.chosen_buckets([4, 0])
 
 
-def test_refusals(monkeypatch):
+def test_tuning_without_gpu_or_triton_is_refused(monkeypatch):
     with pytest.raises(HardwareError, match=naming("cpu")):
         tuner.require_gpu(torch.device("cpu"))
     monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: "triton is not installed")
@@ -126,7 +126,7 @@ def test_refusals(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_verb_refuses_a_cpu(capsys, tmp_path):
+def test_tune_command_refuses_a_cpu(capsys, tmp_path):
     with pytest.raises(SystemExit) as left:
         console.run(app.app, ["tune", str(tmp_path)])
     printed = capsys.readouterr()

@@ -47,7 +47,7 @@ def test_query_key_and_value_are_one_product_where_their_groups_agree(tiny_llama
     assert torch.equal(together(x), torch.cat([linear(x) for linear in apart], -1))
 
 
-def test_one_that_is_packed_beside_one_that_is_not(tiny_llama, tmp_path):
+def test_packed_and_unpacked_linears_side_by_side(tiny_llama, tmp_path):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed")
     plain = load_file(tiny_llama / "model.safetensors")
     tensors = {name: t for name, t in load_file(path / "model.safetensors").items() if not name.startswith(NAMES[1])}
@@ -57,7 +57,7 @@ def test_one_that_is_packed_beside_one_that_is_not(tiny_llama, tmp_path):
     assert found(torch.randn(2, 128)).shape == (2, 256)
 
 
-def test_a_stored_head_beside_a_tied_one(tiny_bloom, tmp_path):
+def test_stored_head_of_a_tied_model_is_used(tiny_bloom, tmp_path):
     path = shutil.copytree(tiny_bloom, tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     before = load(path, device="cpu").logits(torch.tensor([[5, 6]]))

@@ -55,7 +55,7 @@ def test_parts_become_shards_with_an_index(tmp_path):
     assert all(name in read(tmp_path / "out" / file) for name, file in index["weight_map"].items())
 
 
-def test_tensors_lie_aligned_and_without_gaps(tmp_path):
+def test_tensors_are_aligned_and_without_gaps(tmp_path):
     write(tmp_path / "out")
     data = (tmp_path / "out" / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -68,12 +68,12 @@ def test_tensors_lie_aligned_and_without_gaps(tmp_path):
     assert all(v["data_offsets"][0] % 4 == 0 for k, v in header.items() if k.endswith("qweight"))
 
 
-def test_nothing_is_left_when_the_job_ends_early(tmp_path):
+def test_failed_job_leaves_no_files(tmp_path):
     write(tmp_path / "out", publish=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_of_ours_is_replaced_and_another_is_refused(tmp_path):
+def test_own_output_is_replaced_and_foreign_directory_is_refused(tmp_path):
     write(tmp_path / "out")
     (tmp_path / "out" / "stale.txt").write_text("old")
     write(tmp_path / "out")
@@ -86,7 +86,7 @@ def test_a_directory_of_ours_is_replaced_and_another_is_refused(tmp_path):
     assert (other / "thesis.txt").read_text() == "precious"
 
 
-def test_two_jobs_do_not_write_one_directory(tmp_path):
+def test_two_jobs_cannot_write_one_directory(tmp_path):
     with CheckpointWriter(tmp_path / "out") as first:
         with pytest.raises(UsageError, match=naming(tmp_path / "out")), CheckpointWriter(tmp_path / "out"):
             pass
@@ -94,7 +94,7 @@ def test_two_jobs_do_not_write_one_directory(tmp_path):
     write(tmp_path / "out")
 
 
-def test_a_leftover_of_a_killed_job_is_gone_on_with_and_anything_else_of_that_name_is_refused(tmp_path):
+def test_partial_directory_of_a_killed_job_is_reused_and_others_are_refused(tmp_path):
     with CheckpointWriter(tmp_path / "out") as writer:
         writer.add("a.safetensors", PARTS["a.safetensors"])
         writer.write_text("half", "written")
@@ -115,7 +115,7 @@ def test_a_leftover_of_a_killed_job_is_gone_on_with_and_anything_else_of_that_na
         write(tmp_path / "link")
 
 
-def test_what_stood_there_comes_back_when_a_job_dies_between_the_two_renames(tmp_path):
+def test_previous_output_is_restored_after_a_crash_between_the_renames(tmp_path):
     write(tmp_path / "out")
     (tmp_path / "out.partial" / "parts").mkdir(parents=True)
     (tmp_path / "out").rename(tmp_path / "out.partial" / "replaced")
