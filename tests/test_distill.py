@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import job_output, naming, random_quantized
+from conftest import job_output, random_quantized
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -108,7 +108,7 @@ def test_validation_rows_come_from_the_end():
     assert len(held) == 4
     assert int(held[-1, -1]) == 64 * 256 - 1
     assert not set(learnt.flatten().tolist()) & set(held.flatten().tolist())
-    with pytest.raises(UsageError, match=naming(300)):
+    with pytest.raises(UsageError):
         cut(torch.zeros(1, 300, dtype=torch.int64))
 
 
