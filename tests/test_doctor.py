@@ -8,7 +8,7 @@ import torch
 
 from gptq_belle.bench import doctor
 from gptq_belle.bench.self_test import self_test
-from gptq_belle.cli import app, console
+from gptq_belle.cli import app, console, machine
 from gptq_belle.kernels import cpu_matmul, groupwise, triton_matmul
 from gptq_belle.kernels.native_library import load_library
 
@@ -33,9 +33,9 @@ def card(monkeypatch):
 def test_doctor_reports_a_complete_installation():
     found = doctor.gpu()
     assert found == {"kernel": "triton", "why_not": None, "tables": []}
-    assert doctor.gpu_line(found) == "triton; tiles by rule (see gptq-belle tune)"
+    assert machine.gpu_line(found) == "triton; tiles by rule (see gptq-belle tune)"
     found["tables"] = ["a/sm_86.json"]
-    assert doctor.gpu_line(found) == "triton; tiles as measured in a/sm_86.json"
+    assert machine.gpu_line(found) == "triton; tiles as measured in a/sm_86.json"
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), [
@@ -45,20 +45,20 @@ def test_doctor_reports_missing_parts(name, value, reason, monkeypatch):
     monkeypatch.setattr(triton_matmul, name, value)
     found = doctor.gpu()
     assert found["kernel"] == "dequantize+matmul"
-    assert reason in doctor.gpu_line(found)
-    assert doctor.gpu_line(found).endswith("weights are expanded for cuBLAS instead")
+    assert reason in machine.gpu_line(found)
+    assert machine.gpu_line(found).endswith("weights are expanded for cuBLAS instead")
 
 
 def test_gpu_below_the_minimum_capability_is_reported(card):
     card.major, card.minor = 7, 5
-    assert "compute capability 8.0 or newer, not 7.5" in doctor.gpu_line(doctor.gpu())
+    assert "compute capability 8.0 or newer, not 7.5" in machine.gpu_line(doctor.gpu())
 
 
 def test_missing_gpu_is_reported(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = doctor.gpu()
     assert found == {"kernel": None, "why_not": "PyTorch sees no CUDA device", "tables": []}
-    assert doctor.gpu_line(found) == "not Triton's: PyTorch sees no CUDA device"
+    assert machine.gpu_line(found) == "not Triton's: PyTorch sees no CUDA device"
 
 
 def doctor_verb(capsys, *args):
@@ -99,5 +99,5 @@ def test_nan_and_exceptions_fail_the_self_test(monkeypatch):
     assert checks
     assert not any(check.passed for check in checks)
     assert {check.why_not for check in checks if check.kernel == "native portable"} == {"no such thing"}
-    assert any("no such thing" in line for line in doctor.test_lines(
+    assert any("no such thing" in line for line in machine.test_lines(
         [check._asdict() | {"passed": check.passed} for check in checks]))

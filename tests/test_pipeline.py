@@ -192,7 +192,7 @@ def test_unusable_source_is_refused_and_nothing_is_written(tiny_bloom, tmp_path,
 
 
 def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_path):
-    with pytest.raises(InputError, match=naming("256", "1024")):
+    with pytest.raises(InputError, match=naming("512", "2048")):
         job(tiny_bloom, tmp_path / "out", rows=1)
     assert job(tiny_bloom, tmp_path / "short", rows=1, allow_short=True).calibration["rows"] == 1
     odd = tmp_path / "odd"
@@ -205,17 +205,21 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_pa
 
 
 def test_damaged_output_is_noticed_by_reading_it_back(tiny_bloom, tmp_path, monkeypatch):
-    from gptq_belle.checkpoint import writer
+    from gptq_belle.checkpoint.writer import CheckpointWriter
 
-    intact = writer._copy
+    intact = CheckpointWriter.merge
 
-    def damaging(entry, out):
-        intact(entry, out)
-        if entry.name.endswith("h.0.mlp.dense_4h_to_h.qweight"):
-            out.seek(-1, 1)
-            out.write(b"\x5a")
+    def damaging(self):
+        intact(self)
+        with (self.files / "model.safetensors").open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(size))["transformer.h.0.mlp.dense_4h_to_h.qweight"]
+            file.seek(8 + size + entry["data_offsets"][1] - 1)
+            last = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([last ^ 0x5a]))
 
-    monkeypatch.setattr(writer, "_copy", damaging)
+    monkeypatch.setattr(CheckpointWriter, "merge", damaging)
     with pytest.raises(GptqBelleError, match=naming("transformer.h.0.mlp.dense_4h_to_h")):
         job(tiny_bloom, tmp_path / "out", method="rtn")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

@@ -5,7 +5,7 @@ import torch
 from conftest import TOLERANCES
 from oracle_format import codes_along, formula, random_words
 
-from gptq_belle.formats import packing
+from gptq_belle.formats import gptq_weight, packing, zero_points
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.layout import canonical
 
@@ -44,13 +44,13 @@ def test_unpack_agrees_with_packing(bits):
     assert ours.t().tolist() == codes_along(words.numpy().T, bits).tolist()
 
 
-@pytest.mark.parametrize("checkpoint_format", [packing.V1, packing.V2])
+@pytest.mark.parametrize("checkpoint_format", [zero_points.V1, zero_points.V2])
 @pytest.mark.parametrize("bits", BITS)
 def test_dequantize_agrees_with_packing(bits, checkpoint_format):
-    v1 = checkpoint_format == packing.V1
+    v1 = checkpoint_format == zero_points.V1
     weight, _ = weight_and_formula(bits, 128, 64, 32, v1=v1, act_order=True)
-    packed = packing.PackedWeight(*weight[:4])
-    theirs = packing.dequantize(packing.unpack(packed, bits, checkpoint_format))
+    packed = gptq_weight.PackedWeight(*weight[:4])
+    theirs = gptq_weight.dequantize(gptq_weight.unpack(packed, bits, checkpoint_format))
     assert torch.equal(reference.dequantize(weight).t(), theirs)
 
 
