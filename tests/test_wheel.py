@@ -57,7 +57,7 @@ def test_a_wheel_carries_kernels_and_data_even_without_a_compiler(tmp_path):
     with zipfile.ZipFile(wheel_of_a_copy(tmp_path, CC="false", CXX="false")) as archive:
         archive.extractall(site)
     assert not (site / "gptq_belle" / "kernels").is_symlink()
-    assert (site / "gptq_belle" / "reporting" / "templates" / "report.html.j2").is_file()
+    assert (site / "gptq_belle" / "evaluation" / "templates" / "report.html.j2").is_file()
     code = (f"import sys; sys.path.insert(0, {str(site)!r});"
             "import gptq_belle.kernels.dispatch as d; print(d.__file__);"
             "from gptq_belle.quantization.calibration import read_documents; print(len(read_documents('builtin')));"

@@ -41,7 +41,7 @@ def render(variants: Sequence[Variant], pictures: Mapping[str, Path], options: O
         options: what was evaluated on.
         base: the full-precision model, where it was given.
     """
-    environment = Environment(loader=PackageLoader("gptq_belle.reporting"), autoescape=True, trim_blocks=True,
+    environment = Environment(loader=PackageLoader("gptq_belle.evaluation"), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
     environment.globals |= {"dash": DASH}
     return environment.get_template(TEMPLATE).render(
