@@ -80,15 +80,6 @@ def test_a_layout_for_the_cpu_does_not_move():
         layer.to("meta")
 
 
-def test_the_layout_of_torch_neither_moves_nor_saves(monkeypatch):
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
-    layer, _ = linear_and_weight(dtype=torch.bfloat16)
-    with pytest.raises(UsageError, match=naming("cpu")):
-        layer.to("meta")
-    with pytest.raises(UsageError):
-        layer.state_dict()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deepcopy_is_independent(dtype):
     layer, _ = linear_and_weight(dtype=dtype)

@@ -230,8 +230,8 @@ def test_a_group_size_that_does_not_divide_is_refused_for_the_linear(tiny_llama,
 
 
 @pytest.mark.parametrize(("dynamic", "named"), [
-    ([1], "dynamic"), ({"a": 1}, "dynamic"), ({"+:mlp": {"bits": 5}}, "bits 5"), ({"+:(": {}}, "+:("),
-    ({"+:((.|..)+)+[xyz]{3}": {"bits": 8}}, "+:((.|..)+)+[xyz]{3}"), ({"+:.*": {"group_size": "x"}}, "group_size"),
+    ([1], "dynamic"), ({"a": 1}, "dynamic"), ({"+:mlp": {"bits": 5}}, "bits 5"), ({"+:(": {}}, "'('"),
+    ({"+:((.|..)+)+[xyz]{3}": {"bits": 8}}, "((.|..)+)+[xyz]{3}"), ({"+:.*": {"group_size": "x"}}, "group_size"),
     ({"-:.*": {}}, "self_attention.query_key_value"), ({"+:.*mlp": {"bits": 8}}, "8 bits")], ids=str)
 def test_dynamic_rules_of_other_programs_have_to_agree_with_the_tensors(tiny_bloom, tmp_path, dynamic, named):
     path = packed_checkpoint(tiny_bloom, tmp_path / "packed")

@@ -103,16 +103,17 @@ def broken(warps, BN, BM=16):
 
 def test_limits_can_be_missed():
     found = " ".join(broken(4, 64))
-    assert "conversions from integers" in found
-    assert "no asynchronous copies of 16 bytes" in found
-    assert "instructions a weight" in found
+    assert "integer-to-float conversions" in found
+    assert "no asynchronous 16-byte copies" in found
+    assert "instructions per weight" in found
     assert "registers spill" in " ".join(broken(1, 256, 64))
 
 
 def test_other_limits():
     job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, TileConfig(8, 64, 128, 1, 4, 4))
     code = machine_code.MachineCode(50, 0, 0, 100 * 1024, machine_code.Counter({"LDGSTS.128": 1}), 0)
-    assert aot.problems(job, code) == ["102400 bytes shared, a program has 99 KiB", "no matrix instructions in a loop"]
+    assert aot.problems(job, code) == ["102400 bytes of shared memory, the limit is 99 KiB",
+                                       "no matrix instructions in a loop"]
     assert aot.problems(job._replace(arch=80), code) == ["no matrix instructions in a loop"]
 
 
