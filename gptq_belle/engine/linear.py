@@ -134,12 +134,9 @@ class QuantLinear(nn.Linear):
         prepared = self.prepared
         if isinstance(prepared, CanonicalWeight):
             super()._save_to_state_dict(destination, prefix, keep_vars)
-        elif isinstance(prepared, CpuWeight | SlicedWeight):
-            state = packed_tensors(prepared) | ({} if self.bias is None else {"bias": self.bias})
-            destination |= {f"{prefix}{name}": tensor for name, tensor in state.items()}
-        else:
-            raise UsageError("this model's words were replaced by a layout of torch, which is not a file format",
-                             "Copy the directory it came from, or load it with precision \"exact\" to save it.")
+            return
+        state = packed_tensors(prepared) | ({} if self.bias is None else {"bias": self.bias})
+        destination |= {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
 class WeightProxy(Tensor):
