@@ -19,9 +19,10 @@ teach()
 
 # Relative error of y as a whole. Rounding the result, the weight and (bfloat16) the scales costs 2e-4 each in float16
 # and 1.7e-3 in bfloat16, independently of one another.
-# Rounding the result costs up to 4.9e-4 in float16 and 3.9e-3 in bfloat16; rounding the scaled weight adds to it.
-ERRORS = {torch.float16: 7e-4, torch.bfloat16: 5.6e-3, torch.float32: 1e-6}
+ERRORS = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}
 DTYPES = [torch.float16, torch.bfloat16]
+# Over a few values these errors do not average out: rounding the result alone then costs up to 4.9e-4 and 3.9e-3.
+FEW, ERRORS_OF_FEW = 32, {torch.float16: 7e-4, torch.bfloat16: 5.6e-3}
 SKINNY = [TileConfig(bm, bn, bk, split, 4, 4) for bm in (8, 16, 32, 64) for bn in (64, 128) for bk in (64, 128)
           for split in (1, 2, 4)]
 GEMM = [TileConfig(bm, bn, bk, split, 8, 3) for bm in (64, 128) for bn in (64, 128) for bk in (64, 128)
@@ -65,7 +66,7 @@ def test_every_kernel_is_the_formula(weight, plan, rows, dtype, with_bias):
     exact = linear(x.double(), formula(**words, bits=bits, v1=zero_offset == 1)) + (0 if bias is None else bias)
     y = triton_matmul.quant_matmul(x, prepared, bias, plan)
     assert (y.dtype, y.shape) == (dtype, exact.shape)
-    assert relative_error(y, exact) < ERRORS[dtype]
+    assert relative_error(y, exact) < (ERRORS_OF_FEW if y.numel() <= FEW else ERRORS)[dtype]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
