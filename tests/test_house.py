@@ -40,3 +40,12 @@ def test_kernels_import_nothing_of_the_package():
     for path in (ROOT / "kernels").rglob("*.py"):
         assert "gptq_belle" not in [word.split(".")[0] for line in path.read_text(encoding="utf-8").splitlines()
                                     if line.lstrip().startswith(("import ", "from ")) for word in line.split()[1:2]]
+
+
+def test_system_without_file_locks_is_named_in_one_line():
+    code = "import sys; sys.modules['fcntl'] = None; from gptq_belle.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "examples/belle_tiny/llama"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "WSL2" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,5 @@
 """Files that are either whole or absent, folder locks, and git-lfs pointers in place of files."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import HardwareError, InputError, UsageError
+
+try:
+    import fcntl
+except ImportError as error:  # Windows has none
+    raise HardwareError("gptq_belle runs on Linux; this system has no POSIX file locks",
+                        "On Windows, install it inside WSL2.") from error
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 UNFINISHED = ".unfinished"
