@@ -233,6 +233,6 @@ def needs_conversion(path: Path) -> InputError | None:
         return InputError(f"{path} is encrypted",
                           f"First: gptq-belle decrypt {path} OUT --key path/to/consolidated.00.pth")
     if ".pt" in last:
-        return InputError(f"{path} is an old checkpoint, which is read once and written anew",
+        return InputError(f"{path} is an old checkpoint, which has to be converted first",
                           f"First: gptq-belle convert {path} OUT")
     return None

@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True)
 Text = Annotated[Path, typer.Option(help="UTF-8 text, or JSONL rows of any form that calibration takes.")]
 Window = Annotated[int, typer.Option(help="Tokens a window.")]
 Stride = Annotated[int | None, typer.Option(help="Scored tokens a window; left out, all of it.", show_default=False)]
-Limit = Annotated[int | None, typer.Option(help="Look at the first so many tokens only.", show_default=False)]
+Limit = Annotated[int | None, typer.Option(help="Use only the first N tokens of the text.", show_default=False)]
 Gate = Annotated[list[str] | None, typer.Option(
     help="Exit with code 5 unless it holds; a figure of --json, <, <=, > or >=, a number. May be repeated.")]
 Overlap = Annotated[bool, typer.Option("--allow-overlap", help="Take text that the model was calibrated on.")]
@@ -108,7 +108,7 @@ def belle(
         callback=optional_local,
         help="The full-precision model that PATH was made from: measures agreement with its greedy answers.",
         show_default=False)] = None,
-    per_class: Annotated[int | None, typer.Option(help="Only the first so many of a class.", min=1)] = None,
+    per_class: Annotated[int | None, typer.Option(help="Use only the first N questions of each class.", min=1)] = None,
     prompt_style: ChatStyle = "auto",
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 160,
     batch: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 32,

@@ -25,7 +25,7 @@ def command(
         show_default=False)] = None,
     window: Window = 512,
     limit: Limit = None,
-    per_class: Annotated[int | None, typer.Option(help="Only the first so many of a class.", min=1)] = None,
+    per_class: Annotated[int | None, typer.Option(help="Use only the first N questions of each class.", min=1)] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 160,
     batch: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 32,
     allow_overlap: Overlap = False,

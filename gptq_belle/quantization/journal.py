@@ -199,7 +199,7 @@ def _refuse_differences(partial: Path, earlier: Mapping[str, Any], now: Mapping[
     if names:
         shown = "; ".join(f"{name} {_shown(flat[0].get(name))} then, {_shown(flat[1].get(name))} now" for name in names)
         raise UsageError(f"{partial} holds an unfinished job that differs: {shown}",
-                         "Give the same source and settings to go on with it, or --restart to begin anew.")
+                         "Give the same source and settings to resume it, or --restart to start over.")
 
 
 def _shown(value: Any) -> str:
