@@ -216,11 +216,11 @@ def test_signals_exit_130_with_the_line_that_resumes(end, tmp_path):
     assert job.wait(timeout=60) == 130, rest
     assert "Traceback" not in rest
     (advice,) = [line for line in rest.splitlines() if line.endswith(" ".join(command))]
-    python = advice.removesuffix(" ".join(command)).split()[-1]
+    assert advice.removesuffix(" ".join(command)).split()[-1] == "python"
     other = subprocess.run([sys.executable, *command, "--bits", "8"], cwd=ROOT, env=environment, capture_output=True,
                            text=True)
     assert other.returncode == 2
     assert " ".join(command) not in other.stderr  # it would be refused again
-    done = subprocess.run([python, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["resumed"] == [1]
