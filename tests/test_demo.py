@@ -76,3 +76,8 @@ def test_demo_without_the_repository_exits_3(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
     assert run() == 3
     assert capsys.readouterr().err.strip()
+
+
+def test_shipped_models_are_found():
+    for name in demo.MODELS:
+        demo.check_examples(demo.EXAMPLES, name)

@@ -15,7 +15,7 @@ from gptq_belle.evaluation.comparison import Comparison
 if TYPE_CHECKING:
     from gptq_belle.evaluation.comparison import Comparison
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "belle_tiny"
 MODELS = ("bloom", "llama")
 BITS = (8, 4)
 ROWS, SEQ_LEN = 96, 256  # of calibration: 24,576 tokens, 24 for every input of the widest linear
