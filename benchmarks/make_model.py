@@ -105,12 +105,12 @@ def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: floa
 
 def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a packed lm_head (see `formats.packed_head`)."""
-    group = group_of(d.width)
+    group = group_of(d.hidden_size)
     if group is None:
-        raise SystemExit(f"a packed lm_head does not support a width of {d.width}")
+        raise SystemExit(f"a packed lm_head does not support a width of {d.hidden_size}")
     spread = math.sqrt((4**bits - 1) / 12)
-    yield CODES, Tensor("U8", (d.vocabulary, d.width * bits // 8), octets)
-    yield SCALES, Tensor("F16", (d.vocabulary, d.width // group), signed_scales(EMBEDDING / spread))
+    yield CODES, Tensor("U8", (d.vocab_size, d.hidden_size * bits // 8), octets)
+    yield SCALES, Tensor("F16", (d.vocab_size, d.hidden_size // group), signed_scales(EMBEDDING / spread))
 
 
 def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Tensor]]:
@@ -123,14 +123,14 @@ def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Te
             continue
         one = name.endswith("norm.weight") or name.endswith("ln_f.weight")
         yield name, Tensor("F16", shape, normal(EMBEDDING) if len(shape) == 2 else constant(int(one), np.float16))
-    for block in range(d.blocks):
+    for block in range(d.num_layers):
         for name, shape in vector_shapes(d).items():
             value = int(name.endswith("norm.weight"))
             yield f"{arch.blocks}.{block}.{name}", Tensor("F16", shape, constant(value, np.float16))
         for linear, (inputs, outputs) in linear_shapes(d).items():
             name = f"{arch.blocks}.{block}.{linear}"
             into_residual = linear in (arch.stages[1][-1], arch.stages[3][-1])
-            gain = 1 / math.sqrt(2 * d.blocks) if into_residual else 1.0  # as GPT-2: bounds the residual sum
+            gain = 1 / math.sqrt(2 * d.num_layers) if into_residual else 1.0  # as GPT-2: bounds the residual sum
             if config is None:
                 yield f"{name}.weight", Tensor("F16", (outputs, inputs), normal(gain / math.sqrt(inputs)))
             else:

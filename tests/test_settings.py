@@ -21,7 +21,7 @@ def test_decoder_configuration_is_read():
     assert found.frequencies[0] == 1
     assert float(found.frequencies[4]) == pytest.approx(10000 ** -(8 / 16))
     bloom = read_decoder_config(BLOOM | {"seq_length": 2048})
-    assert (bloom.context, bloom.eos, bloom.frequencies, bloom.dimensions.width) == (2048, frozenset(), None, 64)
+    assert (bloom.context, bloom.eos, bloom.frequencies, bloom.dimensions.hidden_size) == (2048, frozenset(), None, 64)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 6, 12, 32, 112])

@@ -61,9 +61,9 @@ def file_bytes(d: Dimensions, bits: int, head_bits: int = FULL, group: int = GRO
     vectors = sum(math.prod(shape) for shape in vector_shapes(d).values())
     outer = sum(2 * math.prod(shape) for shape in outer_shapes(d).values() if len(shape) == 1)
     matrices = 1 if d.tied else 2
-    head = matrix_bytes(d.width, d.vocabulary, head_bits, Setting()) if head_bits != FULL else (
-        2 * d.width * d.vocabulary)
-    return d.blocks * (linears + 2 * vectors) + outer + matrices * head
+    head = matrix_bytes(d.hidden_size, d.vocab_size, head_bits, Setting()) if head_bits != FULL else (
+        2 * d.hidden_size * d.vocab_size)
+    return d.num_layers * (linears + 2 * vectors) + outer + matrices * head
 
 
 def belle_table(paths: Sequence[Path], context: int, device: str,
@@ -104,8 +104,8 @@ def _row_of(path: Path) -> tuple[str, int]:
     d = dimensions(config)
     for row in TABLE:
         other = dimensions(read_config(row.config))
-        same = (d.model_type, d.blocks, d.width, d.vocabulary) == (
-            other.model_type, other.blocks, other.width, other.vocabulary)
+        same = (d.model_type, d.num_layers, d.hidden_size, d.vocab_size) == (
+            other.model_type, other.num_layers, other.hidden_size, other.vocab_size)
         if same and row.bits == bits:
             return row.config, bits
     raise UsageError(f"{path} is none of the models in BELLE's table",

@@ -117,15 +117,15 @@ def head_bytes(d: Dimensions, s: Setting) -> int:
     """A tied matrix once, for both uses; else the embedding as it lies in the file (float16) and the head. Norms
     outside of the blocks are counted here."""
     norms = sum(math.prod(shape) for shape in outer_shapes(d).values() if len(shape) == 1)
-    lookup = 0 if d.tied else 2 * d.vocabulary * d.width
+    lookup = 0 if d.tied else 2 * d.vocab_size * d.hidden_size
     head = replace(s, group_size=128)  # whatever the linears have
-    return lookup + matrix_bytes(d.width, d.vocabulary, s.head_bits, head) + ACTIVATION[s.device] * norms
+    return lookup + matrix_bytes(d.hidden_size, d.vocab_size, s.head_bits, head) + ACTIVATION[s.device] * norms
 
 
 def cache_bytes(d: Dimensions, cache: str, context: int, batch: int) -> int:
     """2 (keys, values) x blocks x key heads x head_dim x B x T numbers; int8 has a float16 scale a head and token."""
     per_head = d.head_dim * CACHES[cache] + (2 if cache == "int8" else 0)
-    return 2 * d.blocks * d.kv_heads * per_head * batch * context
+    return 2 * d.num_layers * d.num_kv_heads * per_head * batch * context
 
 
 def workspace_bytes(d: Dimensions, s: Setting, context: int, batch: int) -> int:
@@ -137,16 +137,17 @@ def workspace_bytes(d: Dimensions, s: Setting, context: int, batch: int) -> int:
     INNER_COPIES of the inner size.
     """
     size, rows = ACTIVATION[s.device], max(min(CHUNK, context), batch)
-    kv, read = d.kv_heads * d.head_dim, min(KV_HEADS, d.kv_heads) * d.head_dim
-    biases = d.heads * min(QUERIES, rows) * context if d.model_type == "bloom" else 0
-    attention = rows * (3 * d.width + 2 * (d.heads * d.head_dim + 2 * kv)) + 2 * read * context + biases
-    mlp = rows * (3 * d.width + INNER_COPIES["bloom" if d.model_type == "bloom" else "llama"] * d.inner)
-    return size * (attention + mlp) + 2 * 4 * batch * d.vocabulary
+    kv, read = d.num_kv_heads * d.head_dim, min(KV_HEADS, d.num_kv_heads) * d.head_dim
+    biases = d.num_heads * min(QUERIES, rows) * context if d.model_type == "bloom" else 0
+    attention = rows * (3 * d.hidden_size + 2 * (d.num_heads * d.head_dim + 2 * kv)) + 2 * read * context + biases
+    copies = INNER_COPIES["bloom" if d.model_type == "bloom" else "llama"]
+    mlp = rows * (3 * d.hidden_size + copies * d.intermediate_size)
+    return size * (attention + mlp) + 2 * 4 * batch * d.vocab_size
 
 
 def needs(d: Dimensions, s: Setting, context: int, batch: int) -> Needs:
     """The parts of one setting."""
-    return Needs(PROGRAM[s.device], d.blocks * block_bytes(d, s), head_bytes(d, s),
+    return Needs(PROGRAM[s.device], d.num_layers * block_bytes(d, s), head_bytes(d, s),
                  cache_bytes(d, s.cache, context, batch), workspace_bytes(d, s, context, batch))
 
 

@@ -50,7 +50,7 @@ def packed_bytes(config: str, bits: int) -> int:
         groups = -(-inputs // GROUP_SIZE)
         packed += (inputs * outputs + groups * outputs) * bits // 8 + 2 * groups * outputs + 4 * inputs
         weights += inputs * outputs
-    return d.blocks * packed + 2 * (_parameters(config) - d.blocks * weights)
+    return d.num_layers * packed + 2 * (_parameters(config) - d.num_layers * weights)
 
 
 def _parameters(config: str) -> int:
@@ -59,7 +59,7 @@ def _parameters(config: str) -> int:
 
     d = dimensions(CONFIGS[config])
     block = sum(math.prod(shape) for shape in (*linear_shapes(d).values(), *vector_shapes(d).values()))
-    return d.blocks * block + sum(math.prod(shape) for shape in outer_shapes(d).values())
+    return d.num_layers * block + sum(math.prod(shape) for shape in outer_shapes(d).values())
 
 
 def _shown(value: Any) -> str:

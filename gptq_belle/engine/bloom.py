@@ -17,7 +17,7 @@ def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:
 class _Block:
     def __init__(self, weights: Weights, name: str, config: DecoderConfig) -> None:
         d, eps = config.dimensions, config.eps
-        width, inner = d.width, d.inner
+        width, inner = d.hidden_size, d.intermediate_size
 
         def linear(part: str, inputs: int, outputs: int) -> LinearOperator:
             return weights.linear([f"{name}.{part}"], inputs, [outputs], True)
@@ -27,7 +27,7 @@ class _Block:
         self.out = linear("self_attention.dense", width, width)
         self.mlp_norm = _norm(weights, f"{name}.post_attention_layernorm", width, eps)
         self.up, self.down = linear("mlp.dense_h_to_4h", width, inner), linear("mlp.dense_4h_to_h", inner, width)
-        self.heads, self.head_dim, self.normed = d.heads, d.head_dim, config.normed_residual
+        self.heads, self.head_dim, self.normed = d.num_heads, d.head_dim, config.normed_residual
 
     def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         normed = self.attention_norm(x)
@@ -52,10 +52,10 @@ class Bloom:
     def __init__(self, weights: Weights, config: DecoderConfig) -> None:
         d, eps = config.dimensions, config.eps
         self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", d)
-        self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", d.width, eps)
-        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("transformer.h", d.blocks)]
-        self.norm = _norm(weights, "transformer.ln_f", d.width, eps)
-        self.attention_config = AttentionConfig(d.heads, d.kv_heads, d.head_dim, None, config.slopes)
+        self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", d.hidden_size, eps)
+        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("transformer.h", d.num_layers)]
+        self.norm = _norm(weights, "transformer.ln_f", d.hidden_size, eps)
+        self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, None, config.slopes)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to what enters the first block, (n, width)."""

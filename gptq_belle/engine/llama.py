@@ -13,8 +13,8 @@ from gptq_belle.models.decoder_config import DecoderConfig
 class _Block:
     def __init__(self, weights: Weights, name: str, config: DecoderConfig) -> None:
         d = config.dimensions
-        width, inner, head_dim = d.width, d.inner, d.head_dim
-        self.heads = [d.heads, d.kv_heads, d.kv_heads]
+        width, inner, head_dim = d.hidden_size, d.intermediate_size, d.head_dim
+        self.heads = [d.num_heads, d.num_kv_heads, d.num_kv_heads]
         outputs = [heads * head_dim for heads in self.heads]
 
         def named(*parts: str) -> tuple[list[str], bool]:
@@ -52,9 +52,9 @@ class Llama:
     def __init__(self, weights: Weights, config: DecoderConfig) -> None:
         d = config.dimensions
         self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", d)
-        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("model.layers", d.blocks)]
-        self.norm = RmsNorm(weights.tensor("model.norm.weight", d.width), config.eps)
-        self.attention_config = AttentionConfig(d.heads, d.kv_heads, d.head_dim, config.frequencies, None)
+        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("model.layers", d.num_layers)]
+        self.norm = RmsNorm(weights.tensor("model.norm.weight", d.hidden_size), config.eps)
+        self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, config.frequencies, None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to what enters the first block, (n, width)."""

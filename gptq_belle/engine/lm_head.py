@@ -76,7 +76,7 @@ def embedding_and_head(weights: Weights, name: str,
         InputError: a matrix is missing, of another shape, or holds NaN or infinity.
         UsageError: bits were asked for that its shape does not allow.
     """
-    shape, stored, embedding = (sizes.vocabulary, sizes.width), f"{HEAD}.weight", f"{name}.weight"
+    shape, stored, embedding = (sizes.vocab_size, sizes.hidden_size), f"{HEAD}.weight", f"{name}.weight"
     if (own := packed_head_bits(weights.reader, *shape)) is not None:
         return _stored(weights, embedding, shape, own, sizes.tied)
     tied = sizes.tied and (stored not in weights.reader or _same(weights, embedding, stored))

@@ -59,7 +59,7 @@ class LogitsModel:
     @property
     def vocabulary_size(self) -> int:
         """Number of token ids that the model takes."""
-        return self.decoder_config.dimensions.vocabulary
+        return self.decoder_config.dimensions.vocab_size
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class LogitsModel:
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """An empty cache for `slots` sequences of at most `capacity` tokens; HardwareError without enough memory."""
         d = self.decoder_config.dimensions
-        return KVCache(d.blocks, slots, d.kv_heads, capacity, d.head_dim, self.cache_kind, self.device)
+        return KVCache(d.num_layers, slots, d.num_kv_heads, capacity, d.head_dim, self.cache_kind, self.device)
 
     @torch.inference_mode()
     def prefill_slot(self, ids: Tensor, cache: KVCache, slot: int, start: int = 0) -> Tensor:

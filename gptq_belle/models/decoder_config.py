@@ -68,9 +68,9 @@ def _number(stated: Mapping[str, Any], key: str) -> float:
 
 ACTIVATIONS = {"bloom": ("gelu",), "llama": ("silu",)}
 DAMAGED = "config.json is damaged, or the model is of a kind that is not supported."
-LIMITS = {"blocks": "num_hidden_layers", "width": "hidden_size", "inner": "intermediate_size",
-          "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-          "vocabulary": "vocab_size"}
+LIMITS = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+          "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+          "vocab_size": "vocab_size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         context=min(limits) if limits else None,
         eps=_small(config, "layer_norm_epsilon" if bloom else "rms_norm_eps", 1e-5 if bloom else 1e-6),
         frequencies=None if bloom else frequencies(config, figures.head_dim),
-        slopes=alibi_slopes(figures.heads) if bloom else None,
+        slopes=alibi_slopes(figures.num_heads) if bloom else None,
         normed_residual=bloom and bool(config.get("apply_residual_connection_post_layernorm")),
         eos=token_ids(config, "eos_token_id"),
     )
@@ -146,9 +146,9 @@ def _check_dimensions(d: Dimensions, config: Mapping[str, Any]) -> None:
             raise InputError(f"config.json's {key} {getattr(d, name)} is not from 1 to {LARGEST[key]}", DAMAGED)
     bloom = d.model_type == "bloom"
     given = not bloom and config.get("head_dim") is not None
-    if d.heads % d.kv_heads or (d.width % d.heads and not given) or (d.head_dim % 2 and not bloom):
-        raise InputError(f"{d.heads} heads of {d.head_dim}, {d.kv_heads} of keys, do not fit a width of {d.width}",
-                         DAMAGED)
+    if d.num_heads % d.num_kv_heads or (d.hidden_size % d.num_heads and not given) or (d.head_dim % 2 and not bloom):
+        raise InputError(f"{d.num_heads} heads of dimension {d.head_dim} with {d.num_kv_heads} key-value heads do not "
+                         f"fit the hidden size {d.hidden_size}", DAMAGED)
     kind = "bloom" if bloom else "llama"
     found = config.get("hidden_act", ACTIVATIONS[kind][0])
     if found not in ACTIVATIONS[kind]:

@@ -35,7 +35,7 @@ def test_shapes_equal_those_of_transformers(name):
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     blocks = architecture(d.model_type).blocks
     found = dict(outer_shapes(d))
-    for block in range(d.blocks):
+    for block in range(d.num_layers):
         found |= {f"{blocks}.{block}.{name}": shape for name, shape in vector_shapes(d).items()}
         found |= {f"{blocks}.{block}.{name}.weight": (n, k) for name, (k, n) in linear_shapes(d).items()}
     assert found == expected
