@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from . import (
     cpu_layout,
     cpu_matmul,
     cpu_packed_rows,
+    dequantize_matmul,
     gradient,
     groupwise,
     reference,
@@ -145,8 +145,7 @@ def _product(x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
     if isinstance(weight, SlicedWeight):
         return (triton_matmul.op if torch.compiler.is_compiling() else triton_matmul.quant_matmul)(x, weight, bias)
     if x.is_cuda:
-        bias = None if bias is None else bias.to(x.dtype)
-        return linear(x, reference.dequantize(weight).to(x.dtype).t(), bias)
+        return dequantize_matmul.quant_matmul(x, weight, bias)
     if weight.run and x.numel() <= groupwise.MOST_ROWS * weight.in_features:
         return groupwise.quant_matmul(x, weight, bias)
     return reference.quant_matmul(x, weight, bias)  # with many rows, expanding the weight is worth it

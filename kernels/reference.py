@@ -23,11 +23,12 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 def dequantize(weight: CanonicalWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (K, N) that the words stand for.
 
-    In float32 it is exact where scales are float16: 11 bits of a scale times 9 bits of code - zero.
+    In float32 it is exact where scales are float16: 11 bits of a scale times 9 bits of code - zero. In float16 and
+    bfloat16 it is rounded once: code - zero is exact, and scales keep their dtype until they are multiplied.
     """
     zeros = unpack(weight.qzeros.t(), weight.bits).t().to(dtype) + weight.zero_offset
     codes = unpack(weight.qweight, weight.bits).to(dtype)
-    return codes.sub_(zeros[weight.g_idx]).mul_(weight.scales.to(dtype)[weight.g_idx])
+    return codes.sub_(zeros[weight.g_idx]).mul_(weight.scales[weight.g_idx])
 
 
 def lookup_rows(weight: CanonicalWeight, ids: Tensor) -> Tensor:
