@@ -26,7 +26,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 SANITIZED = bool(os.environ.get("GPTQ_BELLE_SANITIZE"))  # for `make sanitize`
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw"]
-# In the order of native/cpu_features.h.
+# In the order of `InstructionSet` in native/native.h.
 ISAS = {
     "portable": [],
     "avx2": AVX2,
@@ -35,7 +35,8 @@ ISAS = {
     "avx512vnni": [*AVX512, "-mavx512vnni"],
     "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-COMMON = ["cpu_features", "parallel", "pack", "rows", "matmul", "attention", "rowwise", "run", "solver"]
+COMMON = ["abi", "instruction_sets", "parallel", "packing", "packed_rows", "matmul", "attention", "elementwise",
+          "run_calls", "solver"]
 
 
 class BuildNative(build_ext):

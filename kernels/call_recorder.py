@@ -17,7 +17,7 @@ from torch import Tensor
 from .native_library import require_library
 from .native_structs import CallStruct
 
-PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = CALL_KINDS = range(6)  # `BelleKind` of native.h
+PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = CALL_KINDS = range(6)  # `CallKind` of native.h
 BAD_INDEX = 1  # what a call returns; else 0, or that there is no memory
 _recording = threading.local()
 

@@ -1,4 +1,4 @@
-"""The inner loops of quantizing on a CPU, by `native/gptq.h`: GPTQ's walk, coordinate descent, the search for a grid.
+"""The inner loops of quantizing on a CPU, by `native/solver.h`: GPTQ's walk, coordinate descent, the search for a grid.
 
 Laid out inputs first, as in the solver: (inputs, N) float32. Operations are those of NumPy, one by one, so that results
 are the same, to the bit, with every instruction set and number of threads, and those of `triton_gptq.py` on a GPU.

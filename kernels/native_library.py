@@ -28,7 +28,7 @@ from .native_structs import (
 )
 
 ABI = 10  # of native/native.h
-ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of native/cpu_features.h
+ISAS = ("portable", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx")  # in the order of `InstructionSet` in native.h
 FASTEST_FIRST = ("amx", "avx512-vnni", "avx512", "avx-vnni", "avx2", "portable")
 # Environment variables.
 ISA_VARIABLE = "GPTQ_BELLE_CPU_ISA"  # one of ISAS, instead of the fastest

@@ -1,10 +1,13 @@
-"""The structs of native/native.h, field by field; raise `library.ABI` with them. `library.py` compares their sizes."""
+"""Mirrors of the structs of native/native.h, with the same names and fields.
+
+Raise `native_library.ABI` with every change. `native_library.py` compares the sizes when it loads the library.
+"""
 
 import ctypes
 
 
 class WeightStruct(ctypes.Structure):
-    """`BelleWeight` of native.h."""
+    """A weight in the layout of native.h, and the bias of its product."""
 
     _fields_ = [("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
                 ("order", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("inputs", ctypes.c_int64),
@@ -13,7 +16,7 @@ class WeightStruct(ctypes.Structure):
 
 
 class PackedWordsStruct(ctypes.Structure):
-    """`BelleWords` of native.h."""
+    """A weight in the format of GPTQ files, to be laid out."""
 
     _fields_ = [("words", ctypes.c_void_p), ("order", ctypes.c_void_p), ("inputs", ctypes.c_int64),
                 ("outputs", ctypes.c_int64), ("groups", ctypes.c_int64), ("bits", ctypes.c_int32),
@@ -21,14 +24,14 @@ class PackedWordsStruct(ctypes.Structure):
 
 
 class CodeRowsStruct(ctypes.Structure):
-    """`BelleRows` of native.h."""
+    """A symmetric matrix (N, K) of codes, one row per output, to be laid out."""
 
     _fields_ = [("matrix", ctypes.c_void_p), ("count", ctypes.c_int64), ("groups", ctypes.c_int64),
                 ("run", ctypes.c_int32), ("bits", ctypes.c_int32)]
 
 
 class RowQuantizationStruct(ctypes.Structure):
-    """`BelleRounding` of native.h."""
+    """A matrix (N, K) of floating-point numbers, to be rounded to codes."""
 
     _fields_ = [("matrix", ctypes.c_void_p), ("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p),
                 ("clips", ctypes.c_void_p), ("count", ctypes.c_int64), ("inputs", ctypes.c_int64),
@@ -37,13 +40,13 @@ class RowQuantizationStruct(ctypes.Structure):
 
 
 class NewTokensStruct(ctypes.Structure):
-    """`BelleNew` of native.h."""
+    """Queries, keys or values of new tokens."""
 
-    _fields_ = [("numbers", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64)]
+    _fields_ = [("values", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64)]
 
 
 class KvCacheStruct(ctypes.Structure):
-    """`BelleCache` of native.h."""
+    """Keys and values of one block."""
 
     _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("key_scales", ctypes.c_void_p),
                 ("value_scales", ctypes.c_void_p), ("slots", ctypes.c_int64), ("kv_heads", ctypes.c_int64),
@@ -51,14 +54,14 @@ class KvCacheStruct(ctypes.Structure):
 
 
 class DecodeStepStruct(ctypes.Structure):
-    """`BelleStep` of native.h."""
+    """One new token in each of some slots."""
 
     _fields_ = [("slots", ctypes.c_void_p), ("lengths", ctypes.c_void_p), ("cosines", ctypes.c_void_p),
                 ("sines", ctypes.c_void_p), ("slopes", ctypes.c_void_p), ("rows", ctypes.c_int64)]
 
 
 class AttentionStruct(ctypes.Structure):
-    """`BelleAttention` of native.h."""
+    """Attention of one decode step in one block."""
 
     _fields_ = [("cache", ctypes.POINTER(KvCacheStruct)), ("step", ctypes.POINTER(DecodeStepStruct)),
                 ("query", NewTokensStruct), ("key", NewTokensStruct), ("value", NewTokensStruct),
@@ -66,25 +69,25 @@ class AttentionStruct(ctypes.Structure):
 
 
 class CallStruct(ctypes.Structure):
-    """`BelleCall` of native.h."""
+    """One call of a kernel."""
 
-    _fields_ = [("kind", ctypes.c_int32), ("parts", ctypes.c_int32), ("subject", ctypes.c_void_p),
-                ("x", ctypes.c_void_p), ("plus", ctypes.c_void_p), ("out", ctypes.c_void_p), ("rows", ctypes.c_int64),
+    _fields_ = [("kind", ctypes.c_int32), ("parts", ctypes.c_int32), ("operand", ctypes.c_void_p),
+                ("x", ctypes.c_void_p), ("addend", ctypes.c_void_p), ("out", ctypes.c_void_p), ("rows", ctypes.c_int64),
                 ("width", ctypes.c_int64), ("eps", ctypes.c_float)]
 
 
 class GptqBlockStruct(ctypes.Structure):
-    """`BelleGptqBlock` of native.h."""
+    """GPTQ's loop over a block of inputs."""
 
     _fields_ = [("weights", ctypes.c_void_p), ("factor", ctypes.c_void_p), ("codes", ctypes.c_void_p),
                 ("errors", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
-                ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("factor_step", ctypes.c_int64),
-                ("factor_input", ctypes.c_int64), ("own", ctypes.c_int64), ("group", ctypes.c_int32),
+                ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("factor_row_stride", ctypes.c_int64),
+                ("factor_column_stride", ctypes.c_int64), ("grid_stride", ctypes.c_int64), ("group", ctypes.c_int32),
                 ("levels", ctypes.c_int32), ("symmetric", ctypes.c_int32)]
 
 
 class CoordinateDescentStruct(ctypes.Structure):
-    """`BelleDescent` of native.h."""
+    """One sweep of coordinate descent over inputs of a group."""
 
     _fields_ = [("codes", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("scale", ctypes.c_void_p),
                 ("zero", ctypes.c_void_p), ("hessian", ctypes.c_void_p), ("diagonal", ctypes.c_void_p),
@@ -93,7 +96,7 @@ class CoordinateDescentStruct(ctypes.Structure):
 
 
 class GridSearchStruct(ctypes.Structure):
-    """`BelleSearch` of native.h."""
+    """The search for the best grid of a group."""
 
     _fields_ = [("weights", ctypes.c_void_p), ("importance", ctypes.c_void_p), ("scales", ctypes.c_void_p),
                 ("zeros", ctypes.c_void_p), ("best", ctypes.c_void_p), ("inputs", ctypes.c_int64),
@@ -101,6 +104,6 @@ class GridSearchStruct(ctypes.Structure):
                 ("levels", ctypes.c_int32)]
 
 
-STRUCTS: tuple[type[ctypes.Structure], ...] = (  # in the order of `belle_struct_size` in native/matmul.cpp
+STRUCTS: tuple[type[ctypes.Structure], ...] = (  # in the order of `belle_struct_size` in native/abi.cpp
     WeightStruct, PackedWordsStruct, CodeRowsStruct, RowQuantizationStruct, NewTokensStruct, KvCacheStruct,
     DecodeStepStruct, AttentionStruct, CallStruct, GptqBlockStruct, CoordinateDescentStruct, GridSearchStruct)

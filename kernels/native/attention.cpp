@@ -4,9 +4,9 @@
 #include <cstdlib>
 
 // 0, or 1 where a slot or a length is out of bounds or a slot is there twice, 2 without memory. The caller has checked every size.
-int belle::attend(const BelleAttention& a, int threads, int isa) {
-  const BelleCache& c = *a.cache;
-  const BelleStep& s = *a.step;
+int belle::run_attention(const AttentionStruct& a, int threads, int isa) {
+  const KvCacheStruct& c = *a.cache;
+  const DecodeStepStruct& s = *a.step;
   int64_t longest = 0, numbers = 0;
   for (int64_t row = 0; row < s.rows; ++row) {
     const int64_t length = s.lengths[row];
@@ -17,12 +17,12 @@ int belle::attend(const BelleAttention& a, int threads, int isa) {
     longest = length + 1 > longest ? length + 1 : longest;
     numbers += (length + 1) * c.kv_heads * c.head_dim;
   }
-  if (numbers < kInlineNumbers) threads = 1;
+  if (numbers < kSingleThreadValues) threads = 1;
   const int64_t size = (a.heads / c.kv_heads * (c.head_dim + longest) + c.head_dim + 15) / 16 * 16;  // of a thread
   auto* scratch = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(threads * size) * sizeof(float)));
   if (scratch == nullptr) return 2;
-  const Kernel* chosen = kernel(isa);
-  share(threads, s.rows * c.kv_heads, 1, [&](int64_t unit, int64_t end, int thread) {
+  const IsaKernels* chosen = kernels_for(isa);
+  parallel_for(threads, s.rows * c.kv_heads, 1, [&](int64_t unit, int64_t end, int thread) {
     for (; unit < end; ++unit) chosen->attend(a, unit / c.kv_heads, unit % c.kv_heads, scratch + thread * size);
   });
   std::free(scratch);

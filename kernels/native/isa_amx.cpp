@@ -11,7 +11,7 @@
 // rows by 16 outputs by 128 inputs in two parts, within the caches: 64 ns, of which products alone take 29. With zeros for
 // data it is 38 and 19: what bounds random data is how fast the processor clocks under that load.
 
-#include "avx512vnni.h"
+#include "isa_avx512vnni.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -74,7 +74,7 @@ void configure(int rows, int run) {
 
 // The codes of one block and group as signed bytes (run / 4, 16, 4), and its grid. The panel behind this one is asked for.
 template <int BITS>
-void unpack_signed(const BelleWeight& w, int64_t block, int64_t group, int8_t* out, Grid& grid) {
+void unpack_signed(const WeightStruct& w, int64_t block, int64_t group, int8_t* out, Grid& grid) {
   constexpr int kS = 8 / BITS;
   const int vectors = w.run * BITS / 32;
   const uint8_t* codes = w.codes + (block * w.groups + group) * vectors * 64;
@@ -90,7 +90,7 @@ void unpack_signed(const BelleWeight& w, int64_t block, int64_t group, int8_t* o
   for (int v = 0; v < vectors; ++v) {
     __builtin_prefetch(next + v * 64, 0, 2);
     const __m512i packed = _mm512_loadu_si512(codes + v * 64);
-    each<kS>([&](auto s) {
+    unrolled_for<kS>([&](auto s) {
       _mm512_store_si512(out + (v * kS + s.value) * 64,
                          _mm512_sub_epi8(slice<BITS, decltype(s)::value>(packed), offset));
     });
@@ -98,7 +98,7 @@ void unpack_signed(const BelleWeight& w, int64_t block, int64_t group, int8_t* o
 }
 
 template <int BITS>
-void unpack_panel(const BelleWeight& w, const Cut& cut, Workspace& to) {
+void unpack_panel(const WeightStruct& w, const Cut& cut, Workspace& to) {
   for (int b = 0; b < cut.blocks; ++b)
     for (int64_t g = 0; g < cut.groups; ++g)
       unpack_signed<BITS>(w, cut.block + b, cut.group + g, to.codes + (g * kPanel + b) * w.run * kBlock,
@@ -108,7 +108,7 @@ void unpack_panel(const BelleWeight& w, const Cut& cut, Workspace& to) {
 
 // Scale `count` rows of sums and add them to y; LACK: the codes lack a zero.
 template <int PARTS, bool LACK>
-inline __attribute__((always_inline)) void scale_rows(const Task& t, const Job& job, const int32_t (*high)[kBlock],
+inline __attribute__((always_inline)) void scale_rows(const MatmulTask& t, const Job& job, const int32_t (*high)[kBlock],
                                                       const int32_t (*low)[kBlock], int first, int count) {
   const __m512 scale = job.grid->scale[0];
   const float* row_scale = t.scale + job.place + first;
@@ -126,7 +126,7 @@ inline __attribute__((always_inline)) void scale_rows(const Task& t, const Job& 
 }
 
 template <int PARTS, bool LACK>
-inline void scale_job(const Task& t, const Workspace& s, int64_t index, int tile_rows) {
+inline void scale_job(const MatmulTask& t, const Workspace& s, int64_t index, int tile_rows) {
   const Job& job = s.jobs[index % 4];
   const auto* sums = s.sums[index % 2];
   const int rows = static_cast<int>(least(PARTS == 2 ? tile_rows : 2 * tile_rows, job.rows));
@@ -182,7 +182,7 @@ inline void multiply_step(const uint8_t* first, const uint8_t* second, int run) 
 // Multiply into set SET, and write the other set, job j - 1, to where job j - 3 is scaled before. Scaling what was just
 // written would wait until all products before have retired: 40 cycles a tile more.
 template <int PARTS, bool LACK, int SET>
-inline void push(const Task& t, Workspace& s, const uint8_t* first, const uint8_t* second, const Job& job,
+inline void push(const MatmulTask& t, Workspace& s, const uint8_t* first, const uint8_t* second, const Job& job,
                  int tile_rows) {
   clear_set<SET>();
   multiply_step<SET, 0>(first, second, t.w.run);
@@ -195,7 +195,7 @@ inline void push(const Task& t, Workspace& s, const uint8_t* first, const uint8_
 
 // Write and scale what is still under way.
 template <int PARTS, bool LACK>
-inline void flush(const Task& t, Workspace& s, int tile_rows) {
+inline void flush(const MatmulTask& t, Workspace& s, int tile_rows) {
   const int64_t last = s.pushed - 1;
   for (int64_t j = last > 2 ? last - 2 : 0; j < last; ++j) scale_job<PARTS, LACK>(t, s, j, tile_rows);
   if (last % 2 == 0) {
@@ -208,13 +208,13 @@ inline void flush(const Task& t, Workspace& s, int tile_rows) {
 }
 
 // Which of the 16 outputs from `first` on there are.
-inline __mmask16 outputs_mask(const BelleWeight& w, int64_t first) {
+inline __mmask16 outputs_mask(const WeightStruct& w, int64_t first) {
   const int64_t count = w.outputs - first;
   return count >= kBlock ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
 }
 
 // What the groups before gave, or zeros; and back. Outputs behind N have no place in y.
-void load_results(const Task& t, const Cut& cut, float* results) {
+void load_results(const MatmulTask& t, const Cut& cut, float* results) {
   for (int64_t r = 0; r < cut.rows; ++r) {
     const float* y = t.y + (cut.row + r) * t.w.outputs;
     for (int b = 0; b < cut.blocks; ++b) {
@@ -225,7 +225,7 @@ void load_results(const Task& t, const Cut& cut, float* results) {
   }
 }
 
-void store_results(const Task& t, const Cut& cut, const float* results) {
+void store_results(const MatmulTask& t, const Cut& cut, const float* results) {
   const bool finished = cut.group + cut.groups == t.w.groups;
   for (int64_t r = 0; r < cut.rows; ++r) {
     const int64_t row = (cut.row + r) * t.w.outputs;
@@ -234,7 +234,7 @@ void store_results(const Task& t, const Cut& cut, const float* results) {
       const __mmask16 mask = outputs_mask(t.w, first);
       __m512 values = _mm512_load_ps(results + r * kWidth + b * kBlock);
       if (finished && t.w.bias != nullptr) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, t.w.bias + first));
-      if (finished && t.plus != nullptr) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, t.plus + row + first));
+      if (finished && t.addend != nullptr) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, t.addend + row + first));
       _mm512_mask_storeu_ps(t.y + row + first, mask, values);
     }
   }
@@ -242,13 +242,13 @@ void store_results(const Task& t, const Cut& cut, const float* results) {
 
 // A strip of rows by an unpacked panel.
 template <int PARTS, bool LACK>
-void strip(const Task& t, const Cut& cut, int tile_rows, Workspace& s) {
+void strip(const MatmulTask& t, const Cut& cut, int tile_rows, Workspace& s) {
   const int run = t.w.run, step = PARTS == 2 ? tile_rows : 2 * tile_rows;
   load_results(t, cut, s.y);
   for (int64_t g = 0; g < cut.groups; ++g) {
-    const int64_t place = place_of(t, cut.row) + (cut.group + g) * t.unit_rows;
-    const uint8_t* first = t.data[0] + place * run;
-    const uint8_t* second = PARTS == 2 ? t.data[1] + place * run : first + tile_rows * run;
+    const int64_t place = row_position(t, cut.row) + (cut.group + g) * t.unit_rows;
+    const uint8_t* first = t.split[0] + place * run;
+    const uint8_t* second = PARTS == 2 ? t.split[1] + place * run : first + tile_rows * run;
     for (int b = 0; b < cut.blocks; ++b) {
       const int8_t* codes = s.codes + (g * kPanel + b) * run * kBlock;
       _tile_loadd(6, codes, 64);
@@ -268,7 +268,7 @@ void strip(const Task& t, const Cut& cut, int tile_rows, Workspace& s) {
 }
 
 template <int BITS, int PARTS, bool LACK>
-void portion(const Task& t, const Cut& all, int tile_rows, Workspace& s) {
+void portion(const MatmulTask& t, const Cut& all, int tile_rows, Workspace& s) {
   const int64_t chunk = kChunk / t.w.run, rows = kStrip / (2 * tile_rows) * (2 * tile_rows);
   for (int64_t group = 0; group < t.w.groups; group += chunk) {
     for (int b = 0; b < all.blocks; b += kPanel) {
@@ -285,7 +285,7 @@ void portion(const Task& t, const Cut& all, int tile_rows, Workspace& s) {
 }
 
 template <int BITS, int PARTS>
-void portions(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+void portions(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
   // Tiles of equal height: 17 rows are two tiles of 9, not one of 16 and one that is nearly empty.
   const int64_t rows = row_end - row_begin, unit = PARTS == 2 ? kTileMost : 2 * kTileMost;
   const int64_t count = (rows + unit - 1) / unit * (unit / kTileMost);
@@ -306,7 +306,7 @@ void portions(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_be
 }
 
 template <int BITS>
-void tile_bits(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+void tile_bits(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
   if (t.parts == 2) {
     portions<BITS, 2>(t, row_begin, row_end, pair_begin, pair_end);
   } else {
@@ -314,8 +314,8 @@ void tile_bits(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_b
   }
 }
 
-void multiply_amx(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
-  if (row_end - row_begin <= kFewRows) return multiply(t, row_begin, row_end, pair_begin, pair_end);
+void multiply_amx(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+  if (row_end - row_begin <= kMaxStreamRows) return multiply(t, row_begin, row_end, pair_begin, pair_end);
   switch (t.w.bits) {
     case 2: return tile_bits<2>(t, row_begin, row_end, pair_begin, pair_end);
     case 4: return tile_bits<4>(t, row_begin, row_end, pair_begin, pair_end);
@@ -323,9 +323,9 @@ void multiply_amx(const Task& t, int64_t row_begin, int64_t row_end, int64_t pai
   }
 }
 
-constexpr Kernel with_tiles() {
-  Kernel table = kTable;
-  table.chunk = kChunk;
+constexpr IsaKernels with_tiles() {
+  IsaKernels table = kKernels;
+  table.chunk_inputs = kChunk;
   table.multiply = multiply_amx;
   return table;
 }
@@ -333,7 +333,7 @@ constexpr Kernel with_tiles() {
 }  // namespace
 }  // namespace belle
 
-const belle::Kernel belle::kAmx = belle::with_tiles();
+const belle::IsaKernels belle::kAmx = belle::with_tiles();
 
 bool belle::amx_usable() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA

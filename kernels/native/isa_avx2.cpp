@@ -1,6 +1,6 @@
 // AVX2 and FMA: products of words of 16 bits. `vpmaddubsw` would saturate with codes of 8 bits, and needs as many
 // instructions for two parts of 8 bits as `vpmaddwd` does for one of 16.
-#include "avx2.h"
+#include "registers_avx2.h"
 
 namespace belle {
 namespace {
@@ -15,6 +15,6 @@ struct Isa : Registers256 {
 }  // namespace
 }  // namespace belle
 
-#include "all.h"
+#include "kernel_table.h"
 
-const belle::Kernel belle::kAvx2 = belle::kTable;
+const belle::IsaKernels belle::kAvx2 = belle::kKernels;

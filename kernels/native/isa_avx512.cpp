@@ -1,5 +1,5 @@
 // AVX-512 F and BW, before VNNI: products of words of 16 bits.
-#include "avx512.h"
+#include "registers_avx512.h"
 
 namespace belle {
 namespace {
@@ -14,6 +14,6 @@ struct Isa : Registers512 {
 }  // namespace
 }  // namespace belle
 
-#include "all.h"
+#include "kernel_table.h"
 
-const belle::Kernel belle::kAvx512 = belle::kTable;
+const belle::IsaKernels belle::kAvx512 = belle::kKernels;

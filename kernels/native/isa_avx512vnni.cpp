@@ -1,3 +1,3 @@
-#include "avx512vnni.h"
+#include "isa_avx512vnni.h"
 
-const belle::Kernel belle::kAvx512Vnni = belle::kTable;
+const belle::IsaKernels belle::kAvx512Vnni = belle::kKernels;

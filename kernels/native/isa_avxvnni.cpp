@@ -1,5 +1,5 @@
 // AVX-VNNI: Intel's desktop processors since 2021, which have no AVX-512.
-#include "avx2.h"
+#include "registers_avx2.h"
 
 namespace belle {
 namespace {
@@ -14,6 +14,6 @@ struct Isa : Registers256 {
 }  // namespace
 }  // namespace belle
 
-#include "all.h"
+#include "kernel_table.h"
 
-const belle::Kernel belle::kAvxVnni = belle::kTable;
+const belle::IsaKernels belle::kAvxVnni = belle::kKernels;

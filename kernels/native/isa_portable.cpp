@@ -1,5 +1,5 @@
 // Any processor: plain loops over 16 lanes, which compilers turn into whatever vectors there are.
-#include "half.h"
+#include "float16.h"
 
 namespace belle {
 namespace {
@@ -74,6 +74,6 @@ struct Isa {
 }  // namespace
 }  // namespace belle
 
-#include "all.h"
+#include "kernel_table.h"
 
-const belle::Kernel belle::kPortable = belle::kTable;
+const belle::IsaKernels belle::kPortable = belle::kKernels;

@@ -1,15 +1,15 @@
-// What the library offers and what its files share. The C ABI below is mirrored by kernels/native_structs.py, which
-// checks the sizes of the structs (matmul.cpp) when it loads the library; raise kAbi with any change.
+// The library's C interface, and what its source files share. kernels/native_structs.py mirrors the structs and checks
+// their sizes (abi.cpp) when it loads the library; raise kAbi with every change.
 //
 // K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one
-// scale and zero an output; longer groups of a checkpoint are several of them. Inputs stand in the order of the groups,
-// each group padded to whole runs.
+// scale and one zero point per output; a longer group of a checkpoint becomes several of them. Inputs are sorted by
+// group, and each group is padded to whole runs. A "position" is an index into these G * run sorted, padded inputs.
 //
-// codes   (N / 16, G, run * bits / 32, 16, 4) bytes: 16 outputs by one group are contiguous. In a vector of 64 bytes,
-//         lane r of 16 holds output r; with n = 8 / bits, bit field j of its byte i is the code of input 4 (n v + j) + i
-//         of vector v. N is padded to 32.
+// codes   (N / 16, G, run * bits / 32, 16, 4) bytes: 16 outputs (a "block") by one group are contiguous. In a vector of
+//         64 bytes, lane r of 16 holds output r; with n = 8 / bits, bit field j of its byte i is the code of input
+//         4 (n v + j) + i of the group, v being the index of the vector. N is padded to 32.
 // scales  (N / 16, G, 16) float16 or float32
-// zeros   (N / 16, G, 16) int16, or none where all are equal
+// zeros   (N / 16, G, 16) int16, or null if all are equal
 #pragma once
 
 #include <atomic>
@@ -20,126 +20,126 @@
 
 extern "C" {
 
-struct BelleWeight {
+struct WeightStruct {
   const uint8_t* codes;
   const void* scales;
-  const int16_t* zeros;   // may be null: `zero` for all
-  const int32_t* order;   // (G * run): the input that stands at each place, -1 for padding; null: 0, 1, 2, ...
+  const int16_t* zeros;   // null: `zero` everywhere
+  const int32_t* order;   // (G * run): the input at each position, -1 for padding; null: 0, 1, 2, ...
   const float* bias;      // (N), may be null
   int64_t inputs;         // K
   int64_t outputs;        // N, without padding
   int64_t groups;         // G
-  int32_t run;            // inputs a group: 32, 64 or 128
-  int32_t bits;           // of a code in its container: 2, 4 or 8
+  int32_t run;            // inputs per group: 32, 64 or 128
+  int32_t bits;           // per code in memory: 2, 4 or 8
   int32_t half_scales;    // 1: scales are float16, 0: float32
   int32_t zero;
 };
 
-struct BelleWords {        // a weight as GPTQ files hold it
-  const int32_t* words;    // (K * bits / 32, N): codes of `bits` bits along K, the lowest input in the lowest bits
-  const int32_t* order;    // (G * run), as above
+struct PackedWordsStruct {  // a weight in the format of GPTQ files
+  const int32_t* words;     // (K * bits / 32, N): codes of `bits` bits along K, the lowest input in the lowest bits
+  const int32_t* order;     // (G * run), as above
   int64_t inputs, outputs, groups;
-  int32_t bits;            // 2, 3, 4 or 8
-  int32_t run, container;  // of the layout to make
+  int32_t bits;             // per code in the file: 2, 3, 4 or 8
+  int32_t run, container;   // of the layout to make: inputs per group, bits per code
 };
 
-struct BelleRows {         // a matrix (N, K) of codes, its rows the outputs, inputs in order, symmetric
+struct CodeRowsStruct {    // a symmetric matrix (N, K) of codes, one row per output, inputs in their original order
   const uint8_t* matrix;   // (N, K)
   int64_t count, groups;   // N, a multiple of 16, and G = K / run
   int32_t run, bits;       // 32, 64 or 128; 4 or 8
 };
 
-struct BelleRounding {     // the same from numbers
-  const void* matrix;      // (N, K) of `kind`
-  uint8_t* codes;          // (N, K), written, the zero point at 2^(bits - 1)
+struct RowQuantizationStruct {  // a matrix of floating-point numbers to round to such codes
+  const void* matrix;      // (N, K), its dtype given by `kind`
+  uint8_t* codes;          // (N, K), written; the zero point is 2^(bits - 1)
   uint16_t* scales;        // (N, K / run) float16, written
-  const float* clips;      // shares of a run's largest magnitude that are tried as the end of the grid beside 1
+  const float* clips;      // fractions of a run's largest magnitude that are tried as the end of the grid besides 1
   int64_t count, inputs;   // N, K
   int64_t clip_count;
   int32_t run, bits;       // 32, 64 or 128; 4 or 8
   int32_t kind;            // 0: float32, 1: float16, 2: bfloat16
 };
 
-struct BelleNew {          // of M new tokens: numbers (M, heads, head_dim), the strides in floats; that of the last is 1
-  const float* numbers;
-  int64_t row, head;
+struct NewTokensStruct {   // queries, keys or values (M, heads, head_dim) of M new tokens
+  const float* values;
+  int64_t row_stride, head_stride;  // in floats; head_dim is contiguous
 };
 
-struct BelleCache {        // keys and values of one block: S slots, H' heads
-  void* keys;              // (S, H', capacity, head_dim) of `kind`
+struct KvCacheStruct {     // keys and values of one block: S slots, H' heads
+  void* keys;              // (S, H', capacity, head_dim), its dtype given by `kind`
   void* values;            // likewise
-  uint16_t* key_scales;    // (S, H', capacity) float16 where `kind` is 2
+  uint16_t* key_scales;    // (S, H', capacity) float16 if `kind` is 2
   uint16_t* value_scales;  // likewise
   int64_t slots, kv_heads, capacity, head_dim;
   int32_t kind;            // 0: float32, 1: float16, 2: int8
 };
 
-struct BelleStep {         // one new token in each of some slots: M rows, the same for all blocks
-  const int64_t* slots;    // (M), none twice
-  const int64_t* lengths;  // (M): tokens that the row's slot holds in front of the new one
-  const float* cosines;    // (M, head_dim) of rotary positions; null: none
-  const float* sines;      // likewise, the first half negative
+struct DecodeStepStruct {  // one new token in each of M slots; the same for all blocks
+  const int64_t* slots;    // (M), without duplicates
+  const int64_t* lengths;  // (M): tokens in the row's slot before the new one
+  const float* cosines;    // (M, head_dim) of rotary position embeddings; null: none
+  const float* sines;      // likewise, the first half negated
   const float* slopes;     // (H) of ALiBi, may be null
   int64_t rows;            // M
 };
 
-struct BelleAttention {    // of a step in one block; H heads
-  const BelleCache* cache;  // the new keys and values are written
-  const BelleStep* step;
-  BelleNew query;          // (M, H, head_dim)
-  BelleNew key, value;     // (M, H', head_dim)
+struct AttentionStruct {   // attention of one decode step in one block; H heads
+  const KvCacheStruct* cache;  // the new keys and values are written to it
+  const DecodeStepStruct* step;
+  NewTokensStruct query;       // (M, H, head_dim)
+  NewTokensStruct key, value;  // (M, H', head_dim)
   float* out;              // (M, H, head_dim)
   int64_t heads;           // H
 };
 
-// A call of one of the functions below; see run.cpp.
-struct BelleCall {
-  int32_t kind;         // of BelleKind
-  int32_t parts;        // of a product: 2 exact, 1 fast
-  const void* subject;  // a product's BelleWeight, attention's BelleAttention, a norm's weight (H)
-  const float* x;       // (M, H), attention excepted
-  const float* plus;    // (M, N) to be added to a product, or null; a layer norm's bias (H)
-  float* out;           // (M, N) of a product, (M, H) of norms and gelu, (M, H / 2) of a gate; attention has its own
+// One call of a kernel; see run_calls.cpp.
+struct CallStruct {
+  int32_t kind;         // a CallKind
+  int32_t parts;        // of a product's activations: 2 exact, 1 fast
+  const void* operand;  // a product's WeightStruct, attention's AttentionStruct, a norm's weight (H)
+  const float* x;       // (M, H); unused by attention
+  const float* addend;  // (M, N) to add to a product, or null; a layer norm's bias (H)
+  float* out;           // (M, N) of a product, (M, H) of norms and GELU, (M, H / 2) of SiLU-and-multiply
   int64_t rows, width;  // M, H
   float eps;            // of norms
 };
 
-enum BelleKind { kProduct, kAttention, kRmsNorm, kLayerNorm, kSiluAndMul, kGelu };
+enum CallKind { kProduct, kAttention, kRmsNorm, kLayerNorm, kSiluAndMul, kGelu };
 
-struct BelleGptqBlock {    // GPTQ's walk through a block of B <= 128 inputs; tables (B, N) unless said otherwise
-  float* weights;          // used up
+struct GptqBlockStruct {   // GPTQ's loop over a block of B <= 128 inputs; tables are (B, N) unless stated otherwise
+  float* weights;          // overwritten
   const float* factor;     // (B, B) of the inverse Hessian, upper triangular; strides below, in floats
   uint8_t* codes;          // written
-  float* errors;           // written: what each input leaves to those behind the block
-  float* scales;           // `group` > 0: (B / group, N), written; else read, `own` values from input to input
+  float* errors;           // written: each input's error, to be compensated by the inputs after the block
+  float* scales;           // `group` > 0: (B / group, N), written; else read, input i at i * grid_stride
   float* zeros;            // likewise
   int64_t inputs, outputs; // B, N
-  int64_t factor_step, factor_input;  // from one of the factor's rows (steps) or columns (inputs) to the next
-  int64_t own;             // N, or 0: one row for all inputs
-  int32_t group;           // 32, 64 or 128 inputs, of B; 0 where the grids are known
+  int64_t factor_row_stride, factor_column_stride;
+  int64_t grid_stride;     // N, or 0: one row for all inputs
+  int32_t group;           // 32, 64 or 128 inputs, a divisor of B; 0 if the grids are given
   int32_t levels;          // the largest code
   int32_t symmetric;
 };
 
-struct BelleDescent {      // one sweep over g <= 128 inputs of a group
-  float* codes;            // (g, N), less their zero points; changed
+struct CoordinateDescentStruct {  // one sweep over g <= 128 inputs of a group
+  float* codes;            // (g, N), minus their zero points; changed
   const float* residual;   // (g, N) of H (Q - W)
   const float* scale;      // (N)
   const float* zero;       // (N)
-  const float* hessian;    // (g, g), symmetric, with `stride` floats a row
-  const float* diagonal;   // (g), none 0
+  const float* hessian;    // (g, g), symmetric, with `stride` floats per row
+  const float* diagonal;   // (g), without zeros
   int64_t inputs, outputs, stride;
   int32_t levels;
 };
 
-struct BelleSearch {       // the grid of a group of g inputs with the least weighted error of rounding
+struct GridSearchStruct {  // the candidate grid with the smallest weighted rounding error for a group of g inputs
   const float* weights;    // (g, N), N a multiple of 16
   const float* importance; // (g)
   const float* scales;     // (candidates, N)
   const float* zeros;      // (candidates, N)
-  int32_t* best;           // (N), written: the first of the best; -1 where none is
+  int32_t* best;           // (N), written: the first of the best candidates; -1 if none is valid
   int64_t inputs, outputs, candidates;
-  float smallest;          // scale that counts
+  float smallest;          // magnitude of a valid scale
   int32_t levels;
 };
 
@@ -148,106 +148,108 @@ struct BelleSearch {       // the grid of a group of g inputs with the least wei
 namespace belle {
 
 constexpr int kAbi = 10;
-constexpr int kBlock = 16;              // outputs of one vector of codes
-constexpr int kPair = 2 * kBlock;       // outputs of one unit of work; N is padded to it
-constexpr int kMostRun = 128;
-constexpr int kFewRows = 4;             // up to so many are read as a stream, see tile.h
-constexpr int kMostRows = 256;          // rows of x that a unit of work takes at most
-constexpr int kPacked = 512;            // outputs packed together
-constexpr int kSolved = 64;             // outputs of a unit of work of the solver
+constexpr int kBlock = 16;              // outputs per vector of codes
+constexpr int kPair = 2 * kBlock;       // outputs per unit of work; N is padded to a multiple of it
+constexpr int kMaxRun = 128;
+constexpr int kMaxStreamRows = 4;       // up to this many rows, codes are unpacked as they are read; see matmul.h
+constexpr int kMaxRows = 256;           // rows of x per unit of work, at most
+constexpr int kPackedOutputs = 512;     // outputs that are packed together
+constexpr int kSolverOutputs = 64;      // outputs per unit of work of the solver
 constexpr int64_t kHugePage = 1 << 21;  // bytes
-constexpr int kOverhang = 16;           // rows behind the split activations that tiles may read and ignore
-constexpr int64_t kInlineNumbers = 1 << 16;  // of rows, or of keys: below, waking threads takes longer than the work
+constexpr int kOverreadRows = 16;       // rows after the split activations that tiles may read and ignore
+constexpr int64_t kSingleThreadValues = 1 << 16;  // values of rows or keys: with fewer, waking threads takes longer
 
-// One product, as all threads see it. Activations are split per row and group: x = scale * (256 * high + low), or
-// scale * high alone, with `high` and `low` of 8 signed bits. Instruction sets that multiply bytes get them apart, the
-// others as one number of 16 bits. Rows come in units of `unit_rows`, which one thread multiplies at a time: `data[part]`
-// is (units, G, unit_rows, run), `scale` and `sum` (of the integers) are (units, G, unit_rows).
-struct Task {
-  BelleWeight w;
-  const float* x;     // (M, K)
-  const float* plus;  // (M, N), added to the product; may be null
-  float* y;           // (M, N)
-  int64_t rows;    // M
+enum InstructionSet { kIsaPortable, kIsaAvx2, kIsaAvxVnni, kIsaAvx512, kIsaAvx512Vnni, kIsaAmx, kIsaCount };
+
+// One product, shared by all threads. Activations are split per row and group: x = scale * (256 * high + low), or
+// scale * high alone, where `high` and `low` have 8 signed bits. Instruction sets that multiply bytes get them
+// separately, the others as one number of 16 bits. Rows come in units of `unit_rows`, each multiplied by one thread:
+// `split[part]` is (units, G, unit_rows, run), `scale` and `sum` (of the integers) are (units, G, unit_rows).
+struct MatmulTask {
+  WeightStruct w;
+  const float* x;       // (M, K)
+  const float* addend;  // (M, N), added to the product; may be null
+  float* y;             // (M, N)
+  int64_t rows;         // M
   int64_t unit_rows;
-  int parts;       // 2: exact, 1: fast
-  uint8_t* data[2];
+  int parts;            // 2: exact, 1: fast
+  uint8_t* split[2];
   float* scale;
   int32_t* sum;
 };
 
-// Where row m stands in group 0, counted in rows; group g follows unit_rows * g later.
-inline int64_t place_of(const Task& t, int64_t m) {
+// The index of row m of group 0 in `scale` and `sum`; group g comes unit_rows * g later.
+inline int64_t row_position(const MatmulTask& t, int64_t m) {
   return m / t.unit_rows * t.w.groups * t.unit_rows + m % t.unit_rows;
 }
 
-// One instruction set. Every result is a function of one row of x alone: integer sums are exact, and each group's sum
-// is scaled and added in the order of the groups, whatever the shape of the tile that computed it.
-struct Kernel {
-  int input_bytes;  // of an activation in `data`: 1 (high and low apart) or 2
-  int chunk;        // inputs whose activations a unit of work meets again and again; 0: all
-  void (*split)(const Task&, int64_t row_begin, int64_t row_end);
-  void (*multiply)(const Task&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
+// The kernels of one instruction set. Every result depends on one row of x alone: integer sums are exact, and each
+// group's sum is scaled and added in the order of the groups, whatever the shape of the tile that computed it.
+struct IsaKernels {
+  int input_bytes;   // per activation in `split`: 1 (high and low separate) or 2
+  int chunk_inputs;  // inputs whose activations a unit of work reads repeatedly; 0: all
+  // matmul.h
+  void (*split)(const MatmulTask&, int64_t row_begin, int64_t row_end);
+  void (*multiply)(const MatmulTask&, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end);
   uint32_t (*read)(const uint8_t* bytes, int64_t size);  // the sum of all words of 4 bytes; size % 4096 == 0
-  void (*attend)(const BelleAttention&, int64_t row, int64_t kv_head, float* scratch);  // see attend.h
-  // See gates.h.
+  void (*attend)(const AttentionStruct&, int64_t row, int64_t kv_head, float* scratch);  // attention.h
+  // activation_functions.h
   void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t count);
   void (*gelu)(const float* x, float* out, int64_t count);
-  void (*pack)(const BelleWords&, int64_t strip, uint8_t* out);  // see packing.h; kPacked outputs
-  bool (*round_row)(const BelleRounding&, int64_t row);  // see rounding.h
-  // See gptq.h; `count` outputs from n on, at most kSolved, or 16 of them.
-  void (*gptq_block)(const BelleGptqBlock&, int64_t n, int64_t count);
-  void (*descend)(const BelleDescent&, int64_t n, int64_t count);
-  void (*search)(const BelleSearch&, int64_t n);
+  void (*pack)(const PackedWordsStruct&, int64_t strip, uint8_t* out);  // packing.h; kPackedOutputs outputs
+  bool (*quantize_row)(const RowQuantizationStruct&, int64_t row);      // row_quantization.h
+  // solver.h; `count` outputs from n on, at most kSolverOutputs; `search`: 16 outputs
+  void (*gptq_block)(const GptqBlockStruct&, int64_t n, int64_t count);
+  void (*descend)(const CoordinateDescentStruct&, int64_t n, int64_t count);
+  void (*search)(const GridSearchStruct&, int64_t n);
 };
 
-const Kernel* kernel(int isa);  // of the numbers of cpu_features.h; the portable one where an instruction set is missing
+extern const IsaKernels kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;
 
-extern const Kernel kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx;
+const IsaKernels* kernels_for(int isa);  // of an InstructionSet; the portable ones if the build does not contain it
+bool amx_usable();                       // requests permission for tile data from the operating system
 
-// How many pieces of a layout, `bytes` each, one thread lays at a time: a huge page of them. Where two threads meet a page
-// for the first time together, both clear one, and one is thrown away.
-inline int64_t pieces_of_page(int64_t bytes) { return bytes < kHugePage ? kHugePage / bytes : 1; }
+// The entry points of run_calls.cpp. Each returns 0, 1 if an index is out of bounds, or 2 if memory is exhausted.
+int run_product(const CallStruct& call, int threads, int isa);
+int run_attention(const AttentionStruct& attention, int threads, int isa);
+int run_elementwise(const CallStruct& call, int threads, int isa);
 
-// Call work(context) from up to `threads` threads at once, the caller among them, and return when all have finished. Fewer
-// run where no more can be started, so `work` must not depend on how many there are. Does not throw.
-void parallel(int threads, void (*work)(void*), void* context);
+// How many pieces of a layout, `bytes` each, one thread writes at a time: those that fill a huge page. If two threads
+// touched a page first at the same time, the system would clear two pages and discard one.
+inline int64_t pieces_per_huge_page(int64_t bytes) { return bytes < kHugePage ? kHugePage / bytes : 1; }
 
-// Calls work(begin, end, thread) for pieces of 0 .. count, multiples of `unit`, on as many threads as there are units at
-// most. A piece is a share of what is left, so that the last ones are small and the threads end together.
+// Call work(context) on up to `threads` threads at once, including the caller, and return when all have finished. Fewer
+// run if no more can be started, so `work` must not depend on their number. Does not throw.
+void run_on_threads(int threads, void (*work)(void*), void* context);
+
+// Call work(begin, end, thread) for ranges that cover 0 .. count, multiples of `unit`, on at most as many threads as
+// there are units. A range is a fraction of the remainder, so that the last ones are short and threads finish together.
 template <class Work>
-void share(int threads, int64_t count, int64_t unit, const Work& work) {
-  struct Job {
+void parallel_for(int threads, int64_t count, int64_t unit, const Work& work) {
+  struct Loop {
     const Work& work;
     int64_t count, unit;
     int threads;
-    std::atomic<int64_t> begun{0};
+    std::atomic<int64_t> next{0};
     std::atomic<int> thread{0};
   };
   const int64_t units = (count + unit - 1) / unit;
-  Job job{work, count, unit, units < threads ? static_cast<int>(units) : threads, {}, {}};
+  Loop loop{work, count, unit, units < threads ? static_cast<int>(units) : threads, {}, {}};
   if (units == 0) return;
-  parallel(job.threads, [](void* context) {
-    Job& job = *static_cast<Job*>(context);
-    const int thread = job.thread++;
-    int64_t begin = job.begun, end;
-    while (begin < job.count) {
+  run_on_threads(loop.threads, [](void* context) {
+    Loop& loop = *static_cast<Loop*>(context);
+    const int thread = loop.thread++;
+    int64_t begin = loop.next, end;
+    while (begin < loop.count) {
       do {
-        const int64_t pieces = (job.count - begin) / (4 * job.threads * job.unit);
-        end = begin + (pieces > 1 ? pieces : 1) * job.unit;
-        end = end < job.count ? end : job.count;
-      } while (begin < job.count && !job.begun.compare_exchange_weak(begin, end));
-      if (begin < job.count) job.work(begin, end, thread);
-      begin = job.begun;
+        const int64_t pieces = (loop.count - begin) / (4 * loop.threads * loop.unit);
+        end = begin + (pieces > 1 ? pieces : 1) * loop.unit;
+        end = end < loop.count ? end : loop.count;
+      } while (begin < loop.count && !loop.next.compare_exchange_weak(begin, end));
+      if (begin < loop.count) loop.work(begin, end, thread);
+      begin = loop.next;
     }
-  }, &job);
+  }, &loop);
 }
-
-// The parts of a step; what each returns and expects stands beside it.
-int product(const BelleCall& call, int threads, int isa);
-int attend(const BelleAttention& attention, int threads, int isa);
-int rowwise(const BelleCall& call, int threads, int isa);
-
-bool amx_usable();  // asks the kernel for the tiles' state
 
 }  // namespace belle

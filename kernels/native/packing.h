@@ -11,7 +11,7 @@ namespace belle {
 namespace {
 
 // The codes of input k of `count` outputs from n on, one a lane.
-inline void load_codes(const BelleWords& w, int64_t k, int64_t n, int64_t count, uint32_t* codes) {
+inline void load_codes(const PackedWordsStruct& w, int64_t k, int64_t n, int64_t count, uint32_t* codes) {
   const int64_t bit = k * w.bits, row = bit / 32;
   const int shift = static_cast<int>(bit % 32);
   const uint32_t mask = (1u << w.bits) - 1;
@@ -24,15 +24,15 @@ inline void load_codes(const BelleWords& w, int64_t k, int64_t n, int64_t count,
 }
 
 // The bytes of `count` outputs from n on that hold the inputs from `place` on, gathered one by one.
-inline void gather(const BelleWords& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
+inline void gather(const PackedWordsStruct& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
   for (int j = 0; j < 8 / w.container; ++j) {
     for (int i = 0; i < 4; ++i, ++place) {
       const int64_t input = w.order != nullptr ? w.order[place] : place < w.inputs ? place : -1;
       if (input < 0) continue;
-      uint32_t codes[kPacked] = {};
+      uint32_t codes[kPackedOutputs] = {};
       load_codes(w, input, n, count, codes);
       const int shift = 8 * i + w.container * j;
-      for (int64_t lane = 0; lane < kPacked; ++lane) packed[lane] |= codes[lane] << shift;
+      for (int64_t lane = 0; lane < kPackedOutputs; ++lane) packed[lane] |= codes[lane] << shift;
     }
   }
 }
@@ -55,7 +55,7 @@ inline uint32_t transposed_4(uint32_t x) {
 
 // The same where inputs stand in order and codes are as wide as they will be: a word of the file is a word of the
 // layout, its fields moved. Every row of words is another page, where processors do not look ahead by themselves.
-inline void move(const BelleWords& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
+inline void move(const PackedWordsStruct& w, int64_t place, int64_t n, int64_t count, uint32_t* packed) {
   constexpr int64_t kAhead = 4;  // rows; 2 and 8 do as well
   if (place >= w.inputs) return;
   const int32_t* words = w.words + place * w.bits / 32 * w.outputs + n;
@@ -83,15 +83,15 @@ inline void write_line(uint8_t* to, const uint32_t* from) {
 #endif
 }
 
-void pack_strip(const BelleWords& w, int64_t strip, uint8_t* out) {
+void pack_strip(const PackedWordsStruct& w, int64_t strip, uint8_t* out) {
   const int vectors = w.run * w.container / 32, inputs = 32 / w.container;
-  const int64_t n = strip * kPacked, padded = (w.outputs + kPair - 1) / kPair * kPair;
-  const int64_t count = w.outputs - n < kPacked ? w.outputs - n : kPacked;
-  const int64_t lanes = padded - n < kPacked ? padded - n : kPacked;
+  const int64_t n = strip * kPackedOutputs, padded = (w.outputs + kPair - 1) / kPair * kPair;
+  const int64_t count = w.outputs - n < kPackedOutputs ? w.outputs - n : kPackedOutputs;
+  const int64_t lanes = padded - n < kPackedOutputs ? padded - n : kPackedOutputs;
   const auto fill = w.order == nullptr && w.bits == w.container ? move : gather;
   for (int64_t g = 0; g < w.groups; ++g) {
     for (int v = 0; v < vectors; ++v) {
-      uint32_t packed[kPacked] = {};
+      uint32_t packed[kPackedOutputs] = {};
       fill(w, g * w.run + inputs * v, n, count, packed);
       for (int64_t lane = 0; lane < lanes; lane += kBlock) {
         const int64_t block = (n + lane) / kBlock;

@@ -18,7 +18,7 @@ std::atomic<Gomp> gomp{nullptr};
 
 BELLE_API void belle_use_openmp(void* gomp_parallel) { gomp = reinterpret_cast<Gomp>(gomp_parallel); }
 
-void belle::parallel(int threads, void (*work)(void*), void* context) {
+void belle::run_on_threads(int threads, void (*work)(void*), void* context) {
   if (threads == 1) return work(context);
   if (const Gomp run = gomp) return run(work, context, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> started;
@@ -26,7 +26,7 @@ void belle::parallel(int threads, void (*work)(void*), void* context) {
     started.reserve(static_cast<size_t>(threads - 1));
     for (int i = 1; i < threads; ++i) started.emplace_back(work, context);
   } catch (const std::exception&) {
-    // std::system_error (no more threads) or std::bad_alloc. Neither may leave a C function, and neither matters: `share`
+    // std::system_error (no more threads) or std::bad_alloc. Neither may leave a C function, and neither matters: `parallel_for`
     // gives all the work to whichever threads there are.
   }
   work(context);

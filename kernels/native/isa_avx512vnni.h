@@ -1,5 +1,5 @@
 // AVX-512 VNNI: four products of bytes a lane in one instruction.
-#include "avx512.h"
+#include "registers_avx512.h"
 
 namespace belle {
 namespace {
@@ -14,4 +14,4 @@ struct Isa : Registers512 {
 }  // namespace
 }  // namespace belle
 
-#include "all.h"
+#include "kernel_table.h"

@@ -1,9 +1,9 @@
 // Attention of one new token: its queries meet the keys and values of its own sequence, up to its own length. A file
-// isa_*.cpp includes it behind tile.h. What a token gets depends on its own row alone, not on its batch or on threads:
+// isa_*.cpp includes it behind matmul.h. What a token gets depends on its own row alone, not on its batch or on threads:
 // one thread computes a head of a row from beginning to end. (Instruction sets differ in the last bits: a product's
 // terms are added by register.)
 #include "exponential.h"
-#include "half.h"
+#include "float16.h"
 #include "native.h"
 
 #include <cmath>
@@ -27,10 +27,10 @@ inline typename Isa::Float load_number(const void* table, int64_t at) {
 
 // One head of a new token, its halves turned against each other where there are rotary positions (2104.09864, section
 // 3.4.2), times a factor.
-inline void turned(const BelleAttention& a, const BelleNew& from, int64_t row, int64_t head, float factor, float* out) {
-  const BelleStep& s = *a.step;
+inline void turned(const AttentionStruct& a, const NewTokensStruct& from, int64_t row, int64_t head, float factor, float* out) {
+  const DecodeStepStruct& s = *a.step;
   const int64_t size = a.cache->head_dim, half = size / 2;
-  const float* x = from.numbers + row * from.row + head * from.head;
+  const float* x = from.values + row * from.row_stride + head * from.head_stride;
   if (s.cosines == nullptr) {
     for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor;
     return;
@@ -53,7 +53,7 @@ inline void keep(const float* x, int64_t size, void* table, int64_t position, ui
     for (int64_t i = 0; i < size; ++i) to[i] = float_to_half(x[i]);
   } else {
     constexpr float kWhole = 12582912.0f, kMost = 127.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
-    const int32_t most = largest_bits(x, static_cast<int>(size));
+    const int32_t most = max_magnitude_bits(x, static_cast<int>(size));
     float wanted;
     std::memcpy(&wanted, &most, 4);
     wanted /= kMost;
@@ -111,8 +111,8 @@ inline void add_values(float* out, const float* weights, const void* values, int
 }
 
 template <int KIND>
-void attend_kind(const BelleAttention& a, int64_t row, int64_t head, float* scratch) {
-  const BelleCache& c = *a.cache;
+void attend_kind(const AttentionStruct& a, int64_t row, int64_t head, float* scratch) {
+  const KvCacheStruct& c = *a.cache;
   const int64_t size = c.head_dim, group = a.heads / c.kv_heads, last = a.step->lengths[row], count = last + 1;
   const int64_t first = (a.step->slots[row] * c.kv_heads + head) * c.capacity;  // of its positions
   const float factor = 1.0f / std::sqrt(static_cast<float>(size));
@@ -122,7 +122,7 @@ void attend_kind(const BelleAttention& a, int64_t row, int64_t head, float* scra
   float* out = a.out + (row * a.heads + head * group) * size;
   turned(a, a.key, row, head, 1.0f, key);
   keep<KIND>(key, size, c.keys, first + last, c.key_scales);
-  keep<KIND>(a.value.numbers + row * a.value.row + head * a.value.head, size, c.values, first + last, c.value_scales);
+  keep<KIND>(a.value.values + row * a.value.row_stride + head * a.value.head_stride, size, c.values, first + last, c.value_scales);
   for (int64_t q = 0; q < group; ++q) turned(a, a.query, row, head * group + q, factor, queries + q * size);
   for (int64_t begin = 0; begin < count; begin += kKeys) {
     const int64_t end = begin + kKeys < count ? begin + kKeys : count;
@@ -151,7 +151,7 @@ void attend_kind(const BelleAttention& a, int64_t row, int64_t head, float* scra
   }
 }
 
-void attend_head(const BelleAttention& a, int64_t row, int64_t head, float* scratch) {
+void attend_head(const AttentionStruct& a, int64_t row, int64_t head, float* scratch) {
   switch (a.cache->kind) {
     case 0: return attend_kind<0>(a, row, head, scratch);
     case 1: return attend_kind<1>(a, row, head, scratch);

@@ -37,26 +37,26 @@ void layer_norm(const float* x, const float* weight, const float* bias, float* o
   for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * factor * weight[i] + bias[i];
 }
 
-void one_row(const BelleCall& call, const Kernel& kernel, int64_t row) {
+void one_row(const CallStruct& call, const IsaKernels& kernels, int64_t row) {
   const int64_t width = call.width;
   const float* x = call.x + row * width;
-  const float* weight = static_cast<const float*>(call.subject);
+  const float* weight = static_cast<const float*>(call.operand);
   switch (call.kind) {
     case kRmsNorm: return rms_norm(x, weight, call.out + row * width, width, call.eps);
-    case kLayerNorm: return layer_norm(x, weight, call.plus, call.out + row * width, width, call.eps);
-    case kSiluAndMul: return kernel.silu_and_mul(x, x + width / 2, call.out + row * width / 2, width / 2);
-    default: return kernel.gelu(x, call.out + row * width, width);
+    case kLayerNorm: return layer_norm(x, weight, call.addend, call.out + row * width, width, call.eps);
+    case kSiluAndMul: return kernels.silu_and_mul(x, x + width / 2, call.out + row * width / 2, width / 2);
+    default: return kernels.gelu(x, call.out + row * width, width);
   }
 }
 
 }  // namespace
 
 // 0. The caller has checked shapes; `out` is not `x`, but for gelu.
-int rowwise(const BelleCall& call, int threads, int isa) {
-  const Kernel& chosen = *kernel(isa);
-  if (call.rows * call.width < kInlineNumbers) threads = 1;
+int run_elementwise(const CallStruct& call, int threads, int isa) {
+  const IsaKernels& chosen = *kernels_for(isa);
+  if (call.rows * call.width < kSingleThreadValues) threads = 1;
   const int64_t unit = call.width < kAtATime ? kAtATime / call.width : 1;
-  share(threads, call.rows, unit, [&](int64_t row, int64_t end, int) {
+  parallel_for(threads, call.rows, unit, [&](int64_t row, int64_t end, int) {
     for (; row < end; ++row) one_row(call, chosen, row);
   });
   return 0;

@@ -1,6 +1,6 @@
 // Rows of a matrix rounded to symmetric codes, one scale for each run of inputs. A file isa_*.cpp includes it behind
-// tile.h. Every operation is rounded on its own, so that instruction sets agree to the bit.
-#include "half.h"
+// matmul.h. Every operation is rounded on its own, so that instruction sets agree to the bit.
+#include "float16.h"
 #include "native.h"
 
 #include <cstring>
@@ -8,7 +8,7 @@
 namespace belle {
 namespace {
 
-inline void load_run(const BelleRounding& r, int64_t at, float* values) {
+inline void load_run(const RowQuantizationStruct& r, int64_t at, float* values) {
   if (r.kind == 0) {
     std::memcpy(values, static_cast<const float*>(r.matrix) + at, r.run * sizeof(float));
   } else if (r.kind == 1) {
@@ -61,14 +61,14 @@ inline void store_codes(uint8_t* __restrict to, const float* __restrict codes, i
 }
 
 // One row; false where it holds NaN or infinity.
-bool round_row(const BelleRounding& r, int64_t row) {
+bool quantize_row(const RowQuantizationStruct& r, int64_t row) {
   const int64_t groups = r.inputs / r.run;
   const float top = static_cast<float>((1 << (r.bits - 1)) - 1);
-  float values[kMostRun], found[2][kMostRun];
+  float values[kMaxRun], found[2][kMaxRun];
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = row * r.inputs + g * r.run;
     load_run(r, at, values);
-    const int32_t bits = largest_bits(values, r.run);
+    const int32_t bits = max_magnitude_bits(values, r.run);
     if (bits >= (r.kind == 1 ? 0x47800000 : 0x7F800000)) return false;  // float16's may have become 65536 and more
     float largest;
     std::memcpy(&largest, &bits, 4);

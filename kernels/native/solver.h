@@ -1,5 +1,5 @@
 // The inner loops of quantizing, for some outputs: GPTQ's walk through a block of inputs, coordinate descent, and the
-// search for a group's grid. A file isa_*.cpp includes it behind tile.h. Outputs never meet, so each lane of a vector is
+// search for a group's grid. A file isa_*.cpp includes it behind matmul.h. Outputs never meet, so each lane of a vector is
 // one, and threads share them. Operations are those of NumPy in float32, one by one, never fused and always in the order
 // of the inputs: results are the same, to the bit, with every instruction set, and on a GPU (triton_gptq.py).
 #include "native.h"
@@ -18,7 +18,7 @@ constexpr int kVecLanes = 8;
 #else
 constexpr int kVecLanes = 4;
 #endif
-constexpr int kVecs = kSolved / kVecLanes;
+constexpr int kVecs = kSolverOutputs / kVecLanes;
 // Of a register: GCC turns comparisons of wider vectors into 16 scalar ones each, which takes 25 times as long.
 using Vec = float __attribute__((vector_size(4 * kVecLanes)));
 using Bits = int32_t __attribute__((vector_size(4 * kVecLanes)));
@@ -58,10 +58,10 @@ inline Lanes load(const float* p, int64_t count) {
 inline void store(float* p, const Lanes& v, int64_t count) { std::memcpy(p, &v, count * sizeof(float)); }
 
 inline void store_codes(uint8_t* p, const Lanes& code, int64_t count) {
-  float values[kSolved];
-  uint8_t bytes[kSolved];
+  float values[kSolverOutputs];
+  uint8_t bytes[kSolverOutputs];
   std::memcpy(values, &code, sizeof values);
-  for (int i = 0; i < kSolved; ++i) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(values[i]));
+  for (int i = 0; i < kSolverOutputs; ++i) bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(values[i]));
   std::memcpy(p, bytes, count);
 }
 
@@ -84,7 +84,7 @@ inline void subtract(Lanes& v, const float* factors, int64_t stride, const Lanes
 // ---- GPTQ ----
 
 // Scales and zeros of groups that reach from low <= 0 to high >= 0, as grid.min_max_grid has them.
-inline void min_max_grid(const BelleGptqBlock& b, const Lanes& low, const Lanes& high, Lanes& scale, Lanes& zero) {
+inline void min_max_grid(const GptqBlockStruct& b, const Lanes& low, const Lanes& high, Lanes& scale, Lanes& zero) {
   const float levels = static_cast<float>(b.levels);
   for (int j = 0; j < kVecs; ++j) {
     const Vec span = b.symmetric ? most(-low.at[j], high.at[j]) * 2.0f : high.at[j] - low.at[j];
@@ -97,13 +97,13 @@ inline void min_max_grid(const BelleGptqBlock& b, const Lanes& low, const Lanes&
 
 // The group from input `first` on: what lies before it in the block is made up for, and its grid is that of what is then
 // left, which is written back to the weights.
-inline void open_group(const BelleGptqBlock& b, int64_t n, int64_t count, int64_t first, const Lanes* errors,
+inline void open_group(const GptqBlockStruct& b, int64_t n, int64_t count, int64_t first, const Lanes* errors,
                        Lanes& scale, Lanes& zero) {
   Lanes low{}, high{};
   for (int64_t j = first; j < first + b.group; ++j) {
     float* place = b.weights + j * b.outputs + n;
     Lanes w = load(place, count);
-    subtract(w, b.factor + j * b.factor_input, b.factor_step, errors, 0, first);
+    subtract(w, b.factor + j * b.factor_column_stride, b.factor_row_stride, errors, 0, first);
     store(place, w, count);
     for (int i = 0; i < kVecs; ++i) {
       low.at[i] = least(w.at[i], low.at[i]);
@@ -111,13 +111,13 @@ inline void open_group(const BelleGptqBlock& b, int64_t n, int64_t count, int64_
     }
   }
   min_max_grid(b, low, high, scale, zero);
-  const int64_t own = first / b.group * b.outputs + n;
-  store(b.scales + own, scale, count);
-  store(b.zeros + own, zero, count);
+  const int64_t at = first / b.group * b.outputs + n;
+  store(b.scales + at, scale, count);
+  store(b.zeros + at, zero, count);
 }
 
-void gptq_block(const BelleGptqBlock& b, int64_t n, int64_t count) {
-  Lanes errors[kMostRun], scale, zero, code;
+void gptq_block(const GptqBlockStruct& b, int64_t n, int64_t count) {
+  Lanes errors[kMaxRun], scale, zero, code;
   const float levels = static_cast<float>(b.levels);
   int64_t first = 0;  // what came before is made up for in the weights
   for (int64_t j = 0; j < b.inputs; ++j) {
@@ -125,12 +125,12 @@ void gptq_block(const BelleGptqBlock& b, int64_t n, int64_t count) {
       first = j;
       open_group(b, n, count, first, errors, scale, zero);
     } else if (b.group == 0) {
-      scale = load(b.scales + j * b.own + n, count);
-      zero = load(b.zeros + j * b.own + n, count);
+      scale = load(b.scales + j * b.grid_stride + n, count);
+      zero = load(b.zeros + j * b.grid_stride + n, count);
     }
     Lanes w = load(b.weights + j * b.outputs + n, count);
-    subtract(w, b.factor + j * b.factor_input, b.factor_step, errors, first, j);
-    const float pivot = b.factor[j * (b.factor_input + b.factor_step)];
+    subtract(w, b.factor + j * b.factor_column_stride, b.factor_row_stride, errors, first, j);
+    const float pivot = b.factor[j * (b.factor_column_stride + b.factor_row_stride)];
     for (int i = 0; i < kVecs; ++i) {
       code.at[i] = least(most(rounded(w.at[i] / scale.at[i]) + zero.at[i], Vec{}), all(levels));
       errors[j].at[i] = (w.at[i] - (code.at[i] - zero.at[i]) * scale.at[i]) / pivot;
@@ -142,8 +142,8 @@ void gptq_block(const BelleGptqBlock& b, int64_t n, int64_t count) {
 
 // ---- coordinate descent ----
 
-void descend(const BelleDescent& d, int64_t n, int64_t count) {
-  Lanes losses[kMostRun];  // what each weight has become less by
+void descend(const CoordinateDescentStruct& d, int64_t n, int64_t count) {
+  Lanes losses[kMaxRun];  // what each weight has become less by
   const Lanes scale = load(d.scale + n, count), zero = load(d.zero + n, count);
   const float levels = static_cast<float>(d.levels);
   for (int64_t j = 0; j < d.inputs; ++j) {
@@ -166,7 +166,7 @@ constexpr int kTried = 4;  // candidates that share what is read of the weights
 
 // What rounding to kTried candidates costs a register of outputs, whose weights begin at `weights`. They are multiplied
 // by the inverse of the scale: a division takes as long as all the rest, and a tie may go either way here.
-inline void try_grids(const BelleSearch& s, const float* weights, const Vec* scale, const Vec* zero, Vec* loss) {
+inline void try_grids(const GridSearchStruct& s, const float* weights, const Vec* scale, const Vec* zero, Vec* loss) {
   Vec inverse[kTried], low[kTried], high[kTried];
   for (int c = 0; c < kTried; ++c) {
     inverse[c] = 1.0f / scale[c];
@@ -185,16 +185,16 @@ inline void try_grids(const BelleSearch& s, const float* weights, const Vec* sca
   }
 }
 
-inline void search_register(const BelleSearch& s, int64_t n) {
+inline void search_register(const GridSearchStruct& s, int64_t n) {
   Vec least_loss = all(__builtin_inff());
   Bits best = Bits{} - 1;
   for (int64_t c = 0; c < s.candidates; c += kTried) {
     const int64_t count = s.candidates - c < kTried ? s.candidates - c : kTried;
     Vec scale[kTried], zero[kTried], loss[kTried];
     for (int64_t t = 0; t < kTried; ++t) {  // the last one stands for those that are not there
-      const int64_t own = (c + (t < count ? t : count - 1)) * s.outputs + n;
-      std::memcpy(&scale[t], s.scales + own, sizeof(Vec));
-      std::memcpy(&zero[t], s.zeros + own, sizeof(Vec));
+      const int64_t at = (c + (t < count ? t : count - 1)) * s.outputs + n;
+      std::memcpy(&scale[t], s.scales + at, sizeof(Vec));
+      std::memcpy(&zero[t], s.zeros + at, sizeof(Vec));
     }
     try_grids(s, s.weights + n, scale, zero, loss);
     for (int64_t t = 0; t < count; ++t) {
@@ -206,7 +206,7 @@ inline void search_register(const BelleSearch& s, int64_t n) {
   std::memcpy(s.best + n, &best, sizeof best);
 }
 
-void search(const BelleSearch& s, int64_t n) {
+void search(const GridSearchStruct& s, int64_t n) {
   for (int64_t lane = 0; lane < kBlock; lane += kVecLanes) search_register(s, n + lane);
 }
 

@@ -25,10 +25,10 @@ struct Constant {
 
 // f(Constant<0>), f(Constant<1>), ... f(Constant<COUNT - 1>): a loop over numbers that are part of a type.
 template <int COUNT, int I = 0, class F>
-inline __attribute__((always_inline)) void each(F&& f) {
+inline __attribute__((always_inline)) void unrolled_for(F&& f) {
   if constexpr (I < COUNT) {
     f(Constant<I>{});
-    each<COUNT, I + 1>(f);
+    unrolled_for<COUNT, I + 1>(f);
   }
 }
 
@@ -42,7 +42,7 @@ struct Split {
 };
 
 // The bits of the largest magnitude: as whole numbers, NaN and infinity stand above all numbers.
-inline int32_t largest_bits(const float* values, int run) {
+inline int32_t max_magnitude_bits(const float* values, int run) {
   int32_t largest = 0;
   for (int i = 0; i < run; ++i) {
     int32_t bits;
@@ -59,7 +59,7 @@ template <int PARTS>
 inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1) {
   constexpr float kRound = 12582912.0f;
   constexpr int32_t kRoundBits = 0x4B400000, kInfinity = 0x7F800000, kTiny = 0x0C000000;  // 2^-103: 127 / x is finite
-  const int32_t most = largest_bits(v, run);
+  const int32_t most = max_magnitude_bits(v, run);
   float largest, inverse = 0.0f, scale = 0.0f;
   std::memcpy(&largest, &most, 4);
   if (most >= kInfinity) {
@@ -68,7 +68,7 @@ inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1
     inverse = 127.0f / largest;
     scale = largest / 127.0f;
   }
-  int32_t both[kMostRun], sum = 0;
+  int32_t both[kMaxRun], sum = 0;
   for (int i = 0; i < run; ++i) {
     const float t = (most >= kInfinity ? 0.0f : v[i]) * inverse, shifted = t + kRound;
     int32_t high, low = 0;
@@ -103,13 +103,13 @@ inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1
   return {PARTS == 2 ? scale / 256.0f : scale, sum};
 }
 
-void split(const Task& t, int64_t row_begin, int64_t row_end) {
+void split(const MatmulTask& t, int64_t row_begin, int64_t row_end) {
   const int run = t.w.run;
   for (int64_t m = row_begin; m < row_end; ++m) {
     const float* row = t.x + m * t.w.inputs;
-    const int64_t first_place = place_of(t, m);
+    const int64_t first_place = row_position(t, m);
     for (int64_t g = 0; g < t.w.groups; ++g) {
-      float gathered[kMostRun];
+      float gathered[kMaxRun];
       const float* v = gathered;
       const int64_t first = g * run;
       if (t.w.order != nullptr) {
@@ -124,8 +124,8 @@ void split(const Task& t, int64_t row_begin, int64_t row_end) {
       }
       const int64_t place = first_place + g * t.unit_rows;
       const int64_t offset = place * run * (4 / Isa::kInputs);
-      const Split s = t.parts == 2 ? split_group<2>(v, run, t.data[0] + offset, t.data[1] + offset)
-                                   : split_group<1>(v, run, t.data[0] + offset, nullptr);
+      const Split s = t.parts == 2 ? split_group<2>(v, run, t.split[0] + offset, t.split[1] + offset)
+                                   : split_group<1>(v, run, t.split[0] + offset, nullptr);
       t.scale[place] = s.scale;
       t.sum[place] = s.sum;
     }
@@ -153,7 +153,7 @@ struct Grid {
   typename Isa::Int zero[kVectors];
 };
 
-inline Grid load_grid(const BelleWeight& w, int64_t block, int64_t group) {
+inline Grid load_grid(const WeightStruct& w, int64_t block, int64_t group) {
   Grid grid;
   const int64_t first = (block * w.groups + group) * kBlock;
   for (int h = 0; h < kVectors; ++h) {
@@ -175,11 +175,11 @@ inline typename Isa::Float scaled(const typename Isa::Int* sums, typename Isa::I
   return Isa::fused(Isa::times(Isa::to_float(whole), scale), Isa::set_float(row_scale), before);
 }
 
-inline void write_block(const Task& t, int64_t m, int64_t block, const float* values) {
+inline void write_block(const MatmulTask& t, int64_t m, int64_t block, const float* values) {
   const int64_t first = block * kBlock, count = least(kBlock, t.w.outputs - first), at = m * t.w.outputs + first;
   for (int64_t i = 0; i < count; ++i) {
     const float value = t.w.bias == nullptr ? values[i] : values[i] + t.w.bias[first + i];
-    t.y[at + i] = t.plus == nullptr ? value : value + t.plus[at + i];
+    t.y[at + i] = t.addend == nullptr ? value : value + t.addend[at + i];
   }
 }
 
@@ -189,20 +189,20 @@ inline void write_block(const Task& t, int64_t m, int64_t block, const float* va
 // ahead took one row from 0.82 to 0.96 of a plain read (2 cores; 0.90 with one block at a time).
 constexpr int kCodesAhead = 4096, kScalesAhead = 1024;  // bytes
 
-inline Grid stream_grid(const BelleWeight& w, int64_t block, int64_t group) {
+inline Grid stream_grid(const WeightStruct& w, int64_t block, int64_t group) {
   const int64_t first = (block * w.groups + group) * kBlock * (w.half_scales ? 2 : 4);
   __builtin_prefetch(static_cast<const uint8_t*>(w.scales) + first + kScalesAhead, 0, 2);
   return load_grid(w, block, group);
 }
 
 template <int BITS, int R, int PARTS>
-void stream(const Task& t, int64_t m, int64_t block) {
+void stream(const MatmulTask& t, int64_t m, int64_t block) {
   constexpr int kS = kSlices<BITS>, kB = Isa::kStreamBlocks;
   constexpr int kChains = R * kB == 1 ? 4 : R * kB == 2 ? 2 : 1;  // sums in flight: a product takes 5 cycles
-  const BelleWeight& w = t.w;
+  const WeightStruct& w = t.w;
   const int vectors = w.run * BITS / 32;
   const int64_t row_bytes = w.run * (4 / Isa::kInputs), block_bytes = w.groups * vectors * 64;
-  const int64_t first_place = place_of(t, m);
+  const int64_t first_place = row_position(t, m);
   const uint8_t* codes = w.codes + block * block_bytes;
   typename Isa::Float y[R][kB * kVectors];
   for (int r = 0; r < R; ++r)
@@ -210,7 +210,7 @@ void stream(const Task& t, int64_t m, int64_t block) {
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t place = first_place + g * t.unit_rows;
     const uint8_t* x[PARTS];
-    for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + place * row_bytes;
+    for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + place * row_bytes;
     typename Isa::Int sums[R][kB * kVectors][kChains][PARTS];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < kB * kVectors; ++c)
@@ -235,7 +235,7 @@ void stream(const Task& t, int64_t m, int64_t block) {
                 sums[r][c][i][p] =
                     Isa::dot(sums[r][c][i][p], code, load32(x[p] + r * row_bytes + (u * kS + kSlice) * 4));
           };
-          each<kS>(meet);
+          unrolled_for<kS>(meet);
         }
       }
       codes += 128;
@@ -268,12 +268,12 @@ void stream(const Task& t, int64_t m, int64_t block) {
 // ---- many rows: a group's codes of 32 outputs unpacked, then R rows at a time ----
 
 struct Scratch {
-  alignas(64) uint8_t codes[kMostRun / Isa::kInputs * 128];  // (steps, 32 outputs, 4 bytes)
-  alignas(64) float y[kMostRows * kPair];                    // what the groups so far gave
+  alignas(64) uint8_t codes[kMaxRun / Isa::kInputs * 128];  // (steps, 32 outputs, 4 bytes)
+  alignas(64) float y[kMaxRows * kPair];                    // what the groups so far gave
 };
 
 template <int BITS>
-void unpack(const BelleWeight& w, int64_t pair, int64_t group, uint8_t* out) {
+void unpack(const WeightStruct& w, int64_t pair, int64_t group, uint8_t* out) {
   constexpr int kS = kSlices<BITS>;
   const int vectors = w.run * BITS / 32;
   for (int b = 0; b < 2; ++b) {
@@ -282,7 +282,7 @@ void unpack(const BelleWeight& w, int64_t pair, int64_t group, uint8_t* out) {
       for (int h = 0; h < kVectors; ++h) {
         const int lane = h * Isa::kLanes * 4;
         const typename Isa::Int packed = Isa::load(codes + v * 64 + lane);
-        each<kS>([&](auto s) {
+        unrolled_for<kS>([&](auto s) {
           Isa::store(out + (v * kS + s.value) * 128 + b * 64 + lane, slice<BITS, s.value>(packed));
         });
       }
@@ -292,13 +292,13 @@ void unpack(const BelleWeight& w, int64_t pair, int64_t group, uint8_t* out) {
 
 // R rows from `place` on by Isa::kColumns registers of outputs, one group.
 template <int R, int PARTS>
-inline void tile(const Task& t, int64_t place, const uint8_t* codes, const typename Isa::Float* scale,
+inline void tile(const MatmulTask& t, int64_t place, const uint8_t* codes, const typename Isa::Float* scale,
                  const typename Isa::Int* zero, float* y) {
   constexpr int kC = Isa::kColumns;
   const int64_t row_bytes = t.w.run * (4 / Isa::kInputs);
   const int steps = t.w.run / Isa::kInputs;
   const uint8_t* x[PARTS];
-  for (int p = 0; p < PARTS; ++p) x[p] = t.data[p] + place * row_bytes;
+  for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + place * row_bytes;
   typename Isa::Int sums[R][kC][PARTS];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kC; ++c)
@@ -324,7 +324,7 @@ inline void tile(const Task& t, int64_t place, const uint8_t* codes, const typen
 }
 
 template <int R, int PARTS>
-inline void tiles(const Task& t, int64_t place, int count, const uint8_t* codes,
+inline void tiles(const MatmulTask& t, int64_t place, int count, const uint8_t* codes,
                   const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
   if (count == R) {
     tile<R, PARTS>(t, place, codes, scale, zero, y);
@@ -334,9 +334,9 @@ inline void tiles(const Task& t, int64_t place, int count, const uint8_t* codes,
 }
 
 template <int BITS, int PARTS>
-void block(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair, Scratch& scratch) {
+void block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair, Scratch& scratch) {
   constexpr int kRows = PARTS == 2 ? Isa::kTileRows / 2 : Isa::kTileRows;
-  const int64_t rows = row_end - row_begin, first_place = place_of(t, row_begin);
+  const int64_t rows = row_end - row_begin, first_place = row_position(t, row_begin);
   for (int64_t i = 0; i < rows * kPair; ++i) scratch.y[i] = 0.0f;
   for (int64_t g = 0; g < t.w.groups; ++g) {
     unpack<BITS>(t.w, pair, g, scratch.codes);
@@ -364,7 +364,7 @@ void block(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair, Scra
 // ---- the choice among them ----
 
 template <int BITS, int PARTS>
-void stream_rows(const Task& t, int64_t m, int64_t rows, int64_t block) {
+void stream_rows(const MatmulTask& t, int64_t m, int64_t rows, int64_t block) {
   switch (rows) {
     case 1: return stream<BITS, 1, PARTS>(t, m, block);
     case 2: return stream<BITS, 2, PARTS>(t, m, block);
@@ -374,8 +374,8 @@ void stream_rows(const Task& t, int64_t m, int64_t rows, int64_t block) {
 }
 
 template <int BITS, int PARTS>
-void multiply_parts(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
-  if (row_end - row_begin <= kFewRows) {
+void multiply_parts(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+  if (row_end - row_begin <= kMaxStreamRows) {
     for (int64_t b = 2 * pair_begin; b < 2 * pair_end; b += Isa::kStreamBlocks)
       stream_rows<BITS, PARTS>(t, row_begin, row_end - row_begin, b);
   } else {
@@ -386,7 +386,7 @@ void multiply_parts(const Task& t, int64_t row_begin, int64_t row_end, int64_t p
 
 // Where activations are words of 16 bits, both parts are in one.
 template <int BITS>
-void multiply_bits(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+void multiply_bits(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
   if (Isa::kInputs == 4 && t.parts == 2) {
     multiply_parts<BITS, Isa::kInputs == 4 ? 2 : 1>(t, row_begin, row_end, pair_begin, pair_end);
   } else {
@@ -394,7 +394,7 @@ void multiply_bits(const Task& t, int64_t row_begin, int64_t row_end, int64_t pa
   }
 }
 
-void multiply(const Task& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
+void multiply(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
   switch (t.w.bits) {
     case 2: return multiply_bits<2>(t, row_begin, row_end, pair_begin, pair_end);
     case 4: return multiply_bits<4>(t, row_begin, row_end, pair_begin, pair_end);

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kRowsAtATime = 8;
 
-void lay_block(const BelleRows& r, int64_t block, uint8_t* out) {
+void lay_block(const CodeRowsStruct& r, int64_t block, uint8_t* out) {
   const int fields = 8 / r.bits, vectors = r.run * r.bits / 32;
   out += block * r.groups * vectors * 64;
   for (int64_t g = 0; g < r.groups; ++g, out += vectors * 64) {
@@ -31,21 +31,21 @@ void lay_block(const BelleRows& r, int64_t block, uint8_t* out) {
 }  // namespace belle
 
 // 0, or 1 where there is NaN or infinity. The caller has checked shapes.
-BELLE_API int belle_round_rows(const BelleRounding* rounding, int threads, int isa) {
-  const belle::Kernel* kernel = belle::kernel(isa);
+BELLE_API int belle_round_rows(const RowQuantizationStruct* rounding, int threads, int isa) {
+  const belle::IsaKernels* kernels = belle::kernels_for(isa);
   std::atomic<bool> finite{true};
-  belle::share(threads, rounding->count, belle::kRowsAtATime, [&](int64_t row, int64_t end, int) {
+  belle::parallel_for(threads, rounding->count, belle::kRowsAtATime, [&](int64_t row, int64_t end, int) {
     for (; row < end && finite; ++row) {
-      if (!kernel->round_row(*rounding, row)) finite = false;
+      if (!kernels->quantize_row(*rounding, row)) finite = false;
     }
   });
   return finite ? 0 : 1;
 }
 
 // Fill `out` (N / 16, G, run * bits / 32, 64); the caller has checked shapes.
-BELLE_API void belle_pack_rows(const BelleRows* rows, uint8_t* out, int threads) {
-  const int64_t unit = belle::pieces_of_page(rows->groups * rows->run * rows->bits / 8 * belle::kBlock);
-  belle::share(threads, rows->count / belle::kBlock, unit, [&](int64_t block, int64_t end, int) {
+BELLE_API void belle_pack_rows(const CodeRowsStruct* rows, uint8_t* out, int threads) {
+  const int64_t unit = belle::pieces_per_huge_page(rows->groups * rows->run * rows->bits / 8 * belle::kBlock);
+  belle::parallel_for(threads, rows->count / belle::kBlock, unit, [&](int64_t block, int64_t end, int) {
     for (; block < end; ++block) belle::lay_block(*rows, block, out);
   });
 }
