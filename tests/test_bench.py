@@ -114,7 +114,7 @@ def test_markdown_table_shows_the_measurements(measured, capsys):
     text = capsys.readouterr().out
     assert "| decode, tokens/s |" in text
     assert "| bits | full | 4 |" in text
-    assert text.count("is bound by") == 2
+    assert text.count("is limited by") == 2
 
 
 def test_plot_is_written_as_png_and_other_formats_are_refused(measured, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line as a script sees it: exit codes, stdout that holds the result alone, errors in two lines."""
+"""The command line as a script sees it: exit codes, results alone on stdout, errors in two lines."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from conftest import packed_checkpoint
 from gptq_belle import __version__
 from gptq_belle.cli import app, console
 
-VERBS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "inspect", "eval", "report", "bench", "models",
-         "tune", "doctor")
-FILES_ONLY = ("inspect", "models", "convert", "decrypt")  # --device has no use there
+COMMANDS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "serve", "inspect", "eval", "report", "bench",
+            "plan", "models", "tune", "doctor")
+FILES_ONLY = ("inspect", "models", "convert", "decrypt")  # run on no device
 TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
 
 
@@ -31,7 +31,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def belle(capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process and return (exit code, stdout, stderr)."""
 
     def call(*args):
         with pytest.raises(SystemExit) as left:
@@ -43,18 +43,18 @@ def belle(capsys):
 
 
 def process(*args):
-    """Runs it in a process of its own."""
+    """Run the command line in a new process."""
     environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "gptq_belle.cli", *map(str, args)], capture_output=True, text=True,
                           env=environment)
 
 
-def test_help_names_every_verb_and_imports_no_torch():
+def test_help_names_every_command_and_imports_no_torch():
     code = "import sys, gptq_belle.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     done = process("--help")
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in VERBS)
+    assert all(command in done.stdout for command in COMMANDS)
 
 
 def test_convert_and_decrypt(belle, packed, tmp_path):
@@ -80,14 +80,14 @@ def test_version_option(belle):
     assert belle("--version") == (0, f"gptq-belle {__version__}\n", "")
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "eval ppl", "eval kl", "eval belle"])
-def test_every_verb_has_help_and_takes_the_common_options(belle, verb):
-    code, out, _ = belle(*verb.split(), "--help")
+@pytest.mark.parametrize("command", [*COMMANDS, "eval ppl", "eval kl", "eval belle"])
+def test_every_command_has_help_and_takes_the_common_options(belle, command):
+    code, out, _ = belle(*command.split(), "--help")
     assert code == 0
-    if verb != "eval":
+    if command != "eval":
         assert "--json" in out
         assert "-v" in out
-        assert ("--device" in out) == (verb not in FILES_ONLY)  # accepted there too, but of no effect
+        assert ("--device" in out) == (command not in FILES_ONLY)  # accepted there too, without effect
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_wrong_usage_exits_2(belle, args):
     assert err
 
 
-@pytest.mark.parametrize("verb", [("inspect",), ("generate", "--prompt", "a"), ("bench",), ("chat",)])
-def test_missing_model_exits_4_with_cause_and_remedy(belle, tmp_path, verb):
-    code, out, err = belle(verb[0], tmp_path / "absent", *verb[1:])
+@pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt", "a"), ("bench",), ("chat",)])
+def test_missing_model_exits_4_with_cause_and_remedy(belle, tmp_path, command):
+    code, out, err = belle(command[0], tmp_path / "absent", *command[1:])
     assert (code, out) == (4, "")
     assert "Error: " in err
     assert str(tmp_path / "absent") in err
@@ -193,10 +193,10 @@ def test_eval_kl_and_its_gates(belle, packed, tiny_llama, text):
 
 
 def test_eval_kl_reuses_stored_predictions_of_the_base(belle, packed, tiny_llama, text, tmp_path, monkeypatch):
-    from gptq_belle.cli import evaluate
+    from gptq_belle.cli import options
 
-    loaded, load = [], evaluate.load_model
-    monkeypatch.setattr(evaluate, "load_model", lambda path, *args: loaded.append(path) or load(path, *args))
+    loaded, load = [], options.load_model
+    monkeypatch.setattr(options, "load_model", lambda path, *args: loaded.append(path) or load(path, *args))
     args = ("eval", "kl", packed, "--base", tiny_llama, "--text", text, "--window", 64, "--json")
     plain, first, second = belle(*args), *(belle(*args, "--keep", tmp_path / "kept") for _ in range(2))
     assert plain[:2] == first[:2] == second[:2]

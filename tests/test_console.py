@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from gptq_belle.cli import console
+from gptq_belle.cli import console, options
 from gptq_belle.errors import GateError, GptqBelleError, HardwareError, InputError, UsageError
 
 
@@ -20,7 +20,7 @@ def raising(error):
     app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
-    def command(verbose: console.Verbose = False):
+    def command(verbose: options.Verbose = False):
         raise error
 
     return app

@@ -8,7 +8,8 @@ from conftest import naming, packed_checkpoint
 
 from gptq_belle.bench import kernel_tuning
 from gptq_belle.bench import model_tuning as tuner
-from gptq_belle.cli import app, console, machine
+from gptq_belle.cli import app, console
+from gptq_belle.cli import tune as command
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import LaunchPlan, MatmulProblem, TileConfig, default_plan
@@ -157,7 +158,7 @@ def test_a_model_is_tuned_case_by_case(tiny_llama, tmp_path, own_tables, capsys)
     assert shapes == {(128, 128), (128, 64), (128, 256), (256, 128)}  # q and o; k and v; gate and up; down
     assert len(found["entries"]) == 2 * len(shapes) == len(told) - 1
     assert triton_config.tuned_plans(86)
-    machine.show_tuning(found)
+    command.show(found)
     assert "skinny" in capsys.readouterr().out
 
 

@@ -1,20 +1,36 @@
-"""The command line's root: every command is a function in a file of its own, which imports the library when it runs."""
+"""The root of the command line. Each command's function imports the library only when it runs."""
 
 from typing import Annotated
 
 import typer
 
 from gptq_belle import __version__
-from gptq_belle.cli import chat, convert, demo, evaluate, generate, inspect, machine, models, quantize, report, serve
+from gptq_belle.cli import (
+    bench,
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    models,
+    plan,
+    quantize,
+    report,
+    serve,
+    tune,
+)
 
 app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
-app.add_typer(evaluate.app, name="eval", help="Measure quality: perplexity, KL divergence from the base, answers.")
+app.add_typer(evaluate.app, name="eval",
+              help="Measure quality: perplexity, KL divergence from the base, answers to test questions.")
 app.command("demo")(demo.command)
 app.command("quantize")(quantize.command)
-app.command("report")(report.command)
+app.command("report")(report.report)
 for command in (convert.convert, convert.decrypt, inspect.inspect, generate.generate, chat.chat, serve.serve,
-                machine.bench, machine.plan, models.models, machine.tune, machine.doctor):
+                bench.bench, plan.plan, models.models, tune.tune, doctor.doctor):
     app.command()(command)
 
 

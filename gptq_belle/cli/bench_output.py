@@ -1,4 +1,4 @@
-"""What `bench` prints: a table for people, and JSON, JSON Lines or CSV for programs."""
+"""Output of `bench`: a table for people, and JSON, JSON Lines or CSV for programs."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ FORMATS = ("md", "json", "jsonl", "csv")
 
 
 def check_format(name: str) -> None:
-    """Raises UsageError where `name` is not one of FORMATS."""
+    """Raise UsageError if `name` is not one of FORMATS."""
     if name not in FORMATS:
         raise UsageError(f"output format {name!r} is not known", f"Choose one of {', '.join(FORMATS)}.")
 
@@ -26,8 +26,8 @@ def show(bench: Bench, output: str) -> None:
     """Print the results on stdout.
 
     Args:
-        bench: what was measured.
-        output: one of FORMATS. "md" is drawn as a table on a terminal.
+        bench: the measurements.
+        output: one of FORMATS; "md" is a Markdown table, drawn as a table on a terminal.
     """
     if output == "json":
         console.print_json({"machine": machine(), **asdict(bench)})
@@ -40,7 +40,7 @@ def show(bench: Bench, output: str) -> None:
 
 
 def flat(bench: Bench) -> list[dict[str, Any]]:
-    """A row a model, of plain values in SI units; the names are the columns of the CSV."""
+    """One row per model of plain values in SI units; the names are the columns of the CSV."""
     work = asdict(bench.workload)
     return [{
         "path": str(r.path), "bits": r.bits, "dtype": r.dtype, "precision": r.precision,
@@ -64,9 +64,9 @@ def _show_table(bench: Bench) -> None:
         ("decode, tokens/s", lambda r: ranged(r.decode)),
         ("peak memory, MB", lambda r: megabytes(r.footprint.peak_bytes)),
         ("GPU memory, MB", lambda r: megabytes(r.footprint.cuda_bytes)),
-        ("weights a step, MB", lambda r: megabytes(r.weight_bytes)),
+        ("weights per step, MB", lambda r: megabytes(r.weight_bytes)),
         ("read, GB/s", lambda r: f"{r.achieved / 1e9:.2f}"),
-        ("of what memory reads, %", lambda r: f"{100 * r.achieved / bench.bandwidth.median:.0f}"),
+        ("share of the read bandwidth, %", lambda r: f"{100 * r.achieved / bench.bandwidth.median:.0f}"),
         ("linears / attention / head / rest, %", lambda r: " / ".join(f"{100 * share:.0f}" for share in r.shares)),
     ]
     if all(result.footprint.cuda_bytes is None for result in results):
@@ -77,27 +77,27 @@ def _show_table(bench: Bench) -> None:
     title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {first.dtype} {first.precision}: "
              f"medians of {work.repeats}, ± half of their range")
     _print(title, columns, cells)
-    console.say()
+    console.print_line()
     if bench.points:
-        _print(f"prompt {work.prompt} and {work.tokens} new tokens behind what was read before",
+        _print(f"prompt {work.prompt} and {work.tokens} new tokens after each depth",
                *sweep_cells(bench))
-        console.say()
+        console.print_line()
     for name, result in zip(labels(results), results, strict=True):
-        console.say(f"{name} is bound by {result.bound}.")
-    console.say(f"Memory reads at {bench.bandwidth.median / 1e9:.1f} GB/s here. Peak memory is above that of the "
-                "process before loading.")
-    console.say(f"Machine: {machine()}")
+        console.print_line(f"{name} is limited by {result.bound}.")
+    console.print_line(f"Read bandwidth of the memory: {bench.bandwidth.median / 1e9:.1f} GB/s. Peak memory is "
+                       "relative to the process before loading.")
+    console.print_line(f"Machine: {machine()}")
 
 
 def sweep_cells(bench: Bench) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the speeds by batch and depth: a row for each, two columns a model."""
+    """Columns and rows of the speeds: one row per batch and depth, two columns per model."""
     names = labels(bench.results)
     paths = [result.path for result in bench.results]
     found = {(point.path, point.batch, point.depth): point for point in bench.points}
-    places = dict.fromkeys((point.batch, point.depth) for point in bench.points)
+    settings = dict.fromkeys((point.batch, point.depth) for point in bench.points)
     columns = ["batch", "depth", *(f"{name} {what}" for name in names for what in ("prefill", "decode"))]
     rows = []
-    for batch, depth in places:
+    for batch, depth in settings:
         speeds = [speed for path in paths for speed in (found[path, batch, depth].prefill,
                                                         found[path, batch, depth].decode)]
         rows.append([str(batch), f"{depth:,}", *map(ranged, speeds)])
@@ -108,24 +108,24 @@ def _print(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -
     if console.out().is_terminal:
         console.print_table(title, columns, cells)
     else:
-        console.say(f"{title}\n")
-        console.say(markdown(columns, cells))
+        console.print_line(f"{title}\n")
+        console.print_line(markdown(columns, cells))
 
 
 def ranged(values: Spread, factor: float = 1.0) -> str:
-    """A median with half of the range as a share of it, for reading."""
+    """A median and half of the range in percent of it, as text."""
     middle = factor * values.median
     half = 50 * (values.high - values.low) / values.median
     return f"{middle:,.{0 if middle >= 1000 else 1}f} ±{half:.0f} %"
 
 
 def megabytes(size: int | None) -> str:
-    """Bytes as MB, for reading."""
+    """Bytes as text in MB."""
     return "unknown" if size is None else f"{size / MB:,.1f}"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """A Markdown table; all columns but the first are right-aligned."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
 

@@ -1,6 +1,7 @@
-"""What every verb shares: where output goes, how an error looks, and the options that all of them take.
+"""Terminal output and error handling of all commands.
 
-Results go to stdout, progress and errors to stderr. On a terminal rich draws; elsewhere lines stay plain and whole.
+Results go to stdout, progress and errors to stderr. On a terminal they are formatted by rich; elsewhere they are plain
+lines without line breaks.
 """
 
 import dataclasses
@@ -12,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
@@ -27,52 +27,46 @@ INTERRUPTED = 130
 _verbose = False
 
 
-def _set_verbose(value: bool) -> bool:
+def set_verbose(value: bool) -> bool:
+    """Set whether `report` prints tracebacks."""
     global _verbose
     _verbose = value
     return value
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=True)]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", callback=_set_verbose, help="With an error, print the traceback too.")
-]
-
-
 @cache
 def out() -> Console:
-    """The console of results: stdout."""
+    """The console for results: stdout."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
 @cache
 def err() -> Console:
-    """The console of progress and errors: stderr."""
+    """The console for progress and errors: stderr."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
-def say(text: str = "", style: str | None = None) -> None:
-    """One line of results: folded between words on a terminal, left whole elsewhere."""
+def print_line(text: str = "", style: str | None = None) -> None:
+    """Print one line of results; only a terminal wraps it."""
     out().print(text, style=style, soft_wrap=not out().is_terminal)
 
 
 def note(text: str, style: str | None = "dim") -> None:
-    """One line of progress on stderr."""
+    """Print one line of progress on stderr."""
     err().print(text, style=style, soft_wrap=True)
 
 
 @contextmanager
-def step(text: str) -> Iterator[None]:
-    """Show on stderr what is being done: a spinner on a terminal, one plain line elsewhere."""
-    with stepping() as show:
+def show_step(text: str) -> Iterator[None]:
+    """Show the current step on stderr: a spinner on a terminal, one plain line elsewhere."""
+    with show_steps() as show:
         show(text)
         yield
 
 
 @contextmanager
-def stepping() -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is being done, one thing after the other: on a terminal in one line, elsewhere in many."""
+def show_steps() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the current step on stderr: on a terminal in one line, elsewhere one line each."""
     if err().is_terminal:
         with err().status("") as status:
             yield status.update
@@ -81,8 +75,8 @@ def stepping() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def counting(text: str, *, is_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show on stderr how far something is; what is given takes (done, in all): a bar on a terminal, else one line."""
+def progress_bar(text: str, *, is_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yield a progress callback that takes (done, total): a bar on a terminal, one line on stderr elsewhere."""
     if not err().is_terminal:
         note(text)
         yield lambda done, total: None
@@ -101,16 +95,16 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> None:
-    """A table of cells on stdout: drawn on a terminal, aligned plain lines elsewhere.
+    """Print a table on stdout: drawn on a terminal, aligned plain lines elsewhere.
 
     Args:
-        title: one line above it; may be empty.
-        columns: the head; one without any name is left out.
-        rows: a cell for every column.
-        text: the first so many columns hold text, to the left; the others numbers, to the right.
+        title: one line above the table; may be empty.
+        columns: column names; without any name, no header is printed.
+        rows: one cell per column.
+        text: number of leading columns that hold text, left-aligned; the others hold numbers, right-aligned.
     """
     if title:
-        say(title, style="bold")
+        print_line(title, style="bold")
     if not out().is_terminal:
         _print_plain_table(columns, rows, text)
         return
@@ -123,15 +117,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
-    """Run a typer app and leave the process with its exit code; errors become one line of cause, one of remedy.
+    """Run a typer app and exit with its exit code; an error is printed as one line of cause and one of remedy.
 
     Args:
         app: the typer app.
-        args: the command line without the program's name; None takes the process's own.
+        args: the command line without the program's name; None uses the command line of the process.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a latin-1 terminal shows \u4f60 in place of a crash
+            stream.reconfigure(errors="backslashreplace")  # print \u4f60 on a latin-1 terminal instead of failing
     try:
         app(args) if args is not None else app()
         code: int | str | None = 0
@@ -147,7 +141,7 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
 
 
 def report(error: BaseException) -> int:
-    """Print an error for the user on stderr (with its traceback under -v) and give its exit code."""
+    """Print an error on stderr (with its traceback under -v) and return its exit code."""
     shown = as_user_error(error)
     if _verbose:
         err().print("".join(traceback.format_exception(error)), soft_wrap=True, end="")
@@ -178,4 +172,4 @@ def _print_plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], te
         for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
             space = " " * (width - cell_len(cell))
             cells.append(cell + space if place < text else space + cell)
-        say("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())

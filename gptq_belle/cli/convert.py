@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.options import WrittenStyle, chosen, optional_local
+from gptq_belle.cli import console, options
 
 
 def decrypt(
@@ -15,9 +14,9 @@ def decrypt(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")],
     key: Annotated[Path, typer.Option(help="Meta's consolidated.00.pth of LLaMA-7B, version 1 (also for 13B).")],
     encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt instead: write .enc files.")] = False,
-    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # accepted by every command
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    device: options.UnusedDevice = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Decrypt BELLE-LLaMA's .enc files, and show MD5 and SHA-256 to compare with the published ones.
 
@@ -29,7 +28,7 @@ def decrypt(
     if is_name(source):
         source = model_directory(source, DECRYPTABLE)
     job = decryption.encrypt if encrypt else decryption.decrypt
-    with console.counting("encrypting" if encrypt else "decrypting", is_bytes=True) as progress:
+    with console.progress_bar("encrypting" if encrypt else "decrypting", is_bytes=True) as progress:
         found = job(source, out, key, progress=progress)
     if as_json:
         console.print_json(found)
@@ -43,17 +42,17 @@ def convert(
                                            "contains one, or an AutoGPTQ or GPTQModel directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory; it appears only when complete.")],
     base: Annotated[Path | None, typer.Option(
-        callback=optional_local, show_default=False,
+        callback=options.optional_local, show_default=False,
         help="Directory with config.json and tokenizer, if they are not beside the weights.")] = None,
     checkpoint_format: Annotated[str | None, typer.Option(
         "--format", help="Checkpoint format: gptq (zero points stored minus one) or gptq_v2. Default: gptq for "
         "symmetric weights, else gptq_v2.", show_default=False)] = None,
     repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Restore zero points of 0 that old packers "
                                                "wrapped around.")] = False,
-    prompt_style: WrittenStyle = "auto",
-    device: Annotated[str, typer.Option(hidden=True)] = "auto",  # accepted by every command
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    prompt_style: options.WrittenStyle = "auto",
+    device: options.UnusedDevice = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Convert an old or another tool's quantized checkpoint to the standard format; codes are kept bit for bit.
 
@@ -64,9 +63,10 @@ def convert(
 
     if is_name(source):
         source = model_directory(source, CONVERTIBLE)
-    with console.counting("converting") as progress:
+    with console.progress_bar("converting") as progress:
         found = conversion.convert(source, out, base=base, checkpoint_format=checkpoint_format,
-                                   repair_zeros=repair_zeros, prompt_style=chosen(prompt_style), progress=progress)
+                                   repair_zeros=repair_zeros, prompt_style=options.style_or_none(prompt_style),
+                                   progress=progress)
     if as_json:
         console.print_json(found)
     else:

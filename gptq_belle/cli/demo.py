@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_belle.cli import console
+from gptq_belle.cli import console, options
 from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.evaluation.belle_set import marked
 from gptq_belle.evaluation.comparison import Comparison
@@ -26,9 +26,9 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the quantized models.")] = Path("demo-output"),
     prompt: Annotated[str | None, typer.Option(help="What to ask at the end.", show_default=False)] = None,
     per_class: Annotated[int, typer.Option(help="Test questions of each class.", min=1)] = 10,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Quantize the shipped demo models to 8 and 4 bits, and show what that saves and costs. No network."""
     if model not in (*MODELS, "both"):
@@ -46,7 +46,8 @@ def command(
     if as_json:
         console.print_json({"models": results})
     else:
-        console.say(f"The quantized models are in {out}. Talk with one: gptq-belle chat {out / f'{names[0]}-4bit'}")
+        console.print_line(f"The quantized models are in {out}. Chat with one: "
+                           f"gptq-belle chat {out / f'{names[0]}-4bit'}")
 
 
 def check_examples(folder: Path, name: str) -> None:
@@ -77,7 +78,7 @@ def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_c
         _quantize(source, path, bits, device)
     rows = read_rows(data / "test.jsonl", per_class)
     question = prompt or next((row.question for row in rows if row.cls == "translation"), rows[0].question)
-    with console.stepping() as progress:
+    with console.show_steps() as progress:
         return compare({"full precision": source, **quantized}, rows, data / "heldout.jsonl", question, device=device,
                        progress=progress)
 
@@ -101,7 +102,7 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
             self.done += 1
             self.show(self.done, self.total)
 
-    with console.counting(f"quantizing {source.name} to {bits} bits") as progress:
+    with console.progress_bar(f"quantizing {source.name} to {bits} bits") as progress:
         report = quantize_checkpoint(source, out, QuantConfig(bits=bits), device=device,
                                      calibration=Calibration(rows=ROWS, seq_len=SEQ_LEN), progress=Counter(progress),
                                      resume=False)
@@ -113,12 +114,12 @@ def show(comparison: Comparison, title: str) -> None:
     """Print a comparison: a table of figures, then the answers side by side."""
     variants = comparison.variants
     names = [variant.name for variant in variants]
-    console.say()
+    console.print_line()
     console.print_table(title, ["", *names], rows_of(comparison))
-    console.say()
+    console.print_line()
     answers = [[variant.name, " ".join(variant.answer.split())] for variant in variants]
     console.print_table(f"Prompt: {comparison.prompt}", ["", "answer"], answers, text=2)
-    console.say()
+    console.print_line()
 
 
 def rows_of(comparison: Comparison) -> list[list[str]]:

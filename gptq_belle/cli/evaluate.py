@@ -1,79 +1,79 @@
-"""The verbs `eval ppl`, `eval kl` and `eval belle`."""
+"""The commands `eval ppl`, `eval kl` and `eval belle`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.options import ChatStyle, HeadBits, ModelPath, Precision, load_model, local, optional_local
+from gptq_belle.cli import console, options
 from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
     from gptq_belle.evaluation.belle_answers import Answer
     from gptq_belle.evaluation.belle_set import Row
+    from gptq_belle.evaluation.quality_gates import Gate
 
 app = typer.Typer(no_args_is_help=True)
-Text = Annotated[Path, typer.Option(help="UTF-8 text, or JSONL rows of any form that calibration takes.")]
-Window = Annotated[int, typer.Option(help="Tokens a window.")]
-Stride = Annotated[int | None, typer.Option(help="Scored tokens a window; left out, all of it.", show_default=False)]
-Limit = Annotated[int | None, typer.Option(help="Use only the first N tokens of the text.", show_default=False)]
-Gate = Annotated[list[str] | None, typer.Option(
-    help="Exit with code 5 unless it holds; a figure of --json, <, <=, > or >=, a number. May be repeated.")]
-Overlap = Annotated[bool, typer.Option("--allow-overlap", help="Take text that the model was calibrated on.")]
+Text = Annotated[Path, typer.Option(help="UTF-8 text, or JSONL rows in any form that calibration accepts.")]
+Stride = Annotated[int | None, typer.Option(help="Scored tokens per window. Default: all of them.",
+                                            show_default=False)]
+QualityGate = Annotated[list[str] | None, typer.Option(
+    "--gate", help="Exit with code 5 if it is missed: a metric of --json, then <, <=, > or >=, then a number. "
+    "Repeatable.")]
 
 
 @app.command()
 def ppl(
-    path: ModelPath,
+    path: options.ModelPath,
     text: Text,
-    window: Window = 512,
+    window: options.WindowTokens = 512,
     stride: Stride = None,
-    limit: Limit = None,
-    gate: Gate = None,
-    allow_overlap: Overlap = False,
-    precision: Precision = None,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    limit: options.TextLimit = None,
+    gate: QualityGate = None,
+    allow_overlap: options.AllowOverlap = False,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Perplexity on a text: by token, UTF-8 byte and character. Gates: ppl, per_byte ..., as in --gate 'ppl<12'."""
+    """Perplexity on a text: per token, UTF-8 byte and character. Gates: ppl, per_byte ..., as in --gate 'ppl<12'."""
     from gptq_belle.evaluation import perplexity
     from gptq_belle.evaluation import quality_gates as gates
     from gptq_belle.evaluation.base_predictions import text_for
 
     wanted = [gates.parse(one, gates.names(perplexity.Perplexity)) for one in gate or []]
     _, words = text_for(path, text, allow_overlap=allow_overlap)
-    model = load_model(path, device, precision)
-    with console.counting("windows") as progress:
+    model = options.load_model(path, device, precision)
+    with console.progress_bar("windows") as progress:
         found = perplexity.perplexity(model.logits, model.tokenizer, words, length=window, stride=stride, limit=limit,
                                       progress=progress)
     if as_json:
         console.print_json(found)
     else:
         console.print_table("", ["", ""], perplexity.lines(found), text=2)
-    for passed in gates.check(wanted, gates.figures(found)):
-        console.note(passed)
+    _check_gates(wanted, gates.figures(found))
 
 
 @app.command()
 def kl(
-    path: ModelPath,
-    base: Annotated[Path, typer.Option(callback=local, help="The full-precision model that PATH was made from.")],
+    path: options.ModelPath,
+    base: Annotated[Path, typer.Option(callback=options.local,
+                                       help="The full-precision model that PATH was quantized from.")],
     text: Text,
-    window: Window = 512,
+    window: options.WindowTokens = 512,
     stride: Stride = None,
-    limit: Limit = None,
+    limit: options.TextLimit = None,
     keep: Annotated[Path | None, typer.Option(
-        help="Folder for the base's predictions: left there for the next model, taken from there if they fit. They "
-        "take 4 bytes a token and vocabulary entry.", show_default=False)] = None,
-    gate: Gate = None,
-    allow_overlap: Overlap = False,
-    precision: Precision = None,
-    head_bits: HeadBits = None,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+        help="Folder that keeps the predictions of the base for later runs; reused if they fit. 4 bytes per token and "
+        "vocabulary entry.", show_default=False)] = None,
+    gate: QualityGate = None,
+    allow_overlap: options.AllowOverlap = False,
+    precision: options.Precision = None,
+    head_bits: options.HeadBits = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """KL divergence from a base model; only one of the two is in memory at a time.
 
@@ -86,46 +86,46 @@ def kl(
     wanted = [gates.parse(one, gates.names(kl_statistics.Divergence)) for one in gate or []]
     tokenizer, words = base_predictions.text_for(path, text, allow_overlap=allow_overlap)
     cut = base_predictions.cut(base, tokenizer, words, window, stride, limit)
-    with base_predictions.base_predictions(base, cut, lambda place: load_model(place, device, precision),
-                                           console.counting, keep=keep, device=device,
+    with base_predictions.base_predictions(base, cut, lambda place: options.load_model(place, device, precision),
+                                           console.progress_bar, keep=keep, device=device,
                                            precision=precision) as predictions:
-        model = load_model(path, device, precision, head_bits)
-        with console.counting("windows") as progress:
+        model = options.load_model(path, device, precision, head_bits)
+        with console.progress_bar("windows") as progress:
             found = kl_statistics.summarize(token_figures(predictions, model.logits, progress), len(cut))
     if as_json:
         console.print_json(found)
     else:
         console.print_table("", ["", ""], kl_statistics.lines(found), text=2)
-    for passed in gates.check(wanted, gates.figures(found)):
-        console.note(passed)
+    _check_gates(wanted, gates.figures(found))
 
 
 @app.command()
 def belle(
-    path: ModelPath,
-    test: Annotated[Path, typer.Option(help="JSONL rows with class, question and std_answer.")],
+    path: options.ModelPath,
+    test: Annotated[Path, typer.Option(help=options.TEST_HELP)],
     base: Annotated[Path | None, typer.Option(
-        callback=optional_local,
-        help="The full-precision model that PATH was made from: measures agreement with its greedy answers.",
-        show_default=False)] = None,
-    per_class: Annotated[int | None, typer.Option(help="Use only the first N questions of each class.", min=1)] = None,
-    prompt_style: ChatStyle = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 160,
-    batch: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 32,
+        callback=options.optional_local, show_default=False,
+        help="The full-precision model that PATH was quantized from: measure agreement with its greedy answers.",
+        )] = None,
+    per_class: options.PerClass = None,
+    prompt_style: options.ChatStyle = "auto",
+    max_tokens: options.AnswerTokens = 160,
+    batch: options.QuestionBatch = 32,
     judge: Annotated[Path | None, typer.Option(
-        help="Write a request a line for a judging model, as BELLE asks ChatGPT.", show_default=False)] = None,
+        help="File to write: one request per question for a judging model, as BELLE sends them to ChatGPT.",
+        show_default=False)] = None,
     judge_prompts: Annotated[Path | None, typer.Option(
         help="BELLE's eval_prompt.json, for --judge.", show_default=False)] = None,
-    gate: Gate = None,
-    allow_overlap: Overlap = False,
-    precision: Precision = None,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    gate: QualityGate = None,
+    allow_overlap: options.AllowOverlap = False,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Answers to test questions, scored by class.
 
-    Gates: exact, f1, rouge_l, nll, agreement, identical, of all or of one class, as in --gate 'exact>85' or
+    Gates: exact, f1, rouge_l, nll, agreement, identical, of all questions or of one class, as in --gate 'exact>85' or
     --gate 'f1.math>50'.
     """
     from gptq_belle.evaluation import belle_set as test_set
@@ -141,8 +141,8 @@ def belle(
     if not allow_overlap:
         _refuse_overlap(path, test, rows)
     asked = _ask_base(base, rows, max_tokens, batch, prompt_style, precision, device) if base else None
-    model = load_model(path, device, precision)
-    with console.counting("answers") as progress:
+    model = options.load_model(path, device, precision)
+    with console.progress_bar("answers") as progress:
         found = test_set.evaluate(model, rows, limit=max_tokens, batch=batch, style=prompt_style, base=asked,
                                   progress=progress)
     if judge:
@@ -151,7 +151,13 @@ def belle(
         console.print_json(found)
     else:
         console.print_table("", test_set.COLUMNS, test_set.lines(found))
-    for passed in gates.check(wanted, gates.belle_figures(found)):
+    _check_gates(wanted, gates.belle_figures(found))
+
+
+def _check_gates(gates: "Sequence[Gate]", metrics: Mapping[str, float]) -> None:
+    from gptq_belle.evaluation.quality_gates import check
+
+    for passed in check(gates, metrics):
         console.note(passed)
 
 
@@ -164,9 +170,9 @@ def _refuse_overlap(path: Path, test: Path, rows: "list[Row]") -> None:
 
 def _ask_base(base: Path, rows: "list[Row]", limit: int, batch: int, style: str, precision: str | None,
               device: str) -> "list[Answer]":
-    """The base's answers; it is out of memory afterwards."""
+    """The answers of the base, which is freed afterwards."""
     from gptq_belle.evaluation.belle_answers import ask
 
-    model = load_model(base, device, precision)
-    with console.counting("answers of the base") as progress:
+    model = options.load_model(base, device, precision)
+    with console.progress_bar("answers of the base") as progress:
         return ask(model, [row.question for row in rows], limit, batch, style, progress)

@@ -6,42 +6,28 @@ from typing import Annotated
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.options import (
-    Cache,
-    HeadBits,
-    MaxTokens,
-    ModelPath,
-    Penalty,
-    Precision,
-    Seed,
-    Style,
-    Temperature,
-    TopK,
-    TopP,
-    load_model,
-)
+from gptq_belle.cli import console, options
 
 
 def generate(
-    path: ModelPath,
+    path: options.ModelPath,
     prompt: Annotated[str, typer.Option(help="The question, or the text to continue with --prompt-style none.")],
-    prompt_style: Style = "auto",
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = None,
-    precision: Precision = None,
-    head_bits: HeadBits = None,
-    cache: Cache = "float16",
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    prompt_style: options.PromptStyle = "auto",
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    repetition_penalty: options.Penalty = 1.0,
+    seed: options.Seed = None,
+    precision: options.Precision = None,
+    head_bits: options.HeadBits = None,
+    cache: options.Cache = "float16",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Answer one prompt and stream the answer to stdout."""
-    model = load_model(path, device, precision, head_bits, cache)
+    model = options.load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     began, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,

@@ -4,14 +4,13 @@ from typing import Annotated
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.options import ModelPath
+from gptq_belle.cli import console, options
 
 
-def inspect(path: ModelPath,
+def inspect(path: options.ModelPath,
             prompt: Annotated[bool, typer.Option("--prompt", help="Show the prompt format instead.")] = False,
-            device: Annotated[str, typer.Option(hidden=True)] = "auto",  # accepted by every command
-            as_json: console.Json = False, verbose: console.Verbose = False) -> None:
+            device: options.UnusedDevice = "auto",
+            as_json: options.Json = False, verbose: options.Verbose = False) -> None:
     """Show a model directory's bits, groups, sizes and prompt style; exit code 4 if it has problems."""
     from gptq_belle.checkpoint import inspection, tokenizer_files
 
@@ -28,6 +27,6 @@ def inspect(path: ModelPath,
     else:
         console.print_table(str(path), ["", ""], inspection.lines(found), text=2)
         for problem in found.problems:
-            console.say(f"Problem: {problem}", style="bold red")
+            console.print_line(f"Problem: {problem}", style="bold red")
     if found.problems:
         raise typer.Exit(4)

@@ -1,16 +1,14 @@
-"""The verb `models`."""
+"""The command `models`."""
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from gptq_belle.cli import console
+from gptq_belle.cli import console, options
 
 
-def models(device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every verb takes it
-           as_json: console.Json = False, verbose: console.Verbose = False) -> None:
+def models(device: options.UnusedDevice = "auto", as_json: options.Json = False,
+           verbose: options.Verbose = False) -> None:
     """List the BELLE family: names that stand for a download wherever MODEL or PATH is asked for."""
     rows = list(listed())
     if as_json:
@@ -21,8 +19,8 @@ def models(device: Annotated[str, typer.Option(hidden=True)] = "auto",  # every 
     console.print_table("", head, [[_shown(row[key]) for key in keys] for row in rows], text=5)
     for licence in dict.fromkeys(row["licence"] for row in rows):
         names = ", ".join(row["name"] for row in rows if row["licence"] == licence)
-        console.say(f"{licence}: {names}")
-    console.say("On the hub they stand under BelleGroup/. Sizes in 4 and 8 bits are as quantize writes them.")
+        console.print_line(f"{licence}: {names}")
+    console.print_line("On the hub they stand under BelleGroup/. Sizes in 4 and 8 bits are as quantize writes them.")
 
 
 def listed() -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and loading a model from them."""
+"""Options that several commands share, each defined once, and the loading of a model from them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,22 +20,39 @@ def local(model: Path) -> Path:
     return model_directory(model) if is_name(model) else model
 
 
-def chosen(style: str) -> str | None:
-    """The value of --prompt-style; None for auto."""
-    return None if style == "auto" else style
-
-
 def optional_local(model: Path | None) -> Path | None:
     """`local` for an option that may be omitted."""
     return None if model is None else local(model)
 
 
+def style_or_none(style: str) -> str | None:
+    """The value of --prompt-style; None for auto."""
+    return None if style == "auto" else style
+
+
+# of every command
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=True)]
+UnusedDevice = Annotated[str, typer.Option("--device", hidden=True)]  # accepted by commands that run on no device
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=console.set_verbose,
+                                       help="Print the traceback of an error too.")]
+
+# how a model is loaded
 ModelPath = Annotated[Path, typer.Argument(
     metavar="PATH", callback=local, help="Model directory, quantized or not; a hub id; or a name listed by `models`.")]
 Precision = Annotated[str | None, typer.Option(
     help="exact: float32, with 16-bit activations for packed weights on a CPU. fast: 8-bit activations on a CPU, "
          "float16 on a GPU. Default: exact on a CPU, fast on a GPU.")]
-Style = Annotated[str, typer.Option(help="Prompt format: auto, bloom, llama, newline, or none to continue the text.")]
+HeadBits = Annotated[int | None, typer.Option(
+    help="Bits of the lm_head, and of the embedding if the two are tied: 16, 8 or 4. Default: 8 if tied and quantized, "
+         "else 16.")]
+Cache = Annotated[str, typer.Option(help="Data type of the KV cache: float16, float32, bfloat16 or int8.")]
+GroupSize = Annotated[int, typer.Option(
+    "--group-size", "--groupsize", help="Group size: 32, 64, 128, or -1 for one group per output channel.")]
+
+# prompts and sampling
+PromptStyle = Annotated[str, typer.Option(
+    "--prompt-style", help="Prompt format: auto, bloom, llama, newline, or none to continue the text.")]
 ChatStyle = Annotated[str, typer.Option("--prompt-style", help="Prompt format: auto, bloom, llama or newline.")]
 WrittenStyle = Annotated[str, typer.Option(
     "--prompt-style", help="Chat template to write: bloom, llama or newline; auto keeps the source's, or uses the "
@@ -46,16 +63,22 @@ TopP = Annotated[float, typer.Option(help="Nucleus sampling: the most likely tok
 TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens (0 disables the limit).")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, repeated tokens become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Random seed for sampling. Default: a new one.", show_default=False)]
-HeadBits = Annotated[int | None, typer.Option(
-    help="Bits of the lm_head, and of the embedding if the two are tied: 16, 8 or 4. Default: 8 if tied and quantized, "
-         "else 16.")]
-Cache = Annotated[str, typer.Option(help="Data type of the KV cache: float16, float32, bfloat16 or int8.")]
+
+# evaluation
+WindowTokens = Annotated[int, typer.Option("--window", help="Tokens per window.")]
+TextLimit = Annotated[int | None, typer.Option("--limit", help="Use only the first N tokens of the text.",
+                                               show_default=False)]
+TEST_HELP = "JSONL rows with class, question and std_answer."
+PerClass = Annotated[int | None, typer.Option(help="Use only the first N questions of each class.", min=1)]
+AnswerTokens = Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens per answer.", min=1)]
+QuestionBatch = Annotated[int, typer.Option("--batch", help="Number of questions answered at a time.", min=1)]
+AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Accept text that the model was calibrated on.")]
 
 
 def load_model(path: Path, device: str, precision: str | None, head_bits: int | None = None,
                cache: str = "float16") -> "Model":
     """Load a model with a progress line on stderr; raises the errors of `gptq_belle.load`."""
-    with console.step(f"loading {path}"):
+    with console.show_step(f"loading {path}"):
         from gptq_belle.engine.model import load
 
         return load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)

@@ -54,8 +54,8 @@ def show(plan: Plan) -> None:
     columns = ["bits", "head", "blocks", "embedding, head", "cache", "workspace", "program", "total",
                f"in {plan.memory / GIB:.2f} GiB", "longest context"]
     console.print_table(title, columns, [_cells(row, unit) for row in plan.rows], text=0)
-    console.say()
-    console.say(verdict(plan))
+    console.print_line()
+    console.print_line(verdict(plan))
 
 
 def verdict(plan: Plan) -> str:

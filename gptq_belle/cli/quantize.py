@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.options import WrittenStyle, chosen
+from gptq_belle.cli import console, options
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.overrides import parse_override
@@ -55,7 +54,7 @@ def command(
     memory: Annotated[str | None, typer.Option(
         metavar="SIZE", show_default=False, help="Limit of anonymous memory, such as 8GiB: calibration activations "
         "are kept on disk where they do not fit. By default the free memory.")] = None,
-    prompt_style: WrittenStyle = "auto",
+    prompt_style: options.WrittenStyle = "auto",
     packed_head_only: Annotated[bool, typer.Option(
         "--packed-head-only", help="Store the LM head (of BLOOM the embedding too) only packed in --head-bits: a "
         "smaller file that only gptq-belle reads.")] = False,
@@ -64,9 +63,9 @@ def command(
                                           "writing anything.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Resume an interrupted job of the same source and "
                                          "settings from OUT.partial, or start again.")] = True,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
 
@@ -84,7 +83,7 @@ def command(
     from gptq_belle.quantization.report import format_tuning
 
     text = Calibration(calibration, rows, seq_len, seed, allow_short)
-    limit, style = None if memory is None else parse_bytes(memory), chosen(prompt_style)
+    limit, style = None if memory is None else parse_bytes(memory), options.style_or_none(prompt_style)
     if dry_run:
         _print_estimate(prepare_job(model, config, text, device, lora, style), limit, as_json)
         return
@@ -97,12 +96,12 @@ def command(
     if report.choice is not None:
         _show_choice(report.choice)
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
-    console.say(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean error "
-                f"{report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
+    console.print_line(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean "
+                       f"error {report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
     if report.winners:
-        console.say("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
+        console.print_line("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
     if report.tuning is not None:
-        console.say(f"tuning: {format_tuning(report.tuning)}")
+        console.print_line(f"tuning: {format_tuning(report.tuning)}")
 
 
 def _show_choice(choice: dict[str, Any]) -> None:
@@ -121,19 +120,20 @@ def _print_estimate(job: "QuantizationJob", limit: int | None, as_json: bool) ->
     from gptq_belle.quantization.estimate import estimate
 
     auto = describe_estimate(job)
-    with console.step("measuring one block"):
+    with console.show_step("measuring one block"):
         lower_mmap_threshold()
         found = estimate(job, limit)
     if as_json:
         console.print_json(found)
         return
     where = "on disk" if found.spilled else "in memory"
-    console.say(f"{found.blocks} blocks, {found.linears} linears, {found.tokens:,} calibration tokens")
-    console.say(f"time    {found.seconds:,.0f} s on this machine")
-    console.say(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
-    console.say(f"disk    {found.disk / 1e6:,.1f} MB at the peak, of which {found.output / 1e6:,.1f} MB are the output")
+    console.print_line(f"{found.blocks} blocks, {found.linears} linears, {found.tokens:,} calibration tokens")
+    console.print_line(f"time    {found.seconds:,.0f} s on this machine")
+    console.print_line(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
+    console.print_line(f"disk    {found.disk / 1e6:,.1f} MB at the peak, of which {found.output / 1e6:,.1f} MB are the "
+                       "output")
     if auto:
-        console.say(f"bits    {auto}")
+        console.print_line(f"bits    {auto}")
 
 
 @contextmanager

@@ -1,64 +1,62 @@
-"""The verb `report`."""
+"""The command `report`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.evaluate import Limit, Overlap, Window
-from gptq_belle.cli.options import Precision, load_model
+from gptq_belle.cli import console, options
 from gptq_belle.errors import HardwareError
 
 PAGE = "report.html"
 
 
-def command(
+def report(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Quantized models.", show_default=False)],
-    base: Annotated[Path | None, typer.Option(help="The full-precision model they were made from.",
+    base: Annotated[Path | None, typer.Option(help="The full-precision model that they were quantized from.",
                                               show_default=False)] = None,
-    text: Annotated[Path | None, typer.Option(help="Text for perplexity and KL.", show_default=False)] = None,
-    test: Annotated[Path | None, typer.Option(help="JSONL rows with class, question and std_answer.",
+    text: Annotated[Path | None, typer.Option(help="Text for perplexity and KL divergence.",
                                               show_default=False)] = None,
+    test: Annotated[Path | None, typer.Option(help=options.TEST_HELP, show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(
-        help="Folder to write; left out, the folder report in the first PATH, whose model card then shows it.",
+        help="Folder to write. Default: the folder report in the first PATH, whose model card then shows the results.",
         show_default=False)] = None,
-    window: Window = 512,
-    limit: Limit = None,
-    per_class: Annotated[int | None, typer.Option(help="Use only the first N questions of each class.", min=1)] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 160,
-    batch: Annotated[int, typer.Option(help="Questions answered at a time.", min=1)] = 32,
-    allow_overlap: Overlap = False,
-    precision: Precision = None,
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    window: options.WindowTokens = 512,
+    limit: options.TextLimit = None,
+    per_class: options.PerClass = None,
+    max_tokens: options.AnswerTokens = 160,
+    batch: options.QuestionBatch = 32,
+    allow_overlap: options.AllowOverlap = False,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Write one HTML page, and its pictures as PNG: errors, divergence, answers, sizes, settings of quantized models.
+    """Write an HTML page with errors, divergence, answers, sizes and settings of quantized models, and its pictures.
 
-    What was measured before and still holds is taken from the folder.
+    Evaluations that are already in the folder and still valid are not run again.
     """
     check_matplotlib()
     from gptq_belle.evaluation import report_evaluations
     from gptq_belle.evaluation.report import write
 
-    options = report_evaluations.Options(text, test, window, limit, per_class, max_tokens, batch, device, precision,
-                                  allow_overlap)
-    tools = report_evaluations.Tools(lambda path: load_model(path, device, precision), console.counting)
+    how = report_evaluations.Options(text, test, window, limit, per_class, max_tokens, batch, device, precision,
+                                     allow_overlap)
+    tools = report_evaluations.Tools(lambda path: options.load_model(path, device, precision), console.progress_bar)
     folder = out or paths[0] / "report"
-    results = report_evaluations.evaluate(paths, base, options, tools, folder)
-    with console.step("drawing"):
-        written = write(results, folder, options, base, card=None if out else paths[0])
+    results = report_evaluations.evaluate(paths, base, how, tools, folder)
+    with console.show_step("drawing"):
+        written = write(results, folder, how, base, card=None if out else paths[0])
     if as_json:
         console.print_json({"page": folder / PAGE, "pictures": written, "models": [
             {"path": path, "text": found.text, "test": found.test, "footprint": found.footprint}
             for path, found in results.items()]})
     else:
-        console.say(f"The report is {folder / PAGE}, with {len(written)} pictures beside it.")
+        console.print_line(f"The report is {folder / PAGE}, with {len(written)} pictures in the same folder.")
 
 
 def check_matplotlib() -> None:
-    """Raises HardwareError where matplotlib is not installed."""
+    """Raise HardwareError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

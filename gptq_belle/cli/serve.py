@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from gptq_belle.cli import console
-from gptq_belle.cli.options import Cache, ChatStyle, HeadBits, ModelPath, Precision, local
+from gptq_belle.cli import console, options
 
 
 def serve(
-    path: ModelPath,
+    path: options.ModelPath,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="GPTQ_BELLE_API_KEY", show_default=False,
@@ -24,20 +23,20 @@ def serve(
     ray: Annotated[bool, typer.Option(
         "--ray", help="Run several replicas behind one address with Ray Serve.")] = False,
     replicas: Annotated[int, typer.Option(help="Number of replicas with --ray.", min=1)] = 2,
-    prompt_style: ChatStyle = "auto",
-    precision: Precision = None,
-    head_bits: HeadBits = None,
-    cache: Cache = "float16",
-    device: console.Device = "auto",
-    as_json: console.Json = False,
-    verbose: console.Verbose = False,
+    prompt_style: options.ChatStyle = "auto",
+    precision: options.Precision = None,
+    head_bits: options.HeadBits = None,
+    cache: options.Cache = "float16",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
     from gptq_belle.serving.options import Limits, ListenConfig, ServiceConfig
     from gptq_belle.serving.server import serve
 
     limits = Limits(slots=max_batch, waiting=max_queue, context=max_len)
-    config = ServiceConfig(local(path), limits, prompt_style, device, precision, head_bits, cache)
+    config = ServiceConfig(options.local(path), limits, prompt_style, device, precision, head_bits, cache)
     listen = ListenConfig(host, port, api_key or None, allow_unauthenticated)
     notice = partial(console.note, style=None)
     if ray:

@@ -132,7 +132,7 @@ def _file(folder: Path, tokens: int, vocabulary: int) -> Any:
 
 
 Loader = Callable[[Path], Model]
-Counting = Callable[[str], Any]  # a context that gives a function of (done, in all); see `console.counting`
+Counting = Callable[[str], Any]  # a context that gives a function of (done, in all); see `console.progress_bar`
 
 
 def text_for(path: Path, text: Path, *, allow_overlap: bool = False) -> tuple[Any, str]:

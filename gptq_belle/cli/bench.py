@@ -1,0 +1,73 @@
+"""The command `bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptq_belle.cli import console, options
+from gptq_belle.errors import UsageError
+
+
+def bench(
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Model directories.",
+                                                       show_default=False)] = None,
+    table: Annotated[str | None, typer.Option(
+        help="belle: compare the sizes and memory that BELLE published with ours, measured for every PATH.")] = None,
+    prompt: Annotated[int | None, typer.Option(
+        "-p", "--prompt-tokens", help="Tokens of the prompt. Default: 512, or what the context allows.")] = None,
+    tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="Number of tokens to generate.")] = 128,
+    batch: Annotated[list[int] | None, typer.Option(
+        "-b", "--batch", help="Batch size; repeatable. Default: 1.", show_default=False)] = None,
+    depth: Annotated[str, typer.Option(
+        "-d", "--depth", help="Tokens in the KV cache before the prompt, such as 0,512,1024.")] = "0",
+    repeats: Annotated[int, typer.Option("-r", "--repeats", help="Number of repeats; medians are printed.")] = 5,
+    output: Annotated[str, typer.Option("-o", "--output", help="Output format: md, json, jsonl or csv.")] = "md",
+    plot: Annotated[Path | None, typer.Option(help="Picture of the speeds to write.", show_default=False)] = None,
+    precision: options.Precision = None,
+    head_bits: options.HeadBits = None,
+    cache: options.Cache = "float16",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure speed and memory of models side by side, and show what limits the speed."""
+    if table is not None:
+        _compare_with_published(table, paths or [], prompt, device, as_json)
+        return
+    if not paths:
+        raise UsageError("bench needs a model", "Name one or more directories, or --table belle.")
+    from gptq_belle.bench import plots
+    from gptq_belle.bench import throughput as benchmark
+    from gptq_belle.cli import bench_output
+
+    bench_output.check_format(output)
+    if plot is not None:
+        plots.check_plot(plot)
+    first, *others = batch or [1]
+    workload = benchmark.Workload(prompt, tokens, first, repeats)
+    depths = benchmark.parse_depths(depth)
+    with console.show_steps() as progress:
+        found = benchmark.bench([options.local(path) for path in paths], workload, device=device, precision=precision,
+                                head_bits=head_bits, cache=cache, batches=others, depths=depths, progress=progress)
+    bench_output.show(found, "json" if as_json else output)
+    if plot is not None:
+        plots.plot(found, plot)
+        console.note(f"The picture is {plot}.")
+
+
+def _compare_with_published(table: str, paths: list[Path], prompt: int | None, device: str, as_json: bool) -> None:
+    """Run `bench --table`."""
+    if table != "belle":
+        raise UsageError(f"table {table!r} is not known", "Choose belle.")
+    from gptq_belle.bench import belle_table
+    from gptq_belle.cli import plan_output
+
+    context = (prompt or 512) + 4
+    with console.show_steps() as progress:
+        rows = belle_table.belle_table(paths, context, plan_output.device_kind(device), progress)
+    if as_json:
+        console.print_json([{"published": row, "ours": ours} for row, ours in rows])
+    else:
+        title = f"GiB, as BELLE published; ours with {context} tokens of context on a {plan_output.device_kind(device)}"
+        console.print_table(title, *belle_table.cells(rows), text=1)
