@@ -1,4 +1,4 @@
-"""The exceptions a user can meet: one line that says what happened, one that says what to do, one exit code."""
+"""Exceptions for users: a cause, a remedy and an exit code."""
 
 import errno
 
@@ -6,7 +6,7 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "De
 
 
 class GptqBelleError(Exception):
-    """Base of every error that is meant for the user's eyes.
+    """Base class of all errors that are shown to the user.
 
     Args:
         cause: what happened, in one line, with the name of the file, tensor, layer or option.
@@ -31,31 +31,31 @@ class UsageError(GptqBelleError):
 
 
 class HardwareError(GptqBelleError):
-    """This machine or its installation cannot do what was asked: no such device, no memory, no disk space."""
+    """This machine or its installation cannot run the request: missing device, memory or disk space."""
 
     exit_code = 3
 
 
 class InputError(GptqBelleError):
-    """A file is damaged, missing, inconsistent or of a kind that is not supported."""
+    """A file is damaged, missing, inconsistent or not supported."""
 
     exit_code = 4
 
 
 class GateError(GptqBelleError):
-    """A quality gate named by the user was missed."""
+    """A quality gate set by the user was missed."""
 
     exit_code = 5
 
 
-def from_system(error: OSError) -> GptqBelleError | None:
-    """What the system refused, in words for a user; None where it says nothing of this machine or of a path."""
+def from_os_error(error: OSError) -> GptqBelleError | None:
+    """Convert an error of the operating system to one for the user; None if its errno is not a known one."""
     where = f"{error.filename}: " if error.filename else ""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return HardwareError(f"{where}the disk is full", "Free some space, or choose an output on another disk.")
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return HardwareError(f"{where}permission denied", "Choose a place that you may read and write.")
+            return HardwareError(f"{where}permission denied", "Choose a path that you may read and write.")
         case errno.ENOMEM:
             return HardwareError(f"{where}out of memory", "Close other programs, or choose fewer bits.")
         case errno.EMFILE | errno.ENFILE:
@@ -66,10 +66,10 @@ def from_system(error: OSError) -> GptqBelleError | None:
 
 
 def as_user_error(error: BaseException) -> GptqBelleError:
-    """The error that a user should see for any exception: ours as they are, the system's translated."""
+    """Convert any exception to an error for the user; a GptqBelleError is returned unchanged."""
     if isinstance(error, GptqBelleError):
         return error
-    if isinstance(error, OSError) and (known := from_system(error)):
+    if isinstance(error, OSError) and (known := from_os_error(error)):
         return known
     if _is_out_of_memory(error):
         return HardwareError(f"out of memory: {_first_line(error) or 'an allocation failed'}",
@@ -88,7 +88,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

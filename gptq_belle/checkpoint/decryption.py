@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from gptq_belle.common.files import locked
+from gptq_belle.common.files import locked_folder
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.encrypted_file import (
     FETCH,
@@ -120,7 +120,7 @@ def _running(jobs: list[Job], out: Path, work: Callable[[Job, Callable[[int], No
             progress(done, total)
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out), ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+    with locked_folder(out), ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
         try:
             yield pool.map(lambda job: work(job, moved), sorted(jobs, key=lambda job: job.size))
         finally:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptq_belle.errors import GptqBelleError, InputError, from_system
+from gptq_belle.errors import GptqBelleError, InputError, from_os_error
 from gptq_belle.kernels.huge_pages import Allocator
 
 PAGE = mmap.PAGESIZE  # bytes; alignment of direct I/O: no file system asks for more
@@ -126,7 +126,7 @@ def read_error(error: OSError | EOFError, name: str, path: Path,
     """The error for a tensor that could not be read: HardwareError for what this machine refused, else `damaged`."""
     if isinstance(error, OSError):
         error.filename = error.filename or str(path)
-        return from_system(error) or damaged(f"tensor {name[:100]}: {error.strerror}")
+        return from_os_error(error) or damaged(f"tensor {name[:100]}: {error.strerror}")
     return damaged(f"tensor {name[:100]}: {error}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, read_error
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
-from gptq_belle.errors import InputError, from_system
+from gptq_belle.errors import InputError, from_os_error
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 
@@ -40,7 +40,7 @@ class PickleFile:
             raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
                              "Convert it to safetensors where you trust it, or fetch the original.") from error
         except OSError as error:
-            raise from_system(error) or self._damaged(str(error.strerror)) from error
+            raise from_os_error(error) or self._damaged(str(error.strerror)) from error
         except Exception as error:  # the restricted unpickler raises anything for damaged bytes
             reason = (str(error) or "it ends too early").splitlines()[0].split(". ")[0]
             raise self._damaged(reason[:200]) from error

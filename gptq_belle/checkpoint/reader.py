@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, DAMAGED, TensorFile
-from gptq_belle.common.files import check_fetched
-from gptq_belle.errors import InputError, from_system
+from gptq_belle.common.files import reject_lfs_pointer
+from gptq_belle.errors import InputError, from_os_error
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 from gptq_belle.models.architectures import HEAD, Architecture, architecture
 from gptq_belle.models.belle_catalogue import CONFIGS, member
@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", "Give a complete Hugging Face model directory.") from error
     except OSError as error:
-        raise from_system(error) or InputError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
+        raise from_os_error(error) or InputError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}", DAMAGED) from error
     if not isinstance(value, dict):
@@ -202,7 +202,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def _open(path: Path) -> TensorFile | PickleFile:
-    check_fetched(path)
+    reject_lfs_pointer(path)
     return TensorFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 

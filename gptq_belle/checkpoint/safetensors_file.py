@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_belle.checkpoint.direct_io import FileBytes, byte_view, read_error
-from gptq_belle.common.files import DurableFile, Stamp
-from gptq_belle.errors import InputError, from_system
+from gptq_belle.common.files import AtomicFile, FileChecksum
+from gptq_belle.errors import InputError, from_os_error
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 DAMAGED = "The file is damaged or incomplete: fetch or copy it again."
@@ -60,7 +60,7 @@ class TensorFile:
             self._bytes = FileBytes(path)
             self.entries = _read_entries(path, self._bytes)
         except OSError as error:
-            raise from_system(error) or _damaged(path, str(error.strerror or error)) from error
+            raise from_os_error(error) or _damaged(path, str(error.strerror or error)) from error
 
     def names(self) -> list[str]:
         """All tensors."""
@@ -148,24 +148,24 @@ def _read_entries(path: Path, file: FileBytes) -> dict[str, TensorEntry]:
     return entries
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Stamp:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileChecksum:
     """Write one .safetensors file, whole or not there; no second copy of the tensors is made."""
     entries = {name: TensorEntry(NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()}
-    with DurableFile(path) as file:
+    with AtomicFile(path) as file:
         file.write(header_bytes(entries))
         for tensor in tensors.values():
             file.write(byte_view(tensor.detach().cpu().contiguous()))
-    return file.stamp
+    return file.checksum
 
 
 def write_rows(path: Path, name: str, shape: tuple[int, ...], rows: Iterable[Tensor],
-               dtype: torch.dtype = torch.float16) -> Stamp:
+               dtype: torch.dtype = torch.float16) -> FileChecksum:
     """Write a file of one tensor of `dtype` that comes in pieces of some rows each."""
-    with DurableFile(path) as file:
+    with AtomicFile(path) as file:
         file.write(header_bytes({name: TensorEntry(NAMES[dtype], shape, 0, dtype.itemsize * math.prod(shape))}))
         for piece in rows:
             file.write(byte_view(piece.to(dtype).contiguous()))
-    return file.stamp
+    return file.checksum
 
 
 def header_bytes(tensors: Mapping[str, TensorEntry]) -> bytes:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
-from gptq_belle.common.files import check_fetched
+from gptq_belle.common.files import reject_lfs_pointer
 from gptq_belle.errors import InputError
 from gptq_belle.prompts.styles import Turn, chat_template, detect_style, get_style, render
 
@@ -99,7 +99,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
         files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
         for file in files:
-            check_fetched(file)
+            reject_lfs_pointer(file)
         if not files:
             raise InputError(f"{path} holds no tokenizer", NO_TOKENIZER) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, header_bytes, write_rows, write_tensors
-from gptq_belle.common.files import Stamp, lock, sync
+from gptq_belle.common.files import FileChecksum, fsync, lock_folder
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import written_by_us
 
@@ -56,7 +56,7 @@ class CheckpointWriter:
         if self.partial.is_symlink() or (self.partial.exists() and not _is_leftover(self.partial)):
             raise UsageError(f"{self.partial} exists and was not left by a quantization job", "Move it away.")
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.partial)
+        self._lock = lock_folder(self.partial)
         if self._replaced.exists() and not self.out.exists():
             self._replaced.rename(self.out)  # killed between the two renames of `publish`
         for folder in (self.files, self._replaced):
@@ -68,12 +68,12 @@ class CheckpointWriter:
         shutil.rmtree(self.files if self.keep else self.partial, ignore_errors=True)
         os.close(self._lock)
 
-    def add(self, part: str, tensors: Mapping[str, Tensor]) -> Stamp:
+    def add(self, part: str, tensors: Mapping[str, Tensor]) -> FileChecksum:
         """Put tensors on disk under the name of a part; they may be dropped from memory then."""
         return write_tensors(self.parts / part, tensors)
 
     def add_rows(self, part: str, name: str, shape: tuple[int, ...], rows: Iterable[Tensor],
-                 dtype: torch.dtype = torch.float16) -> Stamp:
+                 dtype: torch.dtype = torch.float16) -> FileChecksum:
         """Put one tensor on disk that is too large for memory and comes in pieces of some rows each."""
         return write_rows(self.parts / part, name, shape, rows, dtype)
 
@@ -112,12 +112,12 @@ class CheckpointWriter:
     def publish(self) -> None:
         """Give the finished directory its final name; what stood there before goes only now."""
         for file in self.files.iterdir():
-            sync(file)
-        sync(self.files)
+            fsync(file)
+        fsync(self.files)
         if self.out.exists():
             self.out.rename(self._replaced)
         self.files.rename(self.out)
-        sync(self.out.parent)
+        fsync(self.out.parent)
         self.keep = False
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gptq_belle.errors import _one_line, as_user_error
+from gptq_belle.errors import as_user_error
 
 INTERRUPTED = 130
 _verbose = False
@@ -145,9 +145,9 @@ def report(error: BaseException) -> int:
     shown = as_user_error(error)
     if _verbose:
         err().print("".join(traceback.format_exception(error)), soft_wrap=True, end="")
-    err().print(f"Error: {_one_line(shown.cause)}", style="bold red", soft_wrap=True)
+    err().print(f"Error: {' '.join(shown.cause.split())}", style="bold red", soft_wrap=True)
     if shown.remedy:
-        err().print(_one_line(shown.remedy), soft_wrap=True)
+        err().print(" ".join(shown.remedy.split()), soft_wrap=True)
     return shown.exit_code
 
 

@@ -1,1 +1,1 @@
-"""What every other package may use: devices, memory, timers and files. Imports nothing of ours but `errors`."""
+"""Devices, memory, timers and files, for every other package. Imports only `gptq_belle.errors`."""

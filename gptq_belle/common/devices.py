@@ -1,4 +1,4 @@
-"""Devices, dtypes and precisions that the options name, and how many threads torch uses."""
+"""Device, dtype and precision options, and the number of torch threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with so many threads, and go back to the former number behind it."""
+    """Set the number of torch threads, and restore the previous number on exit."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -23,10 +23,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of an option: "auto" (a CUDA device where there is one), "cpu", "cuda" or "cuda:N".
+    """Resolve a device option.
 
+    Args:
+        name: "auto" (the first CUDA device if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
     Raises:
-        UsageError: anything else.
+        UsageError: any other name.
         HardwareError: this machine has no such device.
     """
     if name == "auto":
@@ -35,16 +37,16 @@ def resolve_device(name: str) -> torch.device:
     if name != "cpu" and (kind != "cuda" or not (index or "0").isdecimal()):
         raise UsageError(f"device {name!r} is not known", "Choose auto, cpu or cuda:0.")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise HardwareError(f"device {name} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices",
+        raise HardwareError(f"device {name} does not exist: PyTorch finds {torch.cuda.device_count()} CUDA devices",
                             "Choose --device cpu, or check the driver and that PyTorch is built for CUDA.")
     return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(index or 0))
 
 
 def resolve_precision(name: str | None, device: torch.device) -> str:
-    """The precision of an option; left out (None), "exact" on a CPU and "fast" on CUDA.
+    """Resolve a precision option; None means "exact" on a CPU and "fast" on CUDA.
 
     Raises:
-        UsageError: it is not known.
+        UsageError: unknown precision.
     """
     if name not in (None, *PRECISIONS):
         raise UsageError(f"precision {name!r} is not known", f"Choose {' or '.join(PRECISIONS)}.")
@@ -52,10 +54,10 @@ def resolve_precision(name: str | None, device: torch.device) -> str:
 
 
 def choose_dtype(dtype: torch.dtype | None, device: torch.device, precision: str) -> torch.dtype:
-    """The dtype of activations: the one asked for; None means float16 where "fast" on CUDA, else float32.
+    """Choose the dtype of activations; None means float16 for precision "fast" on CUDA, else float32.
 
     Raises:
-        UsageError: one that models do not run in.
+        UsageError: the dtype is not in DTYPES.
     """
     dtype = dtype or (torch.float16 if (device.type, precision) == ("cuda", "fast") else torch.float32)
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, folder locks, and git-lfs pointers in place of files."""
+"""Atomic file writes, checksums, folder locks and detection of git-lfs pointers."""
 
 import hashlib
 import json
@@ -18,26 +18,28 @@ except ImportError as error:  # Windows has none
                         "On Windows, install it inside WSL2.") from error
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-UNFINISHED = ".unfinished"
+UNFINISHED_SUFFIX = ".unfinished"
 
 
-class Stamp(NamedTuple):
-    """What a file must look like: its size and the SHA-256 of its content."""
+class FileChecksum(NamedTuple):
+    """Size of a file in bytes, and the SHA-256 of its content."""
 
     bytes: int
     sha256: str
 
 
-class DurableFile:
-    """A context that writes one file; the name appears when it is left without an error, and then for good.
+class AtomicFile:
+    """Context manager that writes one file completely or not at all.
+
+    The data goes to a temporary file, which is synced and renamed when the context exits without an error.
 
     Args:
-        path: the final name; a file of that name is replaced.
+        path: final path; an existing file is replaced.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(path.name + UNFINISHED)
+        self._temporary = path.with_name(path.name + UNFINISHED_SUFFIX)
         self._digest = hashlib.sha256()
         self._size = 0
 
@@ -58,50 +60,50 @@ class DurableFile:
                 os.fsync(self._file.fileno())
         finally:
             try:
-                self._file.close()  # flushes once more, which a full disk refuses once more
+                self._file.close()  # flushes again, which fails again if the disk is full
             finally:
                 if error is not None:
                     self._temporary.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.filename is None:
-                    error.filename = str(self.path)  # a full disk says no name by itself
+                    error.filename = str(self.path)  # the error of a full disk names no file
         if error is None:
             self._temporary.replace(self.path)
-            sync(self.path.parent)
+            fsync(self.path.parent)
 
     @property
-    def stamp(self) -> Stamp:
-        """Of what was written so far."""
-        return Stamp(self._size, self._digest.hexdigest())
+    def checksum(self) -> FileChecksum:
+        """Checksum of the data written so far."""
+        return FileChecksum(self._size, self._digest.hexdigest())
 
 
-def write_json_durably(path: Path, content: Mapping[str, Any]) -> Stamp:
-    """One JSON file, whole or not there."""
-    with DurableFile(path) as file:
+def write_json_atomically(path: Path, content: Mapping[str, Any]) -> FileChecksum:
+    """Write one JSON file completely or not at all."""
+    with AtomicFile(path) as file:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    return file.stamp
+    return file.checksum
 
 
-def stamp_of(path: Path) -> Stamp:
-    """Read a file through for its stamp.
+def file_checksum(path: Path) -> FileChecksum:
+    """Compute the checksum of a file.
 
     Raises:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Stamp(file.tell(), digest)
+        return FileChecksum(file.tell(), digest)
 
 
-def is_whole(path: Path, stamp: Stamp) -> bool:
-    """True where the file is there and looks like its stamp."""
+def matches_checksum(path: Path, checksum: FileChecksum) -> bool:
+    """Whether a file exists and has this size and content."""
     try:
-        return path.stat().st_size == stamp.bytes and stamp_of(path) == stamp
+        return path.stat().st_size == checksum.bytes and file_checksum(path) == checksum
     except OSError:
         return False
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+def fsync(path: Path) -> None:
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -109,11 +111,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def lock(folder: Path) -> int:
-    """An open handle of a folder that only this process holds; the system lets it go when the process ends.
+def lock_folder(folder: Path) -> int:
+    """Lock a folder exclusively and return the open handle; the system releases it when the process ends.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds the lock.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -125,26 +127,26 @@ def lock(folder: Path) -> int:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A context in which only this process holds a folder; raises UsageError as `lock`."""
-    handle = lock(folder)
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Context manager that locks a folder; raises UsageError like `lock_folder`."""
+    handle = lock_folder(folder)
     try:
         yield
     finally:
         os.close(handle)
 
 
-def is_pointer(path: Path) -> bool:
-    """True where git-lfs left its note in place of the file."""
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is only a git-lfs pointer to the real one."""
     with path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def check_fetched(path: Path) -> None:
-    """Refuse git-lfs's note in place of a file; what is no plain file is left for the reader to name.
+def reject_lfs_pointer(path: Path) -> None:
+    """Raise InputError if a path is a git-lfs pointer. Paths that are not regular files are left to the caller.
 
     Raises:
-        InputError: it is one.
+        InputError: the file is a git-lfs pointer.
     """
-    if path.is_file() and is_pointer(path):
+    if path.is_file() and is_lfs_pointer(path):
         raise InputError(f"{path} is a git-lfs pointer, not the file itself", "Fetch it: git lfs pull.")

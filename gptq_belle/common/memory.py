@@ -1,8 +1,7 @@
-"""Memory that a process really owns: anonymous pages, now and at their peak.
+"""Memory of this process: anonymous pages, now and at their peak.
 
-A memory-mapped weight file counts as resident as soon as it was read, although the system can drop those pages at any
-time; so the resident size says little about what a model needs. ``RssAnon`` leaves mapped files out. The kernel keeps
-no peak of it, hence a thread that looks at it every few milliseconds.
+The resident size includes pages of memory-mapped weight files, which the system can drop at any time, so it says little
+about what a model needs. ``RssAnon`` excludes them. The kernel does not record its peak, so a thread samples it.
 """
 
 import ctypes
@@ -17,12 +16,12 @@ from typing import Any
 from gptq_belle.errors import UsageError
 
 _STATUS = Path("/proc/self/status")
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
-INTERVAL = 0.015  # seconds between samples; a look takes about 30 microseconds
+M_MMAP_THRESHOLD = -3  # parameter of mallopt(3)
+INTERVAL = 0.015  # seconds between samples; one sample takes about 30 microseconds
 
 
 def anonymous_bytes() -> int | None:
-    """Anonymous memory of this process in bytes; None where the system does not tell (no /proc)."""
+    """Anonymous memory of this process in bytes; None if the system has no /proc."""
     try:
         status = _STATUS.read_bytes()
     except OSError:
@@ -32,14 +31,14 @@ def anonymous_bytes() -> int | None:
 
 
 def release_unused() -> None:
-    """Hand freed memory back to the system, so that what is measured next starts from what is in use."""
+    """Return freed memory to the system, so that the next measurement starts from the memory in use."""
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Hand the C heap's free pages back. It keeps what was freed in pieces below 32 MiB, easily as much as is in use;
-    a call takes about a millisecond."""
+    """Return free pages of the C heap to the system. Without this, glibc keeps freed blocks below 32 MiB, which can be
+    as much memory as is in use. A call takes about a millisecond."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
@@ -47,14 +46,17 @@ def trim_heap() -> None:
 
 
 def lower_mmap_threshold() -> None:
-    """Let the C heap map every larger piece of its own and return it when it is freed, so that a peak is that of what
-    is in use: by itself it keeps pieces of up to 32 MiB. For the rest of the process."""
+    """Make the C heap allocate blocks of 1 MiB and more by mmap for the rest of the process.
+
+    Such blocks return to the system when they are freed, so the peak is that of the memory in use; by default glibc
+    keeps blocks of up to 32 MiB.
+    """
     if sys.platform == "linux" and (option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         option(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def available_bytes() -> int | None:
-    """Memory that programs could still take without swapping, in bytes; None where the system does not tell."""
+    """Memory that can still be allocated without swapping, in bytes; None if the system has no /proc."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -62,16 +64,18 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def mib(count: int) -> str:
-    """A number of bytes in words."""
+def format_bytes(count: int) -> str:
+    """Format a number of bytes in MiB, or in bytes below 1 MiB."""
     return f"{count / 2**20:,.0f} MiB" if count >= 2**20 or not count else f"{count:,} bytes"
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as 8GiB, 500MB or 1.5G: units of 1024 with an i or alone, else of 1000; bytes without a unit.
+    """Parse a size such as 8GiB, 500MB or 1.5G.
+
+    K, M, G and T alone or with iB are powers of 1024; KB, MB, GB and TB are powers of 1000. No unit means bytes.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)(B?)|B)?\s*", text, re.IGNORECASE)
     if found is None:
@@ -82,14 +86,12 @@ def parse_bytes(text: str) -> int:
 
 
 class PeakMemory:
-    """Context manager that records the peak of anonymous memory while it is open.
+    """Context manager that records the peak of anonymous memory. Peaks shorter than `interval` seconds can be missed.
 
     Attributes:
-        bytes: the highest value seen, in bytes; None where the system does not tell. Readable while it is open.
-        start: the value on entering, in bytes; None likewise.
-        cuda_bytes: peak of torch's allocations on the current CUDA device, in bytes; None without CUDA in use.
-
-    Peaks shorter than `interval` seconds can be missed.
+        bytes: highest sample so far, in bytes; None if the system has no /proc. Readable inside the context.
+        start: value on entry, in bytes; None if the system has no /proc.
+        cuda_bytes: peak of torch's allocations on the current CUDA device, in bytes; None if CUDA is not in use.
     """
 
     def __init__(self, interval: float = INTERVAL) -> None:
@@ -116,7 +118,7 @@ class PeakMemory:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._look()
+        self._update_peak()
 
     @property
     def cuda_bytes(self) -> int | None:
@@ -125,16 +127,16 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(self.interval):
-            self._look()
+            self._update_peak()
 
-    def _look(self) -> None:
+    def _update_peak(self) -> None:
         now = anonymous_bytes()
         if now is not None:
             self.bytes = max(self.bytes or 0, now)
 
 
 def _cuda() -> Any:
-    """torch.cuda where this process already uses it; looking must not be what starts a CUDA context."""
+    """torch.cuda if this process already uses it, else None: measuring must not create a CUDA context."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None

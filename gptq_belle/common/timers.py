@@ -1,4 +1,4 @@
-"""Wall time of one action, its spread over repeats, and the seconds of a job by phase."""
+"""Wall time of a call, the spread of repeated measurements, and the time of a job by phase."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Repeats of one figure: their median, lowest and highest, and the values themselves in the order they came."""
+    """Median, minimum and maximum of repeated measurements, and the values in order."""
 
     median: float
     low: float
@@ -21,38 +21,37 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Summarize at least one value."""
+    """Summarize one or more values."""
     return Spread(statistics.median(values), min(values), max(values), tuple(values))
 
 
 def seconds(action: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Wall time in seconds of one call, the device's queue included."""
+    """Wall time of one call in seconds, including all work queued on the device."""
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     action()
     synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until a CUDA device has done what it was given; nothing to wait for on a CPU."""
+    """Wait until a CUDA device has finished its queued work; no effect on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PhaseClock:
-    """Called with a name, it is a context whose seconds are charged to that name; inner contexts are not charged twice.
+    """Measure the time of named phases: ``with clock("name"):``. Time in a nested phase counts for that phase only.
 
     Args:
-        settle: called before each look at the clock; on a GPU, what waits for it.
-
+        synchronize: called before each reading of the clock; on a GPU, waits for the device.
     Attributes:
-        seconds: by name, since the clock was made or `restart` was called.
+        seconds: seconds by phase name, since creation or the last `restart`.
     """
 
-    def __init__(self, settle: Callable[[], None] | None = None) -> None:
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._settle = settle or (lambda: None)
+        self._synchronize = synchronize or (lambda: None)
         self._names: list[str] = []
         self._since = 0.0
 
@@ -67,14 +66,14 @@ class PhaseClock:
             self._names.pop()
 
     def restart(self) -> dict[str, float]:
-        """The seconds so far; counting begins anew."""
+        """Return the seconds so far and start from zero."""
         self._charge()
         found, self.seconds = dict(self.seconds), defaultdict(float)
         return found
 
     def _charge(self) -> None:
         if self._names:
-            self._settle()
+            self._synchronize()
         now = time.perf_counter()
         if self._names:
             self.seconds[self._names[-1]] += now - self._since

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
-from gptq_belle.common.files import write_json_durably
+from gptq_belle.common.files import write_json_atomically
 from gptq_belle.engine.model import Model
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.evaluation.calibration_overlap import refuse_overlap
@@ -118,7 +118,7 @@ def record(folder: Path, content: dict[str, Any], logits: Logits, windows: Seque
             progress(number + 1, len(windows))
     assert file is not None
     file.flush()
-    write_json_durably(folder / ABOUT, content)
+    write_json_atomically(folder / ABOUT, content)
     return Predictions(folder, windows)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.bench import footprint
-from gptq_belle.common.files import write_json_durably
+from gptq_belle.common.files import write_json_atomically
 from gptq_belle.engine.model import Model
 from gptq_belle.evaluation import base_predictions, perplexity
 from gptq_belle.evaluation.base_predictions import Predictions, identity
@@ -105,7 +105,7 @@ class Kept:
         """Keep a result, on the disk at once."""
         self.entries[f"{kind} {path.resolve()}"] = {"follows_from": follows_from, "found": found}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json_durably(self.folder / FILE, {"format": FORMAT, "entries": self.entries})
+        write_json_atomically(self.folder / FILE, {"format": FORMAT, "entries": self.entries})
         return found
 
 

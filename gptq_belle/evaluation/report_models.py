@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gptq_belle.checkpoint.inspection import Inspection, inspect
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
-from gptq_belle.common.files import stamp_of
+from gptq_belle.common.files import file_checksum
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.report_evaluations import Results
 from gptq_belle.quantization.report import REPORT, format_tuning
@@ -83,7 +83,7 @@ def _variant(label: str, path: Path, full: bool, results: Results) -> Variant:
     if found.problems:
         raise InputError(f"{path}: {found.problems[0]}", f"Run `gptq-belle inspect {path}`.")
     record = read_json(path / REPORT) if (path / REPORT).is_file() else {}
-    hashes = {} if full else {file.name: stamp_of(file).sha256 for file in CheckpointReader(path).files}
+    hashes = {} if full else {file.name: file_checksum(file).sha256 for file in CheckpointReader(path).files}
     return Variant(label, path, full, found, record, hashes, results)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gptq_belle.common.files import UNFINISHED, check_fetched, sync
+from gptq_belle.common.files import UNFINISHED_SUFFIX, fsync, reject_lfs_pointer
 from gptq_belle.errors import InputError
 from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Digests, Key, read_chunk, write_all, xor_file
 
@@ -56,7 +56,7 @@ def job_of(path: Path, out: Path) -> Job:
         InputError: a git-lfs pointer, shorter than its header, or a name that disagrees with the header.
     """
     size = path.stat().st_size
-    check_fetched(path)
+    reject_lfs_pointer(path)
     if path.suffix != ".enc":
         return Job(path, out / path.name, None, size)
     with path.open("rb") as file:
@@ -142,14 +142,14 @@ def _decrypted(job: Job, partial: Path, key: Key, moved: Moved) -> Result:
 
 def partial_of(final: Path) -> Path:
     """Where a file is while it is not finished."""
-    return final.with_name(final.name + UNFINISHED)
+    return final.with_name(final.name + UNFINISHED_SUFFIX)
 
 
 def _publish(partial: Path, final: Path) -> None:
     """Give a finished file its name, for good."""
-    sync(partial)
+    fsync(partial)
     partial.replace(final)
-    sync(final.parent)
+    fsync(final.parent)
 
 
 def _result(job: Job, found: Digests, how: str) -> Result:

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from gptq_belle.common.files import is_pointer
+from gptq_belle.common.files import is_lfs_pointer
 from gptq_belle.errors import InputError
 
 CHUNK_BYTES = 10 * 1024 * 1024
@@ -36,7 +36,7 @@ class Key:
         self.path, self.chunk_bytes = path, chunk_bytes
         if not path.is_file():
             raise InputError(f"the key {path} is not a file", "Name LLaMA's consolidated.00.pth.")
-        if is_pointer(path):
+        if is_lfs_pointer(path):
             raise InputError(f"the key {path} is a git-lfs pointer, not the file itself", "Fetch it: git lfs pull.")
         self.size = path.stat().st_size
         if self.size == 0:

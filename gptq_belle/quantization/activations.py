@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.direct_io import byte_view
 from gptq_belle.checkpoint.safetensors_file import DAMAGED
-from gptq_belle.common.files import DurableFile, Stamp
+from gptq_belle.common.files import AtomicFile, FileChecksum
 from gptq_belle.errors import InputError
 from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.journal import QUANTIZED, activations_name
@@ -58,14 +58,14 @@ class Activations:
         """Path below ``OUT.partial`` of the inputs of block `index`."""
         return activations_name(index, self.model)
 
-    def write(self, index: int, batches: Iterable[Tensor]) -> Stamp:
+    def write(self, index: int, batches: Iterable[Tensor]) -> FileChecksum:
         """Replace the activations by the inputs of block `index`, which may be computed from the present ones.
 
         Where `batches` raises, the present activations are kept.
         """
         written: list[Tensor] | None = None if self.spill else (self._batches or [])
         try:
-            with DurableFile(self.partial / self.name(index)) as file:
+            with AtomicFile(self.partial / self.name(index)) as file:
                 for place, states in enumerate(batches):
                     states = states.to("cpu", torch.float32).contiguous()
                     file.write(byte_view(states))
@@ -76,7 +76,7 @@ class Activations:
                 self.load(self.index)
             raise
         self.index, self._batches = index, written
-        return file.stamp
+        return file.checksum
 
     def load(self, index: int) -> None:
         """Use the inputs of block `index` that an earlier job has written."""
@@ -119,7 +119,7 @@ class ActivationPair:
         """The one or two that exist."""
         return [self.quantized] if self.full is None else [self.quantized, self.full]
 
-    def write(self, index: int, *batches: Callable[[], Iterable[Tensor]]) -> dict[str, Stamp]:
+    def write(self, index: int, *batches: Callable[[], Iterable[Tensor]]) -> dict[str, FileChecksum]:
         """`Activations.write` for each model; where one raises, the present activations of all are kept."""
         before, files = self.quantized.index, {}
         for states, outputs in zip(self.models, batches, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gptq_belle.checkpoint.empty_model import assign
 from gptq_belle.checkpoint.writer import CheckpointWriter
-from gptq_belle.common.files import Stamp
+from gptq_belle.common.files import FileChecksum
 from gptq_belle.common.memory import PeakMemory, trim_heap
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
@@ -82,7 +82,7 @@ class BlockQuantizer:
         yield "on the CPU"
 
     def _attempt(self, index: int, activations: ActivationPair,
-                 verification: BlockVerification) -> tuple[Record, dict[str, Stamp], dict[str, Tensor]]:
+                 verification: BlockVerification) -> tuple[Record, dict[str, FileChecksum], dict[str, Tensor]]:
         """Quantize and write a block; its record, without notes and phases, its files, and tensors for the journal."""
         stream, record, originals = self.stream, Record(), OriginalWeights()
         block = stream.load_block(index)
@@ -103,7 +103,7 @@ class BlockQuantizer:
         return record, files, tensors
 
     def _propagate(self, index: int, block: nn.Module, activations: ActivationPair,
-                   originals: OriginalWeights) -> dict[str, Stamp]:
+                   originals: OriginalWeights) -> dict[str, FileChecksum]:
         """Replace the activations by the block's outputs, in the full-precision model with the original weights."""
         def outputs(states: Activations) -> Iterator[Tensor]:
             with states.attention.forward_pass(block, self.stream.arch) as piece_context:

@@ -14,7 +14,7 @@ import transformers
 from gptq_belle import __version__
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import COPIED_FILES, TOKENIZER_CONFIG
-from gptq_belle.common.files import stamp_of
+from gptq_belle.common.files import file_checksum
 from gptq_belle.kernels.native_library import load_library
 from gptq_belle.quantization.config import QuantConfig
 
@@ -64,4 +64,4 @@ def environment_differences(begun: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> str:
-    return stamp_of(path).sha256
+    return file_checksum(path).sha256

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
-from gptq_belle.common.files import UNFINISHED, Stamp, is_whole, sync, write_json_durably
+from gptq_belle.common.files import UNFINISHED_SUFFIX, FileChecksum, fsync, matches_checksum, write_json_atomically
 from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.quantization.end_to_end.savepoint import PREFIX
 from gptq_belle.quantization.report import LinearReport
@@ -46,7 +46,7 @@ class Record:
     peak_memory: int | None = None
     notes: list[str] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, Stamp] = field(default_factory=dict)
+    files: dict[str, FileChecksum] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -56,7 +56,7 @@ class Record:
             TypeError, AttributeError, KeyError: it is none.
         """
         linears = [LinearReport(**row) for row in value["linears"]]
-        files = {name: Stamp(*stamp) for name, stamp in value["files"].items()}
+        files = {name: FileChecksum(*stamp) for name, stamp in value["files"].items()}
         return cls(**{**value, "linears": linears, "files": files})
 
 
@@ -93,17 +93,18 @@ class Journal:
             self.records = list(self._whole_records())
         else:
             self.folder.mkdir(exist_ok=True)
-            sync(partial)
-            write_json_durably(self.folder / JOB, job | {"environment": self.environment})
+            fsync(partial)
+            write_json_atomically(self.folder / JOB, job | {"environment": self.environment})
         self._job = job
         self._clear()
 
     def choose(self, choice: dict[str, Any]) -> None:
         """Keep a choice on the disk: measuring again could end in other last bits, and in another choice."""
-        write_json_durably(self.folder / JOB, self._job | {"environment": self.environment, "choice": choice})
+        write_json_atomically(self.folder / JOB, self._job | {"environment": self.environment, "choice": choice})
         self.choice = choice
 
-    def commit(self, record: Record, files: Mapping[str, Stamp], tensors: Mapping[str, Tensor] | None = None) -> None:
+    def commit(self, record: Record, files: Mapping[str, FileChecksum],
+               tensors: Mapping[str, Tensor] | None = None) -> None:
         """A block is finished; when this returns, neither a crash nor a power cut undoes it.
 
         Args:
@@ -117,7 +118,7 @@ class Journal:
             name = f"journal/tensors-{index:05d}.safetensors"
             record.files[name] = write_tensors(self.partial / name, tensors)
         content = asdict(record)
-        write_json_durably(self._path(index), content | {"checksum": _checksum(content)})
+        write_json_atomically(self._path(index), content | {"checksum": _checksum(content)})
         self.records.append(record)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
@@ -147,7 +148,7 @@ class Journal:
         for place, record in enumerate(found):
             last = place == len(found) - 1
             for name, stamp in record.files.items():
-                if (last or not is_activations(name)) and not is_whole(self.partial / name, stamp):
+                if (last or not is_activations(name)) and not matches_checksum(self.partial / name, stamp):
                     return
         yield from found
 
@@ -185,7 +186,8 @@ def is_activations(name: str) -> bool:
 
 def finished_blocks(partial: Path) -> int:
     """How many records an unfinished job has left; they are not checked."""
-    return len([file for file in (partial / "journal").glob("block-*.json") if not file.name.endswith(UNFINISHED)])
+    records = (partial / "journal").glob("block-*.json")
+    return sum(not record.name.endswith(UNFINISHED_SUFFIX) for record in records)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

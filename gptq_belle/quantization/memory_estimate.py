@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from gptq_belle.common.memory import anonymous_bytes, available_bytes, mib
+from gptq_belle.common.memory import anonymous_bytes, available_bytes, format_bytes
 from gptq_belle.errors import HardwareError
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.job import QuantizationJob, linear_shapes
@@ -53,9 +53,10 @@ def must_spill(job: QuantizationJob, limit: int | None) -> bool:
     memory = estimate_memory(job)
     if limit is not None and memory.floor > limit:
         raise HardwareError(
-            f"one block of this model takes {mib(memory.floor)} to quantize, {mib(limit)} are allowed: "
-            f"{mib(memory.process)} for the program, {mib(memory.block)} for the block, {mib(memory.work)} for its "
-            "largest Hessian or its activations", f"Allow --memory {math.ceil(memory.floor / 2**20)}MiB or more.")
+            f"one block of this model takes {format_bytes(memory.floor)} to quantize, {format_bytes(limit)} are "
+            f"allowed: {format_bytes(memory.process)} for the program, {format_bytes(memory.block)} for the block, "
+            f"{format_bytes(memory.work)} for its largest Hessian or its activations",
+            f"Allow --memory {math.ceil(memory.floor / 2**20)}MiB or more.")
     free = available_bytes()
     allowed = limit if limit is not None else None if free is None else memory.process + int(SHARE * free)
     return allowed is not None and memory.total > allowed

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_belle.common.memory import anonymous_bytes, available_bytes, mib
+from gptq_belle.common.memory import anonymous_bytes, available_bytes, format_bytes
 from gptq_belle.errors import HardwareError
 from gptq_belle.quantization.end_to_end.rows import cut
 from gptq_belle.quantization.end_to_end.student import Student, TrainableLinear
@@ -64,9 +64,10 @@ def check_tuning(job: QuantizationJob, limit: int | None) -> int:
         process, free = 0, torch.cuda.mem_get_info(device)[0]
     if free is not None and needed > free:
         raise HardwareError(
-            f"tuning this model as a whole takes {mib(process + needed)}, {mib(process + max(0, free))} are "
-            f"{'allowed' if limit is not None and device.type == 'cpu' else 'free'}", "Take --preset best, which keeps "
-            "one block in memory at a time, or a machine with more.")
+            f"tuning this model as a whole takes {format_bytes(process + needed)}, "
+            f"{format_bytes(process + max(0, free))} are "
+            f"{'allowed' if limit is not None and device.type == 'cpu' else 'free'}",
+            "Take --preset best, which keeps one block in memory at a time, or a machine with more.")
     return process + needed if device.type == "cpu" else 0
 
 

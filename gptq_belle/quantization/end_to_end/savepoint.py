@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
-from gptq_belle.common.files import Stamp, is_whole, write_json_durably
+from gptq_belle.common.files import FileChecksum, matches_checksum, write_json_atomically
 from gptq_belle.errors import GptqBelleError
 
 PREFIX = "savepoint"
@@ -38,7 +38,7 @@ class Savepoint:
         """Keep this; when it returns, neither a crash nor a power cut undoes it. What was saved before goes then."""
         name = f"{PREFIX}-{step:06d}.safetensors"
         stamp = write_tensors(self.folder / name, tensors)
-        write_json_durably(self._record, {"origin": self.origin, "step": step, "state": state, "file": name,
+        write_json_atomically(self._record, {"origin": self.origin, "step": step, "state": state, "file": name,
                                           "stamp": stamp})
         for file in self.folder.glob(f"{PREFIX}-*"):
             if file.name != name:
@@ -49,7 +49,7 @@ class Savepoint:
         try:
             record = read_json(self._record)
             path = self.folder / record["file"]
-            if record["origin"] != self.origin or not is_whole(path, Stamp(*record["stamp"])):
+            if record["origin"] != self.origin or not matches_checksum(path, FileChecksum(*record["stamp"])):
                 return None
             file = TensorFile(path)
             return Saved(record["step"], record["state"], {name: file.tensor(name) for name in file.names()})
