@@ -26,7 +26,7 @@ from gptq_belle.checkpoint.config_files import quantized_config
 from gptq_belle.checkpoint.reader import read_config
 from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, TensorEntry, header_bytes
 from gptq_belle.checkpoint.writer import SHARD_BYTES
-from gptq_belle.formats.packed_head import CODES, SCALES, group_of
+from gptq_belle.formats.packed_lm_head import CODES, SCALES, group_of
 from gptq_belle.formats.quantize_config import BITS
 from gptq_belle.models.architectures import HEAD, architecture
 from gptq_belle.models.dimensions import Dimensions, dimensions, linear_shapes, outer_shapes, vector_shapes
@@ -104,7 +104,7 @@ def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: floa
 
 
 def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a packed lm_head (see `formats.packed_head`)."""
+    """Yield the tensors of a packed lm_head (see `formats.packed_lm_head`)."""
     group = group_of(d.hidden_size)
     if group is None:
         raise SystemExit(f"a packed lm_head does not support a width of {d.hidden_size}")

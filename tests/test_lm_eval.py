@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from served import serving
+from server_process import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import time
 
 import httpx
 import pytest
-from served import serving
+from server_process import serving
 
 from gptq_belle import load
 

@@ -5,7 +5,7 @@ import random
 
 import httpx
 import pytest
-from served import serving
+from server_process import serving
 
 openai = pytest.importorskip("openai", reason="pip install openai")
 QUESTION = [{"role": "user", "content": "你好"}]

@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from served import serving
+from server_process import serving
 
 PROMPTS = ("写一首关于春天的诗", "你好", "把“早上好”翻译成英文", "1+1等于几？", "用三句话介绍北京", "今天天气怎么样",
            "Hello", "讲个笑话")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import naming, packed_checkpoint, tiny_tokenizer
 from safetensors.torch import load_file
-from test_loader import IDS, VARIANTS, edit, expected_logits, logits, name_of
+from test_hf_model import IDS, VARIANTS, edit, expected_logits, logits, name_of
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 

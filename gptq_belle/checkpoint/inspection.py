@@ -15,7 +15,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.checkpoint.validation import is_act_ordered, problems
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.formats.packed_head import CODES, SCALES
+from gptq_belle.formats.packed_lm_head import CODES, SCALES
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.models.architectures import HEAD
 from gptq_belle.prompts.styles import detect_style

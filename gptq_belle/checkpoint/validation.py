@@ -11,7 +11,7 @@ from gptq_belle.checkpoint.packed_reader import PARTS, check_packed
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.formats.packed_head import CODES, SCALES
+from gptq_belle.formats.packed_lm_head import CODES, SCALES
 from gptq_belle.formats.packing import unpack_rows
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import V1

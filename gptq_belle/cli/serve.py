@@ -32,8 +32,8 @@ def serve(
     verbose: options.Verbose = False,
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
-    from gptq_belle.serving.options import Limits, ListenConfig, ServiceConfig
     from gptq_belle.serving.server import serve
+    from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
 
     limits = Limits(slots=max_batch, waiting=max_queue, context=max_len)
     config = ServiceConfig(options.local(path), limits, prompt_style, device, precision, head_bits, cache)

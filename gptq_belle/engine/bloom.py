@@ -5,17 +5,17 @@ from torch import Tensor
 from gptq_belle.engine.attention import Attention, AttentionConfig
 from gptq_belle.engine.linear import LinearOperator
 from gptq_belle.engine.lm_head import embedding_and_head
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.kernels.cpu_elementwise import LayerNorm, gelu_
 from gptq_belle.models.decoder_config import DecoderConfig
 
 
-def _norm(weights: Weights, name: str, width: int, eps: float) -> LayerNorm:
+def _norm(weights: WeightLoader, name: str, width: int, eps: float) -> LayerNorm:
     return LayerNorm(weights.tensor(f"{name}.weight", width), weights.tensor(f"{name}.bias", width), eps)
 
 
 class _Block:
-    def __init__(self, weights: Weights, name: str, config: DecoderConfig) -> None:
+    def __init__(self, weights: WeightLoader, name: str, config: DecoderConfig) -> None:
         d, eps = config.dimensions, config.eps
         width, inner = d.hidden_size, d.intermediate_size
 
@@ -49,7 +49,7 @@ class Bloom:
         config: of its config.json.
     """
 
-    def __init__(self, weights: Weights, config: DecoderConfig) -> None:
+    def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
         d, eps = config.dimensions, config.eps
         self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", d)
         self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", d.hidden_size, eps)

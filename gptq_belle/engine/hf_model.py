@@ -12,9 +12,9 @@ from gptq_belle.checkpoint.packed_reader import stated_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.engine.linear import QuantLinear
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError
-from gptq_belle.formats.packed_head import CODES
+from gptq_belle.formats.packed_lm_head import CODES
 from gptq_belle.formats.quantize_config import WRONG_CONFIG
 from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.models.architectures import HEAD
@@ -44,7 +44,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
         raise InputError(f"{reader.path} holds its head packed, for which transformers has no place",
                          "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
     model = empty_model(reader.path)
-    weights = Weights(reader, target, dtype, precision)
+    weights = WeightLoader(reader, target, dtype, precision)
     _replace_packed_linears(model, weights)
     _assign_parameters(model, weights)
     _check_complete(model, weights)
@@ -56,7 +56,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     return model.to(target)  # type: ignore[arg-type]
 
 
-def _replace_packed_linears(model: PreTrainedModel, weights: Weights) -> None:
+def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> None:
     """Put a `QuantLinear` in the place of every linear of the blocks that the files hold packed."""
     arch = weights.reader.arch
     for index, _ in model.get_submodule(arch.blocks).named_children():
@@ -70,7 +70,7 @@ def _replace_packed_linears(model: PreTrainedModel, weights: Weights) -> None:
             model.set_submodule(name, QuantLinear(prepared, bias))
 
 
-def _assign_parameters(model: PreTrainedModel, weights: Weights) -> None:
+def _assign_parameters(model: PreTrainedModel, weights: WeightLoader) -> None:
     """Read every parameter; where the file holds another head although the configuration says tied, believe the file.
     """
     head, tied = f"{HEAD}.weight", bool(model.config.tie_word_embeddings)
@@ -87,7 +87,7 @@ def _assign_parameters(model: PreTrainedModel, weights: Weights) -> None:
         model.tie_weights()
 
 
-def _check_complete(model: PreTrainedModel, weights: Weights) -> None:
+def _check_complete(model: PreTrainedModel, weights: WeightLoader) -> None:
     """Raises InputError for tensors that the model has no place for, and parameters without a value."""
     weights.check_all_used()
     state = [*model.named_parameters(), *model.named_buffers()]

@@ -5,13 +5,13 @@ from torch import Tensor
 from gptq_belle.engine.attention import Attention, AttentionConfig
 from gptq_belle.engine.linear import LinearOperator
 from gptq_belle.engine.lm_head import embedding_and_head
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.kernels.cpu_elementwise import RmsNorm, silu_and_mul
 from gptq_belle.models.decoder_config import DecoderConfig
 
 
 class _Block:
-    def __init__(self, weights: Weights, name: str, config: DecoderConfig) -> None:
+    def __init__(self, weights: WeightLoader, name: str, config: DecoderConfig) -> None:
         d = config.dimensions
         width, inner, head_dim = d.hidden_size, d.intermediate_size, d.head_dim
         self.heads = [d.num_heads, d.num_kv_heads, d.num_kv_heads]
@@ -49,7 +49,7 @@ class Llama:
         config: of its config.json.
     """
 
-    def __init__(self, weights: Weights, config: DecoderConfig) -> None:
+    def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
         d = config.dimensions
         self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", d)
         self.blocks = [_Block(weights, name, config) for name in weights.in_turn("model.layers", d.num_layers)]

@@ -15,9 +15,9 @@ from torch import Tensor
 from gptq_belle.checkpoint.packed_reader import packed_head_bits, packed_head_rows
 from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.engine.linear import DenseLinear, LinearOperator, PackedLinear
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_head import CODES, GROUPS, SCALES, STEP, group_of, rounded
+from gptq_belle.formats.packed_lm_head import CODES, GROUPS, SCALES, STEP, group_of, rounded
 from gptq_belle.formats.packing import pack_rows
 from gptq_belle.kernels import cpu_layout, cpu_packed_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose_kernel, lookup_rows, prepare_weight
@@ -63,7 +63,7 @@ def check_head_bits(bits: int | None) -> None:
         raise UsageError(f"head bits {bits} is not allowed", f"Choose one of {', '.join(map(str, HEAD_BITS))}.")
 
 
-def embedding_and_head(weights: Weights, name: str,
+def embedding_and_head(weights: WeightLoader, name: str,
                        sizes: Dimensions) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
     """What turns ids into hidden states, and hidden states into logits.
 
@@ -102,7 +102,7 @@ def embedding_and_head(weights: Weights, name: str,
     return Embedding(table, weights.dtype, table.nbytes), head
 
 
-def _stored(weights: Weights, embedding: str, shape: tuple[int, int], bits: int,
+def _stored(weights: WeightLoader, embedding: str, shape: tuple[int, int], bits: int,
             tied: bool) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
     """A head that the file holds packed; where it is not also the embedding, that one is there beside it."""
     if weights.head_bits not in (None, bits):
@@ -117,7 +117,7 @@ def _stored(weights: Weights, embedding: str, shape: tuple[int, int], bits: int,
     return Embedding(table, weights.dtype, table.nbytes), PackedLinear(weight, None)
 
 
-def _packed(weights: Weights, name: str, shape: tuple[int, int], bits: int, pieces: Rounded) -> PreparedWeight:
+def _packed(weights: WeightLoader, name: str, shape: tuple[int, int], bits: int, pieces: Rounded) -> PreparedWeight:
     """Rows of the matrix `name`, rounded, laid out for its kernel on the device."""
     group = group_of(shape[1])
     if (refused := refusal(weights, shape)) is not None or group is None:
@@ -130,7 +130,7 @@ def _packed(weights: Weights, name: str, shape: tuple[int, int], bits: int, piec
     return prepared
 
 
-def refusal(weights: Weights, shape: tuple[int, int]) -> str | None:
+def refusal(weights: WeightLoader, shape: tuple[int, int]) -> str | None:
     """Why a head of that shape cannot be packed; None where it can."""
     if shape[1] % GROUPS[-1]:
         return f"its rows are no multiple of {GROUPS[-1]}"
@@ -139,12 +139,12 @@ def refusal(weights: Weights, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def _kernel(weights: Weights, shape: tuple[int, int]) -> str:
+def _kernel(weights: WeightLoader, shape: tuple[int, int]) -> str:
     g_idx = torch.arange(shape[1], dtype=torch.int32) // GROUPS[-1]
     return choose_kernel(g_idx, device=weights.device, dtype=weights.dtype).kernel
 
 
-def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
+def _native(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
     blocks = -(-shape[0] // PADDED) * PADDED // cpu_layout.BLOCK
     codes = cpu_layout.empty_codes(blocks, shape[1] // group, group * bits // 32)
     scales = torch.empty(blocks, shape[1] // group, cpu_layout.BLOCK, dtype=torch.float16)
@@ -157,7 +157,7 @@ def _native(weights: Weights, shape: tuple[int, int], bits: int, group: int, pie
     return part._replace(codes=codes, scales=scales, out_features=shape[0])
 
 
-def _words(weights: Weights, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
+def _words(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
     device, outputs, groups = weights.device, -(-shape[0] // PADDED) * PADDED, shape[1] // group
     words = torch.empty(shape[1] * bits // 32, outputs, dtype=torch.int32, device=device)
     scales = torch.empty(groups, outputs, dtype=torch.float16, device=device)
@@ -184,7 +184,7 @@ def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
         yield piece
 
 
-def _pieces(weights: Weights, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+def _pieces(weights: WeightLoader, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
     """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
     parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
     memory = MemoryPool()
@@ -196,7 +196,7 @@ def _step(shape: tuple[int, int]) -> int:
     return max(1, STEP // shape[1] // PADDED) * PADDED
 
 
-def _same(weights: Weights, first: str, second: str) -> bool:
+def _same(weights: WeightLoader, first: str, second: str) -> bool:
     reader = weights.reader
     if reader.shape(first) != reader.shape(second):
         return False

@@ -11,7 +11,7 @@ from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import DecoderConfig
 
@@ -47,7 +47,7 @@ class LogitsModel:
     """
 
     def __init__(self, decoder: Bloom | Llama, decoder_config: DecoderConfig, reader: CheckpointReader,
-                 weights: Weights, cache: str, eos: frozenset[int]) -> None:
+                 weights: WeightLoader, cache: str, eos: frozenset[int]) -> None:
         self.decoder, self.decoder_config, self.path, self.config = decoder, decoder_config, reader.path, reader.config
         self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
         self.context = decoder_config.context

@@ -23,7 +23,7 @@ from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import LogitsModel
 from gptq_belle.engine.sampling import SamplingOptions, SamplingParams, sampling_params
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.stop_strings import TextStream
@@ -61,7 +61,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     reader = CheckpointReader(model_directory(path))
     decoder_config = read_decoder_config(reader.config)
     eos = decoder_config.eos | _generation_eos(reader)
-    weights = Weights(reader, target, dtype, precision, head_bits)
+    weights = WeightLoader(reader, target, dtype, precision, head_bits)
     decoder = DECODERS[decoder_config.dimensions.model_type](weights, decoder_config)
     weights.check_all_used()
     trim_heap()  # of LLaMA-7B, 90 MB that were freed while loading would stay

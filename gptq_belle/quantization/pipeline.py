@@ -16,7 +16,7 @@ from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
 from gptq_belle.common.devices import threads
 from gptq_belle.common.memory import PeakMemory, lower_mmap_threshold
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_head import CODES, SCALES, group_of, rounded, to_bytes
+from gptq_belle.formats.packed_lm_head import CODES, SCALES, group_of, rounded, to_bytes
 from gptq_belle.models.architectures import HEAD
 from gptq_belle.quantization.activations import ActivationPair
 from gptq_belle.quantization.auto_bits import choose_bits, stages_and_budget
@@ -51,7 +51,7 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
 
 
 def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows: Iterator[Tensor], bits: int) -> None:
-    """Write the matrix `name` in the layout of `formats.packed_head`; of all rows only the scales stay in memory."""
+    """Write the matrix `name` in the layout of `formats.packed_lm_head`; of all rows only the scales stay in memory."""
     count, width = stream.shape(name)
     if (group := group_of(width)) is None:
         raise UsageError(f"{name} has {width} columns, which cannot be packed", "Leave --packed-head-only out.")

@@ -9,10 +9,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from gptq_belle import __version__
-from gptq_belle.serving import api_errors, routes_chat, routes_completions, routes_info
-from gptq_belle.serving.app_state import AppState
+from gptq_belle.serving import api_errors, routes_completions, routes_info
 from gptq_belle.serving.request_guard import RequestGuard
-from gptq_belle.serving.service import Limits, Service
+from gptq_belle.serving.service import AppState, Limits, Service
 
 REFUSALS = {"400": "A field has a value that is not allowed; the message names it.", "401": "No valid API key.",
             "413": "The body is too large.", "429": "Too many answers wait already.",
@@ -49,7 +48,7 @@ def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: 
     app = FastAPI(title="gptq_belle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = state
     api_errors.install(app)
-    for routes in (routes_chat, routes_completions, routes_info):
+    for routes in (routes_completions, routes_info):
         app.include_router(routes.router)
     app.add_middleware(RequestGuard, api_key=api_key, max_bytes=limits.body, max_requests=limits.requests,
                        local_only=local_only and api_key is None)

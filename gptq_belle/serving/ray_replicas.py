@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gptq_belle.errors import HardwareError
-from gptq_belle.serving.options import ListenConfig, ServiceConfig, address
 from gptq_belle.serving.server import SHUTDOWN_TIMEOUT
+from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
 
 try:
     import ray

@@ -13,8 +13,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from gptq_belle.serving.api_errors import ApiError, from_exception
+from gptq_belle.serving.completion_choice import CompletionChoice, TextDelta
 from gptq_belle.serving.scheduler import Item, ItemQueue
-from gptq_belle.serving.token_text import CompletionChoice, TextDelta
 
 KEEP_ALIVE = 10.0  # seconds of silence after which a comment is sent: proxies drop silent connections
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall pass each event on as it comes

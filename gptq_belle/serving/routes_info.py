@@ -9,8 +9,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
 from gptq_belle.serving.api_errors import ApiError
-from gptq_belle.serving.app_state import app_state, loaded_service
 from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
+from gptq_belle.serving.service import app_state, loaded_service
 
 router = APIRouter()
 # Model output is shown as text nodes only; even if that failed, nothing but the page's own script and styles would run.

@@ -12,9 +12,8 @@ try:
     import uvicorn
 
     from gptq_belle.serving.app import create_app
-    from gptq_belle.serving.app_state import AppState
-    from gptq_belle.serving.options import ListenConfig, ServiceConfig, address
-    from gptq_belle.serving.service import Service
+    from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
+    from gptq_belle.serving.service import AppState, Service
 except ImportError as error:
     raise HardwareError(f"serving needs a package that is not installed: {error.name}",
                         "Install it: pip install 'gptq-belle[serve]'") from error

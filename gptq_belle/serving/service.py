@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fastapi import Request
 
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.prompts.styles import get_style, render, turns_from_messages
 from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.scheduler import Scheduler
 from gptq_belle.serving.schemas import Message, SamplingRequest
-from gptq_belle.serving.token_text import CompletionChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +110,36 @@ class Service:
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
             (ids, body.params(number, most_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
         return [CompletionChoice(answer, self.tokenizer, stops) for answer in self.scheduler.submit(wanted)]
+
+
+@dataclass(slots=True)
+class AppState:
+    """State of one FastAPI application.
+
+    Attributes:
+        metrics: available from the start.
+        service: None until the model is loaded.
+        failure: why loading failed.
+    """
+
+    metrics: Metrics = field(default_factory=Metrics)
+    service: Service | None = None
+    failure: BaseException | None = None
+
+
+def app_state(request: Request) -> AppState:
+    """State of the application that received a request."""
+    state: AppState = request.app.state.server
+    return state
+
+
+def loaded_service(request: Request) -> Service:
+    """Service of the application that received a request.
+
+    Raises:
+        ApiError: 503 until the model is loaded.
+    """
+    service = app_state(request).service
+    if service is None:
+        raise ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"})
+    return service

@@ -5,7 +5,7 @@ import shutil
 
 import httpx
 import pytest
-from served import serving
+from server_process import serving
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

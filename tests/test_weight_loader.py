@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, PackedLinear
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ VARIANTS = [{"bits": 4}, {"bits": 8, "sym": False}, {"bits": 3}, {"bits": 4, "ac
 
 
 def weights(path):
-    return Weights(CheckpointReader(path), CPU, torch.float32, "exact")
+    return WeightLoader(CheckpointReader(path), CPU, torch.float32, "exact")
 
 
 def relative(found, wanted):

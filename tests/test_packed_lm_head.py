@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_head import CODES, SCALES, from_bytes, group_of, rounded, to_bytes
+from gptq_belle.formats.packed_lm_head import CODES, SCALES, from_bytes, group_of, rounded, to_bytes
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 

@@ -11,9 +11,9 @@ from gptq_belle import load
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.linear import DenseLinear, PackedLinear
 from gptq_belle.engine.lm_head import PackedEmbedding, embedding_and_head
-from gptq_belle.engine.weights import Weights
+from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
-from gptq_belle.formats.packed_head import CLIPS, rounded
+from gptq_belle.formats.packed_lm_head import CLIPS, rounded
 from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_packed_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
@@ -138,7 +138,7 @@ def test_torch_rounds_as_the_native_kernel_does(bits, monkeypatch):
 
 
 def head_of(path, vocabulary, width, **arguments):
-    weights = Weights(CheckpointReader(path), CPU, torch.float32, "exact", **arguments)
+    weights = WeightLoader(CheckpointReader(path), CPU, torch.float32, "exact", **arguments)
     sizes = Dimensions("bloom", 1, width, 4 * width, 2, 2, width // 2, vocabulary, True, None, frozenset())
     return embedding_and_head(weights, "transformer.word_embeddings", sizes)
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
-from served import serving
+from server_process import serving
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray.serve", reason="pip install 'gptq-belle[ray]'")

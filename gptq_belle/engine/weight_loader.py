@@ -21,7 +21,7 @@ from gptq_belle.kernels.layout import CanonicalWeight, fuse
 from gptq_belle.models.architectures import COMPUTED
 
 
-class Weights:
+class WeightLoader:
     """What a model directory holds, handed out by name.
 
     Args:
