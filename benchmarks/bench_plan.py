@@ -16,9 +16,9 @@ import records
 from make_model import make
 
 from gptq_belle.bench import footprint
-from gptq_belle.bench.plan import Setting, needs
 from gptq_belle.checkpoint.reader import read_config
 from gptq_belle.models.dimensions import dimensions
+from gptq_belle.models.sizes import MemorySettings, memory_use
 
 
 class Case(NamedTuple):
@@ -26,18 +26,18 @@ class Case(NamedTuple):
 
     model: str
     layers: int
-    setting: Setting
+    setting: MemorySettings
     context: int
     batch: int
 
 
 CASES = (
-    Case("llama-7b", 6, Setting(4, 4), 2048, 1),
-    Case("llama-7b", 6, Setting(8, 16), 1024, 2),
-    Case("llama-13b", 4, Setting(4, 8, cache="int8"), 2048, 2),
-    Case("belle-7b", 4, Setting(4, 8), 2048, 1),
-    Case("belle-7b", 4, Setting(8, 4, cache="int8"), 1024, 4),
-    Case("llama-7b", 2, Setting(16, 16), 512, 8),
+    Case("llama-7b", 6, MemorySettings(4, 4), 2048, 1),
+    Case("llama-7b", 6, MemorySettings(8, 16), 1024, 2),
+    Case("llama-13b", 4, MemorySettings(4, 8, cache="int8"), 2048, 2),
+    Case("belle-7b", 4, MemorySettings(4, 8), 2048, 1),
+    Case("belle-7b", 4, MemorySettings(8, 4, cache="int8"), 1024, 4),
+    Case("llama-7b", 2, MemorySettings(16, 16), 512, 8),
 )
 
 
@@ -46,7 +46,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     make(case.model, folder, bits=case.setting.bits, layers=case.layers)
     found = footprint.fresh(folder, device="cpu", head_bits=case.setting.head_bits, cache=case.setting.cache,
                        prompt=case.context - footprint.STEPS, batch=case.batch)
-    planned = needs(dimensions(read_config(folder)), case.setting, case.context, case.batch)
+    planned = memory_use(dimensions(read_config(folder)), case.setting, case.context, case.batch)
     if found.peak_bytes is None:
         raise SystemExit("this system does not report the memory of a process")
     return {"model": case.model, "layers": case.layers, "context": case.context, "batch": case.batch,

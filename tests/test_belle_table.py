@@ -9,12 +9,13 @@ import pytest
 from conftest import naming
 
 from gptq_belle.bench import belle_table
-from gptq_belle.bench.belle_table import GIB, TABLE, file_bytes
+from gptq_belle.bench.belle_table import GIB, TABLE
 from gptq_belle.bench.footprint import Footprint
 from gptq_belle.checkpoint.reader import read_config
 from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.models.dimensions import dimensions
+from gptq_belle.models.sizes import file_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import make_model
@@ -44,7 +45,7 @@ def test_table_without_directories_is_computed_from_sizes():
     rows = belle_table.belle_table([], 516, "cpu")
     assert [row for row, _ in rows] == list(TABLE)
     assert all(ours.measured is None for _, ours in rows)
-    assert {line[-1] for line in belle_table.cells(rows)[1]} == {"by arithmetic"}
+    assert {line[-1] for line in belle_table.cells(rows)[1]} == {"computed"}
 
 
 def directory(path, name, bits, blocks=None):

@@ -9,8 +9,8 @@ from conftest import naming, packed_checkpoint
 
 import gptq_belle
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
-from gptq_belle.engine.logits_model import PREFILL_CHUNK
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.models.sizes import PREFILL_CHUNK
 from gptq_belle.prompts.styles import STYLES, chat_template
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61], [1, 2, 3, 4, 5, 6, 7, 8, 9]])

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from gptq_belle.bench import plan
-from gptq_belle.bench.plan import Needs, Setting, best, cache_bytes, matrix_bytes, needs
+from gptq_belle.bench.plan import best_fit
 from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.native_library import load_library
 from gptq_belle.models.belle_catalogue import CONFIGS
-from gptq_belle.models.dimensions import dimensions
+from gptq_belle.models.dimensions import LinearShape, dimensions
+from gptq_belle.models.sizes import MemorySettings, MemoryUse, cache_bytes, matrix_bytes, memory_use
 
 GIB = 1 << 30
 BELLE = dimensions(CONFIGS["belle-7b"])
@@ -40,7 +41,7 @@ def test_packed_sizes_are_those_of_the_cpu_layout(case):
     inputs, outputs, bits, group = case
     if outputs * bits % 32:
         outputs += 32 - outputs % 32  # words of zero points are whole
-    found = matrix_bytes(inputs, outputs, bits, Setting(group_size=group))
+    found = matrix_bytes(LinearShape(inputs, outputs), bits, MemorySettings(group_size=group))
     assert found == held(cpu_layout.prepare(weight(inputs, outputs, bits, group)))
 
 
@@ -48,12 +49,12 @@ def test_packed_sizes_are_those_of_the_cpu_layout(case):
 def test_packed_sizes_are_those_of_the_gpu_layout(case):
     inputs, outputs, bits, group = case
     outputs = -(-outputs // 32) * 32
-    found = matrix_bytes(inputs, outputs, bits, Setting(group_size=group, device="cuda"))
+    found = matrix_bytes(LinearShape(inputs, outputs), bits, MemorySettings(group_size=group, device="cuda"))
     assert found == held(triton_layout.prepare(weight(inputs, outputs, bits, group)))
 
 
 def test_plan_of_belle_7b_equals_hand_computation():
-    found = needs(BELLE, Setting(bits=4, head_bits=8), 2048, 1)
+    found = memory_use(BELLE, MemorySettings(bits=4, head_bits=8), 2048, 1)
     weights = 30 * (4096 * 12288 + 4096 * 4096 + 2 * 4096 * 16384)
     assert found.blocks == pytest.approx(weights * (0.5 + 2 / 128), rel=0.004)  # the rest: norms, biases, g_idx
     assert found.head == pytest.approx(250880 * 4096 * (1 + 2 / 128), rel=0.002)
@@ -63,7 +64,7 @@ def test_plan_of_belle_7b_equals_hand_computation():
 
 def test_an_untied_head_comes_on_top_of_the_embedding():
     llama = dimensions(CONFIGS["llama-7b"])
-    found = needs(llama, Setting(bits=4, head_bits=4), 16, 1).head
+    found = memory_use(llama, MemorySettings(bits=4, head_bits=4), 16, 1).head
     assert found == pytest.approx(32000 * 4096 * (2 + 0.5 + 2 / 128), rel=0.002)
 
 
@@ -71,25 +72,25 @@ def test_an_untied_head_comes_on_top_of_the_embedding():
 def test_the_longest_context_fits_and_one_more_token_does_not(batch):
     memory = (5 + batch // 5) * 10**9
     rows = plan.plan(CONFIGS["belle-7b"], memory, batch=batch)
-    between = [row for row in rows if 0 < row.longest < 2048]
+    between = [row for row in rows if 0 < row.longest_context < 2048]
     assert between
     for row in between:
-        assert needs(BELLE, row.setting, row.longest, batch).total <= memory
-        assert needs(BELLE, row.setting, row.longest + 1, batch).total > memory
+        assert memory_use(BELLE, row.settings, row.longest_context, batch).total <= memory
+        assert memory_use(BELLE, row.settings, row.longest_context + 1, batch).total > memory
     for row in rows:
-        assert row.fits == (row.needs.total <= memory) == (row.longest == 2048)
+        assert row.fits == (row.use.total <= memory) == (row.longest_context == 2048)
 
 
 def test_the_best_has_the_most_bits_of_what_fits():
     rows = plan.plan(CONFIGS["belle-7b"], 9 * GIB)
-    assert (best(rows).setting.bits, best(rows).setting.head_bits) == (8, 8)
-    assert best(plan.plan(CONFIGS["belle-7b"], 4 * GIB)) is None
+    assert (best_fit(rows).settings.bits, best_fit(rows).settings.head_bits) == (8, 8)
+    assert best_fit(plan.plan(CONFIGS["belle-7b"], 4 * GIB)) is None
 
 
 def test_a_packed_model_is_planned_with_its_own_bits():
     config = CONFIGS["llama-7b"] | {"quantization_config": {"bits": 8, "group_size": 32}}
     rows = plan.plan(config, 8 * GIB)
-    assert {(row.setting.bits, row.setting.group_size) for row in rows} == {(8, 32)}
+    assert {(row.settings.bits, row.settings.group_size) for row in rows} == {(8, 32)}
 
 
 @pytest.mark.parametrize("wrong", [{"context": 4096}, {"context": 0}, {"batch": 0}, {"cache": "int2"}])
@@ -126,12 +127,4 @@ def test_plan_command_as_json(capsys, tiny_llama):
 
 
 def test_parts_add_up():
-    assert (Needs(1, 2, 3, 4, 5).model, Needs(1, 2, 3, 4, 5).total) == (14, 15)
-
-
-def test_the_engine_reads_prompts_as_planned():
-    from gptq_belle.bench import plan
-    from gptq_belle.engine import attention, logits_model
-
-    assert (plan.CHUNK, plan.QUERIES, plan.KV_HEADS) == (
-        logits_model.PREFILL_CHUNK, attention.QUERY_BLOCK, attention.KV_HEADS_PER_PASS)
+    assert (MemoryUse(1, 2, 3, 4, 5).model, MemoryUse(1, 2, 3, 4, 5).total) == (14, 15)

@@ -11,6 +11,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.models.architectures import HEAD
+from gptq_belle.models.dimensions import dimensions, linear_shapes
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +25,7 @@ class SourceModel:
     Attributes:
         blocks: the list of decoder blocks.
         count: number of blocks.
+        linear_shapes: (K, N) of the linears of a block, by their path inside it.
     Raises:
         InputError: blocks of more than one kind of attention.
     """
@@ -33,6 +35,7 @@ class SourceModel:
         self.model = empty_model(reader.path)
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
+        self.linear_shapes = linear_shapes(dimensions(reader.config))
         if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
             raise InputError("this model mixes kinds of attention between its blocks",
                              "Only models whose blocks all use the same attention can be quantized or converted.")

@@ -32,7 +32,7 @@ def plan(
     budget = parse_bytes(memory)
     rows = planned(read_config(model), budget, context=context, batch=batch, cache=cache, group_size=group_size,
                    device=kind)
-    found = plan_output.Plan(str(model), budget, context, batch, rows)
+    found = plan_output.PlanResult(str(model), budget, context, batch, rows)
     if as_json:
         console.print_json(plan_output.plain(found))
     else:

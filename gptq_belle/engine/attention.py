@@ -16,9 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.kernels import cpu_attention
 from gptq_belle.kernels.call_recorder import reject_while_recording
-
-QUERY_BLOCK = 64
-KV_HEADS_PER_PASS = 4  # heads of the cache converted to the dtype of activations at a time; 8 take 13 MB more
+from gptq_belle.models.sizes import KV_HEADS_PER_PASS, QUERY_BLOCK
 
 
 class Attention(Protocol):

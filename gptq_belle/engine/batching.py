@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptq_belle.engine.attention import QUERY_BLOCK
-from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, PREFILL_CHUNK, LogitsModel
+from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
 from gptq_belle.engine.sampling import Sampler, SamplingParams, sample_tokens
 from gptq_belle.errors import UsageError
+from gptq_belle.models.sizes import PREFILL_CHUNK, QUERY_BLOCK
 
 
 @dataclass(eq=False, slots=True)

@@ -14,9 +14,9 @@ from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import DecoderConfig
+from gptq_belle.models.sizes import PREFILL_CHUNK
 
 DEFAULT_MAX_NEW_TOKENS = 512
-PREFILL_CHUNK = 192  # prompt tokens per forward pass: 256 take 38 MB more for BELLE-7B, and are not faster
 LOGITS_BYTES = 1 << 26  # of logits at a time in `token_logprobs`: 67 rows of BLOOM's vocabulary
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from gptq_belle.common.memory import parse_bytes
 from gptq_belle.errors import UsageError
 from gptq_belle.quantization.config import Override, QuantConfig
-from gptq_belle.quantization.job import QuantizationJob, linear_shapes
+from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.journal import Journal
-from gptq_belle.quantization.memory_estimate import linear_bytes, output_bytes
+from gptq_belle.quantization.memory_estimate import output_bytes, written_bytes
 from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.report import JobProgress
 from gptq_belle.quantization.sensitivity import LOW_BITS, measure_losses, scratch_bytes
@@ -58,16 +58,16 @@ def stages_and_budget(job: QuantizationJob) -> tuple[list[FreeStage], int]:
     if config.bits != LOW_BITS or config.method != "gptq":
         raise UsageError(f"auto-bits chooses between {LOW_BITS} and {HIGH_BITS} bits by GPTQ, not with {config.bits} "
                          f"bits, method {config.method}", "Leave --bits and --method out.")
-    shapes, blocks = linear_shapes(job.stream), range(job.stream.count)
+    shapes, blocks = job.stream.linear_shapes, range(job.stream.count)
     sized = _bits_of(text) is None
     stages = []
     for index, linears in ((index, stage) for index in blocks for stage in job.stream.arch.stages):
         if _is_free(job, index, linears[0]):
-            weights = sum(shapes[name].numel() for name in linears)
+            weights = sum(math.prod(shapes[name]) for name in linears)
             extra = (HIGH_BITS - LOW_BITS) * weights
             if sized:
-                extra = sum(linear_bytes(replace(config, bits=HIGH_BITS, auto_bits=None), *shapes[name]) -
-                            linear_bytes(config, *shapes[name]) for name in linears)
+                extra = sum(written_bytes(replace(config, bits=HIGH_BITS, auto_bits=None), shapes[name]) -
+                            written_bytes(config, shapes[name]) for name in linears)
             stages.append(FreeStage(index, linears, weights, extra))
     room = _room_in_bytes(job, text) if sized else _room_in_bits(job, float(text))
     if room < 0:
@@ -188,11 +188,11 @@ def _is_free(job: QuantizationJob, index: int, name: str) -> bool:
 def _codes(job: QuantizationJob) -> tuple[int, int]:
     """Total bits of codes, and number of weights."""
     bits = weights = 0
-    for name, shape in linear_shapes(job.stream).items():
+    for name, shape in job.stream.linear_shapes.items():
         for index in range(job.stream.count):
             own = job.config.of(f"{job.stream.arch.blocks}.{index}.{name}")
-            weights += shape.numel()
-            bits += shape.numel() * (FLOAT_BITS if own is None else own.bits)
+            weights += math.prod(shape)
+            bits += math.prod(shape) * (FLOAT_BITS if own is None else own.bits)
     return bits, weights
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -66,26 +65,15 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
         InputError: a layer's sizes do not fill whole words.
     """
     shapes = [(f"{stream.arch.blocks}.{index}.{name}", shape) for index in range(stream.count)
-              for name, shape in linear_shapes(stream).items()]
-    for name, (outputs, inputs) in shapes:
+              for name, shape in stream.linear_shapes.items()]
+    for name, (k, n) in shapes:
         own = config.of(name)
-        if own is not None and own.group_size != -1 and inputs % own.group_size:
-            raise UsageError(f"group size {own.group_size} does not divide the {inputs} inputs of {name}",
-                             "Choose 32, 64, 128 or -1 (one group for the whole row), such that it does.")
-        if own is not None and (inputs % 32 or outputs % 32):
-            raise InputError(f"{name} is {outputs} x {inputs}, and packing needs multiples of 32",
-                             "Models of such sizes have no form in the GPTQ format.")
-
-
-def widest(stream: BlockStream) -> tuple[int, str]:
-    """Inputs and name of the linear with the most inputs."""
-    return max((shape[1], name) for name, shape in linear_shapes(stream).items())
-
-
-def linear_shapes(stream: BlockStream) -> dict[str, torch.Size]:
-    """(N, K) of the linears of a block, by their path inside it."""
-    block = stream.blocks.get_submodule("0")
-    return {name: block.get_parameter(f"{name}.weight").shape for name in stream.arch.linears}
+        if own is not None and own.group_size != -1 and k % own.group_size:
+            raise UsageError(f"group size {own.group_size} does not divide the {k} inputs of {name}",
+                             "Choose a group size of 32, 64 or 128 that does, or -1 for one group per output channel.")
+        if own is not None and (k % 32 or n % 32):
+            raise InputError(f"{name} has {k} inputs and {n} outputs, and packing needs multiples of 32",
+                             "The GPTQ format cannot hold models of such sizes.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,5 +135,6 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
     tokens, used = calibration_rows(calibration, tokenizer, style, stream.context)
     if not calibration.allow_short:
-        check_enough(tokens, *widest(stream))
+        widest = max(stream.linear_shapes, key=lambda name: stream.linear_shapes[name].in_features)
+        check_enough(tokens, stream.linear_shapes[widest].in_features, widest)
     return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used))

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 from gptq_belle.common.memory import anonymous_bytes, available_bytes, format_bytes
 from gptq_belle.errors import HardwareError
+from gptq_belle.models.dimensions import LinearShape
+from gptq_belle.models.sizes import UNPACKED, linear_file_bytes
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.job import QuantizationJob, linear_shapes
+from gptq_belle.quantization.job import QuantizationJob
 
 LIBRARIES = 32 << 20  # bytes that torch's and MKL's own buffers grow to during a job
 HIDDEN_ATTENTION, HIDDEN_MLP = 10, 3  # hidden states alive at a time in either half of a block, as measured
@@ -65,23 +67,24 @@ def must_spill(job: QuantizationJob, limit: int | None) -> bool:
 def estimate_memory(job: QuantizationJob) -> MemoryEstimate:
     """The peak of a job's memory by arithmetic."""
     stream, config, techniques = job.stream, job.config, job.config.techniques
-    shapes = linear_shapes(stream)
+    shapes = stream.linear_shapes
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
     if config.auto_bits is not None:
         config = replace(config, bits=8)  # which a whole block may get
-    packed = max(sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
-                     for name, (n, k) in shapes.items()) for index in range(stream.count))
+    packed = max(sum(written_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), shape)
+                     for name, shape in shapes.items()) for index in range(stream.count))
     full = bool(techniques.alpha) and job.tokens is not None
-    originals = sum(4 * n * k for n, k in shapes.values()) if full else 0
-    work = max([_forward(job, full), *(_solution(job, n, k, full) for n, k in shapes.values())])
+    originals = sum(4 * math.prod(shape) for shape in shapes.values()) if full else 0
+    work = max([_forward(job, full), *(_solution(job, shape, full) for shape in shapes.values())])
     return MemoryEstimate((anonymous_bytes() or 0) + LIBRARIES, weights + packed + originals, work,
                   (4 if full else 2) * sum(4 * math.prod(shape) for shape in job.shapes))
 
 
-def _solution(job: QuantizationJob, n: int, k: int, full: bool) -> int:
+def _solution(job: QuantizationJob, shape: LinearShape, full: bool) -> int:
     """Bytes that the solution of a linear takes beside its weight."""
-    techniques, squares = job.config.techniques, 2 + full  # the Hessian, its factor, and what the targets follow from
+    k, n = shape
+    techniques, squares = job.config.techniques, 2 + full  # Hessian and factor, and the cross term of the targets
     if job.tokens is None:
         return 6 * n * k
     if job.config.act_order:
@@ -103,7 +106,7 @@ def _forward(job: QuantizationJob, full: bool) -> int:
     batch = max(job.shapes, key=math.prod, default=None)
     if batch is None:
         return 0
-    inner = linear_shapes(stream)[stream.arch.linears[-1]][1]
+    inner = stream.linear_shapes[stream.arch.linears[-1]].in_features
     tokens = batch[0] * batch[1]
     attention = HIDDEN_ATTENTION * batch[2] * tokens
     mlp = (HIDDEN_MLP * batch[2] + (stream.arch.inner_copies + full) * inner) * tokens
@@ -114,18 +117,16 @@ def output_bytes(job: QuantizationJob) -> int:
     """Size of the weight files that the job will write."""
     stream, config = job.stream, job.config
     block = stream.blocks.get_submodule("0")
-    shapes = linear_shapes(stream)
-    linears = sum(linear_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), n, k)
-                  for index in range(stream.count) for name, (n, k) in shapes.items())
+    shapes = stream.linear_shapes
+    linears = sum(written_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), shape)
+                  for index in range(stream.count) for name, shape in shapes.items())
     plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
                 if name.removesuffix(".weight") not in shapes)
     outside = sum(2 * math.prod(stream.shape(name)) for name in stream.tensors_outside_blocks())
     return linears + stream.count * plain + outside
 
 
-def linear_bytes(config: QuantConfig | None, n: int, k: int) -> int:
-    """Of a linear's tensors in the file; without settings it is in float16."""
-    if config is None:
-        return 2 * n * k
-    groups = 1 if config.group_size == -1 else k // config.group_size
-    return (n * k + groups * n) * config.bits // 8 + 2 * groups * n + 4 * k
+def written_bytes(config: QuantConfig | None, shape: LinearShape) -> int:
+    """Bytes of a linear's tensors in the output; float16 without a config."""
+    return linear_file_bytes(shape, UNPACKED) if config is None else linear_file_bytes(
+        shape, config.bits, config.group_size)

@@ -13,7 +13,7 @@ from gptq_belle.errors import HardwareError
 from gptq_belle.quantization.end_to_end.rows import cut
 from gptq_belle.quantization.end_to_end.student import Student, TrainableLinear
 from gptq_belle.quantization.end_to_end.tuning import BATCH, CHUNK, EVERY, learn
-from gptq_belle.quantization.job import QuantizationJob, linear_shapes
+from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.solver import round_to_nearest
 
 COPIES = 11  # of a trained figure: itself, how it began, unit, change, gradients, moments, the best, and passing ones
@@ -25,19 +25,19 @@ INNER = 2.5  # times what a forward pass of a block keeps, on the way back
 def tuning_bytes(job: QuantizationJob) -> int:
     """Peak beside the program's own memory, in bytes."""
     stream, config = job.stream, job.config
-    shapes, block = linear_shapes(stream), stream.blocks.get_submodule("0")
+    shapes, block = stream.linear_shapes, stream.blocks.get_submodule("0")
     vectors = sum(parameter.numel() for name, parameter in block.named_parameters()
                   if name.removesuffix(".weight") not in shapes)
     total = 4 * COPIES * stream.count * vectors
     for index in range(stream.count):
-        for name, (n, k) in shapes.items():
+        for name, (k, n) in shapes.items():
             if (own := config.of(f"{stream.arch.blocks}.{index}.{name}")) is None:
                 total += 4 * n * k
             else:
                 groups = 1 if own.group_size == -1 else k // own.group_size
                 total += n * k + 4 * (COPIES + 1) * n * groups  # and the zero points
     vocabulary, hidden = stream.embedding_shape
-    widest = max(n * k for n, k in shapes.values())
+    widest = max(k * n for k, n in shapes.values())
     inner = max(max(shape) for shape in shapes.values())
     states = 4 * BATCH * int(hidden * (stream.count + 2) + INNER * (10 * hidden + stream.arch.inner_copies * inner))
     return total + 4 * vocabulary * (hidden + PREDICTIONS * CHUNK) + states + 3 * 4 * widest
