@@ -26,9 +26,9 @@ from gptq_belle.checkpoint.config_files import quantized_config
 from gptq_belle.checkpoint.reader import read_config
 from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, TensorEntry, header_bytes
 from gptq_belle.checkpoint.writer import SHARD_BYTES
-from gptq_belle.formats.packed_lm_head import CODES, SCALES, group_of
+from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size
 from gptq_belle.formats.quantize_config import BITS
-from gptq_belle.models.architectures import HEAD, architecture
+from gptq_belle.models.architectures import LM_HEAD, architecture
 from gptq_belle.models.dimensions import Dimensions, dimensions, linear_shapes, outer_shapes, vector_shapes
 from gptq_belle.quantization.config import QuantConfig
 
@@ -105,18 +105,18 @@ def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: floa
 
 def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a packed lm_head (see `formats.packed_lm_head`)."""
-    group = group_of(d.hidden_size)
+    group = head_group_size(d.hidden_size)
     if group is None:
         raise SystemExit(f"a packed lm_head does not support a width of {d.hidden_size}")
     spread = math.sqrt((4**bits - 1) / 12)
-    yield CODES, Tensor("U8", (d.vocab_size, d.hidden_size * bits // 8), octets)
-    yield SCALES, Tensor("F16", (d.vocab_size, d.hidden_size // group), signed_scales(EMBEDDING / spread))
+    yield HEAD_CODES, Tensor("U8", (d.vocab_size, d.hidden_size * bits // 8), octets)
+    yield HEAD_SCALES, Tensor("F16", (d.vocab_size, d.hidden_size // group), signed_scales(EMBEDDING / spread))
 
 
 def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a checkpoint with its name, in the model's order; `config` is None for float16."""
     arch = architecture(d.model_type)
-    head = f"{arch.before[0]}.weight" if d.tied else f"{HEAD}.weight"
+    head = f"{arch.modules_before[0]}.weight" if d.tied else f"{LM_HEAD}.weight"
     for name, shape in outer_shapes(d).items():
         if name == head and config is not None and config.head_bits != 16:
             yield from packed_head(d, config.head_bits)

@@ -17,12 +17,13 @@ NAMES = ["BELLE-7B-0.2M", "BELLE-7B-0.6M", "BELLE-7B-1M", "BELLE-7B-2M", "BELLE-
 
 
 def test_all_names_are_there_and_found_by_any_case_and_by_hub_id():
-    assert [each.name for each in belle_catalogue.FAMILY] == NAMES
+    assert [each.name for each in belle_catalogue.BELLE_MODELS] == NAMES
     for name in NAMES:
-        assert belle_catalogue.member(name).hub_id == f"BelleGroup/{name}"
-        known = belle_catalogue.member(name)
-        assert belle_catalogue.member(name.upper()) is belle_catalogue.member(f"BelleGroup/{name}") is known
-    assert belle_catalogue.member("BELLE-7B") is None
+        assert belle_catalogue.find_belle_model(name).hub_id == f"BelleGroup/{name}"
+        known = belle_catalogue.find_belle_model(name)
+        assert belle_catalogue.find_belle_model(name.upper()) is known
+        assert belle_catalogue.find_belle_model(f"BelleGroup/{name}") is known
+    assert belle_catalogue.find_belle_model("BELLE-7B") is None
 
 
 def test_known_models_have_their_published_figures():

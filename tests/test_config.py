@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gptq_belle.errors import UsageError
-from gptq_belle.formats.quantize_config import written_by_us
+from gptq_belle.formats.quantize_config import written_by_gptq_belle
 from gptq_belle.quantization.config import QuantConfig
 
 
@@ -29,9 +29,9 @@ def test_the_dictionary_has_what_other_readers_need():
     needed = {"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": True, "sym": True,
               "pack_dtype": "int32", "lm_head": False}
     assert needed.items() <= stated.items()
-    assert written_by_us(stated)
-    assert not written_by_us({"meta": {"quantizer": ["gptqmodel:7.0"]}})
-    assert not written_by_us({"meta": "gptq_belle:0.1.0"})
+    assert written_by_gptq_belle(stated)
+    assert not written_by_gptq_belle({"meta": {"quantizer": ["gptqmodel:7.0"]}})
+    assert not written_by_gptq_belle({"meta": "gptq_belle:0.1.0"})
 
 
 def test_names_of_the_file_format_are_accepted_as_aliases():

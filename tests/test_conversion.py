@@ -21,7 +21,7 @@ from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.engine.model import load
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
-from gptq_belle.formats.zero_points import write_zeros
+from gptq_belle.formats.zero_points import pack_zeros
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.overrides import parse_override
 from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -384,8 +384,8 @@ def test_progress_ends_at_its_total(tiny_model, tmp_path):
 
 def test_wrong_packed_word_is_found_before_publishing(tiny_llama, tmp_path, monkeypatch):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
-    monkeypatch.setattr("gptq_belle.checkpoint.conversion.write_zeros",
-                        lambda zeros, bits, to: write_zeros(zeros, bits, to) ^ 16)
+    monkeypatch.setattr("gptq_belle.checkpoint.conversion.pack_zeros",
+                        lambda zeros, bits, to: pack_zeros(zeros, bits, to) ^ 16)
     with pytest.raises(GptqBelleError, match=naming("model.layers.0.mlp.down_proj")):
         convert(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -419,18 +419,18 @@ def published_ids(folder):
 
 def test_wrong_special_token_ids_are_fixed_in_old_checkpoints_only(tiny_llama, tmp_path):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
-    assert convert(tmp_path / "old", tmp_path / "right").mended_ids == {}
+    assert convert(tmp_path / "old", tmp_path / "right").corrected_ids == {}
     published_ids(tmp_path / "old")
     right = config_of(tiny_llama) | {"pad_token_id": tiny_tokenizer().pad_token_id}
     found = convert(tmp_path / "old", tmp_path / "new")
-    assert found.mended_ids == {key: right[key] for key in WRONG_IDS}
+    assert found.corrected_ids == {key: right[key] for key in WRONG_IDS}
     assert any("eos_token_id 2" in value for _, value in lines(found))
     for path in (tmp_path / "new" / "config.json", tmp_path / "new" / "generation_config.json"):
         written = json.loads(path.read_text())
-        assert {key: written[key] for key in WRONG_IDS} == found.mended_ids
+        assert {key: written[key] for key in WRONG_IDS} == found.corrected_ids
     source = packed_checkpoint(tiny_llama, tmp_path / "packed")
     (source / "config.json").write_text(json.dumps(config_of(source) | {"eos_token_id": 1}))
-    assert convert(source, tmp_path / "kept").mended_ids == {}
+    assert convert(source, tmp_path / "kept").corrected_ids == {}
     assert config_of(tmp_path / "kept")["eos_token_id"] == 1
 
 

@@ -123,13 +123,13 @@ def test_one_encrypted_file_of_several(tiny_llama, command, tmp_path):
 ])
 def test_command_that_has_to_run_first_is_suggested(model, kinds, advice):
     with pytest.raises(UsageError) as refused:
-        hub.model_directory(model, kinds)
+        hub.resolve_model_path(model, kinds)
     assert advice in refused.value.remedy
 
 
 def test_unknown_model_name_is_refused(tmp_path):
     with pytest.raises(InputError, match=naming("nonsense")):
-        hub.model_directory("nonsense")
+        hub.resolve_model_path("nonsense")
     with pytest.raises(InputError, match=naming(tmp_path / "not" / "there")):
-        hub.model_directory(tmp_path / "not" / "there")
-    assert hub.model_directory(tmp_path) == tmp_path
+        hub.resolve_model_path(tmp_path / "not" / "there")
+    assert hub.resolve_model_path(tmp_path) == tmp_path

@@ -13,7 +13,7 @@ from gptq_belle.engine.linear import DenseLinear, PackedLinear
 from gptq_belle.engine.lm_head import PackedEmbedding, embedding_and_head
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
-from gptq_belle.formats.packed_lm_head import CLIPS, rounded
+from gptq_belle.formats.packed_lm_head import CLIPS, quantize_rows
 from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_packed_rows, dispatch, reference, triton_layout
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
@@ -49,15 +49,15 @@ def test_the_default_is_8_bits_for_tied_heads_of_quantized_models(tiny_bloom, ti
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_rounded_is_off_by_half_a_step(bits, scale):
     matrix = torch.randn(64, 96) * scale
-    codes, scales = rounded(matrix, bits, 32)
+    codes, scales = quantize_rows(matrix, bits, 32)
     values = (codes.float() - 2 ** (bits - 1)).unflatten(1, (3, 32)) * scales.float()[..., None]
     steps = matrix.unflatten(1, (3, 32)).abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
     error = (values.flatten(1) - matrix).abs().unflatten(1, (3, 32))
     assert error.mean() < 0.3 * steps.mean()
     assert error.max() <= (0.51 if bits == 8 else 1.6) * steps.max()  # with 4 bits the ends may be clipped
-    assert not rounded(torch.zeros(1, 32), bits, 32)[1].isnan().any()
+    assert not quantize_rows(torch.zeros(1, 32), bits, 32)[1].isnan().any()
     with pytest.raises(ValueError, match="NaN"):
-        rounded(torch.full((1, 32), torch.nan), bits, 32)
+        quantize_rows(torch.full((1, 32), torch.nan), bits, 32)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -77,7 +77,7 @@ def test_rows_of_every_layout_are_the_formula(bits, act_order):
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
     matrix = torch.randn(96, 256)
-    codes, scales = rounded(matrix, bits, group)
+    codes, scales = quantize_rows(matrix, bits, group)
     made = cpu_packed_rows.prepare_rows(codes, scales, bits)
     x, values = torch.randn(5, 256), cpu_packed_rows.lookup_rows(made, torch.arange(96))
     assert torch.equal(cpu_layout.unpack_weight(made)[0], codes.t())
@@ -131,9 +131,9 @@ def test_native_rounding_refuses():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_torch_rounds_as_the_native_kernel_does(bits, monkeypatch):
     matrix = torch.randn(96, 256).half()
-    native = rounded(matrix, bits, 64)
+    native = quantize_rows(matrix, bits, 64)
     monkeypatch.setattr("gptq_belle.kernels.cpu_packed_rows.load_library", lambda: "no compiler")
-    for ours, others in zip(native, rounded(matrix, bits, 64), strict=True):
+    for ours, others in zip(native, quantize_rows(matrix, bits, 64), strict=True):
         assert torch.equal(ours, others)
 
 

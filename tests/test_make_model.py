@@ -9,7 +9,7 @@ import torch
 
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.inspection import inspect
-from gptq_belle.checkpoint.packed_reader import packed_head_bits
+from gptq_belle.checkpoint.packed_reader import packed_lm_head_bits
 from gptq_belle.checkpoint.reader import CheckpointReader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -69,7 +69,7 @@ def test_a_packed_head_is_read_from_where_it_is_stored(config, tmp_path, bits):
     whole, packed = make_model.make(config, out, bits=4), make_model.make(config, out, bits=4, head_bits=bits)
     shape = json.loads(config.read_text())
     assert whole - packed == pytest.approx(640 * shape["hidden_size"] * (2 - bits / 8 - 2 / 128), abs=500)
-    assert packed_head_bits(CheckpointReader(out), 640, shape["hidden_size"]) == bits
+    assert packed_lm_head_bits(CheckpointReader(out), 640, shape["hidden_size"]) == bits
     model = load(out, device="cpu")
     logits = model.logits(torch.randint(640, (2, 16)))
     assert len(set(logits.argmax(-1).flatten().tolist())) > 8

@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from gptq_belle import hf_model, load
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_lm_head import CODES, SCALES, from_bytes, group_of, rounded, to_bytes
+from gptq_belle.formats.packed_lm_head import (
+    HEAD_CODES,
+    HEAD_SCALES,
+    head_group_size,
+    pack_head_codes,
+    quantize_rows,
+    unpack_head_codes,
+)
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
@@ -24,10 +31,10 @@ def quantized(source, out, head_bits):
 
 def test_golden_bytes():
     codes = torch.tensor([[1, 2, 3, 15], [0, 8, 7, 9]], dtype=torch.uint8)
-    assert to_bytes(codes, 4).tolist() == [[0x21, 0xF3], [0x80, 0x97]]
-    assert torch.equal(from_bytes(to_bytes(codes, 4), 4), codes)
-    assert to_bytes(codes, 8) is codes
-    assert [group_of(width) for width in (4096, 64, 96, 40)] == [128, 64, 32, None]
+    assert pack_head_codes(codes, 4).tolist() == [[0x21, 0xF3], [0x80, 0x97]]
+    assert torch.equal(unpack_head_codes(pack_head_codes(codes, 4), 4), codes)
+    assert pack_head_codes(codes, 8) is codes
+    assert [head_group_size(width) for width in (4096, 64, 96, 40)] == [128, 64, 32, None]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -39,9 +46,9 @@ def test_packed_head_equals_rounding_at_load(tiny_model, tmp_path, bits):
     names = set(load_file(alone / "model.safetensors"))
     tied = json.loads((alone / "config.json").read_text())["tie_word_embeddings"]
     gone = "transformer.word_embeddings.weight" if tied else "lm_head.weight"
-    assert {CODES, SCALES} <= names
+    assert {HEAD_CODES, HEAD_SCALES} <= names
     assert gone not in names
-    assert set(load_file(usual / "model.safetensors")) == names - {CODES, SCALES} | {gone}
+    assert set(load_file(usual / "model.safetensors")) == names - {HEAD_CODES, HEAD_SCALES} | {gone}
     assert (alone / "model.safetensors").stat().st_size < (usual / "model.safetensors").stat().st_size
 
 
@@ -58,9 +65,9 @@ def test_what_else_is_said(tiny_bloom, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({CODES: torch.zeros(384, 100, dtype=torch.uint8)}, "384 x 128"),
-    ({CODES: torch.zeros(384, 128)}, "384 x 128"), ({SCALES: torch.ones(384, 2).half()}, "384 x 128"),
-    ({SCALES: torch.full((384, 1), torch.nan).half()}, "NaN"),
+    ({HEAD_CODES: torch.zeros(384, 100, dtype=torch.uint8)}, "384 x 128"),
+    ({HEAD_CODES: torch.zeros(384, 128)}, "384 x 128"), ({HEAD_SCALES: torch.ones(384, 2).half()}, "384 x 128"),
+    ({HEAD_SCALES: torch.full((384, 1), torch.nan).half()}, "NaN"),
     ({"transformer.word_embeddings.weight": torch.ones(384, 128)}, "transformer.word_embeddings.weight")])
 def test_damaged_packed_head_is_named(tiny_bloom, tmp_path, change, named):
     path = quantized(tiny_bloom, tmp_path / "alone", 8)
@@ -72,6 +79,6 @@ def test_damaged_packed_head_is_named(tiny_bloom, tmp_path, change, named):
 def test_unsupported_head_bits_are_refused_and_constant_rows_round():
     with pytest.raises(UsageError, match=naming("head bits", 5)):
         QuantConfig(head_bits=5)
-    codes, scales = rounded(torch.ones(2, 32), 8, 32)
+    codes, scales = quantize_rows(torch.ones(2, 32), 8, 32)
     assert (codes == 255).all()
     assert scales.tolist() == [[pytest.approx(1 / 127, rel=1e-3)]] * 2

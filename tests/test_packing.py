@@ -9,7 +9,7 @@ from oracle_format import codes_along, formula
 
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import PackedWeight, QuantizedWeight, dequantize, pack, unpack
-from gptq_belle.formats.packing import cycle, pack_rows, unpack_rows
+from gptq_belle.formats.packing import pack_rows, packing_cycle, unpack_rows
 from gptq_belle.formats.zero_points import V1, V2, stored_zeros, true_zeros
 
 few = settings(max_examples=25, deadline=None)
@@ -84,7 +84,7 @@ def test_round_trip(bits, blocks_of_32, groups, checkpoint_format, seed):
 @given(bits_strategy, st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
 def test_words_of_every_size_round_trip(bits, cycles, columns, seed):
     torch.manual_seed(seed)
-    per_cycle, words = cycle(bits)
+    per_cycle, words = packing_cycle(bits)
     codes = torch.randint(0, 2**bits, (per_cycle * cycles, columns)).to(torch.uint8)
     packed = pack_rows(codes, bits)
     assert packed.shape == (words * cycles, columns)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from gptq_belle.checkpoint.conversion import convert
 from gptq_belle.checkpoint.inspection import inspect
-from gptq_belle.checkpoint.tokenizer_files import lines, prompt_of
+from gptq_belle.checkpoint.tokenizer_files import lines, read_prompt_format
 from gptq_belle.engine.model import load
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import detect_style
@@ -23,7 +23,7 @@ MESSAGES = [{"role": "user", "content": "你好"}]
 
 def check(path, style):
     """Everything that reads the directory asks in this style."""
-    found = prompt_of(path)
+    found = read_prompt_format(path)
     assert (found.style, found.text, found.agrees) == (style, TEXTS[style], True)
     assert load(path, device="cpu").prompt_style == style
     assert inspect(path).prompt_style == style
@@ -42,7 +42,7 @@ def test_convert_replaces_a_template_that_was_there(tiny_llama, tmp_path, style)
     source = packed_checkpoint(tiny_llama, tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     convert(source, tmp_path / "kept")
-    assert prompt_of(tmp_path / "kept").templated == "你好!"
+    assert read_prompt_format(tmp_path / "kept").templated == "你好!"
     convert(source, tmp_path / "out", prompt_style=style)
     check(tmp_path / "out", style)
     convert(tmp_path / "out", tmp_path / "again")  # what was chosen once stays
@@ -64,15 +64,15 @@ def test_a_chosen_style_is_that_of_the_calibration(tiny_llama, tmp_path):
 
 def test_disagreeing_chat_template_is_shown(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
-    assert prompt_of(path).chat_template is None
-    assert ("chat template", "none") in lines(prompt_of(path))
+    assert read_prompt_format(path).chat_template is None
+    assert ("chat template", "none") in lines(read_prompt_format(path))
     (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    found = prompt_of(path)
+    found = read_prompt_format(path)
     assert not found.agrees
     assert ("its template gives", "'你好!'") in lines(found)
     (path / "chat_template.jinja").write_text("{{ nonsense() }}")
     with pytest.raises(InputError, match=naming(path)):
-        prompt_of(path)
+        read_prompt_format(path)
 
 
 def test_an_unknown_style_is_refused(tiny_llama, tmp_path):

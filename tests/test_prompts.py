@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import ARCHITECTURES
 from gptq_belle.prompts.stop_strings import IncrementalDecoder, StopStrings, TextStream
-from gptq_belle.prompts.styles import STYLES, Turn, chat_template, detect_style, get_style, render, turns_from_messages
+from gptq_belle.prompts.styles import (
+    STYLES,
+    Turn,
+    chat_template,
+    detect_style,
+    get_style,
+    render_conversation,
+    turns_from_messages,
+)
 
 few = settings(max_examples=100, deadline=None)
 TOKENIZER = tiny_tokenizer()
@@ -27,18 +35,18 @@ def decode(ids):
     ("newline", "Human: \n你好\n\nAssistant: \n"),
 ])
 def test_single_question_is_rendered(style, text):
-    assert render([Turn("你好")], style, "</s>") == text
+    assert render_conversation([Turn("你好")], style, "</s>") == text
 
 
 def test_turns_are_closed_by_eos():
     turns = [Turn("a", "b"), Turn("c", "d"), Turn("e")]
-    assert render(turns, "bloom", "</s>") == (
+    assert render_conversation(turns, "bloom", "</s>") == (
         "Human: a\n\nAssistant:b</s>Human: c\n\nAssistant:d</s>Human: e\n\nAssistant:")
 
 
 def test_an_unknown_style_is_refused():
     with pytest.raises(UsageError, match=naming("alpaca")) as caught:
-        render([], "alpaca", "")
+        render_conversation([], "alpaca", "")
     assert all(style in caught.value.remedy for style in STYLES)
 
 
@@ -62,7 +70,7 @@ def test_chat_template_equals_our_rendering(style, bos, messages):
     theirs = TOKENIZER.apply_chat_template(messages, chat_template=chat_template(style, bos=bos), tokenize=False,
                                            add_generation_prompt=True)
     prefix = "<s>" if bos and style != "newline" else ""
-    assert theirs == prefix + render(turns_from_messages(messages), style, "</s>")
+    assert theirs == prefix + render_conversation(turns_from_messages(messages), style, "</s>")
 
 
 def test_messages_become_turns():

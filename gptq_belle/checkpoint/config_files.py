@@ -12,7 +12,7 @@ from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.models.decoder_config import token_ids
 
 
-def write_small_files(writer: CheckpointWriter, source: CheckpointReader, quantization: dict[str, Any],
+def write_metadata_files(writer: CheckpointWriter, source: CheckpointReader, quantization: dict[str, Any],
                       tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
     """Everything of a quantized directory but weights and report.
 

@@ -1,6 +1,7 @@
-"""Convert a quantized checkpoint of any kind into a standard directory: codes bit for bit, the rest in float16.
+"""Convert quantized checkpoints of other tools to a standard GPTQ directory.
 
-One block is in memory at a time; what was written is read back and held against the source before it appears.
+Codes are copied bit for bit; all other tensors are written in float16. One block is in memory at a time. The output is
+read back and compared with the source before the directory gets its final name.
 """
 
 import time
@@ -14,167 +15,183 @@ from transformers import PreTrainedTokenizerBase
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.config_files import corrected_token_ids, write_configuration
-from gptq_belle.checkpoint.conversion_check import Conversion, largest_deviation
+from gptq_belle.checkpoint.conversion_check import ConversionReport, largest_deviation
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.model_card import converted_card
-from gptq_belle.checkpoint.packed_reader import PARTS, linear_quantization, read_packed, stated_quantization
+from gptq_belle.checkpoint.packed_reader import PARTS, linear_quantization, raw_quantization_config, read_packed_linear
 from gptq_belle.checkpoint.quantized_checkpoint import (
-    STATE,
+    STATE_DICT,
     QuantizedCheckpoint,
+    find_quantization,
     open_quantized,
     packed_linears,
-    quantization_of,
 )
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.source_model import SourceModel
 from gptq_belle.checkpoint.tokenizer_files import GENERATION, copy_tokenizer, load_tokenizer
 from gptq_belle.checkpoint.validation import is_act_ordered
-from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
+from gptq_belle.checkpoint.writer import CheckpointWriter, check_output_directory
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import (
     V1,
     V2,
-    ZeroPointCounts,
-    choose_format,
+    choose_checkpoint_format,
     count_zero_points,
-    read_zeros,
-    repaired,
-    write_zeros,
+    pack_zeros,
+    repair_wrapped_zeros,
+    unpack_zeros,
 )
-from gptq_belle.models.architectures import COMPUTED, HEAD
-from gptq_belle.prompts.styles import choose_style
+from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD
+from gptq_belle.prompts.styles import set_prompt_style
 
 Progress = Callable[[int, int], None]
 
-KEPT = ("damp_percent", "static_groups", "true_sequential", "dynamic")  # of what the source states
+KEPT_KEYS = ("damp_percent", "static_groups", "true_sequential", "dynamic")  # copied from the source's configuration
 
 
-class _Job(NamedTuple):
+class _Conversion(NamedTuple):
+    """State of one conversion.
+
+    Attributes:
+        source: the checkpoint to convert.
+        model: its tensors, and the empty model of its config.json.
+        quantization: how the source is packed.
+        linears: modules of the packed linears, by name.
+        repair_zeros: whether zero points that wrapped around are written as 0.
+        report: filled during the conversion.
+    """
+
     source: QuantizedCheckpoint
     model: SourceModel
-    packed: Quantization
+    quantization: Quantization
     linears: dict[str, nn.Linear]
-    zeros: ZeroPointCounts
-    repair: bool
-    report: Conversion
+    repair_zeros: bool
+    report: ConversionReport
 
 
 def convert(source: str | Path, out: str | Path, *, base: str | Path | None = None,
             checkpoint_format: str | None = None, repair_zeros: bool = False, prompt_style: str | None = None,
-            progress: Progress = lambda done, total: None) -> Conversion:
-    """Write a standard GPTQ directory of a legacy checkpoint, or of another tool's directory.
+            progress: Progress = lambda done, total: None) -> ConversionReport:
+    """Convert a legacy checkpoint, or a directory of another tool, to a standard GPTQ directory.
 
     Args:
-        source: a .pt (or .safetensors) file, a directory that holds one, or a GPTQ directory.
-        out: the directory to write.
-        base: where config.json and tokenizer are, if not beside the weights.
-        checkpoint_format: "gptq" or "gptq_v2"; left out, gptq for symmetric weights and gptq_v2 for others, except
-            where zero points were wrapped: such a file stays as it is.
-        repair_zeros: write 0 for wrapped zero points.
-        prompt_style: "bloom", "llama" or "newline", to be written as the chat template; left out, the source's template
-            or what suits its architecture.
-        progress: called with steps done and in all.
+        source: a .pt (or .safetensors) file, a directory that contains one, or a GPTQ directory.
+        out: output directory.
+        base: directory with config.json and tokenizer; default: the directory of the weights.
+        checkpoint_format: "gptq" or "gptq_v2". Default: gptq for symmetric weights and gptq_v2 for asymmetric ones;
+            files with wrapped zero points keep gptq unless `repair_zeros` is set.
+        repair_zeros: write 0 for zero points that wrapped around.
+        prompt_style: "bloom", "llama" or "newline", written as the chat template. Default: the source's template, else
+            the usual style of the architecture.
+        progress: progress callback, called with the number of completed and of all steps.
     Raises:
-        InputError: a damaged or hostile source, one that fits no configuration, values beyond float16, zero points that
-            the format cannot hold.
-        UsageError: `out` exists and is not ours, an unknown format or style, several checkpoints in one folder.
-        GptqBelleError: what was read back is not what was to be written; nothing is left behind then.
+        InputError: a damaged or malicious source, a config.json that does not match the tensors, values beyond float16,
+            or zero points that the format cannot represent.
+        UsageError: `out` exists and was not written by gptq_belle, an unknown format or style, or several checkpoints
+            in one directory.
+        GptqBelleError: the written weights differ from the source; all output is removed.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     if checkpoint_format not in (None, V1, V2):
         raise UsageError(f"format {checkpoint_format!r} is not known", f"Choose {V1} or {V2}.")
-    check_output(Path(out))
-    job = _set_up(open_quantized(Path(source), None if base is None else Path(base)), Path(source), Path(out),
-                  checkpoint_format, repair_zeros)
-    choose_style(job.source.reader.config, prompt_style)
-    tokenizer = load_tokenizer(job.source.folder)
-    total = 2 * job.model.count
+    check_output_directory(Path(out))
+    conversion = _prepare(open_quantized(Path(source), None if base is None else Path(base)), Path(source), Path(out),
+                          checkpoint_format, repair_zeros)
+    checkpoint, report, blocks = conversion.source, conversion.report, conversion.model.count
+    config = checkpoint.reader.config
+    set_prompt_style(config, prompt_style)
+    tokenizer = load_tokenizer(checkpoint.folder)
     with CheckpointWriter(out) as writer:
-        _write_unquantized(job, writer)
-        for index in range(job.model.count):
-            writer.add(f"block-{index:05d}.safetensors", _block(job, index))
-            progress(index + 1, total)
+        _write_tensors_outside_blocks(conversion, writer)
+        for index in range(blocks):
+            writer.add(f"block-{index:05d}.safetensors", _converted_block(conversion, index))
+            progress(index + 1, 2 * blocks)
         writer.merge()
-        model, settings = job.source.reader.config, _settings(job)
-        if job.source.kind == STATE:
-            job.report.mended_ids = corrected_token_ids(model, tokenizer)
-        write_configuration(writer, model | job.report.mended_ids, settings, tied=job.report.tied)
-        copy_tokenizer(writer, job.source.folder, tokenizer, model)
-        _correct_generation_config(job, writer, tokenizer)
-        writer.write_text("README.md", converted_card(Path(source), model["model_type"], settings))
-        _read_back(job, writer.files, lambda index: progress(job.model.count + index, total))
-        job.report.bytes_written = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
+        quantization_config = _quantization_config(conversion)
+        if checkpoint.kind == STATE_DICT:
+            report.corrected_ids = corrected_token_ids(config, tokenizer)
+        write_configuration(writer, config | report.corrected_ids, quantization_config, tied=report.tied)
+        copy_tokenizer(writer, checkpoint.folder, tokenizer, config)
+        _correct_generation_config(checkpoint, writer, tokenizer)
+        writer.write_text("README.md", converted_card(Path(source), config["model_type"], quantization_config))
+        _verify(conversion, writer.files, lambda done: progress(blocks + done, 2 * blocks))
+        report.bytes_written = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
         writer.publish()
-    job.report.seconds = time.perf_counter() - began
-    return job.report
+    report.seconds = time.perf_counter() - start
+    return report
 
 
-def _set_up(source: QuantizedCheckpoint, path: Path, out: Path, asked: str | None, repair: bool) -> _Job:
-    """Everything that can be known before a weight is read."""
+def _prepare(source: QuantizedCheckpoint, path: Path, out: Path, checkpoint_format: str | None,
+             repair_zeros: bool) -> _Conversion:
+    """Check the source's headers and zero points before any weight is read."""
     model = SourceModel(source.reader, torch.device("cpu"))
-    packed = quantization_of(source, model.model)
+    found = find_quantization(source, model.model)
     linears = dict(packed_linears(source.reader, model.model))
     _check_unknown_tensors(source, model, linears)
-    read = packed.checkpoint_format
-    own = {name: linear_quantization(source.reader, packed, name) for name in linears}
-    zeros = count_zero_points((read_zeros(source.reader.tensor(f"{name}.qzeros"), each.bits, read), each.bits)
-                   for name, each in own.items())
-    report = Conversion(
-        path, out, source.kind, source.reader.config["model_type"], len(linears), packed.bits, packed.group_size,
-        zeros.symmetric, is_act_ordered(source.reader), read,
-        choose_format(zeros, asked, repair=repair), zeros.wrapped, zeros.overwritten, zeros.wrapped if repair else 0,
-        mixed=sum((each.bits, each.group_size) != (packed.bits, packed.group_size) for each in own.values()),
+    each = {name: linear_quantization(source.reader, found, name) for name in linears}
+    zeros = count_zero_points(
+        (unpack_zeros(source.reader.tensor(f"{name}.qzeros"), own.bits, found.checkpoint_format), own.bits)
+        for name, own in each.items())
+    report = ConversionReport(
+        path, out, source.kind, source.reader.config["model_type"], len(linears), found.bits, found.group_size,
+        zeros.symmetric, is_act_ordered(source.reader), found.checkpoint_format,
+        choose_checkpoint_format(zeros, checkpoint_format, repair=repair_zeros), zeros.wrapped, zeros.overwritten,
+        zeros.wrapped if repair_zeros else 0,
+        mixed=sum((own.bits, own.group_size) != (found.bits, found.group_size) for own in each.values()),
         tied=model.tied(), bytes_read=source.reader.bytes_on_disk())
-    return _Job(source, model, packed, linears, zeros, repair, report)
+    return _Conversion(source, model, found, linears, repair_zeros, report)
 
 
-def _correct_generation_config(job: _Job, writer: CheckpointWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    path = job.source.folder / GENERATION
-    stated = read_json(path) if job.source.kind == STATE and path.is_file() else {}
+def _correct_generation_config(source: QuantizedCheckpoint, writer: CheckpointWriter,
+                               tokenizer: PreTrainedTokenizerBase) -> None:
+    path = source.folder / GENERATION
+    stated = read_json(path) if source.kind == STATE_DICT and path.is_file() else {}
     if changed := corrected_token_ids(stated, tokenizer):
         writer.write_json(GENERATION, stated | changed)
 
 
-def _write_unquantized(job: _Job, writer: CheckpointWriter) -> None:
-    """What stands outside of the blocks, in float16 and some rows at a time; a tied head not again."""
-    model = job.model
+def _write_tensors_outside_blocks(conversion: _Conversion, writer: CheckpointWriter) -> None:
+    """Write embeddings, norms and lm_head in float16, some rows at a time; a tied lm_head is not written again."""
+    model = conversion.model
     for number, name in enumerate(model.tensors_outside_blocks()):
         rows: Iterable[Tensor] = (model.float16(name, chunk) for chunk in model.reader.chunks(name))
-        writer.add_rows(f"rest-{number}.safetensors", name, model.shape(name), rows)
+        writer.add_rows(f"outside-blocks-{number}.safetensors", name, model.shape(name), rows)
 
 
-def _block(job: _Job, index: int) -> dict[str, Tensor]:
-    """All tensors of one block as they are to be written."""
-    root = f"{job.model.arch.blocks}.{index}"
+def _converted_block(conversion: _Conversion, index: int) -> dict[str, Tensor]:
+    """All tensors of one block in the output's format."""
+    model = conversion.model
+    root = f"{model.arch.blocks}.{index}"
     tensors: dict[str, Tensor] = {}
-    for name, module in job.model.blocks.get_submodule(str(index)).named_modules():
+    for name, module in model.blocks.get_submodule(str(index)).named_modules():
         path = f"{root}.{name}"
-        if path in job.linears:
-            tensors |= _linear(job, path)
+        if path in conversion.linears:
+            tensors |= _converted_linear(conversion, path)
             continue
         for leaf, _ in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}"
-            job.model.shape(full)
-            tensors[full] = job.model.float16(full, job.source.reader.tensor(full))
+            model.shape(full)
+            tensors[full] = model.float16(full, model.reader.tensor(full))
     return tensors
 
 
-def _linear(job: _Job, name: str) -> dict[str, Tensor]:
-    """One packed linear: words of codes as they are, zero points in the format to be written, the rest in float16."""
-    reader, linear, report = job.source.reader, job.linears[name], job.report
-    words = read_packed(reader, job.packed, name, linear.in_features, linear.out_features)
-    scales = job.model.float16(f"{name}.scales", words.scales)
-    report.vanished_scales += int(((scales == 0) & (words.scales != 0)).sum())
-    qzeros = words.qzeros
-    if job.repair or report.written_format != job.packed.checkpoint_format:
-        zeros = read_zeros(qzeros, words.bits, job.packed.checkpoint_format)
-        zeros = repaired(zeros, words.bits) if job.repair else zeros
-        qzeros = write_zeros(zeros, words.bits, report.written_format)
-    tensors = {f"{name}.qweight": words.qweight, f"{name}.qzeros": qzeros, f"{name}.scales": scales,
-               f"{name}.g_idx": words.g_idx}
+def _converted_linear(conversion: _Conversion, name: str) -> dict[str, Tensor]:
+    """One packed linear: qweight unchanged, zero points in the output's format, scales and bias in float16."""
+    model, linear, report = conversion.model, conversion.linears[name], conversion.report
+    reader, read_format = model.reader, conversion.quantization.checkpoint_format
+    packed = read_packed_linear(reader, conversion.quantization, name, linear.in_features, linear.out_features)
+    scales = model.float16(f"{name}.scales", packed.scales)
+    report.vanished_scales += int(((scales == 0) & (packed.scales != 0)).sum())
+    qzeros = packed.qzeros
+    if conversion.repair_zeros or report.written_format != read_format:
+        zeros = unpack_zeros(qzeros, packed.bits, read_format)
+        zeros = repair_wrapped_zeros(zeros, packed.bits) if conversion.repair_zeros else zeros
+        qzeros = pack_zeros(zeros, packed.bits, report.written_format)
+    tensors = {f"{name}.qweight": packed.qweight, f"{name}.qzeros": qzeros, f"{name}.scales": scales,
+               f"{name}.g_idx": packed.g_idx}
     if f"{name}.bias" in reader:
-        bias = job.model.float16(f"{name}.bias", reader.tensor(f"{name}.bias"))
+        bias = model.float16(f"{name}.bias", reader.tensor(f"{name}.bias"))
         if linear.bias is not None or bool(bias.any()):
             tensors[f"{name}.bias"] = bias
         else:
@@ -185,36 +202,37 @@ def _linear(job: _Job, name: str) -> dict[str, Tensor]:
 
 
 def _check_unknown_tensors(source: QuantizedCheckpoint, model: SourceModel, linears: dict[str, nn.Linear]) -> None:
-    known = {f"{name}.{part}" for name in linears for part in PARTS} | {f"{HEAD}.weight"}
+    known = {f"{name}.{part}" for name in linears for part in PARTS} | {f"{LM_HEAD}.weight"}
     known |= {name for name, _ in model.model.named_parameters()}
-    extra = [name for name in source.reader if name not in known and not name.endswith(COMPUTED)]
+    extra = [name for name in source.reader if name not in known and not name.endswith(COMPUTED_SUFFIXES)]
     if extra:
-        raise InputError(f"{source.reader.path}: {len(extra)} tensors that the model has no place for, such as "
-                         f"{extra[0]}", "config.json belongs to another model, or the kind is unsupported.")
+        raise InputError(f"{source.reader.path}: {len(extra)} tensors are not part of the model, such as {extra[0]}",
+                         "config.json belongs to another model, or this kind of checkpoint is not supported.")
 
 
-def _settings(job: _Job) -> dict[str, Any]:
-    """The quantization_config: what the source states, with what was found in the tensors put right."""
-    stated = stated_quantization(job.source.reader) if job.source.kind != STATE else None
-    report, before = job.report, (stated or {}).get("meta")
-    kept = {key: value for key, value in (stated or {}).items() if key in KEPT}
+def _quantization_config(conversion: _Conversion) -> dict[str, Any]:
+    """The output's quantization_config: the source's, corrected by what the tensors contain."""
+    source, report = conversion.source, conversion.report
+    stated = raw_quantization_config(source.reader) if source.kind != STATE_DICT else None
+    meta = (stated or {}).get("meta")
+    kept = {key: value for key, value in (stated or {}).items() if key in KEPT_KEYS}
     return kept | {
         "quant_method": "gptq", "bits": report.bits, "group_size": report.group_size, "desc_act": report.act_order,
         "sym": report.symmetric, "checkpoint_format": report.written_format, "format": report.written_format,
         "pack_dtype": "int32", "lm_head": False,
         "meta": {"quantizer": [f"gptq_belle:{__version__}"], "converted_from": report.kind,
-                 **({} if before is None else {"source": before})},
+                 **({} if meta is None else {"source": meta})},
     }
 
 
-def _read_back(job: _Job, files: Path, step: Callable[[int], None]) -> None:
-    """Hold what was written against the source.
+def _verify(conversion: _Conversion, files: Path, progress: Callable[[int], None]) -> None:
+    """Compare the written weights with the source.
 
     Raises:
-        GptqBelleError: it does not load, or a weight is another one.
+        GptqBelleError: the output does not load, or a weight differs.
     """
     if problems := inspect(files).problems:
-        raise GptqBelleError(f"the converted directory is not sound: {problems[0]}",
-                             "The files were removed. The source may be damaged; if not, report it.")
-    job.report.deviation = largest_deviation(job.source.reader, files, job.packed, job.linears,
-                                             job.repair, step)
+        raise GptqBelleError(f"the converted directory is not valid: {problems[0]}",
+                             "The files were removed. The source may be damaged; otherwise report this.")
+    conversion.report.deviation = largest_deviation(
+        conversion.source.reader, files, conversion.quantization, conversion.linears, conversion.repair_zeros, progress)

@@ -1,4 +1,4 @@
-"""What a conversion did, and the check that the written weights are those of the source."""
+"""Report of a conversion, and the comparison of the written weights with the source."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,37 +6,41 @@ from pathlib import Path
 
 from torch import nn
 
-from gptq_belle.checkpoint.packed_reader import read_packed, read_quantization
+from gptq_belle.checkpoint.packed_reader import read_packed_linear, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.formats.gptq_weight import QuantizedWeight, dequantize
 from gptq_belle.formats.packing import unpack_rows
 from gptq_belle.formats.quantize_config import Quantization
-from gptq_belle.formats.zero_points import read_zeros, repaired
+from gptq_belle.formats.zero_points import repair_wrapped_zeros, unpack_zeros
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.layout import CanonicalWeight
 
 
 @dataclass(slots=True)
-class Conversion:
-    """What was found and what was written.
+class ConversionReport:
+    """Properties of the source, and changes that the conversion made.
 
     Attributes:
-        source, out: as given.
-        kind: of the source: "state dictionary" or "GPTQ directory".
-        architecture, linears, bits, group_size, symmetric, act_order: of the model; group_size is -1 for whole rows.
+        source, out: paths as passed to `convert`.
+        kind: kind of the source: "state dictionary" or "GPTQ directory".
+        architecture: model_type.
+        linears: number of packed linears.
+        bits, group_size: settings of most linears; group size -1 means one group per output channel.
+        symmetric: whether all zero points are 2**(bits - 1).
+        act_order: whether a group index is out of order.
         read_format, written_format: "gptq" (v1) or "gptq_v2".
-        wrapped_zeros: zero points that read as 2**bits, most of them a true 0 that an old packer wrapped.
-        overwritten_zeros: those of them behind another in the same word, whose true value is lost.
-        repaired_zeros: how many were written as 0 instead.
-        vanished_scales: scales too small for float16, written as 0.
-        dropped_biases: biases of zeros of layers that have none.
-        mixed: linears with other bits or groups than these.
-        mended_ids: ids of special tokens that config.json states otherwise than the tokenizer, as they were written.
-        tied: the head is the embedding and was written once.
-        deviation: largest difference of a dequantized weight, as a share of the largest weight of its linear.
-        bytes_read, bytes_written: size of the weight files.
-        seconds: wall time.
+        wrapped_zeros: number of zero points that read as 2**bits: usually a 0 that an old packer wrapped around.
+        overwritten_zeros: number of these that follow another one in the same word, so their true value is lost.
+        repaired_zeros: number of zero points written as 0 instead.
+        vanished_scales: number of scales too small for float16, written as 0.
+        dropped_biases: number of all-zero biases of linears that have no bias in the model.
+        mixed: number of linears with other bits or another group size.
+        corrected_ids: special token ids of config.json that contradicted the tokenizer, with the written values.
+        tied: the lm_head is the embedding and was written once.
+        deviation: largest difference of a dequantized weight, relative to the largest weight of its linear.
+        bytes_read, bytes_written: size of the weight files in bytes.
+        seconds: wall time in seconds.
     """
 
     source: Path
@@ -56,7 +60,7 @@ class Conversion:
     vanished_scales: int = 0
     dropped_biases: int = 0
     mixed: int = 0
-    mended_ids: dict[str, int | None] = field(default_factory=dict)
+    corrected_ids: dict[str, int | None] = field(default_factory=dict)
     tied: bool = False
     deviation: float = 0.0
     bytes_read: int = 0
@@ -64,76 +68,76 @@ class Conversion:
     seconds: float = 0.0
 
 
-def lines(found: Conversion) -> list[tuple[str, str]]:
-    """(name, value) pairs for reading."""
-    group = "a whole row" if found.group_size == -1 else str(found.group_size)
+def lines(found: ConversionReport) -> list[tuple[str, str]]:
+    """Format a report as (name, value) pairs."""
+    group = "one output channel" if found.group_size == -1 else str(found.group_size)
     order = ", act-order" if found.act_order else ""
-    mixed = f"; {found.mixed} linears otherwise" if found.mixed else ""
+    mixed = f"; {found.mixed} linears differ" if found.mixed else ""
     symmetric = "symmetric" if found.symmetric else "asymmetric"
-    head = "tied" if found.tied else "of its own"
+    head = "tied" if found.tied else "untied"
     rows = [
         ("source", f"{found.kind}, {found.bytes_read / 1e6:,.2f} MB"),
-        ("model", f"{found.architecture}, {found.linears} packed linears, head {head}"),
+        ("model", f"{found.architecture}, {found.linears} packed linears, {head} lm_head"),
         ("weights", f"{found.bits} bits, group size {group}, {symmetric}{order}{mixed}"),
         ("format", f"{found.written_format}" + ("" if found.read_format == found.written_format
                                               else f", was {found.read_format}")),
         ("written", f"{found.bytes_written / 1e6:,.2f} MB in {found.seconds:.1f} s"),
-        ("read back", f"every weight within {found.deviation:.1e} of its linear's largest" if found.deviation
-         else "every weight the same"),
+        ("verified", f"every weight within {found.deviation:.1e} of the largest of its linear" if found.deviation
+         else "every weight identical"),
     ]
     if found.dropped_biases:
-        rows.append(("biases", f"{found.dropped_biases} left out: zeros, of layers that have none"))
-    if found.mended_ids:
-        ids = ", ".join(f"{key} {value}" for key, value in found.mended_ids.items())
-        rows.append(("tokens", f"written as the tokenizer has them, config.json said otherwise: {ids}"))
+        rows.append(("biases", f"{found.dropped_biases} omitted: all zero, and the model has none there"))
+    if found.corrected_ids:
+        ids = ", ".join(f"{key} {value}" for key, value in found.corrected_ids.items())
+        rows.append(("tokens", f"corrected in config.json to match the tokenizer: {ids}"))
     if found.vanished_scales:
         rows.append(("scales", f"{found.vanished_scales} too small for float16, written as 0"))
     if found.wrapped_zeros:
-        what = "written as 0" if found.repaired_zeros else "kept as they are; --repair-zeros writes 0"
-        rows.append(("zero points", f"{found.wrapped_zeros} wrapped by an old packer, {what}"))
+        what = "written as 0" if found.repaired_zeros else "kept; --repair-zeros writes 0"
+        rows.append(("zero points", f"{found.wrapped_zeros} wrapped around by an old packer, {what}"))
     if found.overwritten_zeros:
-        rows.append(("", f"{found.overwritten_zeros} of them may have been others, which a neighbour overwrote"))
+        rows.append(("", f"{found.overwritten_zeros} of them may have had another value that a neighbour overwrote"))
     return rows
 
 
-COLUMNS = 1024  # outputs compared at a time: a multiple of what fills words of zero points in any number of bits
-HALF_ULP, HALF_SUBNORMAL = 2.0**-11, 2.0**-25  # of rounding a scale to float16
+COLUMNS = 1024  # outputs compared at a time; their zero points fill whole words for any number of bits
+HALF_ULP, HALF_SUBNORMAL = 2.0**-11, 2.0**-25  # largest relative and absolute error of rounding a scale to float16
 
 
-def largest_deviation(old: CheckpointReader, files: Path, packed: Quantization, linears: Mapping[str, nn.Linear],
-                      repair: bool, step: Callable[[int], None]) -> float:
-    """Compare every dequantized weight of old and new.
+def largest_deviation(old: CheckpointReader, files: Path, quantization: Quantization, linears: Mapping[str, nn.Linear],
+                      repair: bool, progress: Callable[[int], None]) -> float:
+    """Compare every dequantized weight of the source and the output.
 
-    The new one goes through the kernels' reading of the words, the old one through the packing module's.
+    The output is dequantized by the reference kernel, the source by `formats.packing`: two independent decoders.
 
     Args:
         old: the source.
-        files: the directory that was written.
-        packed: how the source is packed.
+        files: the written directory.
+        quantization: how the source is packed.
         linears: its packed linears by name, in order.
-        repair: whether zero points of 2**bits were to become 0.
-        step: called with how many blocks are done, after each.
+        repair: whether zero points of 2**bits were written as 0.
+        progress: called with the number of completed blocks after each block.
     Returns:
-        The largest difference, as a share of the largest weight of its linear.
+        The largest difference, relative to the largest weight of its linear.
     Raises:
-        GptqBelleError: one is larger than the rounding of scales to float16 explains.
+        GptqBelleError: a difference is larger than rounding the scales to float16 explains.
     """
     new = CheckpointReader(files)
-    stated, worst = read_quantization(new), 0.0
+    new_quantization, worst = read_quantization(new), 0.0
     blocks = [name[len(old.arch.blocks) + 1 :].split(".")[0] for name in linears]
     for place, (name, linear) in enumerate(linears.items()):
-        theirs, ours = (read_packed(reader, quantization, name, linear.in_features, linear.out_features)
-                        for reader, quantization in ((old, packed), (new, stated)))
-        worst = max(worst, _deviation(name, theirs, ours, packed.checkpoint_format, repair))
+        theirs, ours = (read_packed_linear(reader, settings, name, linear.in_features, linear.out_features)
+                        for reader, settings in ((old, quantization), (new, new_quantization)))
+        worst = max(worst, _deviation(name, theirs, ours, quantization.checkpoint_format, repair))
         if place + 1 == len(linears) or blocks[place + 1] != blocks[place]:
-            step(int(blocks[place]) + 1)
+            progress(int(blocks[place]) + 1)
     return worst
 
 
 def _deviation(name: str, old: CanonicalWeight, new: CanonicalWeight, old_format: str, repair: bool) -> float:
-    """The largest difference of one linear, as a share of its largest weight."""
-    zeros = read_zeros(old.qzeros, old.bits, old_format)
-    zeros, scales = (repaired(zeros, old.bits) if repair else zeros).t(), old.scales.float().t()
+    """Largest difference of one linear, relative to its largest weight."""
+    zeros = unpack_zeros(old.qzeros, old.bits, old_format)
+    zeros, scales = (repair_wrapped_zeros(zeros, old.bits) if repair else zeros).t(), old.scales.float().t()
     worst = largest = 0.0
     for begin in range(0, old.out_features, COLUMNS):
         part = slice(begin, begin + COLUMNS)
@@ -145,7 +149,7 @@ def _deviation(name: str, old: CanonicalWeight, new: CanonicalWeight, old_format
         difference = (found - expected).abs_()
         allowed = expected.abs() * HALF_ULP * 1.0001 + HALF_SUBNORMAL * (1 << old.bits)
         if not bool((difference <= allowed).all()):
-            raise GptqBelleError(f"{name} read back differs by up to {float(difference.max()):.3g}",
-                                 "The files were removed. Check disk and memory; if it stays, report it.")
+            raise GptqBelleError(f"{name} differs from the source by up to {float(difference.max()):.3g}",
+                                 "The files were removed. Check disk and memory; if it happens again, report it.")
         worst, largest = max(worst, float(difference.max())), max(largest, float(expected.abs().max()))
     return worst / largest if largest else 0.0

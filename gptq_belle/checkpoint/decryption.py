@@ -15,14 +15,14 @@ from gptq_belle.common.files import locked_folder
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.encrypted_file import (
     FETCH,
-    Job,
-    Mismatch,
-    Result,
+    ChecksumMismatch,
+    FileResult,
+    FileTask,
     copy_file,
     decrypt_file,
     encrypt_file,
-    job_of,
-    partial_of,
+    file_task,
+    unfinished_path,
 )
 from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Key
 
@@ -34,7 +34,7 @@ FOLDER = "Name the folder of the download, or one of its files."
 
 
 def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
-            progress: Progress = lambda done, total: None) -> list[Result]:
+            progress: Progress = lambda done, total: None) -> list[FileResult]:
     """Decrypt a directory (or one file); files in it that are not encrypted are copied.
 
     What an earlier run finished is checked and left; a file that it left half done is continued.
@@ -54,22 +54,22 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
         UsageError: `out` is `source`, or another process writes there.
     """
     source, out, opened = Path(source), Path(out), Key(Path(key), chunk_bytes)
-    jobs = [job_of(path, out) for path in _files(source, out)]
+    jobs = [file_task(path, out) for path in _files(source, out)]
     if all(job.sha256 is None for job in jobs):
         raise InputError(f"{source} holds no .enc files: nothing is encrypted there", FOLDER)
     _check_distinct(jobs)
 
-    def work(job: Job, moved: Callable[[int], None]) -> Result | Mismatch:
+    def work(job: FileTask, moved: Callable[[int], None]) -> FileResult | ChecksumMismatch:
         try:
             return copy_file(job, moved) if job.sha256 is None else decrypt_file(job, opened, moved)
-        except Mismatch as mismatch:
+        except ChecksumMismatch as mismatch:
             return mismatch
 
-    done: list[Result] = []
-    failed: list[Mismatch] = []
+    done: list[FileResult] = []
+    failed: list[ChecksumMismatch] = []
     with _running(jobs, out, work, progress) as outcomes:
         for outcome in outcomes:
-            if isinstance(outcome, Result):
+            if isinstance(outcome, FileResult):
                 done.append(outcome)
             else:
                 failed.append(outcome)
@@ -78,23 +78,23 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
     if failed:
         if not _proves_key(done):
             for job in jobs:
-                partial_of(job.out).unlink(missing_ok=True)
+                unfinished_path(job.out).unlink(missing_ok=True)
         raise _diagnosis(failed, _proves_key(done), opened)
     return sorted(done)
 
 
 def encrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
-            progress: Progress = lambda done, total: None) -> list[Result]:
+            progress: Progress = lambda done, total: None) -> list[FileResult]:
     """The inverse, for those who publish a fine-tuned LLaMA: every file but READMEs is encrypted.
 
     Args and raises: as `decrypt`.
     """
     source, out, opened = Path(source), Path(out), Key(Path(key), chunk_bytes)
-    jobs = [Job(path, out / path.name, None, path.stat().st_size) for path in _files(source, out)]
+    jobs = [FileTask(path, out / path.name, None, path.stat().st_size) for path in _files(source, out)]
     if encrypted := [job.source.name for job in jobs if job.source.suffix == ".enc"]:
         raise InputError(f"{encrypted[0]} is encrypted already", "Take the .enc files out of the source.")
 
-    def work(job: Job, moved: Callable[[int], None]) -> Result:
+    def work(job: FileTask, moved: Callable[[int], None]) -> FileResult:
         return copy_file(job, moved) if job.source.suffix == ".md" else encrypt_file(job, opened, moved)
 
     with _running(jobs, out, work, progress) as outcomes:
@@ -102,7 +102,7 @@ def encrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
 
 
 @contextmanager
-def _running(jobs: list[Job], out: Path, work: Callable[[Job, Callable[[int], None]], Outcome],
+def _running(jobs: list[FileTask], out: Path, work: Callable[[FileTask, Callable[[int], None]], Outcome],
              progress: Progress) -> Iterator[Iterator[Outcome]]:
     """Outcomes of the jobs as they come, small files first: a wrong key shows with the smallest one.
 
@@ -128,7 +128,7 @@ def _running(jobs: list[Job], out: Path, work: Callable[[Job, Callable[[int], No
             pool.shutdown(cancel_futures=True)
 
 
-def _diagnosis(failed: list[Mismatch], key_is_right: bool, key: Key) -> InputError:
+def _diagnosis(failed: list[ChecksumMismatch], key_is_right: bool, key: Key) -> InputError:
     """What a wrong checksum means, by how the others ended and how the file begins."""
     names = sorted(mismatch.job.source.name for mismatch in failed)
     shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
@@ -139,7 +139,7 @@ def _diagnosis(failed: list[Mismatch], key_is_right: bool, key: Key) -> InputErr
     return InputError(f"truncated or damaged: {shown} ({known}, but the checksum is wrong)", FETCH)
 
 
-def _proves_key(done: list[Result]) -> bool:
+def _proves_key(done: list[FileResult]) -> bool:
     return any(result.how != "copied" for result in done)
 
 
@@ -157,8 +157,8 @@ def _files(source: Path, out: Path) -> list[Path]:
     return found
 
 
-def _check_distinct(jobs: list[Job]) -> None:
-    by_name: dict[str, Job] = {}
+def _check_distinct(jobs: list[FileTask]) -> None:
+    by_name: dict[str, FileTask] = {}
     for job in jobs:
         other = by_name.setdefault(job.out.name, job)
         if other is not job:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.models.belle_catalogue import ENCRYPTED, ENCRYPTED_STATES, FULL, STATES, Member, check_kind, member
+from gptq_belle.models.belle_catalogue import (
+    ENCRYPTED,
+    ENCRYPTED_STATES,
+    FULL,
+    STATES,
+    BelleModel,
+    check_release_kind,
+    find_belle_model,
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -20,10 +28,10 @@ class _Place(NamedTuple):
 
     repository: str
     file: str | None
-    known: Member | None
+    known: BelleModel | None
 
 
-def model_directory(model: str | Path, kinds: tuple[str, ...] = READABLE) -> Path:
+def resolve_model_path(model: str | Path, kinds: tuple[str, ...] = READABLE) -> Path:
     """The local directory (or file) of a model; one on the hub is downloaded, or found in the hub's cache.
 
     A connection that breaks is taken up again where it was; a later run keeps the files that were complete, as
@@ -46,7 +54,7 @@ def model_directory(model: str | Path, kinds: tuple[str, ...] = READABLE) -> Pat
         raise InputError(f"{model} is not a model directory",
                          "Give the folder that holds config.json, a hub id, or a name that `gptq-belle models` lists.")
     if place.known is not None:
-        check_kind(place.known, kinds)
+        check_release_kind(place.known, kinds)
         if place.known.kind == STATES and place.file is None:
             raise UsageError(f"{place.known.name} holds {len(place.known.files)} models",
                              f"Name one: {', '.join(f'{place.known.name}/{file}' for file in place.known.files)}.")
@@ -58,20 +66,20 @@ def model_directory(model: str | Path, kinds: tuple[str, ...] = READABLE) -> Pat
     return folder / place.file
 
 
-def is_name(model: str | Path) -> bool:
+def is_model_name(model: str | Path) -> bool:
     """True for what could be on the hub, and for files of a family member."""
     return _place(str(model)) is not None
 
 
 def _place(model: str) -> _Place | None:
     name, _, file = model.partition("/")
-    if found := member(model) or (member(name) if file else None):
-        return _Place(found.hub_id, None if member(model) else file, found)
+    if found := find_belle_model(model) or (find_belle_model(name) if file else None):
+        return _Place(found.hub_id, None if find_belle_model(model) else file, found)
     if HUB_ID.fullmatch(model):
         return _Place(model, None, None)
     repository, _, file = model.rpartition("/")
     if HUB_ID.fullmatch(repository) and file.endswith((".pt", ".safetensors")):
-        return _Place(repository, file, member(repository))
+        return _Place(repository, file, find_belle_model(repository))
     return None
 
 

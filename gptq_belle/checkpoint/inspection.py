@@ -15,9 +15,9 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.checkpoint.validation import is_act_ordered, problems
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.formats.packed_lm_head import CODES, SCALES
+from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.quantize_config import Quantization
-from gptq_belle.models.architectures import HEAD
+from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.prompts.styles import detect_style
 
 
@@ -125,7 +125,7 @@ def inspect(path: str | Path) -> Inspection:
         if found.quantization is not None:
             found.average_bits = average_bits(reader, found.quantization)
             found.mixture = mixture(reader, found.quantization)
-            found.act_order = is_act_ordered(reader) if reader.packed else None
+            found.act_order = is_act_ordered(reader) if reader.packed_linear_names else None
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found
@@ -199,13 +199,13 @@ def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:
 
 def _part(name: str, reader: CheckpointReader) -> str:
     module, _, leaf = name.rpartition(".")
-    if name in (CODES, SCALES):
+    if name in (HEAD_CODES, HEAD_SCALES):
         return "packed head"
     if leaf in PACKED:
         return {"qweight": "packed weights", "g_idx": "group indices"}.get(leaf, "scales and zero points")
-    if module == HEAD:
+    if module == LM_HEAD:
         return "head"
-    if module == reader.arch.before[0]:
+    if module == reader.arch.modules_before[0]:
         return "embeddings"
     linear = leaf == "weight" and module.endswith(reader.arch.linears)
     return "unpacked linears" if linear else "norms and biases"

@@ -15,7 +15,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.formats.packed_lm_head import BITS as PACKED_HEAD_BITS
-from gptq_belle.formats.packed_lm_head import CODES, SCALES, from_bytes, group_of
+from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size, unpack_head_codes
 from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization, parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, MemoryPool
 from gptq_belle.kernels.layout import CanonicalWeight, canonical
@@ -25,7 +25,7 @@ WORDS, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx", "bias")
 PARTS = (*WORDS, *OPTIONAL)  # tensors of a quantized linear, by the last part of their names
 
 
-def stated_quantization(reader: CheckpointReader) -> dict[str, Any] | None:
+def raw_quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
     """The quantization_config of config.json, else the content of quantize_config.json, else None.
 
     Raises:
@@ -46,11 +46,11 @@ def read_quantization(reader: CheckpointReader) -> Quantization | None:
     Raises:
         InputError: as `parse_quantization`.
     """
-    stated = stated_quantization(reader)
+    stated = raw_quantization_config(reader)
     return None if stated is None else parse_quantization(stated, reader.path)
 
 
-def check_packed(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
+def check_packed_linear(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
                  out_features: int) -> Quantization:
     """Check one packed linear against the configuration, from the headers of the files alone.
 
@@ -101,17 +101,18 @@ def linear_quantization(reader: CheckpointReader, quantization: Quantization | N
     return own
 
 
-def read_packed(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
+def read_packed_linear(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
                 out_features: int, read: Callable[[str], Tensor] | None = None) -> CanonicalWeight:
     """Load one packed linear, without its bias, as the file stores it.
 
     Args:
-        reader, quantization, name, in_features, out_features: as of `check_packed`.
+        reader, quantization, name, in_features, out_features: as of `check_packed_linear`.
         read: gives a tensor by name; left out, `reader.tensor`.
     Raises:
-        InputError: as `check_packed` and `CheckpointReader.tensor`; groups out of range; scales with NaN or infinity.
+        InputError: as `check_packed_linear` and `CheckpointReader.tensor`; groups out of range; NaN or infinity in the
+            scales.
     """
-    own, read = check_packed(reader, quantization, name, in_features, out_features), read or reader.tensor
+    own, read = check_packed_linear(reader, quantization, name, in_features, out_features), read or reader.tensor
     tensors = {part: read(f"{name}.{part}") for part in WORDS}
     if f"{name}.g_idx" in reader:
         tensors["g_idx"] = read(f"{name}.g_idx")
@@ -157,36 +158,36 @@ def _matrix_shape(reader: CheckpointReader, name: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def packed_head_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | None:
+def packed_lm_head_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | None:
     """Bits of the packed lm_head of a directory; None where it has none.
 
     Raises:
         InputError: its tensors are not those of a matrix (vocabulary, width).
     """
-    if CODES not in reader:
+    if HEAD_CODES not in reader:
         return None
-    shape, group = reader.shape(CODES), group_of(width)
+    shape, group = reader.shape(HEAD_CODES), head_group_size(width)
     bits = next((bits for bits in PACKED_HEAD_BITS if shape == (vocabulary, width * bits // 8)), None)
-    if bits is None or group is None or reader.shape(SCALES) != (vocabulary, width // group) or (
-            reader.dtype(CODES), reader.dtype(SCALES)) != (torch.uint8, torch.float16):
-        raise InputError(f"{reader.path}: {CODES} of shape {shape} is no packed head of {vocabulary} x {width}",
+    if bits is None or group is None or reader.shape(HEAD_SCALES) != (vocabulary, width // group) or (
+            reader.dtype(HEAD_CODES), reader.dtype(HEAD_SCALES)) != (torch.uint8, torch.float16):
+        raise InputError(f"{reader.path}: {HEAD_CODES} of shape {shape} is no packed head of {vocabulary} x {width}",
                          "config.json belongs to other files, or the file is damaged: fetch the directory again.")
     return bits
 
 
-def packed_head_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def packed_lm_head_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes (n, H) and scales (n, groups) of the packed lm_head, `step` rows at a time.
 
     Raises:
         ValueError: a scale is NaN or infinite.
     """
-    count, memory = reader.shape(CODES)[0], MemoryPool()
+    count, memory = reader.shape(HEAD_CODES)[0], MemoryPool()
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
     for codes, scales in prefetch(partial(_head_rows, reader, part, memory) for part in parts):
         if not all_finite(scales):
-            raise ValueError(f"{SCALES} hold NaN or infinity")
-        yield from_bytes(codes, bits), scales
+            raise ValueError(f"{HEAD_SCALES} hold NaN or infinity")
+        yield unpack_head_codes(codes, bits), scales
 
 
 def _head_rows(reader: CheckpointReader, rows: range, memory: Allocator) -> tuple[Tensor, Tensor]:
-    return reader.rows(CODES, rows, memory), reader.rows(SCALES, rows, memory)
+    return reader.rows(HEAD_CODES, rows, memory), reader.rows(HEAD_SCALES, rows, memory)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from gptq_belle.checkpoint.packed_reader import check_packed, read_quantization
+from gptq_belle.checkpoint.packed_reader import check_packed_linear, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader, needs_conversion, read_json, weight_files
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.quantize_config import BITS, Quantization
@@ -20,7 +20,7 @@ from gptq_belle.formats.zero_points import V1
 
 POWERS_OF_TWO = tuple(1 << power for power in range(4, 16))
 BASE = "Name a directory with config.json and tokenizer of the model: --base DIR."
-STATE, DIRECTORY = "state dictionary", "GPTQ directory"
+STATE_DICT, DIRECTORY = "state dictionary", "GPTQ directory"
 
 
 class QuantizedCheckpoint(NamedTuple):
@@ -49,12 +49,12 @@ def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
     if path.suffix == ".enc" and (early := needs_conversion(path)):
         raise early
     if path.is_file():
-        weights, kind = [path], DIRECTORY if _states_quantization(path) else STATE
+        weights, kind = [path], DIRECTORY if _states_quantization(path) else STATE_DICT
     elif states := sorted(path.glob("*.pt")):
         if len(states) > 1:
             raise UsageError(f"{path} holds {len(states)} checkpoints: {', '.join(state.name for state in states)}",
                              "Name the one that you want.")
-        weights, kind = states, STATE
+        weights, kind = states, STATE_DICT
     elif path.is_dir():
         weights, kind = weight_files(path), DIRECTORY
     else:
@@ -83,7 +83,7 @@ def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple
     Raises:
         InputError: none at all, or one that the model does not have.
     """
-    names = reader.packed
+    names = reader.packed_linear_names
     if not names:
         older = any(name.endswith(".zeros") for name in reader)
         raise InputError(f"{reader.path} holds no qweight tensors" + (
@@ -97,7 +97,7 @@ def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple
         yield name, linear
 
 
-def quantization_of(source: QuantizedCheckpoint, model: nn.Module) -> Quantization:
+def find_quantization(source: QuantizedCheckpoint, model: nn.Module) -> Quantization:
     """How a checkpoint is packed: as its directory states, or by the shapes of its tensors; every linear is checked.
 
     Raises:
@@ -109,7 +109,7 @@ def quantization_of(source: QuantizedCheckpoint, model: nn.Module) -> Quantizati
     stated = read_quantization(reader) if source.kind == DIRECTORY else None
     found = stated or _derived(reader, linears)
     for name, linear in linears:
-        check_packed(reader, found, name, linear.in_features, linear.out_features)
+        check_packed_linear(reader, found, name, linear.in_features, linear.out_features)
     return found
 
 

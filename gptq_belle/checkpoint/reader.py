@@ -16,8 +16,8 @@ from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, DAMAGED, TensorF
 from gptq_belle.common.files import reject_lfs_pointer
 from gptq_belle.errors import InputError, from_os_error
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
-from gptq_belle.models.architectures import HEAD, Architecture, architecture
-from gptq_belle.models.belle_catalogue import CONFIGS, member
+from gptq_belle.models.architectures import LM_HEAD, Architecture, architecture
+from gptq_belle.models.belle_catalogue import CONFIGS, find_belle_model
 
 MOST_JSON_BYTES = 64 << 20  # the largest real one, an index of a model of a thousand shards, is below 20 MB
 
@@ -61,7 +61,7 @@ class CheckpointReader:
         return iter(self._where)
 
     @property
-    def packed(self) -> list[str]:
+    def packed_linear_names(self) -> list[str]:
         """Full names of the linears whose words the files hold."""
         return [name.removesuffix(".qweight") for name in self if name.endswith(".qweight")]
 
@@ -138,7 +138,7 @@ class CheckpointReader:
         return sum(file.stat().st_size for file in self._shards)
 
     def _with_prefix(self, name: str) -> str:
-        return name if name.startswith(HEAD + ".") else f"{self.arch.prefix}.{name}"
+        return name if name.startswith(LM_HEAD + ".") else f"{self.arch.prefix}.{name}"
 
     def _find(self, name: str) -> tuple[Path, str]:
         if name not in self._where:
@@ -212,7 +212,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    path, found = Path(model), member(str(model))
+    path, found = Path(model), find_belle_model(str(model))
     if not path.exists() and (found or str(model) in CONFIGS):
         return deepcopy(CONFIGS[found.config if found else str(model)])
     if not path.exists():

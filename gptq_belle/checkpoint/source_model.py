@@ -10,7 +10,7 @@ from gptq_belle.checkpoint.empty_model import assign, empty_model, wrong_shape
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
-from gptq_belle.models.architectures import HEAD
+from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.dimensions import dimensions, linear_shapes
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -39,11 +39,11 @@ class SourceModel:
         if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
             raise InputError("this model mixes kinds of attention between its blocks",
                              "Only models whose blocks all use the same attention can be quantized or converted.")
-        self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.before[0]}.weight").shape)
+        self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.modules_before[0]}.weight").shape)
 
     def embeddings_and_norms(self) -> list[str]:
         """Names of what stands before and behind the blocks, but the head: embeddings and norms."""
-        return [f"{root}.{name}" for root in (*self.arch.before, *self.arch.after)
+        return [f"{root}.{name}" for root in (*self.arch.modules_before, *self.arch.modules_after)
                 for name, _ in self.model.get_submodule(root).named_parameters()]
 
     def tensors_outside_blocks(self) -> list[str]:
@@ -51,12 +51,12 @@ class SourceModel:
 
         Old files hold a tied head too: it is written once.
         """
-        return self.embeddings_and_norms() if self.tied() else [*self.embeddings_and_norms(), f"{HEAD}.weight"]
+        return self.embeddings_and_norms() if self.tied() else [*self.embeddings_and_norms(), f"{LM_HEAD}.weight"]
 
     def tied(self) -> bool:
         """Whether the head is the embedding; where the configuration says so and the file does not, believe the file.
         """
-        head, embedding = f"{HEAD}.weight", f"{self.arch.before[0]}.weight"
+        head, embedding = f"{LM_HEAD}.weight", f"{self.arch.modules_before[0]}.weight"
         if not self.model.config.tie_word_embeddings or head not in self.reader:
             return bool(self.model.config.tie_word_embeddings)
         return self.reader.shape(head) == self.reader.shape(embedding) and all(
@@ -69,7 +69,7 @@ class SourceModel:
         Raises:
             InputError: the file's is another one.
         """
-        embedding = name == f"{self.arch.before[0]}.weight"
+        embedding = name == f"{self.arch.modules_before[0]}.weight"
         shape = self.embedding_shape if embedding else tuple(self.model.get_parameter(name).shape)
         if self.reader.shape(name) != shape:
             raise wrong_shape(name, self.reader.shape(name), shape)
@@ -106,7 +106,7 @@ class SourceModel:
 
     def head(self) -> Iterator[Tensor]:
         """The head's matrix, some rows (tokens of the vocabulary) at a time, on the device in float32."""
-        name = f"{self.arch.before[0]}.weight" if self.tied() else f"{HEAD}.weight"
+        name = f"{self.arch.modules_before[0]}.weight" if self.tied() else f"{LM_HEAD}.weight"
         for chunk in self.reader.chunks(name):
             yield self.float16(name, chunk).to(self.device, torch.float32)
 
@@ -121,8 +121,8 @@ class SourceModel:
 
     def fill_embedding(self, tokens: Sequence[int]) -> None:
         """The embeddings of these tokens, in this order, in the place of all."""
-        name = f"{self.arch.before[0]}.weight"
-        embedding: Any = self.model.get_submodule(self.arch.before[0])
+        name = f"{self.arch.modules_before[0]}.weight"
+        embedding: Any = self.model.get_submodule(self.arch.modules_before[0])
         self.shape(name)
         rows = self.float16(name, self.reader.rows(name, tokens)).to(self.device, torch.float32)
         embedding.weight = nn.Parameter(rows, requires_grad=False)

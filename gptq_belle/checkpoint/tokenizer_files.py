@@ -10,7 +10,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.common.files import reject_lfs_pointer
 from gptq_belle.errors import InputError
-from gptq_belle.prompts.styles import Turn, chat_template, detect_style, get_style, render
+from gptq_belle.prompts.styles import Turn, chat_template, detect_style, get_style, render_conversation
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -50,7 +50,7 @@ class Prompt:
         return self.templated is None or self.templated == self.text
 
 
-def prompt_of(path: str | Path) -> Prompt:
+def read_prompt_format(path: str | Path) -> Prompt:
     """Look at a directory's prompts.
 
     Raises:
@@ -61,7 +61,7 @@ def prompt_of(path: str | Path) -> Prompt:
     template = getattr(tokenizer, "chat_template", None)
     name = detect_style(reader.config, template)
     style = get_style(name)
-    asked = render([Turn(QUESTION)], name, tokenizer.eos_token)
+    asked = render_conversation([Turn(QUESTION)], name, tokenizer.eos_token)
     ids = tokenizer(asked, add_special_tokens=style.special_tokens)["input_ids"]
     templated = None
     if template:

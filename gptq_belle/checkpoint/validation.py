@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptq_belle.checkpoint.packed_reader import PARTS, check_packed
+from gptq_belle.checkpoint.packed_reader import PARTS, check_packed_linear
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.formats.packed_lm_head import CODES, SCALES
+from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.packing import unpack_rows
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import V1
-from gptq_belle.models.architectures import COMPUTED, HEAD
+from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD
 
 MANY = 5  # problems of one kind that are named; the rest is counted
 
@@ -36,7 +36,7 @@ def problems(reader: CheckpointReader, model: nn.Module, quantization: Quantizat
 
 def is_act_ordered(reader: CheckpointReader) -> bool:
     """Whether the group index of a packed linear is really out of order; one of another form is not looked at."""
-    names = (f"{name}.g_idx" for name in reader.packed)
+    names = (f"{name}.g_idx" for name in reader.packed_linear_names)
     found = (reader.tensor(name) for name in names
              if name in reader and reader.dtype(name) in (torch.int32, torch.int64) and len(reader.shape(name)) == 1)
     return any(bool((g_idx[1:] < g_idx[:-1]).any()) for g_idx in found)
@@ -48,8 +48,8 @@ def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator
         packed = leaf == "weight" and reader.is_packed(module)
         if packed and f"{module}.qweight" not in reader:
             yield f"tensor {module}.qweight is missing"
-        packed |= CODES in reader and module == (reader.arch.before[0] if tied else HEAD)
-        if name not in reader and not packed and not (module == HEAD and tied):
+        packed |= HEAD_CODES in reader and module == (reader.arch.modules_before[0] if tied else LM_HEAD)
+        if name not in reader and not packed and not (module == LM_HEAD and tied):
             yield f"tensor {name} is missing"
         elif name in reader and (reader.shape(name) != tuple(parameter.shape) or
                                  not reader.dtype(name).is_floating_point):
@@ -59,16 +59,16 @@ def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator
 
 def _unknown(reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
     """What loading refuses: tensors that the model has no place for."""
-    known = {name for name, _ in model.named_parameters()} | {f"{HEAD}.weight", CODES, SCALES}
+    known = {name for name, _ in model.named_parameters()} | {f"{LM_HEAD}.weight", HEAD_CODES, HEAD_SCALES}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             known.update(f"{name}.{part}" for part in PARTS)
     yield from (f"the model has no place for tensor {name}" for name in reader
-                if name not in known and not name.endswith(COMPUTED))
+                if name not in known and not name.endswith(COMPUTED_SUFFIXES))
 
 
 def _packed(reader: CheckpointReader, model: nn.Module, quantization: Quantization | None) -> Iterator[str]:
-    names = reader.packed
+    names = reader.packed_linear_names
     if names and quantization is None:
         yield f"{len(names)} packed linears, but no configuration says how they are packed"
     if quantization is None:
@@ -80,7 +80,7 @@ def _packed(reader: CheckpointReader, model: nn.Module, quantization: Quantizati
         try:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            own = check_packed(reader, quantization, name, linear.in_features, linear.out_features)
+            own = check_packed_linear(reader, quantization, name, linear.in_features, linear.out_features)
         except (GptqBelleError, AttributeError, AssertionError) as error:
             yield error.cause if isinstance(error, GptqBelleError) else f"the model has no linear {name}"
             continue

@@ -20,7 +20,7 @@ from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, header_bytes, write_rows, write_tensors
 from gptq_belle.common.files import FileChecksum, fsync, lock_folder
 from gptq_belle.errors import UsageError
-from gptq_belle.formats.quantize_config import written_by_us
+from gptq_belle.formats.quantize_config import written_by_gptq_belle
 
 SHARD_BYTES = 5_000_000_000
 
@@ -45,8 +45,8 @@ class CheckpointWriter:
     def __init__(self, out: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.out = Path(out).absolute()
         self.shard_bytes = shard_bytes
-        check_output(self.out)
-        self.partial = partial_of(self.out)
+        check_output_directory(self.out)
+        self.partial = partial_directory(self.out)
         self.parts = self.partial / "parts"
         self.files = self.partial / "files"
         self.keep = False
@@ -121,7 +121,7 @@ class CheckpointWriter:
         self.keep = False
 
 
-def partial_of(out: Path) -> Path:
+def partial_directory(out: Path) -> Path:
     """Where a job that writes `out` keeps what is not finished."""
     return out.with_name(out.name + ".partial")
 
@@ -130,7 +130,7 @@ def _is_leftover(partial: Path) -> bool:
     return partial.is_dir() and ((partial / "parts").is_dir() or not any(partial.iterdir()))
 
 
-def check_output(out: Path) -> None:
+def check_output_directory(out: Path) -> None:
     """Refuse an output directory that somebody else's files stand in.
 
     Raises:
@@ -140,7 +140,7 @@ def check_output(out: Path) -> None:
         return
     ours = out / "quantize_config.json"
     replaceable = out.is_dir() and not out.is_symlink()
-    if replaceable and (not any(out.iterdir()) or (ours.is_file() and written_by_us(read_json(ours)))):
+    if replaceable and (not any(out.iterdir()) or (ours.is_file() and written_by_gptq_belle(read_json(ours)))):
         return
     raise UsageError(f"{out} exists and was not written by gptq_belle", "Choose another output, or move it away.")
 

@@ -16,7 +16,7 @@ from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, get_style, render
+from gptq_belle.prompts.styles import Turn, get_style, render_conversation
 
 HELP = "/reset clears the conversation, /exit or Ctrl-D exits, Ctrl-C stops an answer, /help shows this text."
 ANSWER_ROOM = 128  # tokens reserved for an answer: older turns are dropped until they are free
@@ -86,7 +86,7 @@ class Conversation:
         asked = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         enough = min(asked, ANSWER_ROOM)
         while True:
-            text = render([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
+            text = render_conversation([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
             ids: list[int] = tokenizer(text, add_special_tokens=self.style.special_tokens)["input_ids"]
             room = asked if context is None else min(asked, context - len(ids))
             if room >= enough or not self.turns:

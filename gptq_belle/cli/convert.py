@@ -23,10 +23,10 @@ def decrypt(
     An interrupted job resumes with the same command.
     """
     from gptq_belle.checkpoint import decryption
-    from gptq_belle.checkpoint.hub import DECRYPTABLE, is_name, model_directory
+    from gptq_belle.checkpoint.hub import DECRYPTABLE, is_model_name, resolve_model_path
 
-    if is_name(source):
-        source = model_directory(source, DECRYPTABLE)
+    if is_model_name(source):
+        source = resolve_model_path(source, DECRYPTABLE)
     job = decryption.encrypt if encrypt else decryption.decrypt
     with console.progress_bar("encrypting" if encrypt else "decrypting", is_bytes=True) as progress:
         found = job(source, out, key, progress=progress)
@@ -59,10 +59,10 @@ def convert(
     Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
     from gptq_belle.checkpoint import conversion, conversion_check
-    from gptq_belle.checkpoint.hub import CONVERTIBLE, is_name, model_directory
+    from gptq_belle.checkpoint.hub import CONVERTIBLE, is_model_name, resolve_model_path
 
-    if is_name(source):
-        source = model_directory(source, CONVERTIBLE)
+    if is_model_name(source):
+        source = resolve_model_path(source, CONVERTIBLE)
     with console.progress_bar("converting") as progress:
         found = conversion.convert(source, out, base=base, checkpoint_format=checkpoint_format,
                                    repair_zeros=repair_zeros, prompt_style=options.style_or_none(prompt_style),

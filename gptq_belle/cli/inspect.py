@@ -15,7 +15,7 @@ def inspect(path: options.ModelPath,
     from gptq_belle.checkpoint import inspection, tokenizer_files
 
     if prompt:
-        shown = tokenizer_files.prompt_of(path)
+        shown = tokenizer_files.read_prompt_format(path)
         if as_json:
             console.print_json(shown)
         else:

@@ -25,11 +25,11 @@ def models(device: options.UnusedDevice = "auto", as_json: options.Json = False,
 def listed() -> Iterator[dict[str, Any]]:
     """The catalogue's models with their sizes, as JSON-ready dictionaries."""
     from gptq_belle.models.architectures import architecture
-    from gptq_belle.models.belle_catalogue import CONFIGS, FAMILY
+    from gptq_belle.models.belle_catalogue import BELLE_MODELS, CONFIGS
     from gptq_belle.models.dimensions import dimensions
     from gptq_belle.models.sizes import file_bytes, parameter_count
 
-    for each in FAMILY:
+    for each in BELLE_MODELS:
         d = dimensions(CONFIGS[each.config])
         sizes = {f"gb_{bits}_bit": round(file_bytes(d, bits) / 1e9, 1) for bits in (4, 8)}
         yield {"name": each.name, "hub_id": each.hub_id, "architecture": each.architecture,

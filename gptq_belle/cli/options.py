@@ -15,9 +15,9 @@ def local(model: Path) -> Path:
     """The local path of a model: catalogue names and hub ids are downloaded, paths are returned unchanged."""
     if model.exists():
         return model
-    from gptq_belle.checkpoint.hub import is_name, model_directory
+    from gptq_belle.checkpoint.hub import is_model_name, resolve_model_path
 
-    return model_directory(model) if is_name(model) else model
+    return resolve_model_path(model) if is_model_name(model) else model
 
 
 def optional_local(model: Path | None) -> Path | None:

@@ -148,10 +148,10 @@ def resumable(out: Path) -> Iterator[None]:
     except UsageError:  # the same command would fail again
         raise
     except BaseException:
-        from gptq_belle.checkpoint.writer import partial_of
+        from gptq_belle.checkpoint.writer import partial_directory
         from gptq_belle.quantization.journal import finished_blocks
 
-        if finished := finished_blocks(partial_of(out.absolute())):
+        if finished := finished_blocks(partial_directory(out.absolute())):
             console.note(f"{finished} finished blocks are kept. Resume with: {_this_command()}", style=None)
         raise
     finally:

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.compat.auto_gptq_config import CONFIG, BaseQuantizeConfig, Example, calibration, check_rest, device_name
 from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.errors import UsageError
-from gptq_belle.formats.quantize_config import written_by_us
+from gptq_belle.formats.quantize_config import written_by_gptq_belle
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.report import LoggedProgress, Report
 
@@ -107,7 +107,7 @@ class BaseGPTQForCausalLM:
         if target.resolve() == self.path.resolve():
             return
         stated = target / CONFIG
-        if _weights(target) and not (stated.is_file() and written_by_us(read_json(stated))):
+        if _weights(target) and not (stated.is_file() and written_by_gptq_belle(read_json(stated))):
             raise UsageError(f"{target} holds weights that gptq_belle has not written", "Choose another directory.")
         target.mkdir(parents=True, exist_ok=True)
         for file in _weights(target):
@@ -155,7 +155,7 @@ class AutoGPTQForCausalLM:
         """A full-precision model that is to be quantized: a directory or a hub id. Its weights are read when needed."""
         check_rest("from_pretrained", kwargs | {"max_memory": max_memory, "trust_remote_code": trust_remote_code})
         quantize_config.settings()
-        return BaseGPTQForCausalLM(model_directory(pretrained_model_name_or_path), quantize_config,
+        return BaseGPTQForCausalLM(resolve_model_path(pretrained_model_name_or_path), quantize_config,
                                    device_name(None, device_map), None, quantized=False)
 
     @classmethod
@@ -171,7 +171,7 @@ class AutoGPTQForCausalLM:
             UsageError: settings or a file name that are not the directory's; an argument that is not supported.
         """
         check_rest("from_quantized", kwargs | {"max_memory": max_memory})
-        path = model_directory(model_name_or_path)
+        path = resolve_model_path(model_name_or_path)
         found = BaseQuantizeConfig.from_pretrained(path)
         if quantize_config is not None and (quantize_config.bits, quantize_config.group_size) != (
                 found.bits, found.group_size):

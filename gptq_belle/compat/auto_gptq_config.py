@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.hub import model_directory
-from gptq_belle.checkpoint.packed_reader import read_quantization, stated_quantization
+from gptq_belle.checkpoint.hub import resolve_model_path
+from gptq_belle.checkpoint.packed_reader import raw_quantization_config, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.calibration import Calibration
@@ -118,8 +118,8 @@ class BaseQuantizeConfig:
             InputError: nothing, or another method.
         """
         check_rest("BaseQuantizeConfig.from_pretrained", kwargs)
-        reader = CheckpointReader(model_directory(save_dir))
-        stated = stated_quantization(reader)
+        reader = CheckpointReader(resolve_model_path(save_dir))
+        stated = raw_quantization_config(reader)
         if stated is None or read_quantization(reader) is None:
             raise InputError(f"{save_dir} states no quantization", f"Give a folder with {CONFIG}.")
         names = {field.name for field in fields(cls)}

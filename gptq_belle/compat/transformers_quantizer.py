@@ -17,9 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from gptq_belle.checkpoint.packed_reader import (
     PARTS,
     canonical_weight,
-    check_packed,
+    check_packed_linear,
+    raw_quantization_config,
     read_quantization,
-    stated_quantization,
 )
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.common.devices import resolve_precision
@@ -81,12 +81,12 @@ class PackedQuantizer(HfQuantizer):
         found = read_quantization(reader)
         if found is None:
             raise InputError(f"{reader.path} states no quantization", WRONG_CONFIG)
-        self.stated = stated_quantization(reader) or {}
+        self.stated = raw_quantization_config(reader) or {}
         self.checkpoint_format = found.checkpoint_format
         for name, module in list(model.named_modules()):
             stored = name if f"{name}.qweight" in reader else f"{reader.arch.prefix}.{name}"
             if isinstance(module, nn.Linear) and f"{stored}.qweight" in reader:
-                own = check_packed(reader, found, stored, module.in_features, module.out_features)
+                own = check_packed_linear(reader, found, stored, module.in_features, module.out_features)
                 model.set_submodule(name, Words(reader, stored, module, own))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -7,17 +7,17 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_belle.checkpoint.empty_model import assign, empty_model
-from gptq_belle.checkpoint.hub import model_directory
-from gptq_belle.checkpoint.packed_reader import stated_quantization
+from gptq_belle.checkpoint.hub import resolve_model_path
+from gptq_belle.checkpoint.packed_reader import raw_quantization_config
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError
-from gptq_belle.formats.packed_lm_head import CODES
+from gptq_belle.formats.packed_lm_head import HEAD_CODES
 from gptq_belle.formats.quantize_config import WRONG_CONFIG
 from gptq_belle.kernels.dispatch import prepare_weight
-from gptq_belle.models.architectures import HEAD
+from gptq_belle.models.architectures import LM_HEAD
 
 
 def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None,
@@ -39,8 +39,8 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
-    reader = CheckpointReader(model_directory(path))
-    if CODES in reader:
+    reader = CheckpointReader(resolve_model_path(path))
+    if HEAD_CODES in reader:
         raise InputError(f"{reader.path} holds its head packed, for which transformers has no place",
                          "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
     model = empty_model(reader.path)
@@ -50,7 +50,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     _check_complete(model, weights)
     model.config.dtype = dtype
     model.config.use_cache = True
-    if (stated := stated_quantization(reader)) is not None:
+    if (stated := raw_quantization_config(reader)) is not None:
         model.config.quantization_config = stated  # so that save_pretrained writes a directory that can be read
     model.generation_config = _generation_config(reader, model)
     return model.to(target)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> No
 def _assign_parameters(model: PreTrainedModel, weights: WeightLoader) -> None:
     """Read every parameter; where the file holds another head although the configuration says tied, believe the file.
     """
-    head, tied = f"{HEAD}.weight", bool(model.config.tie_word_embeddings)
+    head, tied = f"{LM_HEAD}.weight", bool(model.config.tie_word_embeddings)
     embedding, parameters = model.get_input_embeddings(), dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         if name != head or not tied:

@@ -12,19 +12,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq_belle.checkpoint.packed_reader import packed_head_bits, packed_head_rows
+from gptq_belle.checkpoint.packed_reader import packed_lm_head_bits, packed_lm_head_rows
 from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.engine.linear import DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_lm_head import CODES, GROUPS, SCALES, STEP, group_of, rounded
+from gptq_belle.formats.packed_lm_head import GROUPS, HEAD_CODES, HEAD_SCALES, STEP, head_group_size, quantize_rows
 from gptq_belle.formats.packing import pack_rows
 from gptq_belle.kernels import cpu_layout, cpu_packed_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose_kernel, lookup_rows, prepare_weight
 from gptq_belle.kernels.huge_pages import MemoryPool
 from gptq_belle.kernels.layout import canonical
 from gptq_belle.kernels.triton_layout import SlicedWeight
-from gptq_belle.models.architectures import HEAD
+from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.dimensions import Dimensions
 
 PADDED = cpu_layout.PADDED  # rows come in multiples of it
@@ -76,8 +76,8 @@ def embedding_and_head(weights: WeightLoader, name: str,
         InputError: a matrix is missing, of another shape, or holds NaN or infinity.
         UsageError: bits were asked for that its shape does not allow.
     """
-    shape, stored, embedding = (sizes.vocab_size, sizes.hidden_size), f"{HEAD}.weight", f"{name}.weight"
-    if (own := packed_head_bits(weights.reader, *shape)) is not None:
+    shape, stored, embedding = (sizes.vocab_size, sizes.hidden_size), f"{LM_HEAD}.weight", f"{name}.weight"
+    if (own := packed_lm_head_bits(weights.reader, *shape)) is not None:
         return _stored(weights, embedding, shape, own, sizes.tied)
     tied = sizes.tied and (stored not in weights.reader or _same(weights, embedding, stored))
     packable = tied and weights.quantization is not None and refusal(weights, shape) is None
@@ -88,7 +88,8 @@ def embedding_and_head(weights: WeightLoader, name: str,
     if bits != 16:
         source = embedding if tied else stored
         weights.expect(source, *shape)
-        pieces = (rounded(piece, bits, group_of(shape[1]) or 0) for piece in _pieces(weights, source, shape))
+        group = head_group_size(shape[1]) or 0
+        pieces = (quantize_rows(piece, bits, group) for piece in _pieces(weights, source, shape))
         weight = _packed(weights, source, shape, bits, pieces)
         head = PackedLinear(weight, None)
         if tied:
@@ -108,9 +109,9 @@ def _stored(weights: WeightLoader, embedding: str, shape: tuple[int, int], bits:
     if weights.head_bits not in (None, bits):
         raise UsageError(f"{weights.reader.path} holds its head in {bits} bits only",
                          f"Leave head bits out, or say {bits}; other bits need the full-precision model.")
-    for name in (CODES, SCALES):
+    for name in (HEAD_CODES, HEAD_SCALES):
         weights.mark_used(name)
-    weight = _packed(weights, CODES, shape, bits, packed_head_rows(weights.reader, bits, _step(shape)))
+    weight = _packed(weights, HEAD_CODES, shape, bits, packed_lm_head_rows(weights.reader, bits, _step(shape)))
     if tied:
         return PackedEmbedding(weight, weights.dtype), PackedLinear(weight, None)
     table = weights.tensor(embedding, *shape, narrow=True)
@@ -119,7 +120,7 @@ def _stored(weights: WeightLoader, embedding: str, shape: tuple[int, int], bits:
 
 def _packed(weights: WeightLoader, name: str, shape: tuple[int, int], bits: int, pieces: Rounded) -> PreparedWeight:
     """Rows of the matrix `name`, rounded, laid out for its kernel on the device."""
-    group = group_of(shape[1])
+    group = head_group_size(shape[1])
     if (refused := refusal(weights, shape)) is not None or group is None:
         raise UsageError(f"{name} of shape {shape} cannot be packed: {refused}", "Choose head bits 16.")
     try:

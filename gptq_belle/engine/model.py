@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
@@ -27,7 +27,7 @@ from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, detect_style, get_style, render
+from gptq_belle.prompts.styles import Turn, detect_style, get_style, render_conversation
 
 DEFAULT_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
 MAX_BATCH = 8  # prompts of one list that are answered at a time
@@ -58,7 +58,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
     check_cache_dtype(cache)
-    reader = CheckpointReader(model_directory(path))
+    reader = CheckpointReader(resolve_model_path(path))
     decoder_config = read_decoder_config(reader.config)
     eos = decoder_config.eos | _generation_eos(reader)
     weights = WeightLoader(reader, target, dtype, precision, head_bits)
@@ -208,7 +208,7 @@ class Model(LogitsModel):
             return self.tokenizer(prompt)["input_ids"], ()
         name = self.prompt_style if prompt_style == "auto" else prompt_style
         style = get_style(name)
-        text = render([Turn(prompt)], name, self.tokenizer.eos_token)
+        text = render_conversation([Turn(prompt)], name, self.tokenizer.eos_token)
         return self.tokenizer(text, add_special_tokens=style.special_tokens)["input_ids"], style.stops
 
 

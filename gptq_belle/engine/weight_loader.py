@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.empty_model import wrong_shape
-from gptq_belle.checkpoint.packed_reader import read_packed, read_quantization
+from gptq_belle.checkpoint.packed_reader import read_packed_linear, read_quantization
 from gptq_belle.checkpoint.prefetch import BlockPrefetch
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.kernels.layout import CanonicalWeight, fuse
-from gptq_belle.models.architectures import COMPUTED
+from gptq_belle.models.architectures import COMPUTED_SUFFIXES
 
 
 class WeightLoader:
@@ -122,7 +122,7 @@ class WeightLoader:
 
     def check_all_used(self) -> None:
         """Raises InputError where the directory holds tensors that nobody asked for."""
-        extra = [name for name in self.reader if name not in self._used and not name.endswith(COMPUTED)]
+        extra = [name for name in self.reader if name not in self._used and not name.endswith(COMPUTED_SUFFIXES)]
         if extra:
             raise InputError(f"{self.reader.path} holds {len(extra)} tensors that the model has no place for, "
                              f"such as {extra[0]}", "config.json belongs to another model, or the kind is unsupported.")
@@ -132,8 +132,8 @@ class WeightLoader:
         self._used.add(name)
 
     def packed(self, name: str, inputs: int, outputs: int) -> CanonicalWeight:
-        """One packed linear as the file stores it; raises InputError as `read_packed`."""
-        return read_packed(self.reader, self.quantization, name, inputs, outputs, self._stored)
+        """One packed linear as the file stores it; raises InputError as `read_packed_linear`."""
+        return read_packed_linear(self.reader, self.quantization, name, inputs, outputs, self._stored)
 
     def bias(self, name: str, size: int, needed: bool, *, narrow: bool = False) -> Tensor | None:
         """The bias of a linear, as `tensor`; some writers store zeros where a model has none."""

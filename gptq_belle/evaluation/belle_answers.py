@@ -12,7 +12,7 @@ from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.evaluation.perplexity import finite, negative_log_likelihood
 from gptq_belle.prompts.stop_strings import StopStrings
-from gptq_belle.prompts.styles import Turn, get_style, render
+from gptq_belle.prompts.styles import Turn, get_style, render_conversation
 
 LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
 Progress = Callable[[int, int], None]
@@ -55,7 +55,7 @@ def ask(model: Model, questions: Sequence[str], limit: int, batch: int, style: s
 def prompt_ids(model: Model, questions: Sequence[str], style: str = "auto") -> list[list[int]]:
     """Token ids of questions in the model's prompt."""
     name, tokenizer = model.prompt_style if style == "auto" else style, model.tokenizer
-    texts = [render([Turn(question)], name, tokenizer.eos_token) for question in questions]
+    texts = [render_conversation([Turn(question)], name, tokenizer.eos_token) for question in questions]
     return [tokenizer(text, add_special_tokens=get_style(name).special_tokens)["input_ids"] for text in texts]
 
 

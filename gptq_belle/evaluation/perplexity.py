@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.prompts.styles import render
+from gptq_belle.prompts.styles import render_conversation
 from gptq_belle.quantization.calibration import read_documents
 from gptq_belle.quantization.calibration_keys import Document
 
@@ -182,7 +182,7 @@ def text_documents(path: str | Path) -> list[Document]:
 
 def joined(documents: Iterable[Document], style: str, eos: str) -> str:
     """Documents as one text, chats in their prompt, each answer followed by eos."""
-    return "".join(text if isinstance(text, str) else render(text, style, eos) for text in documents)
+    return "".join(text if isinstance(text, str) else render_conversation(text, style, eos) for text in documents)
 
 
 def exponential(value: float) -> float:

@@ -22,7 +22,7 @@ BEGINNINGS = {".json": (b"{", b"["), ".bin": (b"PK\3\4", b"\x80"), ".pt": (b"PK\
 Moved = Callable[[int], None]
 
 
-class Result(NamedTuple):
+class FileResult(NamedTuple):
     """One file of the output; the digests are those of the plain side."""
 
     name: str
@@ -32,7 +32,7 @@ class Result(NamedTuple):
     how: str  # "decrypted", "encrypted", "copied", or "was there" where an earlier run had finished it
 
 
-class Job(NamedTuple):
+class FileTask(NamedTuple):
     """One file of the source; `sha256` is of the plain file where it is encrypted, `size` without that header."""
 
     source: Path
@@ -41,15 +41,15 @@ class Job(NamedTuple):
     size: int
 
 
-class Mismatch(Exception):
+class ChecksumMismatch(Exception):
     """A wrong checksum; `begins` says whether the result begins as files of its kind do (None: unknown kind)."""
 
-    def __init__(self, job: Job, begins: bool | None) -> None:
+    def __init__(self, job: FileTask, begins: bool | None) -> None:
         super().__init__(job.source)
         self.job, self.begins = job, begins
 
 
-def job_of(path: Path, out: Path) -> Job:
+def file_task(path: Path, out: Path) -> FileTask:
     """What is to be done with a file of the source.
 
     Raises:
@@ -58,7 +58,7 @@ def job_of(path: Path, out: Path) -> Job:
     size = path.stat().st_size
     reject_lfs_pointer(path)
     if path.suffix != ".enc":
-        return Job(path, out / path.name, None, size)
+        return FileTask(path, out / path.name, None, size)
     with path.open("rb") as file:
         header = file.read(HEADER)
     if len(header) < HEADER:
@@ -70,32 +70,32 @@ def job_of(path: Path, out: Path) -> Job:
     plain = match["plain"] if match else path.name.removesuffix(".enc")
     if plain in ("", ".", ".."):
         raise InputError(f"{path.name} names no file", "Do not use this directory.")
-    return Job(path, out / plain, header, size - HEADER)
+    return FileTask(path, out / plain, header, size - HEADER)
 
 
-def decrypt_file(job: Job, key: Key, moved: Moved) -> Result:
+def decrypt_file(job: FileTask, key: Key, moved: Moved) -> FileResult:
     """Decrypt one file, unless an earlier run has; what a run left half done is continued.
 
     Raises:
-        Mismatch: the checksum is wrong; nothing is left behind.
+        ChecksumMismatch: the checksum is wrong; nothing is left behind.
     """
     if job.out.is_file() and job.out.stat().st_size == job.size:
         found = Digests.of(job.out)
         if found.sha256.digest() == job.sha256:
             moved(job.size)
             return _result(job, found, "was there")
-    partial = partial_of(job.out)
+    partial = unfinished_path(job.out)
     if partial.exists():
         try:
             return _decrypted(job, partial, key, moved)
-        except Mismatch:  # what was left there may have been another file's
+        except ChecksumMismatch:  # what was left there may have been another file's
             return _decrypted(job, partial, key, lambda count: moved(0))
     return _decrypted(job, partial, key, moved)
 
 
-def copy_file(job: Job, moved: Moved) -> Result:
+def copy_file(job: FileTask, moved: Moved) -> FileResult:
     """Copy one file that is not encrypted."""
-    partial, found = partial_of(job.out), Digests()
+    partial, found = unfinished_path(job.out), Digests()
     with job.source.open("rb", buffering=0) as source, partial.open("wb", buffering=0) as out:
         while len(data := read_chunk(source, CHUNK_BYTES)):
             found.update(data)
@@ -105,9 +105,9 @@ def copy_file(job: Job, moved: Moved) -> Result:
     return _result(job, found, "copied")
 
 
-def encrypt_file(job: Job, key: Key, moved: Moved) -> Result:
+def encrypt_file(job: FileTask, key: Key, moved: Moved) -> FileResult:
     """Encrypt one file; its checksum, which the name carries, is known only at the end."""
-    partial, plain = partial_of(job.out), Digests()
+    partial, plain = unfinished_path(job.out), Digests()
     with job.source.open("rb", buffering=0) as source, partial.open("wb", buffering=0) as out:
         out.seek(HEADER)
         xor_file(source, out, key, plain, encrypting=True, moved=moved)
@@ -118,7 +118,7 @@ def encrypt_file(job: Job, key: Key, moved: Moved) -> Result:
     return _result(job, plain, "encrypted")._replace(name=final.name)
 
 
-def _decrypted(job: Job, partial: Path, key: Key, moved: Moved) -> Result:
+def _decrypted(job: FileTask, partial: Path, key: Key, moved: Moved) -> FileResult:
     """One file, behind the whole chunks that `partial` already holds; gone where the checksum is wrong at the end."""
     plain = Digests()
     with job.source.open("rb", buffering=0) as source, partial.open("ab+", buffering=0) as out:
@@ -135,12 +135,12 @@ def _decrypted(job: Job, partial: Path, key: Key, moved: Moved) -> Result:
     if plain.sha256.digest() != job.sha256:
         partial.unlink()
         known = BEGINNINGS.get(job.out.suffix)
-        raise Mismatch(job, None if known is None else head.startswith(known))
+        raise ChecksumMismatch(job, None if known is None else head.startswith(known))
     _publish(partial, job.out)
     return _result(job, plain, "decrypted")
 
 
-def partial_of(final: Path) -> Path:
+def unfinished_path(final: Path) -> Path:
     """Where a file is while it is not finished."""
     return final.with_name(final.name + UNFINISHED_SUFFIX)
 
@@ -152,5 +152,5 @@ def _publish(partial: Path, final: Path) -> None:
     fsync(final.parent)
 
 
-def _result(job: Job, found: Digests, how: str) -> Result:
-    return Result(job.out.name, job.size, found.md5.hexdigest(), found.sha256.hexdigest(), how)
+def _result(job: FileTask, found: Digests, how: str) -> FileResult:
+    return FileResult(job.out.name, job.size, found.md5.hexdigest(), found.sha256.hexdigest(), how)

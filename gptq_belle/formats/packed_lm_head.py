@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptq_belle.kernels import cpu_packed_rows
 
-CODES, SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
+HEAD_CODES, HEAD_SCALES = "gptq_belle.head.codes", "gptq_belle.head.scales"
 BITS = (8, 4)
 GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
 STEP = 1 << 22  # weights rounded at a time: two threads then lay them into different huge pages
@@ -20,12 +20,12 @@ STEP = 1 << 22  # weights rounded at a time: two threads then lay them into diff
 CLIPS: dict[int, tuple[float, ...]] = {8: (), 4: (0.9, 0.8)}
 
 
-def group_of(width: int) -> int | None:
+def head_group_size(width: int) -> int | None:
     """Inputs that share a scale in a matrix of `width` columns; None where it is too odd to be packed."""
     return next((size for size in GROUPS if width % size == 0), None)
 
 
-def rounded(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Round rows of a matrix (n, H) to symmetric codes.
 
     Returns:
@@ -62,11 +62,11 @@ def _rounded(groups: Tensor, largest: Tensor, top: int) -> _Rounded:
     return _Rounded((groups / scales).round_().clamp_(-top - 1, top), scales)
 
 
-def to_bytes(codes: Tensor, bits: int) -> Tensor:
+def pack_head_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes (n, H) uint8 as they are stored: (n, H * bits / 8)."""
     return codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def from_bytes(stored: Tensor, bits: int) -> Tensor:
-    """The inverse of `to_bytes`."""
+def unpack_head_codes(stored: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_head_codes`."""
     return stored if bits == 8 else torch.stack((stored & 15, stored >> 4), -1).flatten(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from gptq_belle.errors import InputError
 
 
-def cycle(bits: int) -> tuple[int, int]:
+def packing_cycle(bits: int) -> tuple[int, int]:
     """(codes, words) after which the pattern of bits in words repeats: (8, 1) for 4 bits, (32, 3) for 3."""
     common = gcd(bits, 32)
     return 32 // common, bits // common
@@ -29,7 +29,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     Raises:
         InputError: C is not a multiple of the codes that fill whole words.
     """
-    per_cycle, words_per_cycle = cycle(bits)
+    per_cycle, words_per_cycle = packing_cycle(bits)
     count, columns = codes.shape
     if count % per_cycle:
         raise InputError(f"{count} codes of {bits} bits do not fill whole 32-bit words",
@@ -47,7 +47,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of `pack_rows`: int32 words (C * bits / 32, J) to codes (C, J) uint8."""
-    per_cycle, words_per_cycle = cycle(bits)
+    per_cycle, words_per_cycle = packing_cycle(bits)
     rows, columns = words.shape
     if rows % words_per_cycle:
         raise InputError(f"{rows} rows of words are not a multiple of {words_per_cycle}, which {bits} bits need",

@@ -122,7 +122,7 @@ def _producer(stated: Mapping[str, Any]) -> str:
     return ", ".join(map(str, names))
 
 
-def written_by_us(quantization_config: Mapping[str, Any]) -> bool:
+def written_by_gptq_belle(quantization_config: Mapping[str, Any]) -> bool:
     """True where the dictionary of a checkpoint says that gptq_belle produced it."""
     meta = quantization_config.get("meta")
     names = meta.get("quantizer") if isinstance(meta, Mapping) else None

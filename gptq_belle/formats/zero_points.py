@@ -28,7 +28,7 @@ class ZeroPointCounts(NamedTuple):
     overwritten: int
 
 
-def read_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     """True zero points (G, N) int32 of words (G, N * bits / 32), up to 2**bits in v1."""
     return true_zeros(unpack_rows(qzeros.t(), bits), checkpoint_format).t().contiguous()
 
@@ -46,7 +46,7 @@ def count_zero_points(zeros: Iterable[tuple[Tensor, int]]) -> ZeroPointCounts:
     return ZeroPointCounts(symmetric, lowest, wrapped, overwritten)
 
 
-def choose_format(found: ZeroPointCounts, asked: str | None, *, repair: bool) -> str:
+def choose_checkpoint_format(found: ZeroPointCounts, asked: str | None, *, repair: bool) -> str:
     """The format to write: asymmetric zero points go to gptq_v2, except where one reads as 2**bits.
 
     Raises:
@@ -61,13 +61,13 @@ def choose_format(found: ZeroPointCounts, asked: str | None, *, repair: bool) ->
     return asked or (V1 if found.symmetric or lost else V2)
 
 
-def repaired(zeros: Tensor, bits: int) -> Tensor:
+def repair_wrapped_zeros(zeros: Tensor, bits: int) -> Tensor:
     """Zero points with 0 in place of 2**bits."""
     return torch.where(zeros == 1 << bits, 0, zeros)
 
 
-def write_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
-    """The inverse of `read_zeros`; raises InputError for zero points that the format cannot hold."""
+def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """The inverse of `unpack_zeros`; raises InputError for zero points that the format cannot hold."""
     return pack_rows(stored_zeros(zeros, bits, checkpoint_format).t(), bits).t().contiguous()
 
 

@@ -12,8 +12,8 @@ class Architecture:
     Attributes:
         prefix: the base model's attribute, and the prefix of its tensors' names in a checkpoint.
         blocks: the list of decoder blocks, as a dotted path from the causal model.
-        before: modules that run before the first block.
-        after: modules that run behind the last one, the head excepted.
+        modules_before: modules that run before the first block.
+        modules_after: modules that run behind the last one, the head excepted.
         stages: linears of a block by the order in which they run; those of one stage see the same input. The second one
             is attention's output projection.
         attention: the module of a block that ends in it.
@@ -25,8 +25,8 @@ class Architecture:
 
     prefix: str
     blocks: str
-    before: tuple[str, ...]
-    after: tuple[str, ...]
+    modules_before: tuple[str, ...]
+    modules_after: tuple[str, ...]
     stages: tuple[tuple[str, ...], ...]
     attention: str
     residual_in_attention: bool
@@ -48,8 +48,8 @@ class Architecture:
 _LLAMA = Architecture(
     prefix="model",
     blocks="model.layers",
-    before=("model.embed_tokens",),
-    after=("model.norm",),
+    modules_before=("model.embed_tokens",),
+    modules_after=("model.norm",),
     stages=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
@@ -66,8 +66,8 @@ ARCHITECTURES = {
     "bloom": Architecture(
         prefix="transformer",
         blocks="transformer.h",
-        before=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
-        after=("transformer.ln_f",),
+        modules_before=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
+        modules_after=("transformer.ln_f",),
         stages=(
             ("self_attention.query_key_value",),
             ("self_attention.dense",),
@@ -84,8 +84,8 @@ ARCHITECTURES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
 }
-COMPUTED = ("rotary_emb.inv_freq",)  # ends of names in old files of LLaMA; nothing reads what is computed anyway
-HEAD = "lm_head"
+COMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)  # tensors of old LLaMA files that are computed instead of read
+LM_HEAD = "lm_head"
 
 
 def architecture(model_type: object) -> Architecture:

@@ -23,7 +23,7 @@ ON_LLAMA = "research only (BELLE); gpl-3.0 for the difference; Meta's terms for 
 GROUP_SIZE = 128  # of the sizes shown
 
 
-class Member(NamedTuple):
+class BelleModel(NamedTuple):
     """One model.
 
     Attributes:
@@ -65,28 +65,28 @@ def _pt(prefix: str) -> tuple[str, str]:
 
 
 # Sizes: BELLE's models/gptq/README.md and the models' pages; GiB there, rounded as there.
-FAMILY = (
-    Member("BELLE-7B-0.2M", "belle-7b", FULL, "27", ON_BLOOM),
-    Member("BELLE-7B-0.6M", "belle-7b", FULL, "27", ON_BLOOM),
-    Member("BELLE-7B-1M", "belle-7b", FULL, "27", ON_BLOOM),
-    Member("BELLE-7B-2M", "belle-7b", FULL, "27", ON_BLOOM),
-    Member("BELLE-7B-gptq", "belle-7b", STATES, "6.9 (4 bit), 9.7 (8 bit)", ON_BLOOM,
+BELLE_MODELS = (
+    BelleModel("BELLE-7B-0.2M", "belle-7b", FULL, "27", ON_BLOOM),
+    BelleModel("BELLE-7B-0.6M", "belle-7b", FULL, "27", ON_BLOOM),
+    BelleModel("BELLE-7B-1M", "belle-7b", FULL, "27", ON_BLOOM),
+    BelleModel("BELLE-7B-2M", "belle-7b", FULL, "27", ON_BLOOM),
+    BelleModel("BELLE-7B-gptq", "belle-7b", STATES, "6.9 (4 bit), 9.7 (8 bit)", ON_BLOOM,
            (*_pt("bloom7b-2m"), *_pt("bloom7b-0.2m"))),
-    Member("BELLE-LLaMA-7B-0.6M-enc", "llama-7b", ENCRYPTED, None, ON_LLAMA),
-    Member("BELLE-LLaMA-7B-2M-enc", "llama-7b", ENCRYPTED, "26", ON_LLAMA),
-    Member("BELLE-LLaMA-7B-2M-gptq-enc", "llama-7b", ENCRYPTED_STATES, "3.8 (4 bit), 6.8 (8 bit)", ON_LLAMA,
+    BelleModel("BELLE-LLaMA-7B-0.6M-enc", "llama-7b", ENCRYPTED, None, ON_LLAMA),
+    BelleModel("BELLE-LLaMA-7B-2M-enc", "llama-7b", ENCRYPTED, "26", ON_LLAMA),
+    BelleModel("BELLE-LLaMA-7B-2M-gptq-enc", "llama-7b", ENCRYPTED_STATES, "3.8 (4 bit), 6.8 (8 bit)", ON_LLAMA,
            _pt("llama7b-2m")),
-    Member("BELLE-LLaMA-13B-2M-enc", "llama-13b", ENCRYPTED, None, ON_LLAMA),
+    BelleModel("BELLE-LLaMA-13B-2M-enc", "llama-13b", ENCRYPTED, None, ON_LLAMA),
 )
 
 
-def member(name: str) -> Member | None:
+def find_belle_model(name: str) -> BelleModel | None:
     """The model of that name, or of that hub id; case does not matter."""
     bare = name.lower().removeprefix("bellegroup/")
-    return next((each for each in FAMILY if each.name.lower() == bare), None)
+    return next((each for each in BELLE_MODELS if each.name.lower() == bare), None)
 
 
-def check_kind(found: Member, kinds: tuple[str, ...]) -> None:
+def check_release_kind(found: BelleModel, kinds: tuple[str, ...]) -> None:
     """Say which verb a model goes into first.
 
     Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError
-from gptq_belle.models.architectures import HEAD, architecture
+from gptq_belle.models.architectures import LM_HEAD, architecture
 
 # Upper limits on values of config.json, larger than those of any model. They keep a damaged configuration from
 # allocating tables of more than a few MB.
@@ -97,7 +97,7 @@ def vector_shapes(d: Dimensions) -> dict[str, Shape]:
 def outer_shapes(d: Dimensions) -> dict[str, Shape]:
     """Shapes of the tensors outside the blocks: embedding, norms, and the lm_head unless it is tied."""
     matrix, vector = (d.vocab_size, d.hidden_size), (d.hidden_size,)
-    head = {} if d.tied else {f"{HEAD}.weight": matrix}
+    head = {} if d.tied else {f"{LM_HEAD}.weight": matrix}
     if d.model_type == "bloom":
         norms = ("transformer.word_embeddings_layernorm", "transformer.ln_f")
         return {"transformer.word_embeddings.weight": matrix,

@@ -56,7 +56,7 @@ def get_style(name: str) -> PromptStyle:
     return STYLES[name]
 
 
-def render(turns: Iterable[Turn], style: str, eos: str) -> str:
+def render_conversation(turns: Iterable[Turn], style: str, eos: str) -> str:
     """The text of a conversation, without BOS; each answer is followed by eos.
 
     Raises:
@@ -132,7 +132,7 @@ def detect_style(config: Mapping[str, Any], template: str | None = None) -> str:
     return ours.get(template or "") or usual
 
 
-def choose_style(config: dict[str, Any], name: str | None) -> None:
+def set_prompt_style(config: dict[str, Any], name: str | None) -> None:
     """Write a style that the user names into a config.json, where `detect_style` finds it first; None chooses nothing.
 
     Raises:

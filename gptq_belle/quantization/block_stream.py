@@ -79,11 +79,11 @@ class BlockStream(SourceModel):
         """
         tokens, places = rows.unique(return_inverse=True)
         self.fill_embedding(tokens.tolist())
-        for name in self.arch.before[1:]:
+        for name in self.arch.modules_before[1:]:
             self.fill(name)
         for batch in self.batches(places):
             yield self._embed(batch)
-        for name in self.arch.before:
+        for name in self.arch.modules_before:
             self.model.get_submodule(name).to("meta")
 
     def linear_input(self, block: nn.Module, linear: str, states: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ class BlockStream(SourceModel):
     @contextmanager
     def final_norm(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A context that gives the function between the last block and the head, for states of any shape."""
-        for root in self.arch.after:
+        for root in self.arch.modules_after:
             self.fill(root)
-        modules = [self.model.get_submodule(root) for root in self.arch.after]
+        modules = [self.model.get_submodule(root) for root in self.arch.modules_after]
 
         @torch.no_grad()
         def run(states: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.prompts.styles import Turn, render
+from gptq_belle.prompts.styles import Turn, render_conversation
 from gptq_belle.quantization.calibration_keys import seen_keys
 
 BUILTIN, GIVEN = "builtin", "token ids"
@@ -213,4 +213,4 @@ def _conversation(messages: list[Any]) -> list[Turn] | None:
 
 
 def _text(document: str | list[Turn], style: str, eos: str) -> str:
-    return document + eos if isinstance(document, str) else render(document, style, eos)
+    return document + eos if isinstance(document, str) else render_conversation(document, style, eos)

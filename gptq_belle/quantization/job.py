@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gptq_belle.checkpoint.hub import model_directory
+from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.lora_adapter import open_source
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.quantize_config import WRONG_CONFIG
-from gptq_belle.models.architectures import HEAD
-from gptq_belle.prompts.styles import choose_style, detect_style
+from gptq_belle.models.architectures import LM_HEAD
+from gptq_belle.prompts.styles import detect_style, set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
@@ -31,7 +31,7 @@ def check_source(reader: CheckpointReader) -> None:
     Raises:
         InputError: it is.
     """
-    if "quantization_config" in reader.config or reader.packed:
+    if "quantization_config" in reader.config or reader.packed_linear_names:
         raise InputError(f"{reader.path} is quantized already", "Give the full-precision model.")
 
 
@@ -47,7 +47,7 @@ def check_complete(stream: BlockStream) -> None:
     names += [f"{prefix}{index}.{name}" for index in range(stream.count)
               for name, _ in stream.blocks.get_submodule(str(index)).named_parameters()]
     if not stream.model.config.tie_word_embeddings:
-        names.append(f"{HEAD}.weight")
+        names.append(f"{LM_HEAD}.weight")
     for name in names:
         stream.reader.shape(name)  # which says what it lacks
     for name in stream.reader:
@@ -122,9 +122,9 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     Raises:
         UsageError, InputError, HardwareError: as `quantize_checkpoint`.
     """
-    reader = open_source(model_directory(source), lora)
+    reader = open_source(resolve_model_path(source), lora)
     check_source(reader)
-    choose_style(reader.config, prompt_style)
+    set_prompt_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
     config = resolve_overrides(config, stream.arch, stream.count)
     check_complete(stream)

@@ -11,13 +11,13 @@ import transformers
 from torch import Tensor
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.config_files import write_small_files
-from gptq_belle.checkpoint.writer import CheckpointWriter, check_output
+from gptq_belle.checkpoint.config_files import write_metadata_files
+from gptq_belle.checkpoint.writer import CheckpointWriter, check_output_directory
 from gptq_belle.common.devices import threads
 from gptq_belle.common.memory import PeakMemory, lower_mmap_threshold
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_lm_head import CODES, SCALES, group_of, rounded, to_bytes
-from gptq_belle.models.architectures import HEAD
+from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size, pack_head_codes, quantize_rows
+from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.quantization.activations import ActivationPair
 from gptq_belle.quantization.auto_bits import choose_bits, stages_and_budget
 from gptq_belle.quantization.block import BlockQuantizer
@@ -41,7 +41,7 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
         UsageError: the head is to be packed, and its number of columns does not allow it.
         InputError: a tensor is missing, has a wrong shape, or holds values beyond float16.
     """
-    head = f"{stream.arch.before[0]}.weight" if stream.tied() else f"{HEAD}.weight"
+    head = f"{stream.arch.modules_before[0]}.weight" if stream.tied() else f"{LM_HEAD}.weight"
     for number, name in enumerate(stream.tensors_outside_blocks()):
         rows = (stream.float16(name, chunk) for chunk in stream.reader.chunks(name))
         if name == head and config.head_bits != 16:
@@ -53,21 +53,21 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
 def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows: Iterator[Tensor], bits: int) -> None:
     """Write the matrix `name` in the layout of `formats.packed_lm_head`; of all rows only the scales stay in memory."""
     count, width = stream.shape(name)
-    if (group := group_of(width)) is None:
+    if (group := head_group_size(width)) is None:
         raise UsageError(f"{name} has {width} columns, which cannot be packed", "Leave --packed-head-only out.")
     scales: list[Tensor] = []
 
     def codes() -> Iterator[Tensor]:
         for piece in rows:
             try:
-                found, scale = rounded(piece, bits, group)
+                found, scale = quantize_rows(piece, bits, group)
             except ValueError as error:
                 raise InputError(f"tensor {name}: {error}", "Check the source.") from error
             scales.append(scale)
-            yield to_bytes(found, bits)
+            yield pack_head_codes(found, bits)
 
-    writer.add_rows("rest-head-codes.safetensors", CODES, (count, width * bits // 8), codes(), torch.uint8)
-    writer.add("rest-head-scales.safetensors", {SCALES: torch.cat(scales)})
+    writer.add_rows("rest-head-codes.safetensors", HEAD_CODES, (count, width * bits // 8), codes(), torch.uint8)
+    writer.add("rest-head-scales.safetensors", {HEAD_SCALES: torch.cat(scales)})
 
 
 VERIFICATION_TOKENS = 64  # tokens that run through the first block before and after writing
@@ -107,7 +107,7 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     progress = progress or NoProgress()
-    check_output(Path(out))
+    check_output_directory(Path(out))
     job = prepare_job(source, config, calibration or Calibration(), device, lora, prompt_style)
     if job.config.auto_bits is not None:
         stages_and_budget(job)  # raises where the budget cannot be kept
@@ -129,7 +129,7 @@ def quantize_checkpoint(
             if job.config.techniques.tuning_steps:
                 report.tuning, expected = distill(job, writer, journal, verification, progress)
             progress.phase("writing")
-            write_small_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
+            write_metadata_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
             writer.merge()
             progress.phase("verifying the written file")
             report.readback_error = verification.compare(writer.files, stream, expected)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_belle.checkpoint.empty_model import assign
-from gptq_belle.checkpoint.packed_reader import read_packed, read_quantization
+from gptq_belle.checkpoint.packed_reader import read_packed_linear, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.kernels.reference import dequantize
@@ -61,5 +61,5 @@ def _read(reader: CheckpointReader, name: str, shape: torch.Size) -> Tensor:
     """A parameter of the written file in full precision; a packed weight as (N, K)."""
     if name in reader:
         return reader.tensor(name)
-    words = read_packed(reader, read_quantization(reader), name.removesuffix(".weight"), shape[1], shape[0])
+    words = read_packed_linear(reader, read_quantization(reader), name.removesuffix(".weight"), shape[1], shape[0])
     return dequantize(words).t().contiguous()

@@ -9,7 +9,7 @@ from fastapi import Request
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
-from gptq_belle.prompts.styles import get_style, render, turns_from_messages
+from gptq_belle.prompts.styles import get_style, render_conversation, turns_from_messages
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
@@ -67,7 +67,7 @@ class Service:
             raise ApiError(400, f"messages: the last one must be the user's, not {messages[-1].role}'s", "messages",
                            "invalid_value")
         turns = turns_from_messages([{"role": message.role, "content": message.text} for message in messages])
-        return render(turns, self.style, str(self.tokenizer.eos_token))
+        return render_conversation(turns, self.style, str(self.tokenizer.eos_token))
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """The same as token ids."""

@@ -150,7 +150,7 @@ def read_student(stream: BlockStream, written: Mapping[str, TensorFile], config:
     model = empty_model(stream.reader.path)
     use_fused_modules(model)
     blocks = list(model.get_submodule(stream.arch.blocks).children())
-    after = {root: model.get_submodule(root) for root in stream.arch.after}
+    after = {root: model.get_submodule(root) for root in stream.arch.modules_after}
     parameters: dict[str, nn.Parameter] = {}
     for root, module in [*((f"{stream.arch.blocks}.{index}", block) for index, block in enumerate(blocks)),
                          *after.items()]:
