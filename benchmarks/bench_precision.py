@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.evaluation.kl_divergence import divergence
-from gptq_belle.evaluation.perplexity import Logits, read_text
+from gptq_belle.evaluation.perplexity import LogitsFunction, read_text
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.layout import canonical
@@ -46,7 +46,7 @@ class Expanded(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def expanded(path: Path) -> Logits:
+def expanded(path: Path) -> LogitsFunction:
     """The logits of the packed model with every linear expanded."""
     model: Any = hf_model(path, device="cpu")
     for name, module in list(model.named_modules()):
@@ -66,7 +66,7 @@ def measure(source: Path, bits: int) -> dict[str, Any]:
     base = load(source, device="cpu")
     text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
 
-    def kl(one: Logits, other: Logits) -> dict[str, float]:
+    def kl(one: LogitsFunction, other: LogitsFunction) -> dict[str, float]:
         found = divergence(one, other, base.tokenizer, text, length=WINDOW, limit=LIMIT)
         return {"kl": found.kl_mean, "same_top": found.same_top, "perplexity": found.perplexity}
 

@@ -23,7 +23,7 @@ import torch
 
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.engine.model import Model
-from gptq_belle.evaluation.belle_set import Row, evaluate, read_rows
+from gptq_belle.evaluation.belle_set import BelleQuestion, evaluate, read_questions
 from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
 
@@ -46,7 +46,7 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def measure(base: Model, model: Model, rows: list[Row]) -> dict[str, Any]:
+def measure(base: Model, model: Model, rows: list[BelleQuestion]) -> dict[str, Any]:
     """Metrics of one variant; KL is relative to `base`."""
     text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
     figures = divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW, limit=TOKENS)
@@ -58,7 +58,7 @@ def measure(base: Model, model: Model, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants(source: Path, rows: list[BelleQuestion]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (name, metrics) for every variant of one model."""
     base = load(source)
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,7 +71,7 @@ def variants(source: Path, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any
             yield name, {"bytes": weight_bytes(path), **measure(base, model, rows)}
 
 
-def all_variants(architecture: str, rows: list[Row]) -> dict[str, Any]:
+def all_variants(architecture: str, rows: list[BelleQuestion]) -> dict[str, Any]:
     """Metrics of one model by variant; prints each when it is measured."""
     found = {}
     for name, figures in variants(TINY / architecture, rows):
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--ladder", action="store_true", help="run the ablation of the presets instead")
     parser.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=[], help="measure only these rungs again")
     args = parser.parse_args()
-    rows = read_rows(TINY / "data" / "test.jsonl", args.per_class)
+    rows = read_questions(TINY / "data" / "test.jsonl", args.per_class)
     if args.ladder:
         ladder.main({name: TINY / name for name in MODELS}, partial(measure, rows=rows), rows, args.rungs)
         return

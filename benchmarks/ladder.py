@@ -20,7 +20,7 @@ import torch
 
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.engine.model import Model
-from gptq_belle.evaluation.belle_set import Row
+from gptq_belle.evaluation.belle_set import BelleQuestion
 
 ROWS, LENGTH = 64, 256  # of the calibration: a rung takes less than a minute
 SEEDS = 5
@@ -104,7 +104,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(models: dict[str, Path], measure: Callable[[Model, Model], dict[str, Any]], rows: list[Row],
+def main(models: dict[str, Path], measure: Callable[[Model, Model], dict[str, Any]], rows: list[BelleQuestion],
          only: Sequence[str]) -> None:
     """Run both models in parallel and write the result; with `only`, replace just these rungs in it."""
     with ProcessPoolExecutor(len(models), initializer=torch.set_num_threads, initargs=(1,)) as pool:

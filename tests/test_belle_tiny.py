@@ -24,8 +24,8 @@ from examples.belle_tiny.model import bloom_hidden, build  # noqa: E402
 from examples.belle_tiny.sample import SPLITS, Sample, normalise, split_of  # noqa: E402
 from examples.belle_tiny.tasks_translation import translation  # noqa: E402
 from examples.belle_tiny.tokenizer import EOS, VOCABULARY, save_tokenizer, train_tokenizer  # noqa: E402
-from gptq_belle.evaluation.belle_set import read_rows  # noqa: E402
-from gptq_belle.evaluation.scores import TARGET_CLASSES  # noqa: E402
+from gptq_belle.evaluation.answer_metrics import TARGET_CLASSES  # noqa: E402
+from gptq_belle.evaluation.belle_set import read_questions  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "belle_tiny"
 
@@ -231,7 +231,7 @@ def test_demo_models_answer_well_and_only_coarse_rounding_hurts(arch: str, monke
 
     used = ("full precision", "8 bit GPTQ", "4 bit GPTQ", "3 bit nearest")
     monkeypatch.setattr(bench_quality, "VARIANTS", {name: bench_quality.VARIANTS[name] for name in used})
-    found = bench_quality.all_variants(arch, read_rows(EXAMPLE / "data" / "test.jsonl"))
+    found = bench_quality.all_variants(arch, read_questions(EXAMPLE / "data" / "test.jsonl"))
     exact = {name: figures["exact"] for name, figures in found.items()}
     assert exact["full precision"] >= 85
     assert all(found["full precision"]["classes"][cls]["score"] >= 60 for cls in TARGET_CLASSES)

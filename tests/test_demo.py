@@ -1,4 +1,4 @@
-"""demo, on tiny models in place of the shipped ones: everything is quantized, measured, printed and answered."""
+"""demo, on tiny models instead of the shipped ones: quantizes, measures, prints and answers."""
 
 import json
 
@@ -26,7 +26,7 @@ def examples(tiny_bloom, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "EXAMPLES", folder)
     monkeypatch.setattr(demo, "ROWS", 20)
     monkeypatch.setattr(comparison, "SPEED", Workload(prompt=4, tokens=2, repeats=1))
-    monkeypatch.setattr(comparison, "ANSWER", 8)
+    monkeypatch.setattr(comparison, "MAX_ANSWER", 8)
     seen = Footprint(0.1, 10**6, 2 * 10**6, None, None)
     monkeypatch.setattr("gptq_belle.bench.footprint.fresh", lambda path, **rest: seen)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

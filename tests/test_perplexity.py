@@ -1,4 +1,4 @@
-"""Perplexity against a direct computation: every token but the first scored once, with the context it should have."""
+"""Perplexity equals a direct computation; every token but the first is scored once with the right context."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from conftest import naming
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.evaluation.perplexity import encode, perplexity, read_text, summarize, windows
+from gptq_belle.evaluation.perplexity import encode, perplexity, read_text, split_windows, summarize_losses
 
 TEXT = "The quick brown fox 北京是中国的首都,有三千多年的历史。 jumps over the lazy dog. 一加一等于二。" * 3
 
@@ -23,7 +23,7 @@ def reference(tiny_llama):
 
 
 def direct(logits, ids, length, stride):
-    """The loss of every token but the first: a loop over positions, one forward a window, probabilities by softmax."""
+    """The loss of every token but the first, by a loop over positions with one forward pass per window."""
     losses, end = [], 0
     while end < len(ids):
         start = max(end, 1)
@@ -53,17 +53,17 @@ def test_perplexity_equals_a_direct_computation(reference, length, stride):
 
 def test_standard_error_equals_a_bootstrap():
     losses = torch.rand(600, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) ** 2 * 4
-    draws = [summarize(losses[torch.randint(600, (600,))], "text", 1).perplexity for _ in range(1000)]
+    draws = [summarize_losses(losses[torch.randint(600, (600,))], "text", 1).perplexity for _ in range(1000)]
     # a standard deviation of 1,000 draws is known to 2.2 %
-    assert summarize(losses, "text", 1).standard_error == pytest.approx(statistics.stdev(draws), rel=0.09)
+    assert summarize_losses(losses, "text", 1).standard_error == pytest.approx(statistics.stdev(draws), rel=0.09)
 
 
 @pytest.mark.parametrize(("total", "length", "stride"), [(2, 2, 1), (7, 4, None), (8, 4, 3), (100, 16, 5), (5, 9, 2)])
 def test_every_token_but_the_first_is_scored_once(total, length, stride):
     ids = torch.arange(total)
-    scored = [int(i) for window in windows(ids, length, stride) for i in window.ids[-window.scored :]]
-    assert scored == list(range(1, total))
-    assert all(len(window.ids) <= length and window.scored < len(window.ids) for window in windows(ids, length, stride))
+    windows = list(split_windows(ids, length, stride))
+    assert [int(i) for window in windows for i in window.ids[-window.scored :]] == list(range(1, total))
+    assert all(len(window.ids) <= length and window.scored < len(window.ids) for window in windows)
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(reference):
@@ -74,14 +74,14 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(reference):
     assert found.tokens == 49
 
 
-def test_unusable_windows_and_nan_logits_are_refused(reference):
+def test_unusable_windows_and_nan_logits_are_rejected(reference):
     _, tokenizer = reference
     with pytest.raises(UsageError, match=naming("window", 1)):
-        list(windows(torch.arange(5), 1))
+        list(split_windows(torch.arange(5), 1))
     with pytest.raises(UsageError, match=naming("stride", 8)):
-        list(windows(torch.arange(5), 8, 8))
+        list(split_windows(torch.arange(5), 8, 8))
     with pytest.raises(InputError, match=naming(1)):
-        list(windows(torch.arange(1), 8))
+        list(split_windows(torch.arange(1), 8))
     with pytest.raises(InputError, match="NaN"):
         perplexity(lambda ids: torch.full((*ids.shape, 384), math.nan), tokenizer, TEXT)
 

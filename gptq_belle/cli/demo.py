@@ -1,4 +1,4 @@
-"""`demo`: the whole way on the shipped models: quantize to 8 and 4 bits, load what was written, measure, answer."""
+"""The command `demo`: quantize the shipped models to 8 and 4 bits, compare them with the originals, and answer."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,6 @@ import typer
 
 from gptq_belle.cli import console, options
 from gptq_belle.errors import HardwareError, UsageError
-from gptq_belle.evaluation.belle_set import marked
-from gptq_belle.evaluation.comparison import Comparison
 
 if TYPE_CHECKING:
     from gptq_belle.evaluation.comparison import Comparison
@@ -18,19 +16,20 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "belle_tiny"
 MODELS = ("bloom", "llama")
 BITS = (8, 4)
-ROWS, SEQ_LEN = 96, 256  # of calibration: 24,576 tokens, 24 for every input of the widest linear
+ROWS, SEQ_LEN = 96, 256  # calibration: 24,576 tokens, 24 per input feature of the widest linear
 
 
-def command(
-    model: Annotated[str, typer.Option(help="bloom, llama or both.")] = "both",
+def demo(
+    model: Annotated[str, typer.Option(help="Demo model: bloom, llama or both.")] = "both",
     out: Annotated[Path, typer.Option(help="Folder for the quantized models.")] = Path("demo-output"),
-    prompt: Annotated[str | None, typer.Option(help="What to ask at the end.", show_default=False)] = None,
-    per_class: Annotated[int, typer.Option(help="Test questions of each class.", min=1)] = 10,
+    prompt: Annotated[str | None, typer.Option(help="Question to answer at the end. Default: a test question.",
+                                               show_default=False)] = None,
+    per_class: Annotated[int, typer.Option(help="Number of test questions of each class.", min=1)] = 10,
     device: options.Device = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Quantize the shipped demo models to 8 and 4 bits, and show what that saves and costs. No network."""
+    """Quantize the shipped demo models to 8 and 4 bits, and compare size, quality and speed. Needs no network."""
     if model not in (*MODELS, "both"):
         raise UsageError(f"demo model {model!r} is not known", f"Choose one of {', '.join(MODELS)} or both.")
     names = MODELS if model == "both" else (model,)
@@ -39,7 +38,8 @@ def command(
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which comes below
     results = []
     for name in names:
-        result = run(EXAMPLES / name, EXAMPLES / "data", out, prompt=prompt, per_class=per_class, device=device)
+        result = quantize_and_compare(EXAMPLES / name, EXAMPLES / "data", out, prompt=prompt, per_class=per_class,
+                                      device=device)
         results.append(result)
         if not as_json:
             show(result, f"belle_tiny {name}: {per_class} test questions of each class")
@@ -51,7 +51,7 @@ def command(
 
 
 def check_examples(folder: Path, name: str) -> None:
-    """Raises HardwareError where the demo models are not installed."""
+    """Raise HardwareError if the demo models are not installed."""
     wanted = (folder / name / "config.json", folder / "data" / "test.jsonl", folder / "data" / "heldout.jsonl")
     missing = [path for path in wanted if not path.is_file()]
     if missing:
@@ -59,7 +59,7 @@ def check_examples(folder: Path, name: str) -> None:
                             "They come with the repository, not with the package: clone it and run `make demo` there.")
 
 
-def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_class: int = 10,
+def quantize_and_compare(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_class: int = 10,
         device: str = "auto") -> "Comparison":
     """Quantize one model to 8 and 4 bits and compare the three.
 
@@ -67,16 +67,16 @@ def run(source: Path, data: Path, out: Path, *, prompt: str | None = None, per_c
         source: the full-precision model.
         data: a folder with test.jsonl (class, question, std_answer) and heldout.jsonl (text).
         out: quantized models go to `<out>/<name>-8bit` and `-4bit`.
-        prompt: asked at the end; left out, the first test question of the class translation.
-        per_class, device: as the options.
+        prompt: question to answer at the end. Default: the first test question of the class translation.
+        per_class, device: values of the options.
     """
-    from gptq_belle.evaluation.belle_set import read_rows
+    from gptq_belle.evaluation.belle_set import read_questions
     from gptq_belle.evaluation.comparison import compare
 
     quantized = {f"{bits} bit": out / f"{source.name}-{bits}bit" for bits in BITS}
     for bits, path in zip(BITS, quantized.values(), strict=True):
         _quantize(source, path, bits, device)
-    rows = read_rows(data / "test.jsonl", per_class)
+    rows = read_questions(data / "test.jsonl", per_class)
     question = prompt or next((row.question for row in rows if row.cls == "translation"), rows[0].question)
     with console.show_steps() as progress:
         return compare({"full precision": source, **quantized}, rows, data / "heldout.jsonl", question, device=device,
@@ -90,7 +90,7 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
     from gptq_belle.quantization.report import NoProgress
 
     class Counter(NoProgress):
-        """One bar for the whole job; the lines of every linear are for the verb quantize."""
+        """Progress of the whole job without a line per linear."""
 
         def __init__(self, show: Callable[[int, int], None]) -> None:
             self.show, self.done, self.total = show, 0, 0
@@ -110,20 +110,22 @@ def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
                  f"their outputs {100 * report.mean_error:.3f} %")
 
 
-def show(comparison: Comparison, title: str) -> None:
-    """Print a comparison: a table of figures, then the answers side by side."""
+def show(comparison: "Comparison", title: str) -> None:
+    """Print a comparison: a table of measurements, then the answers."""
     variants = comparison.variants
     names = [variant.name for variant in variants]
     console.print_line()
-    console.print_table(title, ["", *names], rows_of(comparison))
+    console.print_table(title, ["", *names], table_rows(comparison))
     console.print_line()
     answers = [[variant.name, " ".join(variant.answer.split())] for variant in variants]
     console.print_table(f"Prompt: {comparison.prompt}", ["", "answer"], answers, text=2)
     console.print_line()
 
 
-def rows_of(comparison: Comparison) -> list[list[str]]:
-    """A line a figure, its name first, then a cell a variant."""
+def table_rows(comparison: "Comparison") -> list[list[str]]:
+    """One row per measurement: its name, then one cell per variant."""
+    from gptq_belle.evaluation.belle_set import mark_target_class
+
     variants = comparison.variants
     table = [
         ["size on disk, MB", *(f"{v.bytes / 1e6:.1f}" for v in variants)],
@@ -136,8 +138,8 @@ def rows_of(comparison: Comparison) -> list[list[str]]:
     ]
     first = variants[0].scores
     for cls, score in first.classes.items():
-        measure = "exact match, %" if score.metric == "exact" else "character F1, %"
-        table.append([f"{marked(cls)}: {measure}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
+        metric = "exact match, %" if score.metric == "exact" else "character F1, %"
+        table.append([f"{mark_target_class(cls)}: {metric}", *(f"{v.scores.classes[cls].score:.1f}" for v in variants)])
     if first.exact is not None:
         table.append(["all with * together: exact match, %", *(f"{v.scores.exact or 0:.1f}" for v in variants)])
     return table

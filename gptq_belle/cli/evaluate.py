@@ -10,15 +10,15 @@ from gptq_belle.cli import console, options
 from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptq_belle.evaluation.belle_answers import Answer
-    from gptq_belle.evaluation.belle_set import Row
-    from gptq_belle.evaluation.quality_gates import Gate
+    from gptq_belle.evaluation.belle_answers import GreedyAnswer
+    from gptq_belle.evaluation.belle_set import BelleQuestion
+    from gptq_belle.evaluation.quality_gates import QualityGate
 
 app = typer.Typer(no_args_is_help=True)
 Text = Annotated[Path, typer.Option(help="UTF-8 text, or JSONL rows in any form that calibration accepts.")]
 Stride = Annotated[int | None, typer.Option(help="Scored tokens per window. Default: all of them.",
                                             show_default=False)]
-QualityGate = Annotated[list[str] | None, typer.Option(
+Gate = Annotated[list[str] | None, typer.Option(
     "--gate", help="Exit with code 5 if it is missed: a metric of --json, then <, <=, > or >=, then a number. "
     "Repeatable.")]
 
@@ -30,7 +30,7 @@ def ppl(
     window: options.WindowTokens = 512,
     stride: Stride = None,
     limit: options.TextLimit = None,
-    gate: QualityGate = None,
+    gate: Gate = None,
     allow_overlap: options.AllowOverlap = False,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -40,10 +40,10 @@ def ppl(
     """Perplexity on a text: per token, UTF-8 byte and character. Gates: ppl, per_byte ..., as in --gate 'ppl<12'."""
     from gptq_belle.evaluation import perplexity
     from gptq_belle.evaluation import quality_gates as gates
-    from gptq_belle.evaluation.base_predictions import text_for
+    from gptq_belle.evaluation.base_predictions import read_text_for
 
-    wanted = [gates.parse(one, gates.names(perplexity.Perplexity)) for one in gate or []]
-    _, words = text_for(path, text, allow_overlap=allow_overlap)
+    wanted = [gates.parse_gate(one, gates.metric_names(perplexity.Perplexity)) for one in gate or []]
+    _, words = read_text_for(path, text, allow_overlap=allow_overlap)
     model = options.load_model(path, device, precision)
     with console.progress_bar("windows") as progress:
         found = perplexity.perplexity(model.logits, model.tokenizer, words, length=window, stride=stride, limit=limit,
@@ -51,8 +51,8 @@ def ppl(
     if as_json:
         console.print_json(found)
     else:
-        console.print_table("", ["", ""], perplexity.lines(found), text=2)
-    _check_gates(wanted, gates.figures(found))
+        console.print_table("", ["", ""], perplexity.format_perplexity(found), text=2)
+    _check_gates(wanted, gates.metric_values(found))
 
 
 @app.command()
@@ -67,7 +67,7 @@ def kl(
     keep: Annotated[Path | None, typer.Option(
         help="Folder that keeps the predictions of the base for later runs; reused if they fit. 4 bytes per token and "
         "vocabulary entry.", show_default=False)] = None,
-    gate: QualityGate = None,
+    gate: Gate = None,
     allow_overlap: options.AllowOverlap = False,
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
@@ -81,22 +81,23 @@ def kl(
     """
     from gptq_belle.evaluation import base_predictions, kl_statistics
     from gptq_belle.evaluation import quality_gates as gates
-    from gptq_belle.evaluation.kl_divergence import token_figures
+    from gptq_belle.evaluation.kl_divergence import compare_with_predictions
 
-    wanted = [gates.parse(one, gates.names(kl_statistics.Divergence)) for one in gate or []]
-    tokenizer, words = base_predictions.text_for(path, text, allow_overlap=allow_overlap)
-    cut = base_predictions.cut(base, tokenizer, words, window, stride, limit)
-    with base_predictions.base_predictions(base, cut, lambda place: options.load_model(place, device, precision),
+    wanted = [gates.parse_gate(one, gates.metric_names(kl_statistics.Divergence)) for one in gate or []]
+    tokenizer, words = base_predictions.read_text_for(path, text, allow_overlap=allow_overlap)
+    split = base_predictions.windows_for(base, tokenizer, words, window, stride, limit)
+    with base_predictions.open_predictions(base, split, lambda place: options.load_model(place, device, precision),
                                            console.progress_bar, keep=keep, device=device,
                                            precision=precision) as predictions:
         model = options.load_model(path, device, precision, head_bits)
         with console.progress_bar("windows") as progress:
-            found = kl_statistics.summarize(token_figures(predictions, model.logits, progress), len(cut))
+            tokens = compare_with_predictions(predictions, model.logits, progress)
+    found = kl_statistics.summarize_divergence(tokens, len(split))
     if as_json:
         console.print_json(found)
     else:
-        console.print_table("", ["", ""], kl_statistics.lines(found), text=2)
-    _check_gates(wanted, gates.figures(found))
+        console.print_table("", ["", ""], kl_statistics.format_divergence(found), text=2)
+    _check_gates(wanted, gates.metric_values(found))
 
 
 @app.command()
@@ -116,7 +117,7 @@ def belle(
         show_default=False)] = None,
     judge_prompts: Annotated[Path | None, typer.Option(
         help="BELLE's eval_prompt.json, for --judge.", show_default=False)] = None,
-    gate: QualityGate = None,
+    gate: Gate = None,
     allow_overlap: options.AllowOverlap = False,
     precision: options.Precision = None,
     device: options.Device = "auto",
@@ -135,8 +136,8 @@ def belle(
     if (judge is None) != (judge_prompts is None):
         raise UsageError("--judge and --judge-prompts belong together",
                          "Give eval/eval_prompt.json of the BELLE project as --judge-prompts.")
-    rows = test_set.read_rows(test, per_class)
-    wanted = [gates.parse(one, gates.belle_names(row.cls for row in rows)) for one in gate or []]
+    rows = test_set.read_questions(test, per_class)
+    wanted = [gates.parse_gate(one, gates.belle_metric_names(row.cls for row in rows)) for one in gate or []]
     instructions = judging.read_instructions(judge_prompts) if judge_prompts else {}
     if not allow_overlap:
         _refuse_overlap(path, test, rows)
@@ -146,33 +147,33 @@ def belle(
         found = test_set.evaluate(model, rows, limit=max_tokens, batch=batch, style=prompt_style, base=asked,
                                   progress=progress)
     if judge:
-        judging.write_requests(judge, judging.requests(rows, found.answers, instructions))
+        judging.write_requests(judge, judging.judge_requests(rows, found.answers, instructions))
     if as_json:
         console.print_json(found)
     else:
-        console.print_table("", test_set.COLUMNS, test_set.lines(found))
-    _check_gates(wanted, gates.belle_figures(found))
+        console.print_table("", test_set.COLUMNS, test_set.format_scores(found))
+    _check_gates(wanted, gates.belle_metric_values(found))
 
 
-def _check_gates(gates: "Sequence[Gate]", metrics: Mapping[str, float]) -> None:
-    from gptq_belle.evaluation.quality_gates import check
+def _check_gates(gates: "Sequence[QualityGate]", metrics: Mapping[str, float]) -> None:
+    from gptq_belle.evaluation.quality_gates import check_gates
 
-    for passed in check(gates, metrics):
+    for passed in check_gates(gates, metrics):
         console.note(passed)
 
 
-def _refuse_overlap(path: Path, test: Path, rows: "list[Row]") -> None:
+def _refuse_overlap(path: Path, test: Path, rows: "list[BelleQuestion]") -> None:
     from gptq_belle.evaluation.calibration_overlap import refuse_overlap
     from gptq_belle.prompts.styles import Turn
 
     refuse_overlap([path], test, [[Turn(row.question, row.std_answer)] for row in rows])
 
 
-def _ask_base(base: Path, rows: "list[Row]", limit: int, batch: int, style: str, precision: str | None,
-              device: str) -> "list[Answer]":
+def _ask_base(base: Path, rows: "list[BelleQuestion]", limit: int, batch: int, style: str, precision: str | None,
+              device: str) -> "list[GreedyAnswer]":
     """The answers of the base, which is freed afterwards."""
-    from gptq_belle.evaluation.belle_answers import ask
+    from gptq_belle.evaluation.belle_answers import answer_questions
 
     model = options.load_model(base, device, precision)
     with console.progress_bar("answers of the base") as progress:
-        return ask(model, [row.question for row in rows], limit, batch, style, progress)
+        return answer_questions(model, [row.question for row in rows], limit, batch, style, progress)

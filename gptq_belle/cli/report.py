@@ -37,16 +37,15 @@ def report(
     Evaluations that are already in the folder and still valid are not run again.
     """
     check_matplotlib()
-    from gptq_belle.evaluation import report_evaluations
-    from gptq_belle.evaluation.report import write
+    from gptq_belle.evaluation.report import write_report
+    from gptq_belle.evaluation.report_results import EvaluationOptions, ReportEvaluator
 
-    how = report_evaluations.Options(text, test, window, limit, per_class, max_tokens, batch, device, precision,
-                                     allow_overlap)
-    tools = report_evaluations.Tools(lambda path: options.load_model(path, device, precision), console.progress_bar)
+    how = EvaluationOptions(text, test, window, limit, per_class, max_tokens, batch, device, precision, allow_overlap)
     folder = out or paths[0] / "report"
-    results = report_evaluations.evaluate(paths, base, how, tools, folder)
+    results = ReportEvaluator(how, base, lambda path: options.load_model(path, device, precision),
+                              console.progress_bar, folder).run(paths)
     with console.show_step("drawing"):
-        written = write(results, folder, how, base, card=None if out else paths[0])
+        written = write_report(results, folder, how, base, card=None if out else paths[0])
     if as_json:
         console.print_json({"page": folder / PAGE, "pictures": written, "models": [
             {"path": path, "text": found.text, "test": found.test, "footprint": found.footprint}

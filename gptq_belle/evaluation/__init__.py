@@ -1,1 +1,1 @@
-"""What quantization costs in quality: perplexity, KL divergence, scores by class, and a report with pictures."""
+"""Measurement of quality: perplexity, KL divergence from the base, answers to BELLE's test questions, and a report."""

@@ -1,4 +1,4 @@
-"""A base model's predictions over a text, computed once, kept on disk, and compared with any number of models."""
+"""Stored predictions of a base model on a text: computed once, and compared with any number of models."""
 
 import gc
 import hashlib
@@ -23,50 +23,82 @@ from gptq_belle.engine.model import Model
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.evaluation.calibration_overlap import refuse_overlap
 from gptq_belle.evaluation.perplexity import (
-    Logits,
-    Window,
+    LogitsFunction,
+    TextWindow,
+    check_finite,
     encode,
-    finite,
-    joined,
-    text_documents,
-    windows,
+    join_documents,
+    read_text_documents,
+    split_windows,
 )
 from gptq_belle.prompts.styles import detect_style
 
-LOGITS, ABOUT = "logits.npy", "about.json"
+LOGITS, KEY = "logits.npy", "about.json"
+ModelLoader = Callable[[Path], Model]
+ProgressBar = Callable[[str], Any]  # from a title to a context that yields a callback of (done, total)
 
 
-class Predictions:
-    """What a base model predicts for the scored tokens of a text's windows.
+class BasePredictions:
+    """Stored logits of a base model for the scored tokens of a text.
 
     Attributes:
-        windows: the text.
+        windows: the windows of the text.
     """
 
-    def __init__(self, folder: Path, windows: Sequence[Window]) -> None:
+    def __init__(self, folder: Path, windows: Sequence[TextWindow]) -> None:
         self.windows = windows
         self._ends = list(accumulate(window.scored for window in windows))
         self._logits = numpy.load(folder / LOGITS, mmap_mode="r")
 
     def rows(self, number: int) -> Tensor:
-        """Logits (scored, V) float32 of one window's scored tokens."""
+        """Logits (scored, V) float32 of the scored tokens of one window."""
         end = self._ends[number]
         return torch.from_numpy(self._logits[end - self.windows[number].scored : end].copy())
 
 
-def about(base: str | Path, windows: Sequence[Window], **settings: Any) -> dict[str, Any]:
-    """What predictions follow from: the model, the windows, and how it is run; raises as `identity`."""
+@contextmanager
+def open_predictions(base: Path, windows: Sequence[TextWindow], load: ModelLoader, progress_bar: ProgressBar, *,
+                     keep: Path | None = None, **settings: Any) -> Iterator[BasePredictions]:
+    """Yield the predictions of a base, which is loaded only if they are not stored yet.
+
+    Args:
+        base: directory of the full-precision model.
+        windows: the windows of the text.
+        load: function that loads a model.
+        progress_bar: function that shows progress.
+        keep: folder to read the predictions from, or to store them in. Default: a temporary folder.
+        settings: settings of the run, such as device and precision; stored predictions are used only if theirs are
+            the same.
+    Raises:
+        UsageError, InputError, HardwareError: as `load_predictions` and `record_predictions`.
+    """
+    key = prediction_key(base, windows, **settings)
+    found = load_predictions(keep, key, windows) if keep else None
+    if found is not None:
+        yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="gptq-belle-") as scratch:
+        model = load(base)
+        with progress_bar("windows of the base") as progress:
+            found = record_predictions(keep or Path(scratch), key, model.logits, windows, progress)
+        del model
+        gc.collect()  # modules refer to each other: otherwise the base stays in memory beside the next model
+        yield found
+
+
+def prediction_key(base: str | Path, windows: Sequence[TextWindow], **settings: Any) -> dict[str, Any]:
+    """Everything that predictions depend on: model, windows and settings; raises as `checkpoint_identity`."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(f"{window.scored}:".encode() + window.ids.numpy().tobytes())
-    return {"model": identity(base), "settings": settings, "windows": digest.hexdigest()}
+    return {"model": checkpoint_identity(base), "settings": settings, "windows": digest.hexdigest()}
 
 
-def identity(path: str | Path) -> dict[str, Any]:
-    """A model directory by the names, sizes and times of its files, which changed content does not keep.
+def checkpoint_identity(path: str | Path) -> dict[str, Any]:
+    """Names, sizes and modification times of a model directory's files, to notice that the model was changed.
 
     Raises:
-        InputError: it is none.
+        InputError: the path is not a model directory.
     """
     reader = CheckpointReader(path)
     stats = {file.name: file.stat() for file in [*reader.files, reader.path / "config.json"]}
@@ -74,128 +106,96 @@ def identity(path: str | Path) -> dict[str, Any]:
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 
 
-def kept(folder: Path, content: dict[str, Any], windows: Sequence[Window]) -> Predictions | None:
-    """Predictions that a folder holds, if they are those of `about` and whole; else None.
+def load_predictions(folder: Path, key: dict[str, Any], windows: Sequence[TextWindow]) -> BasePredictions | None:
+    """The predictions in a folder if they are complete and have this `prediction_key`, else None.
 
     Raises:
-        UsageError: the folder holds other things; nothing of it would be overwritten.
+        UsageError: the folder contains other files; none of them is overwritten.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    if not {path.name for path in folder.iterdir()} <= {LOGITS, ABOUT, ABOUT + ".unfinished"}:
+    if not {path.name for path in folder.iterdir()} <= {LOGITS, KEY, KEY + ".unfinished"}:
         raise UsageError(f"{folder} holds other files than predictions", "Name a new folder.")
     try:
-        if json.loads((folder / ABOUT).read_text(encoding="utf-8")) == content:
-            return Predictions(folder, windows)
+        if json.loads((folder / KEY).read_text(encoding="utf-8")) == key:
+            return BasePredictions(folder, windows)
     except (OSError, ValueError):
         pass
     return None
 
 
-def record(folder: Path, content: dict[str, Any], logits: Logits, windows: Sequence[Window],
-           progress: Callable[[int, int], None] | None = None) -> Predictions:
-    """Run a model over windows and keep what it predicts.
+def record_predictions(folder: Path, key: dict[str, Any], logits: LogitsFunction, windows: Sequence[TextWindow],
+                       progress: Callable[[int, int], None] | None = None) -> BasePredictions:
+    """Run a model on all windows and store its logits.
 
     Args:
-        folder: where; earlier predictions in it are replaced.
-        content: of `about`.
+        folder: output folder; earlier predictions in it are replaced.
+        key: the result of `prediction_key`.
         logits: the model's function from ids (1, T) to logits (1, T, V).
-        progress: called with (windows done, windows in all).
+        windows: the windows of the text.
+        progress: called with (windows done, number of windows).
     Raises:
         InputError: logits that are not finite.
-        HardwareError: the disk has no room for them; the size is named.
+        HardwareError: not enough disk space; the message names the size.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ABOUT).unlink(missing_ok=True)
+    (folder / KEY).unlink(missing_ok=True)
     total, file = sum(window.scored for window in windows), None
     for number, window in enumerate(windows):
-        rows = finite(logits(window.ids[None])[0])[-window.scored - 1 : -1].cpu()
+        rows = check_finite(logits(window.ids[None])[0])[-window.scored - 1 : -1].cpu()
         if file is None:
-            file, start = _file(folder, total, rows.shape[1]), 0
+            file, start = _create_logits_file(folder, total, rows.shape[1]), 0
         file[start : start + window.scored] = rows.numpy()
         start += window.scored
         if progress:
             progress(number + 1, len(windows))
     assert file is not None
     file.flush()
-    write_json_atomically(folder / ABOUT, content)
-    return Predictions(folder, windows)
+    write_json_atomically(folder / KEY, key)
+    return BasePredictions(folder, windows)
 
 
-def _file(folder: Path, tokens: int, vocabulary: int) -> Any:
+def _create_logits_file(folder: Path, tokens: int, vocabulary: int) -> Any:
     (folder / LOGITS).unlink(missing_ok=True)
     needed, free = 4 * tokens * vocabulary, shutil.disk_usage(folder).free
     if needed > free:
         raise HardwareError(f"{folder}: predictions of {tokens} tokens take {needed / 1e9:,.1f} GB, "
-                            f"and {free / 1e9:,.1f} GB are free", "Look at fewer tokens with --limit.")
+                            f"and {free / 1e9:,.1f} GB are free", "Use fewer tokens with --limit.")
     return open_memmap(folder / LOGITS, mode="w+", dtype=numpy.float32, shape=(tokens, vocabulary))
 
 
-Loader = Callable[[Path], Model]
-Counting = Callable[[str], Any]  # a context that gives a function of (done, in all); see `console.progress_bar`
-
-
-def text_for(path: Path, text: Path, *, allow_overlap: bool = False) -> tuple[Any, str]:
-    """A model's tokenizer, and a text as that model reads it.
+def read_text_for(path: Path, text: Path, *, allow_overlap: bool = False) -> tuple[Any, str]:
+    """The tokenizer of a model, and a text with chats in the model's prompt style.
 
     Args:
         path: the model directory.
         text: see `perplexity.read_text`.
-        allow_overlap: take text that the model was calibrated on.
+        allow_overlap: accept text that the model was calibrated on.
     Raises:
-        InputError: model or text cannot be read, or they overlap (see `leak.refuse_overlap`).
+        InputError: model or text cannot be read, or they overlap (see `refuse_overlap`).
     """
-    documents = text_documents(text)
+    documents = read_text_documents(text)
     if not allow_overlap:
         refuse_overlap([path], text, documents)
     tokenizer = load_tokenizer(path)
     style = detect_style(CheckpointReader(path).config, getattr(tokenizer, "chat_template", None))
-    return tokenizer, joined(documents, style, tokenizer.eos_token)
+    return tokenizer, join_documents(documents, style, tokenizer.eos_token)
 
 
-def cut(base: Path, tokenizer: Any, words: str, length: int, stride: int | None,
-        limit: int | None) -> list[Window]:
-    """The windows of a text for a model and its base; raises InputError where their tokenizers differ."""
-    check_same_tokenizer(load_tokenizer(base), tokenizer, words)
-    return list(windows(encode(tokenizer, words, limit), length, stride))
-
-
-@contextmanager
-def base_predictions(base: Path, text: Sequence[Window], load: Loader, counting: Counting, *,
-                     keep: Path | None = None, **settings: Any) -> Iterator[Predictions]:
-    """Predictions of a base that is in memory only where they are not on the disk yet.
-
-    Args:
-        base: the full-precision model's directory.
-        text: its windows.
-        load: how it is loaded.
-        counting: how progress is shown.
-        keep: a folder to take them from, or to leave them in; left out, a temporary one.
-        settings: of the run, such as device and precision; those that are kept must have the same.
-    Raises:
-        UsageError, InputError, HardwareError: as `predictions.kept` and `predictions.record`.
-    """
-    content = about(base, text, **settings)
-    found = kept(keep, content, text) if keep else None
-    if found is not None:
-        yield found
-        return
-    with tempfile.TemporaryDirectory(prefix="gptq-belle-") as scratch:
-        model = load(base)
-        with counting("windows of the base") as progress:
-            found = record(keep or Path(scratch), content, model.logits, text, progress)
-        del model
-        gc.collect()  # modules refer to each other: without this the base would stay beside the next model
-        yield found
+def windows_for(base: Path, tokenizer: Any, text: str, length: int, stride: int | None,
+                limit: int | None) -> list[TextWindow]:
+    """The windows of a text for a model and its base; raises InputError if their tokenizers differ."""
+    check_same_tokenizer(load_tokenizer(base), tokenizer, text)
+    return list(split_windows(encode(tokenizer, text, limit), length, stride))
 
 
 def check_same_tokenizer(base: Any, model: Any, text: str) -> None:
-    """Make sure that two tokenizers cut a text alike.
+    """Check that two tokenizers encode a text alike, so that predictions can be compared position by position.
 
     Raises:
-        InputError: they do not, so that predictions cannot be compared position by position.
+        InputError: they do not.
     """
     sample = text[:20_000]
     if not torch.equal(encode(base, sample), encode(model, sample)):
-        raise InputError("the two models cut the text into different tokens",
+        raise InputError("the two models split the text into different tokens",
                          "Give as --base the model that was quantized, with its own tokenizer.")

@@ -1,7 +1,7 @@
-"""What a model answers, and what it thinks of an answer that it is given: prompts in its own style, in batches."""
+"""Batched greedy answers of a model to questions in its prompt style, and its likelihood of given answers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,103 +10,105 @@ from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
-from gptq_belle.evaluation.perplexity import finite, negative_log_likelihood
+from gptq_belle.evaluation.perplexity import check_finite, negative_log_likelihood
 from gptq_belle.prompts.stop_strings import StopStrings
 from gptq_belle.prompts.styles import Turn, get_style, render_conversation
 
 LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
+MAX_ROWS = 64  # given answers per forward pass
 Progress = Callable[[int, int], None]
 
 
-class Answer(NamedTuple):
-    """A greedy answer: as it is shown, and its tokens up to and with eos, or up to the limit."""
+class GreedyAnswer(NamedTuple):
+    """The text of a greedy answer, and its token ids up to the limit or including eos."""
 
     text: str
     ids: list[int]
 
 
-class Given(NamedTuple):
-    """What a model thinks of an answer of L tokens that it is given."""
+class AnswerLikelihood(NamedTuple):
+    """A model's predictions for the L tokens of a given answer (teacher forcing)."""
 
-    loss: Tensor  # (L,) float64, -ln p of each token behind those before it
-    same_top: Tensor  # (L,) bool, whether the token is the model's likeliest
+    loss: Tensor  # (L,) float64, -ln p of each token after the tokens before it
+    same_top: Tensor  # (L,) bool, whether the token is the model's most likely one
 
 
-def ask(model: Model, questions: Sequence[str], limit: int, batch: int, style: str = "auto",
-        progress: Progress | None = None) -> list[Answer]:
-    """The greedy answers to questions, in their order; arguments as for `belle.evaluate`."""
-    prompts, stops, limited = prompt_ids(model, questions, style), _frame(model, style).stops, SamplingParams(limit)
+def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: int, style: str = "auto",
+                     progress: Progress | None = None) -> list[GreedyAnswer]:
+    """The greedy answers to questions, in their order; arguments as for `belle_set.evaluate`."""
+    prompts, params = prompt_ids(model, questions, style), SamplingParams(limit)
+    stops = get_style(_style_name(model, style)).stops
     if not prompts:
         return []
     width = max(map(len, prompts))
     if model.context is not None and width + limit > model.context:
         raise UsageError(f"a question of {width} tokens and an answer of {limit} exceed the context {model.context}",
-                         "Lower --max-tokens, or leave the longest questions out.")
+                         "Lower --max-tokens, or remove the longest questions.")
     engine = Engine(model, min(batch, len(prompts)), width + limit)
-    requests = [engine.submit(ids, limited) for ids in prompts]
+    requests = [engine.submit(ids, params) for ids in prompts]
     while not engine.idle:
         if any(event.finished for event in engine.step()) and progress:
             progress(sum(request.finished is not None for request in requests), len(requests))
     rows = [request.answer + ([] if request.end is None else [request.end]) for request in requests]
     texts = (str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
-    return [Answer(_shown(text, stops), row) for text, row in zip(texts, rows, strict=True)]
+    return [GreedyAnswer(_cut_at_stops(text, stops), row) for text, row in zip(texts, rows, strict=True)]
 
 
 def prompt_ids(model: Model, questions: Sequence[str], style: str = "auto") -> list[list[int]]:
-    """Token ids of questions in the model's prompt."""
-    name, tokenizer = model.prompt_style if style == "auto" else style, model.tokenizer
+    """Token ids of questions in the model's prompt style."""
+    name, tokenizer = _style_name(model, style), model.tokenizer
     texts = [render_conversation([Turn(question)], name, tokenizer.eos_token) for question in questions]
     return [tokenizer(text, add_special_tokens=get_style(name).special_tokens)["input_ids"] for text in texts]
 
 
-def reference_ids(model: Model, answers: Sequence[str], style: str = "auto") -> list[list[int]]:
-    """Token ids of answers as they stand behind a prompt, eos included."""
+def reference_ids(model: Model, answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers as they follow a prompt, eos included."""
     tokenizer = model.tokenizer
     ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers)
     return [[*row, tokenizer.eos_token_id] for row in ids]
 
 
-def given_answers(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-                  progress: Progress | None = None) -> list[Given]:
-    """Let a model read prompts with answers behind them; tokens beyond its context are left out.
+def answer_likelihoods(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+                       progress: Progress | None = None) -> list[AnswerLikelihood]:
+    """Run a model on prompts followed by given answers; tokens beyond its context are ignored.
 
     Args:
-        model: of `gptq_belle.load`.
-        prompts, answers: token ids, a row each; an empty answer is not read.
+        model: from `gptq_belle.load`.
+        prompts, answers: token ids, one row each; an empty answer is not run.
+        progress: called with (answers done, number of answers).
     """
     rows = [list(prompt) + list(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     rows = [row[: model.context] for row in rows]
     order = sorted((i for i in range(len(rows)) if answers[i]), key=lambda i: len(rows[i]))
-    nothing = Given(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
+    nothing = AnswerLikelihood(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool))
     found, done = {}, 0
     while done < len(order):
-        # the longest of a batch comes last, but rows in order differ little
-        width = len(rows[order[min(done + 64, len(order)) - 1]])
-        members = order[done : done + max(1, min(64, LOGITS_BYTES // (4 * width * model.vocabulary_size)))]
-        logits = finite(model.logits(_padded([rows[i] for i in members])))
+        width = len(rows[order[min(done + MAX_ROWS, len(order)) - 1]])  # of the longest row: `order` is by length
+        members = order[done : done + max(1, min(MAX_ROWS, LOGITS_BYTES // (4 * width * model.vocabulary_size)))]
+        logits = check_finite(model.logits(_padded([rows[i] for i in members])))
         for index, row in zip(members, logits, strict=True):
             start, ids = len(prompts[index]), torch.tensor(rows[index], device=row.device)
-            found[index] = _given(row[start - 1 : len(ids) - 1], ids[start:])
+            found[index] = _likelihood(row[start - 1 : len(ids) - 1], ids[start:])
         done += len(members)
         if progress:
             progress(done, len(order))
     return [found.get(index, nothing) for index in range(len(rows))]
 
 
-def _given(logits: Tensor, targets: Tensor) -> Given:
-    return Given(negative_log_likelihood(logits, targets).cpu(), (logits.argmax(1) == targets).cpu())
+def _likelihood(logits: Tensor, targets: Tensor) -> AnswerLikelihood:
+    return AnswerLikelihood(negative_log_likelihood(logits, targets).cpu(), (logits.argmax(1) == targets).cpu())
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows filled up to the right with token 0, which a causal model's earlier positions do not see."""
+    """Rows padded on the right with token 0, which a causal model's earlier positions do not see."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
-def _frame(model: Model, style: str) -> Any:
-    return get_style(model.prompt_style if style == "auto" else style)
+def _style_name(model: Model, style: str) -> str:
+    return model.prompt_style if style == "auto" else style
 
 
-def _shown(text: str, stops: Sequence[str]) -> str:
+def _cut_at_stops(text: str, stops: Sequence[str]) -> str:
     stream = StopStrings(stops)
     return (stream.feed(text) + stream.finish()).strip()

@@ -1,4 +1,4 @@
-"""`eval belle`: answers to test questions in the model's own prompt style, scored by class."""
+"""BELLE's evaluation set (`eval belle`): test questions by class, answered in the model's prompt style and scored."""
 
 import json
 import unicodedata
@@ -9,22 +9,30 @@ from typing import Any, NamedTuple
 
 from gptq_belle.engine.model import Model
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.belle_answers import Answer, ask, given_answers, prompt_ids, reference_ids
-from gptq_belle.evaluation.scores import (
+from gptq_belle.evaluation.answer_metrics import (
     TARGET_CLASSES,
-    ClassFigures,
+    ClassMetrics,
     ClassScore,
-    Scored,
-    figures,
+    ScoredAnswer,
+    class_metrics,
     overall,
     score_classes,
 )
+from gptq_belle.evaluation.belle_answers import (
+    GreedyAnswer,
+    answer_likelihoods,
+    answer_questions,
+    prompt_ids,
+    reference_ids,
+)
 
 FIELDS = ("class", "question", "std_answer")
+COLUMNS = ("class", "questions", "exact, %", "F1, %", "ROUGE-L, %", "NLL per token", "tokens as base, %",
+           "answers as base, %")
 
 
-class Row(NamedTuple):
-    """One question of a test set; std_answer is empty where there is no one right answer."""
+class BelleQuestion(NamedTuple):
+    """One question of a test set; std_answer is the reference answer, empty if there is none."""
 
     cls: str
     question: str
@@ -36,123 +44,119 @@ class BelleScores:
     """Scores of one model.
 
     Attributes:
-        classes: in percent, by the one measure that suits a class; those whose rows have a reference.
-        exact: percent of right answers over the classes that have one right answer; None where none was asked.
-        answers: in the order of the rows.
-        figures: every measure, by class.
-        total: the same over all rows.
+        classes: score in percent of each class that has reference answers, by the metric of the class.
+        exact: percent of exact matches over TARGET_CLASSES; None without questions of these classes.
+        answers: the answers, in the order of the questions.
+        figures: all metrics, by class.
+        total: all metrics over all questions.
     """
 
     classes: dict[str, ClassScore]
     exact: float | None
     answers: list[str]
-    figures: dict[str, ClassFigures]
-    total: ClassFigures
+    figures: dict[str, ClassMetrics]
+    total: ClassMetrics
 
 
-def evaluate(model: Model, rows: Sequence[Row], *, limit: int = 160, batch: int = 32, style: str = "auto",
-             base: Sequence[Answer] | None = None, progress: Callable[[int, int], None] | None = None) -> BelleScores:
-    """Ask every question and score the answers.
+def evaluate(model: Model, questions: Sequence[BelleQuestion], *, limit: int = 160, batch: int = 32,
+             style: str = "auto", base: Sequence[GreedyAnswer] | None = None,
+             progress: Callable[[int, int], None] | None = None) -> BelleScores:
+    """Answer all questions and score the answers.
 
     Args:
         model: from `gptq_belle.load`.
-        rows: see `read_rows`.
-        limit: the most tokens of an answer.
-        batch: questions answered at a time; the longest answer of a batch sets its time.
+        questions: see `read_questions`.
+        limit: maximum number of tokens per answer.
+        batch: number of questions answered at a time.
         style: "auto" or a key of `prompts.styles.STYLES`.
-        base: what the full-precision model answers (`answers.ask`), to measure agreement.
-        progress: called with (answers given, answers in all).
+        base: answers of the full-precision model (`belle_answers.answer_questions`), to measure agreement.
+        progress: called with (answers done, number of questions).
     """
-    answers = ask(model, [row.question for row in rows], limit, batch, style, progress)
-    return score(model, rows, answers, style=style, base=base)
+    answers = answer_questions(model, [row.question for row in questions], limit, batch, style, progress)
+    return score_answers(model, questions, answers, style=style, base=base)
 
 
-def score(model: Model, rows: Sequence[Row], answers: Sequence[Answer], *, style: str = "auto",
-          base: Sequence[Answer] | None = None) -> BelleScores:
-    """Score answers that the model gave; arguments as for `evaluate`."""
-    referenced = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.std_answer]
+def score_answers(model: Model, questions: Sequence[BelleQuestion], answers: Sequence[GreedyAnswer], *,
+                  style: str = "auto", base: Sequence[GreedyAnswer] | None = None) -> BelleScores:
+    """Score answers of the model; arguments as for `evaluate`."""
+    referenced = [(row, answer) for row, answer in zip(questions, answers, strict=True) if row.std_answer]
     classes = score_classes((row.cls, answer.text, row.std_answer) for row, answer in referenced)
-    asked = any(cls in classes for cls in TARGET_CLASSES)
-    scored = list(_scored(model, rows, answers, style, base))
-    names = dict.fromkeys(row.cls for row in rows)
-    by_class = {name: figures(one for row, one in zip(rows, scored, strict=True) if row.cls == name) for name in names}
-    return BelleScores(classes, overall(classes) if asked else None, [answer.text for answer in answers],
-                       by_class, figures(scored))
+    exact = overall(classes) if any(cls in classes for cls in TARGET_CLASSES) else None
+    scored = list(_scored_answers(model, questions, answers, style, base))
+    names = dict.fromkeys(row.cls for row in questions)
+    by_class = {name: class_metrics(answer for answer in scored if answer.cls == name) for name in names}
+    return BelleScores(classes, exact, [answer.text for answer in answers], by_class, class_metrics(scored))
 
 
-def _scored(model: Model, rows: Sequence[Row], answers: Sequence[Answer], style: str,
-            base: Sequence[Answer] | None) -> Iterator[Scored]:
-    """Every row with what the model thinks of its reference and of the base's answer."""
-    prompts = prompt_ids(model, [row.question for row in rows], style)
-    texts = [row.std_answer for row in rows]
+def _scored_answers(model: Model, questions: Sequence[BelleQuestion], answers: Sequence[GreedyAnswer], style: str,
+                    base: Sequence[GreedyAnswer] | None) -> Iterator[ScoredAnswer]:
+    """Every answer with the model's likelihood of the reference answer and of the base's answer."""
+    prompts = prompt_ids(model, [row.question for row in questions], style)
+    texts = [row.std_answer for row in questions]
     references = [ids if text else [] for ids, text in zip(reference_ids(model, texts), texts, strict=True)]
-    losses = given_answers(model, prompts, references)
-    agreed = given_answers(model, prompts, [answer.ids for answer in base]) if base else [None] * len(rows)
-    for row, answer, loss, same in zip(rows, answers, losses, agreed, strict=True):
-        yield Scored(row.cls, answer.text, row.std_answer, loss.loss, same.same_top if same else None)
+    of_reference = answer_likelihoods(model, prompts, references)
+    of_base = answer_likelihoods(model, prompts, [answer.ids for answer in base]) if base else [None] * len(questions)
+    for row, answer, reference, agreement in zip(questions, answers, of_reference, of_base, strict=True):
+        yield ScoredAnswer(row.cls, answer.text, row.std_answer, reference.loss,
+                           agreement.same_top if agreement else None)
 
 
-def lines(scores: BelleScores) -> list[list[str]]:
-    """A row a class for reading, then one of all; COLUMNS names the cells."""
-    rows = [[marked(name), *_cells(found)] for name, found in scores.figures.items()]
+def format_scores(scores: BelleScores) -> list[list[str]]:
+    """One row of texts per class, then one of all classes; COLUMNS names the cells."""
+    rows = [[mark_target_class(name), *_cells(found)] for name, found in scores.figures.items()]
     if scores.exact is not None:
-        asked = [name for name in scores.classes if name in TARGET_CLASSES]
-        answers = sum(scores.classes[name].answers for name in asked)
+        answers = sum(found.answers for name, found in scores.classes.items() if name in TARGET_CLASSES)
         rows.append(["all with * together", str(answers), f"{scores.exact:.1f}", *["-"] * 5])
     return [*rows, ["all", *_cells(scores.total)]]
 
 
-COLUMNS = ("class", "questions", "exact, %", "F1, %", "ROUGE-L, %", "NLL a token", "tokens as base, %",
-           "answers as base, %")
-
-
-def _cells(found: ClassFigures) -> list[str]:
+def _cells(found: ClassMetrics) -> list[str]:
     nll = "-" if found.nll is None else f"{found.nll:.4f} ± {found.nll_error:.4f}"
-    measures = (found.exact, found.f1, found.rouge_l, None, found.agreement, found.identical)
-    cells = ["-" if value is None else f"{value:.1f}" for value in measures]
-    return [str(found.questions), *cells[:3], nll, *cells[4:]]
+    percentages = (found.exact, found.f1, found.rouge_l, found.agreement, found.identical)
+    cells = ["-" if value is None else f"{value:.1f}" for value in percentages]
+    return [str(found.questions), *cells[:3], nll, *cells[3:]]
 
 
-def marked(cls: str) -> str:
-    """A class's name, with a star where it counts in `BelleScores.exact`."""
+def mark_target_class(cls: str) -> str:
+    """The name of a class, with a star if the class counts in `BelleScores.exact`."""
     return f"{cls} *" if cls in TARGET_CLASSES else cls
 
 
-def class_name(name: str) -> str:
-    """A class as it is compared: BELLE's files write "open qa", "open QA" and "closed\\xa0qa" (a no-break space)."""
+def normalize_class(name: str) -> str:
+    """One spelling of a class: BELLE's files write "open qa", "open QA" and "closed\\xa0qa" (a no-break space)."""
     return "_".join(unicodedata.normalize("NFKC", name).lower().split())
 
 
-def read_rows(path: str | Path, per_class: int | None = None) -> list[Row]:
-    """The rows of a JSON Lines file with class, question and std_answer, as BELLE's evaluation set has them.
+def read_questions(path: str | Path, per_class: int | None = None) -> list[BelleQuestion]:
+    """Read a JSON Lines file with class, question and std_answer, the format of BELLE's evaluation set.
 
     Args:
-        path: the file; other fields of a row are left alone. std_answer may be empty, null or missing.
-        per_class: keep the first so many of each class.
+        path: the file. Other fields are ignored; std_answer may be empty, null or missing.
+        per_class: use only the first `per_class` questions of each class.
     Raises:
-        InputError: it is not there, empty, not JSON, or a row lacks a field; the line is named.
+        InputError: the file does not exist or is empty, or a line is not valid; the message names the line.
     """
     path = Path(path)
-    rows: list[Row] = []
+    questions: list[BelleQuestion] = []
     seen: dict[str, int] = {}
-    for number, value in json_lines(path):
-        row = _row(value)
-        if row is None:
+    for number, value in read_json_lines(path):
+        question = _question(value)
+        if question is None:
             raise InputError(f"{path}, line {number} is not a JSON object with {', '.join(FIELDS)} as texts",
-                             "Mend or drop that line.")
-        seen[row.cls] = seen.get(row.cls, 0) + 1
-        if per_class is None or seen[row.cls] <= per_class:
-            rows.append(row)
-    if not rows:
+                             "Correct or remove that line.")
+        seen[question.cls] = seen.get(question.cls, 0) + 1
+        if per_class is None or seen[question.cls] <= per_class:
+            questions.append(question)
+    if not questions:
         raise InputError(f"test file {path} holds no rows", f"Give a JSONL file with {', '.join(FIELDS)}.")
-    return rows
+    return questions
 
 
-def json_lines(path: Path) -> Iterable[tuple[int, Any]]:
-    """(line number, value) of a JSON Lines file's lines; None where a line is not JSON.
+def read_json_lines(path: Path) -> Iterable[tuple[int, Any]]:
+    """(line number, value) of each line of a JSON Lines file; the value is None if the line is not JSON.
 
     Raises:
-        InputError: it is not there or not UTF-8.
+        InputError: the file does not exist or is not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -160,21 +164,21 @@ def json_lines(path: Path) -> Iterable[tuple[int, Any]]:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", "Give a JSON Lines file.") from error
-    # not splitlines(), which also cuts at U+2028 and its like inside of texts
-    return ((number, _value(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    # not splitlines(), which also splits at U+2028 and similar characters inside of texts
+    return ((number, _parse(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _value(line: str) -> Any:
+def _parse(line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError:
         return None
 
 
-def _row(value: Any) -> Row | None:
+def _question(value: Any) -> BelleQuestion | None:
     if not isinstance(value, dict):
         return None
     cls, question, answer = (value.get(field) for field in FIELDS)
     if not isinstance(cls, str) or not isinstance(question, str) or not isinstance(answer, str | None):
         return None
-    return Row(class_name(cls), question, answer if answer and answer.strip() else "")
+    return BelleQuestion(normalize_class(cls), question, answer if answer and answer.strip() else "")

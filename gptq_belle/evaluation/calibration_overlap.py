@@ -1,4 +1,4 @@
-"""Refuses to evaluate a checkpoint on text that it was calibrated on: the figures would be better than they are."""
+"""Refusal of evaluation text that a checkpoint was calibrated on, which would make the results too good."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,36 +8,36 @@ from gptq_belle.errors import InputError
 from gptq_belle.quantization.calibration_keys import Document, overlapping
 from gptq_belle.quantization.report import REPORT
 
-SHOWN = 5  # row numbers that a refusal names
+SHOWN = 5  # row numbers in the message
 
 
 def refuse_overlap(paths: Iterable[str | Path], text: str | Path, documents: Sequence[Document]) -> None:
-    """Hold a text against what checkpoints say of their calibration; those that say nothing pass.
+    """Compare a text with the recorded calibration data of checkpoints; those without a record are accepted.
 
     Args:
         paths: model directories.
-        text: what the documents came from, for the message.
-        documents: chats and plain texts (see `overlap.overlapping`).
+        text: source of the documents, for the message.
+        documents: chats and plain texts (see `calibration_keys.overlapping`).
     Raises:
-        InputError: some of the text was calibrated on; says how many rows, and which are the first.
+        InputError: a checkpoint was calibrated on some of the text; names the number of rows and the first of them.
     """
     for path in paths:
-        seen = calibration_keys(Path(path))
+        seen = recorded_keys(Path(path))
         if seen is None:
             continue
         try:
             rows, total = overlapping(seen, documents)
         except ValueError as error:
             raise InputError(f"{Path(path) / REPORT}: calibration.seen is damaged: {error}",
-                             "Fetch the file again, or insist with --allow-overlap.") from error
+                             "Fetch the file again, or use --allow-overlap.") from error
         if rows:
             first = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
             raise InputError(f"{len(rows)} of {total} rows of {text} were calibrated on in {path}: row {first}",
-                             "Leave those rows out, or insist with --allow-overlap.")
+                             "Remove those rows, or use --allow-overlap.")
 
 
-def calibration_keys(path: Path) -> str | None:
-    """What a quantized directory says it was calibrated on; None where it says nothing."""
+def recorded_keys(path: Path) -> str | None:
+    """The keys of the calibration data of a quantized directory; None if none are recorded."""
     if not (path / REPORT).is_file():
         return None
     calibration = read_json(path / REPORT).get("calibration")

@@ -1,4 +1,4 @@
-"""What a report shows of each model, apart from evaluations: its parts, and the record of how it was made."""
+"""The models of a report: checkpoint, quantization record, and results of the evaluations."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,15 @@ from gptq_belle.checkpoint.inspection import Inspection, inspect
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.common.files import file_checksum
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.report_evaluations import Results
+from gptq_belle.evaluation.report_results import ModelResults
 from gptq_belle.quantization.report import REPORT, format_tuning
 
 BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
 SCALARS = (str, int, float, bool)
 
 
-class Cell(NamedTuple):
-    """The error of one linear."""
+class LinearError(NamedTuple):
+    """Relative squared error of one linear's output."""
 
     block: int
     linear: str
@@ -26,17 +26,17 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class ReportModel:
     """One model of a report.
 
     Attributes:
-        label: short and unique.
+        label: short unique name.
         path: its directory.
         full: whether it is the full-precision model.
         inspection: see `checkpoint.inspection`.
-        record: its quantization_report.json; empty where there is none.
+        record: its quantization_report.json; empty if there is none.
         hashes: SHA-256 of its weight files by name; empty for the full-precision model.
-        results: of its evaluations.
+        results: results of its evaluations.
     """
 
     label: str
@@ -45,46 +45,46 @@ class Variant:
     inspection: Inspection
     record: Mapping[str, Any]
     hashes: Mapping[str, str]
-    results: Results
+    results: ModelResults
 
     @property
     def bits(self) -> str:
-        """What the linears' weights take, as a word."""
+        """Bits per weight of the linears, or the dtype of a full-precision model."""
         found = self.inspection.quantization
         return str(found.bits) if found else next(iter(self.inspection.dtypes), "?")
 
     @property
     def linears(self) -> list[dict[str, Any]]:
-        """The record's rows, those that are objects with a name."""
+        """The record's rows of linears; rows without a name are ignored."""
         rows = self.record.get("linears")
         found = rows if isinstance(rows, list) else []
         return [row for row in found if isinstance(row, dict) and isinstance(row.get("name"), str)]
 
-    def cells(self) -> list[Cell]:
-        """Errors by block and linear, as far as the record has them."""
+    def linear_errors(self) -> list[LinearError]:
+        """The errors that the record contains, by block and linear."""
         places = ((BLOCK.match(row["name"]), row.get("error")) for row in self.linears)
-        return [Cell(int(place[1]), place[2], float(error)) for place, error in places
+        return [LinearError(int(place[1]), place[2], float(error)) for place, error in places
                 if place and isinstance(error, int | float) and error >= 0]
 
 
-def variants(results: Mapping[Path, Results], base: Path | None) -> list[Variant]:
-    """Every model of a report.
+def read_models(results: Mapping[Path, ModelResults], base: Path | None) -> list[ReportModel]:
+    """Read all models of a report.
 
     Raises:
-        InputError: a directory that is no sound model.
+        InputError: a model directory has problems.
     """
     labels = _labels(list(results))
-    return [_variant(label, path, path == base, results[path])
+    return [_read_model(label, path, path == base, results[path])
             for label, path in zip(labels, results, strict=True)]
 
 
-def _variant(label: str, path: Path, full: bool, results: Results) -> Variant:
+def _read_model(label: str, path: Path, full: bool, results: ModelResults) -> ReportModel:
     found = inspect(path)
     if found.problems:
         raise InputError(f"{path}: {found.problems[0]}", f"Run `gptq-belle inspect {path}`.")
     record = read_json(path / REPORT) if (path / REPORT).is_file() else {}
     hashes = {} if full else {file.name: file_checksum(file).sha256 for file in CheckpointReader(path).files}
-    return Variant(label, path, full, found, record, hashes, results)
+    return ReportModel(label, path, full, found, record, hashes, results)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -92,17 +92,17 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def settings(variant: Variant) -> dict[str, str]:
-    """How a model was made, flat and readable; what a later version adds to the record is shown as it is."""
-    record = dict(variant.record)
+def quantization_settings(model: ReportModel) -> dict[str, str]:
+    """The settings in a model's record as texts; entries that this version does not know are included unchanged."""
+    record = dict(model.record)
     calibration = record.pop("calibration", None)
     seen = calibration.get("seen") if isinstance(calibration, dict) else None
-    rows = {key: _shown(value) for key, value in record.items() if isinstance(value, SCALARS)}
+    rows = {key: _text(value) for key, value in record.items() if isinstance(value, SCALARS)}
     for name in ("settings", "versions"):
         part = record.get(name)
-        rows |= {key: _shown(value) for key, value in part.items()} if isinstance(part, dict) else {}
+        rows |= {key: _text(value) for key, value in part.items()} if isinstance(part, dict) else {}
     if isinstance(calibration, dict):
-        rows |= {f"calibration {key}": _shown(value) for key, value in calibration.items() if key != "seen"}
+        rows |= {f"calibration {key}": _text(value) for key, value in calibration.items() if key != "seen"}
     if isinstance(seen, str):
         rows["calibration documents"] = f"{len(seen) * 3 // 4 // 5:,}"
     notes = record.get("notes")
@@ -113,15 +113,15 @@ def settings(variant: Variant) -> dict[str, str]:
         rows["held-out rows chose"] = ", ".join(f"{name}: {count}" for name, count in winners.items())
     if isinstance(tuning, dict):
         rows["tuning"] = format_tuning(tuning)
-    return rows | {f"sha256 {name}": digest for name, digest in variant.hashes.items()}
+    return rows | {f"sha256 {name}": digest for name, digest in model.hashes.items()}
 
 
-def extra_tables(variant: Variant) -> dict[str, list[dict[str, Any]]]:
-    """Lists of rows in the record that this version knows nothing of, by name."""
+def unknown_tables(model: ReportModel) -> dict[str, list[dict[str, Any]]]:
+    """Tables in the record that this version does not know, by name."""
     known = ("linears", "phases")
-    return {key: value for key, value in variant.record.items() if key not in known and isinstance(value, list)
+    return {key: value for key, value in model.record.items() if key not in known and isinstance(value, list)
             and value and all(isinstance(row, dict) for row in value)}
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Scores of answers by class: exact match, character F1, ROUGE-L. Pure functions."""
+"""Metrics of answers by class: exact match, character F1, ROUGE-L, likelihood, agreement. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from torch import Tensor
 from gptq_belle.evaluation.perplexity import standard_error
 
 EXACT_CLASSES = ("extract", "closed_qa", "classification", "translation", "math", "open_qa")
-TARGET_CLASSES = EXACT_CLASSES[:5]  # the five that are averaged into one figure
+TARGET_CLASSES = EXACT_CLASSES[:5]  # the five whose exact match is averaged
 FINAL_ANSWER = re.compile(r"答案(?:是|为|[:：])\s*(-?\d+(?:\.\d+)?)")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 class ClassScore(NamedTuple):
-    """The mean score of one class in percent, the number of answers, and what was measured: `exact` or `f1`."""
+    """Mean score of one class in percent, the number of answers, and the metric: `exact` or `f1`."""
 
     score: float
     answers: int
     metric: str
 
 
-def normalise(text: str) -> str:
-    """The text as compared: half-width (NFKC), lower case, single spaces, no space or full stop at the ends."""
+def normalize(text: str) -> str:
+    """The text in half width (NFKC) and lower case, with single spaces, without space or full stop at the ends."""
     folded = unicodedata.normalize("NFKC", text).lower().replace("。", ".")
     return re.sub(r"\s+", " ", folded).strip(" .")
 
 
 def final_number(text: str) -> str | None:
-    """The number after the last `答案是`, else the last number of the text, else None."""
+    """The number after the last `答案是`; without it the last number of the text; without a number None."""
     folded = unicodedata.normalize("NFKC", text)
     found = FINAL_ANSWER.findall(folded) or NUMBER.findall(folded)
     return found[-1] if found else None
 
 
 def exact_match(answer: str, expected: str, cls: str = "") -> float:
-    """1.0 where the answer is right, else 0.0; in `math` only the final number counts, however it was reached."""
+    """1.0 if the answer equals the expected one, else 0.0; in the class `math` only the final number is compared."""
     if cls == "math":
         wanted = final_number(expected)
         return float(wanted is not None and final_number(answer) == wanted)
-    return float(normalise(answer) == normalise(expected))
+    return float(normalize(answer) == normalize(expected))
 
 
 def character_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over characters as multisets, spaces left out; 1.0 for two empty texts."""
-    given, wanted = (Counter(normalise(text).replace(" ", "")) for text in (answer, expected))
+    """F1 of the characters of both texts as multisets, without spaces; 1.0 for two empty texts."""
+    given, wanted = (Counter(normalize(text).replace(" ", "")) for text in (answer, expected))
     if not given or not wanted:
         return float(given == wanted)
     common = (given & wanted).total()
@@ -59,17 +59,19 @@ def character_f1(answer: str, expected: str) -> float:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L (Lin, 2004, section 3): F1 over the longest common subsequence, characters taken as words, spaces left
-    out; 1.0 for two empty texts. English scores higher by characters than by words."""
-    given, wanted = (normalise(text).replace(" ", "") for text in (answer, expected))
+    """ROUGE-L (Lin, 2004, section 3): F1 over the longest common subsequence of characters, without spaces; 1.0 for
+    two empty texts. English texts score higher by characters than by words."""
+    given, wanted = (normalize(text).replace(" ", "") for text in (answer, expected))
     if not given or not wanted:
         return float(given == wanted)
     return 2 * common_subsequence(given, wanted) / (len(given) + len(wanted))
 
 
 def common_subsequence(a: str, b: str) -> int:
-    """Length of the longest common subsequence, a row of the table at a time in the bits of one integer (Hyyro,
-    "Bit-parallel LCS-length computation revisited", 2004): a zero bit is a step of the row."""
+    """Length of the longest common subsequence (Hyyro, "Bit-parallel LCS-length computation revisited", 2004).
+
+    Each row of the dynamic programming table is one integer; a zero bit is a position where the row increases by one.
+    """
     places: dict[str, int] = {}
     for place, char in enumerate(a):
         places[char] = places.get(char, 0) | 1 << place
@@ -82,17 +84,17 @@ def common_subsequence(a: str, b: str) -> int:
 
 
 def metric_of(cls: str) -> str:
-    """`exact` for the classes with one right answer, `f1` for all others."""
+    """The metric of a class: `exact` for the classes with one right answer, `f1` for all others."""
     return "exact" if cls in EXACT_CLASSES else "f1"
 
 
 def score_answer(answer: str, expected: str, cls: str) -> float:
-    """The score of one answer, 0 to 1, by its class's metric."""
+    """Score of one answer, 0 to 1, by the metric of its class."""
     return exact_match(answer, expected, cls) if metric_of(cls) == "exact" else character_f1(answer, expected)
 
 
 def score_classes(rows: Iterable[tuple[str, str, str]]) -> dict[str, ClassScore]:
-    """Scores by class from (class, answer, expected) rows, in order of first appearance."""
+    """Scores by class of (class, answer, expected) rows, in the order of first appearance."""
     scores: dict[str, list[float]] = {}
     for cls, answer, expected in rows:
         scores.setdefault(cls, []).append(score_answer(answer, expected, cls))
@@ -100,10 +102,7 @@ def score_classes(rows: Iterable[tuple[str, str, str]]) -> dict[str, ClassScore]
 
 
 def overall(scores: dict[str, ClassScore], classes: Sequence[str] = TARGET_CLASSES) -> float:
-    """Percent of right answers over the given classes together, each answer counting once.
-
-    Raises ValueError where none of the classes was scored.
-    """
+    """Mean score in percent of all answers of the given classes; raises ValueError if there are none."""
     present = [scores[cls] for cls in classes if cls in scores]
     total = sum(s.answers for s in present)
     if not total:
@@ -111,28 +110,28 @@ def overall(scores: dict[str, ClassScore], classes: Sequence[str] = TARGET_CLASS
     return sum(s.score * s.answers for s in present) / total
 
 
-class Scored(NamedTuple):
-    """One question with its answer, and what the model thinks of other answers to it."""
+class ScoredAnswer(NamedTuple):
+    """An answer with the model's likelihood of two other answers to the question."""
 
     cls: str
     answer: str
-    expected: str  # "" where there is no reference
-    loss: Tensor  # (L,) float64, -ln p of the reference's tokens, eos included
-    same_top: Tensor | None  # (L,) bool, of the base's greedy answer; None without a base
+    expected: str  # the reference answer; "" if there is none
+    loss: Tensor  # (L,) float64, -ln p of the reference answer's tokens, eos included
+    same_top: Tensor | None  # (L,) bool, top-1 agreement on the base's greedy answer; None without a base
 
 
 @dataclass(frozen=True, slots=True)
-class ClassFigures:
-    """Measures over the questions of a class; None where there was nothing to measure on.
+class ClassMetrics:
+    """Metrics of the questions of a class; None if there is nothing to measure.
 
     Attributes:
-        questions, references: how many there are, and how many of them have a reference answer.
-        exact, f1, rouge_l: percent, means over the answers that have a reference (see `score`).
-        nll, nll_error: mean negative log-likelihood of the references' tokens, in nats, and its standard error,
-            tokens taken as independent.
-        agreement: percent of the tokens of the full-precision model's greedy answers that are this model's likeliest
-            too, each behind the same tokens.
-        identical: percent of those answers of which all tokens are, so that both models give the same answer.
+        questions, references: number of questions, and of those that have a reference answer.
+        exact, f1, rouge_l: mean in percent over the answers that have a reference.
+        nll, nll_error: mean negative log-likelihood in nats per token of the reference answers, and its standard error
+            with tokens taken as independent.
+        agreement: percent of the tokens of the full-precision model's greedy answers that are also this model's most
+            likely tokens, given the same tokens before them.
+        identical: percent of those answers that agree in all tokens: both models give the same answer.
     """
 
     questions: int
@@ -146,13 +145,13 @@ class ClassFigures:
     identical: float | None
 
 
-def figures(rows: Iterable[Scored]) -> ClassFigures:
-    """All measures of some rows."""
-    rows = list(rows)
+def class_metrics(answers: Iterable[ScoredAnswer]) -> ClassMetrics:
+    """All metrics of some answers."""
+    rows = list(answers)
     referenced = [row for row in rows if row.expected]
     losses = torch.cat([row.loss for row in rows]) if rows else torch.zeros(0)
     agreed = [row.same_top for row in rows if row.same_top is not None and len(row.same_top)]
-    return ClassFigures(
+    return ClassMetrics(
         questions=len(rows),
         references=len(referenced),
         exact=_percent([exact_match(row.answer, row.expected, row.cls) for row in referenced]),

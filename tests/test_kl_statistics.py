@@ -1,4 +1,4 @@
-"""The block of figures: values against numpy, standard errors against a bootstrap, names against llama-perplexity's."""
+"""Statistics of KL divergence: values equal NumPy, standard errors equal a bootstrap, names equal llama-perplexity."""
 
 import math
 
@@ -6,10 +6,10 @@ import numpy
 import pytest
 import torch
 
-from gptq_belle.evaluation.kl_statistics import TokenFigures, lines, summarize
+from gptq_belle.evaluation.kl_statistics import TokenDivergence, format_divergence, summarize_divergence
 
-# The names of the block that llama-perplexity prints, from a published log, spaces folded; its second "99.0% KLD"
-# is the 95 % quantile under a wrong name, and its list of quantiles has no 90 %.
+# The names that llama-perplexity prints, from a published log, with single spaces. Its second "99.0% KLD" is the 95 %
+# quantile under a wrong name, and its list of quantiles has no 90 %.
 LLAMA = ("Mean PPL(Q)", "Mean PPL(base)", "Cor(ln(PPL(Q)), ln(PPL(base)))", "Mean ln(PPL(Q)/PPL(base))",
          "Mean PPL(Q)/PPL(base)", "Mean PPL(Q)-PPL(base)", "Mean KLD", "Maximum KLD", "99.9% KLD", "99.0% KLD",
          "Median KLD", "10.0% KLD", "5.0% KLD", "1.0% KLD", "Minimum KLD", "Mean Δp", "Maximum Δp", "99.9% Δp",
@@ -18,24 +18,24 @@ LLAMA = ("Mean PPL(Q)", "Mean PPL(base)", "Cor(ln(PPL(Q)), ln(PPL(base)))", "Mea
 
 
 def tokens(count=800, seed=0):
-    """Losses of two models that go together, as those of a model and its quantized form do."""
+    """Correlated losses of two models, like those of a model and its quantized form."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.rand(count, generator=generator, dtype=torch.float64) * 3
     loss = (base + 0.2 * torch.randn(count, generator=generator, dtype=torch.float64)).clamp(min=0)
     kl = torch.rand(count, generator=generator, dtype=torch.float64) ** 4
-    return TokenFigures(kl, torch.rand(count, generator=generator) < 0.9, base, loss)
+    return TokenDivergence(kl, torch.rand(count, generator=generator) < 0.9, base, loss)
 
 
-def taken(figures, choice):
-    return TokenFigures(*(column[choice] for column in figures))
+def select(tokens, choice):
+    return TokenDivergence(*(column[choice] for column in tokens))
 
 
 @pytest.fixture(scope="module")
 def found():
-    return summarize(tokens(), 3)
+    return summarize_divergence(tokens(), 3)
 
 
-def test_figures_equal_numpy(found):
+def test_statistics_equal_numpy(found):
     kl, same, base, loss = (column.double().numpy() for column in tokens())
     change = numpy.exp(-loss) - numpy.exp(-base)
     expected = {
@@ -63,9 +63,10 @@ ERRORS = {"perplexity_error": "perplexity", "base_perplexity_error": "base_perpl
 
 @pytest.fixture(scope="module")
 def resampled():
-    """Every figure over 1,000 samples of as many tokens, drawn with repetition."""
-    generator, figures = torch.Generator().manual_seed(5), tokens()
-    draws = [summarize(taken(figures, torch.randint(800, (800,), generator=generator)), 1) for _ in range(1000)]
+    """Standard deviation of every statistic over 1,000 samples of the tokens, drawn with replacement."""
+    generator, every = torch.Generator().manual_seed(5), tokens()
+    draws = [summarize_divergence(select(every, torch.randint(800, (800,), generator=generator)), 1)
+             for _ in range(1000)]
     return {name: numpy.std([getattr(draw, name) for draw in draws], ddof=1) for name in ERRORS.values()}
 
 
@@ -81,15 +82,15 @@ def test_paired_difference_has_a_smaller_standard_error(found):
 
 
 def test_single_token_has_no_standard_error():
-    one = summarize(taken(tokens(), torch.tensor([3])), 1)
+    one = summarize_divergence(select(tokens(), torch.tensor([3])), 1)
     assert one.kl_error == one.ratio_error == one.difference_error == 0
     assert math.isnan(one.correlation)
 
 
-def test_the_printed_block_has_the_names_of_llama_perplexity(found):
-    names = [name for name, _ in lines(found)]
+def test_printed_names_are_those_of_llama_perplexity(found):
+    names = [name for name, _ in format_divergence(found)]
     assert [name for name in names if name in LLAMA] == list(LLAMA)
     assert set(names) - set(LLAMA) == {"95.0% KLD", "90.0% KLD", "tokens"}
-    block = dict(lines(found))
+    block = dict(format_divergence(found))
     assert block["Mean KLD"] == f"{found.kl_mean:.6f} ± {found.kl_error:.6f}"
     assert block["Same top p"].endswith(" %")

@@ -1,4 +1,4 @@
-"""KL divergence against sums written out in Python, and the properties it must have."""
+"""KL divergence compared with sums in plain Python, and its properties."""
 
 import math
 
@@ -10,7 +10,7 @@ from conftest import VOCABULARY, naming, tiny_tokenizer
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.base_predictions import check_same_tokenizer
 from gptq_belle.evaluation.kl_divergence import compare_tokens, divergence
-from gptq_belle.evaluation.kl_statistics import summarize
+from gptq_belle.evaluation.kl_statistics import summarize_divergence
 from gptq_belle.evaluation.perplexity import CHUNK, encode
 
 TEXT = "人工智能正在改变我们的生活,语言模型可以回答问题、翻译文章、编写程序。" * 8
@@ -67,22 +67,22 @@ def test_a_model_does_not_diverge_from_itself():
 
 def test_adding_a_constant_to_logits_changes_nothing():
     base, targets = torch.randn(5, 40), torch.arange(5)
-    figures = compare_tokens(base, base + 100, targets)
-    assert float(figures.kl.max()) < 1e-9
-    assert torch.allclose(figures.loss, figures.base_loss, atol=1e-5)
+    tokens = compare_tokens(base, base + 100, targets)
+    assert float(tokens.kl.max()) < 1e-9
+    assert torch.allclose(tokens.loss, tokens.base_loss, atol=1e-5)
 
 
-def test_a_small_disturbance_is_seen_in_float32_logits():
-    """8 bits differ by KLs near 1e-5: the arithmetic must resolve that."""
+def test_a_small_perturbation_is_measured_in_float32_logits():
+    """KL of 8-bit models is near 1e-5, which the arithmetic must resolve."""
     base = torch.randn(400, 300)
     model = base + 1e-3 * torch.randn(400, 300)
     direct = torch.nn.functional.kl_div(model.double().log_softmax(1), base.double().softmax(1), reduction="batchmean")
-    found = summarize(compare_tokens(base, model, torch.zeros(400, dtype=torch.int64)), 1)
+    found = summarize_divergence(compare_tokens(base, model, torch.zeros(400, dtype=torch.int64)), 1)
     assert 1e-8 < float(direct) < 1e-5
     assert found.kl_mean == pytest.approx(float(direct), rel=1e-6)
 
 
-def test_different_vocabularies_and_tokenizers_are_refused(tmp_path):
+def test_different_vocabularies_and_tokenizers_are_rejected(tmp_path):
     tokenizer = tiny_tokenizer()
     with pytest.raises(InputError, match=naming(384, 10)):
         divergence(fake_model(1), lambda ids: fake_model(1)(ids)[..., :10], tokenizer, TEXT)

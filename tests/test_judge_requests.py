@@ -1,4 +1,4 @@
-"""Requests for a judge: the words and fields of BELLE's page, from its file of prompts."""
+"""Requests for a judging model: text and fields of BELLE's page, from its file of prompts."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 from conftest import naming
 
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.belle_set import Row
-from gptq_belle.evaluation.judge_requests import read_instructions, requests, write_requests
+from gptq_belle.evaluation.belle_set import BelleQuestion
+from gptq_belle.evaluation.judge_requests import judge_requests, read_instructions, write_requests
 
 PROMPTS = [{"class": "closed\xa0QA", "prompt": "打分一。"}, {"class": "rewrite", "prompt": "打分二。"}]
 
@@ -19,9 +19,9 @@ def instructions(tmp_path):
     return read_instructions(path)
 
 
-def test_the_text_and_the_body_of_a_request(instructions, tmp_path):
-    rows = [Row("closed_qa", "问？", "标准"), Row("rewrite", "改写", "不看")]
-    write_requests(tmp_path / "out.jsonl", requests(rows, ["答", "改"], instructions))
+def test_text_and_body_of_a_request(instructions, tmp_path):
+    rows = [BelleQuestion("closed_qa", "问？", "标准"), BelleQuestion("rewrite", "改写", "不看")]
+    write_requests(tmp_path / "out.jsonl", judge_requests(rows, ["答", "改"], instructions))
     with_reference, without = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:2])
     assert with_reference == {
         "class": "closed\xa0QA", "question": "问？", "std_answer": "标准", "answer": "答",
@@ -32,9 +32,9 @@ def test_the_text_and_the_body_of_a_request(instructions, tmp_path):
         "打分二。 改写  模型回答： '改'。请针对模型回答给出得分，顺便给出理由：")
 
 
-def test_unusable_judge_prompts_are_refused(instructions, tmp_path):
+def test_unusable_judge_prompts_are_rejected(instructions, tmp_path):
     with pytest.raises(InputError, match=naming("math")):
-        list(requests([Row("math", "1", "2")], ["3"], instructions))
+        list(judge_requests([BelleQuestion("math", "1", "2")], ["3"], instructions))
     path = tmp_path / "wrong.json"
     path.write_text('{"class": "a", "prompt": "b"}\n{"class": "a"}', encoding="utf-8")
     with pytest.raises(InputError, match=naming(path, "line 2")):

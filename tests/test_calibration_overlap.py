@@ -1,4 +1,4 @@
-"""A job leaves in its report what it calibrated on, and an evaluation on any of it is refused with the rows named."""
+"""Text that a checkpoint was calibrated on, by its quantization report, is rejected with the row numbers."""
 
 import json
 
@@ -7,7 +7,7 @@ from conftest import naming
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.calibration_overlap import calibration_keys, refuse_overlap
+from gptq_belle.evaluation.calibration_overlap import recorded_keys, refuse_overlap
 from gptq_belle.prompts.styles import Turn
 
 QUESTIONS = [f"请写一句关于第{number}个城市的话。" for number in range(12)]
@@ -15,7 +15,7 @@ QUESTIONS = [f"请写一句关于第{number}个城市的话。" for number in ra
 
 @pytest.fixture(scope="module")
 def quantized(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("leak")
+    folder = tmp_path_factory.mktemp("overlap")
     rows = [{"instruction": question, "output": "很好。"} for question in QUESTIONS]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     calibration = Calibration(folder / "rows.jsonl", rows=2, seq_len=64, allow_short=True)
@@ -23,8 +23,8 @@ def quantized(tiny_llama, tmp_path_factory):
     return folder / "out"
 
 
-def test_only_what_was_used_counts(quantized):
-    """128 tokens hold some of the questions; those behind them were never seen."""
+def test_only_used_calibration_rows_count(quantized):
+    """128 calibration tokens contain the first questions; later ones were not used."""
     found = []
     for question in QUESTIONS:
         try:
@@ -37,15 +37,15 @@ def test_only_what_was_used_counts(quantized):
                                                *([Turn(question, "")] for question in QUESTIONS)])
 
 
-def test_models_that_say_nothing_pass(tiny_llama, quantized, tmp_path):
+def test_models_without_a_record_are_accepted(tiny_llama, quantized, tmp_path):
     refuse_overlap([tiny_llama], "t.txt", [QUESTIONS[0]])
-    assert calibration_keys(tiny_llama) is None
+    assert recorded_keys(tiny_llama) is None
     for report in ({"calibration": None}, {"calibration": {"source": "builtin"}}, {}):
         (tmp_path / "quantization_report.json").write_text(json.dumps(report))
         refuse_overlap([tmp_path], "t.txt", [QUESTIONS[0]])
 
 
-def test_a_damaged_record_is_an_error_of_the_input(tmp_path):
+def test_damaged_record_is_an_input_error(tmp_path):
     (tmp_path / "quantization_report.json").write_text('{"calibration": {"seen": "?"}}')
     with pytest.raises(InputError, match=naming(tmp_path)):
         refuse_overlap([tmp_path], "t.txt", ["x" * 40])

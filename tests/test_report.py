@@ -1,4 +1,4 @@
-"""The report: figures on the page are those of the evaluations, pictures are pictures, nothing needs a network."""
+"""The report: values on the page equal the evaluations, pictures are drawn, and the page needs no network."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from matplotlib.image import imread
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.bench.footprint import Footprint
 from gptq_belle.cli import app, console
-from gptq_belle.evaluation import report_evaluations, report_pictures
-from gptq_belle.evaluation.report_evaluations import Results
-from gptq_belle.evaluation.report_models import variants
+from gptq_belle.evaluation import report_plots, report_results
+from gptq_belle.evaluation.report_models import read_models
+from gptq_belle.evaluation.report_results import EvaluationOptions, ModelResults
 
 TEXT = "北京是中国的首都,有三千多年的历史。The quick brown fox jumps over the lazy dog. " * 4
 TEST = [{"class": "math", "question": "1+1?", "std_answer": "2"},
@@ -24,7 +24,7 @@ TEST = [{"class": "math", "question": "1+1?", "std_answer": "2"},
 
 @pytest.fixture(scope="module")
 def models(tiny_llama, tmp_path_factory):
-    """The base, two quantized models with records, and one of another program."""
+    """The base, two quantized models with records, and one without a record."""
     folder = tmp_path_factory.mktemp("reporting")
     made = {}
     for bits in (8, 4):
@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def belle(capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process and return (exit code, stdout, stderr)."""
 
     def call(*args):
         with pytest.raises(SystemExit) as left:
@@ -57,19 +57,19 @@ def belle(capsys):
 
 @pytest.fixture(autouse=True)
 def _footprints(request, monkeypatch):
-    """Memory is measured in new processes, some seconds each: in one test is enough."""
+    """Only one test measures memory, because each new process takes some seconds."""
     if "real_footprints" not in request.fixturenames:
-        monkeypatch.setattr(report_evaluations.footprint, "fresh",
+        monkeypatch.setattr(report_results.footprint, "fresh",
                             lambda path, **_: Footprint(0.1, 10**6, 2 * 10**6, None, None))
 
 
 @pytest.fixture
 def real_footprints():
-    """A test that takes this measures memory."""
+    """A test with this fixture measures memory."""
 
 
 class Page(HTMLParser):
-    """Tags, the addresses they name, and the text of a page in one language."""
+    """Tags, their links, and the text of a page in one language."""
 
     def __init__(self, path, language="en"):
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_whole_report(belle, models, inputs, tmp_path, real_footprints):
     assert record["calibration"]["seen"] not in page
 
 
-def test_eval_commands_give_the_same_figures(belle, models, inputs, tmp_path):
+def test_eval_commands_give_the_same_results(belle, models, inputs, tmp_path):
     base, _, four, _ = models
     _, out, _ = belle("report", four, "--base", base, *inputs, "--out", tmp_path, "--json")
     of_report = json.loads(out)["models"][1]
@@ -132,7 +132,7 @@ def test_eval_commands_give_the_same_figures(belle, models, inputs, tmp_path):
     assert json.loads(out)["figures"] == of_report["test"]["figures"]
 
 
-def test_the_page_stands_alone_and_escapes_what_it_shows(belle, models, inputs, tmp_path):
+def test_page_has_no_links_and_escapes_its_content(belle, models, inputs, tmp_path):
     base, _, four, _ = models
     assert belle("report", four, "--base", base, *inputs, "--out", tmp_path)[0] == 0
     page = Page(tmp_path / "report.html")
@@ -163,7 +163,7 @@ def test_missing_sections_name_the_command_to_run(belle, models, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.png")} == {"errors-0", "size"}
 
 
-def test_a_text_without_a_base_gives_perplexity_alone(belle, models, inputs, tmp_path):
+def test_text_without_a_base_gives_perplexity_only(belle, models, inputs, tmp_path):
     code, out, _ = belle("report", models[3], *inputs, "--out", tmp_path, "--json")
     (row,) = json.loads(out)["models"]
     assert code == 0
@@ -172,11 +172,11 @@ def test_a_text_without_a_base_gives_perplexity_alone(belle, models, inputs, tmp
     assert {path.stem for path in tmp_path.glob("*.png")} == {"classes", "size", "memory"}
 
 
-def test_what_was_measured_is_not_measured_again(belle, models, inputs, tmp_path, monkeypatch):
-    from gptq_belle.cli import report
+def test_valid_results_are_not_computed_again(belle, models, inputs, tmp_path, monkeypatch):
+    from gptq_belle.cli import options
 
-    loaded, load = [], report.load_model
-    monkeypatch.setattr(report, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    loaded, load = [], options.load_model
+    monkeypatch.setattr(options, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
     base, eight, four, _ = models
     args = ("--base", base, *inputs, "--out", tmp_path, "--json")
     first = json.loads(belle("report", four, *args)[1])
@@ -191,7 +191,7 @@ def test_what_was_measured_is_not_measured_again(belle, models, inputs, tmp_path
     assert len(loaded) == 4
 
 
-def test_the_card_shows_table_and_picture(belle, models, inputs, tmp_path):
+def test_model_card_shows_table_and_picture(belle, models, inputs, tmp_path):
     base, _, four, _ = models
     path = tmp_path / "model"
     shutil.copytree(four, path)
@@ -209,7 +209,7 @@ def test_the_card_shows_table_and_picture(belle, models, inputs, tmp_path):
     assert belle("inspect", path)[0] == 0
 
 
-def test_overlapping_text_is_refused(belle, models, tmp_path):
+def test_overlapping_text_is_rejected(belle, models, tmp_path):
     from gptq_belle.quantization.calibration import read_documents
 
     turns = [document for document in read_documents("builtin") if not isinstance(document, str)]
@@ -220,9 +220,9 @@ def test_overlapping_text_is_refused(belle, models, tmp_path):
     assert all(str(named) in err for named in (len(turns), tmp_path / "test.jsonl", models[1]))
 
 
-def test_records_of_other_versions_are_shown_as_they_are(models, tmp_path):
-    """Keys that this version does not know become columns and tables; lists that it cannot read are left out."""
-    from gptq_belle.evaluation.report_page import render
+def test_records_of_other_versions_are_shown_unchanged(models, tmp_path):
+    """Unknown keys become columns and tables; unreadable rows are ignored."""
+    from gptq_belle.evaluation.report import render_page
 
     path = tmp_path / "model"
     shutil.copytree(models[2], path)
@@ -232,16 +232,16 @@ def test_records_of_other_versions_are_shown_as_they_are(models, tmp_path):
     record["linears"].append({"name": "odd"})
     del record["versions"]
     (path / "quantization_report.json").write_text(json.dumps(record))
-    shown = variants({path: Results()}, None)
-    page = render(shown, report_pictures.draw(shown, tmp_path), report_evaluations.Options(), None)
+    shown = read_models({path: ModelResults()}, None)
+    page = render_page(shown, report_plots.draw(shown, tmp_path), EvaluationOptions(), None)
     assert "<th class=\"text\">won</th>" in page
     assert "refit" in page
     assert "model: choices" in page
     assert "0.25" in page
 
 
-def test_names_that_no_font_shows_become_question_marks(monkeypatch):
-    monkeypatch.setattr(report_pictures, "_fonts", list)
-    assert report_pictures._plain("模型-4bit $x") == r"??-4bit \$x"
-    monkeypatch.setattr(report_pictures, "_fonts", lambda: ["Noto Sans CJK SC"])
-    assert report_pictures._plain("模型") == "模型"
+def test_names_without_a_font_become_question_marks(monkeypatch):
+    monkeypatch.setattr(report_plots, "_fonts", list)
+    assert report_plots._drawable("模型-4bit $x") == r"??-4bit \$x"
+    monkeypatch.setattr(report_plots, "_fonts", lambda: ["Noto Sans CJK SC"])
+    assert report_plots._drawable("模型") == "模型"
