@@ -1,6 +1,7 @@
-"""Weights for the decoders: side by side where they fit together, apart where not, and everything accounted for."""
+"""WeightLoader: fusion of linears with the same input, memory accounting, and errors for missing or extra tensors."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -47,11 +48,45 @@ def test_query_key_and_value_are_one_product_where_their_groups_agree(tiny_llama
     assert torch.equal(together(x), torch.cat([linear(x) for linear in apart], -1))
 
 
-def test_packed_and_unpacked_linears_side_by_side(tiny_llama, tmp_path):
-    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
-    plain = load_file(tiny_llama / "model.safetensors")
+def unpack_one(source, path):
+    """Replace the second of NAMES in the packed checkpoint `path` by the full-precision weight of `source`."""
+    plain = load_file(source / "model.safetensors")
     tensors = {name: t for name, t in load_file(path / "model.safetensors").items() if not name.startswith(NAMES[1])}
     save_file(tensors | {f"{NAMES[1]}.weight": plain[f"{NAMES[1]}.weight"]}, path / "model.safetensors")
+
+
+def repack_one(source, path):
+    """Replace the first of NAMES in the packed checkpoint `path` by one with 8 bits."""
+    other = load_file(packed_checkpoint(source, path.with_name("other"), bits=8) / "model.safetensors")
+    own = {name: t for name, t in other.items() if name.startswith(NAMES[0])}
+    save_file(load_file(path / "model.safetensors") | own, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {re.escape(NAMES[0]): {"bits": 8}}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("change", "kind"), [(None, PackedLinear), (unpack_one, ConcatenatedLinear),
+                                              (repack_one, ConcatenatedLinear)])
+def test_biases_of_a_stage_are_counted_once(tiny_llama, tmp_path, change, kind):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    if change is not None:
+        change(tiny_llama, path)
+    x, sizes, results = torch.randn(2, 128), [], []
+    biases = {f"{name}.bias": torch.randn(size) for name, size in zip(NAMES, SIZES, strict=True)}
+    for extra in ({}, biases):
+        save_file(load_file(path / "model.safetensors") | extra, path / "model.safetensors")
+        loader = weights(path)
+        operator = loader.linear(NAMES, 128, SIZES, bool(extra))
+        assert type(operator) is kind
+        sizes.append(loader.nbytes)
+        results.append(operator(x))
+    assert sizes[1] - sizes[0] == sum(bias.nbytes for bias in biases.values())
+    torch.testing.assert_close(results[1] - results[0], torch.cat(list(biases.values())).expand(2, -1))
+
+
+def test_packed_and_unpacked_linears_side_by_side(tiny_llama, tmp_path):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    unpack_one(tiny_llama, path)
     found = weights(path).linear(NAMES, 128, SIZES, False)
     assert [type(part) for part in found.parts] == [PackedLinear, DenseLinear, PackedLinear]
     assert found(torch.randn(2, 128)).shape == (2, 256)

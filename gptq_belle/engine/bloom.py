@@ -53,7 +53,7 @@ class Bloom:
         d, eps = config.dimensions, config.eps
         self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", d)
         self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", d.hidden_size, eps)
-        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("transformer.h", d.num_layers)]
+        self.blocks = [_Block(weights, name, config) for name in weights.block_names("transformer.h", d.num_layers)]
         self.norm = _norm(weights, "transformer.ln_f", d.hidden_size, eps)
         self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, None, config.slopes)
 

@@ -64,7 +64,7 @@ def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> No
             if not weights.reader.is_packed(name):
                 continue
             linear: Any = model.get_submodule(name)
-            words = weights.packed(name, linear.in_features, linear.out_features)
+            words = weights.packed_weight(name, linear.in_features, linear.out_features)
             prepared = prepare_weight(words, device=weights.device, dtype=weights.dtype, precision=weights.precision)
             bias = weights.bias(name, linear.out_features, linear.bias is not None, narrow=True)
             model.set_submodule(name, QuantLinear(prepared, bias))

@@ -52,7 +52,7 @@ class Llama:
     def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
         d = config.dimensions
         self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", d)
-        self.blocks = [_Block(weights, name, config) for name in weights.in_turn("model.layers", d.num_layers)]
+        self.blocks = [_Block(weights, name, config) for name in weights.block_names("model.layers", d.num_layers)]
         self.norm = RmsNorm(weights.tensor("model.norm.weight", d.hidden_size), config.eps)
         self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, config.frequencies, None)
 

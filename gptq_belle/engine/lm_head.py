@@ -127,7 +127,7 @@ def _packed(weights: WeightLoader, name: str, shape: tuple[int, int], bits: int,
         prepared = (_native if _kernel(weights, shape) == "native" else _words)(weights, shape, bits, group, pieces)
     except ValueError as error:
         raise InputError(f"{weights.reader.path}: tensor {name}: {error}", "The file is damaged.") from error
-    weights.nbytes += sum(part.nbytes for part in prepared._asdict().values() if isinstance(part, Tensor))
+    weights.count_bytes(prepared)
     return prepared
 
 
