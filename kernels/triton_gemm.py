@@ -9,7 +9,7 @@ the programs which run at one time share words and rows of x in the L2 cache.
 import triton
 import triton.language as tl
 
-from .triton_unpack import unpack, zero_points
+from .triton_unpack import part_of_blocks, unpack, zero_points
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -50,10 +50,7 @@ def gemm_kernel(
     live = m[None, :] < M
     x_at = x + m.to(tl.int64)[None, :] * K + i[:, None]
     words_at = words + n[:, None] * STRIDE + i[None, :]
-    blocks = K // BLOCK
-    share = tl.cdiv(blocks, SPLIT_K)
-    first = split * share
-    last = tl.minimum(first + share, blocks)
+    first, last = part_of_blocks(K // BLOCK, split, SPLIT_K)
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(first * STEPS, last * STEPS):
         block = step // STEPS

@@ -127,6 +127,7 @@ def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: s
     from .triton_reduce import reduce_kernel
     from .triton_skinny import skinny_kernel
 
+    config = config._replace(SPLIT_K=min(config.SPLIT_K, weight.words.shape[0]))  # no part of K is empty
     m, n, parts = rows.shape[0], weight.out_features, config.SPLIT_K
     y = rows.new_empty(m, n)
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=y.device)

@@ -9,7 +9,7 @@ in float32, once. K may be split among programs: each writes its float32 sums to
 import triton
 import triton.language as tl
 
-from .triton_unpack import load_runs, unpack, zero_points
+from .triton_unpack import load_runs, part_of_blocks, unpack, zero_points
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -48,10 +48,7 @@ def skinny_kernel(
     live = m[None, :] < M
     x_at = x + m[None, :] * K + i[:, None]
     words_at = words + n[:, None] * STRIDE + i[None, :]
-    blocks = K // BLOCK
-    share = tl.cdiv(blocks, SPLIT_K)
-    first = split * share
-    last = tl.minimum(first + share, blocks)
+    first, last = part_of_blocks(K // BLOCK, split, SPLIT_K)
     acc = tl.zeros((BN, BM), tl.float32)
     scales_at = scales + n
     ahead = load_runs(scales_at + first * RUNS * columns, columns, RUNS)
@@ -59,7 +56,7 @@ def skinny_kernel(
         block = step // STEPS
         # Scales are too narrow to be copied asynchronously: they are loaded a step before they are needed.
         scale = ahead
-        following = tl.minimum((step + 1) // STEPS, blocks - 1)
+        following = tl.minimum((step + 1) // STEPS, last - 1)
         ahead = load_runs(scales_at + following * RUNS * columns, columns, RUNS)
         part = step % STEPS * WIDTH
         w = tl.load(words_at + block * columns * STRIDE + part, eviction_policy="evict_first")

@@ -108,6 +108,15 @@ def zero_points(zeros, at, ZERO: tl.constexpr):
 
 
 @triton.jit
+def part_of_blocks(blocks, part, PARTS: tl.constexpr):
+    """The first block of a part of K, and the one after its last; parts differ by at most one block.
+
+    No part is empty as long as there are at most as many parts as blocks, so each may load its first scales early.
+    """
+    return blocks * part // PARTS, blocks * (part + 1) // PARTS
+
+
+@triton.jit
 def load_runs(at, columns, RUNS: tl.constexpr):
     """A tuple of RUNS rows that stand `columns` apart, the first at pointers `at`."""
     if RUNS == 1:

@@ -1,0 +1,29 @@
+"""No Triton kernel accesses memory outside its tensors: `guard_pages.py` runs each on guarded memory."""
+
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_on_guarded_memory(kernel):
+    return subprocess.run([sys.executable, "guard_pages.py", kernel], cwd=Path(__file__).parent, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True)
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "gemm", "reduce", "arrange", "dequant", "gptq", "descent"])
+def test_kernel_stays_within_its_tensors(kernel):
+    run = run_on_guarded_memory(kernel)
+    assert run.returncode == 0, run.stdout[-300:] + run.stderr[-6000:]
+    assert run.stdout
+
+
+@pytest.mark.parametrize("overrun", ["overrun_after", "overrun_before"])
+def test_overrun_is_noticed(overrun):
+    assert run_on_guarded_memory(overrun).returncode == -signal.SIGSEGV
