@@ -34,7 +34,7 @@ lint: $(READY)
 
 # The library goes to a folder of its own; Python itself leaks on purpose, so leaks are not looked for.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := cpu cpu_attention cpu_elementwise cpu_solver lm_head malicious_files step_graph
+SANITIZED_TESTS := cpu_attention cpu_elementwise cpu_matmul cpu_solver lm_head malicious_files step_graph
 sanitize: $(READY)
 	GPTQ_BELLE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

@@ -22,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracle_format import random_words
 
-from gptq_belle.kernels import groupwise, reference
-from gptq_belle.kernels.layout import CanonicalWeight, canonical
+from gptq_belle.kernels import reference
+from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # (in_features, out_features)
 CASES = (("4 bit", 4, False), ("4 bit, act-order", 4, True), ("8 bit", 8, False))
@@ -34,7 +34,7 @@ Matmul = Callable[[Tensor], Tensor]
 
 def with_groupwise(weight: CanonicalWeight, dtype: torch.dtype) -> Matmul | None:
     """The layout of the checkpoint, unpacked run by run."""
-    return (lambda x: groupwise.quant_matmul(x, weight)) if weight.run else None
+    return (lambda x: reference.groupwise_matmul(x, weight)) if weight.run else None
 
 
 def with_int4(weight: CanonicalWeight, dtype: torch.dtype) -> Matmul | None:
@@ -63,7 +63,7 @@ def measure(repeats: int) -> list[dict[str, object]]:
     for inputs, outputs in SHAPES:
         for name, bits, act_order in CASES:
             words = random_words(bits, inputs, outputs, 128, act_order=act_order)
-            weight = canonical(**words, bits=bits, zero_offset=1)
+            weight = checked_weight(**words, bits=bits, zero_offset=1)
             for dtype in DTYPES:
                 candidates = {"groupwise": with_groupwise(weight, dtype), "torch-int4": with_int4(weight, dtype),
                               "reference": lambda x, weight=weight: reference.quant_matmul(x, weight)}

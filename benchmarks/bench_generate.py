@@ -58,7 +58,7 @@ def ours(model: Model, *, replays: bool = True) -> Timer:
 
 def transformers_int4(path: Path) -> Timer:
     """The same for transformers in bfloat16 with linears on torch's int4 op."""
-    with patch("gptq_belle.kernels.cpu_layout.unsupported_reason", lambda *args: "disabled for the comparison"):
+    with patch("gptq_belle.kernels.cpu_matmul.unsupported_reason", lambda *args: "disabled for the comparison"):
         model: Any = hf_model(path, device="cpu", dtype=torch.bfloat16)
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):

@@ -36,7 +36,7 @@ from torch import Tensor
 from gptq_belle.bench.bandwidth import read_bandwidth
 from gptq_belle.common.timers import seconds, spread
 from gptq_belle.kernels import cpu_layout
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.native_library import load_library
 
 SETS = {  # (in_features, out_features) of every linear
@@ -102,7 +102,7 @@ def measure_prepare(shapes: Sequence[tuple[int, int]], repeats: int) -> dict[str
         words = torch.randint(-(2**31), 2**31 - 1, (inputs // 8, outputs), dtype=torch.int32)
         zeros = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
         scales = torch.rand(inputs // GROUP, outputs).half()
-        weights.append(canonical(words, zeros, scales, torch.arange(inputs, dtype=torch.int32) // GROUP, 4, 1))
+        weights.append(checked_weight(words, zeros, scales, torch.arange(inputs, dtype=torch.int32) // GROUP, 4, 1))
     times = [seconds(lambda: [cpu_layout.prepare(weight) for weight in weights]) for _ in range(repeats + 1)]
     size = sum(weight.qweight.nbytes for weight in weights)
     taken = spread(times[1:]).median

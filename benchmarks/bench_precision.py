@@ -22,7 +22,7 @@ from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import LogitsFunction, read_text
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.cpu_layout import CpuWeight
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 
 TINY = records.ROOT / "examples" / "belle_tiny"
 WINDOW = 256
@@ -36,8 +36,8 @@ class Expanded(nn.Module):
         super().__init__()
         state, prepared = linear.state_dict(), linear.prepared
         assert isinstance(prepared, CpuWeight)
-        words = canonical(state["qweight"], state["qzeros"], state["scales"], state["g_idx"], prepared.source,
-                          prepared.zero_offset)
+        words = checked_weight(state["qweight"], state["qzeros"], state["scales"], state["g_idx"],
+                               prepared.checkpoint_bits, prepared.zero_offset)
         self.weight = reference.dequantize(words).t().contiguous()
         self.bias = None if linear.bias is None else linear.bias.float()
 

@@ -19,7 +19,7 @@ from cuda_common import Deadline, head, require_device, write
 
 from gptq_belle.bench.kernel_tuning import VARIED, starts, variations
 from gptq_belle.kernels import reference, triton_layout, triton_matmul
-from gptq_belle.kernels.layout import CanonicalWeight, canonical
+from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, default_plan
 
 INPUTS, OUTPUTS = 1024, 352  # the outputs end inside a tile
@@ -79,7 +79,7 @@ def random_words(product: Product, device: torch.device) -> CanonicalWeight:
         stored = 0 if bits == 3 else sum((2 ** (bits - 1) - 1) << place for place in range(0, 32, bits))
         zeros = torch.full_like(zeros, stored)
     scales = (torch.rand(groups, OUTPUTS, device=device) * 0.01 + 0.005).half()
-    return canonical(words(INPUTS * bits // 32, OUTPUTS), zeros, scales, g_idx, bits, 1)
+    return checked_weight(words(INPUTS * bits // 32, OUTPUTS), zeros, scales, g_idx, bits, 1)
 
 
 def relative_error(product: Product, weight: CanonicalWeight, sliced: triton_layout.SlicedWeight) -> float:

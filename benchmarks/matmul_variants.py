@@ -31,7 +31,7 @@ class Variant(NamedTuple):
 
 def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) -> Variant:
     """Random symmetric weights with groups of 128 in the layout of our CPU kernels."""
-    groups, blocks = math.ceil(inputs / GROUP), math.ceil(outputs / cpu_layout.PADDED) * 2
+    groups, blocks = math.ceil(inputs / GROUP), math.ceil(outputs / cpu_layout.OUTPUT_MULTIPLE) * 2
     zero = 2 ** (bits - 1)
 
     def weight() -> CpuWeight:
@@ -39,7 +39,7 @@ def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) ->
         scales = (torch.rand(blocks, groups, cpu_layout.BLOCK) * 0.01).half()
         g_idx = torch.arange(inputs, dtype=torch.int32) // GROUP
         return CpuWeight(codes, scales, None, None, g_idx, inputs, outputs, GROUP, bits, zero,
-                         cpu_layout.PARTS[precision], bits, groups, 1)
+                         cpu_layout.ACTIVATION_PARTS[precision], bits, groups, 1)
 
     weights = [weight() for _ in range(copies)]
     return Variant([CpuMatmul(weight) for weight in weights], weights[0].codes.nbytes + weights[0].scales.nbytes)

@@ -1,7 +1,8 @@
-"""Calls of the native kernels, recorded once and made again in one: what a CUDA graph is on a GPU.
+"""Calls of the native kernels, recorded once and replayed in one call, as a CUDA graph does on a GPU.
 
-Between products that read megabytes each, everything that Python touches comes from memory anew, and the kernels wait.
-A step of decoding makes the same calls every time, on the same memory. benchmarks/bench_generate.py measures both.
+Products read megabytes each, so that the data of whatever Python does between them comes from memory again, and the
+kernels wait. A decode step makes the same calls every time, on the same memory. benchmarks/bench_generate.py measures
+both ways.
 """
 
 import threading
@@ -18,32 +19,32 @@ from .native_library import require_library
 from .native_structs import CallStruct
 
 PRODUCT, ATTENTION, RMS_NORM, LAYER_NORM, SILU_AND_MUL, GELU = CALL_KINDS = range(6)  # `CallKind` of native.h
-BAD_INDEX = 1  # what a call returns; else 0, or that there is no memory
+BAD_INDEX = 1  # status of a call; 0 is success, another number means that memory is exhausted
 _recording = threading.local()
 
 
 class CallRecorder:
-    """Calls in the order in which they were made while it was recorded, by one thread.
+    """The calls that one thread makes while this recorder records, in their order.
 
     The recorder owns the memory of the results. Results of one block are read until the end of the next block, so two
     sets of buffers serve all blocks.
 
     Attributes:
-        seconds: by kind of call, added up by replays where it is not None.
+        seconds: time by kind of call, accumulated by replays unless it is None.
     """
 
     def __init__(self) -> None:
         self._calls: list[CallStruct] = []
-        self._kept: list[Any] = []  # what calls point to
+        self._referenced: list[Any] = []  # objects that calls point to
         self._free = defaultdict[tuple[int, ...], list[Tensor]](list)
-        self._before: list[Tensor] = []
-        self._now: list[Tensor] = []
+        self._previous_block: list[Tensor] = []
+        self._this_block: list[Tensor] = []
         self._recorded: Any = None
         self.seconds: Array[c_double] | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Calls are made and put down."""
+        """Execute and record the calls made in this context."""
         _recording.recorder = self
         try:
             yield
@@ -52,70 +53,71 @@ class CallRecorder:
         self._recorded = (CallStruct * len(self._calls))(*self._calls)
 
     def replay(self) -> None:
-        """Make all calls again, on whatever stands in memory now.
+        """Make all calls again, on the present contents of memory.
 
         Raises:
-            ValueError, MemoryError: as the calls would.
+            ValueError, MemoryError: as for `execute`.
         """
         lib = require_library()
-        _check(lib.run(self._recorded, len(self._recorded), torch.get_num_threads(), lib.number(None), self.seconds))
+        _check_status(
+            lib.run(self._recorded, len(self._recorded), torch.get_num_threads(), lib.isa_index(None), self.seconds))
 
-    def add(self, call: CallStruct, kept: Any) -> None:
-        """One more call, and what it points to."""
+    def add(self, call: CallStruct, referenced: Any) -> None:
+        """Add a call, and the objects that it points to."""
         self._calls.append(call)
-        self._kept.append(kept)
+        self._referenced.append(referenced)
 
     def next_block(self) -> None:
-        """What the block before the last one made is not read any more."""
-        for tensor in self._before:
+        """Free the results of the block before the last one."""
+        for tensor in self._previous_block:
             self._free[tuple(tensor.shape)].append(tensor)
-        self._before, self._now = self._now, []
+        self._previous_block, self._this_block = self._this_block, []
 
-    def memory(self, shape: tuple[int, ...]) -> Tensor:
-        """float32 on the CPU for a result."""
+    def empty_result(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory for a result, float32 on the CPU."""
         free = self._free[shape]
-        self._now.append(free.pop() if free else _memory(shape))
-        return self._now[-1]
+        self._this_block.append(free.pop() if free else _empty(shape))
+        return self._this_block[-1]
 
 
 def empty_result(*shape: int) -> Tensor:
-    """Memory for a result, float32 on the CPU: the recorder's where one is recorded."""
+    """Memory for a result, float32 on the CPU; the recorder's while one records."""
     recorder: CallRecorder | None = getattr(_recording, "recorder", None)
-    return _memory(shape) if recorder is None else recorder.memory(shape)
+    return _empty(shape) if recorder is None else recorder.empty_result(shape)
 
 
 def reject_while_recording(what: str) -> None:
-    """Raises RuntimeError while a recorder is recorded: `what` is no native call, and would be left out."""
+    """Raise RuntimeError while a recorder records: `what` is not a native call, and replays would omit it."""
     if getattr(_recording, "recorder", None) is not None:
         raise RuntimeError(f"{what} cannot be recorded")
 
 
-def execute(call: CallStruct, kept: Any, *, isa: str | None = None) -> None:
-    """Make a call, and record it where a recorder is.
+def execute(call: CallStruct, referenced: Any, *, isa: str | None = None) -> None:
+    """Make a call, and record it if a recorder records.
 
     Args:
-        kept: what it points to.
-        isa: one of `library().usable`; left out, the fastest.
+        referenced: objects that the call points to.
+        isa: one of `load_library().usable_isas`; by default the fastest.
     Raises:
-        ValueError: it would have reached beyond a table.
-        MemoryError: there is none.
+        ValueError: an index is out of bounds.
+        MemoryError: memory is exhausted.
     """
     lib = require_library()
-    _check(lib.run(call, 1, torch.get_num_threads(), lib.number(isa), None))
+    _check_status(lib.run(call, 1, torch.get_num_threads(), lib.isa_index(isa), None))
     recorder: CallRecorder | None = getattr(_recording, "recorder", None)
     if recorder is not None:
-        recorder.add(call, kept)
+        recorder.add(call, referenced)
         if call.kind == ATTENTION:
             recorder.next_block()
 
 
-def _memory(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # regardless of torch's defaults
 
 
-def _check(outcome: int) -> None:
-    if outcome == BAD_INDEX:
-        raise ValueError("an index is beyond its table (a slot or a length of a cache, an input in a weight's order), "
-                         "or a slot is there twice")
-    if outcome:
+def _check_status(status: int) -> None:
+    if status == BAD_INDEX:
+        raise ValueError("an index is out of bounds (a slot or a length of a cache, an input in a weight's order), or "
+                         "a slot occurs twice")
+    if status:
         raise MemoryError("no memory for activations")

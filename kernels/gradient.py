@@ -1,7 +1,7 @@
 """The gradient of a product with a packed weight to its activations: grad_y @ W^T, W expanded some inputs at a time.
 
-The words have no gradient. Expanded is only what fits into SCRATCH, by whatever means the layout has; each part yields
-columns of the result of its own, so nothing is rounded twice.
+The codes have no gradient. At most SCRATCH bytes are expanded at a time, by a function for each layout; every part
+computes its own columns of the result, so that nothing is rounded twice.
 """
 
 from collections.abc import Callable
@@ -18,47 +18,47 @@ from .triton_layout import SlicedWeight
 # Bytes of expanded weight at a time. 512 rows through 4 bits, 4096 x 11008, on two cores: 288 ms with 16 MiB, 341 with
 # 64, 392 with the whole weight; the dense product alone takes 261.
 SCRATCH = 16 << 20
-STEP = 256  # inputs come in multiples of it, which every layout can be cut at
+INPUT_MULTIPLE = 256  # parts are multiples of this many inputs, at which every layout can be cut
 
 
 def input_gradient(grad: Tensor, weight: CanonicalWeight | CpuWeight | SlicedWeight) -> Tensor:
-    """grad (..., N) to a product's result: the gradient (..., K) to its activations, in grad's dtype.
+    """The gradient (..., K) to the activations of a product, from the gradient (..., N) to its result, in its dtype.
 
-    On a CPU, arithmetic is in float32 (float64 where grad is); on CUDA it is in grad's dtype, as cuBLAS does it.
+    On a CPU, arithmetic is in float32 (float64 if grad is); on CUDA it is in grad's dtype, by cuBLAS.
     """
     dtype = grad.dtype if grad.is_cuda else torch.promote_types(grad.dtype, torch.float32)
     rows = grad.reshape(-1, weight.out_features).to(dtype)
-    places, expand = _EXPANSIONS[type(weight)]
-    count = places(weight)
-    step = max(STEP, SCRATCH // (weight.out_features * dtype.itemsize) // STEP * STEP)
-    found = rows.new_empty(rows.shape[0], count)
+    padded_inputs, expand = _EXPANSIONS[type(weight)]
+    count = padded_inputs(weight)
+    step = max(INPUT_MULTIPLE, SCRATCH // (weight.out_features * dtype.itemsize) // INPUT_MULTIPLE * INPUT_MULTIPLE)
+    result = rows.new_empty(rows.shape[0], count)
     for begin in range(0, count, step):
         end = min(begin + step, count)
-        torch.mm(rows, expand(weight, begin, end, dtype).t(), out=found[:, begin:end])
-    return _at_inputs(found, weight).to(grad.dtype).view(*grad.shape[:-1], weight.in_features)
+        torch.mm(rows, expand(weight, begin, end, dtype).t(), out=result[:, begin:end])
+    return _in_original_order(result, weight).to(grad.dtype).view(*grad.shape[:-1], weight.in_features)
 
 
-def _at_inputs(found: Tensor, weight: Any) -> Tensor:
-    """Columns at the places of a layout, back at the inputs that stand there; padding is dropped."""
+def _in_original_order(columns: Tensor, weight: Any) -> Tensor:
+    """Columns in the order of a layout, moved to the order of the inputs; padding is removed."""
     order = weight.order if isinstance(weight, CpuWeight | SlicedWeight) else None
     if order is None:
-        return found[:, : weight.in_features]
+        return columns[:, : weight.in_features]
     filled = order >= 0
-    result = found.new_empty(found.shape[0], weight.in_features)
-    result[:, order[filled].long()] = found[:, filled]
+    result = columns.new_empty(columns.shape[0], weight.in_features)
+    result[:, order[filled].long()] = columns[:, filled]
     return result
 
 
-# Each of these is the weight (end - begin, N) of the inputs at the places begin..end.
+# Each of these returns the weight (end - begin, N) of the layout's inputs begin .. end.
 
 
-def _of_words(weight: CanonicalWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+def _expand_canonical(weight: CanonicalWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     words = slice(begin * weight.bits // 32, end * weight.bits // 32)
     part = weight._replace(qweight=weight.qweight[words], g_idx=weight.g_idx[begin:end])
     return reference.dequantize(part, dtype)
 
 
-def _of_cpu(weight: CpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+def _expand_cpu(weight: CpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     runs = slice(begin // weight.run, end // weight.run)
     codes = cpu_layout.unpack_codes(weight.codes[:, runs], weight.bits)
     grouped = codes.view(-1, weight.run, codes.shape[1]).to(dtype)
@@ -69,7 +69,7 @@ def _of_cpu(weight: CpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tens
     return grouped.sub_(zeros).mul_(scales).flatten(0, 1)[:, : weight.out_features]
 
 
-def _of_slices(weight: SlicedWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+def _expand_sliced(weight: SlicedWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     runs = slice(begin // weight.run, end // weight.run)
     part = weight._replace(words=weight.words[begin // weight.block : end // weight.block], scales=weight.scales[runs],
                            zeros=None if weight.zeros is None else weight.zeros[runs])
@@ -79,8 +79,9 @@ def _of_slices(weight: SlicedWeight, begin: int, end: int, dtype: torch.dtype) -
     return out[: weight.out_features].t()
 
 
+# By layout: the number of its inputs with padding, and how to expand some of them.
 _EXPANSIONS: dict[type, tuple[Callable[[Any], int], Callable[[Any, int, int, torch.dtype], Tensor]]] = {
-    CanonicalWeight: (lambda weight: weight.in_features, _of_words),
-    CpuWeight: (lambda weight: weight.codes.shape[1] * weight.run, _of_cpu),
-    SlicedWeight: (lambda weight: weight.places, _of_slices),
+    CanonicalWeight: (lambda weight: weight.in_features, _expand_canonical),
+    CpuWeight: (lambda weight: weight.codes.shape[1] * weight.run, _expand_cpu),
+    SlicedWeight: (lambda weight: weight.places, _expand_sliced),
 }

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .group_sort import SortedGroups, sort_by_group
-from .layout import CanonicalWeight
+from .layout import CanonicalWeight, SortedGroups, sort_by_group
 from .reference import unpack
 
 COLUMNS = 128  # N is padded to multiples of it, so that no load of words or scales needs a mask
@@ -36,8 +35,8 @@ class SlicedWeight(NamedTuple):
     run: int  # 32, 64 or 128
     bits: int  # of a code in memory: 4 or 8
     zero: int  # where all zeros are the same; else -1
-    source: int  # bits of a code in the checkpoint: 2, 3, 4 or 8
-    source_groups: int  # groups of the checkpoint
+    checkpoint_bits: int  # bits of a code in the checkpoint: 2, 3, 4 or 8
+    checkpoint_groups: int  # groups of the checkpoint
     zero_offset: int  # as in CanonicalWeight
 
     @property
@@ -81,8 +80,8 @@ def prepare(weight: CanonicalWeight) -> SlicedWeight:
         run=runs.run,
         bits=bits,
         zero=low if low == high else -1,
-        source=weight.bits,
-        source_groups=weight.scales.shape[0],
+        checkpoint_bits=weight.bits,
+        checkpoint_groups=weight.scales.shape[0],
         zero_offset=weight.zero_offset,
     )
 
@@ -127,7 +126,7 @@ def unpack_weight(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
         codes[weight.order[filled].long()] = places[filled]
 
     def table(values: Tensor) -> Tensor:
-        whole = values.new_zeros(weight.source_groups, outputs)  # a group without inputs keeps zeros
+        whole = values.new_zeros(weight.checkpoint_groups, outputs)  # a group without inputs keeps zeros
         whole[runs.groups] = values[: len(runs.groups), :outputs]
         return whole
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .group_sort import RUN_LENGTHS, is_mostly_padding
+from .layout import RUN_LENGTHS, is_mostly_padding
+from .tensor_checks import check_tensors
 from .triton_config import REGISTERS, ROW_BUCKETS, LaunchPlan, MatmulProblem, TileConfig, launch_plan, row_bucket
 from .triton_layout import COLUMNS, SlicedWeight
 
@@ -197,14 +198,10 @@ def _constants(weight: SlicedWeight) -> dict[str, int | bool]:
 
 def _check(x: Tensor, weight: SlicedWeight, bias: Tensor | None) -> None:
     """What the kernels take for granted of the tensors that a caller brings."""
-    if x.shape[-1] != weight.in_features:
-        raise ValueError(f"x of {x.shape[-1]} columns, a weight of {weight.in_features} inputs")
-    if x.dtype not in (*DTYPES, torch.float32):
-        raise ValueError(f"x is {x.dtype}, not float16, bfloat16 or float32")
-    if x.device != weight.words.device or (bias is not None and bias.device != x.device):
-        raise ValueError(f"x is on {x.device}, the weight is laid out on {weight.words.device}")
-    if bias is not None and (tuple(bias.shape) != (weight.out_features,) or not bias.is_contiguous()):
-        raise ValueError(f"bias of shape {tuple(bias.shape)} is not a contiguous ({weight.out_features},)")
+    device = weight.words.device
+    check_tensors((*x.shape[:-1], weight.in_features), *DTYPES, torch.float32, device=device, contiguous=False, x=x)
+    if bias is not None:
+        check_tensors((weight.out_features,), device=device, bias=bias)
 
 
 @torch.library.custom_op("gptq_belle::triton_matmul", mutates_args=())

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import naming
 from test_triton_gptq import BITS, GROUPS, block, check_block, check_descent, check_mixed_grids, descent, edges
 
 from gptq_belle.kernels import cpu_solver
@@ -13,7 +14,7 @@ from gptq_belle.kernels.native_library import LIBRARY_VARIABLE, NativeLibrary, l
 from gptq_belle.quantization import grid, refine
 
 FOUND = load_library()
-ISAS = FOUND.usable if isinstance(FOUND, NativeLibrary) else ()
+ISAS = FOUND.usable_isas if isinstance(FOUND, NativeLibrary) else ()
 
 pytestmark = pytest.mark.skipif(not ISAS and LIBRARY_VARIABLE not in os.environ, reason=str(FOUND))
 
@@ -136,19 +137,23 @@ def test_threads_do_not_matter():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_what_does_not_fit_is_refused():
+def test_malformed_tensors_are_rejected():
     weight, factor = block(64, 8, seed=3)
-    rest = {"codes": torch.empty(64, 8, dtype=torch.uint8), "Err": weight + 0, "scales": torch.ones(1, 8),
-            "zeros": torch.ones(1, 8)}
-    settings = {"group": 64, "bits": 4, "sym": True}
-    for wrong in ({"codes": rest["codes"].int()}, {"Err": weight[:32]}, {"scales": torch.ones(2, 8)}, {"group": 48},
-                  {"zeros": torch.ones(8)}, {"Hinv": factor[:32]}, {"Hinv": factor.double()}, {"W": weight.t()},
-                  {"W": torch.ones(129, 8)}, {"scales": torch.ones(8, 1).expand(8, 8)[:1].t()}):
-        with pytest.raises(ValueError, match=r"not|grids"):
-            cpu_solver.solve_block(**({"W": weight, "Hinv": factor} | rest | settings | wrong))
+    given = {"W": weight, "Hinv": factor, "codes": torch.empty(64, 8, dtype=torch.uint8), "Err": weight + 0,
+             "scales": torch.ones(1, 8), "zeros": torch.ones(1, 8), "group": 64, "bits": 4, "sym": True}
+    for name, wrong in (("codes", given["codes"].int()), ("Err", weight[:32]), ("scales", torch.ones(2, 8)),
+                        ("zeros", torch.ones(8)), ("Hinv", factor[:32]), ("Hinv", factor.double()),
+                        ("scales", torch.ones(8, 1).expand(8, 8)[:1].t())):
+        with pytest.raises(ValueError, match=naming(name)):
+            cpu_solver.solve_block(**given | {name: wrong})
+    for name, wrong, named in (("group", 48, 48), ("W", torch.ones(129, 8), 129), ("W", weight.t(), 8)):
+        with pytest.raises(ValueError, match=naming(named)):
+            cpu_solver.solve_block(**given | {name: wrong})
     given = descent(32, 8, 4, seed=0)
-    for place, wrong in enumerate((given[0].t(), torch.ones(9), torch.ones(7), given[3][:31], given[4].t()[:, :31])):
-        with pytest.raises(ValueError, match=r"not|Hessian"):
-            cpu_solver.descend(*given[:place], wrong, *given[place + 1 :], 4)
-    with pytest.raises(ValueError, match="scales"):
+    wrong = ((given[0].t(), "8 inputs"), (torch.ones(9), "scale"), (torch.ones(7), "zero"), (given[3][:31], "residual"),
+             (given[4].t()[:, :31], "Hessian"))
+    for place, (tensor, named) in enumerate(wrong):
+        with pytest.raises(ValueError, match=naming(named)):
+            cpu_solver.descend(*given[:place], tensor, *given[place + 1 :], 4)
+    with pytest.raises(ValueError, match=naming("scales")):
         cpu_solver.search_grid(weight, torch.ones(64), torch.ones(3, 9), torch.ones(3, 8), 4, 1e-5)

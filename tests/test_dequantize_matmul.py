@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_belle.kernels import dequantize_matmul, reference
-from gptq_belle.kernels.layout import CanonicalWeight, canonical
+from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -59,7 +59,7 @@ def test_counting_sees_the_whole_weight():
 def test_products_by_parts(bits, dtype, scales, with_bias, monkeypatch):
     words = random_words(bits, 96, 160, 32, act_order=bits == 4)
     words["scales"] = words["scales"].to(scales)
-    weight = canonical(**words, bits=bits, zero_offset=1)
+    weight = checked_weight(**words, bits=bits, zero_offset=1)
     x, bias = torch.randn(2, 3, 96).to(dtype), torch.randn(160) if with_bias else None
     monkeypatch.setattr(dequantize_matmul, "SCRATCH", 1)
     y = dequantize_matmul.quant_matmul(x, weight, bias)
@@ -74,5 +74,5 @@ def test_products_by_parts(bits, dtype, scales, with_bias, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weight_is_rounded_once(dtype):
     """As float32 arithmetic does, in which the weight is exact, followed by one rounding."""
-    weight = canonical(**random_words(8, 64, 32, 32), bits=8, zero_offset=1)
+    weight = checked_weight(**random_words(8, 64, 32, 32), bits=8, zero_offset=1)
     assert torch.equal(reference.dequantize(weight, dtype), reference.dequantize(weight).to(dtype))

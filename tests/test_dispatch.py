@@ -5,13 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import TOLERANCES
+from conftest import TOLERANCES, naming
 from oracle_format import formula, random_words
 
-from gptq_belle.kernels import groupwise, reference
-from gptq_belle.kernels.dispatch import choose_kernel, prepare, quant_matmul
-from gptq_belle.kernels.groupwise import MOST_ROWS
-from gptq_belle.kernels.layout import CanonicalWeight, canonical, longest_run
+from gptq_belle.kernels import reference
+from gptq_belle.kernels.dispatch import choose_kernel, prepare_tensors, quant_matmul
+from gptq_belle.kernels.layout import CanonicalWeight, checked_weight, longest_run
 from gptq_belle.kernels.native_library import load_library
 
 CPU = torch.device("cpu")
@@ -22,7 +21,7 @@ IN_ORDER = torch.arange(256) // 128
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine that had no compiler."""
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_matmul.load_library", lambda: "no compiler")
 
 
 def relative_error(y, exact):
@@ -34,7 +33,7 @@ def relative_error(y, exact):
 @pytest.mark.usefixtures("without_native")
 def test_every_bit_width_in_every_dtype(bits, dtype):
     words = random_words(bits, 128, 32, 32, act_order=True)
-    weight = prepare(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
+    weight = prepare_tensors(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
     x = torch.randn(4, 128).to(dtype)
     rtol, atol = TOLERANCES[dtype]
     y, exact = quant_matmul(x, weight).double(), x.double() @ formula(**words, bits=bits, v1=True).t()
@@ -46,10 +45,10 @@ def test_every_bit_width_in_every_dtype(bits, dtype):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_groupwise(bits, inputs, group_size, dtype):
     words = random_words(bits, inputs, 64, group_size)
-    weight = canonical(**words, bits=bits, zero_offset=1)
+    weight = checked_weight(**words, bits=bits, zero_offset=1)
     assert weight.run
     x, bias = torch.randn(2, 3, inputs).to(dtype), torch.randn(64).half()
-    y = groupwise.quant_matmul(x, weight, bias)
+    y = reference.groupwise_matmul(x, weight, bias)
     exact = x.double() @ formula(**words, bits=bits, v1=True).t() + bias
     assert (y.dtype, y.shape) == (dtype, exact.shape)
     rtol, atol = TOLERANCES[dtype]
@@ -59,10 +58,11 @@ def test_groupwise(bits, inputs, group_size, dtype):
 @pytest.mark.usefixtures("without_native")
 def test_groupwise_up_to_128_rows_and_the_reference_above():
     words = random_words(4, 64, 32, 32)
-    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
-    for rows, kernel in ((MOST_ROWS, groupwise), (MOST_ROWS + 1, reference)):
+    weight = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    limit = reference.MAX_GROUPWISE_ROWS
+    for rows, multiply in ((limit, reference.groupwise_matmul), (limit + 1, reference.quant_matmul)):
         x = torch.randn(rows, 64)
-        assert torch.equal(quant_matmul(x, weight), kernel.quant_matmul(x, weight))
+        assert torch.equal(quant_matmul(x, weight), multiply(x, weight))
 
 
 @pytest.mark.gpu
@@ -70,7 +70,7 @@ def test_groupwise_up_to_128_rows_and_the_reference_above():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_cuda(bits, dtype):
     words = random_words(bits, 256, 64, 64, act_order=True)
-    weight = prepare(**words, bits=bits, zero_offset=1, device=CUDA, dtype=dtype)
+    weight = prepare_tensors(**words, bits=bits, zero_offset=1, device=CUDA, dtype=dtype)
     x, bias = torch.randn(2, 3, 256).to(CUDA, dtype), torch.randn(64, device=CUDA)
     exact = x.double().cpu() @ formula(**words, bits=bits, v1=True).t() + bias.cpu()
     peer = (x @ formula(**words, bits=bits, v1=True).t().to(CUDA, dtype) + bias.to(dtype)).cpu()
@@ -122,8 +122,8 @@ def test_longest_run():
 @pytest.mark.usefixtures("without_native")
 def test_g_idx_left_out_means_equal_groups():
     words = random_words(4, 128, 32, 32)
-    with_it = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
-    without = prepare(**words | {"g_idx": None}, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    with_it = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    without = prepare_tensors(**words | {"g_idx": None}, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
     assert isinstance(without, CanonicalWeight)
     assert all(torch.equal(a, b) for a, b in zip(with_it[:4], without[:4], strict=True))
 
@@ -131,7 +131,7 @@ def test_g_idx_left_out_means_equal_groups():
 @pytest.mark.usefixtures("without_native")
 def test_prepared_words_are_copies():
     words = random_words(4, 64, 32, 32)
-    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    weight = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
     own = {tensor.data_ptr() for tensor in words.values()}
     assert not any(tensor.data_ptr() in own for tensor in weight[:4])
 
@@ -140,28 +140,30 @@ def broken(**changes):
     return {**random_words(4, 64, 32, 32), "bits": 4, "zero_offset": 1, **changes}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (broken(bits=5), r"bits 5 is not one of \(2, 3, 4, 8\)"),
-    (broken(bits=3), "3 bits"),
-    (broken(zero_offset=2), "zero_offset 2"),
-    (broken(qweight=torch.zeros(8, 32)), "qweight is torch.float32, not torch.int32"),
-    (broken(qzeros=torch.zeros(2, 4).long()), "qzeros is torch.int64"),
-    (broken(qweight=torch.zeros(256).int()), "not a filled matrix"),
-    (broken(qweight=torch.zeros(8, 33).int()), "33 columns does not hold whole words"),
-    (broken(qzeros=torch.zeros(2, 3).int()), r"expected \(2, 4\)"),
-    (broken(qzeros=torch.zeros(1, 4).int()), r"expected \(2, 4\)"),
-    (broken(scales=torch.ones(2, 32).double()), "scales are torch.float64"),
-    (broken(scales=torch.ones(2, 16).half()), r"expected \(groups, 32\)"),
-    (broken(scales=torch.full((2, 32), float("nan")).half()), "NaN"),
-    (broken(g_idx=torch.zeros(64)), "g_idx is torch.float32"),
-    (broken(g_idx=torch.zeros(63).int()), "does not match"),
-    (broken(g_idx=torch.full((64,), 2).int()), r"2..2, not groups 0..1"),
-    (broken(g_idx=torch.full((64,), -1).int()), "-1..-1, not groups"),
-    (broken(g_idx=None, scales=torch.ones(3, 32).half(), qzeros=torch.zeros(3, 4).int()), "g_idx is needed"),
+@pytest.mark.parametrize(("arguments", "named"), [
+    (broken(bits=5), ("bits", 5)),
+    (broken(bits=3), ("qweight", 3)),
+    (broken(zero_offset=2), ("zero_offset", 2)),
+    (broken(qweight=torch.zeros(8, 32)), ("qweight", "torch.int32")),
+    (broken(qzeros=torch.zeros(2, 4).long()), ("qzeros", "torch.int64")),
+    (broken(qweight=torch.zeros(256).int()), ("qweight",)),
+    (broken(qweight=torch.zeros(0, 32).int()), ("qweight",)),
+    (broken(qweight=torch.zeros(8, 33).int()), ("qweight", 33)),
+    (broken(qzeros=torch.zeros(2, 3).int()), ("qzeros", "(2, 4)")),
+    (broken(qzeros=torch.zeros(1, 4).int()), ("qzeros", "(2, 4)")),
+    (broken(scales=torch.ones(2, 32).double()), ("scales", "torch.float64")),
+    (broken(scales=torch.ones(2, 16).half()), ("scales", "(2, 16)")),
+    (broken(scales=torch.ones(0, 32).half(), qzeros=torch.zeros(0, 4).int()), ("scales",)),
+    (broken(scales=torch.full((2, 32), float("nan")).half()), ("scales", "NaN")),
+    (broken(g_idx=torch.zeros(64)), ("g_idx", "torch.float32")),
+    (broken(g_idx=torch.zeros(63).int()), ("g_idx", "(63,)")),
+    (broken(g_idx=torch.full((64,), 2).int()), ("g_idx", "2..2")),
+    (broken(g_idx=torch.full((64,), -1).int()), ("g_idx", "-1..-1")),
+    (broken(g_idx=None, scales=torch.ones(3, 32).half(), qzeros=torch.zeros(3, 4).int()), ("g_idx",)),
 ])
-def test_what_does_not_fit_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        prepare(**arguments, device=CPU, dtype=torch.float32)
+def test_malformed_tensors_are_rejected(arguments, named):
+    with pytest.raises(ValueError, match=naming(*named)):
+        prepare_tensors(**arguments, device=CPU, dtype=torch.float32)
 
 
 def test_importing_the_kernels_asks_for_no_device_and_no_triton():

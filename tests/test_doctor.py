@@ -10,7 +10,7 @@ from gptq_belle.bench import doctor
 from gptq_belle.bench.self_test import self_test
 from gptq_belle.cli import app, console
 from gptq_belle.cli import doctor as command
-from gptq_belle.kernels import cpu_matmul, groupwise, triton_matmul
+from gptq_belle.kernels import cpu_matmul, reference, triton_matmul
 from gptq_belle.kernels.native_library import load_library
 
 
@@ -76,13 +76,13 @@ def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
     kernels = {check["kernel"] for check in checks}
     assert {"groupwise", "reference"} <= kernels
     if not isinstance(load_library(), str):
-        assert {f"native {isa}" for isa in load_library().usable} <= kernels
+        assert {f"native {isa}" for isa in load_library().usable_isas} <= kernels
     assert all(check["error"] > 0 for check in checks)  # something was computed, in fewer bits than float64
 
 
 def test_kernel_wrong_by_one_percent_fails_the_self_test(monkeypatch, capsys):
-    rightly = groupwise.quant_matmul
-    monkeypatch.setattr(groupwise, "quant_matmul", lambda x, weight: 1.01 * rightly(x, weight))
+    rightly = reference.groupwise_matmul
+    monkeypatch.setattr(reference, "groupwise_matmul", lambda x, weight: 1.01 * rightly(x, weight))
     code, out = run_doctor(capsys)
     assert code == 3
     assert any("groupwise, 4 bit" in line and "1.0e-02" in line for line in out.splitlines())

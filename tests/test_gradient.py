@@ -6,7 +6,7 @@ from oracle_format import formula, random_words
 
 from gptq_belle.kernels import gradient
 from gptq_belle.kernels.cpu_layout import CpuWeight
-from gptq_belle.kernels.dispatch import prepare, quant_matmul
+from gptq_belle.kernels.dispatch import prepare_tensors, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -19,7 +19,8 @@ def relative_error(found, exact):
 
 def both(words, bits, zero_offset, dtype, precision="exact", device=CPU, rows=(2, 5)):
     """The layout, the gradient to x through it, and what float64 says."""
-    weight = prepare(**words, bits=bits, zero_offset=zero_offset, device=device, dtype=dtype, precision=precision)
+    weight = prepare_tensors(**words, bits=bits, zero_offset=zero_offset, device=device, dtype=dtype,
+                             precision=precision)
     x = torch.randn(*rows, weight.in_features, dtype=dtype, device=device, requires_grad=True)
     y = quant_matmul(x, weight, torch.randn(weight.out_features, device=device))
     grad = torch.randn(y.shape).to(device, dtype)
@@ -53,7 +54,7 @@ def test_half_precision_is_rounded_once(dtype):
 @pytest.mark.parametrize("rows", [1, 200])  # group by group, and the weight expanded
 def test_gradcheck(rows):
     words = random_words(4, 64, 16, 32, act_order=True)
-    weight = prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float64)
+    weight = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float64)
     x = torch.randn(rows, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: quant_matmul(x, weight), x, fast_mode=True)
 
@@ -75,7 +76,7 @@ def test_no_more_is_expanded_than_the_scratch_holds(monkeypatch):
 
 
 def test_no_graph_is_made_where_none_is_asked_for():
-    weight = prepare(**random_words(4, 64, 32, 32), bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    weight = prepare_tensors(**random_words(4, 64, 32, 32), bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
     x = torch.randn(3, 64)
     assert quant_matmul(x, weight).grad_fn is None
     with torch.no_grad():
@@ -83,7 +84,7 @@ def test_no_graph_is_made_where_none_is_asked_for():
 
 
 def test_the_result_is_the_same_with_and_without_a_graph():
-    weight = prepare(**random_words(4, 64, 32, 32), bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
+    weight = prepare_tensors(**random_words(4, 64, 32, 32), bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
     x = torch.randn(3, 64)
     assert torch.equal(quant_matmul(x, weight), quant_matmul(x.clone().requires_grad_(), weight))
 

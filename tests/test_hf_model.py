@@ -74,7 +74,7 @@ def test_logits_of_every_variant(tiny_model, tmp_path, variant):
 
 @pytest.mark.parametrize("variant", [{}, {"sym": False, "act_order": True}], ids=name_of)
 def test_logits_in_bfloat16_without_native_kernels(tiny_model, tmp_path, monkeypatch, variant):
-    monkeypatch.setattr("gptq_belle.kernels.cpu_layout.load_library", lambda: "no compiler")
+    monkeypatch.setattr("gptq_belle.kernels.cpu_matmul.load_library", lambda: "no compiler")
     packed = packed_checkpoint(tiny_model, tmp_path / "packed", **variant)
     model = hf_model(packed, device="cpu", dtype=torch.bfloat16)
     assert all(repr(m).endswith("CanonicalWeight)") for m in model.modules() if isinstance(m, QuantLinear))

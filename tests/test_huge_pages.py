@@ -7,7 +7,7 @@ import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.kernels import cpu_layout, huge_pages
+from gptq_belle.kernels import cpu_matmul, huge_pages
 from gptq_belle.kernels.huge_pages import HUGE_PAGE, MemoryPool, empty_bytes
 
 
@@ -36,8 +36,8 @@ def test_allocation_is_reused_when_the_last_view_is_gone():
 
 def test_memory_is_returned_to_the_system(monkeypatch):
     mapped = []
-    monkeypatch.setattr(huge_pages, "_mapped",
-                        lambda size, make=huge_pages._mapped: mapped.append(make(size)) or mapped[-1])
+    monkeypatch.setattr(huge_pages, "_map_memory",
+                        lambda size, make=huge_pages._map_memory: mapped.append(make(size)) or mapped[-1])
     reused = MemoryPool()
     first, second = reused(HUGE_PAGE), reused(HUGE_PAGE)
     kept = [weakref.ref(mapping) for mapping in mapped]
@@ -63,12 +63,12 @@ def test_allocation_outlives_its_pool():
 def test_nothing_of_a_model_is_overwritten_by_what_is_read_later(tiny_model, tmp_path, monkeypatch, kind, kernels):
     path = tiny_model if kind is None else packed_checkpoint(tiny_model, tmp_path / "packed", **kind)
     if kernels == "torch":
-        monkeypatch.setattr(cpu_layout, "unsupported_reason", lambda *args: "left out")
+        monkeypatch.setattr(cpu_matmul, "unsupported_reason", lambda *args: "left out")
     ids, mapped = torch.randint(384, (2, 20)), []
     wanted = load(path, device="cpu").logits(ids)
     monkeypatch.setattr(huge_pages, "HUGE_PAGE", 512)  # so that the tensors of a tiny model are large
-    monkeypatch.setattr(huge_pages, "_mapped",
-                        lambda size, make=huge_pages._mapped: mapped.append(size) or make(size))
+    monkeypatch.setattr(huge_pages, "_map_memory",
+                        lambda size, make=huge_pages._map_memory: mapped.append(size) or make(size))
     found = load(path, device="cpu")
     assert mapped
     assert torch.equal(found.logits(ids), wanted)

@@ -9,14 +9,14 @@ from oracle_format import formula, random_words
 
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import UsageError
-from gptq_belle.kernels.dispatch import prepare
+from gptq_belle.kernels.dispatch import prepare_tensors
 
 CPU = torch.device("cpu")
 
 
 def linear_and_weight(bits=4, dtype=torch.float32, bias=None):
     words = random_words(bits, 64, 32, 32)
-    prepared = prepare(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
+    prepared = prepare_tensors(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
     return QuantLinear(prepared, bias), words
 
 

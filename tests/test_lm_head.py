@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import packed_checkpoint
+from conftest import naming, packed_checkpoint
 from oracle_format import formula, random_words
 from safetensors.torch import load_file, save_file
 
@@ -15,14 +15,14 @@ from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.packed_lm_head import CLIPS, quantize_rows
 from gptq_belle.kernels import cpu_layout, cpu_matmul, cpu_packed_rows, dispatch, reference, triton_layout
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
 from gptq_belle.models.dimensions import Dimensions
 
 IDS = torch.tensor([[5, 300, 17, 42, 8, 250, 99, 4, 61]])
 CPU = torch.device("cpu")
 FOUND = load_library()
-ISAS = FOUND.usable if isinstance(FOUND, NativeLibrary) else ()
+ISAS = FOUND.usable_isas if isinstance(FOUND, NativeLibrary) else ()
 
 
 def kl(base, other):
@@ -67,7 +67,7 @@ def test_rows_of_every_layout_are_the_formula(bits, act_order):
     if act_order:
         words["g_idx"] = words["g_idx"][torch.randperm(128)]
     expected, ids = formula(**words, bits=bits, v1=True), torch.tensor([3, 63, 0, 17, 17])
-    weight = canonical(**words, bits=bits, zero_offset=1)
+    weight = checked_weight(**words, bits=bits, zero_offset=1)
     for found in (cpu_packed_rows.lookup_rows(cpu_layout.prepare(weight), ids), reference.lookup_rows(weight, ids),
                   triton_layout.lookup_rows(triton_layout.prepare(weight), ids), dispatch.lookup_rows(weight, ids)):
         torch.testing.assert_close(found.double(), expected[ids], rtol=1e-6, atol=1e-7)
@@ -82,9 +82,9 @@ def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
     x, values = torch.randn(5, 256), cpu_packed_rows.lookup_rows(made, torch.arange(96))
     assert torch.equal(cpu_layout.unpack_weight(made)[0], codes.t())
     assert (cpu_matmul.quant_matmul(x, made) - x @ values.t()).norm() < 2e-4 * (x @ values.t()).norm()
-    with pytest.raises(ValueError, match="have no such layout"):
+    with pytest.raises(ValueError, match=naming("(33, 256)")):
         cpu_packed_rows.prepare_rows(codes[:33], scales[:33], bits)
-    with pytest.raises(ValueError, match="no contiguous memory"):
+    with pytest.raises(ValueError, match=naming("codes")):
         cpu_packed_rows.prepare_rows(codes, scales, bits, codes=made.codes[:2])
 
 
@@ -124,7 +124,7 @@ def test_native_rounding_refuses():
                 cpu_packed_rows.quantize_rows(matrix.to(dtype), 8, 32)
     for matrix, bits, group in ((torch.zeros(2, 64).double(), 8, 32), (torch.zeros(2, 64), 3, 32),
                                 (torch.zeros(2, 96), 8, 64), (torch.zeros(2, 64), 8, 16), (torch.zeros(64), 8, 32)):
-        with pytest.raises(ValueError, match="cannot be rounded|not"):
+        with pytest.raises(ValueError, match="matrix|inputs"):
             cpu_packed_rows.quantize_rows(matrix, bits, group)
 
 
@@ -151,7 +151,7 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
     monkeypatch.setattr("gptq_belle.engine.lm_head.STEP", 64 * 64)  # several pieces
     if not native:
-        for module in ("cpu_layout", "cpu_packed_rows"):
+        for module in ("cpu_matmul", "cpu_packed_rows"):
             monkeypatch.setattr(f"gptq_belle.kernels.{module}.load_library", lambda: "no compiler")
     if not native and vocabulary % 32:
         with pytest.raises(UsageError, match="multiple of 32"):

@@ -10,7 +10,7 @@ from gptq_belle.bench.plan import best_fit
 from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu_layout, triton_layout
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.native_library import load_library
 from gptq_belle.models.belle_catalogue import CONFIGS
 from gptq_belle.models.dimensions import LinearShape, dimensions
@@ -26,7 +26,7 @@ def weight(inputs, outputs, bits, group):
     size = inputs if group == -1 else group
     groups = -(-inputs // size)
     columns = -(-outputs * bits // 32)
-    return canonical(torch.randint(-(2**31), 2**31 - 1, (inputs * bits // 32, outputs), dtype=torch.int32),
+    return checked_weight(torch.randint(-(2**31), 2**31 - 1, (inputs * bits // 32, outputs), dtype=torch.int32),
                      torch.zeros(groups, columns, dtype=torch.int32), torch.rand(groups, outputs).half(),
                      torch.arange(inputs, dtype=torch.int32) // size, bits, 1)
 

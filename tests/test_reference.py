@@ -7,7 +7,7 @@ from oracle_format import codes_along, formula, random_words
 
 from gptq_belle.formats import gptq_weight, packing, zero_points
 from gptq_belle.kernels import reference
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 
 BITS = [2, 3, 4, 8]
 # inputs and group size; (160, 64) and (96, 64) end in a short group, as old files may
@@ -16,7 +16,7 @@ GROUPS = [(128, 32), (128, 64), (256, 128), (96, -1), (160, 64), (96, 64)]
 
 def weight_and_formula(bits, inputs, outputs, group_size, *, v1=True, act_order=False):
     words = random_words(bits, inputs, outputs, group_size, act_order=act_order)
-    weight = canonical(*words.values(), bits, 1 if v1 else 0)
+    weight = checked_weight(*words.values(), bits, 1 if v1 else 0)
     return weight, formula(*words.values(), bits, v1=v1)
 
 
@@ -68,7 +68,7 @@ def test_quant_matmul(dtype):
 def test_v1_stored_15_means_16():
     words = random_words(4, 32, 8, 32)
     words["qzeros"].fill_(-1)
-    weight = canonical(*words.values(), 4, 1)
+    weight = checked_weight(*words.values(), 4, 1)
     codes = reference.unpack(words["qweight"], 4)
     assert torch.equal(reference.dequantize(weight), (codes - 16) * words["scales"].float())
 
@@ -76,5 +76,5 @@ def test_v1_stored_15_means_16():
 def test_v2_stored_0_means_0():
     words = random_words(4, 32, 8, 32)
     words["qzeros"].fill_(0)
-    weight = canonical(*words.values(), 4, 0)
+    weight = checked_weight(*words.values(), 4, 0)
     assert torch.equal(reference.dequantize(weight), reference.unpack(words["qweight"], 4) * words["scales"].float())

@@ -15,7 +15,7 @@ from oracle_format import formula, random_words
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import triton_config, triton_layout, triton_matmul
-from gptq_belle.kernels.layout import canonical, fuse
+from gptq_belle.kernels.layout import checked_weight, fuse_weights
 from gptq_belle.kernels.reference import dequantize
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, TileConfig
 
@@ -26,7 +26,7 @@ CASE = MatmulProblem(16, 4096, 4096, 4, 128, "float16")
 
 
 def laid_out(words, bits):
-    return triton_layout.prepare(canonical(**words, bits=bits, zero_offset=1))
+    return triton_layout.prepare(checked_weight(**words, bits=bits, zero_offset=1))
 
 
 def newest_interpreter() -> bool:
@@ -91,7 +91,7 @@ def test_equal_zeros_take_no_memory_and_16_is_legal():
 
 def test_fused_weights_are_the_weights_one_after_another():
     parts = [random_words(4, 64, outputs, 32) for outputs in (8, 24, 16)]
-    fused = fuse([canonical(**words, bits=4, zero_offset=1) for words in parts])
+    fused = fuse_weights([checked_weight(**words, bits=4, zero_offset=1) for words in parts])
     expected = torch.cat([formula(**words, bits=4, v1=True) for words in parts])
     assert torch.equal(dequantize(fused).double().t(), expected)
 
@@ -102,10 +102,10 @@ def test_fused_weights_are_the_weights_one_after_another():
 def test_weights_that_differ_are_not_fused(other, message):
     def weight(bits=4, zero_offset=1, act_order=False, dtype=torch.float16):
         words = random_words(bits, 64, 8, 32, act_order=act_order)
-        return canonical(**words | {"scales": words["scales"].to(dtype)}, bits=bits, zero_offset=zero_offset)
+        return checked_weight(**words | {"scales": words["scales"].to(dtype)}, bits=bits, zero_offset=zero_offset)
 
     with pytest.raises(ValueError, match=message):
-        fuse([weight(), weight(**other)])
+        fuse_weights([weight(), weight(**other)])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -21,10 +21,10 @@ from gptq_belle.kernels.native_library import load_library
 words = dict(qweight=torch.randint(-2**31, 2**31, (16, 64), dtype=torch.int32), scales=torch.rand(1, 64).half(),
              qzeros=torch.full((1, 8), 0x77777777, dtype=torch.int32), g_idx=None)
 cpu = torch.device("cpu")
-weight = dispatch.prepare(**words, bits=4, zero_offset=1, device=cpu, dtype=torch.float32)
+weight = dispatch.prepare_tensors(**words, bits=4, zero_offset=1, device=cpu, dtype=torch.float32)
 assert isinstance(weight, CpuWeight), load_library()
 x = torch.randn(3, 128)
-exact = dispatch.quant_matmul(x.double(), dispatch.prepare(**words, bits=4, zero_offset=1, device=cpu,
+exact = dispatch.quant_matmul(x.double(), dispatch.prepare_tensors(**words, bits=4, zero_offset=1, device=cpu,
                                                           dtype=torch.float64))
 y = dispatch.quant_matmul(x, weight)
 assert (y - exact).norm() < 2e-4 * exact.norm()

@@ -6,13 +6,14 @@
 import pytest
 import torch
 from bfloat16_interpreter import teach
+from conftest import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_format import formula, random_words
 from torch.nn.functional import linear
 
 from gptq_belle.kernels import gradient, reference, triton_layout, triton_matmul
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
 
 teach()
@@ -36,12 +37,12 @@ def relative_error(y, exact):
 
 
 def laid_out(words, bits, zero_offset=1):
-    return triton_layout.prepare(canonical(**words, bits=bits, zero_offset=zero_offset))
+    return triton_layout.prepare(checked_weight(**words, bits=bits, zero_offset=zero_offset))
 
 
 @st.composite
 def weights(draw):
-    """Words of any kind, with the arguments of `canonical` that belong to them."""
+    """Words of any kind, with the arguments of `checked_weight` that belong to them."""
     bits = draw(st.sampled_from([2, 3, 4, 8]))
     group_size = draw(st.sampled_from([32, 64, 128, -1]))
     inputs = 32 * draw(st.integers(1, 12))
@@ -85,7 +86,7 @@ def test_expanding_is_the_reference_to_the_bit(bits, dtype):
     words = random_words(bits, 256, 160, 64)
     out = torch.empty(128, 256, dtype=dtype)
     triton_matmul.dequantize(laid_out(words, bits), 128, out)
-    expected = reference.dequantize(canonical(**words, bits=bits, zero_offset=1)).to(dtype)
+    expected = reference.dequantize(checked_weight(**words, bits=bits, zero_offset=1)).to(dtype)
     assert torch.equal(out[:32], expected[:, 128:].t())
 
 
@@ -175,13 +176,13 @@ def test_a_compiled_graph_holds_it_whole():
     assert torch.equal(compiled(x), triton_matmul.quant_matmul(x, prepared) + 1)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"x": torch.zeros(2, 96).half()}, "x of 96 columns"),
+@pytest.mark.parametrize(("change", "named"), [
+    ({"x": torch.zeros(2, 96).half()}, "x"),
     ({"x": torch.zeros(2, 128).double()}, "torch.float64"),
-    ({"x": torch.zeros(2, 128, device="meta").half()}, "x is on meta"),
-    ({"bias": torch.zeros(31)}, r"\(31,\)"),
+    ({"x": torch.zeros(2, 128, device="meta").half()}, "meta"),
+    ({"bias": torch.zeros(31)}, "bias"),
 ])
-def test_what_does_not_fit_is_refused(change, message):
+def test_what_does_not_fit_is_refused(change, named):
     arguments = {"x": torch.zeros(2, 128).half(), "weight": laid_out(random_words(4, 128, 32, 32), 4)} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(named)):
         triton_matmul.quant_matmul(**arguments)

@@ -97,7 +97,7 @@ def native() -> dict[str, Any]:
     """The compiled CPU kernels: the instruction set they take here, all they could take, and why they are missing."""
     found = load_library()
     if isinstance(found, NativeLibrary):
-        return {"isa": found.isa, "usable": list(found.usable), "why_not": None}
+        return {"isa": found.isa, "usable": list(found.usable_isas), "why_not": None}
     return {"isa": None, "usable": [], "why_not": found}
 
 

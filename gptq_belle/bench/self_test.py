@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gptq_belle.common.timers import seconds
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, unpack
-from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, groupwise, reference, triton_matmul
-from gptq_belle.kernels.layout import CanonicalWeight, canonical
+from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, reference, triton_matmul
+from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
 
 INPUTS, OUTPUTS, GROUP = 256, 160, 128
@@ -51,12 +51,12 @@ def _on_cpu() -> Iterator[Check]:
     found = load_library()
     for bits in (4, 8, 3, 2):
         packed = _random(bits)
-        words = canonical(*packed, bits, 0)
+        words = checked_weight(*packed, bits, 0)
         if isinstance(found, NativeLibrary):
-            for isa, (precision, allowed) in product(found.usable, (("exact", EXACT), ("fast", BYTE))):
+            for isa, (precision, allowed) in product(found.usable_isas, (("exact", EXACT), ("fast", BYTE))):
                 yield _check(f"native {isa}", f"{bits} bit {precision}", packed, bits, allowed,
                              partial(_native, words, precision, isa))
-        for name, multiply in (("groupwise", groupwise.quant_matmul), ("reference", reference.quant_matmul)):
+        for name, multiply in (("groupwise", reference.groupwise_matmul), ("reference", reference.quant_matmul)):
             yield _check(name, f"{bits} bit", packed, bits, FLOAT, partial(_plain, words, multiply))
 
 
@@ -80,7 +80,7 @@ def _plain(words: CanonicalWeight, multiply: Callable[[Tensor, CanonicalWeight],
 
 
 def _dispatched(packed: PackedWeight, bits: int, device: torch.device, dtype: torch.dtype) -> Product:
-    weight = dispatch.prepare(*packed, bits, 0, device=device, dtype=dtype)
+    weight = dispatch.prepare_tensors(*packed, bits, 0, device=device, dtype=dtype)
     return lambda x: dispatch.quant_matmul(x.to(device, dtype), weight).cpu()
 
 

@@ -18,7 +18,7 @@ from gptq_belle.formats.packed_lm_head import BITS as PACKED_HEAD_BITS
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size, unpack_head_codes
 from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization, parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, MemoryPool
-from gptq_belle.kernels.layout import CanonicalWeight, canonical
+from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WORDS, OPTIONAL = ("qweight", "qzeros", "scales"), ("g_idx", "bias")
@@ -135,7 +135,7 @@ def canonical_weight(tensors: Mapping[str, Tensor], quantization: Quantization, 
     if g_idx is None and quantization.group_size != -1:
         g_idx = torch.arange(in_features, device=qweight.device) // quantization.group_size
     try:
-        return canonical(qweight, tensors["qzeros"], tensors["scales"], g_idx, quantization.bits,
+        return checked_weight(qweight, tensors["qzeros"], tensors["scales"], g_idx, quantization.bits,
                          quantization.zero_offset)
     except ValueError as error:
         raise InputError(f"{where}: {error}", "The file is damaged, or was not written in the GPTQ format.") from error

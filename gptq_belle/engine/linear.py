@@ -12,7 +12,7 @@ from gptq_belle.errors import UsageError
 from gptq_belle.formats.packing import pack_rows
 from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.cpu_layout import CpuWeight
-from gptq_belle.kernels.dispatch import PreparedWeight, bind, quant_matmul
+from gptq_belle.kernels.dispatch import PreparedWeight, bind_weight, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
@@ -23,7 +23,7 @@ class PackedLinear:
     """x (..., K) to (..., N) through a packed weight, plus its bias and, where there is one, `residual` (..., N)."""
 
     def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
-        self.weight, self._product = weight, bind(weight, bias)
+        self.weight, self._product = weight, bind_weight(weight, bias)
         self.native = isinstance(weight, CpuWeight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -74,7 +74,7 @@ class QuantLinear(nn.Linear):
     excepted, which is rounded to the activations' dtype at each call anyway).
 
     Args:
-        prepared: from `kernels.dispatch.prepare`.
+        prepared: from `kernels.dispatch.prepare_tensors`.
         bias: (out_features,) of any floating dtype, or None; added inside.
     """
 
@@ -167,6 +167,6 @@ def packed_tensors(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
     unpacked = (cpu_layout.unpack_weight(weight) if isinstance(weight, CpuWeight)
                 else triton_layout.unpack_weight(weight))
     codes, zeros, scales = unpacked
-    stored = zeros - weight.zero_offset
-    return {"qweight": pack_rows(codes, weight.source),
-            "qzeros": pack_rows(stored.t(), weight.source).t().contiguous(), "scales": scales, "g_idx": weight.g_idx}
+    stored, bits = zeros - weight.zero_offset, weight.checkpoint_bits
+    return {"qweight": pack_rows(codes, bits), "qzeros": pack_rows(stored.t(), bits).t().contiguous(), "scales": scales,
+            "g_idx": weight.g_idx}

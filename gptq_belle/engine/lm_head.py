@@ -22,12 +22,12 @@ from gptq_belle.formats.packing import pack_rows
 from gptq_belle.kernels import cpu_layout, cpu_packed_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose_kernel, lookup_rows, prepare_weight
 from gptq_belle.kernels.huge_pages import MemoryPool
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.triton_layout import SlicedWeight
 from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.dimensions import Dimensions
 
-PADDED = cpu_layout.PADDED  # rows come in multiples of it
+PADDED = cpu_layout.OUTPUT_MULTIPLE  # rows come in multiples of it
 HEAD_BITS = (16, 8, 4)
 # Some rows at a time: codes (n, H) uint8, and scales (n, groups) float16.
 Rounded = Iterable[tuple[Tensor, Tensor]]
@@ -169,7 +169,7 @@ def _words(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int,
         scales[:, at:stop] = scale.to(device).t()
         at = stop
     stored = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
-    weight = canonical(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
+    weight = checked_weight(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
     if device.type == "cpu":  # without the native library; `prepare_weight` would copy the words
         return weight
     prepared = prepare_weight(weight, device=device, dtype=weights.dtype)

@@ -17,7 +17,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import PreparedWeight, prepare_weight
-from gptq_belle.kernels.layout import CanonicalWeight, fuse
+from gptq_belle.kernels.layout import CanonicalWeight, fuse_weights
 from gptq_belle.models.architectures import COMPUTED_SUFFIXES
 
 
@@ -110,7 +110,7 @@ class WeightLoader:
                                self._concatenated_bias(biases, outputs))
         weights = [self.packed_weight(name, inputs, size) for name, size in zip(names, outputs, strict=True)]
         try:
-            fused = fuse(weights) if len(weights) > 1 else weights[0]
+            fused = fuse_weights(weights) if len(weights) > 1 else weights[0]
         except ValueError:  # different bits, groups or formats
             return ConcatenatedLinear([self._packed_linear(weight, bias)
                                        for weight, bias in zip(weights, biases, strict=True)])

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from gptq_belle.kernels import cpu_layout, triton_layout
-from gptq_belle.kernels.group_sort import RUN_LENGTHS
+from gptq_belle.kernels.layout import RUN_LENGTHS
 from gptq_belle.models.architectures import architecture
 from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes, outer_shapes, vector_shapes
 
@@ -125,7 +125,7 @@ def matrix_bytes(shape: LinearShape, bits: int, settings: MemorySettings) -> int
     k, n = shape
     group = k if settings.group_size == -1 else settings.group_size
     if settings.device == "cpu":
-        code, columns = cpu_layout.CONTAINERS[bits], _pad(n, cpu_layout.PADDED)
+        code, columns = cpu_layout.CONTAINERS[bits], _pad(n, cpu_layout.OUTPUT_MULTIPLE)
         run, places = _runs(k, group, 1)
         order = 0 if places == k else 4 * places
     else:
@@ -185,7 +185,7 @@ def _vector_parameters(d: Dimensions) -> int:
 
 
 def _runs(k: int, group_size: int, block: int) -> tuple[int, int]:
-    """Length of the runs that groups are cut into, and the places that they fill; chosen as `group_sort` does."""
+    """Length of the runs that groups are cut into, and inputs with padding, as `layout.sort_by_group` chooses them."""
     groups, rest = divmod(k, group_size)
     places = {run: groups * _pad(group_size, run) + _pad(rest, run) for run in RUN_LENGTHS}
     run = min(places, key=lambda length: (-(-places[length] // block), -length))

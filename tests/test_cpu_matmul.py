@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import naming
 from oracle_format import formula, random_words
 
 from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, native_structs
 from gptq_belle.kernels.cpu_matmul import CpuMatmul, quant_matmul
-from gptq_belle.kernels.group_sort import sort_by_group
-from gptq_belle.kernels.layout import canonical
+from gptq_belle.kernels.layout import checked_weight, sort_by_group
 from gptq_belle.kernels.native_library import FASTEST_FIRST, LIBRARY_VARIABLE, NativeLibrary, load_library
 from gptq_belle.kernels.reference import unpack
 
 CPU = torch.device("cpu")
 FOUND = load_library()
-ISAS = FOUND.usable if isinstance(FOUND, NativeLibrary) else ()
+ISAS = FOUND.usable_isas if isinstance(FOUND, NativeLibrary) else ()
 BITS = (2, 3, 4, 8)
 ROWS = 17
 # K, N and group size: whole tiles, neither a multiple of its tile, groups of two lengths, one group for all.
@@ -38,7 +38,7 @@ def case(bits, inputs, outputs, group_size, *, act_order=False, symmetric=False,
     if symmetric:
         word = {2: 0x55555555, 3: None, 4: 0x77777777, 8: 0x7F7F7F7F}[bits]
         words["qzeros"] = torch.full_like(words["qzeros"], word)
-    weight = cpu_layout.prepare(canonical(**words, bits=bits, zero_offset=1), precision)
+    weight = cpu_layout.prepare(checked_weight(**words, bits=bits, zero_offset=1), precision)
     return weight, formula(**words, bits=bits, v1=True).t()
 
 
@@ -113,8 +113,8 @@ def test_calls_from_several_threads_at_once(threads):
 def test_threads_of_its_own_where_torch_has_no_openmp():
     code = ("import torch\nfrom gptq_belle.kernels import cpu_matmul, native_library\n"
             "native_library._openmp_entry = lambda: None\n"
-            "import sys; sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
-            "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
+            "import sys; sys.path.insert(0, 'tests')\nimport test_cpu_matmul\ntorch.manual_seed(0)\n"
+            "weight, _ = test_cpu_matmul.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
             "torch.set_num_threads(1); one = cpu_matmul.quant_matmul(x, weight)\n"
             "torch.set_num_threads(3); assert torch.equal(cpu_matmul.quant_matmul(x, weight), one)")
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -123,8 +123,8 @@ def test_threads_of_its_own_where_torch_has_no_openmp():
 def test_product_runs_on_the_calling_thread_where_no_thread_can_be_started():
     code = ("import resource, sys, threading, torch\nfrom pathlib import Path\n"
             "from gptq_belle.kernels import cpu_matmul, native_library\nnative_library._openmp_entry = lambda: None\n"
-            "sys.path.insert(0, 'tests')\nimport test_cpu\ntorch.manual_seed(0)\n"
-            "weight, _ = test_cpu.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
+            "sys.path.insert(0, 'tests')\nimport test_cpu_matmul\ntorch.manual_seed(0)\n"
+            "weight, _ = test_cpu_matmul.case(4, 1024, 256, 128)\nx = torch.randn(5, 1024)\n"
             "torch.set_num_threads(1); one = cpu_matmul.quant_matmul(x, weight)\n"
             "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
             "resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20),) * 2)\n"  # a thread's stack takes 8 MiB
@@ -221,7 +221,7 @@ def test_strided_activations_and_no_rows():
 def test_scales_that_are_not_float16(dtype):
     words = random_words(4, 128, 64, 32)
     words["scales"] = (words["scales"].float() * 1e6).to(dtype)  # beyond float16
-    weight = cpu_layout.prepare(canonical(**words, bits=4, zero_offset=0))
+    weight = cpu_layout.prepare(checked_weight(**words, bits=4, zero_offset=0))
     assert weight.scales.dtype == torch.float32
     x = torch.randn(5, 128)
     assert error(quant_matmul(x, weight), x.double() @ formula(**words, bits=4, v1=False).t()) < ERROR["exact"]
@@ -230,7 +230,7 @@ def test_scales_that_are_not_float16(dtype):
 def test_groups_of_unequal_lengths_are_padded_to_runs():
     words = random_words(4, 256, 32, 64)
     words["g_idx"] = torch.tensor([0] * 33 + [1] * 100 + [2] * 90 + [3] * 33, dtype=torch.int32)[torch.randperm(256)]
-    weight = cpu_layout.prepare(canonical(**words, bits=4, zero_offset=1))
+    weight = cpu_layout.prepare(checked_weight(**words, bits=4, zero_offset=1))
     assert (weight.run, weight.codes.shape[1]) == (32, 2 + 4 + 3 + 2)
     assert int((weight.order >= 0).sum()) == 256
     x = torch.randn(5, 256)
@@ -248,7 +248,7 @@ def test_codes_in_memory():
     """One golden vector: lane r is output r; its byte i holds input i in the low bits and input 4 + i in the high."""
     words = random_words(4, 32, 16, 32)
     words["qweight"][0, 3] = 0x76543210
-    weight = cpu_layout.prepare(canonical(**words, bits=4, zero_offset=1))
+    weight = cpu_layout.prepare(checked_weight(**words, bits=4, zero_offset=1))
     assert weight.codes.shape == (2, 1, 4, 64)
     assert weight.codes[0, 0, 0, 12:16].tolist() == [0x40, 0x51, 0x62, 0x73]
     assert not weight.codes[1].any()  # padding of N
@@ -258,7 +258,7 @@ def test_codes_in_memory():
 @pytest.mark.parametrize("bits", BITS)
 def test_restore_gives_back_what_prepare_took(bits, act_order):
     words = random_words(bits, 160, 96, 64, act_order=act_order)
-    weight = canonical(**words, bits=bits, zero_offset=1)
+    weight = checked_weight(**words, bits=bits, zero_offset=1)
     codes, zeros, scales = cpu_layout.unpack_weight(cpu_layout.prepare(weight))
     assert torch.equal(codes.int(), unpack(weight.qweight, bits))
     assert torch.equal(zeros, unpack(weight.qzeros.t(), bits).t() + 1)
@@ -269,7 +269,7 @@ def test_a_plain_read_reads_everything(threads):
     threads(2)
     numbers = torch.randint(-2**30, 2**30, (5 * 2**16 + 100,)).int()
     assert cpu_matmul.read_memory(numbers) == int(numbers[: 5 * 2**16].sum()) % 2**32
-    with pytest.raises(ValueError, match="contiguous"):
+    with pytest.raises(ValueError, match=naming("tensor")):
         cpu_matmul.read_memory(numbers[::2])
 
 
@@ -285,25 +285,25 @@ def changed_order(place, value):
     return weight._replace(order=order)
 
 
-@pytest.mark.parametrize(("weight", "message"), [
+@pytest.mark.parametrize(("weight", "named"), [
     (lambda: broken(codes=broken().codes[:, :, :, :32]), "codes"),
     (lambda: broken(codes=broken().codes[:2]), "codes"),
-    (lambda: broken(codes=broken().codes[:, :3]), "codes|scales"),
+    (lambda: broken(codes=broken().codes[:, :3]), "codes"),
     (lambda: broken(codes=broken().codes.int()), "codes"),
     (lambda: broken(codes=broken().codes.flatten()), "codes"),
-    (lambda: broken(codes=broken().codes.transpose(0, 1).contiguous().transpose(0, 1)), "contiguous"),
-    (lambda: broken(codes=broken().codes.to("meta")), "on meta"),
+    (lambda: broken(codes=broken().codes.transpose(0, 1).contiguous().transpose(0, 1)), "codes"),
+    (lambda: broken(codes=broken().codes.to("meta")), "codes"),
     (lambda: broken(scales=broken().scales[:1]), "scales"),
     (lambda: broken(scales=broken().scales.double()), "scales"),
     (lambda: broken(zeros=broken().zeros[..., :8]), "zeros"),
     (lambda: broken(zeros=broken().zeros.int()), "zeros"),
     (lambda: broken(order=broken().order[:-1]), "order"),
     (lambda: broken(order=broken().order.long()), "order"),
-    (lambda: broken(order=None, in_features=96), "x of 128|do not hold|invalid"),
-    (lambda: broken(order=None, in_features=300), "invalid|do not hold|x of"),
-    (lambda: changed_order(5, 128), "beyond its table"),
-    (lambda: changed_order(0, -2), "beyond its table"),
-    (lambda: changed_order(127, 2**31 - 1), "beyond its table"),
+    (lambda: broken(order=None, in_features=96), "96 inputs"),
+    (lambda: broken(order=None, in_features=300), "300 inputs"),
+    (lambda: changed_order(5, 128), "order"),
+    (lambda: changed_order(0, -2), "order"),
+    (lambda: changed_order(127, 2**31 - 1), "order"),
     (lambda: broken(run=16), "run 16"),
     (lambda: broken(run=64), "codes"),
     (lambda: broken(bits=3), "bits 3"),
@@ -312,8 +312,8 @@ def changed_order(place, value):
     (lambda: broken(out_features=0), "0 outputs"),
     (lambda: broken(out_features=65), "codes"),
 ])
-def test_malformed_layouts_are_refused(weight, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
+def test_malformed_layouts_are_rejected(weight, named):
+    with pytest.raises(ValueError, match=naming(named)):
         quant_matmul(torch.randn(2, 128), weight())
 
 
@@ -330,12 +330,12 @@ def test_other_names_are_refused():
     with pytest.raises(ValueError, match="instruction set 'sse9'"):
         quant_matmul(torch.randn(2, 128), broken(), isa="sse9")
     with pytest.raises(ValueError, match="precision 'half' is not one of exact, fast"):
-        cpu_layout.prepare(canonical(**random_words(4, 64, 32, 32), bits=4, zero_offset=1), "half")
+        cpu_layout.prepare(checked_weight(**random_words(4, 64, 32, 32), bits=4, zero_offset=1), "half")
 
 
 def test_dispatch_takes_it():
     words = random_words(4, 256, 64, 128, act_order=True)
-    weight = dispatch.prepare(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32, precision="fast")
+    weight = dispatch.prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32, precision="fast")
     assert isinstance(weight, cpu_layout.CpuWeight)
     assert weight.parts == 1
     x = torch.randn(3, 256)
