@@ -14,8 +14,13 @@ from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
-from gptq_belle.formats.packed_lm_head import BITS as PACKED_HEAD_BITS
-from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size, unpack_head_codes
+from gptq_belle.formats.packed_lm_head import (
+    HEAD_CODES,
+    HEAD_SCALES,
+    PACKED_HEAD_BITS,
+    head_group_size,
+    unpack_head_codes,
+)
 from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization, parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, MemoryPool
 from gptq_belle.kernels.layout import CanonicalWeight, checked_weight

@@ -1,4 +1,4 @@
-"""BLOOM (2211.05100): layer norms with biases, ALiBi, a GELU, the head tied to the embedding."""
+"""BLOOM (arXiv 2211.05100): layer norms, ALiBi, a GELU feed-forward, and an lm_head tied to the embedding."""
 
 from torch import Tensor
 
@@ -31,22 +31,22 @@ class _Block:
 
     def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         normed = self.attention_norm(x)
-        x = self.out(self._attended(normed, attention, index), normed if self.normed else x)
+        x = self.out(self._attend(normed, attention, index), normed if self.normed else x)
         normed = self.mlp_norm(x)
         return self.down(gelu_(self.up(normed)), normed if self.normed else x)
 
-    def _attended(self, x: Tensor, attention: Attention, index: int) -> Tensor:
-        # Query, key and value lie side by side in each head: (heads, 3, head_dim).
+    def _attend(self, x: Tensor, attention: Attention, index: int) -> Tensor:
+        # BLOOM interleaves query, key and value per head: (heads, 3, head_dim).
         query, key, value = self.qkv(x).view(len(x), self.heads, 3, self.head_dim).unbind(2)
         return attention(index, query, key, value)
 
 
 class Bloom:
-    """The decoder of BELLE-7B and its kin.
+    """Decoder of BELLE-7B and other BLOOM models.
 
     Args:
-        weights: of a checkpoint; every tensor of the model is taken from it.
-        config: of its config.json.
+        weights: loader of the checkpoint; all tensors of the model are loaded.
+        config: decoder configuration of its config.json.
     """
 
     def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
@@ -58,11 +58,11 @@ class Bloom:
         self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, None, config.slopes)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (n,) to what enters the first block, (n, width)."""
+        """Token ids (n,) to inputs of the first block (n, width)."""
         return self.embedding_norm(self.embedding(ids))
 
     def run_blocks(self, x: Tensor, attention: Attention) -> Tensor:
-        """What enters the first block to what leaves the last one, both (n, width)."""
+        """Inputs of the first block to outputs of the last one, both (n, width)."""
         for index, block in enumerate(self.blocks):
             x = block(x, attention, index)
         return x

@@ -1,4 +1,4 @@
-"""Linear layers on packed or dense weights: `QuantLinear` for transformers, and the products that the decoders call."""
+"""Linear layers on packed or dense weights: callables for the decoders, and `QuantLinear` for transformers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from gptq_belle.kernels.dispatch import PreparedWeight, bind_weight, quant_matmu
 from gptq_belle.kernels.layout import CanonicalWeight
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
-MAX_SINGLE_ROWS = 64
+MAX_SINGLE_ROWS = 64  # see DenseLinear
 
 
 class PackedLinear:
-    """x (..., K) to (..., N) through a packed weight, plus its bias and, where there is one, `residual` (..., N)."""
+    """x (..., K) times a packed weight, plus bias and optional `residual` (..., N): (..., N)."""
 
     def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
         self.weight, self._product = weight, bind_weight(weight, bias)
@@ -32,10 +32,10 @@ class PackedLinear:
 
 @dataclass(slots=True)
 class DenseLinear:
-    """x (M, K) to (M, N) through a weight (N, K).
+    """x (M, K) times a dense weight (N, K), plus bias and optional residual: (M, N).
 
-    On a CPU, up to MAX_SINGLE_ROWS rows are multiplied one by one: a BLAS rounds differently for different numbers of
-    rows, and a row of a batch must get the bits it gets alone. Packed weights do not need this.
+    On a CPU, up to MAX_SINGLE_ROWS rows are multiplied one by one: BLAS rounds differently for different numbers of
+    rows, and a row in a batch must get the same bits as alone. Packed weights do not need this.
     """
 
     weight: Tensor
@@ -51,7 +51,7 @@ class DenseLinear:
 
 @dataclass(slots=True)
 class ConcatenatedLinear:
-    """Several products of the same x, their outputs one after another."""
+    """Several linears with the same input; their outputs are concatenated."""
 
     parts: list[PackedLinear | DenseLinear]
 
@@ -64,24 +64,24 @@ LinearOperator = PackedLinear | DenseLinear | ConcatenatedLinear
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer on a packed weight: x (..., in_features) to (..., out_features), in x's dtype.
+    """Linear layer on a packed weight: x (..., in_features) to (..., out_features), in the dtype of x.
 
-    It is an `nn.Linear` to those who choose layers by that, as peft does for adapters (gradients pass through to x);
-    but its `weight` is a `WeightProxy`. `qweight` is the codes in whatever layout stands in memory.
+    It is a subclass of `nn.Linear` because peft selects layers by that class. Gradients pass through to x. Its `weight`
+    is a `WeightProxy` without values; `qweight` contains the codes in the layout of the kernel.
 
-    Every tensor of the prepared weight is a buffer of its field's name; the state dict is what stands on disk, made
-    anew where a layout of the kernels replaced the words. Moving the module moves them; no cast changes them (the bias
-    excepted, which is rounded to the activations' dtype at each call anyway).
+    Every tensor of the prepared weight is a buffer with the name of its field. The state dict contains the tensors of
+    the GPTQ format, which are rebuilt if the kernel's layout differs. Moving the module moves the buffers; a cast
+    changes only the bias.
 
     Args:
-        prepared: from `kernels.dispatch.prepare_tensors`.
-        bias: (out_features,) of any floating dtype, or None; added inside.
+        prepared: weight from `kernels.dispatch.prepare_weight`.
+        bias: (out_features,) of any floating-point dtype, or None.
     """
 
     bias: Tensor | None  # type: ignore[assignment]  # a buffer here
 
     def __init__(self, prepared: PreparedWeight, bias: Tensor | None = None) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight
         self.in_features, self.out_features = prepared.in_features, prepared.out_features
         self._layout = type(prepared)
         self._numbers: dict[str, int] = {}
@@ -94,36 +94,34 @@ class QuantLinear(nn.Linear):
 
     @property
     def prepared(self) -> PreparedWeight:
-        """The weight as the kernels take it, from the buffers as they are now."""
+        """The weight for `kernels.dispatch.quant_matmul`, from the current buffers."""
         tensors = {name: value for name, value in self._buffers.items() if name != "bias"}
         return self._layout(**tensors, **self._numbers)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) times the weight, plus the bias: (..., out_features)."""
         return quant_matmul(x, self.prepared, self.bias)
 
     @property
     def weight(self) -> "WeightProxy":  # type: ignore[override]
-        """Shape and device of the weight, and an error for whoever computes with it."""
+        """Proxy with shape, dtype and device of the weight."""
         return WeightProxy(self.out_features, self.in_features, self.qweight.device)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "qweight" and self._buffers:  # where the layout calls it otherwise; each begins with its codes
+        if name == "qweight" and self._buffers:  # other layouts name it differently, but all have the codes first
             return next(iter(self._buffers.values()))
         return super().__getattr__(name)
 
     def reset_parameters(self) -> None:
-        """Nothing: the weight was read, not drawn."""
+        """Do nothing: the weight was loaded, not initialized."""
 
     def extra_repr(self) -> str:
-        """Sizes and layout, for print(model)."""
         return f"{self.in_features}, {self.out_features}, {self._layout.__name__}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.device != tensor.device and self._layout is not CanonicalWeight:
-                raise UsageError(f"this model's weights are laid out for {tensor.device} and cannot move",
+                raise UsageError(f"the weights of this model are packed for {tensor.device} and cannot be moved",
                                  f"Load it again with device=\"{moved.device}\".")
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -140,14 +138,13 @@ class QuantLinear(nn.Linear):
 
 
 class WeightProxy(Tensor):
-    """What a packed weight shows of itself: (out_features, in_features), float32, its device; no values.
+    """Proxy of a packed weight that has shape (out_features, in_features), dtype float32 and device, but no values.
 
-    peft looks at it to size and place an adapter. Whatever needs values (to merge an adapter, DoRA) is refused, where
-    an expanded copy would be changed and thrown away in silence.
+    peft uses these to create an adapter. Operations that need values (merging an adapter, DoRA) raise UsageError:
+    with a dequantized copy, their changes would be lost without a message.
     """
 
     def __new__(cls, outputs: int, inputs: int, device: torch.device) -> Self:
-        """Without memory."""
         made: Self = Tensor._make_wrapper_subclass(
             cls, (outputs, inputs), dtype=torch.float32, device=device)
         return made
@@ -155,18 +152,18 @@ class WeightProxy(Tensor):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise UsageError(f"{func} asked for the values of a packed weight, which cannot be read or changed in place",
-                         "To merge adapters into a model, give them with --lora when quantizing its source.")
+        raise UsageError(f"{func} needs the values of a packed weight, which cannot be read or changed in place",
+                         "To merge an adapter into the model, quantize its source with --lora.")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"WeightProxy({self.shape[0]}, {self.shape[1]}, device={str(self.device)!r})"
 
 
 def packed_tensors(weight: CpuWeight | SlicedWeight) -> dict[str, Tensor]:
-    """qweight, qzeros, scales and g_idx of the checkpoint that a weight was made from."""
+    """Rebuild qweight, qzeros, scales and g_idx of the GPTQ format from a kernel's layout."""
     unpacked = (cpu_layout.unpack_weight(weight) if isinstance(weight, CpuWeight)
                 else triton_layout.unpack_weight(weight))
     codes, zeros, scales = unpacked
-    stored, bits = zeros - weight.zero_offset, weight.checkpoint_bits
-    return {"qweight": pack_rows(codes, bits), "qzeros": pack_rows(stored.t(), bits).t().contiguous(), "scales": scales,
-            "g_idx": weight.g_idx}
+    bits, stored_zeros = weight.checkpoint_bits, zeros - weight.zero_offset
+    qzeros = pack_rows(stored_zeros.t(), bits).t().contiguous()
+    return {"qweight": pack_rows(codes, bits), "qzeros": qzeros, "scales": scales, "g_idx": weight.g_idx}

@@ -1,4 +1,4 @@
-"""LLaMA (2302.13971) and its kin, Llama 2 and 3, Mistral, Qwen2: RMS norms, rotary positions, a gated feed-forward."""
+"""LLaMA (arXiv 2302.13971), Llama 2 and 3, Mistral and Qwen2: RMS norms, RoPE and a gated feed-forward."""
 
 from torch import Tensor
 
@@ -32,21 +32,21 @@ class _Block:
         self.head_dim = head_dim
 
     def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:
-        x = self.out(self._attended(self.attention_norm(x), attention, index), x)
+        x = self.out(self._attend(self.attention_norm(x), attention, index), x)
         return self.down(silu_and_mul(self.gate_up(self.mlp_norm(x))), x)
 
-    def _attended(self, x: Tensor, attention: Attention, index: int) -> Tensor:
+    def _attend(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.head_dim)
         query, key, value = qkv.split_with_sizes(self.heads, 1)
         return attention(index, query, key, value)
 
 
 class Llama:
-    """The decoder of BELLE-LLaMA and its kin.
+    """Decoder of BELLE-LLaMA and other models of the LLaMA family.
 
     Args:
-        weights: of a checkpoint; every tensor of the model is taken from it.
-        config: of its config.json.
+        weights: loader of the checkpoint; all tensors of the model are loaded.
+        config: decoder configuration of its config.json.
     """
 
     def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
@@ -57,11 +57,11 @@ class Llama:
         self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, config.frequencies, None)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (n,) to what enters the first block, (n, width)."""
+        """Token ids (n,) to inputs of the first block (n, width)."""
         return self.embedding(ids)
 
     def run_blocks(self, x: Tensor, attention: Attention) -> Tensor:
-        """What enters the first block to what leaves the last one, both (n, width)."""
+        """Inputs of the first block to outputs of the last one, both (n, width)."""
         for index, block in enumerate(self.blocks):
             x = block(x, attention, index)
         return x

@@ -1,8 +1,9 @@
-"""The embedding and the head: one matrix (V, H) for both where they are tied, looked up by row and multiplied by.
+"""The embedding and the lm_head. A packed lm_head is one matrix (V, H) for both if they are tied.
 
-BLOOM's is 2 GB in float16, 40 % of a 4-bit BELLE-7B, and every token reads it whole. In 8 bits (one scale for up to 128
-inputs of a row) it is half as large as there and what it costs in KL is hard to measure; one packed copy serves the
-look-up and the product. Rows are rounded some at a time while they are read: nothing larger than the result is held.
+BLOOM's matrix has 2 GB in float16, 40 % of a 4-bit BELLE-7B, and every token reads all of it. In 8 bits (one scale per
+row and up to 128 inputs) it has half the size, and its effect on the KL divergence is hard to measure. The embedding
+lookup and the lm_head share the packed matrix. It is quantized while it is read, some rows at a time, so nothing larger
+than the result is in memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,13 +12,21 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gptq_belle.checkpoint.packed_reader import packed_lm_head_bits, packed_lm_head_rows
 from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.engine.linear import DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.packed_lm_head import GROUPS, HEAD_CODES, HEAD_SCALES, STEP, head_group_size, quantize_rows
+from gptq_belle.formats.packed_lm_head import (
+    GROUP_SIZES,
+    HEAD_CODES,
+    HEAD_SCALES,
+    WEIGHTS_PER_STEP,
+    head_group_size,
+    quantize_rows,
+)
 from gptq_belle.formats.packing import pack_rows
 from gptq_belle.kernels import cpu_layout, cpu_packed_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose_kernel, lookup_rows, prepare_weight
@@ -27,19 +36,25 @@ from gptq_belle.kernels.triton_layout import SlicedWeight
 from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.dimensions import Dimensions
 
-PADDED = cpu_layout.OUTPUT_MULTIPLE  # rows come in multiples of it
+PADDED = cpu_layout.OUTPUT_MULTIPLE  # the number of rows is padded to a multiple of this
 HEAD_BITS = (16, 8, 4)
-# Some rows at a time: codes (n, H) uint8, and scales (n, groups) float16.
-Rounded = Iterable[tuple[Tensor, Tensor]]
+# Codes (n, H) uint8 and scales (n, groups) float16 of some rows at a time.
+QuantizedRows = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
 class Embedding:
-    """Token ids (n,) to embeddings (n, H) in the dtype of activations; the table stays in that of the file."""
+    """Token ids (n,) to embeddings (n, H) in the dtype of activations.
+
+    Attributes:
+        table: (V, H) in the dtype of the file.
+        dtype: dtype of activations.
+        extra_bytes: size of the table if the lm_head does not use it, else 0.
+    """
 
     table: Tensor
     dtype: torch.dtype
-    extra_bytes: int  # of the table, where it is not also the head
+    extra_bytes: int
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.table[ids].to(self.dtype)
@@ -47,7 +62,7 @@ class Embedding:
 
 @dataclass(slots=True)
 class PackedEmbedding:
-    """The same from the head's packed copy."""
+    """`Embedding` on the packed matrix of a tied lm_head."""
 
     weight: PreparedWeight
     dtype: torch.dtype
@@ -58,29 +73,30 @@ class PackedEmbedding:
 
 
 def check_head_bits(bits: int | None) -> None:
-    """Raises UsageError for bits that a head does not come in; None leaves the choice."""
+    """Raise UsageError unless bits are in HEAD_BITS, or None for the default."""
     if bits not in (None, *HEAD_BITS):
         raise UsageError(f"head bits {bits} is not allowed", f"Choose one of {', '.join(map(str, HEAD_BITS))}.")
 
 
 def embedding_and_head(weights: WeightLoader, name: str,
                        sizes: Dimensions) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
-    """What turns ids into hidden states, and hidden states into logits.
+    """Load the embedding and the lm_head.
 
     Args:
-        weights: of the checkpoint; its `head_bits` are 16, 8, 4, or None: 8 where the two are tied and the blocks are
-            packed, else 16, which means the dtype of activations.
-        name: of the embedding.
-        sizes: of the model; where it says tied and the file holds another head all the same, the file is believed.
+        weights: loader of the checkpoint. Its `head_bits` are 16 (the dtype of activations), 8, 4 or None: 8 for a tied
+            lm_head of a model with packed blocks, else 16.
+        name: full name of the embedding.
+        sizes: sizes of the model. If they say that the lm_head is tied, but the file has another lm_head, the file's
+            is used.
     Raises:
-        InputError: a matrix is missing, of another shape, or holds NaN or infinity.
-        UsageError: bits were asked for that its shape does not allow.
+        InputError: a matrix is missing, has another shape, or contains NaN or infinity.
+        UsageError: the shape does not allow the requested bits.
     """
     shape, stored, embedding = (sizes.vocab_size, sizes.hidden_size), f"{LM_HEAD}.weight", f"{name}.weight"
-    if (own := packed_lm_head_bits(weights.reader, *shape)) is not None:
-        return _stored(weights, embedding, shape, own, sizes.tied)
-    tied = sizes.tied and (stored not in weights.reader or _same(weights, embedding, stored))
-    packable = tied and weights.quantization is not None and refusal(weights, shape) is None
+    if (bits_on_disk := packed_lm_head_bits(weights.reader, *shape)) is not None:
+        return _load_packed_head(weights, embedding, shape, bits_on_disk, sizes.tied)
+    tied = sizes.tied and (stored not in weights.reader or _is_same_tensor(weights, embedding, stored))
+    packable = tied and weights.quantization is not None and packing_obstacle(weights, shape) is None
     bits = weights.head_bits or (8 if packable else 16)
     head: LinearOperator
     if tied:
@@ -89,8 +105,8 @@ def embedding_and_head(weights: WeightLoader, name: str,
         source = embedding if tied else stored
         weights.expect(source, *shape)
         group = head_group_size(shape[1]) or 0
-        pieces = (quantize_rows(piece, bits, group) for piece in _pieces(weights, source, shape))
-        weight = _packed(weights, source, shape, bits, pieces)
+        rows = (quantize_rows(matrix, bits, group) for matrix in _read_rows(weights, source, shape))
+        weight = _packed_head(weights, source, shape, bits, rows)
         head = PackedLinear(weight, None)
         if tied:
             return PackedEmbedding(weight, weights.dtype), head
@@ -103,101 +119,106 @@ def embedding_and_head(weights: WeightLoader, name: str,
     return Embedding(table, weights.dtype, table.nbytes), head
 
 
-def _stored(weights: WeightLoader, embedding: str, shape: tuple[int, int], bits: int,
-            tied: bool) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
-    """A head that the file holds packed; where it is not also the embedding, that one is there beside it."""
+def _load_packed_head(weights: WeightLoader, embedding: str, shape: tuple[int, int], bits: int,
+                      tied: bool) -> tuple[Embedding | PackedEmbedding, LinearOperator]:
+    """Load an lm_head that is packed on disk, and the embedding."""
     if weights.head_bits not in (None, bits):
-        raise UsageError(f"{weights.reader.path} holds its head in {bits} bits only",
-                         f"Leave head bits out, or say {bits}; other bits need the full-precision model.")
+        raise UsageError(f"{weights.reader.path} contains its lm_head in {bits} bits only",
+                         f"Omit the head bits or choose {bits}; other bits need the full-precision model.")
     for name in (HEAD_CODES, HEAD_SCALES):
         weights.mark_used(name)
-    weight = _packed(weights, HEAD_CODES, shape, bits, packed_lm_head_rows(weights.reader, bits, _step(shape)))
+    rows = packed_lm_head_rows(weights.reader, bits, _rows_per_step(shape))
+    weight = _packed_head(weights, HEAD_CODES, shape, bits, rows)
     if tied:
         return PackedEmbedding(weight, weights.dtype), PackedLinear(weight, None)
     table = weights.tensor(embedding, *shape, narrow=True)
     return Embedding(table, weights.dtype, table.nbytes), PackedLinear(weight, None)
 
 
-def _packed(weights: WeightLoader, name: str, shape: tuple[int, int], bits: int, pieces: Rounded) -> PreparedWeight:
-    """Rows of the matrix `name`, rounded, laid out for its kernel on the device."""
+def _packed_head(weights: WeightLoader, name: str, shape: tuple[int, int], bits: int,
+                 rows: QuantizedRows) -> PreparedWeight:
+    """Pack quantized rows of the matrix `name` in the layout of the kernel that computes the lm_head."""
     group = head_group_size(shape[1])
-    if (refused := refusal(weights, shape)) is not None or group is None:
-        raise UsageError(f"{name} of shape {shape} cannot be packed: {refused}", "Choose head bits 16.")
+    if (obstacle := packing_obstacle(weights, shape)) is not None or group is None:
+        raise UsageError(f"{name} of shape {shape} cannot be packed: {obstacle}", "Choose head bits 16.")
     try:
-        prepared = (_native if _kernel(weights, shape) == "native" else _words)(weights, shape, bits, group, pieces)
+        pack = _pack_for_cpu if _kernel(weights, shape) == "native" else _pack_words
+        prepared = pack(weights, shape, bits, group, rows)
     except ValueError as error:
         raise InputError(f"{weights.reader.path}: tensor {name}: {error}", "The file is damaged.") from error
     weights.count_bytes(prepared)
     return prepared
 
 
-def refusal(weights: WeightLoader, shape: tuple[int, int]) -> str | None:
-    """Why a head of that shape cannot be packed; None where it can."""
-    if shape[1] % GROUPS[-1]:
-        return f"its rows are no multiple of {GROUPS[-1]}"
+def packing_obstacle(weights: WeightLoader, shape: tuple[int, int]) -> str | None:
+    """Reason why an lm_head of this shape cannot be packed; None if it can."""
+    if shape[1] % GROUP_SIZES[-1]:
+        return f"its width is not a multiple of {GROUP_SIZES[-1]}"
     if shape[0] % PADDED and _kernel(weights, shape) not in ("native", "triton"):
-        return f"without the fast kernels, its rows must be a multiple of {PADDED} in number"
+        return f"without the fast kernels, its number of rows must be a multiple of {PADDED}"
     return None
 
 
 def _kernel(weights: WeightLoader, shape: tuple[int, int]) -> str:
-    g_idx = torch.arange(shape[1], dtype=torch.int32) // GROUPS[-1]
+    g_idx = torch.arange(shape[1], dtype=torch.int32) // GROUP_SIZES[-1]
     return choose_kernel(g_idx, device=weights.device, dtype=weights.dtype).kernel
 
 
-def _native(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
+def _pack_for_cpu(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int,
+                  rows: QuantizedRows) -> PreparedWeight:
+    """Pack rows in the layout of the native CPU kernel."""
     blocks = -(-shape[0] // PADDED) * PADDED // cpu_layout.BLOCK
-    codes = cpu_layout.empty_codes(blocks, shape[1] // group, group * bits // 32)
-    scales = torch.empty(blocks, shape[1] // group, cpu_layout.BLOCK, dtype=torch.float16)
-    at = 0
-    for piece, scale in _filled(pieces):
-        stop = at + len(piece) // cpu_layout.BLOCK
-        part = cpu_packed_rows.prepare_rows(piece, scale, bits, weights.precision, codes[at:stop])
-        scales[at:stop] = part.scales
-        at = stop
-    return part._replace(codes=codes, scales=scales, out_features=shape[0])
+    all_codes = cpu_layout.empty_codes(blocks, shape[1] // group, group * bits // 32)
+    all_scales = torch.empty(blocks, shape[1] // group, cpu_layout.BLOCK, dtype=torch.float16)
+    start = 0
+    for codes, scales in _padded(rows):
+        stop = start + len(codes) // cpu_layout.BLOCK
+        part = cpu_packed_rows.prepare_rows(codes, scales, bits, weights.precision, all_codes[start:stop])
+        all_scales[start:stop] = part.scales
+        start = stop
+    return part._replace(codes=all_codes, scales=all_scales, out_features=shape[0])
 
 
-def _words(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int, pieces: Rounded) -> PreparedWeight:
+def _pack_words(weights: WeightLoader, shape: tuple[int, int], bits: int, group: int,
+                rows: QuantizedRows) -> PreparedWeight:
+    """Pack rows in GPTQ's words, and prepare these for their kernel."""
     device, outputs, groups = weights.device, -(-shape[0] // PADDED) * PADDED, shape[1] // group
-    words = torch.empty(shape[1] * bits // 32, outputs, dtype=torch.int32, device=device)
-    scales = torch.empty(groups, outputs, dtype=torch.float16, device=device)
-    at = 0
-    for codes, scale in _filled(pieces):
-        stop = at + len(codes)
-        words[:, at:stop] = pack_rows(codes.to(device).t(), bits)
-        scales[:, at:stop] = scale.to(device).t()
-        at = stop
-    stored = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
-    weight = checked_weight(words, pack_rows(stored, bits).t().contiguous(), scales, None, bits, 1)
-    if device.type == "cpu":  # without the native library; `prepare_weight` would copy the words
+    qweight = torch.empty(shape[1] * bits // 32, outputs, dtype=torch.int32, device=device)
+    all_scales = torch.empty(groups, outputs, dtype=torch.float16, device=device)
+    start = 0
+    for codes, scales in _padded(rows):
+        stop = start + len(codes)
+        qweight[:, start:stop] = pack_rows(codes.to(device).t(), bits)
+        all_scales[:, start:stop] = scales.to(device).t()
+        start = stop
+    stored_zeros = torch.full((outputs, groups), (1 << (bits - 1)) - 1, dtype=torch.uint8, device=device)
+    weight = checked_weight(qweight, pack_rows(stored_zeros, bits).t().contiguous(), all_scales, None, bits, 1)
+    if device.type == "cpu":  # no native library; `prepare_weight` would copy the words
         return weight
     prepared = prepare_weight(weight, device=device, dtype=weights.dtype)
     return prepared._replace(out_features=shape[0]) if isinstance(prepared, SlicedWeight) else prepared
 
 
-def _filled(pieces: Rounded) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every piece with as many rows as a multiple of PADDED; those added have the scale 0."""
-    for piece in pieces:
-        if missing := -len(piece[0]) % PADDED:
-            piece = torch.nn.functional.pad(piece[0], (0, 0, 0, missing)), torch.nn.functional.pad(
-                piece[1], (0, 0, 0, missing))
-        yield piece
+def _padded(rows: QuantizedRows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pad each chunk of rows to a multiple of PADDED rows; the scales of the added rows are 0."""
+    for codes, scales in rows:
+        missing = -len(codes) % PADDED
+        yield (pad(codes, (0, 0, 0, missing)), pad(scales, (0, 0, 0, missing))) if missing else (codes, scales)
 
 
-def _pieces(weights: WeightLoader, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
-    """The rows of a matrix, some at a time, a multiple of PADDED each but the last."""
-    parts = (range(begin, min(begin + _step(shape), shape[0])) for begin in range(0, shape[0], _step(shape)))
-    memory = MemoryPool()
-    for piece in prefetch(partial(weights.reader.rows, name, part, memory) for part in parts):
-        yield piece.to(weights.device)
+def _read_rows(weights: WeightLoader, name: str, shape: tuple[int, int]) -> Iterator[Tensor]:
+    """Read a matrix some rows at a time, always a multiple of PADDED except at the end."""
+    step, memory = _rows_per_step(shape), MemoryPool()
+    parts = (range(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    for rows in prefetch(partial(weights.reader.rows, name, part, memory) for part in parts):
+        yield rows.to(weights.device)
 
 
-def _step(shape: tuple[int, int]) -> int:
-    return max(1, STEP // shape[1] // PADDED) * PADDED
+def _rows_per_step(shape: tuple[int, int]) -> int:
+    return max(1, WEIGHTS_PER_STEP // shape[1] // PADDED) * PADDED
 
 
-def _same(weights: WeightLoader, first: str, second: str) -> bool:
+def _is_same_tensor(weights: WeightLoader, first: str, second: str) -> bool:
     reader = weights.reader
     if reader.shape(first) != reader.shape(second):
         return False
