@@ -101,17 +101,15 @@ def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) 
         damp = min(10 * damp, LARGEST_DAMP)
 
 
-def remaining_error(Hinv: Tensor, order: Tensor | None) -> Tensor:
+def remaining_error(Hinv: Tensor) -> Tensor:
     """1 / [H^-1]_kk (K,): the error of rounding input k that is left after compensation by all other inputs.
 
     It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); without compensation it is H_kk.
 
     Args:
         Hinv: U of `inverse_cholesky`; the squared norms of its columns are the diagonal of the inverse.
-        order: the permutation of U.
     """
-    error = torch.linalg.vector_norm(Hinv, dim=0).square_().reciprocal_()
-    return error if order is None else torch.empty_like(error).index_copy_(0, order, error)
+    return torch.linalg.vector_norm(Hinv, dim=0).square_().reciprocal_()
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, QuantizedWeight, dequantize
+from gptq_belle.quantization.activation_order import permuted, restored
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.hessian import output_error, rows_of
 from gptq_belle.quantization.solver import HessianFactor, Solution, candidate_weights
@@ -64,13 +65,9 @@ def full_precision_target(weight: Tensor, cross: Tensor, factor: HessianFactor, 
     Returns:
         (N, K), T.
     """
-    moved = weight @ cross
-    if factor.order is not None:
-        moved = moved[:, factor.order]
-    moved = (moved @ factor.Hinv.t()) @ factor.Hinv
-    if factor.order is not None:
-        moved = torch.empty_like(moved).index_copy_(1, factor.order, moved)
-    return torch.add(weight, moved, alpha=alpha)
+    change = permuted(weight @ cross, factor.order, dim=1)
+    change = restored((change @ factor.Hinv.t()) @ factor.Hinv, factor.order, dim=1)
+    return torch.add(weight, change, alpha=alpha)
 
 
 def held_out_error(quantized: QuantizedWeight, weight: Tensor, held_out: Sequence[tuple[Tensor, Tensor]]) -> float:

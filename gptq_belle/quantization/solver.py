@@ -14,9 +14,16 @@ from gptq_belle.common.devices import threads
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.gptq_weight import QuantizedWeight, all_finite
 from gptq_belle.quantization import grid
+from gptq_belle.quantization.activation_order import (
+    activation_order,
+    group_and_solve_order,
+    group_indices,
+    permuted,
+    restored,
+)
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
-from gptq_belle.quantization.hessian import inverse_cholesky, nonzero_diagonal, output_error, remaining_error
+from gptq_belle.quantization.hessian import inverse_cholesky, output_error, remaining_error
 from gptq_belle.quantization.refine import refine
 
 BLOCK = 128  # inputs per lazy block (GPTQ, section 3.3, step 2); a multiple of every group size
@@ -32,15 +39,15 @@ class Solution(NamedTuple):
 
 
 class HessianFactor(NamedTuple):
-    """What layers with the same inputs share: the factor of the inverse Hessian, and the order of solving."""
+    """The factor of the inverse Hessian, which layers with the same inputs share."""
 
-    Hinv: Tensor  # (K, K), upper Cholesky factor of the inverse, in the order of solving
+    Hinv: Tensor  # (K, K), upper Cholesky factor of the inverse, its inputs in `order`
     damp: float
-    order: Tensor | None  # (K,) int64; None for the layer's own order
+    order: Tensor | None  # (K,) int64, see `activation_order`
 
 
 def factorize(hessian: Tensor, config: QuantConfig) -> HessianFactor:
-    """Factorize the inverse Hessian in the order of solving: this is where the activation order is decided.
+    """Factorize the inverse Hessian, its inputs in activation order.
 
     Args:
         hessian: (K, K) float32 or float64, the mean of x x^T.
@@ -49,8 +56,7 @@ def factorize(hessian: Tensor, config: QuantConfig) -> HessianFactor:
         InputError: NaN or infinity, or a Hessian that no allowed damping makes positive definite.
     """
     _check_finite(Hessian=hessian)
-    by_activation = config.act_order or config.techniques.static_order
-    order = torch.argsort(nonzero_diagonal(hessian), descending=True, stable=True) if by_activation else None
+    order = activation_order(hessian, config)
     return HessianFactor(*inverse_cholesky(hessian, config.damp, order), order)
 
 
@@ -85,16 +91,16 @@ def candidate_weights(weight: Tensor, hessian: Tensor, config: QuantConfig,
     group, techniques = _group_size(weight, config), config.techniques
     _check_finite(weight=weight)
     Hinv, _, order = factor
-    group_order, solve_order = (order, None) if config.act_order else (None, order)
+    group_order, solve_order = group_and_solve_order(order, config)
     W = _transposed(weight, hessian, group_order)
     grids = None
     if techniques.search or techniques.static_order:
-        grids = _static_grids(W, remaining_error(Hinv, solve_order), group, config)
-    codes, scales, zeros = _solve(W.clone() if solve_order is None else W[solve_order], Hinv, group, config, grids,
-                                  solve_order)
+        grids = _static_grids(W, restored(remaining_error(Hinv), solve_order), group, config)
+    codes, scales, zeros = _solve(W.clone() if solve_order is None else permuted(W, solve_order), Hinv, group, config,
+                                  grids, solve_order)
     candidates = {"gptq": _quantized_weight(codes, scales, zeros, group, group_order)}
     if techniques.sweeps:
-        H = hessian.to(W.dtype) if group_order is None else hessian.to(W.dtype)[group_order][:, group_order]
+        H = permuted(permuted(hessian.to(W.dtype), group_order), group_order, dim=1)
         refine(codes, scales, zeros, W, H, bits=config.bits, sweeps=techniques.sweeps,
                positive=config.positive_scales or not config.sym)
         candidates["refined"] = _quantized_weight(codes, scales, zeros, group, group_order)
@@ -146,7 +152,7 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
     if grids is None and whole:
         grids = _min_max_grids(W, group, config)
     scales, zeros = grids or (W.new_empty(K // group, N), W.new_empty(K // group, N))
-    group_of_input = (torch.arange(K, device=W.device) if order is None else order) // group
+    group_of_input = permuted(torch.arange(K, device=W.device), order) // group
     fused = grid.fused_kernels(W)
     solve_block = fused.solve_block if fused else _solve_block
     for i1 in range(0, K, BLOCK):
@@ -158,7 +164,7 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
                     group=group if grids is None else 0, bits=config.bits, sym=config.sym)
         W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
     check_storable(scales)
-    return codes if order is None else torch.empty_like(codes).index_copy_(0, order, codes), scales, zeros
+    return restored(codes, order), scales, zeros
 
 
 def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
@@ -182,26 +188,19 @@ def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Te
 
 
 def _transposed(weight: Tensor, hessian: Tensor, order: Tensor | None) -> Tensor:
-    """W (K, N) of a weight (N, K), its inputs permuted where an order is given, inputs that were never active set to 0.
-    """
-    dead = hessian.diagonal() == 0
-    if order is None:
-        W = weight.t().clone(memory_format=torch.contiguous_format)
-    else:
-        W, dead = weight.t()[order].contiguous(), dead[order]
-    W[dead] = 0
+    """A contiguous copy W (K, N) of a weight (N, K), its inputs in the given order, never active inputs set to 0."""
+    W = permuted(weight.t(), order)
+    W = W.clone(memory_format=torch.contiguous_format) if order is None else W.contiguous()
+    W[permuted(hessian.diagonal() == 0, order)] = 0
     return W
 
 
 def _quantized_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group: int,
                       order: Tensor | None) -> QuantizedWeight:
     """Codes (K, N) in the order of the groups, scales and zeros (G, N), in the layer's own order and layout."""
-    g_idx = torch.arange(codes.shape[0], device=codes.device) // group
-    if order is not None:
-        position = torch.argsort(order)
-        codes, g_idx = codes[position], g_idx[position]
+    g_idx = group_indices(len(codes), group, order, codes.device)
     return QuantizedWeight(
-        codes=codes.t().contiguous(), scales=scales.t().float().clone(memory_format=torch.contiguous_format),
+        codes=restored(codes, order).t().contiguous(), scales=scales.t().float().clone(memory_format=torch.contiguous_format),
         zeros=zeros.t().to(torch.int32).contiguous(), g_idx=g_idx.to(torch.int32))
 
 
