@@ -200,7 +200,8 @@ def _quantized_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group: int,
     """Codes (K, N) in the order of the groups, scales and zeros (G, N), in the layer's own order and layout."""
     g_idx = group_indices(len(codes), group, order, codes.device)
     return QuantizedWeight(
-        codes=restored(codes, order).t().contiguous(), scales=scales.t().float().clone(memory_format=torch.contiguous_format),
+        codes=restored(codes, order).t().contiguous(),
+        scales=scales.t().float().clone(memory_format=torch.contiguous_format),
         zeros=zeros.t().to(torch.int32).contiguous(), g_idx=g_idx.to(torch.int32))
 
 
