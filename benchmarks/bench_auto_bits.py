@@ -21,7 +21,7 @@ import torch
 from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.evaluation.kl_divergence import divergence
 from gptq_belle.evaluation.perplexity import read_text
-from gptq_belle.quantization.auto_bits import config_of_choice, stages_and_budget
+from gptq_belle.quantization.auto_bits import config_with_bits, stages_and_budget
 from gptq_belle.quantization.job import prepare_job
 
 TINY = records.ROOT / "examples" / "belle_tiny"
@@ -40,7 +40,7 @@ def at_random(source: Path, budget: str, seed: int) -> QuantConfig:
         if stage.extra <= room:
             room -= stage.extra
             chosen.add((stage.block, stage.linears[0]))
-    return replace(config_of_choice(job, chosen), auto_bits=None)
+    return replace(config_with_bits(job, chosen), auto_bits=None)
 
 
 def variants(source: Path, budget: str, seeds: int) -> Iterator[tuple[str, QuantConfig]]:

@@ -14,12 +14,12 @@ from gptq_belle.errors import UsageError
 from gptq_belle.quantization import auto_bits
 from gptq_belle.quantization.auto_bits import (
     average_bits,
-    config_of_choice,
+    config_with_bits,
     describe_estimate,
     knapsack,
     stages_and_budget,
 )
-from gptq_belle.quantization.block import BlockQuantizer
+from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.job import prepare_job
 from gptq_belle.quantization.overrides import parse_override
 
@@ -167,7 +167,7 @@ def test_dry_run_announces_the_sensitivity_measurement(tiny_llama):
     assert describe_estimate(job).startswith("8 stages are measured first")
     assert describe_estimate(prepare_job(tiny_llama, QuantConfig(group_size=32), CALIBRATION, "cpu")) == ""
     all_of_it = {(stage.block, stage.linears[0]) for stage in stages_and_budget(job)[0]}
-    assert average_bits(replace(job, config=config_of_choice(job, all_of_it))) == 8
+    assert average_bits(replace(job, config=config_with_bits(job, all_of_it))) == 8
 
 
 def test_verdict_compares_the_choice_with_its_size_and_with_random_choices(monkeypatch):

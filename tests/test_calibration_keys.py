@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration_keys import BYTES, overlapping, seen_keys
+from gptq_belle.quantization.calibration_keys import BYTES, document_keys, overlapping_rows
 
 CHAT = [Turn("把下面的句子翻译成英文：我爱北京。", "I love Beijing."), Turn("再举一个这样的例子吧", "好的。")]
 TEXT = "人工智能正在改变我们的生活和工作。\n标题\nThe quick brown fox jumps over the lazy dog. And again it does so!"
@@ -17,7 +17,7 @@ TEXT = "人工智能正在改变我们的生活和工作。\n标题\nThe quick b
     "前言不算。人工智能正在改变我们的生活和工作！后面是别的。",
 ])
 def test_seen_text_is_found(document):
-    rows, _ = overlapping(seen_keys([CHAT, TEXT, [Turn("1+1=?", "2")]]), [document])
+    rows, _ = overlapping_rows(document_keys([CHAT, TEXT, [Turn("1+1=?", "2")]]), [document])
     assert rows == [1]
 
 
@@ -27,25 +27,25 @@ def test_seen_text_is_found(document):
     "I love Beijing.", "人工智能正在改变我们的生活", [Turn("48+23等于多少呢?", "71")],
 ])
 def test_other_text_is_not(document):
-    seen = seen_keys([CHAT, TEXT, [Turn("48-23等于多少呢?", "25")], [Turn("1+1=?", "2")]])
-    assert overlapping(seen, [document])[0] == []
+    seen = document_keys([CHAT, TEXT, [Turn("48-23等于多少呢?", "25")], [Turn("1+1=?", "2")]])
+    assert overlapping_rows(seen, [document])[0] == []
 
 
 def test_rows_are_numbered_and_counted():
     other = [Turn("完全没有见过的问题是什么?", "x")]
-    assert overlapping(seen_keys([CHAT, TEXT]), [other, CHAT, other, TEXT]) == ([2, 4, 5, 6], 6)
+    assert overlapping_rows(document_keys([CHAT, TEXT]), [other, CHAT, other, TEXT]) == ([2, 4, 5, 6], 6)
 
 
 def test_record_is_small_and_sorted():
     documents = [[Turn(f"第{number}个足够长的问题", "")] for number in range(1000)]
-    seen = seen_keys(documents)
+    seen = document_keys(documents)
     assert len(seen) < 7 * 1000
-    assert seen == seen_keys(reversed(documents))
+    assert seen == document_keys(reversed(documents))
     assert len(base64.b64decode(seen)) == BYTES * 1000
-    assert overlapping(seen, documents) == (list(range(1, 1001)), 1000)
+    assert overlapping_rows(seen, documents) == (list(range(1, 1001)), 1000)
 
 
 @pytest.mark.parametrize("damaged", ["???", "QUJD"])
 def test_a_damaged_record_is_refused(damaged):
     with pytest.raises(ValueError, match=r"."):
-        overlapping(damaged, [TEXT])
+        overlapping_rows(damaged, [TEXT])

@@ -236,11 +236,11 @@ def test_eval_belle_with_a_base_and_a_judge(belle, tiny_llama, tmp_path):
 def test_text_that_was_calibrated_on_is_refused(belle, packed, text, tmp_path):
     import shutil
 
-    from gptq_belle.quantization.calibration_keys import seen_keys
+    from gptq_belle.quantization.calibration_keys import document_keys
 
     path = tmp_path / "calibrated"
     shutil.copytree(packed, path)
-    report = {"calibration": {"seen": seen_keys(["The quick brown fox jumps over the lazy dog."])}}
+    report = {"calibration": {"seen": document_keys(["The quick brown fox jumps over the lazy dog."])}}
     (path / "quantization_report.json").write_text(json.dumps(report), encoding="utf-8")
     code, out, err = belle("eval", "ppl", path, "--text", text)
     assert (code, out) == (4, "")

@@ -1,5 +1,5 @@
-"""What is kept of an unfinished job: records that are whole or do not count, differences that are named, an end that is
-the undisturbed one's."""
+"""The journal of an unfinished job: damaged records, refused differences, resuming with an identical result, and
+fallbacks where memory runs out."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import torch
 from conftest import job_output, naming
 
 from gptq_belle.errors import UsageError
-from gptq_belle.quantization import block as block_module
 from gptq_belle.quantization.activations import Activations
+from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
@@ -35,7 +35,7 @@ def journal(folder, *, restart=False, **changes):
 
 
 def commit(book, tensors=None):
-    """A finished block with one part and activations behind it."""
+    """Commit a finished block with one part and the activations after it."""
     index = len(book.records)
     (book.partial / "parts").mkdir(exist_ok=True)
     from gptq_belle.checkpoint.safetensors_file import write_tensors
@@ -43,19 +43,18 @@ def commit(book, tensors=None):
     part = f"parts/block-{index:05d}.safetensors"
     files = {part: write_tensors(book.partial / part, {"w": torch.full((4,), index)})}
     activations = Activations(book.partial, [(2, 3)])
-    files[f"journal/hidden-{index + 1:05d}.f32"] = activations.write(index + 1, [torch.randn(2, 3)])
-    book.commit(Record(linears=[ROW], phases={"total": 2.0}, state={"preset": {"clip": [1, 2]}}), files, tensors)
+    files[f"journal/quantized-{index + 1:05d}.f32"] = activations.write(index + 1, [torch.randn(2, 3)])
+    book.commit(Record(linears=[ROW], phases={"total": 2.0}), files, tensors)
     activations.delete(index)
 
 
-def test_records_come_back_with_their_state_and_tensors(tmp_path):
+def test_records_are_read_back_with_their_tensors(tmp_path):
     book = journal(tmp_path)
     commit(book, {"clip": torch.arange(3)})
     commit(book)
     again = journal(tmp_path)
     assert again.records == book.records
     assert again.records[0].linears == [ROW]
-    assert again.records[1].state == {"preset": {"clip": [1, 2]}}
     assert torch.equal(again.tensors(0)["clip"], torch.arange(3))
     assert again.tensors(1) == {}
 
@@ -63,7 +62,7 @@ def test_records_come_back_with_their_state_and_tensors(tmp_path):
 @pytest.mark.parametrize(("damage", "left"), [
     (lambda p: (p / "parts" / "block-00001.safetensors").unlink(), 0),
     (lambda p: spoil(p / "parts" / "block-00000.safetensors"), 0),
-    (lambda p: spoil(p / "journal" / "hidden-00003.f32"), 0),
+    (lambda p: spoil(p / "journal" / "quantized-00003.f32"), 0),
     (lambda p: spoil(p / "journal" / "block-00000.json"), 0),
     (lambda p: (p / "parts" / "block-00009.safetensors").write_bytes(b"unfinished"), 3),
     (lambda p: (p / "journal" / "block-00003.json.unfinished").write_bytes(b"{"), 3)], ids=range(6))
@@ -84,6 +83,17 @@ def spoil(path):
     path.write_bytes(data)
 
 
+def test_journal_of_another_version_is_refused(tmp_path):
+    journal(tmp_path)
+    job = tmp_path / "journal" / "job.json"
+    earlier = json.loads(job.read_text()) | {"journal": {"version": 3}, "settings": {"no_such_key": 1}}
+    job.write_text(json.dumps(earlier))
+    with pytest.raises(UsageError, match=naming("version", 3)) as caught:
+        journal(tmp_path)
+    assert "no_such_key" not in caught.value.cause
+    assert journal(tmp_path, restart=True).records == []
+
+
 def test_other_settings_are_refused_and_restart_starts_over(tmp_path):
     commit(journal(tmp_path))
     with pytest.raises(UsageError, match=naming("bits 4", 8, "rows 8", 9)) as caught:
@@ -96,7 +106,7 @@ def test_other_settings_are_refused_and_restart_starts_over(tmp_path):
     assert not list((tmp_path / "parts").iterdir())
 
 
-class StopBehind(NoProgress):
+class InterruptInBlock(NoProgress):
     """Interrupts a job in the middle of a block."""
 
     def __init__(self, block):
@@ -111,11 +121,11 @@ def quantize(source, out, *, block=None, **options):
     config = {key: options.pop(key) for key in ("bits", "act_order", "method") if key in options}
     return quantize_checkpoint(source, out, QuantConfig(group_size=32, **config),
                                calibration=Calibration(rows=32, seq_len=64, allow_short=True),
-                               progress=None if block is None else StopBehind(block), **options)
+                               progress=None if block is None else InterruptInBlock(block), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"act_order": True, "bits": 3}, {"method": "rtn"}], ids=str)
-def test_an_interrupted_job_ends_as_an_undisturbed_one(tiny_model, tmp_path, options):
+def test_resumed_job_has_the_output_of_an_uninterrupted_one(tiny_model, tmp_path, options):
     quantize(tiny_model, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_model, tmp_path / "out", block=1, **options)
@@ -126,7 +136,7 @@ def test_an_interrupted_job_ends_as_an_undisturbed_one(tiny_model, tmp_path, opt
     assert job_output(tmp_path / "out") == job_output(tmp_path / "whole")
 
 
-def test_an_interrupted_job_keeps_its_threads(tiny_bloom, tmp_path):
+def test_resumed_job_keeps_the_number_of_threads(tiny_bloom, tmp_path):
     torch.set_num_threads(2)
     try:
         quantize(tiny_bloom, tmp_path / "whole")
@@ -140,7 +150,7 @@ def test_an_interrupted_job_keeps_its_threads(tiny_bloom, tmp_path):
     assert job_output(tmp_path / "out") == job_output(tmp_path / "whole")
 
 
-def test_a_job_that_goes_on_elsewhere_says_so(tiny_bloom, tmp_path, monkeypatch):
+def test_resuming_on_another_processor_is_noted_in_the_report(tiny_bloom, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_bloom, tmp_path / "out", block=1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
@@ -149,7 +159,7 @@ def test_a_job_that_goes_on_elsewhere_says_so(tiny_bloom, tmp_path, monkeypatch)
     assert "ABACUS now" in report.notes[0]
 
 
-def test_a_changed_source_is_refused_by_file(tiny_bloom, tmp_path):
+def test_changed_source_file_is_refused_and_named(tiny_bloom, tmp_path):
     source = shutil.copytree(tiny_bloom, tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", block=1)
@@ -164,7 +174,7 @@ def out_of_memory_above(rows, monkeypatch):
     plain = BlockStream._run
 
     def run(self, block, states):
-        if len(states) > rows and self.device.type == "cpu" and not getattr(self, "elsewhere", False):
+        if len(states) > rows and self.device.type == "cpu" and not getattr(self, "on_cpu", False):
             raise torch.OutOfMemoryError
         return plain(self, block, states)
 
@@ -181,16 +191,16 @@ def test_out_of_memory_halves_the_batch(tiny_model, tmp_path, monkeypatch):
     assert report.mean_error == pytest.approx(whole["mean_error"], rel=0.01)
 
 
-def test_out_of_memory_everywhere_but_on_the_cpu(tiny_bloom, tmp_path, monkeypatch):
+def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu(tiny_bloom, tmp_path, monkeypatch):
     out_of_memory_above(0, monkeypatch)
-    ways = block_module.BlockQuantizer._fallbacks
+    fallbacks = BlockQuantizer._fallbacks
 
-    def told(self, activations):
-        for way in ways(self, activations):
-            self.stream.elsewhere = way == "on the CPU"  # the only device here plays both
-            yield way
+    def marked(self, activations):
+        for description in fallbacks(self, activations):
+            self.stream.on_cpu = description == "on the CPU"  # the CPU stands in for the GPU before
+            yield description
 
-    monkeypatch.setattr(block_module.BlockQuantizer, "_fallbacks", told)
+    monkeypatch.setattr(BlockQuantizer, "_fallbacks", marked)
     report = quantize(tiny_bloom, tmp_path / "out")
     assert [note.split(":")[0] for note in report.notes] == ["block 0"] * 6 + ["block 1"]
     assert report.readback_error == 0
@@ -203,7 +213,7 @@ def test_out_of_memory_on_the_cpu_too_is_an_error(tiny_bloom, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_signals_exit_130_with_the_line_that_resumes(end, tmp_path):
+def test_signals_exit_130_and_print_the_command_that_resumes(end, tmp_path):
     source = ROOT / "examples" / "belle_tiny" / "llama"
     command = ["-m", "gptq_belle.quantize", str(source), str(tmp_path / "out"), "--rows", "12", "--seq-len", "256"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}

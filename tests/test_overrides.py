@@ -129,7 +129,7 @@ def unpacked(words, bits):
 
 
 def test_resumed_and_undisturbed_jobs_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
-    from gptq_belle.quantization.block import BlockQuantizer
+    from gptq_belle.quantization.block_quantizer import BlockQuantizer
 
     run_job(tiny_model, tmp_path / "whole")
     plain = BlockQuantizer.run

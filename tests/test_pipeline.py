@@ -252,7 +252,7 @@ import sys
 from gptq_belle import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.common.memory import anonymous_bytes, release_unused
-from gptq_belle.quantization.block import BlockQuantizer
+from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 source, out = sys.argv[1:]
 held, run = [], BlockQuantizer.run

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.calibration_keys import Document, overlapping
+from gptq_belle.quantization.calibration_keys import Document, overlapping_rows
 from gptq_belle.quantization.report import REPORT
 
 SHOWN = 5  # row numbers in the message
@@ -17,7 +17,7 @@ def refuse_overlap(paths: Iterable[str | Path], text: str | Path, documents: Seq
     Args:
         paths: model directories.
         text: source of the documents, for the message.
-        documents: chats and plain texts (see `calibration_keys.overlapping`).
+        documents: chats and plain texts (see `calibration_keys.overlapping_rows`).
     Raises:
         InputError: a checkpoint was calibrated on some of the text; names the number of rows and the first of them.
     """
@@ -26,7 +26,7 @@ def refuse_overlap(paths: Iterable[str | Path], text: str | Path, documents: Seq
         if seen is None:
             continue
         try:
-            rows, total = overlapping(seen, documents)
+            rows, total = overlapping_rows(seen, documents)
         except ValueError as error:
             raise InputError(f"{Path(path) / REPORT}: calibration.seen is damaged: {error}",
                              "Fetch the file again, or use --allow-overlap.") from error

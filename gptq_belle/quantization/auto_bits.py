@@ -89,7 +89,7 @@ def choose_bits(job: QuantizationJob, journal: Journal,
     if job.config.auto_bits is None:
         return job, None
     stages, room = stages_and_budget(job)
-    if journal.choice is None:
+    if journal.bit_allocation is None:
         def step(index: int) -> None:
             progress.phase(f"measuring the loss of {LOW_BITS} bits in each stage: block {index + 1} of "
                            f"{job.stream.count}")
@@ -97,18 +97,18 @@ def choose_bits(job: QuantizationJob, journal: Journal,
         losses = measure_losses(job, [(stage.block, stage.linears) for stage in stages],
                          journal.folder / "versions.f32", step)
         more = knapsack(losses, [stage.extra for stage in stages], room)
-        journal.choose({"budget": job.config.auto_bits, "stages": [
+        journal.save_bit_allocation({"budget": job.config.auto_bits, "stages": [
             {"block": stage.block, "linears": list(stage.linears), "weights": stage.weights, "loss": loss,
              "bits": HIGH_BITS if place in more else LOW_BITS}
             for place, (stage, loss) in enumerate(zip(stages, losses, strict=True))]})
-    assert journal.choice is not None
-    config = config_of_choice(job, {(row["block"], row["linears"][0]) for row in journal.choice["stages"]
+    assert journal.bit_allocation is not None
+    config = config_with_bits(job, {(row["block"], row["linears"][0]) for row in journal.bit_allocation["stages"]
                                  if row["bits"] == HIGH_BITS})
     chosen = replace(job, config=config)
     average = average_bits(chosen)
-    high = sum(row["bits"] == HIGH_BITS for row in journal.choice["stages"])
+    high = sum(row["bits"] == HIGH_BITS for row in journal.bit_allocation["stages"])
     progress.phase(f"{HIGH_BITS} bits for {high} of {len(stages)} stages, {average:.3f} bits per weight on average")
-    return chosen, journal.choice | {"average_bits": average}
+    return chosen, journal.bit_allocation | {"average_bits": average}
 
 
 def describe_estimate(job: QuantizationJob) -> str:
@@ -126,7 +126,7 @@ def describe_estimate(job: QuantizationJob) -> str:
             f"above; those that get {HIGH_BITS} bits then add up to {most / 1e6:,.1f} MB")
 
 
-def config_of_choice(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantConfig:
+def config_with_bits(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantConfig:
     """The config with 8 bits for the stages (block, first linear) in `more`."""
     arch, overrides = job.stream.arch, list(job.config.overrides)
     for stage in arch.stages:

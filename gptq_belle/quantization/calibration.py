@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import Turn, render_conversation
-from gptq_belle.quantization.calibration_keys import seen_keys
+from gptq_belle.quantization.calibration_keys import document_keys
 
 BUILTIN, GIVEN = "builtin", "token ids"
 TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
@@ -58,13 +58,13 @@ class Calibration:
 
     def describe(self, tokens: Tensor, documents: Iterable[str | list[Turn]] = ()) -> dict[str, Any]:
         """What the report says of the rows (rows, T) that came of it: source, sizes, seed, SHA-256 of the ids; and
-        what was seen of which documents, for `overlap.overlapping`."""
+        what was seen of which documents, for `calibration_keys.overlapping_rows`."""
         count, length = tokens.shape
         source = GIVEN if isinstance(self.source, Tensor) else BUILTIN if self.source == BUILTIN else Path(
             self.source).name
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         return {"source": source, "rows": count, "seq_len": length, "seed": self.seed, "sha256": digest,
-                "seen": seen_keys(documents)}
+                "seen": document_keys(documents)}
 
 
 def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, context: int | None = None) -> Tensor:

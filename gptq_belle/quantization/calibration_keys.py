@@ -25,17 +25,17 @@ SENTENCE = re.compile(r"[。！？!?\n]+|\.\s")
 ROLE = re.compile(r"^(human|assistant):")
 
 
-def seen_keys(documents: Iterable[Document]) -> str:
+def document_keys(documents: Iterable[Document]) -> str:
     """The keys of all documents in base64, 7 characters each, sorted."""
     keys = sorted({key for document in documents for row in _rows(document) for key in row})
     return base64.b64encode(b"".join(keys)).decode("ascii")
 
 
-def overlapping(seen: str, documents: Iterable[Document]) -> tuple[list[int], int]:
+def overlapping_rows(seen: str, documents: Iterable[Document]) -> tuple[list[int], int]:
     """Hold documents against a fingerprint.
 
     Args:
-        seen: of `seen_keys`.
+        seen: of `document_keys`.
         documents: chats, a row each, and plain texts, of which every sentence is a row.
     Returns:
         The numbers of the rows that were seen, from 1, and how many rows there are.

@@ -12,8 +12,8 @@ import torch
 from gptq_belle.formats.gptq_weight import dequantize, pack
 from gptq_belle.quantization.activations import BatchList
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.estimate import check_tuning, tuning_seconds
-from gptq_belle.quantization.end_to_end.rows import scratch_bytes
+from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning, tuning_seconds
+from gptq_belle.quantization.end_to_end.tuning_rows import scratch_bytes
 from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill, output_bytes
 from gptq_belle.quantization.solution_choice import best_solution

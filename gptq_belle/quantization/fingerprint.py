@@ -1,5 +1,4 @@
-"""What the result of a job follows from: the source's bytes, the calibration tokens and the settings, and nothing else
-but the last bits of floating point."""
+"""The fingerprint of a job: everything that determines its result, up to the last bits of floating-point sums."""
 
 import json
 import platform
@@ -21,9 +20,9 @@ from gptq_belle.quantization.config import QuantConfig
 
 def fingerprint(reader: CheckpointReader, config: QuantConfig,
                 calibration: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What a resumed job must have in common with the one that was begun.
+    """The properties that a resumed job must share with the interrupted one, by topic.
 
-    Every weight file is read through once, which leaves it in the system's cache for the job.
+    Every weight file is read once for its checksum, which also brings it into the page cache.
 
     Args:
         reader: the source.
@@ -36,20 +35,20 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
         digests = list(pool.map(_digest, files))
     return {
         "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
-        "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # sha256 says more
-        "settings": json.loads(json.dumps(asdict(config))) | {  # as it is read back: tuples are lists
+        "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # covered by sha256
+        "settings": json.loads(json.dumps(asdict(config))) | {  # as JSON returns it: tuples become lists
             "overrides": config.to_dict().get("dynamic", {})},
-        "recipe": asdict(config.techniques),
+        "techniques": asdict(config.techniques),
         "program": {"gptq_belle": __version__},
     }
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What sums of floating point follow from beside the fingerprint.
+    """The properties of the machine that change the result in its last bits only.
 
     MKL's products and Cholesky factors differ in their last bits between numbers of threads and between kinds of
-    processors, and CUDA's from both: a resumed job therefore keeps the number of threads, and says so where it runs
-    elsewhere. The number of CUDA devices has no influence: one is used.
+    processors, and CUDA's differ from both. A resumed job therefore keeps the number of threads, and other differences
+    are noted in the report. The number of CUDA devices has no influence, because one is used.
     """
     return {"device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
             "threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability(),
@@ -57,10 +56,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
 
 
-def environment_differences(begun: dict[str, Any], now: dict[str, Any]) -> str:
-    """What of `environment` changed since the job was begun, threads excepted; "" where nothing did."""
-    return ", ".join(f"{name} {begun.get(name)} then, {value} now" for name, value in now.items()
-                     if name != "threads" and begun.get(name) != value)
+def environment_differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """The differences between two environments, without the number of threads; "" where there are none."""
+    return ", ".join(f"{name} {then.get(name)} then, {value} now" for name, value in now.items()
+                     if name != "threads" and then.get(name) != value)
 
 
 def _digest(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""What a job has finished, on disk: a restart goes on behind the last finished block.
+"""The journal of a job on disk: an interrupted job resumes after its last finished block.
 
-``OUT.partial/journal`` holds ``job.json``, the fingerprint of source, calibration and settings, and a record
-``block-NNNNN.json`` a finished block. A record is written last, when every file that it names is on the disk, and holds
-their sizes and checksums: the block's packed tensors (``parts/``), the activations behind it, and tensors of other
-kinds (`Record.tensors`). Files without a record, and records whose files are not whole, count for nothing.
+``OUT.partial/journal`` holds ``job.json``, the fingerprint of source, calibration and settings, and one record
+``block-NNNNN.json`` per finished block. A record is written last, when every file that it names is durably on disk, and
+holds their sizes and checksums: the block's packed tensors (``parts/``), the activations after it, and further tensors
+(`Journal.tensors`). Files without a record, and records with missing or damaged files, are ignored.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
 from gptq_belle.common.files import UNFINISHED_SUFFIX, FileChecksum, fsync, matches_checksum, write_json_atomically
 from gptq_belle.errors import GptqBelleError, UsageError
-from gptq_belle.quantization.end_to_end.savepoint import PREFIX
+from gptq_belle.quantization.end_to_end.tuning_checkpoint import PREFIX
 from gptq_belle.quantization.report import LinearReport
 
 JOB = "job.json"
-VERSION = 3
-QUANTIZED, FULL = "hidden", "full"  # the models whose activations are kept
+VERSION = 4  # of the journal on disk; a journal of another version is refused
+QUANTIZED, FULL = "quantized", "full"  # the models whose activations are kept; prefixes of file names
 
 
 @dataclass(slots=True)
@@ -34,18 +34,16 @@ class Record:
 
     Attributes:
         linears: its rows of the report, in the order of solving.
-        phases: seconds by what they went into; "total" is all of the block.
-        peak_memory: of the job so far, in bytes.
-        notes: what the report should say of it, such as a retreat to the CPU.
-        state: whatever else belongs to the block, JSON-ready.
-        files: stamps of its files, by path below ``OUT.partial``.
+        phases: seconds by phase; "total" is the whole block.
+        peak_memory: peak of the job so far, in bytes.
+        notes: unplanned events for the report, such as a fallback to the CPU.
+        files: size and checksum of its files, by path below ``OUT.partial``.
     """
 
     linears: list[LinearReport] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
     notes: list[str] = field(default_factory=list)
-    state: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileChecksum] = field(default_factory=dict)
 
     @classmethod
@@ -53,7 +51,7 @@ class Record:
         """The inverse of asdict.
 
         Raises:
-            TypeError, AttributeError, KeyError: it is none.
+            TypeError, AttributeError, KeyError: the value is not a record.
         """
         linears = [LinearReport(**row) for row in value["linears"]]
         files = {name: FileChecksum(*stamp) for name, stamp in value["files"].items()}
@@ -64,17 +62,19 @@ class Journal:
     """The finished blocks of a job.
 
     Args:
-        partial: ``OUT.partial``, held by this process.
-        fingerprint: what the result follows from, by topic: source, calibration, settings.
-        restart: drop what an earlier job left.
+        partial: ``OUT.partial``, locked by this process.
+        fingerprint: inputs that determine the result, by topic (see `fingerprint.fingerprint`).
+        environment: see `fingerprint.environment`.
+        restart: delete the journal of an earlier job.
 
     Attributes:
-        records: of the finished blocks, from the first one on; those of an earlier job were checked.
-        environment: what does not change the result but in its last bits; as the job was begun.
-        choice: what the job has measured and chosen before its first block, JSON-ready; None where nothing was.
+        records: of the finished blocks, from the first one on; those of an earlier job have been verified.
+        environment: the environment in which the job was started.
+        bit_allocation: the bits of each stage with their measured losses, JSON-ready (see `auto_bits.choose_bits`);
+            None before they are chosen, and without a budget.
 
     Raises:
-        UsageError: an earlier job's fingerprint is another one; the differences are named.
+        UsageError: an earlier job has a different fingerprint; the differences are named.
     """
 
     def __init__(self, partial: Path, fingerprint: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any], *,
@@ -82,13 +82,13 @@ class Journal:
         self.partial, self.folder = partial, partial / "journal"
         self.records: list[Record] = []
         self.environment = dict(environment)
-        self.choice: dict[str, Any] | None = None
+        self.bit_allocation: dict[str, Any] | None = None
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         job = {"journal": {"version": VERSION}} | {topic: dict(values) for topic, values in fingerprint.items()}
         if (earlier := self._earlier()) is not None:
             self.environment = earlier.pop("environment", self.environment)
-            self.choice = earlier.pop("choice", None)
+            self.bit_allocation = earlier.pop("bit_allocation", None)
             _refuse_differences(partial, earlier, job)
             self.records = list(self._whole_records())
         else:
@@ -98,19 +98,20 @@ class Journal:
         self._job = job
         self._clear()
 
-    def choose(self, choice: dict[str, Any]) -> None:
-        """Keep a choice on the disk: measuring again could end in other last bits, and in another choice."""
-        write_json_atomically(self.folder / JOB, self._job | {"environment": self.environment, "choice": choice})
-        self.choice = choice
+    def save_bit_allocation(self, allocation: dict[str, Any]) -> None:
+        """Save the bit allocation: losses measured again could differ in their last bits, and so could the choice."""
+        job = self._job | {"environment": self.environment, "bit_allocation": allocation}
+        write_json_atomically(self.folder / JOB, job)
+        self.bit_allocation = allocation
 
     def commit(self, record: Record, files: Mapping[str, FileChecksum],
                tensors: Mapping[str, Tensor] | None = None) -> None:
-        """A block is finished; when this returns, neither a crash nor a power cut undoes it.
+        """Record a finished block durably: after this returns, it survives a crash and a power cut.
 
         Args:
-            record: of the block; its files are filled in.
-            files: what was written durably for it, by path below ``OUT.partial``.
-            tensors: further tensors to keep with it, see `tensors`.
+            record: the block's record; its files are filled in.
+            files: the block's files, already written durably, by path below ``OUT.partial``.
+            tensors: further tensors to save with the block, see `tensors`.
         """
         index = len(self.records)
         record.files = dict(files)
@@ -122,7 +123,7 @@ class Journal:
         self.records.append(record)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """The further tensors that were committed with a finished block."""
+        """The further tensors that were saved with a finished block."""
         name = f"journal/tensors-{index:05d}.safetensors"
         if name not in self.records[index].files:
             return {}
@@ -130,17 +131,17 @@ class Journal:
         return {key: file.tensor(key) for key in file.names()}
 
     def _earlier(self) -> dict[str, Any] | None:
-        """job.json of an earlier job, or None where nothing usable was left."""
+        """The content of an earlier job's job.json; None where there is none or it is damaged."""
         try:
             return read_json(self.folder / JOB)
         except GptqBelleError:
             return None
 
     def _whole_records(self) -> Iterator[Record]:
-        """Records from the first block up to the first that is missing or damaged.
+        """The records of all finished blocks; none where a file is missing or damaged.
 
-        Activations are kept behind the last finished block only; where those are damaged, nothing is left to go on
-        from, and the job begins anew.
+        Activations are kept after the last finished block only. Without them no later block can be quantized, so the
+        job starts over.
         """
         found: list[Record] = []
         while (record := self._read(len(found))) is not None:
@@ -164,7 +165,7 @@ class Journal:
         return self.folder / f"block-{index:05d}.json"
 
     def _clear(self) -> None:
-        """Remove what belongs to no finished block."""
+        """Delete the files that belong to no finished block."""
         known = {JOB, *(self._path(index).name for index in range(len(self.records)))}
         named = {name for record in self.records for name in record.files}
         for folder in (self.folder, self.partial / "parts"):
@@ -175,19 +176,19 @@ class Journal:
 
 
 def activations_name(index: int, model: str = QUANTIZED) -> str:
-    """Path below ``OUT.partial`` of the activations in front of block `index`, in the quantized or the full model."""
+    """Path below ``OUT.partial`` of the inputs of block `index` in the quantized or the full-precision model."""
     return f"journal/{model}-{index:05d}.f32"
 
 
 def is_activations(name: str) -> bool:
-    """True for what `activations_name` gives."""
+    """Whether a path is one of `activations_name`."""
     return name.startswith((f"journal/{QUANTIZED}-", f"journal/{FULL}-"))
 
 
 def finished_blocks(partial: Path) -> int:
-    """How many records an unfinished job has left; they are not checked."""
-    records = (partial / "journal").glob("block-*.json")
-    return sum(not record.name.endswith(UNFINISHED_SUFFIX) for record in records)
+    """Number of records of an unfinished job, without verifying them."""
+    files = (partial / "journal").glob("block-*.json")
+    return sum(not file.name.endswith(UNFINISHED_SUFFIX) for file in files)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -195,6 +196,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _refuse_differences(partial: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if earlier.get("journal") != now["journal"]:  # other topics of another version have other keys
+        earlier, now = {"journal": earlier.get("journal")}, {"journal": now["journal"]}
     flat = [{f"{topic} {key}": value for topic, values in job.items() if isinstance(values, Mapping)
              for key, value in values.items()} for job in (earlier, now)]
     names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]

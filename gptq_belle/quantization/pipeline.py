@@ -20,12 +20,12 @@ from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_grou
 from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.quantization.activations import ActivationPair
 from gptq_belle.quantization.auto_bits import choose_bits, stages_and_budget
-from gptq_belle.quantization.block import BlockQuantizer
+from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.distillation import distill
-from gptq_belle.quantization.end_to_end.estimate import check_tuning
+from gptq_belle.quantization.end_to_end.tune_model import tune_model
+from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning
 from gptq_belle.quantization.fingerprint import environment, environment_differences, fingerprint
 from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
@@ -127,7 +127,7 @@ def quantize_checkpoint(
                                      progress)
             stream, expected = job.stream, journal.tensors(VERIFIED_BLOCK)
             if job.config.techniques.tuning_steps:
-                report.tuning, expected = distill(job, writer, journal, verification, progress)
+                report.tuning, expected = tune_model(job, writer, journal, verification, progress)
             progress.phase("writing")
             write_metadata_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
             writer.merge()

@@ -1,4 +1,4 @@
-"""The quantized model as something to train: codes fixed, scales, biases and norms trainable."""
+"""The quantized model as a trainable model: codes are fixed; scales, biases and norms are trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,36 +16,36 @@ from gptq_belle.quantization.config import QuantConfig
 
 
 class RelativeChanges:
-    """Parameters that are (1 + change) times what they were, as float16 holds it.
+    """Parameters as initial value + unit * change, rounded to float16, with one vector of changes to train.
 
-    Scales of different layers differ by orders of magnitude, and Adam's steps do not: so a scale's change is a share of
-    itself, and that of a norm's or a bias's element a share of the root mean square of all of it, for single elements
-    may be 0. Rounding to float16 has no gradient; it is passed over (arXiv 1308.3432, section 3: straight through).
+    Scales of different layers differ by orders of magnitude, but Adam's steps do not. So the unit of a scale is its
+    magnitude, and the unit of a norm or a bias is its root mean square, because single elements may be 0. Rounding to
+    float16 has no gradient and is ignored by it (straight-through estimator, arXiv 1308.3432, section 3).
 
     Args:
         parameters: matrices of scales, and vectors.
 
     Attributes:
-        vector: a parameter, the changes; 0 at first.
+        vector: the trained parameter, all changes in one vector; initially 0.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self._begun = torch.cat([part.detach().flatten() for part in self.parameters])
+        self._initial = torch.cat([part.detach().flatten() for part in self.parameters])
         self._units = torch.cat([_unit(part.detach()).flatten() for part in self.parameters])
-        self.vector = nn.Parameter(torch.zeros_like(self._begun))
+        self.vector = nn.Parameter(torch.zeros_like(self._initial))
 
     @torch.no_grad()
     def apply(self, vector: Tensor | None = None) -> None:
-        """Give the parameters the values that `vector` (or another one) stands for."""
-        values = torch.addcmul(self._begun, self._units, self.vector if vector is None else vector)
+        """Set the parameters from the changes in `vector`, by default the trained ones."""
+        values = torch.addcmul(self._initial, self._units, self.vector if vector is None else vector)
         values = values.to(torch.float16).float()
         for part, value in zip(self.parameters, values.split([part.numel() for part in self.parameters]), strict=True):
             part.copy_(value.view(part.shape))
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Turn the parameters' gradients into the vector's."""
+        """Move the gradients of the parameters to the vector of changes."""
         grads = [torch.zeros_like(part) if part.grad is None else part.grad for part in self.parameters]
         self.vector.grad = torch.cat([grad.flatten() for grad in grads]).mul_(self._units)
         for part in self.parameters:
@@ -57,62 +57,62 @@ def _unit(part: Tensor) -> Tensor:
 
 
 class TrainableLinear(nn.Module):
-    """A quantized linear with a gradient to its input, its scales and its bias.
+    """A quantized linear with gradients for its input, its scales and its bias.
 
     Args:
         weight: codes (N, K), scales and zero points (N, G), g_idx (K,).
         bias: (N,) float32, or None.
 
     Attributes:
-        scales: (N, G) float32, a parameter.
-        bias: a parameter, or None.
+        scales: (N, G) float32, trainable.
+        bias: (N,) float32, or None.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.solved = weight
+        self.quantized = weight
         self.scales = nn.Parameter(weight.scales)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) float32; (..., N) float32."""
-        y: Tensor = _Product.apply(x, self.scales, self.solved)
+        """Map x (..., K) float32 to (..., N) float32."""
+        y: Tensor = _DequantizedMatmul.apply(x, self.scales, self.quantized)
         return y if self.bias is None else y + self.bias
 
 
-class _Product(torch.autograd.Function):
-    """x @ W^T with W = scales * (codes - zeros), expanded anew for the way back, so that memory holds codes alone.
+class _DequantizedMatmul(torch.autograd.Function):
+    """x @ W^T with W = scales * (codes - zeros), dequantized again in the backward pass to keep only codes in memory.
 
-    With D the gradient to W, which is grad^T x, the gradient to scale (n, g) is the sum of D[n, k] (codes[n, k] -
-    zeros[n, g]) over the inputs k of group g.
+    With D = grad^T x, the gradient of W, the gradient of scale (n, g) is the sum of D[n, k] (codes[n, k] - zeros[n, g])
+    over the inputs k of group g.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, solved: QuantizedWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scales: Tensor, quantized: QuantizedWeight) -> Tensor:
         ctx.save_for_backward(x, scales)
-        ctx.solved = solved
-        return x @ dequantize(solved._replace(scales=scales)).t()
+        ctx.quantized = quantized
+        return x @ dequantize(quantized._replace(scales=scales)).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scales = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
-        weight = dequantize(ctx.solved._replace(scales=scales))
-        to_x = (grad @ weight).view(x.shape)
-        steps = dequantize(ctx.solved._replace(scales=torch.ones_like(scales)), out=weight)
+        weight = dequantize(ctx.quantized._replace(scales=scales))
+        grad_x = (grad @ weight).view(x.shape)
+        steps = dequantize(ctx.quantized._replace(scales=torch.ones_like(scales)), out=weight)
         steps *= grad.t() @ x.flatten(0, -2)
-        to_scales = torch.zeros_like(scales).index_add_(1, ctx.solved.g_idx.long(), steps)
-        return to_x, to_scales, None
+        grad_scales = torch.zeros_like(scales).index_add_(1, ctx.quantized.g_idx.long(), steps)
+        return grad_x, grad_scales, None
 
 
 class Student:
-    """Blocks and last norm of a model, in float32; scales, biases and norms are trained.
+    """The blocks and the last norm of the quantized model, in float32.
 
     Args:
-        stream: the source; what the blocks get beside hidden states is the student's too.
-        blocks: as transformers has them, packed linears replaced by tunable ones.
-        after: what comes behind them, in front of the head.
-        parameters: what is trained, by the names of the file, in an order that does not change; scales are (N, G).
+        stream: the source, which provides the blocks' arguments besides hidden states.
+        blocks: transformers' blocks, with `TrainableLinear` in place of quantized linears.
+        after: modules between the last block and the head.
+        parameters: trained parameters by their names in the file, in a fixed order; scales are (N, G).
     """
 
     def __init__(self, stream: BlockStream, blocks: Sequence[nn.Module], after: Sequence[nn.Module],
@@ -120,9 +120,10 @@ class Student:
         self.stream, self.blocks, self.after, self.parameters = stream, blocks, after, parameters
 
     def run(self, states: Tensor) -> Tensor:
-        """States (rows, T, hidden_size) from in front of the first block to behind the last norm.
+        """Map inputs of the first block (rows, T, hidden_size) to outputs of the last norm.
 
-        What a block computes inside is computed again on the way back: memory holds one block's at a time.
+        Each block is recomputed in the backward pass (activation checkpointing), so that memory holds the intermediate
+        results of one block at a time.
         """
         args, kwargs = self.stream.block_arguments(states.shape[:2])
         states = states.to(self.stream.device)
@@ -134,17 +135,17 @@ class Student:
         return states
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters as the file holds them: float16, scales (G, N)."""
+        """The parameters as the file stores them: float16, scales (G, N)."""
         return {name: (part.detach().t() if part.ndim == 2 else part.detach()).to("cpu", torch.float16).contiguous()
                 for name, part in self.parameters.items()}
 
 
 def read_student(stream: BlockStream, written: Mapping[str, TensorFile], config: QuantConfig) -> Student:
-    """The student of a source whose blocks are quantized.
+    """Read the student from the written parts of the quantized model.
 
     Args:
         stream: the source.
-        written: by name, the file that holds a tensor of the quantized model.
+        written: the file of each tensor of the quantized model, by tensor name.
         config: the job's settings.
     """
     model = empty_model(stream.reader.path)
@@ -154,14 +155,13 @@ def read_student(stream: BlockStream, written: Mapping[str, TensorFile], config:
     parameters: dict[str, nn.Parameter] = {}
     for root, module in [*((f"{stream.arch.blocks}.{index}", block) for index, block in enumerate(blocks)),
                          *after.items()]:
-
         parameters |= _fill(stream, root, module, written, config)
     return Student(stream, blocks, list(after.values()), parameters)
 
 
 def _fill(stream: BlockStream, root: str, module: nn.Module, written: Mapping[str, TensorFile],
           config: QuantConfig) -> dict[str, nn.Parameter]:
-    """Read a module's parameters; those that are trained are vectors, and the scales of packed weights."""
+    """Read a module's parameters; returns the trained ones: vectors, and the scales of quantized linears."""
     parameters = {}
     for name, _ in list(module.named_parameters()):
         if (full_name := f"{root}.{name}") in written:
@@ -172,14 +172,14 @@ def _fill(stream: BlockStream, root: str, module: nn.Module, written: Mapping[st
                 parameters[full_name].requires_grad_()
     for name, linear in list(module.named_modules()):
         if isinstance(linear, nn.Linear) and (stem := f"{root}.{name}") + ".qweight" in written:
-            weight = _solved(stem, written, config)
-            tunable = TrainableLinear(QuantizedWeight(*(part.to(stream.device) for part in weight)), linear.bias)
-            parameters[f"{stem}.scales"] = tunable.scales
-            module.set_submodule(name, tunable)
+            weight = _read_quantized(stem, written, config)
+            trainable = TrainableLinear(QuantizedWeight(*(part.to(stream.device) for part in weight)), linear.bias)
+            parameters[f"{stem}.scales"] = trainable.scales
+            module.set_submodule(name, trainable)
     return parameters
 
 
-def _solved(stem: str, written: Mapping[str, TensorFile], config: QuantConfig) -> QuantizedWeight:
+def _read_quantized(stem: str, written: Mapping[str, TensorFile], config: QuantConfig) -> QuantizedWeight:
     own = config.of(stem)
     assert own is not None
     packed = PackedWeight(*(written[f"{stem}.{part}"].tensor(f"{stem}.{part}") for part in PackedWeight._fields))

@@ -1,9 +1,9 @@
-"""End-to-end tuning: scales, biases and norms are moved towards the full-precision model's predictions, codes fixed.
+"""End-to-end tuning: train scales, biases and norms towards the full-precision model's predictions, with fixed codes.
 
-GPTQ minimises each layer's error by itself. What is left of it can be made up for in what the file holds beside the
-codes: Adam (arXiv 1412.6980) lowers the mean KL(full || quantized) of the next token. Training scales alone behind a
-calibration by blocks is the second phase of EfficientQAT (arXiv 2407.11062, section 3.3), with the model's predictions
-for its text.
+GPTQ minimizes the error of each layer alone. Adam (arXiv 1412.6980) then lowers the mean KL(full || quantized) of the
+next token by changing the values that the file stores besides the codes. Training scales alone after a block-wise
+calibration is the second phase of EfficientQAT (arXiv 2407.11062, section 3.3), which trains on the text itself instead
+of the model's predictions.
 """
 
 import math
@@ -13,34 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_belle.quantization.end_to_end.rows import TuningRows
-from gptq_belle.quantization.end_to_end.savepoint import Savepoint
 from gptq_belle.quantization.end_to_end.student import RelativeChanges, Student
+from gptq_belle.quantization.end_to_end.tuning_checkpoint import TuningCheckpoint
+from gptq_belle.quantization.end_to_end.tuning_rows import TuningRows
 from gptq_belle.quantization.report import JobProgress
 
-BATCH = 2048  # tokens a step
-CHUNK = 128  # tokens whose predictions over the vocabulary are in memory at a time
-RATE, WARM = 1e-3, 10  # Adam's largest step, as a share of a scale, and how many steps it grows for
-BETAS, EPS = (0.9, 0.95), 1e-12  # gradients are tiny: those of a mean over tokens to shares of scales
-EVERY, PATIENCE = 10, 6  # steps between two looks at the held-out rows, and looks without a gain before the end
+BATCH_TOKENS = 2048  # per step
+CHUNK_TOKENS = 128  # tokens whose logits are in memory at a time
+LEARNING_RATE, WARMUP_STEPS = 1e-3, 10  # the rate is relative to a scale, see `RelativeChanges`
+BETAS, EPS = (0.9, 0.95), 1e-12  # gradients are tiny, because they belong to a mean over tokens and to relative changes
+VALIDATE_EVERY = 10  # steps
+PATIENCE = 6  # validation steps without improvement before early stopping
 
 
 @dataclass(slots=True)
 class TuningResult:
-    """What tuning did, for the report.
+    """Course of tuning, for the report.
 
     Attributes:
-        steps: how many were taken.
-        best: behind which of them the parameters are those of the file; 0 where none was a gain.
-        kl: mean KL(full || quantized) of the held-out rows in nats a token, at every look, by step.
+        steps: number of steps taken.
+        best: step whose parameters are written; 0 where no step improved.
+        kl: mean KL(full || quantized) of the held-out rows in nats per token, by validated step.
     """
 
     steps: int = 0
     best: int = 0
     kl: dict[int, float] = field(default_factory=dict)
 
-    def look(self, step: int, kl: float) -> bool:
-        """Note a look; true where it is the best so far."""
+    def record(self, step: int, kl: float) -> bool:
+        """Record a validation step; true where it is the best so far."""
         self.steps, self.kl[step] = step, kl
         if kl >= self.kl.get(self.best, math.inf) and step:
             return False
@@ -48,60 +49,61 @@ class TuningResult:
         return True
 
     @property
-    def over(self) -> bool:
-        """Whether the held-out rows have not gained for so long that they will not."""
-        return self.steps - self.best >= EVERY * PATIENCE
+    def should_stop(self) -> bool:
+        """Whether early stopping applies."""
+        return self.steps - self.best >= VALIDATE_EVERY * PATIENCE
 
 
-class Tuning:
-    """The loop.
+class Tuner:
+    """The training loop.
 
     Args:
         student: the quantized model.
         head: (vocabulary, hidden_size) float32, on the student's device.
-        rows: to learn from.
-        held_out: to stop by.
-        savepoint: where it goes on after an interruption, bit for bit.
-        steps: how many, at most.
+        rows: training rows.
+        held_out: rows for validation.
+        checkpoint: where progress is saved, and resumed from with a bit-identical result.
+        steps: maximum number of steps.
     """
 
-    def __init__(self, student: Student, head: Tensor, rows: TuningRows, held_out: TuningRows, savepoint: Savepoint,
-                 steps: int) -> None:
+    def __init__(self, student: Student, head: Tensor, rows: TuningRows, held_out: TuningRows,
+                 checkpoint: TuningCheckpoint, steps: int) -> None:
         self.student, self.head, self.rows, self.held_out = student, head, rows, held_out
-        self.savepoint, self.steps = savepoint, steps
+        self.checkpoint, self.steps = checkpoint, steps
         self.changes = RelativeChanges(list(student.parameters.values()))
-        self.adam = torch.optim.Adam([self.changes.vector], lr=RATE, betas=BETAS, eps=EPS)
+        self.adam = torch.optim.Adam([self.changes.vector], lr=LEARNING_RATE, betas=BETAS, eps=EPS)
         self.best = self.changes.vector.detach().clone()
-        self.told = TuningResult()
+        self.result = TuningResult()
 
     def run(self, progress: JobProgress) -> TuningResult:
-        """Tune, and leave the student with the parameters that the held-out rows liked best."""
+        """Train, and set the student's parameters to those with the lowest held-out KL."""
         first = self._resume()
         progress.start(1, self.steps - first, 0)
         self.changes.apply()
         for step in range(first, self.steps + 1):
-            if step % EVERY == 0 or step == self.steps:
-                if step not in self.told.kl:
-                    self._look(step)
-                progress.phase(f"tuning scales: step {step} of {self.steps}, held-out KL {self.told.kl[step]:.6f}, "
-                               f"{self.told.kl[0]:.6f} at first")
-                if self.told.over:
+            if step % VALIDATE_EVERY == 0 or step == self.steps:
+                if step not in self.result.kl:
+                    self._validate(step)
+                progress.phase(f"tuning scales: step {step} of {self.steps}, held-out KL {self.result.kl[step]:.6f}, "
+                               f"{self.result.kl[0]:.6f} at first")
+                if self.result.should_stop:
                     break
             if step < self.steps:
                 self._step(step)
                 progress.step()
         self.changes.apply(self.best)
-        return self.told
+        return self.result
 
-    def _look(self, step: int) -> None:
-        if self.told.look(step, self._held_out_kl()):
+    def _validate(self, step: int) -> None:
+        if self.result.record(step, self._held_out_kl()):
             self.best.copy_(self.changes.vector.detach())
         self._save(step)
 
     def _step(self, step: int) -> None:
         for group in self.adam.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / self.steps)) / 2
-        learn(self.student, self.head, *self.rows.batch(step, BATCH))
+            warmup, cosine = min(1.0, (step + 1) / WARMUP_STEPS), 1 + math.cos(math.pi * step / self.steps)
+            group["lr"] = LEARNING_RATE * warmup * cosine / 2
+        accumulate_gradients(self.student, self.head, *self.rows.batch(step, BATCH_TOKENS))
         self.changes.collect()
         self.adam.step()
         self.changes.apply()
@@ -109,26 +111,26 @@ class Tuning:
     @torch.no_grad()
     def _held_out_kl(self) -> float:
         total, count = 0.0, 0
-        for states, aims in self.held_out.batches(BATCH):
-            found = self.student.run(states).flatten(0, 1)
-            for own, aim in zip(found.split(CHUNK), aims.flatten(0, 1).split(CHUNK), strict=True):
-                total += float(divergence(self.head, own, aim.to(own.device)))
-            count += len(found)
+        for inputs, targets in self.held_out.batches(BATCH_TOKENS):
+            outputs = self.student.run(inputs).flatten(0, 1)
+            for own, full in zip(outputs.split(CHUNK_TOKENS), targets.flatten(0, 1).split(CHUNK_TOKENS), strict=True):
+                total += float(summed_kl(self.head, own, full.to(own.device)))
+            count += len(outputs)
         return total / count
 
     def _save(self, step: int) -> None:
         state = self.adam.state[self.changes.vector]
         moments = {name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")} if state else {}
-        self.savepoint.save(step, asdict(self.told), {
+        self.checkpoint.save(step, asdict(self.result), {
             name: tensor.detach().cpu() for name, tensor in
             ({"changes": self.changes.vector, "best": self.best} | moments).items()})
 
     def _resume(self) -> int:
-        """The step to go on with."""
-        if (saved := self.savepoint.load()) is None:
+        """Load the checkpoint, if there is one; returns the first step to take."""
+        if (saved := self.checkpoint.load()) is None:
             return 0
-        told: dict[str, Any] = saved.state
-        self.told = TuningResult(told["steps"], told["best"], {int(step): kl for step, kl in told["kl"].items()})
+        state: dict[str, Any] = saved.state
+        self.result = TuningResult(state["steps"], state["best"], {int(step): kl for step, kl in state["kl"].items()})
         vector = self.changes.vector
         tensors = {name: tensor.to(vector.device) for name, tensor in saved.tensors.items()}
         self.best = tensors.pop("best")
@@ -138,32 +140,33 @@ class Tuning:
         return saved.step
 
 
-def learn(student: Student, head: Tensor, states: Tensor, aims: Tensor) -> None:
-    """Leave the gradient of the mean KL(full || student) with the student's parameters; some tokens' predictions are in
-    memory at a time.
+def accumulate_gradients(student: Student, head: Tensor, inputs: Tensor, targets: Tensor) -> None:
+    """Add the gradient of the mean KL(full || student) to the student's parameters.
+
+    Only the logits of `CHUNK_TOKENS` tokens are in memory at a time.
 
     Args:
-        student: to be trained.
+        student: the model to train.
         head: (vocabulary, hidden_size).
-        states: (rows, T, hidden_size) in front of the first block.
-        aims: the same of the full-precision model in front of the head.
+        inputs: (rows, T, hidden_size), inputs of the first block.
+        targets: (rows, T, hidden_size), inputs of the full-precision model's head.
     """
-    found = student.run(states)
-    leaf = found.detach().flatten(0, 1).requires_grad_()
-    for own, aim in zip(leaf.split(CHUNK), aims.flatten(0, 1).split(CHUNK), strict=True):
-        (divergence(head, own, aim.to(own.device)) / len(leaf)).backward()
+    outputs = student.run(inputs)
+    leaf = outputs.detach().flatten(0, 1).requires_grad_()
+    for own, full in zip(leaf.split(CHUNK_TOKENS), targets.flatten(0, 1).split(CHUNK_TOKENS), strict=True):
+        (summed_kl(head, own, full.to(own.device)) / len(leaf)).backward()
     assert leaf.grad is not None
-    found.backward(leaf.grad.view_as(found))
+    outputs.backward(leaf.grad.view_as(outputs))
 
 
-def divergence(head: Tensor, states: Tensor, aims: Tensor) -> Tensor:
-    """The sum of KL(full || student) over tokens, in nats; differentiable in `states`.
+def summed_kl(head: Tensor, states: Tensor, targets: Tensor) -> Tensor:
+    """KL(full || student) summed over tokens, in nats; differentiable in `states`.
 
     Args:
         head: (vocabulary, hidden_size).
-        states: (tokens, hidden_size), in front of the head, the student's.
-        aims: the same of the full-precision model.
+        states: (tokens, hidden_size), inputs of the student's head.
+        targets: (tokens, hidden_size), inputs of the full-precision model's head.
     """
-    full = (aims @ head.t()).log_softmax(1)
+    full = (targets @ head.t()).log_softmax(1)
     own = (states @ head.t()).log_softmax(1)
     return ((full - own) * full.exp()).sum()

@@ -1,4 +1,4 @@
-"""What end-to-end tuning takes: memory by arithmetic, time from one step through one block."""
+"""Estimate the memory and the time of end-to-end tuning."""
 
 import time
 from collections.abc import Iterator
@@ -10,20 +10,20 @@ from torch import nn
 
 from gptq_belle.common.memory import anonymous_bytes, available_bytes, format_bytes
 from gptq_belle.errors import HardwareError
-from gptq_belle.quantization.end_to_end.rows import cut
 from gptq_belle.quantization.end_to_end.student import Student, TrainableLinear
-from gptq_belle.quantization.end_to_end.tuning import BATCH, CHUNK, EVERY, learn
+from gptq_belle.quantization.end_to_end.tuning import BATCH_TOKENS, CHUNK_TOKENS, VALIDATE_EVERY, accumulate_gradients
+from gptq_belle.quantization.end_to_end.tuning_rows import split_rows
 from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.solver import round_to_nearest
 
-COPIES = 11  # of a trained figure: itself, how it began, unit, change, gradients, moments, the best, and passing ones
-PREDICTIONS = 5  # matrices of CHUNK x vocabulary alive at a time
-FORWARD = 0.3  # of a step's time is its way forward
-INNER = 2.5  # times what a forward pass of a block keeps, on the way back
+COPIES = 11  # floats per trained value: itself, initial value, unit, change, gradients, moments, best, temporaries
+LOGIT_MATRICES = 5  # matrices (CHUNK_TOKENS, vocabulary) alive at a time
+FORWARD_SHARE = 0.3  # share of the forward pass in the time of a step
+BACKWARD_FACTOR = 2.5  # memory of a block's backward pass, relative to its forward pass
 
 
 def tuning_bytes(job: QuantizationJob) -> int:
-    """Peak beside the program's own memory, in bytes."""
+    """Peak memory of tuning in bytes, without what the process uses already."""
     stream, config = job.stream, job.config
     shapes, block = stream.linear_shapes, stream.blocks.get_submodule("0")
     vectors = sum(parameter.numel() for name, parameter in block.named_parameters()
@@ -39,66 +39,69 @@ def tuning_bytes(job: QuantizationJob) -> int:
     vocabulary, hidden = stream.embedding_shape
     widest = max(k * n for k, n in shapes.values())
     inner = max(max(shape) for shape in shapes.values())
-    states = 4 * BATCH * int(hidden * (stream.count + 2) + INNER * (10 * hidden + stream.arch.inner_copies * inner))
-    return total + 4 * vocabulary * (hidden + PREDICTIONS * CHUNK) + states + 3 * 4 * widest
+    in_block = int(BACKWARD_FACTOR * (10 * hidden + stream.arch.inner_copies * inner))
+    states = 4 * BATCH_TOKENS * (hidden * (stream.count + 2) + in_block)
+    return total + 4 * vocabulary * (hidden + LOGIT_MATRICES * CHUNK_TOKENS) + states + 3 * 4 * widest
 
 
 def check_tuning(job: QuantizationJob, limit: int | None) -> int:
-    """Refuse a job whose model cannot be tuned here, before anything else is done.
+    """Refuse a job whose model does not fit into memory for tuning, before any work is done.
 
     Args:
         job: the job.
-        limit: bytes of anonymous memory to keep to; None for what is free. Of a GPU it is what is free there.
+        limit: limit of anonymous memory in bytes, by default the free memory. On a GPU its free memory counts.
     Returns:
-        The peak of the process's anonymous memory in bytes, where it tunes on the CPU; 0 where on a GPU or not at all.
+        Peak anonymous memory of the process in bytes; 0 for tuning on a GPU, and without tuning.
     Raises:
-        HardwareError: the model does not fit; what it needs is said.
-        UsageError: too little text to calibrate on.
+        HardwareError: the model does not fit.
+        UsageError: too little calibration text.
     """
     if not job.config.techniques.tuning_steps or job.tokens is None:
         return 0
-    cut(job.tokens)
+    split_rows(job.tokens)
     device, needed, process = job.stream.device, tuning_bytes(job), anonymous_bytes() or 0
     free = available_bytes() if limit is None else limit - process
     if device.type == "cuda":
         process, free = 0, torch.cuda.mem_get_info(device)[0]
     if free is not None and needed > free:
         raise HardwareError(
-            f"tuning this model as a whole takes {format_bytes(process + needed)}, "
+            f"tuning the whole model needs {format_bytes(process + needed)}, "
             f"{format_bytes(process + max(0, free))} are "
-            f"{'allowed' if limit is not None and device.type == 'cpu' else 'free'}",
-            "Take --preset best, which keeps one block in memory at a time, or a machine with more.")
+            f"{'allowed' if limit is not None and device.type == 'cpu' else 'free'}", "Use --preset best, which keeps "
+            "one block in memory at a time, or a machine with more memory.")
     return process + needed if device.type == "cpu" else 0
 
 
 def tuning_seconds(job: QuantizationJob, block: nn.Module) -> float:
-    """Time of all steps, from one through a single block and one through two.
+    """Estimate the time of tuning from one step through one block and one step through two.
 
     Args:
         job: the job.
-        block: its first one, in full precision.
+        block: the first block, in full precision.
     """
     assert job.tokens is not None
     stream, steps = job.stream, job.config.techniques.tuning_steps
-    learnt, held = cut(job.tokens)
-    length = learnt.shape[1]
+    training, held_out = split_rows(job.tokens)
+    length = training.shape[1]
     vocabulary, hidden = stream.embedding_shape
-    states = torch.randn(max(1, BATCH // length), length, hidden)
+    states = torch.randn(max(1, BATCH_TOKENS // length), length, hidden)
     head = torch.randn(vocabulary, hidden, device=stream.device)
-    with _tunable(job, block) as tunable:
+    with _trainable(job, block) as trainable:
         seconds = []
-        for blocks in ([tunable], [tunable], [tunable] * 2):  # the first time of anything takes longer
-            began = time.perf_counter()
-            learn(Student(stream, blocks, [], {}), head, states, states)
-            seconds.append(time.perf_counter() - began)
+        for blocks in ([trainable], [trainable], [trainable] * 2):  # the first one is a warm-up
+            started = time.perf_counter()
+            accumulate_gradients(Student(stream, blocks, [], {}), head, states, states)
+            seconds.append(time.perf_counter() - started)
     step = seconds[1] + (stream.count - 1) * max(0.0, seconds[2] - seconds[1])
-    looks = (1 + steps / EVERY) * held.numel() / states[..., 0].numel()
-    return step * (steps + FORWARD * looks) + FORWARD * step * (learnt.numel() + held.numel()) / states[..., 0].numel()
+    tokens = states[..., 0].numel()
+    validation_steps = (1 + steps / VALIDATE_EVERY) * held_out.numel() / tokens
+    target_steps = (training.numel() + held_out.numel()) / tokens
+    return step * (steps + FORWARD_SHARE * (validation_steps + target_steps))
 
 
 @contextmanager
-def _tunable(job: QuantizationJob, block: nn.Module) -> Iterator[nn.Module]:
-    """The block with tunable linears, of weights that are rounded to nearest, for a while."""
+def _trainable(job: QuantizationJob, block: nn.Module) -> Iterator[nn.Module]:
+    """A context in which the linears of the block are trainable, with weights rounded to nearest."""
     stream = job.stream
     before = {}
     for name in stream.arch.linears:
