@@ -1,1 +1,1 @@
-"""From a checkpoint to tokens: decoders, attention, the KV cache, sampling and continuous batching."""
+"""Inference: weight loading, decoders, attention, KV cache, sampling and continuous batching."""

@@ -1,4 +1,4 @@
-"""Continuous batching: requests come and go, each in a slot of one KV cache, and every step advances all of them.
+"""Continuous batching: requests share one KV cache, one slot each, and every step advances all of them.
 
 A step prefills one chunk of one prompt, then decodes one token for every request whose prompt is complete. A free slot
 keeps its contents: a request whose prompt begins with the same tokens (the earlier turns of a chat) reuses them. On a
@@ -25,7 +25,7 @@ class Request:
 
     Attributes:
         ids: token ids of the prompt.
-        params: how to sample.
+        params: sampling parameters.
         max_new_tokens: limit of the answer's length.
         answer: token ids so far, without eos.
         end: the eos token that ended it, if any.
@@ -43,11 +43,11 @@ class Request:
 
 
 class Event(NamedTuple):
-    """What a step did for one request: a token, its end, or both with the last token of a full answer.
+    """Result of one step for one request: a token, the end of the answer, or both.
 
     Attributes:
         logprob: natural logarithm of the token's probability; None unless `SamplingParams.logprobs` is set.
-        top: the most likely tokens and their logarithms, as many as requested.
+        top: the requested number of most likely tokens with their log probabilities.
     """
 
     request: Request
@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no request is running or waiting."""
         return not self._waiting and all(slot.request is None for slot in self._slots)
 
     @property
@@ -226,8 +226,8 @@ def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> in
 
 
 def _reusable(slot: _Slot, request: Request) -> int:
-    """Number of a prompt's tokens, the last one excepted, that a slot holds: whole multiples of QUERY_BLOCK, because
-    their results do not depend on the tokens after them."""
+    """Number of prompt tokens, except the last one, that a slot has keys and values of: a multiple of QUERY_BLOCK,
+    because the results of whole query blocks do not depend on the tokens after them."""
     most = min(slot.prefilled, len(request.ids) - 1)
     same = next((i for i in range(most) if slot.cached[i] != request.ids[i]), most)
     return same // QUERY_BLOCK * QUERY_BLOCK

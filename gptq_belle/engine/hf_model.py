@@ -1,4 +1,4 @@
-"""From a model directory to a transformers model on a device; packed linears stay packed all the way."""
+"""Load a model directory as a transformers model; packed linears stay packed."""
 
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,28 @@ from gptq_belle.models.architectures import LM_HEAD
 
 def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None,
              precision: str | None = None) -> PreTrainedModel:
-    """Load a model directory, quantized (standard GPTQ, of any producer) or not, for inference with transformers.
+    """Load a model directory for inference with transformers: quantized (GPTQ of any tool) or full precision.
 
-    Weights are read one by one; a packed linear becomes a `QuantLinear` and is never expanded in memory.
+    Weights are read one by one; a packed linear becomes a `QuantLinear` and is never dequantized in memory.
 
     Args:
         path: a Hugging Face directory, a hub id, or a name that `gptq-belle models` lists.
         device: "auto", "cpu" or "cuda:0".
-        dtype: of activations and unquantized weights; left out, float32 on a CPU, and on CUDA what precision asks.
-        precision: "exact" or "fast"; left out, exact on a CPU and fast on CUDA. On a CPU, packed linears take 16 or 8
-            bits of each activation; on CUDA, dtype is float32 or float16.
+        dtype: dtype of activations and unquantized weights. Default: float16 on CUDA with precision "fast", else
+            float32.
+        precision: "exact" or "fast". Default: exact on a CPU, fast on CUDA. On a CPU, packed linears use 16 (exact) or
+            8 (fast) bits of each activation; on CUDA, the default dtype is float32 (exact) or float16 (fast).
     Raises:
-        InputError: files that are missing, damaged, or do not fit together; the tensor or the key is named.
-        UsageError, HardwareError: see `resolve_device`; a dtype that models do not run in; an unknown precision.
+        InputError: files are missing, damaged or inconsistent; the tensor or key is named.
+        UsageError: unknown device or precision, or an unsupported dtype.
+        HardwareError: this machine has no such device.
     """
     target = resolve_device(device)
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
     reader = CheckpointReader(resolve_model_path(path))
     if HEAD_CODES in reader:
-        raise InputError(f"{reader.path} holds its head packed, for which transformers has no place",
+        raise InputError(f"{reader.path} has a packed lm_head, which transformers cannot load",
                          "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
     model = empty_model(reader.path)
     weights = WeightLoader(reader, target, dtype, precision)
@@ -51,13 +53,13 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     model.config.dtype = dtype
     model.config.use_cache = True
     if (stated := raw_quantization_config(reader)) is not None:
-        model.config.quantization_config = stated  # so that save_pretrained writes a directory that can be read
+        model.config.quantization_config = stated  # save_pretrained writes it
     model.generation_config = _generation_config(reader, model)
     return model.to(target)  # type: ignore[arg-type]
 
 
 def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> None:
-    """Put a `QuantLinear` in the place of every linear of the blocks that the files hold packed."""
+    """Replace every linear of the blocks that is packed in the files by a `QuantLinear`."""
     arch = weights.reader.arch
     for index, _ in model.get_submodule(arch.blocks).named_children():
         for name in (f"{arch.blocks}.{index}.{linear}" for linear in arch.linears):
@@ -71,8 +73,7 @@ def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> No
 
 
 def _assign_parameters(model: PreTrainedModel, weights: WeightLoader) -> None:
-    """Read every parameter; where the file holds another head although the configuration says tied, believe the file.
-    """
+    """Load all parameters. If config.json says that the lm_head is tied, but the files have another one, use theirs."""
     head, tied = f"{LM_HEAD}.weight", bool(model.config.tie_word_embeddings)
     embedding, parameters = model.get_input_embeddings(), dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -88,12 +89,12 @@ def _assign_parameters(model: PreTrainedModel, weights: WeightLoader) -> None:
 
 
 def _check_complete(model: PreTrainedModel, weights: WeightLoader) -> None:
-    """Raises InputError for tensors that the model has no place for, and parameters without a value."""
+    """Raise InputError for tensors that are not part of the model, and for parameters without a value."""
     weights.check_all_used()
     state = [*model.named_parameters(), *model.named_buffers()]
     empty = [name for name, tensor in state if tensor.is_meta]
     if empty:
-        raise InputError(f"{weights.reader.path} gives no value for {empty[0]}",
+        raise InputError(f"{weights.reader.path} has no value for {empty[0]}",
                          "A shard is missing, or the architecture is newer than this program.")
 
 
@@ -103,5 +104,5 @@ def _generation_config(reader: CheckpointReader, model: PreTrainedModel) -> Gene
         try:
             return GenerationConfig.from_dict(read_json(path))
         except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path} is not understood: {str(error).splitlines()[0][:200]}", WRONG_CONFIG) from error
+            raise InputError(f"{path} is not valid: {str(error).splitlines()[0][:200]}", WRONG_CONFIG) from error
     return GenerationConfig.from_model_config(model.config)

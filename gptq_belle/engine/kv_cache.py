@@ -1,6 +1,6 @@
-"""The KV cache: keys and values of `slots` sequences, allocated once and written in place.
+"""The KV cache: keys and values of several sequences, allocated once and written in place.
 
-On a CPU the system commits memory only when it is written, so unused capacity costs nothing.
+On a CPU, memory is committed when it is written, so unused capacity costs nothing.
 """
 
 from functools import cached_property
@@ -23,20 +23,20 @@ class KVCache:
     """Keys and values of all blocks.
 
     Args:
-        blocks: how many.
-        slots: sequences at a time.
-        heads: of keys and values.
-        capacity: positions a slot.
-        head_dim: of a head.
-        kind: a key of CACHE_DTYPES; "int8" keeps 8 bits of each number and a float16 scale a head and position.
-        device: where it lives.
+        blocks: number of decoder blocks.
+        slots: number of sequences.
+        heads: number of key-value heads.
+        capacity: number of positions per slot.
+        head_dim: size of a head.
+        kind: a key of CACHE_DTYPES; "int8" stores int8 codes with one float16 scale per head and position.
+        device: device of the cache.
     Attributes:
-        keys, values: for each block (slots, heads, capacity, head_dim).
-        key_scales, value_scales: for each block (slots, heads, capacity, 1) float16; none but for "int8".
-        step_graphs: steps of decoding on these tables, by the number of rows.
+        keys, values: for each block, (slots, heads, capacity, head_dim).
+        key_scales, value_scales: for each block, (slots, heads, capacity, 1) float16; empty unless `kind` is "int8".
+        step_graphs: recorded decode steps on this cache, by number of rows.
     Raises:
-        UsageError: an unknown kind.
-        HardwareError: no memory.
+        UsageError: unknown `kind`.
+        HardwareError: not enough memory.
     """
 
     def __init__(self, blocks: int, slots: int, heads: int, capacity: int, head_dim: int, kind: str,
@@ -47,8 +47,8 @@ class KVCache:
         shape = (slots, heads, capacity, head_dim)
 
         def tables(dtype: torch.dtype, *shape: int) -> list[Tensor]:
-            make = torch.empty if device.type == "cpu" else torch.zeros  # on CUDA, positions after the end are read
-            return [make(shape, dtype=dtype, device=device) for _ in range(blocks)]
+            allocate = torch.empty if device.type == "cpu" else torch.zeros  # CUDA kernels read unused positions
+            return [allocate(shape, dtype=dtype, device=device) for _ in range(blocks)]
 
         try:
             self.keys, self.values = tables(CACHE_DTYPES[kind], *shape), tables(CACHE_DTYPES[kind], *shape)
@@ -56,12 +56,12 @@ class KVCache:
             self.key_scales = tables(torch.float16, *shape[:-1], 1) if narrow else []
             self.value_scales = tables(torch.float16, *shape[:-1], 1) if narrow else []
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise HardwareError(f"no memory for the keys and values of {slots} x {capacity} tokens ({kind})",
+            raise HardwareError(f"not enough memory for a KV cache of {slots} x {capacity} tokens ({kind})",
                                 "Choose fewer slots, a shorter context, or an int8 cache.") from error
 
     @cached_property
     def tables(self) -> list[cpu_attention.KvCacheBlock] | None:
-        """The blocks as the native attention of single tokens takes them; None where it does not serve them."""
+        """The blocks for the native decode attention; None if it does not support this cache."""
         if not self.keys:
             return None
         keys = self.keys[0]
@@ -72,11 +72,11 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, as if they were full."""
+        """Size of the full cache in bytes."""
         return sum(table.nbytes for table in (*self.keys, *self.values, *self.key_scales, *self.value_scales))
 
     def write(self, block: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Keep keys and values (T, heads, head_dim) of positions start .. start + T of one slot."""
+        """Store keys and values (T, heads, head_dim) of positions start .. start + T of a slot."""
         for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
             place = (slot, slice(None), slice(start, start + len(new)))
             if scales:
@@ -86,7 +86,7 @@ class KVCache:
                 tables[block][place] = new.transpose(0, 1)
 
     def append(self, block: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keep keys and values (n, heads, head_dim), one position of each of some slots, given by int64 (n,)."""
+        """Store keys and values (n, heads, head_dim) of one position per slot; slots and positions are (n,) int64."""
         for tables, scales, new in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
             if scales:
                 new, scale = quantize_int8(new)
@@ -94,12 +94,12 @@ class KVCache:
             tables[block][slots, :, positions] = new.to(tables[block].dtype)
 
     def scales(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """Scales of keys and values; none where they are kept as they are."""
+        """Scales of the keys and values of a block; None unless the cache is int8."""
         return (self.key_scales[block], self.value_scales[block]) if self.key_scales else None
 
     def read(self, block: int, slot: int, stop: int, dtype: torch.dtype,
              heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Keys and values (heads, stop, head_dim) of the first positions of a slot in the dtype of activations."""
+        """Read keys and values (heads, stop, head_dim) of positions 0 .. stop of a slot, converted to `dtype`."""
         place = (slot, heads, slice(stop))
         keys, values = self.keys[block][place].to(dtype), self.values[block][place].to(dtype)
         if self.key_scales:
@@ -108,20 +108,20 @@ class KVCache:
         return keys, values
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give the first positions of one slot to another one."""
+        """Copy the first `length` positions of one slot to another."""
         for tables in (self.keys, self.values, self.key_scales, self.value_scales):
             for table in tables:
                 table[target, :, :length] = table[source, :, :length]
 
 
 def check_cache_dtype(kind: str) -> None:
-    """Raises UsageError where there is no such kind of cache."""
+    """Raise UsageError for an unknown kind of cache."""
     if kind not in CACHE_DTYPES:
         raise UsageError(f"cache {kind!r} is not known", f"Choose one of {', '.join(CACHE_DTYPES)}.")
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers (..., D) to codes (..., D) int8 and scales (..., 1) float16, x about codes * scales."""
+    """Quantize x (..., D) symmetrically: codes (..., D) int8 and scales (..., 1) float16 with x ~ codes * scales."""
     scales = (x.abs().amax(-1, keepdim=True).float() / INT8_MAX).clamp_(min=6e-8).half()
     codes = (x / scales.to(x.dtype)).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     return codes, scales

@@ -17,11 +17,11 @@ from gptq_belle.models.decoder_config import DecoderConfig
 from gptq_belle.models.sizes import PREFILL_CHUNK
 
 DEFAULT_MAX_NEW_TOKENS = 512
-LOGITS_BYTES = 1 << 26  # of logits at a time in `token_logprobs`: 67 rows of BLOOM's vocabulary
+LOGITS_BYTES = 1 << 26  # bytes of logits at a time in `token_logprobs`: 67 rows of BLOOM's vocabulary
 
 
 class PrefilledBatch:
-    """Rows of equal length that were prefilled together, and their KV cache."""
+    """Prompts of equal length that were prefilled together, and their KV cache."""
 
     def __init__(self, cache: KVCache, length: int) -> None:
         self.cache, self.length = cache, length
@@ -32,18 +32,18 @@ class LogitsModel:
 
     Attributes:
         decoder: embedding, blocks and lm_head.
-        decoder_config: the decoder's figures from config.json.
+        decoder_config: sizes and constants from config.json.
         path: the directory it was loaded from.
         config: config.json as a dictionary.
-        device: of weights and cache.
-        dtype: of activations.
+        device: device of weights and cache.
+        dtype: dtype of activations.
         context: limit of prompt and answer tokens together; None if the configuration does not state one.
         eos_ids: tokens that end an answer.
-        quantization: of its packed weights; None if it has none.
-        weight_bytes: memory of all weights.
-        step_bytes: memory of the weights that a decode step reads: all but an embedding that is not also the lm_head.
+        quantization: settings of the packed weights; None for a full-precision model.
+        weight_bytes: memory of all weights in bytes.
+        step_bytes: bytes of weights that a decode step reads: all except an untied embedding.
         use_step_graphs: whether decode steps are recorded and replayed in one native call; false if a linear is not
-            native. It can be switched off.
+            native. Can be set to False.
     """
 
     def __init__(self, decoder: Bloom | Llama, decoder_config: DecoderConfig, reader: CheckpointReader,

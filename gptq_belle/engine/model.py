@@ -1,4 +1,4 @@
-"""A loaded model: logits, generation and streaming, on decoders of our own with a cache that is written in place."""
+"""Load a model, and generate text from prompts, whole or as a stream."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,29 +29,30 @@ from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.stop_strings import TextStream
 from gptq_belle.prompts.styles import Turn, detect_style, get_style, render_conversation
 
-DEFAULT_CAPACITY = 2048  # tokens that a cache for single answers has room for, where the context is not shorter
-MAX_BATCH = 8  # prompts of one list that are answered at a time
+DEFAULT_CAPACITY = 2048  # tokens of the cache for a single prompt, unless the context is shorter
+MAX_BATCH = 8  # prompts of a list that are generated at a time
 Prompt = str | Sequence[int] | Tensor  # text, or token ids (T,)
 DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
          cache: str = "float16", head_bits: int | None = None) -> "Model":
-    """Load a model directory, quantized (standard GPTQ, of any producer) or not.
+    """Load a model directory: quantized (GPTQ of any tool) or full precision.
 
-    Weights are read one by one, straight to their device and layout; no full-precision model is built.
+    Weights are read one by one, directly to their device and layout; no full-precision model is built.
 
     Args:
-        path: a Hugging Face directory, a hub id, or a name that `gptq-belle models` lists; without a tokenizer,
-            everything that takes token ids still works.
+        path: a Hugging Face directory, a hub id, or a name that `gptq-belle models` lists. A tokenizer is needed only
+            for text.
         device: "auto", "cpu" or "cuda:0".
-        dtype, precision: as `engine.hf_model.hf_model`.
-        cache: what keys and values are kept in: "float16", "float32", "bfloat16" or "int8".
-        head_bits: of the head, and of the embedding where the two are tied: 16, 8 or 4, rounded while loading. Left
-            out, 8 where they are tied and the model is quantized, else 16: the dtype of activations.
+        dtype, precision: see `engine.hf_model.hf_model`.
+        cache: dtype of the KV cache: "float16", "float32", "bfloat16" or "int8".
+        head_bits: bits of the lm_head, and of the embedding if they are tied: 16 (the dtype of activations), 8 or 4;
+            it is quantized while it is loaded. Default: 8 for a tied lm_head of a quantized model, else 16.
     Raises:
-        InputError: files that are missing, damaged, or do not fit together; the tensor or the key is named.
-        UsageError, HardwareError: as `engine.hf_model.hf_model`; an unknown kind of cache, or number of bits.
+        InputError: files are missing, damaged or inconsistent; the tensor or key is named.
+        UsageError: unknown device, precision, cache or head_bits, or an unsupported dtype.
+        HardwareError: this machine has no such device.
     """
     check_head_bits(head_bits)
     target = resolve_device(device)
@@ -64,21 +65,21 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     weights = WeightLoader(reader, target, dtype, precision, head_bits)
     decoder = DECODERS[decoder_config.dimensions.model_type](weights, decoder_config)
     weights.check_all_used()
-    trim_heap()  # of LLaMA-7B, 90 MB that were freed while loading would stay
+    trim_heap()  # for LLaMA-7B, returns 90 MB that were freed during loading
     return Model(decoder, decoder_config, reader, weights, cache, eos)
 
 
 class Model(LogitsModel):
-    """A model that answers: `LogitsModel` with a tokenizer and the wording of its prompts."""
+    """A `LogitsModel` with tokenizer and prompt style that generates text."""
 
     _single: Engine | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The directory's tokenizer; its end of a sequence ends answers, too, whatever config.json says.
+        """Tokenizer of the directory. Its eos token ends answers as well as those of config.json.
 
         Raises:
-            InputError: it has none.
+            InputError: the directory has no tokenizer.
         """
         found = load_tokenizer(self.path)
         self.eos_ids |= {found.eos_token_id}
@@ -86,7 +87,7 @@ class Model(LogitsModel):
 
     @cached_property
     def prompt_style(self) -> str:
-        """The wording of prompts that suits the model: a key of `prompts.styles.STYLES`."""
+        """Prompt style of the model: a key of `prompts.styles.STYLES`."""
         return detect_style(self.config, getattr(self.tokenizer, "chat_template", None))
 
     def __repr__(self) -> str:
@@ -110,17 +111,17 @@ class Model(LogitsModel):
 
     def generate(self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *,
                  prompt_style: str | None = None, **options: Unpack[SamplingOptions]) -> str | list[str]:
-        """The answer to a prompt, or the answers to several, which are generated together.
+        """Generate the answer to one prompt, or to several prompts as a batch.
 
         Args:
             prompt: text, or token ids (T,), used without changes; or a list of these, or token ids (B, T).
-            params, prompt_style, options: as in `stream`.
+            params, prompt_style, options: see `stream`.
         Returns:
-            the answer; a list of answers, in order, for several prompts. On a CPU each is the one that its prompt gets
+            The answer, or a list of answers for several prompts. On a CPU, each answer is the same as for the prompt
             alone.
         Raises:
-            UsageError, InputError: as `stream`, for any of the prompts, before anything is generated.
-            HardwareError: no memory for the keys and values of several prompts.
+            UsageError, InputError: see `stream`; raised for any of the prompts before generation starts.
+            HardwareError: not enough memory for the KV cache of several prompts.
         """
         prompts = _several(prompt)
         if prompts is not None:
@@ -129,17 +130,17 @@ class Model(LogitsModel):
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, prompt_style: str | None = None,
                **options: Unpack[SamplingOptions]) -> Iterator[str]:
-        """The answer to one prompt in pieces, each as soon as it can no longer change.
+        """Generate the answer to one prompt, and yield text as soon as it is final.
 
         Args:
             prompt: text, or token ids (T,), used without changes.
-            params: how to sample; None is greedy decoding.
+            params: sampling parameters; None for greedy decoding.
             prompt_style: None continues the text; "auto" or a key of `prompts.styles.STYLES` wraps it as a question
-                and ends the answer where the model runs on into the next question.
+                and ends the answer before the model generates the next question.
             options: fields of `SamplingParams` that replace those of `params`.
         Raises:
-            UsageError: before the first piece: an unknown or wrong option, an empty prompt, one that the context
-                cannot hold.
+            UsageError: an unknown or invalid option, an empty prompt, or one that exceeds the context; raised before
+                generation starts.
             InputError: text is needed and the directory has no tokenizer.
         """
         params = sampling_params(params, **options)
@@ -175,7 +176,7 @@ class Model(LogitsModel):
             engine.cancel(request)
 
     def _engine(self, length: int) -> Engine:
-        """One slot for `length` tokens, created again if the last one is too short."""
+        """Engine with one slot for `length` tokens; replaced if the capacity of the previous one is too small."""
         if self._single is None or self._single.capacity < length or not self._single.idle:
             self._single = None
             self._single = Engine(self, 1, max(length, min(self.context or DEFAULT_CAPACITY, DEFAULT_CAPACITY)))
@@ -197,13 +198,13 @@ class Model(LogitsModel):
             yield piece
 
     def _encode(self, prompt: Prompt, prompt_style: str | None) -> tuple[list[int], Sequence[str]]:
-        """Token ids of a prompt, and the stop strings that its style brings."""
+        """Token ids of a prompt, and the stop strings of its style."""
         if not isinstance(prompt, str):
             try:
                 return [index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)], ()
             except TypeError as error:
                 raise UsageError("a prompt is neither text nor a sequence of token ids",
-                                 "Give text, token ids (T,), or to generate a list of these.") from error
+                                 "Give text, token ids (T,), or for `generate` a list of these.") from error
         if prompt_style is None:
             return self.tokenizer(prompt)["input_ids"], ()
         name = self.prompt_style if prompt_style == "auto" else prompt_style
@@ -213,7 +214,7 @@ class Model(LogitsModel):
 
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
-    """The prompts where there are several; None for one."""
+    """The prompts if there are several; None for a single prompt."""
     if isinstance(prompt, Tensor):
         return list(prompt) if prompt.dim() == 2 else None
     several = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | Tensor) for item in prompt)

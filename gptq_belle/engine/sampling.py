@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Sampling of the next token from logits."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptq_belle.errors import UsageError
 
-# Bounds of temperature and penalty: beyond them float32 has only 0 or infinity, and logits become NaN.
+# Bounds of temperature and penalty: beyond these, float32 overflows and logits become NaN.
 MIN_FACTOR, MAX_FACTOR = 1e-10, 1e10
 
 
@@ -20,21 +20,22 @@ class SamplingParams:
     """How tokens are sampled.
 
     Attributes:
-        max_new_tokens: the most tokens to generate; None for as many as the context leaves room for, 512 at most.
+        max_new_tokens: limit of generated tokens; None for 512, or fewer if the context ends earlier.
         temperature: divides the logits; 0 means greedy decoding.
         top_k: sample from the k most likely tokens; 0 disables the limit.
         top_p: nucleus sampling from the most likely tokens with this total probability; 1 disables the limit.
-        min_p: only tokens with at least this share of the likeliest one's probability (2407.01082); 0 for all.
-        repetition_penalty: tokens that stood before have positive logits divided, negative ones multiplied by it
-            (Keskar et al., 1909.05858); 1 for none.
+        min_p: only tokens with at least this fraction of the highest probability (arXiv 2407.01082); 0 disables the
+            limit.
+        repetition_penalty: divides positive logits and multiplies negative logits of tokens that occurred before
+            (arXiv 1909.05858); 1 disables it.
         seed: random seed; None for a new one each time.
         stop: strings that end the answer and are not part of it.
         ignore_eos: continue after eos (for benchmarks).
-        logprobs: tell each token's probability and those of so many of the likeliest ones, as they are before
-            temperature and penalty; None to tell none.
+        logprobs: return the log probability of each token and of this many most likely tokens, before temperature
+            and penalty; None returns none.
 
     Raises:
-        UsageError: a value out of range; the message names it and what is allowed.
+        UsageError: a value is out of range; the message states the allowed values.
     """
 
     max_new_tokens: int | None = None
@@ -81,10 +82,10 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_params(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -> SamplingParams:
-    """`params`, or the defaults, with the given options changed.
+    """Return `params`, or the defaults, with the given options replaced.
 
     Raises:
-        UsageError: an unknown option, or a value out of range.
+        UsageError: an unknown option, or a value is out of range.
     """
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
@@ -94,44 +95,44 @@ def sampling_params(params: SamplingParams | None, **options: Unpack[SamplingOpt
 
 
 class Sampler:
-    """What one answer's tokens are drawn with: its parameters, its random numbers, and what stood before.
+    """Sampling state of one answer: parameters, random numbers, and the tokens that occurred before.
 
     Args:
-        params: how to draw.
-        prompt: (T,) token ids that count as having stood before.
-        device: where the logits will be.
+        params: sampling parameters.
+        prompt: (T,) token ids of the prompt; they count as tokens that occurred before.
+        device: device of the logits.
     """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], device: torch.device) -> None:
         self.params = params
-        self.before = torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)
+        self.seen = torch.tensor(sorted(set(prompt)), dtype=torch.long, device=device)
         seed = random.SystemRandom().randrange(2**63) if params.seed is None else params.seed
         self.random = random.Random(seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """The next token for logits (V,); it counts as having stood before from now on."""
+        """Sample the next token from logits (V,), and remember it."""
         return sample_tokens([self], logits[None])[0]
 
     def remember(self, token: int) -> None:
-        """`token` stood before from now on."""
+        """Count `token` as a token that occurred before."""
         if self.params.repetition_penalty != 1:
-            self.before = torch.cat((self.before, self.before.new_tensor([token]))).unique()
+            self.seen = torch.cat((self.seen, self.seen.new_tensor([token]))).unique()
 
 
 def sample_tokens(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
-    """The next token of each row of logits (n, V) with its sampler; each counts as having stood before from now on.
+    """Sample the next token of each row of logits (n, V) with its sampler, which remembers it.
 
-    A row's token depends on its logits and its sampler alone. On a GPU all rows are drawn at once.
+    The token of a row depends only on its logits and its sampler. On a GPU, all rows are sampled at once.
     """
     logits = logits.float()
     if any(sampler.params.repetition_penalty != 1 for sampler in samplers):
         logits = logits.clone()
     for row, sampler in enumerate(samplers):
         if sampler.params.repetition_penalty != 1:
-            logits[row] = apply_repetition_penalty(logits[row], sampler.before, sampler.params.repetition_penalty)
+            logits[row] = apply_repetition_penalty(logits[row], sampler.seen, sampler.params.repetition_penalty)
     tokens = logits.argmax(-1)
-    warm = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
-    for rows in [warm] if logits.is_cuda and warm else [[row] for row in warm]:
+    random_rows = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
+    for rows in [random_rows] if logits.is_cuda and random_rows else [[row] for row in random_rows]:
         tokens[rows] = sample_inverse_cdf(logits[rows], [samplers[row].params for row in rows],
                              [samplers[row].random.random() for row in rows])
     found: list[int] = tokens.tolist()
@@ -141,7 +142,7 @@ def sample_tokens(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
 
 
 def sample_inverse_cdf(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
-    """Tokens (n,) of logits (n, V) by inverting the distribution function at a number in 0..1 for each row."""
+    """Sample tokens (n,) from logits (n, V): invert the cumulative distribution at one number in [0, 1) per row."""
     values, order = filter_logits(logits / _column(logits, [max(p.temperature, MIN_FACTOR) for p in params]), params)
     total = values.double().softmax(-1).cumsum(-1)
     places = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
@@ -150,9 +151,10 @@ def sample_inverse_cdf(logits: Tensor, params: Sequence[SamplingParams], numbers
 
 
 def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) by falling value, those that top_k, top_p and min_p leave out at minus infinity, and their tokens.
+    """Apply top_k, top_p and min_p, in this order, to logits (n, V). At least one token per row is kept.
 
-    top_k counts first, then top_p among those that are left, then min_p against the likeliest; one is always kept.
+    Returns:
+        logits (n, V) in descending order, minus infinity for excluded tokens; their token ids (n, V).
     """
     values, order = logits.sort(stable=True, dim=-1, descending=True)
     width = logits.shape[-1]
@@ -162,14 +164,14 @@ def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Ten
     enough = probabilities.cumsum(-1) - probabilities >= _column(values, [p.top_p for p in params])
     unlikely = probabilities < _column(values, [p.min_p for p in params]) * probabilities[:, :1]
     enough &= _column(values, [p.top_p for p in params]) < 1
-    enough[:, 0] = False  # a top_p below what float32 holds is 0
+    enough[:, 0] = False  # a top_p that is 0 in float32 still keeps one token
     return values.masked_fill(enough | unlikely, -math.inf), order
 
 
-def apply_repetition_penalty(logits: Tensor, before: Tensor, penalty: float) -> Tensor:
-    """Logits (V,) with those of the token ids `before` (n,) made less likely."""
-    values, penalty = logits[before], min(max(penalty, MIN_FACTOR), MAX_FACTOR)
-    return logits.scatter(0, before, torch.where(values > 0, values / penalty, values * penalty))
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the token ids `seen` (n,) less likely in logits (V,)."""
+    values, penalty = logits[seen], min(max(penalty, MIN_FACTOR), MAX_FACTOR)
+    return logits.scatter(0, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 
 def _column(like: Tensor, numbers: Sequence[float]) -> Tensor:

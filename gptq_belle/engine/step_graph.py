@@ -1,4 +1,4 @@
-"""One decode step on a CPU, recorded for a number of rows and replayed in one native call."""
+"""Record a decode step on a CPU for a fixed number of rows, and replay it in one native call."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ class StepGraph:
     """The recorded calls of one decode step through all blocks. Creating it runs the step once.
 
     Args:
-        decoder: all of its linears are native.
-        x: (M, width) float32, input of the first block.
-        attention: of the step.
+        decoder: decoder whose linears are all native.
+        x: (M, width) float32, inputs of the first block.
+        attention: attention of the step.
     Attributes:
-        hidden: (M, width), output of the last block; the next step overwrites it.
+        hidden: (M, width) float32, outputs of the last block; the next step overwrites them.
         recorder: the recorded calls.
     """
 
@@ -30,13 +30,13 @@ class StepGraph:
             self.hidden = decoder.run_blocks(self._x, attention)
 
     def replay(self, x: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Run the step for other tokens in other slots and return `hidden`.
+        """Run the step for other tokens and slots, and return `hidden`.
 
         Raises:
-            ValueError: another number of rows.
+            ValueError: the number of rows differs.
         """
         if x.shape != self._x.shape:
-            raise ValueError(f"a step of {len(self._x)} rows was recorded, not of {len(x)}")
+            raise ValueError(f"the recorded step has {len(self._x)} rows, not {len(x)}")
         self._x.copy_(x)
         self._attention.update(slots, lengths)
         self.recorder.replay()
