@@ -84,13 +84,14 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     size = make("belle-7b", folder, bits=case.bits, head_bits=case.stored_head)
     reads, past, loads, memory = [], [], [], {}
     for cache, limit in case.memory.items():
-        found = footprint.fresh(folder, device="cpu", head_bits=HEAD, cache=cache, prompt=CONTEXT - footprint.STEPS)
+        found = footprint.measure_in_new_process(folder, device="cpu", head_bits=HEAD, cache=cache,
+                                                 prompt=CONTEXT - footprint.STEPS)
         memory[cache] = asdict(found) | {"limit_bytes": limit * 1e9}
     for _ in range(TURNS):
         reads.append(seconds_to_read(folder))
         past.append(seconds_to_read(folder, os.O_DIRECT))
         forget(folder)
-        loads.append(footprint.fresh(folder, device="cpu", head_bits=HEAD).load_seconds)
+        loads.append(footprint.measure_in_new_process(folder, device="cpu", head_bits=HEAD).load_seconds)
     through, direct, load_seconds = (statistics.median(seconds) for seconds in (reads, past, loads))
     return {**case._asdict(), "file_bytes": size, "file_limit_bytes": case.file * 1e9, "memory": memory,
             "read_seconds": through, "direct_read_seconds": direct, "load_seconds": load_seconds,

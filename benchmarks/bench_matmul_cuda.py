@@ -19,7 +19,7 @@ from cuda_common import ROWS, SHAPES, Deadline, codes_of, expanded, head, random
 from cuda_peers import PEERS, Product
 from torch import Tensor
 
-from gptq_belle.bench import bandwidth
+from gptq_belle.bench import cuda_timing
 from gptq_belle.kernels import triton_matmul
 
 AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative error (Frobenius norm) to float32
@@ -43,7 +43,7 @@ class Variant:
     def products(self) -> list[Product]:
         """The copies; errors of their creation propagate."""
         if not self._products:
-            self._products = [self._make() for _ in range(bandwidth.copies(self.size, self._device, most=32))]
+            self._products = [self._make() for _ in range(cuda_timing.operand_copies(self.size, self._device, most=32))]
         return self._products
 
     def seconds(self, x: Tensor, expected: Tensor) -> dict[str, float] | None:
@@ -57,7 +57,7 @@ class Variant:
             if not error < AGREEMENT[self.dtype]:
                 self.reason = f"wrong result: relative error {error:.1e}"
                 return None
-            found = bandwidth.device_seconds([partial(product, x) for product in products])
+            found = cuda_timing.device_seconds([partial(product, x) for product in products])
         except Exception as error:  # a peer is missing or has changed: recorded, the others continue
             self.reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return None
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("cuda-results"), help="folder of the results")
     args = parser.parse_args()
     device, deadline = require_device(), Deadline(args.budget)
-    limits = {"copy": bandwidth.copy_bandwidth(device).median, "matrix": bandwidth.matrix_peak(device).median}
+    limits = {"copy": cuda_timing.copy_bandwidth(device).median, "matrix": cuda_timing.matrix_peak(device).median}
     print(f"a copy: {limits['copy'] / 1e9:.0f} GB/s, cuBLAS on 8192: {limits['matrix'] / 1e12:.0f} TFLOP/s", flush=True)
     lines: list[dict[str, Any]] = []
     shapes = list(dict.fromkeys(shape for name in args.set for shape in SHAPES[name]))

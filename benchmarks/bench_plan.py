@@ -44,8 +44,9 @@ CASES = (
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Planned and measured bytes, and their ratio."""
     make(case.model, folder, bits=case.setting.bits, layers=case.layers)
-    found = footprint.fresh(folder, device="cpu", head_bits=case.setting.head_bits, cache=case.setting.cache,
-                       prompt=case.context - footprint.STEPS, batch=case.batch)
+    found = footprint.measure_in_new_process(folder, device="cpu", head_bits=case.setting.head_bits,
+                                             cache=case.setting.cache, prompt=case.context - footprint.STEPS,
+                                             batch=case.batch)
     planned = memory_use(dimensions(read_config(folder)), case.setting, case.context, case.batch)
     if found.peak_bytes is None:
         raise SystemExit("this system does not report the memory of a process")

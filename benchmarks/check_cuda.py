@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from cuda_common import Deadline, head, require_device, write
 
-from gptq_belle.bench.kernel_tuning import VARIED, starts, variations
+from gptq_belle.bench.kernel_tuning import VARIED, starting_plans, variations
 from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, default_plan
@@ -56,7 +56,7 @@ def configs(arch: int, processors: int) -> Iterator[Product]:
     plans: dict[LaunchPlan, None] = {}
     for most in ROW_BUCKETS:
         case = MatmulProblem(most, OUTPUTS, INPUTS, 4, 128, "float16")
-        for first in starts(case, default_plan(case, arch, processors)):
+        for first in starting_plans(case, default_plan(case, arch, processors)):
             plans |= dict.fromkeys([first, *(plan for name in VARIED for plan in variations(first, name))])
     for plan in plans:
         rows = MOST_ROWS[plan.kernel] if plan.config is None or plan.kernel != "skinny" else plan.config.BM - 1

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from gptq_belle import __version__
-from gptq_belle.bench.doctor import machine
+from gptq_belle.bench.doctor import machine_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,7 +27,7 @@ def write(name: str, content: dict[str, Any]) -> Path:
     head = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]]),
-        "machine": machine(),
+        "machine": machine_summary(),
         "versions": {"gptq_belle": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     path = RESULTS / f"{name}.json"

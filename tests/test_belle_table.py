@@ -59,7 +59,8 @@ def directory(path, name, bits, blocks=None):
 
 
 def test_measured_directory_appears_in_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(belle_table.footprint, "fresh", lambda path, **options: Footprint(1.0, 2, 3, 4 * GIB, None))
+    monkeypatch.setattr(belle_table.footprint, "measure_in_new_process",
+                        lambda path, **options: Footprint(1.0, 2, 3, 4 * GIB, None))
     path = directory(tmp_path / "four", "belle-7b", 4)
     rows = belle_table.belle_table([path], 516, "cpu")
     assert [ours.measured == path for _, ours in rows] == [False, False, True, False, True, False]

@@ -1,4 +1,4 @@
-"""bench: every figure is measured, formats hold them, and the sentence on what bounds it follows from the numbers."""
+"""bench: every value is measured, all output formats contain it, and the explanation follows from the numbers."""
 
 import csv
 import io
@@ -13,10 +13,11 @@ import torch
 from conftest import naming, packed_checkpoint
 
 from gptq_belle import load
-from gptq_belle.bench import footprint, plots
+from gptq_belle.bench import footprint, throughput_plot
 from gptq_belle.bench.bandwidth import buffer_bytes, read_bandwidth
-from gptq_belle.bench.step_shares import Shares, explain
-from gptq_belle.bench.throughput import Workload, bench, fitted, parse_depths
+from gptq_belle.bench.step_shares import StepShares, explain_bound
+from gptq_belle.bench.throughput import bench, parse_depths
+from gptq_belle.bench.workload import Workload, with_prompt_length
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.cli import bench_output
 from gptq_belle.common.timers import seconds, spread
@@ -46,7 +47,7 @@ def test_bench_measures_both_models(measured):
     assert measured.bandwidth.median > 1e8
 
 
-def test_step_bytes_count_a_tied_embedding_once_and_no_lookup_table(tiny_model):
+def test_step_bytes_count_a_tied_embedding_once_and_no_untied_one(tiny_model):
     model, numbers = load(tiny_model, device="cpu"), CheckpointReader(tiny_model)
     total = sum(math.prod(numbers.shape(name)) for name in numbers) * 4
     embedding = 0 if model.config.get("tie_word_embeddings", True) else 384 * 128
@@ -91,7 +92,7 @@ def test_failing_measurement_process_is_reported(tmp_path, monkeypatch, script, 
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(error, match="why" if error is InputError else "signal 9"):
-        footprint.fresh("model", device="cpu")
+        footprint.measure_in_new_process("model", device="cpu")
 
 
 def test_csv_and_jsonl_rows_hold_the_measurements(measured, capsys):
@@ -117,15 +118,15 @@ def test_markdown_table_shows_the_measurements(measured, capsys):
     assert text.count("is limited by") == 2
 
 
-def test_plot_is_written_as_png_and_other_formats_are_refused(measured, tmp_path):
-    plots.plot(measured, tmp_path / "bench.png")
+def test_plot_is_written_as_png_and_other_formats_are_rejected(measured, tmp_path):
+    throughput_plot.plot(measured, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match=naming("bench.docx")):
-        plots.check_plot(tmp_path / "bench.docx")
+        throughput_plot.check_plot(tmp_path / "bench.docx")
 
 
 def test_plot_shows_the_smallest_depth_of_every_batch(measured):
-    found = plots.series(measured)
+    found = throughput_plot.batch_series(measured)
     assert [one.batch for one in found] == [2, 3]
     for one in found:
         for place, result in enumerate(measured.results):
@@ -133,28 +134,30 @@ def test_plot_shows_the_smallest_depth_of_every_batch(measured):
             assert (one.prefill[place], one.decode[place]) == (point.prefill, point.decode)
 
 
-def test_plot_without_matplotlib_is_refused(monkeypatch, tmp_path):
+def test_plot_without_matplotlib_is_rejected(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(HardwareError, match="matplotlib") as raised:
-        plots.check_plot(tmp_path / "a.png")
+        throughput_plot.check_plot(tmp_path / "a.png")
     assert "pip install" in raised.value.remedy
 
 
 def test_explanation_names_the_largest_cost_of_a_step():
-    busy = Shares(linears=0.7, attention=0.1, head=0.1, rest=0.1)
-    assert explain(8 * 10**9, 1.0, 10e9, busy).startswith("memory bandwidth: reading 8,000.0 MB of weights takes 80 %")
-    assert explain(10**6, 1.0, 10e9, busy).startswith("arithmetic of the linears (70 % of the time)")
-    assert explain(10**6, 1.0, 10e9, Shares(0.1, 0.05, 0.05, 0.8)).startswith("Python and call overhead (80 %")
+    busy = StepShares(linears=0.7, attention=0.1, head=0.1, rest=0.1)
+    text = explain_bound(8 * 10**9, 1.0, 10e9, busy)
+    assert text.startswith("memory bandwidth: reading 8,000.0 MB of weights takes 80 %")
+    assert explain_bound(10**6, 1.0, 10e9, busy).startswith("arithmetic of the linears (70 % of the time)")
+    mostly_python = StepShares(0.1, 0.05, 0.05, 0.8)
+    assert explain_bound(10**6, 1.0, 10e9, mostly_python).startswith("Python and call overhead (80 %")
 
 
-def test_a_workload_beyond_the_context_or_empty_is_refused(tiny_llama):
+def test_workload_beyond_the_context_or_empty_is_rejected(tiny_llama):
     with pytest.raises(UsageError, match=naming(300, 256)):
         bench([tiny_llama], Workload(prompt=200, tokens=100), device="cpu")
     with pytest.raises(UsageError, match=naming(256)):
         bench([tiny_llama], Workload(tokens=256), device="cpu")
     with pytest.raises(UsageError, match=naming(200)):
         bench([tiny_llama], Workload(prompt=40, tokens=20), device="cpu", depths=(200,))
-    assert fitted(Workload(tokens=56), [load(tiny_llama, device="cpu")]).prompt == 200
+    assert with_prompt_length(Workload(tokens=56), [load(tiny_llama, device="cpu")]).prompt == 200
     with pytest.raises(UsageError, match=naming("tokens", 0)):
         Workload(tokens=0)
     with pytest.raises(UsageError, match=naming("xml", "md", "json")):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gptq_belle.bench.footprint import Footprint
-from gptq_belle.bench.throughput import Workload
+from gptq_belle.bench.workload import Workload
 from gptq_belle.cli import app, console, demo
 from gptq_belle.evaluation import comparison
 
@@ -28,7 +28,7 @@ def examples(tiny_bloom, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "SPEED", Workload(prompt=4, tokens=2, repeats=1))
     monkeypatch.setattr(comparison, "MAX_ANSWER", 8)
     seen = Footprint(0.1, 10**6, 2 * 10**6, None, None)
-    monkeypatch.setattr("gptq_belle.bench.footprint.fresh", lambda path, **rest: seen)
+    monkeypatch.setattr("gptq_belle.bench.footprint.measure_in_new_process", lambda path, **rest: seen)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     return folder

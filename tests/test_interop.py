@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_belle import QuantConfig, __version__, hf_model, quantize_checkpoint
-from gptq_belle.bench.doctor import machine
+from gptq_belle.bench.doctor import machine_summary
 from gptq_belle.checkpoint.conversion import convert
 from gptq_belle.quantization.calibration import Calibration
 
@@ -94,7 +94,7 @@ def records():
     found = {"versions": {"gptq_belle": __version__, "torch": torch.__version__}, "rows": []}
     yield found
     if path := os.environ.get(RECORD):
-        head = {"date": TODAY, "command": "make interop", "machine": machine()}
+        head = {"date": TODAY, "command": "make interop", "machine": machine_summary()}
         _add_earlier(found, Path(path))
         Path(path).write_text(json.dumps(head | found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

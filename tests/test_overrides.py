@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
-from gptq_belle.bench.throughput import Workload, bench
+from gptq_belle.bench.throughput import bench
+from gptq_belle.bench.workload import Workload
 from gptq_belle.checkpoint.inspection import average_bits, inspect, lines
 from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader

@@ -59,7 +59,7 @@ def belle(capsys):
 def _footprints(request, monkeypatch):
     """Only one test measures memory, because each new process takes some seconds."""
     if "real_footprints" not in request.fixturenames:
-        monkeypatch.setattr(report_results.footprint, "fresh",
+        monkeypatch.setattr(report_results.footprint, "measure_in_new_process",
                             lambda path, **_: Footprint(0.1, 10**6, 2 * 10**6, None, None))
 
 

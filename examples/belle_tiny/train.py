@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
 
-from gptq_belle.bench.doctor import machine
+from gptq_belle.bench.doctor import machine_summary
 
 from .batches import batch, encode, pieces
 from .channels import SPREAD, spread_channels
@@ -183,7 +183,7 @@ class Run:
         last = self.log[-1]
         return {
             "date": datetime.date.today().isoformat(),
-            "machine": machine(),
+            "machine": machine_summary(),
             "steps": self.step,
             "tokens": self.step * TOKENS,
             "minutes": round(self.seconds / 60),

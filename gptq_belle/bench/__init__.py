@@ -1,1 +1,1 @@
-"""What the machine can do and what we reach of it: throughput, memory, kernel tuning, self-description."""
+"""Speed and memory of models, tuning of the GPU kernels, and a description of the machine."""

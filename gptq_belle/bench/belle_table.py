@@ -58,12 +58,12 @@ def belle_table(paths: Sequence[Path], context: int, device: str,
         progress: receives a line when a measurement starts.
     Raises:
         UsageError: a directory belongs to no row.
-        InputError, HardwareError: see `footprint.fresh`.
+        InputError, HardwareError: see `footprint.measure_in_new_process`.
     """
     found: dict[tuple[str, int], OurFigures] = {}
     for path in paths:
         progress(f"measuring {path}")
-        measured = footprint.fresh(path, device=device, prompt=context - footprint.STEPS)
+        measured = footprint.measure_in_new_process(path, device=device, prompt=context - footprint.STEPS)
         memory = measured.process_bytes if measured.cuda_bytes is None else measured.cuda_bytes
         size = sum(file.stat().st_size for file in weight_files(path))
         found[_row_of(path)] = OurFigures(size, memory or 0, path)

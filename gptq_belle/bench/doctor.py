@@ -1,4 +1,4 @@
-"""What this machine can run: versions, processor, memory, devices, and the kernel that each case takes, with why."""
+"""Description of this machine: versions, processor, memory, devices, and the kernel of each kind of checkpoint."""
 
 import os
 import platform
@@ -20,22 +20,22 @@ from gptq_belle.kernels.triton_matmul import c_compiler
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
 FEATURES = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
-WIDTH = 4096  # inputs and outputs of the layer that the kernels are asked about: LLaMA-7B's and BLOOM-7B1's
+WIDTH = 4096  # in_features of the linears whose kernels are listed, as in LLaMA-7B and BLOOM-7B1
 GROUP = 128
 
 
 def examine(device: str = "auto") -> dict[str, Any]:
-    """Everything that `doctor` prints, as JSON-ready values; sizes in bytes, None where the system does not tell.
+    """The output of `doctor` as JSON-ready values; sizes in bytes, None if the system does not report them.
 
     Args:
-        device: whose kernels to list; "auto" for those of every device there is.
+        device: device whose kernels are listed and tested; "auto" for all devices.
     Raises:
-        UsageError, HardwareError: no such device.
+        UsageError, HardwareError: there is no such device.
     """
     every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     kinds = every if device == "auto" else [resolve_device(device).type]
     return {
-        "versions": {"gptq_belle": __version__, "python": platform.python_version()} | installed(),
+        "versions": {"gptq_belle": __version__, "python": platform.python_version()} | package_versions(),
         "system": platform.platform(),
         "cpu": cpu(),
         "memory": memory(),
@@ -48,8 +48,8 @@ def examine(device: str = "auto") -> dict[str, Any]:
     }
 
 
-def installed() -> dict[str, str | None]:
-    """Versions of the packages that matter; None where one is absent."""
+def package_versions() -> dict[str, str | None]:
+    """Versions of PACKAGES; None if one is not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def installed() -> dict[str, str | None]:
 
 
 def cpu() -> dict[str, Any]:
-    """Model, cores this process may use, torch's threads, and the instruction sets that kernels look for."""
+    """Model, cores that this process may use, torch's threads, and the instruction sets that kernels use."""
     info = _cpuinfo()
     flags = (info.get("flags") or info.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -74,7 +74,7 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int | None]:
-    """Main memory in bytes: in all, and to be had without swapping."""
+    """Main memory in bytes: in total, and available without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -94,7 +94,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def native() -> dict[str, Any]:
-    """The compiled CPU kernels: the instruction set they take here, all they could take, and why they are missing."""
+    """The native CPU kernels: selected and usable instruction sets, or why there is no native library."""
     found = load_library()
     if isinstance(found, NativeLibrary):
         return {"isa": found.isa, "usable": list(found.usable_isas), "why_not": None}
@@ -102,22 +102,22 @@ def native() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """The kernel that serves packed weights on the first GPU, why no better one does, and its tables of tuned tiles."""
+    """The kernel of packed weights on the first GPU, why it is not Triton's, and the tuning tables."""
     device = torch.device("cuda", 0)
-    lacking = triton_matmul.unavailable_reason(device)
-    there = torch.cuda.is_available()
+    reason = triton_matmul.unavailable_reason(device)
+    present = torch.cuda.is_available()
     return {
-        "kernel": "triton" if lacking is None else "dequantize+matmul" if there else None,
-        "why_not": lacking,
-        "tables": [str(path) for path in tuning_files(triton_matmul.device_properties(device)[0])] if there else [],
+        "kernel": "triton" if reason is None else "dequantize+matmul" if present else None,
+        "why_not": reason,
+        "tables": [str(path) for path in tuning_files(triton_matmul.device_properties(device)[0])] if present else [],
     }
 
 
 def kernel_choices(device: torch.device) -> list[dict[str, str]]:
-    """For every kind of checkpoint and precision: the kernel that runs, and why no faster one does."""
+    """For every kind of checkpoint and precision: the kernel, and why no faster one is used."""
     in_order = torch.arange(WIDTH, dtype=torch.int32) // GROUP
-    mixed = torch.arange(WIDTH, dtype=torch.int32) % (WIDTH // GROUP)
-    cases = [(f"{bits} bit", in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", mixed)]
+    act_order = torch.arange(WIDTH, dtype=torch.int32) % (WIDTH // GROUP)
+    cases = [(f"{bits} bit", in_order) for bits in (4, 8, 3, 2)] + [("4 bit, act-order", act_order)]
     rows = []
     for name, g_idx in cases:
         for precision in PRECISIONS:
@@ -129,17 +129,17 @@ def kernel_choices(device: torch.device) -> list[dict[str, str]]:
 
 
 def failures(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checks of `examine`'s self-test that were not passed."""
+    """The failed checks of the self-test in a result of `examine`."""
     return [check for check in found["self_test"] if not check["passed"]]
 
 
 def gib(size: int | None) -> str:
-    """A size for reading; "unknown" where there is none."""
+    """A size as text; "unknown" for None."""
     return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
 
-def machine() -> str:
-    """The machine in one line, for the head of a table of measurements."""
+def machine_summary() -> str:
+    """The machine in one line, for the header of measurements."""
     found = cpu()
     names = ", ".join([f"{found['model']}, threads: {found['threads']}", *(entry["name"] for entry in devices())])
     return f"{names}; torch {torch.__version__}"

@@ -1,6 +1,6 @@
-"""Load time and peak memory of one model, measured in a process of its own so that figures do not mix.
+"""Load time and peak memory of one model, measured in a new process that does nothing else.
 
-``python -m gptq_belle.bench.footprint '{"path": ..., ...}'`` is the other side of `fresh`: it prints one line of JSON.
+The process runs ``python -m gptq_belle.bench.footprint '{"path": ..., ...}'`` and prints one line of JSON.
 """
 
 import json
@@ -15,19 +15,18 @@ import torch
 from gptq_belle.common.memory import PeakMemory, anonymous_bytes, release_unused
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError
 
-STEPS = 4  # tokens decoded; the peak is reached by the first
+STEPS = 4  # decode steps; the first already reaches the peak
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What one model takes.
+    """Load time and memory of one model. Sizes of anonymous memory are None if the system does not report them.
 
     Attributes:
-        load_seconds: time of `gptq_belle.load`; the libraries are imported before.
-        loaded_bytes: anonymous memory behind loading, above that of the process with the libraries alone.
-        peak_bytes: the peak over loading, reading a prompt and some tokens, likewise; None (all three) where the
-            system does not tell.
-        process_bytes: the peak of the whole process, libraries included.
+        load_seconds: time of `gptq_belle.load`, without importing the libraries.
+        loaded_bytes: anonymous memory after loading, minus that of the process before loading.
+        peak_bytes: peak over loading, prefill and decoding, minus that of the process before loading.
+        process_bytes: peak of the whole process, libraries included.
         cuda_bytes: peak of torch's allocations on the device; None without CUDA.
     """
 
@@ -38,24 +37,25 @@ class Footprint:
     cuda_bytes: int | None
 
 
-def fresh(path: str | Path, *, device: str = "auto", precision: str | None = None, head_bits: int | None = None,
-          cache: str = "float16", prompt: int = 16, batch: int = 1) -> Footprint:
-    """Measure in a new process.
+def measure_in_new_process(path: str | Path, *, device: str = "auto", precision: str | None = None,
+                           head_bits: int | None = None, cache: str = "float16", prompt: int = 16,
+                           batch: int = 1) -> Footprint:
+    """Measure a model in a new process.
 
     Args:
         path: the model directory.
         device, precision, head_bits, cache: as for `gptq_belle.load`.
-        prompt, batch: shape of the prompt that is read.
+        prompt, batch: tokens and number of the prefilled prompts.
     Raises:
-        InputError: the process failed; its last line is given.
-        HardwareError: it was killed, as the system does when memory runs out.
+        InputError: the process failed; the message contains its last line.
+        HardwareError: the process was killed, most likely because memory ran out.
     """
     request = {"path": str(path), "device": device, "precision": precision, "head_bits": head_bits, "cache": cache,
                "prompt": prompt, "batch": batch, "threads": torch.get_num_threads()}
     done = subprocess.run([sys.executable, "-m", "gptq_belle.bench.footprint", json.dumps(request)],
                           capture_output=True, text=True)
     if done.returncode < 0:
-        raise HardwareError(f"measuring {path} was ended by signal {-done.returncode}",
+        raise HardwareError(f"measuring {path} was stopped by signal {-done.returncode}",
                             "Most likely memory ran out: close other programs, or choose fewer bits.")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -65,30 +65,30 @@ def fresh(path: str | Path, *, device: str = "auto", precision: str | None = Non
 
 def measure(path: str, device: str, precision: str | None, head_bits: int | None, cache: str, prompt: int,
             batch: int) -> Footprint:
-    """Measure in this process, which should have done nothing else before; arguments as of `fresh`."""
+    """Measure in this process, which should have done nothing else; arguments as of `measure_in_new_process`."""
     from gptq_belle.engine.model import load
 
     release_unused()
     with PeakMemory() as peak:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         model = load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
-        load_seconds = time.perf_counter() - began
+        load_seconds = time.perf_counter() - start_time
         loaded = anonymous_bytes()
         logits, session = model.prefill(torch.ones(batch, prompt, dtype=torch.int64))
         for _ in range(STEPS):
             logits = model.decode(logits.argmax(-1), session)
-    start = peak.start or 0
+    before = peak.start or 0
     return Footprint(
         load_seconds=load_seconds,
-        loaded_bytes=None if loaded is None else loaded - start,
-        peak_bytes=None if peak.bytes is None else peak.bytes - start,
+        loaded_bytes=None if loaded is None else loaded - before,
+        peak_bytes=None if peak.bytes is None else peak.bytes - before,
         process_bytes=peak.bytes,
         cuda_bytes=peak.cuda_bytes,
     )
 
 
 def main() -> None:
-    """Answer one request."""
+    """Measure the model of the request on the command line."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request.pop("threads"))
     try:

@@ -1,7 +1,7 @@
-"""Which tiles are fastest: a search over plans, given a way to time one, and the table that the kernels read.
+"""Search for the fastest tile sizes of the GPU kernels, and the table of results that the kernels read.
 
-The search starts from the plan that the rule takes, varies one number of the tile at a time and keeps what is faster.
-That is some twenty configs a case, where all combinations would be hundreds, each of which is compiled for a second.
+The search starts from the plan of the rule, varies one number of the tile at a time and keeps what is faster. This
+tries about twenty configurations per problem instead of hundreds of combinations; each takes a second to compile.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptq_belle import __version__
-from gptq_belle.bench import bandwidth
+from gptq_belle.bench import cuda_timing
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import (
@@ -30,35 +30,35 @@ from gptq_belle.kernels.triton_config import (
 from gptq_belle.kernels.triton_layout import SlicedWeight
 
 SHIPPED = Path(triton_config.__file__).parent / "tuning"
-VARIED = {  # in the order in which they are varied
+VARIED = {  # values by name, in the order in which they are varied
     "SPLIT_K": (1, 2, 4, 8, 16),
     "num_stages": (2, 3, 4, 5, 6),
     "BN": (64, 128),
     "num_warps": (4, 8),
     "BK": (64, 128),
-    "BM": (64, 128),  # of the kernel for many rows; with few rows it is the bucket
+    "BM": (64, 128),  # only of the kernel for many rows; otherwise it is the row bucket
 }
-MARGIN = 0.98  # what replaces a plan has to take less than this share of its time: the rest is noise
-PASSES = 2
-Timer = Callable[[LaunchPlan], float]  # seconds of a product by a plan; infinite where the plan cannot run
+MARGIN = 0.98  # a plan is replaced by one that takes less than this share of its time; the rest is noise
+PASSES = 2  # over all names in VARIED
+Timer = Callable[[LaunchPlan], float]  # seconds of a product by a plan; infinite if the plan cannot run
 
 
-class Tuned(NamedTuple):
-    """The fastest plan of a case."""
+class TuningResult(NamedTuple):
+    """The fastest plan of a problem."""
 
-    case: MatmulProblem
+    problem: MatmulProblem
     plan: LaunchPlan
     seconds: float
-    rule_seconds: float  # of the plan that the rule takes
-    tried: int
+    rule_seconds: float  # of the plan of the rule
+    tried: int  # number of timed plans
 
 
-def tune(case: MatmulProblem, arch: int, processors: int, timer: Timer) -> Tuned:
-    """Find the fastest plan of a case.
+def tune(problem: MatmulProblem, arch: int, processors: int, timer: Timer) -> TuningResult:
+    """Find the fastest plan of a problem.
 
     Args:
         arch, processors: as for `triton_config.default_plan`.
-        timer: measures a plan; it is asked once for each.
+        timer: measures a plan; called once per plan.
     """
     seen: dict[LaunchPlan, float] = {}
 
@@ -67,25 +67,25 @@ def tune(case: MatmulProblem, arch: int, processors: int, timer: Timer) -> Tuned
             seen[plan] = timer(plan)
         return seen[plan]
 
-    first = default_plan(case, arch, processors)
+    first = default_plan(problem, arch, processors)
     best = first
-    for start in starts(case, first):
-        found = descend(start, time)
+    for start in starting_plans(problem, first):
+        found = improve(start, time)
         if time(found) < MARGIN * time(best):
             best = found
-    return Tuned(case, best, time(best), time(first), len(seen))
+    return TuningResult(problem, best, time(best), time(first), len(seen))
 
 
-def starts(case: MatmulProblem, first: LaunchPlan) -> list[LaunchPlan]:
-    """Where searches begin: the rule's plan, and the other kernels that the case may take."""
+def starting_plans(problem: MatmulProblem, first: LaunchPlan) -> list[LaunchPlan]:
+    """Plans from which the search starts: the rule's, and one of each other kernel that the problem allows."""
     others = [LaunchPlan("expand", None)]
-    if case.rows >= MAX_SKINNY_ROWS:
-        others.append(LaunchPlan("gemm", TileConfig(64 if case.rows == MAX_SKINNY_ROWS else 128, 128, 64, 1, 8, 3)))
+    if problem.rows >= MAX_SKINNY_ROWS:
+        others.append(LaunchPlan("gemm", TileConfig(64 if problem.rows == MAX_SKINNY_ROWS else 128, 128, 64, 1, 8, 3)))
     return [first, *(plan for plan in others if plan.kernel != first.kernel)]
 
 
-def descend(plan: LaunchPlan, time: Timer) -> LaunchPlan:
-    """Vary one number at a time and keep what is faster, until none is or PASSES are over."""
+def improve(plan: LaunchPlan, time: Timer) -> LaunchPlan:
+    """Vary one number at a time and keep what is faster, for PASSES or until nothing is faster."""
     for _ in range(PASSES):
         before = plan
         for name in VARIED:
@@ -98,7 +98,7 @@ def descend(plan: LaunchPlan, time: Timer) -> LaunchPlan:
 
 
 def variations(plan: LaunchPlan, name: str) -> Iterator[LaunchPlan]:
-    """The plan with other values of one number of its config."""
+    """The plan with each other value of one number of its configuration."""
     if plan.config is None or (name == "BM" and plan.kernel == "skinny"):
         return
     for value in VARIED[name]:
@@ -106,32 +106,36 @@ def variations(plan: LaunchPlan, name: str) -> Iterator[LaunchPlan]:
             yield plan._replace(config=plan.config._replace(**{name: value}))
 
 
-def entry(tuned: Tuned) -> dict[str, Any]:
-    """A line of the table."""
-    config = tuned.plan.config
-    return tuned.case._asdict() | {
-        "kernel": tuned.plan.kernel, "config": None if config is None else config._asdict(),
-        "seconds": tuned.seconds, "rule_seconds": tuned.rule_seconds if math.isfinite(tuned.rule_seconds) else None}
+def table_entry(result: TuningResult) -> dict[str, Any]:
+    """An entry of the table."""
+    config = result.plan.config
+    return result.problem._asdict() | {
+        "kernel": result.plan.kernel, "config": None if config is None else config._asdict(),
+        "seconds": result.seconds, "rule_seconds": result.rule_seconds if math.isfinite(result.rule_seconds) else None}
 
 
-def write(results: Sequence[Tuned], arch: int, device_name: str, folder: Path | None = None) -> Path:
-    """Write ``sm_ARCH.json``, keeping what it says of other cases, and make this process read it.
+def write_table(results: Sequence[TuningResult], arch: int, device_name: str, folder: Path | None = None) -> Path:
+    """Write ``sm_ARCH.json`` for later calls of the kernels; entries of other problems in the file are kept.
 
     Args:
-        folder: made where it is missing; left out, that of the installed package.
+        results: the results to write.
+        arch: compute capability, such as 86.
+        device_name: name of the GPU.
+        folder: folder of the table, created if missing. Default: the folder of the installed kernels.
     Raises:
-        HardwareError: it cannot be written there.
-        InputError: the file that is there is damaged.
+        HardwareError: the table cannot be written.
+        InputError: the existing file is damaged.
     """
     path = (folder or SHIPPED) / f"sm_{arch}.json"
-    lines = {MatmulProblem(**{name: line[name] for name in MatmulProblem._fields}): line for line in _entries(path)}
-    lines |= {tuned.case: entry(tuned) for tuned in results}
+    entries = {MatmulProblem(**{name: entry[name] for name in MatmulProblem._fields}): entry
+               for entry in _read_entries(path)}
+    entries |= {result.problem: table_entry(result) for result in results}
     content = {
         "device": device_name,
         "date": datetime.date.today().isoformat(),
         "versions": {"gptq_belle": __version__, "torch": torch.__version__,
                      "triton": version("triton") if find_spec("triton") else None},
-        "entries": [lines[case] for case in sorted(lines)],
+        "entries": [entries[problem] for problem in sorted(entries)],
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,7 @@ def write(results: Sequence[Tuned], arch: int, device_name: str, folder: Path | 
     return path
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _read_entries(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
@@ -156,17 +160,20 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 EXPANDED = LaunchPlan("expand", None)
-# Relative error of the whole result against the expanded weight, which rounds it to x's dtype as many rows do.
+# Allowed relative error to the product with the dequantized weight, which is rounded to the dtype of x.
 AGREEMENT = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
-def device_timer(case: MatmulProblem, weights: Sequence[SlicedWeight]) -> Timer:
-    """Times plans of a case on the device, its weights taking turns; wrong results are an error, not a time."""
+def device_timer(problem: MatmulProblem, weights: Sequence[SlicedWeight]) -> Timer:
+    """A function that times plans of a problem on the device, with several weights in turn.
+
+    It raises GptqBelleError if a product is wrong.
+    """
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    turns = rotation(weights)
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    x = torch.randn(case.rows, turns[0].in_features, device=turns[0].words.device).to(dtype)
+    turns = rotated_weights(weights)
+    dtype: torch.dtype = getattr(torch, problem.dtype)
+    x = torch.randn(problem.rows, turns[0].in_features, device=turns[0].words.device).to(dtype)
     expected = triton_matmul.quant_matmul(x, turns[0], plan=EXPANDED).float()
 
     def time(plan: LaunchPlan) -> float:
@@ -174,26 +181,28 @@ def device_timer(case: MatmulProblem, weights: Sequence[SlicedWeight]) -> Timer:
             y = triton_matmul.quant_matmul(x, turns[0], plan=plan).float()
             error = float((y - expected).norm() / expected.norm())
             if not error < AGREEMENT[dtype]:
-                raise GptqBelleError(f"{plan} multiplies wrongly here: relative error {error:.1e}, {describe(case)}",
+                raise GptqBelleError(f"{plan} computes a wrong product: relative error {error:.1e}, "
+                                     f"{describe_problem(problem)}",
                                      "Please report it, with the output of `gptq-belle doctor --json`.")
             actions = [lambda weight=weight: triton_matmul.quant_matmul(x, weight, plan=plan) for weight in turns]
-            return bandwidth.device_seconds(actions).median
-        except (OutOfResources, PTXASError):  # too many stages for this part's shared memory, too many registers
+            return cuda_timing.device_seconds(actions).median
+        except (OutOfResources, PTXASError):  # more shared memory or registers than this GPU has
             return float("inf")
 
     return time
 
 
-def rotation(weights: Sequence[SlicedWeight]) -> list[SlicedWeight]:
-    """So many weights of one shape, copied where they are too few, that none stays in the L2 cache."""
+def rotated_weights(weights: Sequence[SlicedWeight]) -> list[SlicedWeight]:
+    """Weights of one shape, copied if they are too few, that together exceed the L2 cache."""
     first = weights[0]
-    wanted = bandwidth.copies(first.words.nbytes + first.scales.nbytes, first.words.device)
+    wanted = cuda_timing.operand_copies(first.words.nbytes + first.scales.nbytes, first.words.device)
     turns = list(weights[:wanted])
     turns += [first._replace(words=first.words.clone(), scales=first.scales.clone())
               for _ in range(wanted - len(turns))]
     return turns
 
 
-def describe(case: MatmulProblem) -> str:
-    """A case in words."""
-    return f"{case.rows} rows, {case.inputs} x {case.outputs}, {case.bits} bits, runs of {case.run}, {case.dtype}"
+def describe_problem(problem: MatmulProblem) -> str:
+    """A problem in words."""
+    return (f"{problem.rows} rows, {problem.inputs} x {problem.outputs}, {problem.bits} bits, runs of {problem.run}, "
+            f"{problem.dtype}")

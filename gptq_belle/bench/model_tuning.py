@@ -1,4 +1,4 @@
-"""`gptq-belle tune`: a model's linears, timed on the GPU that will run them, with every config of the search."""
+"""`gptq-belle tune`: search for the fastest tile sizes for the linears of a model, on the GPU that will run them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptq_belle.bench.kernel_tuning import describe, device_timer, entry, tune, write
+from gptq_belle.bench.kernel_tuning import describe_problem, device_timer, table_entry, tune, write_table
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.engine.linear import QuantLinear
@@ -17,67 +17,67 @@ from gptq_belle.kernels.triton_layout import SlicedWeight
 
 
 def require_gpu(device: torch.device) -> None:
-    """Refuse what cannot be tuned.
+    """Check that a device can be tuned.
 
     Raises:
-        HardwareError: no CUDA device, or Triton cannot serve on it.
+        HardwareError: not a CUDA device, or Triton cannot run on it.
     """
     if device.type != "cuda":
-        raise HardwareError("tuning measures the GPU kernels, and this is a CPU",
+        raise HardwareError("tuning measures the GPU kernels, and this device is a CPU",
                             "Run it on the machine with the GPU; without a table, a rule chooses the tiles.")
-    if lacking := triton_matmul.unavailable_reason(device):
-        raise HardwareError(f"the GPU kernels cannot run: {lacking}", "`gptq-belle doctor` shows what is there.")
+    if reason := triton_matmul.unavailable_reason(device):
+        raise HardwareError(f"the GPU kernels cannot run: {reason}", "`gptq-belle doctor` shows what is missing.")
 
 
 def tune_model(path: Path, *, device: str = "auto", rows: Sequence[int] = (), out: Path | None = None,
                progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure every case that a model's linears meet and write the table.
+    """Tune the kernels for every product of a model's linears, and write the table.
 
     Args:
         path: a quantized model directory.
-        device: as everywhere.
-        rows: numbers of rows of activations, as many as tokens at a time; left out, every bucket.
-        out: the folder of the table; left out, that of the installed kernels.
-        progress: is told what is being done.
+        device: as for `gptq_belle.load`.
+        rows: numbers of activation rows (tokens per call). Default: every bucket.
+        out: folder of the table. Default: the folder of the installed kernels.
+        progress: called with a description of each step when it starts.
     Returns:
-        the table's path, and its new entries.
+        The table's path and its new entries.
     Raises:
-        HardwareError: no GPU that the kernels run on, or nowhere to write.
-        UsageError: rows that are not positive.
+        HardwareError: no GPU that the kernels support, or the table cannot be written.
+        UsageError: a number of rows below 1.
         InputError: a model without packed linears, or as `gptq_belle.load`.
     """
-    buckets = chosen_buckets(rows)
+    buckets = buckets_of(rows)
     where = resolve_device(device)
     require_gpu(where)
     progress(f"loading {path}")
     model = hf_model(path, device=device)
     weights = [module.prepared for module in model.modules() if isinstance(module, QuantLinear)]
-    found = alike([weight for weight in weights if isinstance(weight, SlicedWeight)], buckets, model.dtype)
+    found = group_by_problem([weight for weight in weights if isinstance(weight, SlicedWeight)], buckets, model.dtype)
     if not found:
-        raise InputError(f"{path} has no linears that the GPU kernels serve", "Give a quantized model.")
+        raise InputError(f"{path} has no linears for the GPU kernels", "Give a quantized model.")
     arch, processors = triton_matmul.device_properties(where)
     results = []
-    for number, (case, group) in enumerate(sorted(found.items(), key=lambda item: item[0]), 1):
-        progress(f"case {number} of {len(found)}: {describe(case)}")
-        results.append(tune(case, arch, processors, device_timer(case, group)))
-    table = write(results, arch, torch.cuda.get_device_name(where), out)
-    return {"table": str(table), "entries": [entry(tuned) for tuned in results]}
+    for number, (problem, group) in enumerate(sorted(found.items(), key=lambda item: item[0]), 1):
+        progress(f"problem {number} of {len(found)}: {describe_problem(problem)}")
+        results.append(tune(problem, arch, processors, device_timer(problem, group)))
+    table = write_table(results, arch, torch.cuda.get_device_name(where), out)
+    return {"table": str(table), "entries": [table_entry(result) for result in results]}
 
 
-def chosen_buckets(rows: Sequence[int]) -> list[int]:
-    """Rows as buckets; all where none are given.
+def buckets_of(rows: Sequence[int]) -> list[int]:
+    """The buckets of numbers of rows; without any, all buckets.
 
     Raises:
-        UsageError: one is not positive.
+        UsageError: a number below 1.
     """
     if wrong := [number for number in rows if number < 1]:
-        raise UsageError(f"{wrong[0]} rows cannot be multiplied", "Give numbers from 1 on.")
+        raise UsageError(f"{wrong[0]} rows are not allowed", "Give numbers of 1 or more.")
     return sorted({row_bucket(number) for number in rows or ROW_BUCKETS})
 
 
-def alike(weights: Sequence[SlicedWeight], rows: Sequence[int],
-          dtype: torch.dtype) -> dict[MatmulProblem, list[SlicedWeight]]:
-    """The cases that products with weights meet, each with all the weights that it stands for."""
+def group_by_problem(weights: Sequence[SlicedWeight], rows: Sequence[int],
+                     dtype: torch.dtype) -> dict[MatmulProblem, list[SlicedWeight]]:
+    """All problems of products with some weights, each with the weights that share it."""
     found: dict[MatmulProblem, list[SlicedWeight]] = {}
     for weight in weights:
         for number in rows:

@@ -1,4 +1,4 @@
-"""Two seconds of products with every kernel that this machine could take, each held against float64 arithmetic."""
+"""Self-test of `doctor`: products of every kernel that this machine can run, compared with float64; two seconds."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,77 +15,77 @@ from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
 
 INPUTS, OUTPUTS, GROUP = 256, 160, 128
-ROWS = (1, 5, 32)  # one token, a batch (its last tile is not full), a piece of a prompt
-# Errors allowed, as a share of the result's norm: some three times what tests see.
+ROWS = (1, 5, 32)  # one token, a batch with an incomplete tile, a chunk of a prompt
+# Allowed errors relative to the norm of the result: about three times the errors seen in tests.
 EXACT, BYTE, HALF, FLOAT = 2e-4, 3e-2, 1e-2, 1e-5
-Product = Callable[[Tensor], Tensor]
+Matmul = Callable[[Tensor], Tensor]
 
 
-class Check(NamedTuple):
-    """One kernel on one kind of weight; the error is the largest over ROWS, as a share of the result's norm."""
+class KernelCheck(NamedTuple):
+    """Check of one kernel on one kind of weight."""
 
     kernel: str
     case: str
-    error: float
-    allowed: float
+    error: float  # the largest over ROWS, relative to the norm of the result
+    allowed: float  # the largest error that passes
     seconds: float
-    why_not: str | None  # what it raised, where it did
+    why_not: str | None  # message of an exception
 
     @property
     def passed(self) -> bool:
-        """Whether it multiplies rightly; an error that is no number does not pass."""
+        """Whether the error is at most `allowed`; NaN does not pass."""
         return self.why_not is None and self.error <= self.allowed
 
 
-def self_test(kinds: Sequence[str]) -> list[Check]:
+def self_test(kinds: Sequence[str]) -> list[KernelCheck]:
     """Run every kernel of "cpu" or "cuda" on small random weights: asymmetric zero points, scales of both signs."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # beside other programs, threads that wait for each other take thirty times as long
+    torch.set_num_threads(1)  # on a busy machine, several threads take thirty times as long
     try:
-        return [check for kind in kinds for check in (_on_cpu() if kind == "cpu" else _on_cuda())]
+        return [check for kind in kinds for check in (_check_cpu() if kind == "cpu" else _check_cuda())]
     finally:
         torch.set_num_threads(threads)
 
 
-def _on_cpu() -> Iterator[Check]:
+def _check_cpu() -> Iterator[KernelCheck]:
     found = load_library()
     for bits in (4, 8, 3, 2):
-        packed = _random(bits)
+        packed = _random_weight(bits)
         words = checked_weight(*packed, bits, 0)
         if isinstance(found, NativeLibrary):
             for isa, (precision, allowed) in product(found.usable_isas, (("exact", EXACT), ("fast", BYTE))):
                 yield _check(f"native {isa}", f"{bits} bit {precision}", packed, bits, allowed,
-                             partial(_native, words, precision, isa))
+                             partial(_native_matmul, words, precision, isa))
         for name, multiply in (("groupwise", reference.groupwise_matmul), ("reference", reference.quant_matmul)):
-            yield _check(name, f"{bits} bit", packed, bits, FLOAT, partial(_plain, words, multiply))
+            yield _check(name, f"{bits} bit", packed, bits, FLOAT, partial(_torch_matmul, words, multiply))
 
 
-def _on_cuda() -> Iterator[Check]:
+def _check_cuda() -> Iterator[KernelCheck]:
     device = torch.device("cuda", 0)
     kernel = "triton" if triton_matmul.unavailable_reason(device) is None else "dequantize+matmul"
     for bits in (4, 8, 3, 2):
-        packed = _random(bits)
-        for dtype, allowed in ((torch.float16, HALF), (torch.float32, 1e-3)):  # TF32 may be switched on
+        packed = _random_weight(bits)
+        for dtype, allowed in ((torch.float16, HALF), (torch.float32, 1e-3)):  # TF32 may be enabled
             yield _check(kernel, f"{bits} bit {str(dtype).removeprefix('torch.')}", packed, bits, allowed,
-                         partial(_dispatched, packed, bits, device, dtype))
+                         partial(_dispatched_matmul, packed, bits, device, dtype))
 
 
-def _native(words: CanonicalWeight, precision: str, isa: str) -> Product:
+def _native_matmul(words: CanonicalWeight, precision: str, isa: str) -> Matmul:
     weight = cpu_layout.prepare(words, precision)
     return lambda x: cpu_matmul.quant_matmul(x, weight, isa=isa)
 
 
-def _plain(words: CanonicalWeight, multiply: Callable[[Tensor, CanonicalWeight], Tensor]) -> Product:
+def _torch_matmul(words: CanonicalWeight, multiply: Callable[[Tensor, CanonicalWeight], Tensor]) -> Matmul:
     return lambda x: multiply(x, words)
 
 
-def _dispatched(packed: PackedWeight, bits: int, device: torch.device, dtype: torch.dtype) -> Product:
+def _dispatched_matmul(packed: PackedWeight, bits: int, device: torch.device, dtype: torch.dtype) -> Matmul:
     weight = dispatch.prepare_tensors(*packed, bits, 0, device=device, dtype=dtype)
     return lambda x: dispatch.quant_matmul(x.to(device, dtype), weight).cpu()
 
 
-def _random(bits: int) -> PackedWeight:
-    """A linear whose words are drawn at random, so that zero points are, too."""
+def _random_weight(bits: int) -> PackedWeight:
+    """A packed weight of random words, hence with random codes and zero points."""
     draw = torch.Generator().manual_seed(bits)
 
     def words(*shape: int) -> Tensor:
@@ -97,8 +97,8 @@ def _random(bits: int) -> PackedWeight:
 
 
 def _check(kernel: str, case: str, packed: PackedWeight, bits: int, allowed: float,
-           make: Callable[[], Product]) -> Check:
-    """Lay out and multiply; whatever is raised is a check that was not passed."""
+           make: Callable[[], Matmul]) -> KernelCheck:
+    """Prepare the weight and multiply; an exception is a failed check."""
     errors: list[float] = []
 
     def run() -> None:
@@ -111,7 +111,7 @@ def _check(kernel: str, case: str, packed: PackedWeight, bits: int, allowed: flo
 
     try:
         taken = seconds(run)
-    except Exception as error:  # a kernel that cannot even run is what this looks for
+    except Exception as error:  # a kernel that cannot run fails the check
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return Check(kernel, case, float("nan"), allowed, 0.0, reason)
-    return Check(kernel, case, max(errors, key=lambda e: (e != e, e)), allowed, taken, None)
+        return KernelCheck(kernel, case, float("nan"), allowed, 0.0, reason)
+    return KernelCheck(kernel, case, max(errors, key=lambda e: (e != e, e)), allowed, taken, None)

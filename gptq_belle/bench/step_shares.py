@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, and what bounds it."""
+"""Shares of a decode step's time by the parts of the model, and what limits its speed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,22 +15,23 @@ from gptq_belle.engine.model import Model
 from gptq_belle.kernels.call_recorder import ATTENTION as NATIVE_ATTENTION
 from gptq_belle.kernels.call_recorder import CALL_KINDS, PRODUCT, CallRecorder
 
-STEPS = 8
+STEPS = 8  # timed decode steps
 LINEARS, ATTENTION, HEAD = "linears", "attention", "head"
 
 
-class Shares(NamedTuple):
-    """Parts of a step's time, 0 to 1. On CUDA each part is waited for, so what overlaps otherwise counts twice."""
+class StepShares(NamedTuple):
+    """Shares of a step's time, 0 to 1. On CUDA the device is synchronized after each part, so that work which otherwise
+    overlaps counts twice."""
 
     linears: float
     attention: float
     head: float
-    rest: float  # norms, activations, embedding, sampling, and Python between all of them
+    rest: float  # norms, activations, embedding, sampling, and Python
 
 
 @contextmanager
-def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
-    """While it is open, the model's linears, attention and head charge their seconds to the clock."""
+def clock_parts(model: Model, clock: PhaseClock) -> Iterator[None]:
+    """A context in which the seconds of the model's linears, attention and head are added to the clock."""
     decoder: Any = model.decoder
     through, replays = decoder.run_blocks, model.use_step_graphs
     changed: list[tuple[Any, str, Any]] = [(decoder, "head", decoder.head)]
@@ -44,21 +45,21 @@ def clocked(model: Model, clock: PhaseClock) -> Iterator[None]:
         return run
 
     decoder.run_blocks = lambda x, attention: through(x, timed(attention, ATTENTION))
-    model.use_step_graphs = False  # what is recorded has no parts
+    model.use_step_graphs = False  # the parts of a recorded step cannot be timed
     try:
         for owner, name, value in changed:
             setattr(owner, name, timed(value, HEAD if owner is decoder else LINEARS))
         yield
     finally:
-        del decoder.run_blocks  # the class's own again
+        del decoder.run_blocks  # restores the method of the class
         model.use_step_graphs = replays
         for owner, name, value in changed:
             setattr(owner, name, value)
 
 
 @contextmanager
-def clocked_replays(model: Model, recorder: CallRecorder, clock: PhaseClock) -> Iterator[None]:
-    """The same of steps that are recorded: the library itself takes the time of linears and attention."""
+def clock_replayed_parts(model: Model, recorder: CallRecorder, clock: PhaseClock) -> Iterator[None]:
+    """`clock_parts` for recorded steps, where the native library times linears and attention."""
     decoder: Any = model.decoder
     head, recorder.seconds = decoder.head, (c_double * len(CALL_KINDS))()
 
@@ -76,43 +77,43 @@ def clocked_replays(model: Model, recorder: CallRecorder, clock: PhaseClock) -> 
         recorder.seconds = None
 
 
-def step_shares(model: Model, batch: int, prompt: int, step: float) -> Shares:
-    """Time the parts of some steps behind `prompt` tokens.
+def measure_step_shares(model: Model, batch: int, prompt: int, step: float) -> StepShares:
+    """Time the parts of some decode steps after `prompt` tokens.
 
     Args:
-        model: loaded.
-        batch, prompt: rows, and tokens of each in front.
-        step: seconds that a step takes without clocks; what they cost is in none of the parts, so it counts for none.
+        model: from `gptq_belle.load`.
+        batch, prompt: number of sequences, and tokens of each before the steps.
+        step: seconds of a step without clocks, whose own cost is outside of the timed parts.
     """
     logits, session = model.prefill(torch.ones(batch, prompt, dtype=torch.int64), STEPS + 1)
-    tokens = model.decode(logits.argmax(-1), session).argmax(-1)  # from now on, it is recorded
+    tokens = model.decode(logits.argmax(-1), session).argmax(-1)  # further steps replay the recording of this one
     clock, recorded = PhaseClock(lambda: synchronize(model.device)), session.cache.step_graphs.get(batch)
-    with clocked(model, clock) if recorded is None else clocked_replays(model, recorded.recorder, clock):
+    with clock_parts(model, clock) if recorded is None else clock_replayed_parts(model, recorded.recorder, clock):
         for _ in range(STEPS):
             tokens = model.decode(tokens, session).argmax(-1)
     linears, attention, head = (clock.seconds[name] / STEPS / step for name in (LINEARS, ATTENTION, HEAD))
     whole = max(1.0, linears + attention + head)
-    return Shares(linears / whole, attention / whole, head / whole, max(0.0, 1 - linears - attention - head))
+    return StepShares(linears / whole, attention / whole, head / whole, max(0.0, 1 - linears - attention - head))
 
 
-MOSTLY = 0.6  # the share of a step's time from which reading is called its bound
-NAMES = {"linears": "arithmetic of the linears", "attention": "attention", "head": "the head",
+BANDWIDTH_BOUND = 0.6  # a step is limited by bandwidth if reading the weights takes this share of its time
+PART_NAMES = {"linears": "arithmetic of the linears", "attention": "attention", "head": "the lm_head",
          "rest": "Python and call overhead"}
 
 
-def explain(size: int, step: float, bandwidth: float, shares: Shares) -> str:
-    """What limits decoding, in one line.
+def explain_bound(size: int, step: float, bandwidth: float, shares: StepShares) -> str:
+    """What limits the decode speed, in one line.
 
     Args:
-        size: bytes of weights a step reads.
-        step: its median time in seconds.
-        bandwidth: what the machine reads, in bytes per second.
-        shares: of the step's time, by part.
+        size: bytes of weights that a step reads.
+        step: median time of a step in seconds.
+        bandwidth: read bandwidth of the machine in bytes per second.
+        shares: shares of the step's time by part.
     """
     share = size / bandwidth / step
     read = f"reading {size / 1e6:,.1f} MB of weights takes {100 * share:.0f} % of a step's {1000 * step:.2f} ms"
-    if share >= MOSTLY:
+    if share >= BANDWIDTH_BOUND:
         kept = ", in part from the cache" if size < last_level_cache() else ""
         return f"memory bandwidth: {read}{kept}"
     name, most = max(shares._asdict().items(), key=lambda item: item[1])
-    return f"{NAMES[name]} ({100 * most:.0f} % of the time); {read}"
+    return f"{PART_NAMES[name]} ({100 * most:.0f} % of the time); {read}"

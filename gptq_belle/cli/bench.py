@@ -37,22 +37,22 @@ def bench(
         return
     if not paths:
         raise UsageError("bench needs a model", "Name one or more directories, or --table belle.")
-    from gptq_belle.bench import plots
-    from gptq_belle.bench import throughput as benchmark
+    from gptq_belle.bench import throughput, throughput_plot
+    from gptq_belle.bench.workload import Workload
     from gptq_belle.cli import bench_output
 
     bench_output.check_format(output)
     if plot is not None:
-        plots.check_plot(plot)
+        throughput_plot.check_plot(plot)
     first, *others = batch or [1]
-    workload = benchmark.Workload(prompt, tokens, first, repeats)
-    depths = benchmark.parse_depths(depth)
+    workload = Workload(prompt, tokens, first, repeats)
+    depths = throughput.parse_depths(depth)
     with console.show_steps() as progress:
-        found = benchmark.bench([options.local(path) for path in paths], workload, device=device, precision=precision,
-                                head_bits=head_bits, cache=cache, batches=others, depths=depths, progress=progress)
+        found = throughput.bench([options.local(path) for path in paths], workload, device=device, precision=precision,
+                                 head_bits=head_bits, cache=cache, batches=others, depths=depths, progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
-        plots.plot(found, plot)
+        throughput_plot.plot(found, plot)
         console.note(f"The picture is {plot}.")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gptq_belle.bench.doctor import machine
-from gptq_belle.bench.throughput import MB, Bench, BenchResult, labels
+from gptq_belle.bench.doctor import machine_summary
+from gptq_belle.bench.throughput import MB, Benchmark, BenchResult, short_names
 from gptq_belle.cli import console
 from gptq_belle.common.timers import Spread
 from gptq_belle.errors import UsageError
@@ -22,26 +22,26 @@ def check_format(name: str) -> None:
         raise UsageError(f"output format {name!r} is not known", f"Choose one of {', '.join(FORMATS)}.")
 
 
-def show(bench: Bench, output: str) -> None:
+def show(benchmark: Benchmark, output: str) -> None:
     """Print the results on stdout.
 
     Args:
-        bench: the measurements.
+        benchmark: the measurements.
         output: one of FORMATS; "md" is a Markdown table, drawn as a table on a terminal.
     """
     if output == "json":
-        console.print_json({"machine": machine(), **asdict(bench)})
+        console.print_json({"machine": machine_summary(), **asdict(benchmark)})
     elif output == "jsonl":
-        print("\n".join(json.dumps(row, ensure_ascii=False) for row in flat(bench)))
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in csv_rows(benchmark)))
     elif output == "csv":
-        print(_csv(flat(bench)), end="")
+        print(_csv(csv_rows(benchmark)), end="")
     else:
-        _show_table(bench)
+        _show_table(benchmark)
 
 
-def flat(bench: Bench) -> list[dict[str, Any]]:
+def csv_rows(benchmark: Benchmark) -> list[dict[str, Any]]:
     """One row per model of plain values in SI units; the names are the columns of the CSV."""
-    work = asdict(bench.workload)
+    work = asdict(benchmark.workload)
     return [{
         "path": str(r.path), "bits": r.bits, "dtype": r.dtype, "precision": r.precision,
         "device": r.device, **work,
@@ -50,57 +50,57 @@ def flat(bench: Bench) -> list[dict[str, Any]]:
         **{f"{name}_share": share for name, share in r.shares._asdict().items()},
         "peak_bytes": r.footprint.peak_bytes, "process_peak_bytes": r.footprint.process_bytes,
         "cuda_peak_bytes": r.footprint.cuda_bytes, "weight_bytes": r.weight_bytes, "achieved_Bps": r.achieved,
-        "machine_Bps": bench.bandwidth.median, "bound": r.bound,
-    } for r in bench.results]
+        "machine_Bps": benchmark.bandwidth.median, "bound": r.bound,
+    } for r in benchmark.results]
 
 
-def _show_table(bench: Bench) -> None:
-    work, results = bench.workload, bench.results
+def _show_table(benchmark: Benchmark) -> None:
+    work, results = benchmark.workload, benchmark.results
     rows: list[tuple[str, Callable[[BenchResult], str]]] = [
         ("bits", lambda r: f"{r.bits:.3g}" if r.bits else "full"),
         ("load, s", lambda r: f"{r.footprint.load_seconds:.2f}"),
-        ("prefill, tokens/s", lambda r: ranged(r.prefill)),
-        ("first token, ms", lambda r: ranged(r.first_token, 1000)),
-        ("decode, tokens/s", lambda r: ranged(r.decode)),
+        ("prefill, tokens/s", lambda r: with_range(r.prefill)),
+        ("first token, ms", lambda r: with_range(r.first_token, 1000)),
+        ("decode, tokens/s", lambda r: with_range(r.decode)),
         ("peak memory, MB", lambda r: megabytes(r.footprint.peak_bytes)),
         ("GPU memory, MB", lambda r: megabytes(r.footprint.cuda_bytes)),
         ("weights per step, MB", lambda r: megabytes(r.weight_bytes)),
         ("read, GB/s", lambda r: f"{r.achieved / 1e9:.2f}"),
-        ("share of the read bandwidth, %", lambda r: f"{100 * r.achieved / bench.bandwidth.median:.0f}"),
+        ("share of the read bandwidth, %", lambda r: f"{100 * r.achieved / benchmark.bandwidth.median:.0f}"),
         ("linears / attention / head / rest, %", lambda r: " / ".join(f"{100 * share:.0f}" for share in r.shares)),
     ]
     if all(result.footprint.cuda_bytes is None for result in results):
         rows = [row for row in rows if not row[0].startswith("GPU")]
-    columns = ["", *labels(results)]
+    columns = ["", *short_names(results)]
     cells = [[name, *(cell(result) for result in results)] for name, cell in rows]
     first = results[0]
     title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {first.dtype} {first.precision}: "
              f"medians of {work.repeats}, ± half of their range")
     _print(title, columns, cells)
     console.print_line()
-    if bench.points:
+    if benchmark.points:
         _print(f"prompt {work.prompt} and {work.tokens} new tokens after each depth",
-               *sweep_cells(bench))
+               *sweep_cells(benchmark))
         console.print_line()
-    for name, result in zip(labels(results), results, strict=True):
+    for name, result in zip(short_names(results), results, strict=True):
         console.print_line(f"{name} is limited by {result.bound}.")
-    console.print_line(f"Read bandwidth of the memory: {bench.bandwidth.median / 1e9:.1f} GB/s. Peak memory is "
+    console.print_line(f"Read bandwidth of the memory: {benchmark.bandwidth.median / 1e9:.1f} GB/s. Peak memory is "
                        "relative to the process before loading.")
-    console.print_line(f"Machine: {machine()}")
+    console.print_line(f"Machine: {machine_summary()}")
 
 
-def sweep_cells(bench: Bench) -> tuple[list[str], list[list[str]]]:
+def sweep_cells(benchmark: Benchmark) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the speeds: one row per batch and depth, two columns per model."""
-    names = labels(bench.results)
-    paths = [result.path for result in bench.results]
-    found = {(point.path, point.batch, point.depth): point for point in bench.points}
-    settings = dict.fromkeys((point.batch, point.depth) for point in bench.points)
+    names = short_names(benchmark.results)
+    paths = [result.path for result in benchmark.results]
+    found = {(point.path, point.batch, point.depth): point for point in benchmark.points}
+    settings = dict.fromkeys((point.batch, point.depth) for point in benchmark.points)
     columns = ["batch", "depth", *(f"{name} {what}" for name in names for what in ("prefill", "decode"))]
     rows = []
     for batch, depth in settings:
         speeds = [speed for path in paths for speed in (found[path, batch, depth].prefill,
                                                         found[path, batch, depth].decode)]
-        rows.append([str(batch), f"{depth:,}", *map(ranged, speeds)])
+        rows.append([str(batch), f"{depth:,}", *map(with_range, speeds)])
     return columns, rows
 
 
@@ -112,7 +112,7 @@ def _print(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -
         console.print_line(markdown(columns, cells))
 
 
-def ranged(values: Spread, factor: float = 1.0) -> str:
+def with_range(values: Spread, factor: float = 1.0) -> str:
     """A median and half of the range in percent of it, as text."""
     middle = factor * values.median
     half = 50 * (values.high - values.low) / values.median

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptq_belle.bench import footprint
 from gptq_belle.bench.footprint import Footprint
-from gptq_belle.bench.throughput import Workload, fitted, interleaved
+from gptq_belle.bench.workload import Workload, run_in_turns, with_prompt_length
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.common.timers import Spread, spread
 from gptq_belle.engine.model import Model, load
@@ -85,7 +85,7 @@ def compare(paths: Mapping[str, Path], questions: Sequence[BelleQuestion], text:
             name=name,
             path=paths[name],
             bytes=CheckpointReader(paths[name]).bytes_on_disk(),
-            footprint=footprint.fresh(paths[name], device=device, precision="exact"),
+            footprint=footprint.measure_in_new_process(paths[name], device=device, precision="exact"),
             perplexity=perplexity(model.logits, base.tokenizer, held_out, length=WINDOW, limit=TOKENS),
             divergence=_divergence(base, model, held_out) if model is not base else None,
             scores=evaluate(model, questions, limit=MAX_ANSWER, batch=BATCH),
@@ -101,5 +101,5 @@ def _divergence(base: Model, model: Model, held_out: str) -> Divergence:
 
 
 def _decode_speeds(models: Sequence[Model]) -> list[Spread]:
-    workload = fitted(SPEED, models)
-    return [spread([workload.tokens / one.decode for one in times]) for times in interleaved(models, workload)]
+    workload = with_prompt_length(SPEED, models)
+    return [spread([workload.tokens / one.decode for one in times]) for times in run_in_turns(models, workload)]

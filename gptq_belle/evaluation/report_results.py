@@ -107,7 +107,7 @@ class ReportEvaluator:
         for path in models if self.options.text or self.options.test else ():
             follows_from = {"model": checkpoint_identity(path), **self._loading()}
             results[path].footprint = self.cache.get("footprint", path, follows_from) or self.cache.put(
-                "footprint", path, follows_from, asdict(footprint.fresh(path, **self._loading())))
+                "footprint", path, follows_from, asdict(footprint.measure_in_new_process(path, **self._loading())))
         return results
 
     def _loading(self) -> dict[str, Any]:

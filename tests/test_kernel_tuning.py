@@ -1,4 +1,4 @@
-"""Tuning without a GPU: the search on made-up times, the table it writes, and what is refused."""
+"""Tuning without a GPU: the search on synthetic times, the table that it writes, and rejected input."""
 
 import json
 
@@ -14,13 +14,13 @@ from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageEr
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import LaunchPlan, MatmulProblem, TileConfig, default_plan
 
-CASE = MatmulProblem(16, 4096, 4096, 4, 128, "float16")
-MANY = CASE._replace(rows=512)
+PROBLEM = MatmulProblem(16, 4096, 4096, 4, 128, "float16")
+MANY = PROBLEM._replace(rows=512)
 BEST = {"SPLIT_K": 4, "num_stages": 5, "BN": 128, "num_warps": 8, "BK": 64, "BM": 64}
 
 
 def distance(plan):
-    """Times whose one minimum is BEST; the kernel for many rows is 3 times slower, expanding 10 times."""
+    """Synthetic times whose minimum is BEST; the kernel for many rows is 3 times slower, dequantizing 10 times."""
     if plan.config is None:
         return 10.0
     wrong = sum(getattr(plan.config, name) != value for name, value in BEST.items())
@@ -29,7 +29,7 @@ def distance(plan):
 
 @pytest.fixture
 def own_tables(tmp_path, monkeypatch):
-    """A folder of tables that only this test reads."""
+    """A folder of tables for this test alone."""
     monkeypatch.setenv("GPTQ_BELLE_TUNING", str(tmp_path))
     triton_config.tuned_plans.cache_clear()
     triton_config.launch_plan.cache_clear()
@@ -38,22 +38,22 @@ def own_tables(tmp_path, monkeypatch):
     triton_config.launch_plan.cache_clear()
 
 
-def test_the_search_finds_the_minimum_and_asks_once():
+def test_search_finds_the_minimum_and_times_each_plan_once():
     asked = []
 
     def timer(plan):
         asked.append(plan)
         return distance(plan)
 
-    found = kernel_tuning.tune(CASE, 86, 82, timer)
+    found = kernel_tuning.tune(PROBLEM, 86, 82, timer)
     best = {name: BEST[name] for name in TileConfig._fields if name != "BM"}
     assert found.plan == LaunchPlan("skinny", TileConfig(16, **best))
     assert found.seconds == distance(found.plan)
-    assert found.rule_seconds == distance(default_plan(CASE, 86, 82)) > found.seconds
+    assert found.rule_seconds == distance(default_plan(PROBLEM, 86, 82)) > found.seconds
     assert found.tried == len(asked) == len(set(asked)) < 60
 
 
-def test_many_rows_may_take_another_kernel():
+def test_many_rows_may_use_another_kernel():
     found = kernel_tuning.tune(MANY, 86, 82, distance)
     assert found.plan == LaunchPlan("gemm", TileConfig(**BEST))
     cheap = kernel_tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else distance(plan))
@@ -62,29 +62,29 @@ def test_many_rows_may_take_another_kernel():
 
 def test_timing_noise_does_not_change_the_plan():
     """A plan that is one percent faster than the rule's does not replace it."""
-    first = default_plan(CASE, 86, 82)
-    assert kernel_tuning.tune(CASE, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
+    first = default_plan(PROBLEM, 86, 82)
+    assert kernel_tuning.tune(PROBLEM, 86, 82, lambda plan: 1.0 if plan == first else 0.99).plan == first
 
 
 def test_failing_kernel_config_is_skipped():
-    first = default_plan(CASE, 86, 82)
-    found = kernel_tuning.tune(CASE, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
+    first = default_plan(PROBLEM, 86, 82)
+    found = kernel_tuning.tune(PROBLEM, 86, 82, lambda plan: float("inf") if plan == first else distance(plan))
     assert found.plan.config.SPLIT_K == 4
-    assert kernel_tuning.entry(found)["rule_seconds"] is None
+    assert kernel_tuning.table_entry(found)["rule_seconds"] is None
 
 
-def test_the_table_is_what_the_kernels_read(own_tables):
-    assert triton_config.launch_plan(CASE, 86, 82) == default_plan(CASE, 86, 82)
-    best = kernel_tuning.tune(CASE, 86, 82, distance)
-    path = kernel_tuning.write([best], 86, "a card", own_tables / "made" / "here")
+def test_kernels_read_the_written_table(own_tables):
+    assert triton_config.launch_plan(PROBLEM, 86, 82) == default_plan(PROBLEM, 86, 82)
+    best = kernel_tuning.tune(PROBLEM, 86, 82, distance)
+    path = kernel_tuning.write_table([best], 86, "a card", own_tables / "made" / "here")
     assert path == own_tables / "made" / "here" / "sm_86.json"
-    path = kernel_tuning.write([best], 86, "a card", own_tables)
-    assert triton_config.launch_plan(CASE, 86, 82) == best.plan != default_plan(CASE, 86, 82)
-    assert triton_config.launch_plan(CASE, 90, 82) == default_plan(CASE, 90, 82)
+    path = kernel_tuning.write_table([best], 86, "a card", own_tables)
+    assert triton_config.launch_plan(PROBLEM, 86, 82) == best.plan != default_plan(PROBLEM, 86, 82)
+    assert triton_config.launch_plan(PROBLEM, 90, 82) == default_plan(PROBLEM, 90, 82)
     more = kernel_tuning.tune(MANY, 86, 82, lambda plan: 0.1 if plan.kernel == "expand" else 1.0)
     again = best._replace(plan=best.plan._replace(config=best.plan.config._replace(SPLIT_K=8)))
-    kernel_tuning.write([more, again], 86, "a card", own_tables)
-    assert triton_config.launch_plan(CASE, 86, 82).config.SPLIT_K == 8
+    kernel_tuning.write_table([more, again], 86, "a card", own_tables)
+    assert triton_config.launch_plan(PROBLEM, 86, 82).config.SPLIT_K == 8
     assert triton_config.launch_plan(MANY, 86, 82) == LaunchPlan("expand", None)
     content = json.loads(path.read_text())
     assert content["device"] == "a card"
@@ -94,29 +94,29 @@ def test_the_table_is_what_the_kernels_read(own_tables):
 
 @pytest.mark.parametrize("text", ["no JSON", "{}", '{"entries": [{"kernel": "magic"}]}',
                                   '{"entries": [{"kernel": "gemm"}]}'])
-def test_a_damaged_table_is_kept_and_named(own_tables, text):
+def test_damaged_table_is_kept_and_named(own_tables, text):
     path = own_tables / "sm_86.json"
     path.write_text(text)
     with pytest.raises(InputError, match=naming(path)):
-        kernel_tuning.write([kernel_tuning.tune(CASE, 86, 82, distance)], 86, "a card", own_tables)
+        kernel_tuning.write_table([kernel_tuning.tune(PROBLEM, 86, 82, distance)], 86, "a card", own_tables)
     assert path.read_text() == text
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_unwritable_folder_is_rejected(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(HardwareError, match=naming(tmp_path / "file")) as error:
-        kernel_tuning.write([kernel_tuning.tune(CASE, 86, 82, distance)], 86, "a card", tmp_path / "file")
+        kernel_tuning.write_table([kernel_tuning.tune(PROBLEM, 86, 82, distance)], 86, "a card", tmp_path / "file")
     assert "--out" in error.value.remedy
 
 
 def test_row_counts_are_rounded_to_buckets():
-    assert tuner.chosen_buckets([]) == list(triton_config.ROW_BUCKETS)
-    assert tuner.chosen_buckets([1, 5, 9, 4000]) == [8, 16, 2048]
+    assert tuner.buckets_of([]) == list(triton_config.ROW_BUCKETS)
+    assert tuner.buckets_of([1, 5, 9, 4000]) == [8, 16, 2048]
     with pytest.raises(UsageError):
-        tuner.chosen_buckets([4, 0])
+        tuner.buckets_of([4, 0])
 
 
-def test_tuning_without_gpu_or_triton_is_refused(monkeypatch):
+def test_tuning_without_gpu_or_triton_is_rejected(monkeypatch):
     with pytest.raises(HardwareError, match=naming("CPU")):
         tuner.require_gpu(torch.device("cpu"))
     monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: "triton is not installed")
@@ -139,9 +139,9 @@ def test_tune_command_refuses_a_cpu(capsys, tmp_path):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """tune_model as on a card, on CPU tensors, with made-up times."""
+    """tune_model as on a GPU, with CPU tensors and synthetic times."""
     monkeypatch.setattr(tuner, "require_gpu", lambda device: None)
-    monkeypatch.setattr(tuner, "device_timer", lambda case, weights: distance)
+    monkeypatch.setattr(tuner, "device_timer", lambda problem, weights: distance)
     monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (86, 82))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     from gptq_belle.kernels import dispatch
@@ -150,35 +150,35 @@ def pretended_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("pretended_gpu")
-def test_a_model_is_tuned_case_by_case(tiny_llama, tmp_path, own_tables, capsys):
+def test_every_problem_of_a_model_is_tuned(tiny_llama, tmp_path, own_tables, capsys):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed", bits=4, group_size=32)
-    told = []
-    found = tuner.tune_model(path, device="cpu", rows=[3, 700], out=own_tables, progress=told.append)
+    steps = []
+    found = tuner.tune_model(path, device="cpu", rows=[3, 700], out=own_tables, progress=steps.append)
     shapes = {(line["inputs"], line["outputs"]) for line in found["entries"]}
     assert shapes == {(128, 128), (128, 64), (128, 256), (256, 128)}  # q and o; k and v; gate and up; down
-    assert len(found["entries"]) == 2 * len(shapes) == len(told) - 1
+    assert len(found["entries"]) == 2 * len(shapes) == len(steps) - 1
     assert triton_config.tuned_plans(86)
     command.show(found)
     assert "skinny" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("pretended_gpu")
-def test_a_model_without_packed_linears_is_refused(tiny_llama, own_tables):
+def test_model_without_packed_linears_is_rejected(tiny_llama, own_tables):
     with pytest.raises(InputError, match=naming(tiny_llama)):
         tuner.tune_model(tiny_llama, device="cpu", out=own_tables, progress=lambda text: None)
 
 
 @pytest.mark.gpu
-def test_wrong_products_are_an_error(monkeypatch):
+def test_wrong_products_raise(monkeypatch):
     from oracle_format import random_words
     from test_triton import laid_out
 
     weight = laid_out(random_words(4, 256, 128, 128), 4)
     weight = weight._replace(words=weight.words.cuda(), scales=weight.scales.cuda(),
                              zeros=None if weight.zeros is None else weight.zeros.cuda())
-    case = triton_matmul.problem_of(weight, 8, torch.float16)
-    timer = kernel_tuning.device_timer(case, [weight])
-    plan = default_plan(case, *triton_matmul.device_properties(weight.words.device))
+    problem = triton_matmul.problem_of(weight, 8, torch.float16)
+    timer = kernel_tuning.device_timer(problem, [weight])
+    plan = default_plan(problem, *triton_matmul.device_properties(weight.words.device))
     assert 0 < timer(plan) < 1e-2
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, w, plan: torch.zeros(8, 128, device="cuda"))
     with pytest.raises(GptqBelleError):
