@@ -1,6 +1,6 @@
-"""Decrypt BELLE-LLaMA: Meta's licence forbids publishing the weights, so each file was XORed with Meta's own.
+"""Decrypt directories of BELLE-LLaMA, several files at a time, and diagnose errors.
 
-Directories of encrypted and plain files, several at a time, and what went wrong told apart.
+Meta's licence forbids publishing the weights, so each file was XORed with a file of Meta's own model.
 """
 
 import os
@@ -28,90 +28,90 @@ from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Key
 
 Outcome = TypeVar("Outcome")
 Progress = Callable[[int, int], None]
-MOST_WORKERS = 4  # files at a time; each holds up to 40 MiB, and hashes in threads of its own
-MOST_NAMED = 3
-FOLDER = "Name the folder of the download, or one of its files."
+MAX_WORKERS = 4  # files at a time; each needs up to 40 MiB and hashes in separate threads
+MAX_NAMES = 3  # file names in an error message
+FOLDER = "Give the folder of the download, or one of its files."
 
 
 def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
             progress: Progress = lambda done, total: None) -> list[FileResult]:
-    """Decrypt a directory (or one file); files in it that are not encrypted are copied.
+    """Decrypt a directory or one file; files that are not encrypted are copied.
 
-    What an earlier run finished is checked and left; a file that it left half done is continued.
+    Files that an earlier run finished are verified and kept; an unfinished file is resumed.
 
     Args:
-        source: the directory; hidden files and folders in it are left out.
-        out: the directory to write to; other files in it are left alone.
-        key: Meta's ``consolidated.00.pth`` of the first LLaMA, 7B, which BELLE took for its 13B models as well
+        source: the directory, of which hidden files and subdirectories are ignored, or a file.
+        out: output directory; other files in it are not changed.
+        key: Meta's ``consolidated.00.pth`` of LLaMA-7B, version 1, which BELLE used for its 13B models as well
             (github.com/LianjiaTech/BELLE, issues 368 and 398).
-        chunk_bytes: any but 10 MiB is for tests.
-        progress: called with bytes done and in all.
+        chunk_bytes: chunk size; sizes other than 10 MiB are for tests.
+        progress: progress callback, called with processed and total bytes.
     Returns:
-        every file of the output, by name.
+        The files of the output, sorted by name.
     Raises:
-        InputError: an empty, missing or wrong key, a truncated file, a git-lfs pointer, a name against its header;
-            nothing that is encrypted.
-        UsageError: `out` is `source`, or another process writes there.
+        InputError: the key is empty, missing or wrong, a file is truncated or a git-lfs pointer, a name contradicts its
+            header, or nothing is encrypted.
+        UsageError: `out` is `source`, or another process writes to `out`.
     """
-    source, out, opened = Path(source), Path(out), Key(Path(key), chunk_bytes)
-    jobs = [file_task(path, out) for path in _files(source, out)]
-    if all(job.sha256 is None for job in jobs):
-        raise InputError(f"{source} holds no .enc files: nothing is encrypted there", FOLDER)
-    _check_distinct(jobs)
+    source, out, key_file = Path(source), Path(out), Key(Path(key), chunk_bytes)
+    tasks = [file_task(path, out) for path in _files(source, out)]
+    if all(task.sha256 is None for task in tasks):
+        raise InputError(f"{source} contains no .enc files", FOLDER)
+    _check_distinct(tasks)
 
-    def work(job: FileTask, moved: Callable[[int], None]) -> FileResult | ChecksumMismatch:
+    def work(task: FileTask, advance: Callable[[int], None]) -> FileResult | ChecksumMismatch:
         try:
-            return copy_file(job, moved) if job.sha256 is None else decrypt_file(job, opened, moved)
+            return copy_file(task, advance) if task.sha256 is None else decrypt_file(task, key_file, advance)
         except ChecksumMismatch as mismatch:
             return mismatch
 
     done: list[FileResult] = []
     failed: list[ChecksumMismatch] = []
-    with _running(jobs, out, work, progress) as outcomes:
+    with _run_tasks(tasks, out, work, progress) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome, FileResult):
                 done.append(outcome)
             else:
                 failed.append(outcome)
-                if outcome.begins is False and not _proves_key(done):
+                if outcome.plausible_start is False and not _proves_key(done):
                     break
     if failed:
         if not _proves_key(done):
-            for job in jobs:
-                unfinished_path(job.out).unlink(missing_ok=True)
-        raise _diagnosis(failed, _proves_key(done), opened)
+            for task in tasks:
+                unfinished_path(task.out).unlink(missing_ok=True)
+        raise _diagnosis(failed, _proves_key(done), key_file)
     return sorted(done)
 
 
 def encrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
             progress: Progress = lambda done, total: None) -> list[FileResult]:
-    """The inverse, for those who publish a fine-tuned LLaMA: every file but READMEs is encrypted.
+    """Encrypt a directory or one file, for publishing a fine-tuned LLaMA; only Markdown files are copied.
 
-    Args and raises: as `decrypt`.
+    Arguments and exceptions are those of `decrypt`.
     """
-    source, out, opened = Path(source), Path(out), Key(Path(key), chunk_bytes)
-    jobs = [FileTask(path, out / path.name, None, path.stat().st_size) for path in _files(source, out)]
-    if encrypted := [job.source.name for job in jobs if job.source.suffix == ".enc"]:
-        raise InputError(f"{encrypted[0]} is encrypted already", "Take the .enc files out of the source.")
+    source, out, key_file = Path(source), Path(out), Key(Path(key), chunk_bytes)
+    tasks = [FileTask(path, out / path.name, None, path.stat().st_size) for path in _files(source, out)]
+    if encrypted := [task.source.name for task in tasks if task.source.suffix == ".enc"]:
+        raise InputError(f"{encrypted[0]} is already encrypted", "Remove the .enc files from the source.")
 
-    def work(job: FileTask, moved: Callable[[int], None]) -> FileResult:
-        return copy_file(job, moved) if job.source.suffix == ".md" else encrypt_file(job, opened, moved)
+    def work(task: FileTask, advance: Callable[[int], None]) -> FileResult:
+        return copy_file(task, advance) if task.source.suffix == ".md" else encrypt_file(task, key_file, advance)
 
-    with _running(jobs, out, work, progress) as outcomes:
+    with _run_tasks(tasks, out, work, progress) as outcomes:
         return sorted(outcomes)
 
 
 @contextmanager
-def _running(jobs: list[FileTask], out: Path, work: Callable[[FileTask, Callable[[int], None]], Outcome],
+def _run_tasks(tasks: list[FileTask], out: Path, work: Callable[[FileTask, Callable[[int], None]], Outcome],
              progress: Progress) -> Iterator[Iterator[Outcome]]:
-    """Outcomes of the jobs as they come, small files first: a wrong key shows with the smallest one.
+    """Run tasks in threads and yield their results, small files first: the smallest one reveals a wrong key.
 
-    Leaving the context stops the workers at their next chunk.
+    Leaving the context stops the threads at their next chunk.
     """
-    total, done = sum(job.size for job in jobs), 0
+    total, done = sum(task.size for task in tasks), 0
     lock, stop = threading.Lock(), threading.Event()
 
-    def moved(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         if stop.is_set():
             raise InterruptedError
@@ -120,22 +120,22 @@ def _running(jobs: list[FileTask], out: Path, work: Callable[[FileTask, Callable
             progress(done, total)
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked_folder(out), ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+    with locked_folder(out), ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)) as pool:
         try:
-            yield pool.map(lambda job: work(job, moved), sorted(jobs, key=lambda job: job.size))
+            yield pool.map(lambda task: work(task, advance), sorted(tasks, key=lambda task: task.size))
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def _diagnosis(failed: list[ChecksumMismatch], key_is_right: bool, key: Key) -> InputError:
-    """What a wrong checksum means, by how the others ended and how the file begins."""
-    names = sorted(mismatch.job.source.name for mismatch in failed)
-    shown = ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
-    if not key_is_right and not any(mismatch.begins for mismatch in failed):
-        return InputError(f"{key.path} is the wrong key: with it, {shown} does not match the checksum in front of it",
-                          "Use Meta's own consolidated.00.pth of the first LLaMA, 7B; BELLE took it for 13B, too.")
-    known = "the key is right for other files" if key_is_right else "the beginning is right"
+    """Find the cause of wrong checksums: a wrong key, or truncated or damaged files."""
+    names = sorted(mismatch.task.source.name for mismatch in failed)
+    shown = ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+    if not key_is_right and not any(mismatch.plausible_start for mismatch in failed):
+        return InputError(f"{key.path} is the wrong key: with it, {shown} does not match its checksum",
+                          "Use Meta's consolidated.00.pth of LLaMA-7B, version 1, also for the 13B models.")
+    known = "the key is correct for other files" if key_is_right else "the first bytes are correct"
     return InputError(f"truncated or damaged: {shown} ({known}, but the checksum is wrong)", FETCH)
 
 
@@ -147,20 +147,20 @@ def _files(source: Path, out: Path) -> list[Path]:
     if source.is_dir() and out.resolve() == source.resolve():
         raise UsageError(f"{out} is the source itself", "Choose another folder for the output.")
     if not source.exists():
-        raise InputError(f"{source} is not there", FOLDER)
+        raise InputError(f"{source} does not exist", FOLDER)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", "Name a folder for the output.")
+        raise UsageError(f"{out} is a file", "Choose a folder for the output.")
     found = [source] if source.is_file() else sorted(
         path for path in source.glob("*") if path.is_file() and not path.name.startswith("."))
     if not found:
-        raise InputError(f"{source} holds no files", FOLDER)
+        raise InputError(f"{source} contains no files", FOLDER)
     return found
 
 
-def _check_distinct(jobs: list[FileTask]) -> None:
+def _check_distinct(tasks: list[FileTask]) -> None:
     by_name: dict[str, FileTask] = {}
-    for job in jobs:
-        other = by_name.setdefault(job.out.name, job)
-        if other is not job:
-            raise InputError(f"{other.source.name} and {job.source.name} both become {job.out.name}",
-                             "Take one of them away.")
+    for task in tasks:
+        other = by_name.setdefault(task.out.name, task)
+        if other is not task:
+            raise InputError(f"{other.source.name} and {task.source.name} both become {task.out.name}",
+                             "Remove one of them.")

@@ -1,4 +1,4 @@
-"""A quantized linear: as the solver returns it, and packed as the GPTQ format stores it."""
+"""A quantized linear: as codes (QuantizedWeight), and packed in the GPTQ format (PackedWeight)."""
 
 from typing import NamedTuple
 
@@ -8,20 +8,20 @@ from torch import Tensor
 from gptq_belle.formats.packing import pack_rows, unpack_rows
 from gptq_belle.formats.zero_points import V1, stored_zeros, true_zeros
 
-ROWS_AT_A_TIME = 256  # bounds what expanding a weight takes beside it
+ROWS_AT_A_TIME = 256  # limits the temporary memory of dequantizing
 
 
 class QuantizedWeight(NamedTuple):
-    """What the solver returns: ``W[n, k] = scales[n, g_idx[k]] * (codes[n, k] - zeros[n, g_idx[k]])``."""
+    """Result of the solver: ``W[n, k] = scales[n, g_idx[k]] * (codes[n, k] - zeros[n, g_idx[k]])``."""
 
     codes: Tensor  # (N, K) uint8
-    scales: Tensor  # (N, G) float32 that float16 holds exactly
+    scales: Tensor  # (N, G) float32, exactly representable in float16
     zeros: Tensor  # (N, G) int32
     g_idx: Tensor  # (K,) int32, the group of each input
 
 
 class PackedWeight(NamedTuple):
-    """What the disk holds for one linear."""
+    """Tensors of one linear in a checkpoint."""
 
     qweight: Tensor  # (K * bits / 32, N) int32
     qzeros: Tensor  # (G, N * bits / 32) int32
@@ -30,12 +30,12 @@ class PackedWeight(NamedTuple):
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """True where a tensor holds neither NaN nor infinity; unlike isfinite().all(), it takes no memory."""
+    """Whether a tensor contains neither NaN nor infinity. Unlike isfinite().all(), this allocates no memory."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def dequantize(w: QuantizedWeight, out: Tensor | None = None) -> Tensor:
-    """The weight (N, K) float32 that the codes stand for, in `out` where it is given; some rows at a time."""
+    """Dequantize to a weight (N, K) float32, in `out` if it is given."""
     out = torch.empty(w.codes.shape, dtype=torch.float32, device=w.codes.device) if out is None else out
     groups = w.g_idx.long()
     for rows in torch.arange(w.codes.shape[0], device=w.codes.device).split(ROWS_AT_A_TIME):
@@ -46,14 +46,14 @@ def dequantize(w: QuantizedWeight, out: Tensor | None = None) -> Tensor:
 
 
 def pack(w: QuantizedWeight, bits: int, checkpoint_format: str = V1) -> PackedWeight:
-    """Codes to words.
+    """Pack a quantized linear into 32-bit words.
 
     Args:
         w: codes (N, K), scales and zeros (N, G), g_idx (K,).
         bits: 2, 3, 4 or 8.
         checkpoint_format: "gptq" or "gptq_v2".
     Raises:
-        InputError: sizes that do not fill whole words; zero points that the format cannot hold.
+        InputError: the sizes do not fill whole words, or the format cannot represent a zero point.
     """
     zeros = stored_zeros(w.zeros, bits, checkpoint_format)
     return PackedWeight(
@@ -65,7 +65,7 @@ def pack(w: QuantizedWeight, bits: int, checkpoint_format: str = V1) -> PackedWe
 
 
 def unpack(p: PackedWeight, bits: int, checkpoint_format: str = V1) -> QuantizedWeight:
-    """Words to codes: the exact inverse of `pack`."""
+    """Unpack a linear: the exact inverse of `pack`."""
     return QuantizedWeight(
         codes=unpack_rows(p.qweight, bits).t().contiguous(),
         scales=p.scales.t().float().contiguous(),

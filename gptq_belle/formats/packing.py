@@ -1,12 +1,8 @@
-"""The GPTQ format: codes <-> int32 words, and the zero point's offset by one.
+"""Packing of codes into int32 words in the GPTQ format.
 
-Shapes: K = in_features, N = out_features, G = groups. Codes form one little-endian stream of bits along K (for
-``qweight``) or along N (for ``qzeros``), the lowest index in the lowest bits. 2, 4 and 8 bits never straddle a word;
-with 3 bits, 32 codes take 3 words and codes 10 and 21 straddle.
-
-The zero point's story: the first GPTQ kernels computed ``scale * (code - (stored + 1))``, so format "gptq" (v1) holds
-zero - 1, and "gptq_v2" holds the zero itself. A true zero of 0 does not exist in v1 (it would be -1, and packers that
-did not mask it spoiled the neighbours); a stored 15 means 16 there and is never masked on reading.
+Codes form one little-endian bit stream along K = in_features (``qweight``) or N = out_features (``qzeros``), the lowest
+index in the lowest bits. Codes of 2, 4 and 8 bits never cross a word boundary; with 3 bits, 32 codes fill 3 words, and
+codes 10 and 21 cross a boundary.
 """
 
 from math import gcd
@@ -18,7 +14,7 @@ from gptq_belle.errors import InputError
 
 
 def packing_cycle(bits: int) -> tuple[int, int]:
-    """(codes, words) after which the pattern of bits in words repeats: (8, 1) for 4 bits, (32, 3) for 3."""
+    """Period (codes, words) of the bit layout: (8, 1) for 4 bits, (32, 3) for 3 bits."""
     common = gcd(bits, 32)
     return 32 // common, bits // common
 
@@ -27,7 +23,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack codes (C, J), each below 2**bits, along the first axis into int32 words (C * bits / 32, J).
 
     Raises:
-        InputError: C is not a multiple of the codes that fill whole words.
+        InputError: the codes do not fill whole words.
     """
     per_cycle, words_per_cycle = packing_cycle(bits)
     count, columns = codes.shape
@@ -46,7 +42,11 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_rows`: int32 words (C * bits / 32, J) to codes (C, J) uint8."""
+    """Unpack int32 words (C * bits / 32, J) into codes (C, J) uint8: the inverse of `pack_rows`.
+
+    Raises:
+        InputError: the number of words is not a multiple of the words of a period.
+    """
     per_cycle, words_per_cycle = packing_cycle(bits)
     rows, columns = words.shape
     if rows % words_per_cycle:
@@ -57,7 +57,7 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     for i in range(per_cycle):
         word, shift = divmod(i * bits, 32)
         value = stream[:, word] >> shift
-        if shift + bits > 32:  # the sign that >> repeats gives way to the next word's bits
+        if shift + bits > 32:  # replace the sign bits of the arithmetic shift by bits of the next word
             low = 32 - shift
             value = (value & ((1 << low) - 1)) | (stream[:, word + 1] << low)
         codes[:, i] = (value & ((1 << bits) - 1)).to(torch.uint8)

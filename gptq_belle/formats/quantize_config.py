@@ -1,4 +1,4 @@
-"""The quantization_config of a checkpoint: which bits, group size and format each linear has."""
+"""The quantization_config of a checkpoint: bits, group size and format of every linear."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,25 +10,25 @@ import regex
 from gptq_belle.errors import InputError
 from gptq_belle.formats.zero_points import V1, V2
 
-MATCH_TIMEOUT = 1.0  # seconds for one expression on one name; a malicious one could run forever
-LARGEST_GROUP = 1 << 24  # more inputs than any linear has
-WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the figure."
+MATCH_TIMEOUT = 1.0  # seconds per match; a malicious regular expression could run forever
+LARGEST_GROUP = 1 << 24  # larger than in_features of any linear
+WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the value."
 BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the linears of a checkpoint are quantized.
+    """Quantization settings of the linears of a checkpoint.
 
     Attributes:
         bits: bits per weight.
-        group_size: inputs that share a scale; -1 for one group per output.
-        sym: one fixed zero point; None where the file does not say.
-        desc_act: groups follow act-order (``g_idx`` holds the groups in any case).
+        group_size: inputs per scale; -1 for one group per output channel.
+        sym: whether weights are symmetric; None if the file does not state it.
+        desc_act: whether groups follow the activation order (``g_idx`` contains the groups in any case).
         checkpoint_format: "gptq" (v1) or "gptq_v2".
-        producer: the program that wrote it, or "" where the file does not say.
-        rules: of ``dynamic``, expressions and the settings they change, in the file's order; None instead of settings
-            leaves a linear unquantized.
+        producer: program that wrote the checkpoint; "" if the file does not state it.
+        rules: rules of ``dynamic`` in the order of the file: a regular expression and the settings that it changes,
+            or None if matching linears are not quantized.
     """
 
     bits: int
@@ -40,12 +40,12 @@ class Quantization:
     rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
 
     def of(self, name: str) -> "Quantization | None":
-        """The settings of one linear by its full name; None if ``dynamic`` leaves it unquantized.
+        """Settings of one linear by its full name; None if it is not quantized.
 
-        The first rule that matches from the name's start applies, as in GPTQModel and vLLM.
+        The first rule that matches the start of the name applies, as in GPTQModel and vLLM.
 
         Raises:
-            InputError: a rule is no valid regular expression, or takes too long.
+            InputError: a rule is not a valid regular expression, or matching takes too long.
         """
         for pattern, values in self.rules:
             if _matches(pattern, name):
@@ -54,7 +54,7 @@ class Quantization:
 
     @property
     def zero_offset(self) -> int:
-        """Added to a stored zero point: 1 in v1, 0 in v2."""
+        """Difference of true and stored zero points: 1 in v1, 0 in v2."""
         return 1 if self.checkpoint_format == V1 else 0
 
 
@@ -62,20 +62,21 @@ def _matches(pattern: str, name: str) -> bool:
     try:
         return regex.match(pattern, name, timeout=MATCH_TIMEOUT) is not None
     except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
-        raise InputError(f"the expression {pattern[:80]!r} of dynamic cannot be used: {str(error)[:80]}",
+        raise InputError(f"the regular expression {pattern[:80]!r} of dynamic cannot be used: {str(error)[:80]}",
                          WRONG_CONFIG) from error
 
 
 def parse_quantization(stated: Mapping[str, Any], path: Path) -> Quantization:
-    """Check a quantization_config dictionary.
+    """Validate and parse a quantization_config dictionary.
 
-    AutoGPTQ's file has no ``quant_method``; ``format`` has precedence over ``checkpoint_format``; the default is v1.
+    ``quant_method`` is optional, as in AutoGPTQ; ``format`` takes precedence over ``checkpoint_format``; the default
+    is v1.
 
     Args:
         stated: the dictionary.
-        path: the directory it comes from, for error messages.
+        path: directory of the checkpoint, for error messages.
     Raises:
-        InputError: another method than GPTQ, or a value that is missing or not supported.
+        InputError: the method is not GPTQ, or a value is missing or not supported.
     """
     _expect(path, "quant_method", stated.get("quant_method", "gptq"), ("gptq",))
     _expect(path, "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
@@ -95,11 +96,12 @@ def _expect(path: Path, key: str, value: object, allowed: tuple[object, ...]) ->
 
 def _expect_group_size(path: Path, value: object) -> None:
     if type(value) is not int or not (value == -1 or 1 <= value <= LARGEST_GROUP):
-        raise InputError(f"{path}: group_size {str(value)[:40]!r} is not supported", "Expected -1 or a count.")
+        raise InputError(f"{path}: group_size {str(value)[:40]!r} is not supported",
+                         "It must be -1 or a positive integer.")
 
 
 def _rules(path: Path, dynamic: object) -> tuple[tuple[str, dict[str, Any] | None], ...]:
-    """`Quantization.rules` from GPTQModel's ``dynamic``: "+:", "-:" or nothing, and an expression."""
+    """Parse GPTQModel's ``dynamic``: keys are regular expressions with an optional prefix "+:" or "-:" (skip)."""
     if dynamic is None:
         return ()
     if not isinstance(dynamic, dict) or not all(isinstance(values, dict) for values in dynamic.values()):
@@ -123,7 +125,7 @@ def _producer(stated: Mapping[str, Any]) -> str:
 
 
 def written_by_gptq_belle(quantization_config: Mapping[str, Any]) -> bool:
-    """True where the dictionary of a checkpoint says that gptq_belle produced it."""
+    """Whether a quantization_config dictionary names gptq_belle as its producer."""
     meta = quantization_config.get("meta")
     names = meta.get("quantizer") if isinstance(meta, Mapping) else None
     return isinstance(names, list) and any(str(name).startswith("gptq_belle:") for name in names)

@@ -1,8 +1,7 @@
-"""The stream that BELLE's encrypted files are XORed with, chunk for chunk as BELLE's own program makes it.
+"""The key stream of BELLE's encrypted files, as in github.com/LianjiaTech/BELLE, models/decrypt.py.
 
-Data and key are read in chunks of 10 MiB in lock-step. Where the key file ends, its last, short chunk is repeated until
-its chunk of data is full, and the next chunk of data meets the key's beginning again: the stream is not simply cyclic
-(github.com/LianjiaTech/BELLE, models/decrypt.py).
+Data and key are read in chunks of 10 MiB. The last, short chunk of the key is repeated to the size of its data chunk,
+and the next data chunk is XORed with the first chunk of the key again. So the stream is not simply cyclic.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from gptq_belle.common.files import is_lfs_pointer
 from gptq_belle.errors import InputError
 
 CHUNK_BYTES = 10 * 1024 * 1024
-Bytes = np.ndarray  # of uint8
+Bytes = np.ndarray  # uint8
 
 
 class Key:
@@ -26,16 +25,16 @@ class Key:
 
     Args:
         path: Meta's ``consolidated.00.pth``.
-        chunk_bytes: of the lock-step; any but 10 MiB is for tests.
+        chunk_bytes: chunk size; sizes other than 10 MiB are for tests.
 
     Raises:
-        InputError: it is not there, empty, or a git-lfs pointer.
+        InputError: the file is missing, empty, or a git-lfs pointer.
     """
 
     def __init__(self, path: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.path, self.chunk_bytes = path, chunk_bytes
         if not path.is_file():
-            raise InputError(f"the key {path} is not a file", "Name LLaMA's consolidated.00.pth.")
+            raise InputError(f"the key {path} is not a file", "Give the path of LLaMA's consolidated.00.pth.")
         if is_lfs_pointer(path):
             raise InputError(f"the key {path} is a git-lfs pointer, not the file itself", "Fetch it: git lfs pull.")
         self.size = path.stat().st_size
@@ -43,10 +42,10 @@ class Key:
             raise InputError(f"the key {path} is empty", "Copy LLaMA's consolidated.00.pth again.")
 
     def apply(self, index: int, data: Bytes) -> None:
-        """XOR chunk number `index` of a file in place; only the last one may be shorter than `chunk_bytes`.
+        """XOR chunk number `index` of a file in place; only the last chunk may be shorter than `chunk_bytes`.
 
         Raises:
-            InputError: the key file shrank.
+            InputError: the key file has become shorter.
         """
         begin = index % -(-self.size // self.chunk_bytes) * self.chunk_bytes
         count = min(self.chunk_bytes, self.size - begin, len(data))
@@ -54,25 +53,26 @@ class Key:
             file.seek(begin)
             key = read_chunk(file, count)
         if len(key) < count:
-            raise InputError(f"the key {self.path} shrank while it was read", "Something else writes it; run again.")
+            raise InputError(f"the key {self.path} became shorter while it was read",
+                             "Another program is writing it; run again when it has finished.")
         data ^= key if count == len(data) else np.resize(key, len(data))  # np.resize repeats
 
 
 class Digests:
-    """MD5 and SHA-256 of what went by, as BELLE publishes them."""
+    """MD5 and SHA-256, which BELLE publishes, of a stream of data."""
 
     def __init__(self) -> None:
         self.md5 = hashlib.md5(usedforsecurity=False)
         self.sha256 = hashlib.sha256()
 
     def update(self, data: Bytes) -> None:
-        """Take in some more bytes."""
+        """Add data."""
         self.md5.update(data.data)
         self.sha256.update(data.data)
 
     @classmethod
     def of(cls, path: Path, skip: int = 0) -> Self:
-        """Of a whole file from byte `skip` on."""
+        """Digests of a file from byte `skip` on."""
         found = cls()
         with path.open("rb", buffering=0) as file:
             file.seek(skip)
@@ -82,25 +82,27 @@ class Digests:
 
 
 def read_chunk(file: RawIOBase, count: int) -> Bytes:
-    """Up to `count` bytes, fewer only at the file's end."""
+    """Read `count` bytes, fewer only at the end of the file."""
     data = np.empty(count, np.uint8)
     filled = 0
-    while filled < count and (some := file.readinto(data[filled:].data)):
-        filled += some
+    while filled < count and (read := file.readinto(data[filled:].data)):
+        filled += read
     return data[:filled]
 
 
 def xor_file(source: RawIOBase, out: RawIOBase, key: Key, plain: Digests, *, first: int = 0, encrypting: bool = False,
-             moved: Callable[[int], None] = lambda count: None) -> None:
-    """XOR a file from where it stands to its end.
+             progress: Callable[[int], None] = lambda count: None) -> None:
+    """XOR a file with the key stream, from its current position to its end.
 
-    While one chunk is read and XORed, the one before is hashed and written in threads: MD5 alone takes 1.5 s a GB.
+    While one chunk is read and XORed, threads hash and write the previous one: MD5 alone takes 1.5 s per GB.
 
     Args:
-        source, out: both opened unbuffered, at the beginning of a chunk.
-        plain: takes in the plain side: what is written, or with `encrypting` what is read.
-        first: the number of that chunk.
-        moved: called with the bytes of each chunk.
+        source, out: unbuffered files, positioned at the start of a chunk.
+        key: the key.
+        plain: updated with the plain data: the output, or the input with `encrypting`.
+        first: number of the first chunk.
+        encrypting: whether the input is the plain data.
+        progress: progress callback, called with the bytes of each chunk.
     """
     with ThreadPoolExecutor(3) as pool:
         tasks: list[Future[None]] = []
@@ -111,14 +113,14 @@ def xor_file(source: RawIOBase, out: RawIOBase, key: Key, plain: Digests, *, fir
                 task.result()
             tasks = [pool.submit(plain.md5.update, hashed.data), pool.submit(plain.sha256.update, hashed.data),
                      pool.submit(write_all, out, data)]
-            moved(len(data))
+            progress(len(data))
             first += 1
         for task in tasks:
             task.result()
 
 
 def write_all(out: RawIOBase, data: Bytes) -> None:
-    """Write bytes to an unbuffered file, however many calls that takes."""
+    """Write all data to an unbuffered file."""
     view = data.data
     while view:
         view = view[out.write(view) or 0:]

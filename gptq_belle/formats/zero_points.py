@@ -1,4 +1,9 @@
-"""Zero points on disk: `gptq` (v1) stores zero - 1, `gptq_v2` stores zero. Conversion and repair between them."""
+"""Zero points on disk: format "gptq" (v1) stores zero - 1, "gptq_v2" stores zero. Conversion and repair.
+
+The first GPTQ kernels computed ``scale * (code - (stored + 1))``, hence the minus one in v1. A zero point of 0 cannot
+be stored in v1: it would be -1, which old packers did not mask, so it overwrote its neighbours in the word. A stored 15
+of 4 bits means 16 in v1 and must not be masked when it is read.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,13 +18,13 @@ V1, V2 = "gptq", "gptq_v2"
 
 
 class ZeroPointCounts(NamedTuple):
-    """Counts over all zero points of a checkpoint.
+    """Statistics of all zero points of a checkpoint.
 
     Attributes:
-        symmetric: all of them are 2**(bits - 1).
-        lowest: the smallest one.
-        wrapped: how many read as 2**bits.
-        overwritten: how many of those follow another one in their word, whose carry may have changed them.
+        symmetric: whether all of them are 2**(bits - 1).
+        lowest: the smallest zero point.
+        wrapped: number of zero points that read as 2**bits.
+        overwritten: number of these that follow another one in the same word, whose carry may have changed them.
     """
 
     symmetric: bool
@@ -29,12 +34,12 @@ class ZeroPointCounts(NamedTuple):
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
-    """True zero points (G, N) int32 of words (G, N * bits / 32), up to 2**bits in v1."""
+    """Unpack words (G, N * bits / 32) into true zero points (G, N) int32, up to 2**bits in v1."""
     return true_zeros(unpack_rows(qzeros.t(), bits), checkpoint_format).t().contiguous()
 
 
 def count_zero_points(zeros: Iterable[tuple[Tensor, int]]) -> ZeroPointCounts:
-    """Count over the zero points (G, N) of all linears, each with its bits."""
+    """Collect statistics of the zero points (G, N) of all linears, each with its bits."""
     symmetric, lowest, wrapped, overwritten = True, 1 << 8, 0, 0
     for each, bits in zeros:
         symmetric &= bool((each == 1 << (bits - 1)).all())
@@ -46,44 +51,48 @@ def count_zero_points(zeros: Iterable[tuple[Tensor, int]]) -> ZeroPointCounts:
     return ZeroPointCounts(symmetric, lowest, wrapped, overwritten)
 
 
-def choose_checkpoint_format(found: ZeroPointCounts, asked: str | None, *, repair: bool) -> str:
-    """The format to write: asymmetric zero points go to gptq_v2, except where one reads as 2**bits.
+def choose_checkpoint_format(found: ZeroPointCounts, requested: str | None, *, repair: bool) -> str:
+    """Choose the format to write: v1 for symmetric zero points and for unrepaired 2**bits, else v2.
 
+    Args:
+        found: statistics of the zero points.
+        requested: the format that the user wants, or None.
+        repair: whether zero points of 2**bits are written as 0.
     Raises:
-        InputError: the format asked for cannot hold the zero points.
+        InputError: the requested format cannot represent the zero points.
     """
-    lost = found.wrapped > 0 and not repair
-    if asked == V2 and lost:
-        raise InputError(f"{found.wrapped} zero points read as one more than {V2} can hold", "Add --repair-zeros: they "
-                         f"become 0, as they were meant; or keep them as they are with --format {V1}.")
-    if asked == V1 and (found.lowest == 0 or (found.wrapped > 0 and repair)):
+    keeps_wrapped = found.wrapped > 0 and not repair
+    if requested == V2 and keeps_wrapped:
+        raise InputError(f"{found.wrapped} zero points are one more than {V2} can represent",
+                         f"Add --repair-zeros to write them as 0, or keep them with --format {V1}.")
+    if requested == V1 and (found.lowest == 0 or (found.wrapped > 0 and repair)):
         raise InputError(f"zero points of 0 cannot be written in format {V1}", f"Choose --format {V2}.")
-    return asked or (V1 if found.symmetric or lost else V2)
+    return requested or (V1 if found.symmetric or keeps_wrapped else V2)
 
 
 def repair_wrapped_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """Zero points with 0 in place of 2**bits."""
+    """Replace zero points of 2**bits by 0."""
     return torch.where(zeros == 1 << bits, 0, zeros)
 
 
 def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
-    """The inverse of `unpack_zeros`; raises InputError for zero points that the format cannot hold."""
+    """Inverse of `unpack_zeros`; raises InputError like `stored_zeros`."""
     return pack_rows(stored_zeros(zeros, bits, checkpoint_format).t(), bits).t().contiguous()
 
 
 def stored_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
-    """Zero points as their bits are written: minus one in v1, masked to `bits` so that none reaches its neighbour.
+    """Convert true zero points to stored ones: minus one in v1, unchanged in v2.
 
     Raises:
-        InputError: a zero point that the format cannot hold (0 in v1, 2**bits in v2).
+        InputError: the format cannot represent a zero point (0 in v1, 2**bits in v2).
     """
     low, high = (1, 1 << bits) if checkpoint_format == V1 else (0, (1 << bits) - 1)
     if int(zeros.min()) < low or int(zeros.max()) > high:
         raise InputError(f"zero points {int(zeros.min())}..{int(zeros.max())} do not fit format {checkpoint_format}",
-                         f"Format {checkpoint_format} with {bits} bits holds {low}..{high}; write asymmetric as {V2}.")
+                         f"Format {checkpoint_format} and {bits} bits allow {low}..{high}. Use {V2} for others.")
     return zeros - 1 if checkpoint_format == V1 else zeros
 
 
 def true_zeros(stored: Tensor, checkpoint_format: str) -> Tensor:
-    """Zero points as the formula needs them: plus one in v1 (so up to 2**bits, on purpose not masked)."""
+    """Convert stored zero points to true ones: plus one in v1 (up to 2**bits, not masked on purpose)."""
     return stored.to(torch.int32) + (1 if checkpoint_format == V1 else 0)
