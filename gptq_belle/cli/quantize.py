@@ -17,56 +17,61 @@ from gptq_belle.quantization.overrides import parse_override
 
 if TYPE_CHECKING:
     from gptq_belle.quantization.job import QuantizationJob
+    from gptq_belle.quantization.report import Report
 
-def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when complete.")],
-    bits: Annotated[int, typer.Option("--bits", "--wbits", help="Bits per weight: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option("--group-size", "--groupsize", help="Group size: 32, 64, 128, or -1 for "
-                                            "one group per output channel.")] = 128,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric, or with a zero point per group.")] = True,
-    act_order: Annotated[bool, typer.Option("--act-order", help="Quantize columns in order of decreasing activation "
-                                            "(act-order, desc_act).")] = False,
-    damp: Annotated[float, typer.Option(help="Damping as a share of the Hessian's mean diagonal.")] = 0.01,
-    method: Annotated[str, typer.Option(help="gptq, or rtn for rounding to nearest without calibration.")] = "gptq",
-    preset: Annotated[str, typer.Option(help="fast (plain GPTQ), best, or max, which also tunes the whole model "
-                                         "and needs memory for all of it.")] = "best",
-    without: Annotated[str, typer.Option(metavar="NAME,...", help="Techniques of the preset to disable: search, "
-                                         "order, refine, targets, veto, tuning.")] = "",
-    positive_scales: Annotated[bool, typer.Option("--positive-scales", help="Only positive scales, for readers that do "
-                                                  "not accept negative ones; slightly lower quality.")] = False,
-    override: Annotated[list[str] | None, typer.Option(
-        metavar="REGEX=KEY:VALUE,...", show_default=False, help="Different bits, group_size or sym for the linears "
-        "whose name matches REGEX, such as 'mlp.dense_4h_to_h=bits:8', or REGEX=skip to keep them in float16. "
-        "Repeatable. GPTQModel reads all of these, vLLM symmetric 4 and 8 bits and skip.")] = None,
-    auto_bits: Annotated[str | None, typer.Option(
-        "--auto-bits", metavar="BUDGET", show_default=False, help="Choose 4 or 8 bits for each stage of each block by "
-        "its measured loss in 4 bits, within average bits per weight (4.5) or a file size (3.2GB). Linears that an "
-        "--override matches keep its settings.")] = None,
-    calibration: Annotated[str, typer.Option(help="Calibration data: a text or JSONL file, or builtin.")] = "builtin",
-    rows: Annotated[int, typer.Option(help="Maximum number of calibration rows.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens per calibration row.")] = 2048,
-    allow_short: Annotated[bool, typer.Option("--allow-short", help="Allow fewer than 4 calibration "
-                                              "tokens per input feature.")] = False,
-    seed: Annotated[int, typer.Option(help="Random seed for the order of calibration documents.")] = 0,
-    lora: Annotated[Path | None, typer.Option(help="Directory of a LoRA adapter to merge into MODEL's weights.",
-                                              metavar="DIR", show_default=False)] = None,
-    memory: Annotated[str | None, typer.Option(
-        metavar="SIZE", show_default=False, help="Limit of anonymous memory, such as 8GiB: calibration activations "
-        "are kept on disk where they do not fit. By default the free memory.")] = None,
-    prompt_style: options.WrittenStyle = "auto",
-    packed_head_only: Annotated[bool, typer.Option(
-        "--packed-head-only", help="Store the LM head (of BLOOM the embedding too) only packed in --head-bits: a "
-        "smaller file that only gptq-belle reads.")] = False,
-    head_bits: Annotated[int, typer.Option(help="Bits of the packed head with --packed-head-only: 8 or 4.")] = 8,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk without "
-                                          "writing anything.")] = False,
-    resume: Annotated[bool, typer.Option("--resume/--restart", help="Resume an interrupted job of the same source and "
-                                         "settings from OUT.partial, or start again.")] = True,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when complete.")]
+Bits = Annotated[int, typer.Option("--bits", "--wbits", help="Bits per weight: 2, 3, 4 or 8.")]
+Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric, or with a zero point per group.")]
+ActOrder = Annotated[bool, typer.Option(
+    "--act-order", help="Quantize columns in order of decreasing activation (act-order, desc_act).")]
+Damp = Annotated[float, typer.Option(help="Damping as a share of the Hessian's mean diagonal.")]
+Method = Annotated[str, typer.Option(help="gptq, or rtn for rounding to nearest without calibration.")]
+Preset = Annotated[str, typer.Option(
+    help="fast (plain GPTQ), best, or max, which also tunes the whole model and needs memory for all of it.")]
+Without = Annotated[str, typer.Option(
+    metavar="NAME,...", help="Techniques of the preset to disable: search, order, refine, targets, veto, tuning.")]
+PositiveScales = Annotated[bool, typer.Option(
+    "--positive-scales", help="Only positive scales, for readers that do not accept negative ones; slightly lower "
+    "quality.")]
+Overrides = Annotated[list[str] | None, typer.Option(
+    metavar="REGEX=KEY:VALUE,...", show_default=False, help="Different bits, group_size or sym for the linears whose "
+    "name matches REGEX, such as 'mlp.dense_4h_to_h=bits:8', or REGEX=skip to keep them in float16. Repeatable. "
+    "GPTQModel reads all of these, vLLM symmetric 4 and 8 bits and skip.")]
+AutoBits = Annotated[str | None, typer.Option(
+    "--auto-bits", metavar="BUDGET", show_default=False, help="Choose 4 or 8 bits for each stage of each block by its "
+    "measured loss in 4 bits, within average bits per weight (4.5) or a file size (3.2GB). Linears that an --override "
+    "matches keep its settings.")]
+CalibrationSource = Annotated[str, typer.Option(help="Calibration data: a text or JSONL file, or builtin.")]
+Rows = Annotated[int, typer.Option(help="Maximum number of calibration rows.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per calibration row.")]
+AllowShort = Annotated[bool, typer.Option(
+    "--allow-short", help="Allow fewer than 4 calibration tokens per input feature.")]
+CalibrationSeed = Annotated[int, typer.Option(help="Random seed for the order of calibration documents.")]
+Lora = Annotated[Path | None, typer.Option(
+    metavar="DIR", show_default=False, help="Directory of a LoRA adapter to merge into MODEL's weights.")]
+Memory = Annotated[str | None, typer.Option(
+    metavar="SIZE", show_default=False, help="Limit of anonymous memory, such as 8GiB: calibration activations are "
+    "kept on disk where they do not fit. By default the free memory.")]
+PackedHeadOnly = Annotated[bool, typer.Option(
+    "--packed-head-only", help="Store the LM head (of BLOOM the embedding too) only packed in --head-bits: a smaller "
+    "file that only gptq-belle reads.")]
+PackedHeadBits = Annotated[int, typer.Option(help="Bits of the packed head with --packed-head-only: 8 or 4.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk without writing anything.")]
+Resume = Annotated[bool, typer.Option(
+    "--resume/--restart", help="Resume an interrupted job of the same source and settings from OUT.partial, or start "
+    "again.")]
+
+
+def command(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupSize = 128, sym: Sym = True,
+            act_order: ActOrder = False, damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best",
+            without: Without = "", positive_scales: PositiveScales = False, override: Overrides = None,
+            auto_bits: AutoBits = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,
+            seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
+            memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
+            packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = 8, dry_run: DryRun = False,
+            resume: Resume = True, device: options.Device = "auto", as_json: options.Json = False,
+            verbose: options.Verbose = False) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
 
     Finished blocks are kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command resumes there.
@@ -80,21 +85,26 @@ def command(
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.job import prepare_job
     from gptq_belle.quantization.pipeline import quantize_checkpoint
-    from gptq_belle.quantization.report import format_tuning
 
-    text = Calibration(calibration, rows, seq_len, seed, allow_short)
+    data = Calibration(calibration, rows, seq_len, seed, allow_short)
     limit, style = None if memory is None else parse_bytes(memory), options.style_or_none(prompt_style)
     if dry_run:
-        _print_estimate(prepare_job(model, config, text, device, lora, style), limit, as_json)
+        _print_estimate(prepare_job(model, config, data, device, lora, style), limit, as_json)
         return
     with resumable(out), ConsoleProgress(console.err()) as progress:
-        report = quantize_checkpoint(model, out, config, calibration=text, device=device, progress=progress,
+        report = quantize_checkpoint(model, out, config, calibration=data, device=device, progress=progress,
                                      resume=resume, memory=limit, lora=lora, prompt_style=style)
     if as_json:
         console.print_json(report.to_dict())
-        return
+    else:
+        _print_report(out, report)
+
+
+def _print_report(out: Path, report: "Report") -> None:
+    from gptq_belle.quantization.report import format_tuning
+
     if report.choice is not None:
-        _show_choice(report.choice)
+        _print_bit_allocation(report.choice)
     peak = f", peak memory {report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory is not None else ""
     console.print_line(f"{out}: {report.average_bits:.3g} bits, {report.bytes_on_disk / 1e6:,.1f} MB of weights, mean "
                        f"error {report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
@@ -104,7 +114,7 @@ def command(
         console.print_line(f"tuning: {format_tuning(report.tuning)}")
 
 
-def _show_choice(choice: dict[str, Any]) -> None:
+def _print_bit_allocation(choice: dict[str, Any]) -> None:
     """Print the bits and the measured loss of every stage."""
     rows = [(str(row["block"]), ", ".join(row["linears"]), f"{row['loss']:.3e}",
              f"{1e6 * row['loss'] / row['weights']:.3e}", str(row["bits"])) for row in choice["stages"]]

@@ -76,6 +76,12 @@ def stages_and_budget(job: QuantizationJob) -> tuple[list[FreeStage], int]:
     return stages, room
 
 
+def check_budget(job: QuantizationJob) -> None:
+    """Raise where a job has a budget that cannot be met, see `stages_and_budget`."""
+    if job.config.auto_bits is not None:
+        stages_and_budget(job)
+
+
 def choose_bits(job: QuantizationJob, journal: Journal,
                 progress: JobProgress) -> tuple[QuantizationJob, dict[str, Any] | None]:
     """Measure and choose, or use the choice of an earlier run of the same job.

@@ -19,7 +19,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size, pack_head_codes, quantize_rows
 from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.quantization.activations import ActivationPair
-from gptq_belle.quantization.auto_bits import choose_bits, stages_and_budget
+from gptq_belle.quantization.auto_bits import check_budget, choose_bits
 from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
@@ -33,13 +33,15 @@ from gptq_belle.quantization.memory_estimate import must_spill
 from gptq_belle.quantization.report import JobProgress, NoProgress, Report
 from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification
 
+VERIFICATION_TOKENS = 64  # tokens that run through the first block before and after writing
+
 
 def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: QuantConfig) -> None:
     """Write every tensor outside of the blocks, some rows at a time.
 
     Raises:
-        UsageError: the head is to be packed, and its number of columns does not allow it.
-        InputError: a tensor is missing, has a wrong shape, or holds values beyond float16.
+        UsageError: the head's number of columns does not allow packing it.
+        InputError: a tensor is missing, has a wrong shape, or holds values that float16 cannot represent.
     """
     head = f"{stream.arch.modules_before[0]}.weight" if stream.tied() else f"{LM_HEAD}.weight"
     for number, name in enumerate(stream.tensors_outside_blocks()):
@@ -70,9 +72,6 @@ def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows
     writer.add("rest-head-scales.safetensors", {HEAD_SCALES: torch.cat(scales)})
 
 
-VERIFICATION_TOKENS = 64  # tokens that run through the first block before and after writing
-
-
 def quantize_checkpoint(
     source: str | Path, out: str | Path, config: QuantConfig, *, calibration: Calibration | None = None,
     device: str = "auto", progress: JobProgress | None = None, resume: bool = True, memory: int | None = None,
@@ -80,28 +79,28 @@ def quantize_checkpoint(
 ) -> Report:
     """Quantize a model directory into a new one that any GPTQ reader loads.
 
-    Memory holds one block in float32, two float32 matrices of K x K of the largest linear or the forward pass of one
-    batch, and the calibration activations where there is room. Finished blocks are kept in ``OUT.partial``; an
-    interrupted job resumes after its last finished block, with bit-identical results on the same kind of processor: it
-    keeps the number of threads with which it was started (see `fingerprint.environment`).
+    Memory holds one block in float32, the larger of two float32 matrices (K, K) of the largest linear and the forward
+    pass of one batch, and the calibration activations where there is room. Finished blocks are kept in ``OUT.partial``.
+    An interrupted job resumes after the last of them with its number of threads; the result is bit-identical on the
+    same kind of processor (see `fingerprint.environment`).
 
     Args:
         source: a Hugging Face directory or hub id, in float32, float16 or bfloat16.
         out: the directory to write; it appears only when everything in it is complete and verified.
-        config: how to quantize.
+        config: the settings.
         calibration: calibration data; by default the built-in rows. Unused by method rtn.
         device: "auto", "cpu" or "cuda:N", where forward passes and the solver run.
         progress: progress callbacks.
         resume: resume an earlier job of the same source and settings; otherwise start from the first block.
         memory: limit of anonymous memory in bytes, kept by storing activations on disk; by default the free memory.
         lora: directory of a LoRA adapter to merge into the source's weights, in float32.
-        prompt_style: "bloom", "llama" or "newline": the prompt format of calibration and of the chat template that is
-            written; by default the source's template or that of its architecture.
+        prompt_style: "bloom", "llama" or "newline", for calibration and the written chat template; by default the
+            source's template or that of its architecture.
     Returns:
         The content of the output's quantization_report.json.
     Raises:
-        UsageError: an invalid option; an output that is not ours; a group size that does not divide a layer; an
-            unfinished job of another source or other settings, which are named.
+        UsageError: an invalid option; an output directory that gptq_belle did not write; a group size that does not
+            divide a layer; an unfinished job of another source or other settings, which are named.
         InputError: source or calibration missing, damaged or unsuitable; the tensor or line is named.
         HardwareError: no such device, or not enough memory for one block.
     """
@@ -109,8 +108,7 @@ def quantize_checkpoint(
     progress = progress or NoProgress()
     check_output_directory(Path(out))
     job = prepare_job(source, config, calibration or Calibration(), device, lora, prompt_style)
-    if job.config.auto_bits is not None:
-        stages_and_budget(job)  # raises where the budget cannot be kept
+    check_budget(job)
     lower_mmap_threshold()
     check_tuning(job, memory)
     spill = must_spill(job, memory)
@@ -123,16 +121,14 @@ def quantize_checkpoint(
             job, report.choice = choose_bits(job, journal, progress)
             report.settings = job.config
             writer.keep |= report.choice is not None  # the measurement takes as long as a block
-            verification = _quantize_blocks(job, writer, journal, job.activations(writer.partial, spill=spill), peak,
-                                     progress)
-            stream, expected = job.stream, journal.tensors(VERIFIED_BLOCK)
+            activations = job.activations(writer.partial, spill=spill)
+            verification = _quantize_blocks(job, writer, journal, activations, peak, progress)
+            expected = journal.tensors(VERIFIED_BLOCK)
             if job.config.techniques.tuning_steps:
                 report.tuning, expected = tune_model(job, writer, journal, verification, progress)
-            progress.phase("writing")
-            write_metadata_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
-            writer.merge()
+            _merge_parts(job, writer, progress)
             progress.phase("verifying the written file")
-            report.readback_error = verification.compare(writer.files, stream, expected)
+            report.readback_error = verification.compare(writer.files, job.stream, expected)
         _complete(report, journal, writer, peak, time.perf_counter() - started)
         writer.publish()
     return report
@@ -175,6 +171,14 @@ def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Jo
         quantizer.run(index, activations, verification)
         writer.keep = True
     return verification
+
+
+def _merge_parts(job: QuantizationJob, writer: CheckpointWriter, progress: JobProgress) -> None:
+    """Write the configuration and the tokenizer, and merge the parts into the weight files."""
+    progress.phase("writing")
+    stream = job.stream
+    write_metadata_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
+    writer.merge()
 
 
 def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: PeakMemory, seconds: float) -> None:
