@@ -86,13 +86,13 @@ def test_measured_losses_equal_kl_of_whole_models(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from gptq_belle.formats.gptq_weight import dequantize
-    from gptq_belle.quantization.sensitivity import _rows
+    from gptq_belle.quantization.sensitivity import _split_rows
     from gptq_belle.quantization.solver import gptq
 
     job = prepare_job(tiny_model, config("5"), CALIBRATION, "cpu")
     stages, losses = measured(job, tmp_path)
     assert not (tmp_path / "scratch").exists()
-    rows, seen = _rows(job)
+    rows, seen = _split_rows(job)
     assert not any(torch.equal(row, other) for row in rows for other in seen)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""From weights to codes: presets, calibration, Hessians, the solver, and the job that joins them."""
+"""Quantization: settings, calibration, Hessians, the solver, and the job that runs them block by block."""

@@ -1,4 +1,4 @@
-"""The calibration activations between two blocks: on disk, to resume from, and in memory where there is room."""
+"""Calibration activations between two blocks: on disk for resuming, and in memory where there is room."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,19 +26,19 @@ class BatchList:
 
 
 class Activations:
-    """The inputs of a block; iterating gives one (batch, T, hidden_size) float32 tensor per batch.
+    """The inputs of a block; iteration yields one float32 tensor (batch, T, hidden_size) per batch.
 
     A file holds the bytes of all batches in order.
 
     Args:
         partial: ``OUT.partial``, which holds the files (see `journal.activations_name`).
-        shapes: of the batches; none where nothing is calibrated.
-        spill: keep them on disk only.
-        model: whose they are, `journal.QUANTIZED` or `journal.FULL`.
+        shapes: shapes of the batches; empty without calibration.
+        spill: keep activations on disk only.
+        model: `journal.QUANTIZED` or `journal.FULL`.
 
     Attributes:
-        index: the block whose inputs they are.
-        attention: recorded attention outputs of that block; empty unless it is being quantized.
+        index: index of the block.
+        attention: recorded attention outputs of the block while it is being quantized; otherwise empty.
     """
 
     def __init__(self, partial: Path, shapes: Iterable[tuple[int, ...]], *, spill: bool = False,
@@ -55,13 +55,13 @@ class Activations:
         yield from self._batches if self._batches is not None else self._read()
 
     def name(self, index: int) -> str:
-        """Path below ``OUT.partial`` of the inputs of block `index`."""
+        """Path of the inputs of block `index` below ``OUT.partial``."""
         return activations_name(index, self.model)
 
     def write(self, index: int, batches: Iterable[Tensor]) -> FileChecksum:
-        """Replace the activations by the inputs of block `index`, which may be computed from the present ones.
+        """Replace the activations by the inputs of block `index`, which may be computed from the current ones.
 
-        Where `batches` raises, the present activations are kept.
+        If `batches` raises, the current activations are kept.
         """
         written: list[Tensor] | None = None if self.spill else (self._batches or [])
         try:
@@ -70,7 +70,7 @@ class Activations:
                     states = states.to("cpu", torch.float32).contiguous()
                     file.write(byte_view(states))
                     if written is not None:
-                        written[place : place + 1] = [states]  # in place: never two generations in memory
+                        written[place : place + 1] = [states]  # in place, so that memory never holds both
         except Exception:
             if self._batches is not None:
                 self.load(self.index)
@@ -79,7 +79,7 @@ class Activations:
         return file.checksum
 
     def load(self, index: int) -> None:
-        """Use the inputs of block `index` that an earlier job has written."""
+        """Use the inputs of block `index` that an interrupted job has written."""
         self.index, self._batches = index, None
         if not self.spill:
             self._batches = list(self._read())
@@ -100,11 +100,11 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class ActivationPair:
-    """The activations of the quantized model and, where its outputs are the target, of the full-precision model.
+    """The activations of the quantized model and, for full-precision targets, of the full-precision model.
 
     Attributes:
         quantized, full: inputs of the same block.
-        hessian_rows: number of rows, the first ones, that Hessians see; the others are held out.
+        hessian_rows: number of rows for the Hessians, from the first one on; the others are held out.
     """
 
     quantized: Activations
@@ -116,11 +116,11 @@ class ActivationPair:
 
     @property
     def models(self) -> list[Activations]:
-        """The one or two that exist."""
+        """The activations of one or both models."""
         return [self.quantized] if self.full is None else [self.quantized, self.full]
 
     def write(self, index: int, *batches: Callable[[], Iterable[Tensor]]) -> dict[str, FileChecksum]:
-        """`Activations.write` for each model; where one raises, the present activations of all are kept."""
+        """`Activations.write` for each model; if one raises, the current activations of all are kept."""
         before, files = self.quantized.index, {}
         for states, outputs in zip(self.models, batches, strict=True):
             try:

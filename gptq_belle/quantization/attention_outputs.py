@@ -1,7 +1,7 @@
 """Record the output of a block's attention, so that later passes through the block do not compute it again.
 
-A block runs once for every stage of its linears, each time up to that stage. Once the output projection is reached, no
-weight before it changes: q, k, v and attention run in one pass instead of in four.
+A block runs once for each stage of its linears, up to that stage. From the output projection on, the weights before it
+no longer change, so that q, k, v and attention run in one pass instead of in four.
 """
 
 import tempfile
@@ -22,10 +22,10 @@ PieceContext = Callable[[], AbstractContextManager[None]]
 
 
 class AttentionOutputs:
-    """Inputs of the output projection, one tensor per piece of rows in the order in which they ran; float32 on the CPU.
+    """Inputs of the output projection, one tensor per piece of rows in the order of the pass; float32 on the CPU.
 
     Args:
-        folder: keep them in an unnamed temporary file in this folder; None for memory.
+        folder: folder of an unnamed temporary file that holds them; None to keep them in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -55,13 +55,13 @@ class AttentionOutputs:
     @contextmanager
     def forward_pass(self, block: nn.Module, arch: Architecture,
                      stage: tuple[str, ...] | None = None) -> Iterator[PieceContext]:
-        """A context for one pass of all pieces, up to a stage or (None) through the whole block.
+        """A context for one pass of all pieces up to `stage`, or through the whole block if that is None.
 
         The first pass that reaches the output projection records its inputs; later passes replay them.
 
         Returns:
-            A function that gives the context in which to run one piece; outside of it the block is unchanged, so that
-            other rows may run between two pieces.
+            A function that gives the context for running one piece; outside of it the block is unchanged, so that other
+            rows may run between two pieces.
         """
         if stage == arch.stages[0]:
             yield nullcontext
@@ -90,7 +90,7 @@ class AttentionOutputs:
             result = output(next(recorded).to(weight.device))
             return (result.add_(args[1]) if arch.residual_in_attention else result), None
 
-        attention.forward = forward  # an attribute of the instance, which hides the method of its class
+        attention.forward = forward  # an instance attribute, which hides the method of its class
         try:
             yield
         finally:

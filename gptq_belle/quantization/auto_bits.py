@@ -1,8 +1,8 @@
 """Choose 4 or 8 bits for each stage of a model by its measured loss in 4 bits, within a budget.
 
-The loss is measured for one stage alone (see `sensitivity`). On the demo models the losses of all stages add up to 0.8
-and 1.2 times the loss of all stages together, and 8 bits lose 1/300 of what 4 bits lose: so the choice is a knapsack
-problem, in which the gain of 8 bits is the loss of 4.
+The loss of each stage is measured alone (see `sensitivity`). On the two demo models these losses add up to 0.8 and 1.2
+times the loss with all stages in 4 bits, and the loss in 8 bits is 1/300 of that in 4 bits. So the choice is a knapsack
+problem in which 8 bits avoid the loss in 4 bits.
 """
 
 import math
@@ -25,7 +25,7 @@ from gptq_belle.quantization.report import JobProgress
 from gptq_belle.quantization.sensitivity import LOW_BITS, measure_losses, scratch_bytes
 
 HIGH_BITS = 8
-FLOAT_BITS = 16  # of linears that are not quantized
+FLOAT_BITS = 16  # bits per weight of linears that are not quantized
 MAX_UNITS = 100_000  # size of the knapsack's table
 BUDGET = "Give average bits per weight, such as 4.5, or a file size, such as 3.2GB."
 HEADER_BYTES = 160  # upper bound per tensor in a safetensors header
@@ -33,13 +33,13 @@ HEADER_BYTES = 160  # upper bound per tensor in a safetensors header
 
 @dataclass(frozen=True, slots=True)
 class FreeStage:
-    """A stage whose bits are to be chosen.
+    """A stage whose number of bits is chosen.
 
     Attributes:
-        block: its index.
+        block: index of its block.
         linears: names inside the block.
         weights: number of weights.
-        extra: size of 8 bits minus that of 4, in the budget's unit: bits of codes, or bytes of the file.
+        extra: size in 8 bits minus size in 4 bits, in the unit of the budget: bits of codes, or bytes of the file.
     """
 
     block: int
@@ -49,15 +49,17 @@ class FreeStage:
 
 
 def stages_and_budget(job: QuantizationJob) -> tuple[list[FreeStage], int]:
-    """The stages that no override matches, and the budget that 4 bits leave, in the unit of `FreeStage.extra`.
+    """The stages that no override matches, and what remains of the budget when all of them have 4 bits.
 
+    Returns:
+        The stages, and the remaining budget in the unit of `FreeStage.extra`.
     Raises:
-        UsageError: an invalid budget, one smaller than 4 bits need, or settings that exclude a choice.
+        UsageError: an invalid budget, a budget too small for 4 bits, or settings that exclude a choice.
     """
     config, text = job.config, str(job.config.auto_bits)
     if config.bits != LOW_BITS or config.method != "gptq":
         raise UsageError(f"auto-bits chooses between {LOW_BITS} and {HIGH_BITS} bits by GPTQ, not with {config.bits} "
-                         f"bits, method {config.method}", "Leave --bits and --method out.")
+                         f"bits, method {config.method}", "Omit --bits and --method.")
     shapes, blocks = job.stream.linear_shapes, range(job.stream.count)
     sized = _bits_of(text) is None
     stages = []
@@ -71,8 +73,8 @@ def stages_and_budget(job: QuantizationJob) -> tuple[list[FreeStage], int]:
             stages.append(FreeStage(index, linears, weights, extra))
     room = _room_in_bytes(job, text) if sized else _room_in_bits(job, float(text))
     if room < 0:
-        raise UsageError(f"auto-bits {text} is less than {LOW_BITS} bits and the overrides need",
-                         f"Allow {_least(job, text, room)} or more.")
+        raise UsageError(f"auto-bits {text} is too small for {LOW_BITS} bits and the overrides",
+                         f"Allow {_smallest_budget(job, text, room)} or more.")
     return stages, room
 
 
@@ -84,10 +86,10 @@ def check_budget(job: QuantizationJob) -> None:
 
 def choose_bits(job: QuantizationJob, journal: Journal,
                 progress: JobProgress) -> tuple[QuantizationJob, dict[str, Any] | None]:
-    """Measure and choose, or use the choice of an earlier run of the same job.
+    """Measure losses and choose bits, or use those that an interrupted run of the same job has saved.
 
     Returns:
-        The job with the choice among its overrides; and the choice for the report, None without a budget:
+        The job with the chosen bits as overrides; and the bit allocation for the report, None without a budget:
         {"budget", "average_bits", "stages": [{"block", "linears", "weights", "loss" (nats per token), "bits"}]}.
     Raises:
         UsageError: see `stages_and_budget`.
@@ -101,24 +103,23 @@ def choose_bits(job: QuantizationJob, journal: Journal,
                            f"{job.stream.count}")
 
         losses = measure_losses(job, [(stage.block, stage.linears) for stage in stages],
-                         journal.folder / "versions.f32", step)
-        more = knapsack(losses, [stage.extra for stage in stages], room)
+                                journal.folder / "versions.f32", step)
+        in_high_bits = knapsack(losses, [stage.extra for stage in stages], room)
         journal.save_bit_allocation({"budget": job.config.auto_bits, "stages": [
             {"block": stage.block, "linears": list(stage.linears), "weights": stage.weights, "loss": loss,
-             "bits": HIGH_BITS if place in more else LOW_BITS}
+             "bits": HIGH_BITS if place in in_high_bits else LOW_BITS}
             for place, (stage, loss) in enumerate(zip(stages, losses, strict=True))]})
     assert journal.bit_allocation is not None
-    config = config_with_bits(job, {(row["block"], row["linears"][0]) for row in journal.bit_allocation["stages"]
-                                 if row["bits"] == HIGH_BITS})
-    chosen = replace(job, config=config)
+    high = {(row["block"], row["linears"][0]) for row in journal.bit_allocation["stages"] if row["bits"] == HIGH_BITS}
+    chosen = replace(job, config=config_with_bits(job, high))
     average = average_bits(chosen)
-    high = sum(row["bits"] == HIGH_BITS for row in journal.bit_allocation["stages"])
-    progress.phase(f"{HIGH_BITS} bits for {high} of {len(stages)} stages, {average:.3f} bits per weight on average")
+    progress.phase(f"{HIGH_BITS} bits for {len(high)} of {len(stages)} stages, "
+                   f"{average:.3f} bits per weight on average")
     return chosen, journal.bit_allocation | {"average_bits": average}
 
 
 def describe_estimate(job: QuantizationJob) -> str:
-    """The estimate of the choice for a dry run; "" without a budget.
+    """The estimate of measuring and choosing for a dry run; "" without a budget.
 
     Raises:
         UsageError: see `stages_and_budget`.
@@ -132,11 +133,11 @@ def describe_estimate(job: QuantizationJob) -> str:
             f"above; those that get {HIGH_BITS} bits then add up to {most / 1e6:,.1f} MB")
 
 
-def config_with_bits(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantConfig:
-    """The config with 8 bits for the stages (block, first linear) in `more`."""
+def config_with_bits(job: QuantizationJob, in_high_bits: set[tuple[int, str]]) -> QuantConfig:
+    """The config with 8 bits for some stages, each given by its block and its first linear."""
     arch, overrides = job.stream.arch, list(job.config.overrides)
     for stage in arch.stages:
-        blocks = [str(index) for index in range(job.stream.count) if (index, stage[0]) in more]
+        blocks = [str(index) for index in range(job.stream.count) if (index, stage[0]) in in_high_bits]
         if blocks:
             names = "|".join(map(re.escape, stage))
             pattern = rf"{re.escape(arch.blocks)}\.(?:{'|'.join(blocks)})\.(?:{names})$"
@@ -145,9 +146,10 @@ def config_with_bits(job: QuantizationJob, more: set[tuple[int, str]]) -> QuantC
 
 
 def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[int]:
-    """Indices with the largest sum of values whose costs fit in `room`: exact, by dynamic programming.
+    """Indices of the items with the largest total value whose total cost is at most `room`, by dynamic programming.
 
-    Where the costs' greatest common divisor gives more than `MAX_UNITS` units, costs are rounded up to larger units.
+    The result is exact unless the greatest common divisor of the costs gives more than `MAX_UNITS` units. Then costs
+    are rounded up to larger units.
     """
     unit = max(math.gcd(*costs), -(-room // MAX_UNITS), 1)
     size = room // unit
@@ -168,21 +170,20 @@ def knapsack(values: Sequence[float], costs: Sequence[int], room: int) -> set[in
 
 
 def average_bits(job: QuantizationJob) -> float:
-    """Bits per weight over the linears of all blocks, without scales and zero points."""
-    bits, weights = _codes(job)
+    """Average bits per weight of the linears of all blocks, without scales and zero points."""
+    bits, weights = _code_bits(job)
     return bits / weights
 
 
 def _bits_of(text: str) -> float | None:
-    """Average bits per weight, or None where the budget is a size."""
+    """The budget in average bits per weight; None where it is a file size."""
     if not re.fullmatch(r"\d+(\.\d+)?", text):
         with suppress(UsageError):
             parse_bytes(text)
             return None
-        raise UsageError(f"auto-bits {text!r} is neither bits nor a size", BUDGET)
+        raise UsageError(f"auto-bits {text!r} is neither a number of bits nor a size", BUDGET)
     if not LOW_BITS <= float(text) <= HIGH_BITS:
-        raise UsageError(f"auto-bits {text} is not between {LOW_BITS} and {HIGH_BITS}",
-                         BUDGET)
+        raise UsageError(f"auto-bits {text} is not between {LOW_BITS} and {HIGH_BITS}", BUDGET)
     return float(text)
 
 
@@ -191,7 +192,7 @@ def _is_free(job: QuantizationJob, index: int, name: str) -> bool:
     return not any(re.match(override.pattern, full_name) for override in job.config.overrides)
 
 
-def _codes(job: QuantizationJob) -> tuple[int, int]:
+def _code_bits(job: QuantizationJob) -> tuple[int, int]:
     """Total bits of codes, and number of weights."""
     bits = weights = 0
     for name, shape in job.stream.linear_shapes.items():
@@ -203,7 +204,7 @@ def _codes(job: QuantizationJob) -> tuple[int, int]:
 
 
 def _room_in_bits(job: QuantizationJob, average: float) -> int:
-    bits, weights = _codes(job)
+    bits, weights = _code_bits(job)
     return math.floor(average * weights) - bits
 
 
@@ -213,5 +214,5 @@ def _room_in_bytes(job: QuantizationJob, text: str) -> int:
     return parse_bytes(text) - output_bytes(job) - HEADER_BYTES * tensors
 
 
-def _least(job: QuantizationJob, text: str, room: int) -> str:
+def _smallest_budget(job: QuantizationJob, text: str, room: int) -> str:
     return f"{parse_bytes(text) - room:,} bytes" if _bits_of(text) is None else f"{average_bits(job):.3f} bits"

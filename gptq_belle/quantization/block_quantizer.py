@@ -41,11 +41,11 @@ class BlockQuantizer:
     def run(self, index: int, activations: ActivationPair, verification: BlockVerification) -> None:
         """Quantize a block, replace the activations by the block's outputs, and commit both.
 
-        Where GPU memory runs out, the block is started again with half as many rows at a time, finally on the CPU, and
-        the record notes it. The number of rows stays halved, because the next block is as large; the device does not.
+        If GPU memory runs out, the block is repeated with half as many rows at a time, and finally on the CPU, and the
+        record notes it. Later blocks keep the smaller number of rows, because they are as large, but run on the GPU.
 
         Raises:
-            OutOfMemoryError: on the CPU too.
+            OutOfMemoryError: memory runs out on the CPU too.
         """
         notes: list[str] = []
         device, failure = self.stream.device, torch.OutOfMemoryError()
@@ -83,7 +83,7 @@ class BlockQuantizer:
 
     def _attempt(self, index: int, activations: ActivationPair,
                  verification: BlockVerification) -> tuple[Record, dict[str, FileChecksum], dict[str, Tensor]]:
-        """Quantize and write a block; its record, without notes and phases, its files, and tensors for the journal."""
+        """Quantize and write a block; returns its record without notes and phases, its files, and journal tensors."""
         stream, record, originals = self.stream, Record(), OriginalWeights()
         block = stream.load_block(index)
         stream.prefetch(index + 1)
@@ -104,7 +104,7 @@ class BlockQuantizer:
 
     def _propagate(self, index: int, block: nn.Module, activations: ActivationPair,
                    originals: OriginalWeights) -> dict[str, FileChecksum]:
-        """Replace the activations by the block's outputs, in the full-precision model with the original weights."""
+        """Replace the activations by the block's outputs, for the full-precision model with the original weights."""
         def outputs(states: Activations) -> Iterator[Tensor]:
             with states.attention.forward_pass(block, self.stream.arch) as piece_context:
                 for batch in states:
@@ -121,11 +121,11 @@ class BlockQuantizer:
 
     def _solve(self, index: int, block: nn.Module, activations: ActivationPair, originals: OriginalWeights,
                record: Record) -> dict[str, Tensor]:
-        """Quantize the linears in the order in which they run; the block's tensors as the file stores them."""
+        """Quantize the linears in the order in which they run; returns the block's tensors as stored in the file."""
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            config = self.config.of(f"{prefix}.{stage[0]}")  # of the whole stage, see overrides.resolve_overrides
+            config = self.config.of(f"{prefix}.{stage[0]}")  # the same for the whole stage, see resolve_overrides
             inputs = None
             if len(activations) and config:
                 inputs = self._hessians(block, stage, prefix, activations, originals, config)
@@ -152,7 +152,7 @@ class BlockQuantizer:
 
     def _hessians(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: ActivationPair,
                   originals: OriginalWeights, config: QuantConfig) -> tuple[StageHessians, HessianFactor]:
-        """The Hessians of the inputs that the linears of a stage share, and their factor."""
+        """The Hessians of a stage's inputs, and the factor of the inverse."""
         full = None if activations.full is None else (originals, activations.full)
         hessians = accumulate_hessians(self.stream, block, stage, activations.quantized, full, activations.hessian_rows,
                                        self.progress.step)
@@ -172,7 +172,7 @@ class BlockQuantizer:
                 chosen = best_solution(weight, *inputs, config)
         solution = chosen.solution
         with self.clock("packing"):
-            needed = inputs is not None and inputs[0].cross is not None  # by the full-precision model
+            needed = inputs is not None and inputs[0].cross is not None  # the full-precision model needs the weight
             assign(block, f"{name}.weight", dequantize(solution.weight, out=None if needed else weight))
             packed = pack(solution.weight, config.bits, config.checkpoint_format)
             trim_heap()

@@ -19,7 +19,7 @@ TOKENS_PER_BATCH = 4096
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the wanted input has been captured."""
+    """Ends a forward pass after an input has been captured."""
 
 
 class BlockStream(SourceModel):
@@ -27,7 +27,7 @@ class BlockStream(SourceModel):
 
     Attributes:
         device: where blocks run.
-        max_rows: rows that run through a block at a time; None for whole batches.
+        max_rows: maximum number of rows per forward pass of a block; None for whole batches.
         clock: measures the phases "reading", "forwards" and "hessians".
     """
 
@@ -105,8 +105,9 @@ class BlockStream(SourceModel):
         """The block's output (batch, T, hidden_size) on the CPU, for `states` of the same shape.
 
         Args:
-            block, states: module and input.
-            piece_context: gives the context in which each piece runs, see `AttentionOutputs.forward_pass`.
+            block: the block.
+            states: (batch, T, hidden_size).
+            piece_context: returns the context for each piece, see `AttentionOutputs.forward_pass`.
         """
         pieces = []
         for piece in states.split(self.max_rows or len(states)):
@@ -115,14 +116,14 @@ class BlockStream(SourceModel):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def block_arguments(self, shape: torch.Size) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments besides hidden states of `shape` (rows, T); they depend on the shape alone."""
+        """A block's arguments besides hidden states of shape (rows, T, hidden_size); `shape` is (rows, T)."""
         if (self.device, shape) not in self._arguments:
             list(self.embed(torch.zeros(shape, dtype=torch.int64)))
         return self._arguments[self.device, shape]
 
     @contextmanager
     def final_norm(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A context that gives the function between the last block and the head, for states of any shape."""
+        """A context with the function between the last block and the head, for states of any shape."""
         for root in self.arch.modules_after:
             self.fill(root)
         modules = [self.model.get_submodule(root) for root in self.arch.modules_after]

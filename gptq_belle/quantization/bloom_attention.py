@@ -1,9 +1,9 @@
-"""Faster replacements for transformers' BLOOM modules: the same function and parameters with fewer large tensors.
+"""Faster equivalents of transformers' BLOOM modules, with the same parameters and fewer large tensors.
 
 BLOOM's attention in transformers is eager only, with several tensors of heads x T x T per row; at 2048 tokens writing
-them takes longer than computing them. ALiBi's bias depends on head and key alone, because softmax ignores what all keys
-of a query have in common (arXiv 2108.12409, section 3). So the bias is a product of one more channel of query and key,
-and fused attention applies, which never holds all scores.
+them takes longer than computing them. ALiBi's bias can be written as a function of head and key, because softmax is
+invariant to a constant per query (arXiv 2108.12409, section 3). So the bias is the product of an additional channel of
+query and key, and fused attention applies, which never stores all scores.
 """
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 
-BIAS_CHANNELS = 8  # of which one is used: fused kernels on GPUs need multiples of 8
+BIAS_CHANNELS = 8  # one is used; fused kernels on GPUs need a multiple of 8
 
 
 class FusedBloomAttention(nn.Module):
@@ -27,10 +27,10 @@ class FusedBloomAttention(nn.Module):
 
         Args:
             hidden_states: (B, T, hidden_size).
-            residual: of the same shape, added to the result.
+            residual: (B, T, hidden_size), added to the result.
             alibi: (B * heads, 1, T), the bias by head and key.
         Returns:
-            (B, T, hidden_size), and None in place of the attention weights.
+            Output (B, T, hidden_size), and None in place of the attention weights.
         """
         B, T, _width = hidden_states.shape
         fused = self.query_key_value(hidden_states).view(B, T, self.num_heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
@@ -44,7 +44,7 @@ class FusedBloomAttention(nn.Module):
 
 
 def use_fused_modules(model: PreTrainedModel) -> None:
-    """Replace the modules that have a faster equivalent; parameters keep their names and tensors."""
+    """Replace modules by their faster equivalents; parameters keep their names and tensors."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BloomAttention):
             model.set_submodule(name, FusedBloomAttention(module))

@@ -1,9 +1,9 @@
-"""Calibration text to packed rows of tokens: no padding, eos between documents, BELLE's prompt around chats.
+"""Read calibration text and pack it into rows of tokens: no padding, eos between documents, chats in BELLE's prompt.
 
 Accepted files: plain UTF-8 text (one document), JSON Lines, or a JSON array. A JSON row is one of
 
-    {"text": ...}                                    plain text, taken as it is
-    {"instruction": ..., "input": ..., "output": ...}   Alpaca's form; input may be missing or empty
+    {"text": ...}                                    plain text
+    {"instruction": ..., "input": ..., "output": ...}   Alpaca; input may be missing or empty
     {"input": ..., "target": ...}                    BELLE's train_*.json
     {"question": ..., "std_answer": ...}             BELLE's evaluation set
     {"conversations": [{"from": "human", "value": ...}, {"from": "assistant", "value": ...}, ...]}
@@ -31,15 +31,15 @@ TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sam
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What to calibrate on.
+    """Calibration data and its size.
 
     Attributes:
-        source: a file (see above), "builtin" for the rows that come with the package, or token ids (rows, T) int64 that
-            are taken as they are.
-        rows, seq_len: the most rows, and the tokens of each. Fewer rows come out where the text is short; where it
-            is shorter than one row, that row is cut to it.
-        seed: of the documents' order.
-        allow_short: go on even where a linear sees fewer than 4 K tokens.
+        source: a file (see above), "builtin" for the text that comes with the package, or token ids (rows, T) int64,
+            which are used unchanged.
+        rows: maximum number of rows; short text gives fewer.
+        seq_len: tokens per row; text that is shorter gives one shorter row.
+        seed: random seed for the order of documents.
+        allow_short: allow fewer than 4 calibration tokens per input feature.
 
     Raises:
         UsageError: rows or seq_len is not positive.
@@ -57,8 +57,12 @@ class Calibration:
                              "Both must be at least 1.")
 
     def describe(self, tokens: Tensor, documents: Iterable[str | list[Turn]] = ()) -> dict[str, Any]:
-        """What the report says of the rows (rows, T) that came of it: source, sizes, seed, SHA-256 of the ids; and
-        what was seen of which documents, for `calibration_keys.overlapping_rows`."""
+        """The report's description of calibration rows: source, sizes, seed, SHA-256 of the ids, keys of the documents.
+
+        Args:
+            tokens: the rows (rows, T).
+            documents: the documents that they were taken from (see `calibration_keys.document_keys`).
+        """
         count, length = tokens.shape
         source = GIVEN if isinstance(self.source, Tensor) else BUILTIN if self.source == BUILTIN else Path(
             self.source).name
@@ -68,7 +72,7 @@ class Calibration:
 
 
 def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, context: int | None = None) -> Tensor:
-    """The rows alone of `calibration_rows`."""
+    """The rows of `calibration_rows`, without the documents."""
     return calibration_rows(calibration, tokenizer, style, context)[0]
 
 
@@ -77,14 +81,14 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
     """Read, shuffle, tokenize and pack calibration documents.
 
     Args:
-        calibration: what and how much.
+        calibration: the source and its size.
         tokenizer: a transformers tokenizer with an eos token.
         style: prompt style of the chat rows, a key of `gptq_belle.prompts.styles.STYLES`.
-        context: the most tokens that the model takes; None where there is no limit.
+        context: maximum number of tokens per row for the model; None without a limit.
     Returns:
-        (rows, T) int64, every position a real token; and the documents that they were taken from.
+        Token ids (rows, T) int64 without padding, and the documents that they were taken from.
     Raises:
-        InputError: the file is missing, empty, not UTF-8, or holds a row of no known form; the line is named.
+        InputError: the file is missing, empty, not UTF-8, or has a row of unknown form; the line is named.
     """
     rows, seq_len = calibration.rows, min(calibration.seq_len, context or calibration.seq_len)
     if isinstance(calibration.source, Tensor):
@@ -107,11 +111,11 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
 
 
 def check_enough(tokens: Tensor, features: int, name: str) -> None:
-    """Refuse calibration that is too short for the widest linear.
+    """Refuse calibration data that is too short for the widest linear.
 
     Args:
-        tokens: (rows, T), what would be used.
-        features: inputs K of the widest linear.
+        tokens: calibration rows (rows, T).
+        features: in_features K of the widest linear.
         name: that linear's name.
     Raises:
         InputError: fewer than 4 K tokens.
@@ -121,7 +125,7 @@ def check_enough(tokens: Tensor, features: int, name: str) -> None:
         raise InputError(
             f"{count} calibration tokens are too few: {name} has {features} inputs and needs "
             f"{TOKENS_PER_INPUT * features}",
-            "Give more text or more --rows, or insist with --allow-short.")
+            "Give more text or more --rows, or use --allow-short.")
 
 
 def read_documents(source: str | Path) -> list[str | list[Turn]]:
@@ -151,30 +155,30 @@ def _documents(path: Path, text: str) -> Iterator[str | list[Turn]]:
     for where, row in _json_rows(path, text):
         document = _document(row)
         if document is None:
-            raise InputError(f"{path}, {where}: no known kind of row",
+            raise InputError(f"{path}, {where}: a row of unknown form",
                              "A row has text, instruction/output, input/target, question/std_answer or conversations.")
         yield document
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value) for every row of a JSON array or of JSON Lines."""
+    """Location and value of every row of a JSON array or of JSON Lines."""
     try:
         if text.lstrip().startswith("["):
             yield from ((f"row {i}", row) for i, row in enumerate(json.loads(text), 1))
             return
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}", "Mend the file, or use JSON Lines.") from error
+        raise InputError(f"{path} is not valid JSON: {error}", "Correct the file, or use JSON Lines.") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             yield f"line {number}", json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}, line {number} is not valid JSON: {error}", "Mend or drop that line.") from error
+            raise InputError(f"{path}, line {number} is not valid JSON: {error}", "Correct or delete it.") from error
 
 
 def _document(row: Any) -> str | list[Turn] | None:
-    """A row in one of the known forms, else None."""
+    """The document in a row; None for a row of unknown form."""
     if not isinstance(row, dict):
         return None
     if isinstance(row.get("text"), str):
@@ -196,7 +200,7 @@ def _pair(row: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _bare(question: str) -> str:
-    """BELLE's first releases hold the prompt's frame in `input` already: take it off, it is put on again later."""
+    """The question without BELLE's prompt, which its first releases include in `input`; `render` adds it again."""
     return question.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
 
 
@@ -205,7 +209,7 @@ def _joined(instruction: str, given: Any) -> str:
 
 
 def _conversation(messages: list[Any]) -> list[Turn] | None:
-    """Pairs of (human, assistant) values; an unanswered last question is left out."""
+    """Turns of (human, assistant) values, without an unanswered last question; None for a malformed list."""
     values = [m["value"] for m in messages if isinstance(m, dict) and isinstance(m.get("value"), str)]
     if len(values) != len(messages):
         return None

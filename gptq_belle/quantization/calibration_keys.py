@@ -1,10 +1,9 @@
-"""What calibration has seen, in a few kilobytes: so that a later evaluation can refuse text that is part of it.
+"""Keys of the calibration documents, in a few kilobytes, by which an evaluation detects text that was calibrated on.
 
-A chat is known by its questions, plain text by its sentences; each is kept as 40 bits of a SHA-256. Two different
-texts share a number once in 10^12: a thousand rows held against three thousand are refused wrongly once in 350,000
-times. A question that follows others counts together with its answer, and meets only those that do too, for "And on
-Tuesday?" says little. Spaces, case, full and half width and a full stop at the end make no difference; a text that was
-rewritten is not found.
+A chat is identified by its questions and plain text by its sentences, each by 40 bits of a SHA-256. Two different texts
+share a key with probability 10^-12; comparing a thousand rows with three thousand gives a false match in one of 350,000
+cases. A follow-up question such as "And on Tuesday?" is identified together with its answer. Spaces, case, full and
+half width and a final full stop make no difference; a rewritten text is not detected.
 """
 
 import base64
@@ -18,9 +17,9 @@ import numpy
 from gptq_belle.prompts.styles import Turn
 
 Document = str | Sequence[Turn]
-BYTES = 5  # of a key
-SHORT_QUESTION = 8  # characters; shorter ones say nothing without their answer
-SHORT_SENTENCE = 12  # shorter ones are headings and phrases that any two texts share
+KEY_BYTES = 5
+SHORT_QUESTION = 8  # characters; a shorter question is identified together with its answer
+SHORT_SENTENCE = 12  # characters; shorter ones are headings and phrases that many texts share
 SENTENCE = re.compile(r"[。！？!?\n]+|\.\s")
 ROLE = re.compile(r"^(human|assistant):")
 
@@ -32,20 +31,20 @@ def document_keys(documents: Iterable[Document]) -> str:
 
 
 def overlapping_rows(seen: str, documents: Iterable[Document]) -> tuple[list[int], int]:
-    """Hold documents against a fingerprint.
+    """Find the rows of documents that are among the keys of other documents.
 
     Args:
-        seen: of `document_keys`.
-        documents: chats, a row each, and plain texts, of which every sentence is a row.
+        seen: result of `document_keys`.
+        documents: chats, one row each, and plain texts, one row per sentence.
     Returns:
-        The numbers of the rows that were seen, from 1, and how many rows there are.
+        The numbers of the matching rows, counted from 1, and the total number of rows.
     Raises:
-        ValueError: `seen` is not a fingerprint.
+        ValueError: `seen` is malformed.
     """
     data = base64.b64decode(seen, validate=True)
-    if len(data) % BYTES:
+    if len(data) % KEY_BYTES:
         raise ValueError(f"{len(data)} bytes are not a whole number of keys")
-    known = {bytes(key) for key in numpy.frombuffer(data, numpy.uint8).reshape(-1, BYTES)}
+    known = {bytes(key) for key in numpy.frombuffer(data, numpy.uint8).reshape(-1, KEY_BYTES)}
     rows = [row for document in documents for row in _rows(document)]
     return [number for number, row in enumerate(rows, 1) if not known.isdisjoint(row)], len(rows)
 
@@ -56,11 +55,11 @@ def _rows(document: Document) -> Iterator[list[bytes]]:
         sentences = (_plain(sentence) for sentence in SENTENCE.split(document))
         yield from ([_key(sentence)] for sentence in sentences if len(sentence) >= SHORT_SENTENCE)
     else:
-        yield [_key(text) for place, turn in enumerate(document) if (text := _identity(turn, first=place == 0))]
+        yield [_key(text) for place, turn in enumerate(document) if (text := _identifying_text(turn, first=place == 0))]
 
 
-def _identity(turn: Turn, *, first: bool) -> str:
-    """What a turn is known by; "" for a short question that another one led to."""
+def _identifying_text(turn: Turn, *, first: bool) -> str:
+    """The text that identifies a turn; "" for a short follow-up question."""
     question, answer = _plain(turn.question), _plain(turn.answer or "")
     if len(question) >= SHORT_QUESTION:
         return question if first else f"{question}\n{answer}"
@@ -73,4 +72,4 @@ def _plain(text: str) -> str:
 
 
 def _key(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:BYTES]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:KEY_BYTES]

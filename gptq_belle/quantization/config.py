@@ -1,4 +1,4 @@
-"""How to quantize: the settings of a job, their validation, the presets, and the dictionary written to config.json."""
+"""Settings of a quantization job: validation, presets, and the dictionary that is written to config.json."""
 
 import re
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from gptq_belle.formats.quantize_config import BITS
 GROUP_SIZES = (32, 64, 128, -1)
 HEAD_BITS = (16, 8, 4)
 METHODS = ("gptq", "rtn")
-EXPRESSION = "Write it as Python's re takes it; a dot in a name is '\\.'."
+EXPRESSION = "Use the syntax of Python's re; a dot in a name is '\\.'."
 OVERRIDABLE = ("bits", "group_size", "sym")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Techniques:
-    """What a job does beyond plain GPTQ, which is all defaults.
+    """Techniques beyond plain GPTQ, which is all defaults.
 
     Attributes:
         search: search the scales by weighted rounding error instead of min-max (`grid.searched_grid`).
@@ -27,7 +27,7 @@ class Techniques:
         sweeps: number of sweeps of scale refit and coordinate descent after GPTQ (`refine.refine`).
         alpha: how far targets move towards the full-precision model's outputs, 0 .. 1
             (`solution_choice.full_precision_target`).
-        held_out_every: every n-th calibration row is held out of the Hessians and decides between solutions
+        held_out_every: one in this many calibration rows is held out of the Hessians and decides between solutions
             (`solution_choice.best_solution`); 0 for none.
         tuning_steps: maximum number of steps of end-to-end tuning after the last block (`end_to_end`).
     """
@@ -49,7 +49,7 @@ class Techniques:
 
 _BEST = Techniques(search=True, static_order=True, sweeps=2, alpha=0.5, held_out_every=16)
 PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, tuning_steps=100)}
-DISABLED: dict[str, dict[str, Any]] = {  # the values that disable a technique, by its name in `QuantConfig.without`
+DISABLED: dict[str, dict[str, Any]] = {  # values that disable a technique, by its name in `QuantConfig.without`
     "search": {"search": False},
     "order": {"static_order": False},
     "refine": {"sweeps": 0},
@@ -61,15 +61,15 @@ DISABLED: dict[str, dict[str, Any]] = {  # the values that disable a technique, 
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Different settings for some linears; `overrides.parse_override` reads them from the command line.
+    """Different settings for some linears; `overrides.parse_override` parses them.
 
     Attributes:
         pattern: regular expression that is matched against full names of linears, from their start (`re.match`).
         bits, group_size, sym: as in `QuantConfig`; None keeps the job's value.
-        skip: leave the linears in float16.
+        skip: keep the linears in float16.
 
     Raises:
-        UsageError: not a regular expression, a value that is not allowed, or an override that changes nothing.
+        UsageError: an invalid regular expression or value, or an override that changes nothing.
     """
 
     pattern: str
@@ -91,11 +91,12 @@ class Override:
         if self.sym not in (None, True, False):
             raise UsageError(f"sym {self.sym} is not allowed", "Choose true or false.")
         if self.skip == bool(self.values()):
-            raise UsageError(f"override {self.pattern!r} {'changes what it skips' if self.skip else 'changes nothing'}",
-                             f"Name at least one of {', '.join(OVERRIDABLE)}, or skip alone.")
+            problem = "skips linears and changes them" if self.skip else "changes nothing"
+            raise UsageError(f"override {self.pattern!r} {problem}",
+                             f"Give at least one of {', '.join(OVERRIDABLE)}, or skip alone.")
 
     def values(self) -> dict[str, Any]:
-        """The values that it sets, by `QuantConfig`'s names."""
+        """The overridden values, by `QuantConfig`'s names."""
         values = {name: getattr(self, name) for name in OVERRIDABLE}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -109,15 +110,15 @@ class QuantConfig:
         group_size: inputs that share a scale and a zero point: 32, 64, 128, or -1 for one group per output channel.
         sym: symmetric quantization: the zero point is always 2**(bits - 1).
         act_order: quantize columns in order of decreasing activation; groups follow that order. ``desc_act``, its name
-            on disk, can be given and read instead.
+            on disk, is an alias.
         damp: first damping, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3). ``damp_percent``,
-            its name on disk, can be given and read instead.
+            its name on disk, is an alias.
         method: "gptq", or "rtn" for rounding to nearest without calibration.
         preset: "fast" for plain GPTQ, "best", or "max", which also tunes the whole model (`PRESETS`).
         without: techniques of the preset to disable (`DISABLED`).
         positive_scales: for readers that do not accept negative scales; costs a little quality.
         head_bits: 16 keeps embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
-            embedding too) is stored packed under names of our own, which `gptq_belle.load` alone reads.
+            embedding too) is stored packed, in a format that only `gptq_belle.load` reads.
         overrides: different settings for some linears (``dynamic`` on disk); no two may match the same linear.
         auto_bits: a budget, in average bits per weight ("4.5") or as a file size ("3.2GB"), within which the job
             chooses 4 or 8 bits for every stage that no override matches (see `auto_bits.choose_bits`).
@@ -139,7 +140,7 @@ class QuantConfig:
     head_bits: int
     auto_bits: str | None
 
-    # Written by hand: a generated one cannot tell an alias that contradicts a default from one that was left out.
+    # A generated __init__ could not distinguish an omitted setting from one that contradicts its alias.
     def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True, act_order: bool | None = None,
                  damp: float | None = None, method: str = "gptq", preset: str = "best", without: tuple[str, ...] = (),
                  positive_scales: bool = False, overrides: tuple[Override, ...] = (), head_bits: int = 16,
@@ -156,12 +157,12 @@ class QuantConfig:
 
     @property
     def desc_act(self) -> bool:
-        """The same as `act_order`."""
+        """Alias of `act_order`."""
         return self.act_order
 
     @property
     def damp_percent(self) -> float:
-        """The same as `damp`."""
+        """Alias of `damp`."""
         return self.damp
 
     def _check(self) -> None:
@@ -217,7 +218,7 @@ class QuantConfig:
         }
 
     def _dynamic(self) -> dict[str, dict[str, Any]]:
-        """The overrides as GPTQModel writes them: the pattern after "+:" or, where it skips, "-:"."""
+        """The overrides in GPTQModel's format: "+:" before a pattern, "-:" before one to skip."""
         return {f"{'-' if override.skip else '+'}:{override.pattern}": override.values() for override in self.overrides}
 
 

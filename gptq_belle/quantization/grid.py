@@ -1,4 +1,4 @@
-"""Quantization grids: the scale and zero point of each group, by min-max range or by weighted search."""
+"""Quantization grids: the scale and zero point of each group, from the min-max range or by weighted search."""
 
 from types import ModuleType
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import cpu_solver, triton_matmul
 
-SMALLEST_SCALE = 1e-7  # float16 still holds it (its smallest step is 6e-8); groups below it count as all zero
-SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits left here; fewer are not worth a searched or refitted scale
-POINTS = 28  # candidate scales of a search, for either sign
-NARROWEST, WIDEST = 0.55, 1.1  # range of a search, as shares of the span that reaches the largest weight
-VALUES_AT_A_TIME = 1 << 18  # of a search in torch: its working set then stays in the cache
+SMALLEST_SCALE = 1e-7  # float16 can represent it (its smallest step is 6e-8); groups below it count as all zero
+SMALLEST_SEARCHED = 1e-5  # float16 has 7 bits of precision here; smaller scales are not searched or refitted
+POINTS = 28  # candidate scales per sign
+NARROWEST, WIDEST = 0.55, 1.1  # range of candidates, relative to the span that reaches the largest weight
+VALUES_AT_A_TIME = 1 << 18  # weights searched at a time in torch, so that the working set stays in the cache
 
 
 def fused_kernels(tensor: Tensor) -> ModuleType | None:
-    """The module whose `solve_block` and `descend` accept this tensor, up to `BLOCK` inputs a call; None for torch."""
+    """The module with `solve_block` and `descend` for this tensor, up to `BLOCK` inputs per call; None for torch."""
     if cpu_solver.is_supported(tensor):
         return cpu_solver
     if not tensor.is_cuda or tensor.dtype != torch.float32 or triton_matmul.unavailable_reason(tensor.device):
@@ -27,12 +27,12 @@ def fused_kernels(tensor: Tensor) -> ModuleType | None:
 
 
 def min_max_grid(weight: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """The grid from a group's smallest to its largest weight, zero included (the original GPTQ's choice).
+    """The grid from a group's smallest to its largest weight, zero included, as in the original GPTQ.
 
     Args:
         weight: (g, N), the group's weights.
         bits: bits per code.
-        sym: the same range on both sides of zero, with the zero point in the middle of the codes.
+        sym: use the same range on both sides of zero, with the zero point in the middle of the codes.
     Returns:
         scales (N,) in weight's dtype, rounded to float16; zeros (N,) in weight's dtype, integers in 0 .. 2**bits - 1.
     Raises:
@@ -53,7 +53,7 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
 
     Candidates are narrower and slightly wider spans than min-max; where symmetric, with both signs of the scale too,
     because there is one more code below zero than above (weighted clipping search as in AWQ, arXiv 2306.00978, section
-    3.2; signed scales as in llama.cpp's Q4_0). The first of equally good candidates is taken.
+    3.2; signed scales as in llama.cpp's Q4_0). Of equally good candidates the first one is chosen.
 
     Args:
         weight: (g, N), the group's weights.
@@ -80,10 +80,7 @@ def searched_grid(weight: Tensor, importance: Tensor, bits: int, sym: bool, *,
 
 
 def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """Index of the best candidate for each output (N,) int64, the first of equals; -1 where none is valid.
-
-    The same as `cpu_solver.search_grid`.
-    """
+    """Index of the best candidate for each output (N,) int64, -1 where none is valid; as `cpu_solver.search_grid`."""
     least = torch.full_like(scales[0], torch.inf)
     best = torch.full(least.shape, -1, device=least.device)
     for index, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
@@ -96,13 +93,13 @@ def _search(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, b
 
 
 def _candidate_grids(low: Tensor, high: Tensor, bits: int, sym: bool, positive: bool) -> tuple[Tensor, Tensor]:
-    """Candidate scales, rounded to float16, and zeros of a search, for groups from low <= 0 to high >= 0, each (N,).
+    """Candidate scales, rounded to float16, and zeros for groups that range from low <= 0 to high >= 0, each (N,).
 
     Symmetric: +-(absmax / (2**(b-1) - 0.5)) times `NARROWEST` .. `WIDEST`, and absmax / 2**(b-1), which with the right
-    sign reaches the largest weight exactly. Asymmetric: the min-max span times the same shares.
+    sign reaches the largest weight exactly. Asymmetric: the min-max span times the same factors.
 
     Returns:
-        (candidates, N) both.
+        Scales and zeros, each (candidates, N).
     """
     half, levels = 1 << (bits - 1), (1 << bits) - 1
     last = (half - 0.5) / half if sym else 1.0
@@ -126,7 +123,7 @@ def check_storable(scales: Tensor) -> None:
     """Raise InputError where a scale is too large for float16 or infinite."""
     if not torch.isfinite(scales.to(torch.float16)).all():
         raise InputError(f"a group's scale {float(scales.max()):.3g} is too large for float16",
-                         "The weights of this layer are not those of a trained model; check the source.")
+                         "This layer's weights are not those of a trained model; check the source.")
 
 
 def _float16_exact(scales: Tensor) -> Tensor:

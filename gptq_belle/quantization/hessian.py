@@ -7,8 +7,8 @@ from torch import Tensor
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, QuantizedWeight, all_finite, dequantize
 
-COLUMNS = 512  # at a time: of a symmetric 4096 x 4096 product 56 % is computed, at the speed of the whole
-LARGEST_DAMP = 1.0  # beyond it H is mostly the identity, and GPTQ mostly rounding to nearest: an error is more honest
+COLUMNS = 512  # at a time: 56 % of a symmetric 4096 x 4096 product is computed, at the speed of the whole product
+LARGEST_DAMP = 1.0  # with more damping H is nearly the identity, and GPTQ silently becomes rounding to nearest
 
 
 class HessianMean:
@@ -60,7 +60,7 @@ class CrossProductMean:
 
 
 def nonzero_diagonal(hessian: Tensor) -> Tensor:
-    """The diagonal (K,) of H with 1 in place of 0, so that an input that was never active is left unchanged."""
+    """The diagonal (K,) of H with 1 in place of the 0 of inputs that were never active."""
     diagonal = hessian.diagonal()
     return torch.where(diagonal == 0, 1.0, diagonal)
 
@@ -68,17 +68,17 @@ def nonzero_diagonal(hessian: Tensor) -> Tensor:
 def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Hinv, the upper triangular U with U^T U = (H + damp * mean(diag H) * I)^-1 (GPTQ, section 3.3, step 3).
 
-    Where the factorization fails, damping is raised tenfold, up to 1. One K x K matrix is allocated beside `hessian`,
-    which stays unchanged: LAPACK, and torch with it, works in place on a column-major matrix.
+    If the factorization fails, damping is raised tenfold, up to 1. Only one K x K matrix is allocated, because LAPACK
+    (and torch with it) works in place on a column-major matrix; `hessian` is not changed.
 
     Args:
         hessian: (K, K) float32 or float64, symmetric.
         damp: first damping, as a share of the mean of `nonzero_diagonal`.
-        order: (K,) int64, a permutation to apply to H first.
+        order: (K,) int64, a permutation to apply to H first (see `activation_order`).
     Returns:
         U (K, K), and the damping that was used.
     Raises:
-        InputError: not positive definite even with the largest damping.
+        InputError: H is not positive definite even with the largest damping.
     """
     diagonal = nonzero_diagonal(hessian)
     mean = diagonal.mean()
@@ -102,9 +102,10 @@ def inverse_cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) 
 
 
 def remaining_error(Hinv: Tensor) -> Tensor:
-    """1 / [H^-1]_kk (K,): the error of rounding input k that is left after compensation by all other inputs.
+    """1 / [H^-1]_kk (K,): the error of rounding input k that remains after compensation by all other inputs.
 
-    It is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2); without compensation it is H_kk.
+    Its inverse is the denominator of the loss in Optimal Brain Surgeon (GPTQ, equation 2). Without compensation the
+    error is H_kk.
 
     Args:
         Hinv: U of `inverse_cholesky`; the squared norms of its columns are the diagonal of the inverse.

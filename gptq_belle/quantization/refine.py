@@ -10,18 +10,18 @@ from gptq_belle.common.devices import threads
 from gptq_belle.quantization import grid
 from gptq_belle.quantization.hessian import nonzero_diagonal
 
-INNER = 32  # inputs, in torch, after which the changes are applied to the group's other rows of R in one product
+INNER = 32  # inputs per step in torch; their changes are then applied to the group's other rows of R in one product
 
 
 def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *, bits: int, sweeps: int,
            positive: bool = False) -> None:
-    """Sweeps of scale refit and coordinate descent over all groups; no step makes the error larger.
+    """Refit scales and descend over codes in all groups, several times; no step increases the error.
 
     A group's rows of R are computed when the sweep reaches it, so a sweep costs one product of H and D.
 
     Args:
         codes: (K, N) uint8; changed in place.
-        scales: (G, N) in W's dtype; changed in place. Group g holds the inputs from g * K / G on.
+        scales: (G, N) in W's dtype; changed in place. Each group has K / G consecutive inputs.
         zeros: (G, N) in W's dtype.
         W: (K, N), the weight; overwritten.
         H: (K, K) in W's dtype, undamped.
@@ -45,26 +45,26 @@ def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *
 
 
 def refit_scales(code: Tensor, scale: Tensor, residual: Tensor, block: Tensor, *, positive: bool = False) -> Tensor:
-    """The scale of each output of one group that minimizes the error with fixed codes.
+    """Refit the scales of one group: for each output the scale that minimizes the error with fixed codes.
 
     ds = -(c . R_g) / (c^T H_gg c), the root of the derivative of tr(D^T H D) along c; rounded to float16, and rejected
-    where the error would not fall or the scale would be too small.
+    where the error would not decrease or the scale would be too small.
 
     Args:
         code: (g, N), codes minus their zero points.
-        scale: (N,), the present scales.
+        scale: (N,), the current scales.
         residual: (g, N), the group's rows of R = H D; updated in place.
         block: (g, g), the group's diagonal block of H.
         positive: reject negative scales.
     Returns:
-        (N,), the new scales.
+        The new scales (N,).
     """
     image = block @ code
     curvature = (code * image).sum(0)
     slope = (code * residual).sum(0)
     refitted = (scale - slope / curvature).to(torch.float16).to(scale.dtype)
     change = refitted - scale
-    gain = change * (2 * slope + change * curvature)  # of the error, negative is better; NaN where all codes are 0
+    gain = change * (2 * slope + change * curvature)  # change of the error; NaN where all codes are 0
     better = (gain < 0) & (refitted.abs() >= grid.SMALLEST_SEARCHED) & ((refitted > 0) | (not positive))
     change = torch.where(better, change, 0.0)
     residual.addcmul_(image, change)
@@ -98,7 +98,7 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
 
 def _descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor,
              bits: int) -> None:
-    """`descend` of some inputs in torch operations."""
+    """`descend` for up to `INNER` inputs, in torch operations."""
     low, high = -zero, ((1 << bits) - 1) - zero
     with threads(1):  # as in the solver: each operation takes microseconds
         for j in range(len(code)):

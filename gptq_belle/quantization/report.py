@@ -1,4 +1,4 @@
-"""What a quantization job reports: progress while it runs, quantization_report.json at the end."""
+"""The report of a quantization job (quantization_report.json), and its progress callbacks."""
 
 import logging
 from collections import Counter
@@ -15,17 +15,17 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class LinearReport:
-    """One quantized linear.
+    """One linear of the report.
 
     Attributes:
         name: full name in the model.
-        error: squared error of its output on the calibration rows, relative to the squared output; with method rtn,
-            which uses no inputs, of its weights.
+        error: squared error of the output on the calibration rows, relative to the squared output; with method rtn,
+            which uses no inputs, of the weights.
         damp: damping that was used; 0 for rtn.
-        seconds: time to solve it.
+        seconds: time to quantize it.
         inputs, outputs: K and N.
-        bits: bits per weight; 16 where the linear was kept in float16, whose rounding is then the error.
-        won: the candidate that was taken (see `solution_choice.ChosenSolution`); "" for rtn.
+        bits: bits per weight; 16 for a linear kept in float16, whose rounding is then the error.
+        won: the chosen candidate (see `solution_choice.ChosenSolution`); "" for rtn.
         held_out: error of each candidate on held-out rows; empty without held-out rows.
     """
 
@@ -42,24 +42,23 @@ class LinearReport:
 
 @dataclass(slots=True)
 class Report:
-    """The whole job.
+    """Content of quantization_report.json.
 
     Attributes:
-        source: the model that was quantized.
-        settings: the job's configuration.
-        calibration: source, rows, tokens per row, seed, SHA-256 of the token ids, and keys of the documents (see
-            `calibration_keys`); None for rtn.
-        choice: bits of each stage and the measured loss of 4 bits (see `auto_bits.choose_bits`); None without a budget.
+        source: the source model.
+        settings: the settings.
+        calibration: description of the calibration rows (see `Calibration.describe`); None for rtn.
+        choice: bit allocation with the measured losses (see `auto_bits.choose_bits`); None without a budget.
         linears: one row per linear, in the order of solving.
-        phases: seconds of every block by phase; "total" is the whole block.
+        phases: seconds of each block by phase; "total" is the whole block.
         tuning: result of end-to-end tuning (`end_to_end.tuning.TuningResult`); None where the preset has none.
         notes: unplanned events, such as a block that fell back to the CPU.
-        resumed: the first block of this run where it resumed an earlier one; else empty.
+        resumed: the first block of this run where it resumed an interrupted one; otherwise empty.
         seconds: working time of the job, without blocks that were started and not finished.
         peak_memory: peak of anonymous memory in bytes; None where the system does not report it.
         bytes_on_disk: size of the weight files.
-        readback_error: largest difference between one block's output from the written file and from the solver,
-            relative to the output's largest value.
+        readback_error: largest difference between a block's output computed from the written file and its output when
+            it was quantized, relative to the largest value.
         versions: gptq_belle, torch, transformers, python.
     """
 
@@ -91,7 +90,7 @@ class Report:
 
     @property
     def winners(self) -> dict[str, int]:
-        """Number of linears by candidate that was taken, where held-out rows decided between several."""
+        """Number of linears by chosen candidate, where held-out rows decided between several."""
         return dict(Counter(row.won for row in self.linears if len(row.held_out) > 1).most_common())
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +113,7 @@ class JobProgress(Protocol):
     """Progress callbacks of a job."""
 
     def start(self, blocks: int, steps: int, finished: int) -> None:
-        """The job has `blocks` blocks of `steps` steps (forward batches and solutions) each; `finished` are done."""
+        """The job has `blocks` blocks with `steps` steps (forward batches and solutions) each; `finished` are done."""
 
     def step(self) -> None:
         """One step of the current block is done."""
@@ -127,7 +126,7 @@ class JobProgress(Protocol):
 
 
 class NoProgress:
-    """Shows nothing: the default of the library."""
+    """Ignores all callbacks: the default of the library."""
 
     def start(self, blocks: int, steps: int, finished: int) -> None: ...
     def step(self) -> None: ...

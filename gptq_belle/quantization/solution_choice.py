@@ -1,4 +1,4 @@
-"""Choose between several solutions of a layer by their error on held-out rows."""
+"""Choose among several solutions of a layer by their error on held-out rows."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,27 +13,27 @@ from gptq_belle.quantization.hessian import output_error, rows_of
 from gptq_belle.quantization.solver import HessianFactor, Solution, candidate_weights
 from gptq_belle.quantization.stage_hessians import StageHessians
 
-OWN, FULL = "own", "full"  # the target: the layer's own output on its inputs, or the full-precision model's output
+OWN, FULL = "own", "full"  # target: the layer's output on its own inputs, or its output in the full-precision model
 
 
 class ChosenSolution(NamedTuple):
-    """The solution that was taken, and how it compares."""
+    """The chosen solution of a layer, and the errors of all candidates."""
 
     solution: Solution
-    won: str  # its target, and "gptq" or "refined"; "" for rounding to nearest
+    won: str  # name of the candidate, such as "own gptq" or "full refined"; "" for rounding to nearest
     held_out: dict[str, float]  # `held_out_error` by candidate; empty without held-out rows
 
 
 def best_solution(weight: Tensor, hessians: StageHessians, factor: HessianFactor,
                   config: QuantConfig) -> ChosenSolution:
-    """Quantize a layer with the techniques of the preset, and keep the candidate that is best on held-out rows.
+    """Quantize a layer with the techniques of the preset, and choose the candidate that is best on held-out rows.
 
-    Without held-out rows the last candidate is taken, which uses all techniques.
+    Without held-out rows the last candidate is chosen, which uses all techniques.
 
     Args:
         weight: (N, K) float32.
-        hessians: of the layer's inputs.
-        factor: of their Hessian.
+        hessians: statistics of the layer's inputs.
+        factor: result of `factorize` for their Hessian.
         config: the layer's settings.
     Raises:
         InputError, UsageError: as `gptq`.
@@ -54,16 +54,16 @@ def full_precision_target(weight: Tensor, cross: Tensor, factor: HessianFactor, 
 
     With X the layer's inputs in the quantized model and F in the full-precision model, ||Q X - W F||^2 equals, up to a
     constant, ||(Q - T) X||^2 with T = W + W (F - X) X^T (X X^T)^-1. That is the objective of GPTAQ (arXiv 2504.02692,
-    equation 6), solved for all inputs at once before GPTQ instead of along with it. (F - X) X^T is estimated from a
-    sample, so T moves by the share alpha only.
+    equation 6), solved for all inputs at once before GPTQ instead of during it. (F - X) X^T is estimated from a sample,
+    so only alpha times the change is applied.
 
     Args:
         weight: (N, K), W.
         cross: (K, K), the mean of (f - x) x^T.
-        factor: of the damped Hessian, the mean of x x^T.
-        alpha: 0 .. 1.
+        factor: result of `factorize` for the mean of x x^T.
+        alpha: share of the change, 0 .. 1.
     Returns:
-        (N, K), T.
+        T (N, K).
     """
     change = permuted(weight @ cross, factor.order, dim=1)
     change = restored((change @ factor.Hinv.t()) @ factor.Hinv, factor.order, dim=1)

@@ -67,7 +67,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: HessianFa
         weight: (N, K) float32 or float64, which is also the dtype of the arithmetic.
         hessian: (K, K), the mean of x x^T; its scale does not matter.
         config: bits, group_size, sym, act_order, damp, positive_scales, and the techniques of its preset.
-        factor: `factorize` of the same Hessian and config, where it is known already.
+        factor: result of `factorize` for this Hessian and config, if it is known.
     Returns:
         The solution; its error is tr(D H D^T) / tr(W H W^T) with D = W - Q and H undamped.
     Raises:
@@ -81,10 +81,10 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig, factor: HessianFa
 
 def candidate_weights(weight: Tensor, hessian: Tensor, config: QuantConfig,
                       factor: HessianFactor) -> dict[str, QuantizedWeight]:
-    """Solutions of a layer: "gptq", and "refined" where the preset refines it.
+    """Solve a layer: the candidate "gptq", and "refined" where the preset refines it.
 
-    With static groups (option static_groups of the original GPTQ) grids follow from the original weights, so that
-    inputs can be solved in order of decreasing activation without a g_idx to follow at run time.
+    With the technique static_order all grids are computed from the original weights before solving, because the solver
+    reaches the inputs of a group at different times.
 
     Args, Raises: as `gptq`.
     """
@@ -108,7 +108,7 @@ def candidate_weights(weight: Tensor, hessian: Tensor, config: QuantConfig,
 
 
 def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
-    """Quantize a layer without regard to its inputs; the error is relative to the weights (H = I).
+    """Quantize a layer without a Hessian; the error is relative to the weights (H = I).
 
     Args, Raises: as `gptq`.
     """
@@ -123,7 +123,7 @@ def round_to_nearest(weight: Tensor, config: QuantConfig) -> Solution:
 
 
 def _static_grids(W: Tensor, importance: Tensor, group: int, config: QuantConfig) -> tuple[Tensor, Tensor]:
-    """Scales and zeros (G, N) from the original weights W (K, N), searched where the preset says so."""
+    """Scales and zeros (G, N) from the original weights W (K, N), searched if the preset has that technique."""
     if not config.techniques.search:
         return _min_max_grids(W, group, config)
     return _stacked([searched_grid(part, weights, config.bits, config.sym, positive=config.positive_scales)
@@ -141,10 +141,10 @@ def _stacked(grids: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tuple[Tensor, Tensor] | None = None,
            order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1 on W (K, N), which is overwritten: codes (K, N) uint8, scales and zeros (G, N).
+    """Run Algorithm 1 on W (K, N), which is overwritten; returns codes (K, N) uint8, scales and zeros (G, N).
 
-    Without `grids`, each follows from its group's weights when the group is reached. Codes are returned in the order of
-    the groups, not in `order`.
+    Without `grids`, each is computed from its group's weights when the group is reached. W has its inputs in `order`;
+    codes are returned in the order of the groups.
     """
     K, N = W.shape
     whole = group == K
@@ -169,7 +169,7 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
 
 def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
                  bits: int, sym: bool) -> None:
-    """The inner loop over the inputs of a block W (B, N), overwritten; arguments as `triton_gptq.solve_block`."""
+    """Solve the inputs of a block W (B, N), which is overwritten; arguments as `triton_gptq.solve_block`."""
     if not group:
         scales, zeros = scales.expand_as(W), zeros.expand_as(W)
     for j1 in range(0, len(W), INNER):
@@ -197,7 +197,7 @@ def _transposed(weight: Tensor, hessian: Tensor, order: Tensor | None) -> Tensor
 
 def _quantized_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group: int,
                       order: Tensor | None) -> QuantizedWeight:
-    """Codes (K, N) in the order of the groups, scales and zeros (G, N), in the layer's own order and layout."""
+    """Convert codes (K, N), their inputs in `order`, and scales and zeros (G, N) to the layer's order and layout."""
     g_idx = group_indices(len(codes), group, order, codes.device)
     return QuantizedWeight(
         codes=restored(codes, order).t().contiguous(),

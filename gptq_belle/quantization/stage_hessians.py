@@ -1,4 +1,4 @@
-"""Accumulate the Hessian of each stage of linears over the calibration rows; some rows are held out of it."""
+"""Accumulate the Hessian of each stage of linears over the calibration rows, of which some are held out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,12 +10,11 @@ from gptq_belle.quantization.activations import Activations, BatchList
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.hessian import CrossProductMean, HessianMean
 
-HELD_OUT_TOKENS = 4096  # limit: enough to distinguish two solutions, with less memory than a second Hessian
+HELD_OUT_TOKENS = 4096  # at most: enough to distinguish two solutions, with less memory than a second Hessian
 
 
 class StageHessians(NamedTuple):
-    """Statistics of the inputs X that the linears of one stage share, and of F, the same in the full-precision model.
-    """
+    """Statistics of a stage's inputs: X in the quantized model, and F in the full-precision model."""
 
     hessian: Tensor  # (K, K), the mean of x x^T
     cross: Tensor | None = None  # (K, K), the mean of (f - x) x^T; None without targets
@@ -23,13 +22,13 @@ class StageHessians(NamedTuple):
 
 
 class OriginalWeights:
-    """Full-precision weights of the linears of a block that are quantized already."""
+    """Full-precision weights of a block's linears that have been quantized."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
 
     def save(self, block: nn.Module, name: str) -> None:
-        """Keep a parameter, without a copy: its replacement must not be written in place."""
+        """Keep a parameter without copying it: the quantized weight must not be written in place."""
         self.weights[name] = block.get_parameter(name).data
 
     @contextmanager
@@ -55,16 +54,16 @@ def held_out_rows(rows: int, length: int, *, every: int) -> int:
 def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
                         full: tuple[OriginalWeights, Activations | BatchList] | None, hessian_rows: int,
                         advance: Callable[[], None]) -> StageHessians:
-    """Run the calibration rows up to a stage, through the full-precision block too where there are targets.
+    """Run the calibration rows up to a stage and accumulate its Hessians, with targets in both models.
 
     Args:
-        stream: of the block.
-        block: its linears of earlier stages are quantized already.
-        stage: names of linears that have the same input.
+        stream: the stream that has loaded the block.
+        block: the block; linears of earlier stages are already quantized.
+        stage: names of linears with the same input.
         batches: inputs of the block (batch, T, hidden_size) in the quantized model.
         full: the block's original weights, and its inputs in the full-precision model; None without targets.
-        hessian_rows: number of rows to accumulate, the first ones; the others are held out.
-        advance: called after each batch.
+        hessian_rows: number of rows to accumulate, from the first one on; the others are held out.
+        advance: progress callback, called after each batch.
     """
     features = block.get_parameter(f"{stage[0]}.weight").shape[1]
     hessian = HessianMean(features, stream.device)
@@ -87,7 +86,7 @@ def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str,
 def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
             full: tuple[OriginalWeights, Activations | BatchList] | None, advance: Callable[[], None],
             ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A linear's inputs in the quantized and in the full-precision model, (rows, T, K), some rows at a time."""
+    """The stage's inputs (rows, T, K) in the quantized and in the full-precision model, some rows at a time."""
     pairs = ((states, states) for states in batches) if full is None else zip(batches, full[1], strict=True)
     full_pass = nullcontext(nullcontext) if full is None else full[1].attention.forward_pass(block, stream.arch, stage)
     with batches.attention.forward_pass(block, stream.arch, stage) as piece_context, full_pass as full_context:

@@ -1,4 +1,4 @@
-"""Verify the written file: one block read back from it must give the output that it had when it was quantized."""
+"""Verify the written file: a block read back from it must give the output that it had when it was quantized."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,26 +19,30 @@ LARGEST_DIFFERENCE = 1e-5  # relative to the output's largest value; on a CPU th
 
 
 class BlockVerification:
-    """Inputs of the verified block for a few tokens."""
+    """Inputs of the verified block for a few tokens.
+
+    Args:
+        hidden: iterable with one tensor (rows, T, hidden_size).
+    """
 
     def __init__(self, hidden: Iterable[Tensor]) -> None:
         (self.states,) = hidden
 
     def expected_output(self, stream: BlockStream, block: nn.Module) -> dict[str, Tensor]:
-        """The output of the block as it was quantized, to be kept for `compare`."""
+        """The output of the quantized block, for `compare`."""
         return {EXPECTED: stream.run(block, self.states)}
 
     def compare(self, directory: Path, stream: BlockStream, tensors: Mapping[str, Tensor]) -> float:
-        """Read the block from the written files, with the engine's reader, and run the same tokens.
+        """Read the block from the written files with the engine's reader, and run it on the same tokens.
 
         Args:
             directory: the written files.
             stream: the source.
-            tensors: of `expected_output`.
+            tensors: result of `expected_output`.
         Returns:
             The largest difference, relative to the output's largest value.
         Raises:
-            GptqBelleError: it is larger than rounding explains: the written files must not be trusted.
+            GptqBelleError: the difference is larger than rounding errors; the written files are not usable.
         """
         expected = tensors[EXPECTED]
         reader = CheckpointReader(directory)
