@@ -1,9 +1,9 @@
-"""Builds the CPU kernels (kernels/native) into the package; all other settings are in pyproject.toml.
+"""Build the CPU kernels (kernels/native) into the package; all other settings are in pyproject.toml.
 
-They are a shared library with a C interface, not a Python module, so one build serves every version of Python: the file
-is named `_native.so` and a wheel is tagged `py3-none-PLATFORM`. There is one source file per instruction set, each
-compiled with its own flags. Without a C++17 compiler, or with one that is too old for an instruction set, the
-installation continues without these kernels: gptq_belle then computes with torch, and `gptq-belle doctor` says so.
+They are a shared library with a C interface, not a Python module, so that one build works with every version of Python:
+the file is named `_native.so` and a wheel is tagged `py3-none-PLATFORM`. There is one source file per instruction set,
+each compiled with its own flags. Without a C++17 compiler, or with one that is too old for an instruction set, the
+installation continues without these kernels: gptq_belle then computes with torch, and `gptq-belle doctor` reports it.
 """
 
 import os
@@ -18,10 +18,10 @@ from setuptools.errors import CompileError, ExecError, LinkError, PlatformError
 
 NATIVE = Path("kernels/native")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-rtti",
-         "-ffp-contract=off",  # the arithmetic is the same with every compiler and instruction set
-         # Plain loops become vectors; Python's own flags hold -fwrapv, with which gcc 12 leaves many as they are.
+         "-ffp-contract=off",  # the same arithmetic with every compiler and instruction set
+         # To vectorize plain loops. Python's own flags contain -fwrapv, with which gcc 12 does not vectorize many.
          "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv",
-         "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
+         "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 warns about its own intrinsics
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
 SANITIZED = bool(os.environ.get("GPTQ_BELLE_SANITIZE"))  # for `make sanitize`
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -35,15 +35,16 @@ ISAS = {
     "avx512vnni": [*AVX512, "-mavx512vnni"],
     "amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
+# Compiled without flags of an instruction set.
 COMMON = ["abi", "instruction_sets", "parallel", "packing", "packed_rows", "matmul", "attention", "elementwise",
           "run_calls", "solver"]
 
 
 class BuildNative(build_ext):
-    """Compile the library, or leave it out with a warning."""
+    """Compile the library, or omit it with a warning."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """`gptq_belle/kernels/_native.so`: `kernels/native_library.py` loads it by this name."""
+        """`gptq_belle/kernels/_native.so`, the name by which `kernels/native_library.py` loads it."""
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
@@ -55,22 +56,22 @@ class BuildNative(build_ext):
             self.build_library(target)
         except (CompileError, ExecError, LinkError, PlatformError) as error:
             target.unlink(missing_ok=True)
-            self.warn(f"the CPU kernels are left out, torch serves instead: {error}")
+            self.warn(f"the CPU kernels are not built, torch is used instead: {error}")
 
     def build_library(self, target: Path) -> None:
-        """Compile every file with its flags, two at a time or as many as there are processors, and link them."""
+        """Compile every file with its flags, in parallel, and link them."""
         sets = list(ISAS) if platform.machine().lower() in ("x86_64", "amd64") else ["portable"]
         with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-            tried = {name: pool.submit(self.compile, f"isa_{name}", ISAS[name]) for name in sets}
+            jobs = {name: pool.submit(self.compile, f"isa_{name}", ISAS[name]) for name in sets}
             built = {}
-            for name, job in tried.items():
+            for name, job in jobs.items():
                 try:
                     built[name] = job.result()
                 except CompileError:
                     if name == "portable":
                         raise
                     self.warn(f"this compiler does not know {' '.join(ISAS[name])}: no kernels for {name}")
-            mask = sum(1 << place for place, name in enumerate(ISAS) if name in built)
+            mask = sum(1 << index for index, name in enumerate(ISAS) if name in built)
             common = [job.result() for job in
                       [pool.submit(self.compile, name, [f"-DBELLE_ISAS={mask}"]) for name in COMMON]]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,17 +80,17 @@ class BuildNative(build_ext):
                                          build_temp=self.build_temp)
 
     def compile(self, name: str, flags: list[str]) -> str:
-        """One file to an object file."""
+        """Compile one source file and return the path of the object file."""
         (compiled,) = self.compiler.compile([str(NATIVE / f"{name}.cpp")], output_dir=self.build_temp,
                                             extra_postargs=[*FLAGS, *(SANITIZE if SANITIZED else []), *flags])
         return compiled
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for every Python 3 on this platform; not "manylinux", as it needs a C library as new as the builder's."""
+    """A wheel for every Python 3 on this platform; not "manylinux", as it needs the C library of the build machine."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Tags for Python, ABI and platform."""
+        """Tags of Python, ABI and platform."""
         return "py3", "none", super().get_tag()[2]
 
 

@@ -1,7 +1,6 @@
-// Attention of one new token: its queries meet the keys and values of its own sequence, up to its own length. A file
-// isa_*.cpp includes it behind matmul.h. What a token gets depends on its own row alone, not on its batch or on threads:
-// one thread computes a head of a row from beginning to end. (Instruction sets differ in the last bits: a product's
-// terms are added by register.)
+// Attention of one new token to the keys and values of its sequence. A file isa_*.cpp includes it after matmul.h. The
+// result for a token depends on its own row alone, not on its batch or on threads: one thread computes a head of a row
+// from beginning to end. (Instruction sets differ in the last bits: the terms of a dot product are added by register.)
 #include "exponential.h"
 #include "float16.h"
 #include "native.h"
@@ -12,10 +11,10 @@
 namespace belle {
 namespace {
 
-constexpr int kKeys = 64;  // keys whose numbers stay in the first-level cache while all queries that share them come by
+constexpr int kKeyTile = 64;  // keys that stay in the first-level cache while all queries that share them are processed
 
 template <int KIND>
-inline typename Isa::Float load_number(const void* table, int64_t at) {
+inline typename Isa::Float load_value(const void* table, int64_t at) {
   if constexpr (KIND == 0) {
     return Isa::load_float(static_cast<const float*>(table) + at);
   } else if constexpr (KIND == 1) {
@@ -25,9 +24,10 @@ inline typename Isa::Float load_number(const void* table, int64_t at) {
   }
 }
 
-// One head of a new token, its halves turned against each other where there are rotary positions (2104.09864, section
-// 3.4.2), times a factor.
-inline void turned(const AttentionStruct& a, const NewTokensStruct& from, int64_t row, int64_t head, float factor, float* out) {
+// One head of a new token times a factor, with rotary position embeddings if there are any: its halves are rotated
+// against each other (arXiv 2104.09864, section 3.4.2).
+inline void rotate(const AttentionStruct& a, const NewTokensStruct& from, int64_t row, int64_t head, float factor,
+                   float* out) {
   const DecodeStepStruct& s = *a.step;
   const int64_t size = a.cache->head_dim, half = size / 2;
   const float* x = from.values + row * from.row_stride + head * from.head_stride;
@@ -43,27 +43,27 @@ inline void turned(const AttentionStruct& a, const NewTokensStruct& from, int64_
   }
 }
 
-// Keep the numbers of one head at a position of a table; `scale`: that of the position, where there are 8 bits.
+// Store one head at a position of a table, with its scale for int8.
 template <int KIND>
-inline void keep(const float* x, int64_t size, void* table, int64_t position, uint16_t* scales) {
+inline void store_head(const float* x, int64_t size, void* table, int64_t position, uint16_t* scales) {
   if constexpr (KIND == 0) {
     std::memcpy(static_cast<float*>(table) + position * size, x, static_cast<size_t>(size) * sizeof(float));
   } else if constexpr (KIND == 1) {
     uint16_t* to = static_cast<uint16_t*>(table) + position * size;
     for (int64_t i = 0; i < size; ++i) to[i] = float_to_half(x[i]);
   } else {
-    constexpr float kWhole = 12582912.0f, kMost = 127.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
-    const int32_t most = max_magnitude_bits(x, static_cast<int>(size));
-    float wanted;
-    std::memcpy(&wanted, &most, 4);
-    wanted /= kMost;
-    scales[position] = float_to_half(wanted < 6e-8f ? 6e-8f : wanted);
+    constexpr float kMaxCode = 127.0f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
+    const int32_t bits = max_magnitude_bits(x, static_cast<int>(size));
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    largest /= kMaxCode;
+    scales[position] = float_to_half(largest < 6e-8f ? 6e-8f : largest);
     const float scale = half_to_float(scales[position]);
     int8_t* to = static_cast<int8_t*>(table) + position * size;
     for (int64_t i = 0; i < size; ++i) {
       float code = x[i] / scale;
-      code = code > -kMost ? (code < kMost ? code : kMost) : -kMost;  // NaN is in the scale
-      to[i] = static_cast<int8_t>((code + kWhole) - kWhole);
+      code = code > -kMaxCode ? (code < kMaxCode ? code : kMaxCode) : -kMaxCode;  // the scale represents NaN
+      to[i] = static_cast<int8_t>((code + kRound) - kRound);
     }
   }
 }
@@ -72,22 +72,22 @@ template <int KIND>
 inline float dot(const float* query, const void* keys, int64_t at, int64_t size) {
   typename Isa::Float sum = Isa::set_float(0.0f);
   for (int64_t i = 0; i < size; i += Isa::kLanes) {
-    sum = Isa::fused(load_number<KIND>(keys, at + i), Isa::load_float(query + i), sum);
+    sum = Isa::fused(load_value<KIND>(keys, at + i), Isa::load_float(query + i), sum);
   }
   return Isa::sum(sum);
 }
 
-// Probabilities of scores[0 .. count), in place; returns one over their sum, by which the caller divides at the end.
-inline float softmax(float* scores, int64_t count) {
-  float most = scores[0];
-  for (int64_t t = 1; t < count; ++t) most = scores[t] > most ? scores[t] : most;
+// Replace scores[0 .. count) by e^(score - largest score), and return 1 / (their sum), which makes them probabilities.
+inline float exponentiate(float* scores, int64_t count) {
+  float largest = scores[0];
+  for (int64_t t = 1; t < count; ++t) largest = scores[t] > largest ? scores[t] : largest;
   float sum = 0.0f;
-  for (int64_t t = 0; t < count; ++t) scores[t] = exponential(scores[t] - most);
+  for (int64_t t = 0; t < count; ++t) scores[t] = exponential(scores[t] - largest);
   for (int64_t t = 0; t < count; ++t) sum += scores[t];
   return 1.0f / sum;
 }
 
-// out[0 .. size) += weights[t] * value[t] for the values of `count` keys from element `at` on.
+// out[0 .. size) += weights[t] * value[t] for `count` values, the first at element `at`.
 template <int KIND>
 inline void add_values(float* out, const float* weights, const void* values, int64_t at, int64_t count, int64_t size) {
   constexpr int kSums = 4;
@@ -101,9 +101,11 @@ inline void add_values(float* out, const float* weights, const void* values, int
       const int64_t from = at + t * size + i;
       if (sums == kSums) {
 #pragma GCC unroll 4
-        for (int j = 0; j < kSums; ++j) sum[j] = Isa::fused(load_number<KIND>(values, from + j * Isa::kLanes), weight, sum[j]);
+        for (int j = 0; j < kSums; ++j)
+          sum[j] = Isa::fused(load_value<KIND>(values, from + j * Isa::kLanes), weight, sum[j]);
       } else {
-        for (int j = 0; j < sums; ++j) sum[j] = Isa::fused(load_number<KIND>(values, from + j * Isa::kLanes), weight, sum[j]);
+        for (int j = 0; j < sums; ++j)
+          sum[j] = Isa::fused(load_value<KIND>(values, from + j * Isa::kLanes), weight, sum[j]);
       }
     }
     for (int j = 0; j < sums; ++j) Isa::store_float(out + i + j * Isa::kLanes, sum[j]);
@@ -114,18 +116,19 @@ template <int KIND>
 void attend_kind(const AttentionStruct& a, int64_t row, int64_t head, float* scratch) {
   const KvCacheStruct& c = *a.cache;
   const int64_t size = c.head_dim, group = a.heads / c.kv_heads, last = a.step->lengths[row], count = last + 1;
-  const int64_t first = (a.step->slots[row] * c.kv_heads + head) * c.capacity;  // of its positions
+  const int64_t first = (a.step->slots[row] * c.kv_heads + head) * c.capacity;  // position in the tables
   const float factor = 1.0f / std::sqrt(static_cast<float>(size));
   float* queries = scratch;                // (group, size)
   float* scores = scratch + group * size;  // (group, count)
   float* key = scores + group * count;     // (size)
   float* out = a.out + (row * a.heads + head * group) * size;
-  turned(a, a.key, row, head, 1.0f, key);
-  keep<KIND>(key, size, c.keys, first + last, c.key_scales);
-  keep<KIND>(a.value.values + row * a.value.row_stride + head * a.value.head_stride, size, c.values, first + last, c.value_scales);
-  for (int64_t q = 0; q < group; ++q) turned(a, a.query, row, head * group + q, factor, queries + q * size);
-  for (int64_t begin = 0; begin < count; begin += kKeys) {
-    const int64_t end = begin + kKeys < count ? begin + kKeys : count;
+  rotate(a, a.key, row, head, 1.0f, key);
+  store_head<KIND>(key, size, c.keys, first + last, c.key_scales);
+  const float* value = a.value.values + row * a.value.row_stride + head * a.value.head_stride;
+  store_head<KIND>(value, size, c.values, first + last, c.value_scales);
+  for (int64_t q = 0; q < group; ++q) rotate(a, a.query, row, head * group + q, factor, queries + q * size);
+  for (int64_t begin = 0; begin < count; begin += kKeyTile) {
+    const int64_t end = begin + kKeyTile < count ? begin + kKeyTile : count;
     for (int64_t q = 0; q < group; ++q) {
       const float slope = a.step->slopes == nullptr ? 0.0f : a.step->slopes[head * group + q];
       for (int64_t t = begin; t < end; ++t) {
@@ -136,15 +139,15 @@ void attend_kind(const AttentionStruct& a, int64_t row, int64_t head, float* scr
     }
   }
   for (int64_t q = 0; q < group; ++q) {
-    const float inverse = softmax(scores + q * count, count);
+    const float inverse = exponentiate(scores + q * count, count);
     for (int64_t t = 0; t < count; ++t) {
       scores[q * count + t] *= inverse;
       if constexpr (KIND == 2) scores[q * count + t] *= half_to_float(c.value_scales[first + t]);
     }
   }
   std::memset(out, 0, static_cast<size_t>(group * size) * sizeof(float));
-  for (int64_t begin = 0; begin < count; begin += kKeys) {
-    const int64_t keys = begin + kKeys < count ? kKeys : count - begin;
+  for (int64_t begin = 0; begin < count; begin += kKeyTile) {
+    const int64_t keys = begin + kKeyTile < count ? kKeyTile : count - begin;
     for (int64_t q = 0; q < group; ++q) {
       add_values<KIND>(out + q * size, scores + q * count + begin, c.values, (first + begin) * size, keys, size);
     }

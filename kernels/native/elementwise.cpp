@@ -1,4 +1,4 @@
-// What stands between two products, row by row.
+// Norms and activation functions, row by row.
 #include "native.h"
 
 #include <cmath>
@@ -6,10 +6,10 @@
 namespace belle {
 namespace {
 
-constexpr int64_t kAtATime = 1 << 13;  // numbers that a thread takes at least
+constexpr int64_t kMinValues = 1 << 13;  // per piece of work
 constexpr int kSums = 16;
 
-// The sum of f(i) for i in 0 .. count, in 16 sums at a time: SSE is enough, a few thousand numbers take a microsecond.
+// The sum of f(i) for i in 0 .. count, in 16 partial sums: SSE is enough, a few thousand values take a microsecond.
 template <class F>
 inline float sum_of(int64_t count, const F& f) {
   float sums[kSums] = {}, sum = 0.0f;
@@ -37,7 +37,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float* o
   for (int64_t i = 0; i < width; ++i) out[i] = (x[i] - mean) * factor * weight[i] + bias[i];
 }
 
-void one_row(const CallStruct& call, const IsaKernels& kernels, int64_t row) {
+void compute_row(const CallStruct& call, const IsaKernels& kernels, int64_t row) {
   const int64_t width = call.width;
   const float* x = call.x + row * width;
   const float* weight = static_cast<const float*>(call.operand);
@@ -51,13 +51,13 @@ void one_row(const CallStruct& call, const IsaKernels& kernels, int64_t row) {
 
 }  // namespace
 
-// 0. The caller has checked shapes; `out` is not `x`, but for gelu.
+// The caller has checked the shapes; only for GELU, `out` may be `x`.
 int run_elementwise(const CallStruct& call, int threads, int isa) {
-  const IsaKernels& chosen = *kernels_for(isa);
+  const IsaKernels& kernels = *kernels_for(isa);
   if (call.rows * call.width < kSingleThreadValues) threads = 1;
-  const int64_t unit = call.width < kAtATime ? kAtATime / call.width : 1;
+  const int64_t unit = call.width < kMinValues ? kMinValues / call.width : 1;
   parallel_for(threads, call.rows, unit, [&](int64_t row, int64_t end, int) {
-    for (; row < end; ++row) one_row(call, chosen, row);
+    for (; row < end; ++row) compute_row(call, kernels, row);
   });
   return 0;
 }

@@ -1,4 +1,4 @@
-// e to a power that is not positive, in plain arithmetic: loops around it become vectors.
+// e^x for x <= 0 in plain arithmetic, so that compilers can vectorize loops around it.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 namespace belle {
 namespace {
 
-// e^x for x <= 0, relative error 2e-7; NaN stays NaN.
+// The relative error is 2e-7; NaN stays NaN.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number, which its bits hold
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number, stored in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

@@ -1,4 +1,4 @@
-// float16 as bits, on any processor.
+// Conversion of float16, stored as bits, on any processor.
 #pragma once
 
 #include <cstdint>
@@ -7,21 +7,22 @@
 namespace belle {
 namespace {
 
-// Exact, subnormal numbers, infinity and NaN included.
+// Exact, including subnormal numbers, infinity and NaN.
 inline float half_to_float(uint16_t bits) {
-  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13, sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   float value;
   std::memcpy(&value, &magnitude, 4);
-  value *= 5.192296858534828e33f;  // 2^112: the difference of the exponents' offsets
-  uint32_t found;
-  std::memcpy(&found, &value, 4);
-  found = magnitude < 0x0F800000u ? found : magnitude | 0x7F800000u;
-  found |= sign;
-  std::memcpy(&value, &found, 4);
+  value *= 5.192296858534828e33f;  // 2^112: the difference of the exponent biases
+  uint32_t result;
+  std::memcpy(&result, &value, 4);
+  result = magnitude < 0x0F800000u ? result : magnitude | 0x7F800000u;
+  result |= sign;
+  std::memcpy(&value, &result, 4);
   return value;
 }
 
-// The nearest float16, halves to even.
+// Rounds to the nearest float16, halves to even.
 inline uint16_t float_to_half(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -29,7 +30,7 @@ inline uint16_t float_to_half(float x) {
   uint32_t half;
   if (magnitude >= 0x47800000u) {  // 65536 and more, infinity, NaN
     half = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-  } else if (magnitude < 0x38800000u) {  // the smallest step of a float16 is that of a float in front of 1
+  } else if (magnitude < 0x38800000u) {  // float16's smallest step is that of a float just below 1
     float small;
     std::memcpy(&small, &magnitude, 4);
     small += 0.5f;

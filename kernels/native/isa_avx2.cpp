@@ -1,5 +1,5 @@
 // AVX2 and FMA: products of words of 16 bits. `vpmaddubsw` would saturate with codes of 8 bits, and needs as many
-// instructions for two parts of 8 bits as `vpmaddwd` does for one of 16.
+// instructions for two parts of 8 bits as `vpmaddwd` needs for one of 16.
 #include "registers_avx2.h"
 
 namespace belle {

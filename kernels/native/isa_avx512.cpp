@@ -1,4 +1,4 @@
-// AVX-512 F and BW, before VNNI: products of words of 16 bits.
+// AVX-512 F and BW without VNNI: products of words of 16 bits.
 #include "registers_avx512.h"
 
 namespace belle {

@@ -1,4 +1,4 @@
-// AVX-512 VNNI: four products of bytes a lane in one instruction.
+// AVX-512 VNNI: four products of bytes per lane in one instruction.
 #include "registers_avx512.h"
 
 namespace belle {

@@ -1,15 +1,15 @@
-// Any processor: plain loops over 16 lanes, which compilers turn into whatever vectors there are.
+// Any processor: plain loops over 16 lanes, which compilers turn into the vectors of the processor.
 #include "float16.h"
 
 namespace belle {
 namespace {
 
 struct Isa {
-  static constexpr int kLanes = 16;    // outputs of a register
-  static constexpr int kInputs = 2;    // inputs a lane and product: words of 16 bits
-  static constexpr int kColumns = 1;   // registers of outputs of a tile
-  static constexpr int kTileRows = 2;  // rows of a tile
-  static constexpr int kStreamBlocks = 1;
+  static constexpr int kLanes = 16;        // outputs per register
+  static constexpr int kInputs = 2;        // inputs per lane and dot product: words of 16 bits
+  static constexpr int kColumns = 1;       // registers of outputs per tile
+  static constexpr int kTileRows = 2;      // rows per tile
+  static constexpr int kStreamBlocks = 1;  // blocks per stream
 
   struct Int { int32_t lane[kLanes]; };
   struct Float { float lane[kLanes]; };
@@ -36,11 +36,14 @@ struct Isa {
     return total;
   }
   static inline Int load_short(const int16_t* p) { return each_lane<Int>([=](int i) { return p[i]; }); }
-  static inline Float load_half(const uint16_t* p) { return each_lane<Float>([=](int i) { return half_to_float(p[i]); }); }
+  static inline Float load_half(const uint16_t* p) {
+    return each_lane<Float>([=](int i) { return half_to_float(p[i]); });
+  }
 
   template <int SHIFT, uint32_t MASK>
   static inline Int field(const Int& v) {
-    return each_lane<Int>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) >> SHIFT & MASK); });
+    return each_lane<Int>(
+        [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.lane[i]) >> SHIFT & MASK); });
   }
 
   static inline Int dot(const Int& sum, const Int& code, int32_t x) {
@@ -50,7 +53,9 @@ struct Isa {
     });
   }
 
-  static inline Int add(const Int& a, const Int& b) { return each_lane<Int>([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static inline Int add(const Int& a, const Int& b) {
+    return each_lane<Int>([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
   static inline Int subtract(const Int& a, const Int& b) {
     return each_lane<Int>([&](int i) { return a.lane[i] - b.lane[i]; });
   }
@@ -65,7 +70,7 @@ struct Isa {
   static inline Float times(const Float& a, const Float& b) {
     return each_lane<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
   }
-  // Rounded twice: a fused multiplication is a slow function where the processor has none.
+  // Rounded twice: std::fma is a slow function if the processor has no such instruction.
   static inline Float fused(const Float& a, const Float& b, const Float& c) {
     return each_lane<Float>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }

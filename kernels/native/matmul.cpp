@@ -1,60 +1,59 @@
-// Products and plain reads: which instruction set, how the work is cut, and the checks that only native code makes fast.
+// Matrix products: how the work is divided among threads, and the checks of indices, which only native code makes fast.
 #include "native.h"
 
 #include <cstdlib>
 
 namespace belle {
-
 namespace {
 
-constexpr int64_t kCacheBytes = 1 << 20;     // of split activations that a unit of work meets: half of a level 2 cache
-constexpr int64_t kSingleThreadProducts = 1 << 20;  // below, waking threads takes longer than the work
-constexpr int64_t kSingleThreadSplit = 1 << 17;     // activations split by one thread: 50 microseconds, but one barrier less
-
-constexpr int64_t kSplitRows = 4;             // split by one thread at a time
+constexpr int64_t kCacheBytes = 1 << 20;  // of split activations per unit of work: half of a second-level cache
+constexpr int64_t kSingleThreadProducts = 1 << 20;  // with fewer, waking threads takes longer than the work
+constexpr int64_t kSingleThreadSplit = 1 << 17;  // splitting fewer activations takes 50 us, and threads need a barrier
+constexpr int64_t kSplitRows = 4;                // split by one thread at a time
 
 struct MatmulPlan {
   MatmulTask task;
   const IsaKernels* kernels;
-  int64_t pairs, row_units, unit_pairs;  // units of work: rows (task.unit_rows) by pairs of blocks (unit_pairs)
+  int64_t pairs, row_units, unit_pairs;  // a unit of work is task.unit_rows rows by unit_pairs pairs of blocks
 };
 
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void split_rows(const MatmulPlan& plan, int threads) {
   parallel_for(threads, plan.task.rows, kSplitRows,
-        [&](int64_t row, int64_t end, int) { plan.kernels->split(plan.task, row, end); });
+               [&](int64_t row, int64_t end, int) { plan.kernels->split(plan.task, row, end); });
 }
 
-// The places of pairs by units of rows, one after the other.
+// Work items are numbered row unit by row unit, pair by pair within one.
 void multiply_units(const MatmulPlan& plan, int threads) {
   const int64_t rows = plan.task.unit_rows;
   parallel_for(threads, plan.pairs * plan.row_units, plan.unit_pairs, [&](int64_t at, int64_t end, int) {
     while (at < end) {
       const int64_t row = at / plan.pairs * rows, pair = at % plan.pairs, left = plan.pairs - pair;
       const int64_t pairs = end - at < left ? end - at : left;
-      plan.kernels->multiply(plan.task, row, row + rows < plan.task.rows ? row + rows : plan.task.rows, pair, pair + pairs);
+      const int64_t row_end = row + rows < plan.task.rows ? row + rows : plan.task.rows;
+      plan.kernels->multiply(plan.task, row, row_end, pair, pair + pairs);
       at += pairs;
     }
   });
 }
 
-// Rows in equal portions whose activations stay in a thread's cache; outputs in portions that keep all threads busy. Few
-// rows are bound by memory, whichever the portions.
-void cut(MatmulPlan& plan, int threads) {
+// Divide rows into equal units whose activations stay in a thread's cache, and outputs into units that keep all threads
+// busy. Few rows are limited by memory bandwidth, so that the size of their units does not matter.
+void divide_work(MatmulPlan& plan, int threads) {
   MatmulTask& t = plan.task;
   const int64_t all = t.w.groups * t.w.run, chunk = plan.kernels->chunk_inputs;
   const int64_t row_bytes = (chunk > 0 && chunk < all ? chunk : all) * (plan.kernels->input_bytes == 2 ? 2 : t.parts);
-  int64_t most = kCacheBytes / row_bytes / 32 * 32;
-  most = most < 32 ? 32 : most > kMaxRows ? kMaxRows : most;
-  plan.row_units = divided_up(t.rows, most);
-  t.unit_rows = divided_up(t.rows, plan.row_units);
-  plan.row_units = divided_up(t.rows, t.unit_rows);
-  plan.pairs = divided_up(t.w.outputs, kPair);
-  plan.unit_pairs = t.rows <= kMaxStreamRows ? 1 : divided_up(plan.pairs * plan.row_units, 8 * threads);
+  int64_t max_rows = kCacheBytes / row_bytes / 32 * 32;
+  max_rows = max_rows < 32 ? 32 : max_rows > kMaxRows ? kMaxRows : max_rows;
+  plan.row_units = divide_up(t.rows, max_rows);
+  t.unit_rows = divide_up(t.rows, plan.row_units);
+  plan.row_units = divide_up(t.rows, t.unit_rows);
+  plan.pairs = divide_up(t.w.outputs, kPair);
+  plan.unit_pairs = t.rows <= kMaxStreamRows ? 1 : divide_up(plan.pairs * plan.row_units, 8 * threads);
 }
 
-bool order_fits(const WeightStruct& w) {
+bool order_is_valid(const WeightStruct& w) {
   if (w.order == nullptr) return w.inputs <= w.groups * w.run;
   int32_t lowest = 0, highest = -1;
   for (int64_t i = 0; i < w.groups * w.run; ++i) {
@@ -75,37 +74,37 @@ struct Buffer {
 }  // namespace
 }  // namespace belle
 
-// out (M, N) = x (M, K) times the weight, plus its bias, plus `addend` where it is not null. 0, or 1 where an input of `order`
-// is out of bounds, 2 without memory. The caller has checked every size.
+// out (M, N) = x (M, K) times the weight, plus its bias, plus `addend` if not null. The caller has checked all sizes.
 int belle::run_product(const CallStruct& call, int threads, int isa) {
   const WeightStruct& weight = *static_cast<const WeightStruct*>(call.operand);
   const int64_t rows = call.rows;
   if (rows == 0) return 0;
-  if (!order_fits(weight)) return 1;
-  const IsaKernels* chosen = kernels_for(isa);
-  MatmulPlan plan{{weight, call.x, call.addend, call.out, rows, 0, call.parts, {}, nullptr, nullptr}, chosen, 0, 0, 0};
+  if (!order_is_valid(weight)) return 1;
+  const IsaKernels* kernels = kernels_for(isa);
+  MatmulPlan plan{{weight, call.x, call.addend, call.out, rows, 0, call.parts, {}, nullptr, nullptr}, kernels, 0, 0, 0};
   if (rows * weight.inputs * weight.outputs < kSingleThreadProducts) threads = 1;
-  cut(plan, threads);
-  const int64_t places = plan.row_units * plan.task.unit_rows * weight.groups;
-  const size_t part = static_cast<size_t>((places + kOverreadRows) * weight.run * chosen->input_bytes + 63) / 64 * 64;
-  Buffer data(2 * part), numbers(static_cast<size_t>(places) * 8);
-  if (data.at == nullptr || numbers.at == nullptr) return 2;
-  plan.task.split[0] = data.at;
-  plan.task.split[1] = data.at + part;
-  plan.task.scale = reinterpret_cast<float*>(numbers.at);
-  plan.task.sum = reinterpret_cast<int32_t*>(numbers.at + places * 4);
+  divide_work(plan, threads);
+  const int64_t positions = plan.row_units * plan.task.unit_rows * weight.groups;
+  const int64_t split_bytes = (positions + kOverreadRows) * weight.run * kernels->input_bytes;
+  const size_t part = static_cast<size_t>(split_bytes + 63) / 64 * 64;
+  Buffer split(2 * part), scales_and_sums(static_cast<size_t>(positions) * 8);
+  if (split.at == nullptr || scales_and_sums.at == nullptr) return 2;
+  plan.task.split[0] = split.at;
+  plan.task.split[1] = split.at + part;
+  plan.task.scale = reinterpret_cast<float*>(scales_and_sums.at);
+  plan.task.sum = reinterpret_cast<int32_t*>(scales_and_sums.at + positions * 4);
   split_rows(plan, rows * weight.inputs < kSingleThreadSplit ? 1 : threads);
   multiply_units(plan, threads);
   return 0;
 }
 
-// Read whole portions of 256 KiB and do nothing else; the sum of their words of 4 bytes, so that nothing is left out.
+// Read whole pieces of 256 KiB and return the sum of their 4-byte words, so that no read can be optimized away.
 BELLE_API uint32_t belle_read(const uint8_t* bytes, int64_t size, int threads, int isa) {
-  constexpr int64_t kPortion = 1 << 18;
+  constexpr int64_t kPiece = 1 << 18;
   const belle::IsaKernels* kernels = belle::kernels_for(isa);
   std::atomic<uint32_t> sum{0};
-  belle::parallel_for(threads, size / kPortion, 1, [&](int64_t at, int64_t end, int) {
-    sum += kernels->read(bytes + at * kPortion, (end - at) * kPortion);
+  belle::parallel_for(threads, size / kPiece, 1, [&](int64_t at, int64_t end, int) {
+    sum += kernels->read(bytes + at * kPiece, (end - at) * kPiece);
   });
   return sum;
 }

@@ -1,8 +1,9 @@
 // The matrix product for any instruction set. A file isa_*.cpp defines `struct Isa` and includes this file; everything
 // is in an anonymous namespace, so that the linker never takes one instruction set's code for another's.
 //
-// Two ways, one arithmetic. Up to 4 rows of x, codes are unpacked on their way from memory ("stream": what counts is
-// that each thread reads long runs). More rows meet each group's codes unpacked once to the first-level cache ("block").
+// There are two loops with the same arithmetic. For up to 4 rows of x, codes are unpacked as they are read from memory
+// ("stream": each thread should read long contiguous pieces). For more rows, each group's codes are unpacked once, into
+// the first-level cache, and multiplied by all rows ("block").
 #include "native.h"
 
 #include <cstring>
@@ -10,7 +11,7 @@
 namespace belle {
 namespace {
 
-constexpr int kVectors = kBlock / Isa::kLanes;  // registers of one block
+constexpr int kVectors = kBlock / Isa::kLanes;  // registers per block
 
 inline int32_t load32(const uint8_t* p) {
   int32_t value;
@@ -23,7 +24,7 @@ struct Constant {
   static constexpr int value = I;
 };
 
-// f(Constant<0>), f(Constant<1>), ... f(Constant<COUNT - 1>): a loop over numbers that are part of a type.
+// f(Constant<0>), f(Constant<1>), ... f(Constant<COUNT - 1>): a loop over compile-time constants.
 template <int COUNT, int I = 0, class F>
 inline __attribute__((always_inline)) void unrolled_for(F&& f) {
   if constexpr (I < COUNT) {
@@ -32,16 +33,16 @@ inline __attribute__((always_inline)) void unrolled_for(F&& f) {
   }
 }
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- activations ----
 
-struct Split {
+struct GroupSplit {
   float scale;
-  int32_t sum;
+  int32_t sum;  // of the integers
 };
 
-// The bits of the largest magnitude: as whole numbers, NaN and infinity stand above all numbers.
+// The bits of the largest magnitude: compared as integers, NaN and infinity are larger than all numbers.
 inline int32_t max_magnitude_bits(const float* values, int run) {
   int32_t largest = 0;
   for (int i = 0; i < run; ++i) {
@@ -53,24 +54,24 @@ inline int32_t max_magnitude_bits(const float* values, int run) {
   return largest;
 }
 
-// Split one group of one row. Rounding is to nearest, through the bits of 1.5 * 2^23 + x. NaN and infinity make the whole
-// row NaN.
+// Split one group of one row. Adding 1.5 * 2^23 rounds to the nearest integer, which is in the low bits of the sum. NaN
+// or infinity makes the whole row NaN.
 template <int PARTS>
-inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1) {
+inline GroupSplit split_group(const float* v, int run, uint8_t* high_out, uint8_t* low_out) {
   constexpr float kRound = 12582912.0f;
   constexpr int32_t kRoundBits = 0x4B400000, kInfinity = 0x7F800000, kTiny = 0x0C000000;  // 2^-103: 127 / x is finite
-  const int32_t most = max_magnitude_bits(v, run);
+  const int32_t largest_bits = max_magnitude_bits(v, run);
   float largest, inverse = 0.0f, scale = 0.0f;
-  std::memcpy(&largest, &most, 4);
-  if (most >= kInfinity) {
+  std::memcpy(&largest, &largest_bits, 4);
+  if (largest_bits >= kInfinity) {
     scale = __builtin_nanf("");
-  } else if (most >= kTiny) {
+  } else if (largest_bits >= kTiny) {
     inverse = 127.0f / largest;
     scale = largest / 127.0f;
   }
-  int32_t both[kMaxRun], sum = 0;
+  int32_t parts[kMaxRun], sum = 0;
   for (int i = 0; i < run; ++i) {
-    const float t = (most >= kInfinity ? 0.0f : v[i]) * inverse, shifted = t + kRound;
+    const float t = (largest_bits >= kInfinity ? 0.0f : v[i]) * inverse, shifted = t + kRound;
     int32_t high, low = 0;
     std::memcpy(&high, &shifted, 4);
     high -= kRoundBits;
@@ -81,23 +82,23 @@ inline Split split_group(const float* v, int run, uint8_t* data0, uint8_t* data1
       low = low > 127 ? 127 : low;
       high = high * 256 + low;
     }
-    both[i] = high;
+    parts[i] = high;
     sum += high;
   }
   if (Isa::kInputs == 4) {
     for (int i = 0; i < run; ++i) {
-      const int8_t low = static_cast<int8_t>(both[i]);
-      if (PARTS == 2) data1[i] = static_cast<uint8_t>(low);
-      data0[i] = static_cast<uint8_t>(PARTS == 2 ? (both[i] - low) >> 8 : low);
+      const int8_t low = static_cast<int8_t>(parts[i]);
+      if (PARTS == 2) low_out[i] = static_cast<uint8_t>(low);
+      high_out[i] = static_cast<uint8_t>(PARTS == 2 ? (parts[i] - low) >> 8 : low);
     }
   } else {
-    // Pairs of 16 bits meet the codes of bytes 0 and 2, then 1 and 3, of every four.
-    int16_t* words = reinterpret_cast<int16_t*>(data0);
+    // Pairs of 16 bits are multiplied by the codes of bytes 0 and 2, then 1 and 3, of every four.
+    int16_t* words = reinterpret_cast<int16_t*>(high_out);
     for (int i = 0; i < run; i += 4) {
-      words[i] = static_cast<int16_t>(both[i]);
-      words[i + 1] = static_cast<int16_t>(both[i + 2]);
-      words[i + 2] = static_cast<int16_t>(both[i + 1]);
-      words[i + 3] = static_cast<int16_t>(both[i + 3]);
+      words[i] = static_cast<int16_t>(parts[i]);
+      words[i + 1] = static_cast<int16_t>(parts[i + 2]);
+      words[i + 2] = static_cast<int16_t>(parts[i + 1]);
+      words[i + 3] = static_cast<int16_t>(parts[i + 3]);
     }
   }
   return {PARTS == 2 ? scale / 256.0f : scale, sum};
@@ -107,7 +108,7 @@ void split(const MatmulTask& t, int64_t row_begin, int64_t row_end) {
   const int run = t.w.run;
   for (int64_t m = row_begin; m < row_end; ++m) {
     const float* row = t.x + m * t.w.inputs;
-    const int64_t first_place = row_position(t, m);
+    const int64_t first_position = row_position(t, m);
     for (int64_t g = 0; g < t.w.groups; ++g) {
       float gathered[kMaxRun];
       const float* v = gathered;
@@ -122,19 +123,19 @@ void split(const MatmulTask& t, int64_t row_begin, int64_t row_end) {
       } else {
         for (int i = 0; i < run; ++i) gathered[i] = first + i < t.w.inputs ? row[first + i] : 0.0f;
       }
-      const int64_t place = first_place + g * t.unit_rows;
-      const int64_t offset = place * run * (4 / Isa::kInputs);
-      const Split s = t.parts == 2 ? split_group<2>(v, run, t.split[0] + offset, t.split[1] + offset)
+      const int64_t position = first_position + g * t.unit_rows;
+      const int64_t offset = position * run * (4 / Isa::kInputs);
+      const GroupSplit s = t.parts == 2 ? split_group<2>(v, run, t.split[0] + offset, t.split[1] + offset)
                                    : split_group<1>(v, run, t.split[0] + offset, nullptr);
-      t.scale[place] = s.scale;
-      t.sum[place] = s.sum;
+      t.scale[position] = s.scale;
+      t.sum[position] = s.sum;
     }
   }
 }
 
 // ---- codes ----
 
-// Codes of slice S of a packed register: kInputs neighbours (or every second of four) a lane, one step of `dot`.
+// Codes of slice S of a packed register, for one step of `dot`: kInputs neighbours (or every second of four) per lane.
 template <int BITS, int S>
 inline typename Isa::Int slice(typename Isa::Int packed) {
   if constexpr (Isa::kInputs == 4) {
@@ -147,7 +148,7 @@ inline typename Isa::Int slice(typename Isa::Int packed) {
 template <int BITS>
 constexpr int kSlices = 32 / BITS / Isa::kInputs;
 
-// The scales and zeros of one block and group.
+// Scales and zero points of one block and group.
 struct Grid {
   typename Isa::Float scale[kVectors];
   typename Isa::Int zero[kVectors];
@@ -165,18 +166,18 @@ inline Grid load_grid(const WeightStruct& w, int64_t block, int64_t group) {
   return grid;
 }
 
-// One group's integer sums, scaled and added to what the groups before it gave.
+// `before` (the sum over the previous groups) plus one group's integer sums, scaled.
 template <int PARTS>
-inline typename Isa::Float scaled(const typename Isa::Int* sums, typename Isa::Int zero, typename Isa::Float scale,
-                                  int32_t sum, float row_scale, typename Isa::Float before) {
+inline typename Isa::Float add_scaled(const typename Isa::Int* sums, typename Isa::Int zero, typename Isa::Float scale,
+                                      int32_t sum, float row_scale, typename Isa::Float before) {
   typename Isa::Int whole = sums[0];
   if constexpr (PARTS == 2) whole = Isa::add(Isa::template shift_left<8>(whole), sums[1]);
   whole = Isa::subtract(whole, Isa::multiply(zero, Isa::set(sum)));
   return Isa::fused(Isa::times(Isa::to_float(whole), scale), Isa::set_float(row_scale), before);
 }
 
-inline void write_block(const MatmulTask& t, int64_t m, int64_t block, const float* values) {
-  const int64_t first = block * kBlock, count = least(kBlock, t.w.outputs - first), at = m * t.w.outputs + first;
+inline void store_block(const MatmulTask& t, int64_t m, int64_t block, const float* values) {
+  const int64_t first = block * kBlock, count = minimum(kBlock, t.w.outputs - first), at = m * t.w.outputs + first;
   for (int64_t i = 0; i < count; ++i) {
     const float value = t.w.bias == nullptr ? values[i] : values[i] + t.w.bias[first + i];
     t.y[at + i] = t.addend == nullptr ? value : value + t.addend[at + i];
@@ -185,11 +186,11 @@ inline void write_block(const MatmulTask& t, int64_t m, int64_t block, const flo
 
 // ---- few rows: R rows by the outputs of kStreamBlocks blocks, all groups ----
 
-// Processors fetch ahead of a run of reads by themselves, but not beyond a page of 4 KiB. Asking for every line a page
-// ahead took one row from 0.82 to 0.96 of a plain read (2 cores; 0.90 with one block at a time).
+// Processors prefetch sequential reads, but not beyond a page of 4 KiB. Prefetching every line a page ahead raised the
+// speed with one row from 0.82 to 0.96 of that of a plain read (2 cores; 0.90 with one block at a time).
 constexpr int kCodesAhead = 4096, kScalesAhead = 1024;  // bytes
 
-inline Grid stream_grid(const WeightStruct& w, int64_t block, int64_t group) {
+inline Grid load_grid_prefetching(const WeightStruct& w, int64_t block, int64_t group) {
   const int64_t first = (block * w.groups + group) * kBlock * (w.half_scales ? 2 : 4);
   __builtin_prefetch(static_cast<const uint8_t*>(w.scales) + first + kScalesAhead, 0, 2);
   return load_grid(w, block, group);
@@ -198,19 +199,19 @@ inline Grid stream_grid(const WeightStruct& w, int64_t block, int64_t group) {
 template <int BITS, int R, int PARTS>
 void stream(const MatmulTask& t, int64_t m, int64_t block) {
   constexpr int kS = kSlices<BITS>, kB = Isa::kStreamBlocks;
-  constexpr int kChains = R * kB == 1 ? 4 : R * kB == 2 ? 2 : 1;  // sums in flight: a product takes 5 cycles
+  constexpr int kChains = R * kB == 1 ? 4 : R * kB == 2 ? 2 : 1;  // independent sums: a dot product takes 5 cycles
   const WeightStruct& w = t.w;
   const int vectors = w.run * BITS / 32;
   const int64_t row_bytes = w.run * (4 / Isa::kInputs), block_bytes = w.groups * vectors * 64;
-  const int64_t first_place = row_position(t, m);
+  const int64_t first_position = row_position(t, m);
   const uint8_t* codes = w.codes + block * block_bytes;
   typename Isa::Float y[R][kB * kVectors];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kB * kVectors; ++c) y[r][c] = Isa::set_float(0.0f);
   for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t place = first_place + g * t.unit_rows;
+    const int64_t position = first_position + g * t.unit_rows;
     const uint8_t* x[PARTS];
-    for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + place * row_bytes;
+    for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + position * row_bytes;
     typename Isa::Int sums[R][kB * kVectors][kChains][PARTS];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < kB * kVectors; ++c)
@@ -224,7 +225,7 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
           const uint8_t* from = codes + c / kVectors * block_bytes + u * 64 + c % kVectors * Isa::kLanes * 4;
           if (c % kVectors == 0) __builtin_prefetch(from + kCodesAhead, 0, 3);
           const typename Isa::Int packed = Isa::load(from);
-          auto meet = [&](auto s) {
+          auto multiply_slice = [&](auto s) {
             constexpr int kSlice = decltype(s)::value;
             const typename Isa::Int code = slice<BITS, kSlice>(packed);
             const int i = (u * kS + kSlice) % kChains;
@@ -235,7 +236,7 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
                 sums[r][c][i][p] =
                     Isa::dot(sums[r][c][i][p], code, load32(x[p] + r * row_bytes + (u * kS + kSlice) * 4));
           };
-          unrolled_for<kS>(meet);
+          unrolled_for<kS>(multiply_slice);
         }
       }
       codes += 128;
@@ -243,7 +244,7 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
     }
 #pragma GCC unroll 2
     for (int b = 0; b < kB; ++b) {
-      const Grid grid = stream_grid(w, block + b, g);
+      const Grid grid = load_grid_prefetching(w, block + b, g);
       for (int r = 0; r < R; ++r) {
         for (int h = 0; h < kVectors; ++h) {
           const int c = b * kVectors + h;
@@ -252,7 +253,8 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
             total[p] = sums[r][c][0][p];
             for (int i = 1; i < kChains; ++i) total[p] = Isa::add(total[p], sums[r][c][i][p]);
           }
-          y[r][c] = scaled<PARTS>(total, grid.zero[h], grid.scale[h], t.sum[place + r], t.scale[place + r], y[r][c]);
+          y[r][c] = add_scaled<PARTS>(total, grid.zero[h], grid.scale[h], t.sum[position + r], t.scale[position + r],
+                                      y[r][c]);
         }
       }
     }
@@ -261,19 +263,19 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
     float values[kB * kBlock];
     for (int c = 0; c < kB * kVectors; ++c) Isa::store_float(values + c * Isa::kLanes, y[r][c]);
     for (int b = 0; b < kB; ++b)
-      if ((block + b) * kBlock < w.outputs) write_block(t, m + r, block + b, values + b * kBlock);
+      if ((block + b) * kBlock < w.outputs) store_block(t, m + r, block + b, values + b * kBlock);
   }
 }
 
-// ---- many rows: a group's codes of 32 outputs unpacked, then R rows at a time ----
+// ---- many rows: a group's codes of 32 outputs are unpacked, then multiplied by R rows at a time ----
 
-struct Scratch {
+struct BlockScratch {
   alignas(64) uint8_t codes[kMaxRun / Isa::kInputs * 128];  // (steps, 32 outputs, 4 bytes)
-  alignas(64) float y[kMaxRows * kPair];                    // what the groups so far gave
+  alignas(64) float y[kMaxRows * kPair];                    // sums over the groups so far
 };
 
 template <int BITS>
-void unpack(const WeightStruct& w, int64_t pair, int64_t group, uint8_t* out) {
+void unpack_group(const WeightStruct& w, int64_t pair, int64_t group, uint8_t* out) {
   constexpr int kS = kSlices<BITS>;
   const int vectors = w.run * BITS / 32;
   for (int b = 0; b < 2; ++b) {
@@ -290,15 +292,15 @@ void unpack(const WeightStruct& w, int64_t pair, int64_t group, uint8_t* out) {
   }
 }
 
-// R rows from `place` on by Isa::kColumns registers of outputs, one group.
+// Multiply R rows, the first at `position`, by one group of Isa::kColumns registers of outputs.
 template <int R, int PARTS>
-inline void tile(const MatmulTask& t, int64_t place, const uint8_t* codes, const typename Isa::Float* scale,
-                 const typename Isa::Int* zero, float* y) {
+inline void multiply_tile(const MatmulTask& t, int64_t position, const uint8_t* codes, const typename Isa::Float* scale,
+                          const typename Isa::Int* zero, float* y) {
   constexpr int kC = Isa::kColumns;
   const int64_t row_bytes = t.w.run * (4 / Isa::kInputs);
   const int steps = t.w.run / Isa::kInputs;
   const uint8_t* x[PARTS];
-  for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + place * row_bytes;
+  for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + position * row_bytes;
   typename Isa::Int sums[R][kC][PARTS];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kC; ++c)
@@ -318,28 +320,28 @@ inline void tile(const MatmulTask& t, int64_t place, const uint8_t* codes, const
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < kC; ++c) {
       float* to = y + r * kPair + c * Isa::kLanes;
-      Isa::store_float(to, scaled<PARTS>(sums[r][c], zero[c], scale[c], t.sum[place + r], t.scale[place + r],
+      Isa::store_float(to, add_scaled<PARTS>(sums[r][c], zero[c], scale[c], t.sum[position + r], t.scale[position + r],
                                          Isa::load_float(to)));
     }
 }
 
 template <int R, int PARTS>
-inline void tiles(const MatmulTask& t, int64_t place, int count, const uint8_t* codes,
-                  const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
+inline void multiply_rows(const MatmulTask& t, int64_t position, int count, const uint8_t* codes,
+                          const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
   if (count == R) {
-    tile<R, PARTS>(t, place, codes, scale, zero, y);
+    multiply_tile<R, PARTS>(t, position, codes, scale, zero, y);
   } else if constexpr (R > 1) {
-    tiles<R - 1, PARTS>(t, place, count, codes, scale, zero, y);
+    multiply_rows<R - 1, PARTS>(t, position, count, codes, scale, zero, y);
   }
 }
 
 template <int BITS, int PARTS>
-void block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair, Scratch& scratch) {
+void multiply_block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair, BlockScratch& scratch) {
   constexpr int kRows = PARTS == 2 ? Isa::kTileRows / 2 : Isa::kTileRows;
-  const int64_t rows = row_end - row_begin, first_place = row_position(t, row_begin);
+  const int64_t rows = row_end - row_begin, first_position = row_position(t, row_begin);
   for (int64_t i = 0; i < rows * kPair; ++i) scratch.y[i] = 0.0f;
   for (int64_t g = 0; g < t.w.groups; ++g) {
-    unpack<BITS>(t.w, pair, g, scratch.codes);
+    unpack_group<BITS>(t.w, pair, g, scratch.codes);
     const Grid grids[2] = {load_grid(t.w, 2 * pair, g), load_grid(t.w, 2 * pair + 1, g)};
     typename Isa::Float scale[2 * kVectors];
     typename Isa::Int zero[2 * kVectors];
@@ -350,18 +352,18 @@ void block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair
     for (int c = 0; c < 2 * kVectors; c += Isa::kColumns) {
       const int lane = c * Isa::kLanes;
       for (int64_t m = 0; m < rows; m += kRows) {
-        tiles<kRows, PARTS>(t, first_place + g * t.unit_rows + m, static_cast<int>(least(kRows, rows - m)),
-                            scratch.codes + lane * 4, scale + c, zero + c, scratch.y + m * kPair + lane);
+        multiply_rows<kRows, PARTS>(t, first_position + g * t.unit_rows + m, static_cast<int>(minimum(kRows, rows - m)),
+                                    scratch.codes + lane * 4, scale + c, zero + c, scratch.y + m * kPair + lane);
       }
     }
   }
   for (int64_t m = 0; m < rows; ++m)
     for (int b = 0; b < 2; ++b)
       if ((2 * pair + b) * kBlock < t.w.outputs)
-        write_block(t, row_begin + m, 2 * pair + b, scratch.y + m * kPair + b * kBlock);
+        store_block(t, row_begin + m, 2 * pair + b, scratch.y + m * kPair + b * kBlock);
 }
 
-// ---- the choice among them ----
+// ---- the choice of the loop ----
 
 template <int BITS, int PARTS>
 void stream_rows(const MatmulTask& t, int64_t m, int64_t rows, int64_t block) {
@@ -379,12 +381,13 @@ void multiply_parts(const MatmulTask& t, int64_t row_begin, int64_t row_end, int
     for (int64_t b = 2 * pair_begin; b < 2 * pair_end; b += Isa::kStreamBlocks)
       stream_rows<BITS, PARTS>(t, row_begin, row_end - row_begin, b);
   } else {
-    Scratch scratch;
-    for (int64_t pair = pair_begin; pair < pair_end; ++pair) block<BITS, PARTS>(t, row_begin, row_end, pair, scratch);
+    BlockScratch scratch;
+    for (int64_t pair = pair_begin; pair < pair_end; ++pair)
+      multiply_block<BITS, PARTS>(t, row_begin, row_end, pair, scratch);
   }
 }
 
-// Where activations are words of 16 bits, both parts are in one.
+// If activations are words of 16 bits, both parts are in one.
 template <int BITS>
 void multiply_bits(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
   if (Isa::kInputs == 4 && t.parts == 2) {
@@ -402,7 +405,7 @@ void multiply(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t p
   }
 }
 
-// ---- a plain read: the bound of every product with few rows ----
+// ---- a plain read: the upper bound for the speed of products with few rows ----
 
 uint32_t read(const uint8_t* bytes, int64_t size) {
   constexpr int kSums = 8, kStep = kSums * Isa::kLanes * 4;

@@ -1,9 +1,9 @@
 // The library's C interface, and what its source files share. kernels/native_structs.py mirrors the structs and checks
 // their sizes (abi.cpp) when it loads the library; raise kAbi with every change.
 //
-// K = inputs, N = outputs, M = rows of activations, G = groups. A "group" here is a run of 32, 64 or 128 inputs with one
-// scale and one zero point per output; a longer group of a checkpoint becomes several of them. Inputs are sorted by
-// group, and each group is padded to whole runs. A "position" is an index into these G * run sorted, padded inputs.
+// K = inputs, N = outputs, M = rows of activations, G = groups. Here a "group" is a run of 32, 64 or 128 inputs with a
+// scale and a zero point per output; a longer group of a checkpoint becomes several. Inputs are sorted by group, and
+// each group is padded to whole runs. A "position" is an index into these G * run sorted, padded inputs.
 //
 // codes   (N / 16, G, run * bits / 32, 16, 4) bytes: 16 outputs (a "block") by one group are contiguous. In a vector of
 //         64 bytes, lane r of 16 holds output r; with n = 8 / bits, bit field j of its byte i is the code of input

@@ -1,4 +1,4 @@
-// The rows of a matrix such as an embedding: rounded, and laid out as native.h says.
+// Rows of a matrix such as an embedding: rounded to codes, and converted to the layout of native.h.
 #include "native.h"
 
 #include <cstring>
@@ -6,9 +6,9 @@
 namespace belle {
 namespace {
 
-constexpr int64_t kRowsAtATime = 8;
+constexpr int64_t kRowsPerPiece = 8;
 
-void lay_block(const CodeRowsStruct& r, int64_t block, uint8_t* out) {
+void pack_block(const CodeRowsStruct& r, int64_t block, uint8_t* out) {
   const int fields = 8 / r.bits, vectors = r.run * r.bits / 32;
   out += block * r.groups * vectors * 64;
   for (int64_t g = 0; g < r.groups; ++g, out += vectors * 64) {
@@ -30,11 +30,11 @@ void lay_block(const CodeRowsStruct& r, int64_t block, uint8_t* out) {
 }  // namespace
 }  // namespace belle
 
-// 0, or 1 where there is NaN or infinity. The caller has checked shapes.
+// Return 0, or 1 if the matrix holds NaN or infinity. The caller has checked the shapes.
 BELLE_API int belle_round_rows(const RowQuantizationStruct* rounding, int threads, int isa) {
   const belle::IsaKernels* kernels = belle::kernels_for(isa);
   std::atomic<bool> finite{true};
-  belle::parallel_for(threads, rounding->count, belle::kRowsAtATime, [&](int64_t row, int64_t end, int) {
+  belle::parallel_for(threads, rounding->count, belle::kRowsPerPiece, [&](int64_t row, int64_t end, int) {
     for (; row < end && finite; ++row) {
       if (!kernels->quantize_row(*rounding, row)) finite = false;
     }
@@ -42,10 +42,10 @@ BELLE_API int belle_round_rows(const RowQuantizationStruct* rounding, int thread
   return finite ? 0 : 1;
 }
 
-// Fill `out` (N / 16, G, run * bits / 32, 64); the caller has checked shapes.
+// Write the layout to `out` (N / 16, G, run * bits / 32, 64). The caller has checked the shapes.
 BELLE_API void belle_pack_rows(const CodeRowsStruct* rows, uint8_t* out, int threads) {
   const int64_t unit = belle::pieces_per_huge_page(rows->groups * rows->run * rows->bits / 8 * belle::kBlock);
   belle::parallel_for(threads, rows->count / belle::kBlock, unit, [&](int64_t block, int64_t end, int) {
-    for (; block < end; ++block) belle::lay_block(*rows, block, out);
+    for (; block < end; ++block) belle::pack_block(*rows, block, out);
   });
 }

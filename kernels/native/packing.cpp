@@ -1,8 +1,8 @@
-// The entry point of packing: strips of outputs are units of work.
+// The entry point of packing: a unit of work is a strip of outputs.
 #include "native.h"
 
-// Fill `out` (padded N / 16, G, run * container / 32, 64), which begins a line of the cache; the caller has checked shapes
-// and `order`.
+// Write the layout of native.h to `out` (padded N / 16, G, run * container / 32, 64), which is aligned to 64 bytes. The
+// caller has checked the shapes and `order`.
 BELLE_API void belle_pack(const PackedWordsStruct* words, uint8_t* out, int threads, int isa) {
   const PackedWordsStruct& w = *words;
   const belle::IsaKernels* kernels = belle::kernels_for(isa);

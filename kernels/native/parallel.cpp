@@ -1,7 +1,7 @@
-// Threads. torch computes on the threads of an OpenMP runtime; work that waits at the end of a parallel region spins for
-// a while, so a second pool beside it would fight for the cores. The binding therefore hands over the entry point of the
-// runtime that torch has loaded (GOMP_parallel, which GNU's and LLVM's runtimes both export), and our work runs on the
-// very same threads. Without one, threads are started for each call, as many as the system allows.
+// Threads. torch computes on the threads of an OpenMP runtime, which spin for a while after a parallel region: a second
+// pool would compete with them for the cores. native_library.py therefore passes in the entry point of the runtime that
+// torch has loaded (GOMP_parallel, which GNU's and LLVM's runtimes both export), and our work runs on the same threads.
+// Without a runtime, threads are started for each call.
 #include "native.h"
 
 #include <atomic>
@@ -26,8 +26,8 @@ void belle::run_on_threads(int threads, void (*work)(void*), void* context) {
     started.reserve(static_cast<size_t>(threads - 1));
     for (int i = 1; i < threads; ++i) started.emplace_back(work, context);
   } catch (const std::exception&) {
-    // std::system_error (no more threads) or std::bad_alloc. Neither may leave a C function, and neither matters: `parallel_for`
-    // gives all the work to whichever threads there are.
+    // std::system_error (no more threads) or std::bad_alloc. A C function must not throw, and `parallel_for` gives all
+    // work to whichever threads there are.
   }
   work(context);
   for (std::thread& thread : started) thread.join();

@@ -1,4 +1,4 @@
-// Registers of 256 bits: what AVX2 and AVX-VNNI share.
+// Registers of 256 bits, as AVX2 and AVX-VNNI use them.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace belle {
 namespace {
 
 struct Registers256 {
-  static constexpr int kLanes = 8;    // outputs of a register
-  static constexpr int kColumns = 2;  // registers of outputs of a tile
+  static constexpr int kLanes = 8;    // outputs per register
+  static constexpr int kColumns = 2;  // registers of outputs per tile
   static constexpr int kTileRows = 4;
   static constexpr int kStreamBlocks = 1;
 

@@ -1,4 +1,4 @@
-// Registers of 512 bits: what the instruction sets from AVX-512BW on share.
+// Registers of 512 bits, as AVX-512BW and later instruction sets use them.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace belle {
 namespace {
 
 struct Registers512 {
-  static constexpr int kLanes = 16;   // outputs of a register
-  static constexpr int kColumns = 2;  // registers of outputs of a tile
+  static constexpr int kLanes = 16;   // outputs per register
+  static constexpr int kColumns = 2;  // registers of outputs per tile
   static constexpr int kTileRows = 8;
   static constexpr int kStreamBlocks = 2;
 

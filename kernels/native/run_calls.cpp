@@ -1,5 +1,5 @@
-// The entry point of a model's parts: one call, or those of a whole step, recorded before. Between products that read
-// megabytes each, whatever a call from Python touches comes from memory anew.
+// The entry point of products, attention, norms and activation functions: makes one call, or all those of a recorded
+// decode step. Products read megabytes each, so that after one the data of a call from Python comes from memory again.
 #include "native.h"
 
 #include <chrono>
@@ -8,7 +8,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-int run_one(const CallStruct& call, int threads, int isa) {
+int run_call(const CallStruct& call, int threads, int isa) {
   switch (call.kind) {
     case kProduct: return belle::run_product(call, threads, isa);
     case kAttention: return belle::run_attention(*static_cast<const AttentionStruct*>(call.operand), threads, isa);
@@ -18,14 +18,14 @@ int run_one(const CallStruct& call, int threads, int isa) {
 
 }  // namespace
 
-// 0, or what the first call that failed returned: 1 where an index is out of bounds, 2 without memory. Where `seconds` is
-// not null, each call adds its time to that of its kind.
+// Return 0, or the status of the first call that failed: 1 if an index is out of bounds, 2 if memory is exhausted. Each
+// call adds its time to seconds[kind], unless `seconds` is null.
 BELLE_API int belle_run(const CallStruct* calls, int64_t count, int threads, int isa, double* seconds) {
-  Clock::time_point began;
+  Clock::time_point start;
   for (const CallStruct* call = calls; call < calls + count; ++call) {
-    if (seconds != nullptr) began = Clock::now();
-    if (const int outcome = run_one(*call, threads, isa)) return outcome;
-    if (seconds != nullptr) seconds[call->kind] += std::chrono::duration<double>(Clock::now() - began).count();
+    if (seconds != nullptr) start = Clock::now();
+    if (const int status = run_call(*call, threads, isa)) return status;
+    if (seconds != nullptr) seconds[call->kind] += std::chrono::duration<double>(Clock::now() - start).count();
   }
   return 0;
 }

@@ -1,19 +1,18 @@
-// The entry points of quantizing: some outputs at a time are a unit of work, which one thread does whole.
+// The entry points of the solver: a unit of work is a number of outputs. The caller has checked all shapes.
 #include "native.h"
 
 namespace {
 
-// call(n, count) for at most kSolverOutputs of the outputs at a time.
+// Call call(n, count) for at most kSolverOutputs outputs at a time.
 template <class Call>
 void share_outputs(int threads, int64_t outputs, const Call& call) {
-  belle::parallel_for(threads, outputs, belle::kSolverOutputs, [&](int64_t n, int64_t end, int) {
-    for (; n < end; n += belle::kSolverOutputs) call(n, end - n < belle::kSolverOutputs ? end - n : belle::kSolverOutputs);
+  constexpr int kOutputs = belle::kSolverOutputs;
+  belle::parallel_for(threads, outputs, kOutputs, [&](int64_t n, int64_t end, int) {
+    for (; n < end; n += kOutputs) call(n, end - n < kOutputs ? end - n : kOutputs);
   });
 }
 
 }  // namespace
-
-// The caller has checked all shapes.
 
 BELLE_API void belle_gptq_block(const GptqBlockStruct* block, int threads, int isa) {
   const belle::IsaKernels* kernels = belle::kernels_for(isa);
