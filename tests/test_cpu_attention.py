@@ -1,4 +1,4 @@
-"""The native attention of a decoding step against softmax in float64: every cache, positions, shared keys."""
+"""Native attention of a decode step against softmax in float64: cache dtypes, position encodings, shared keys."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from gptq_belle.kernels.native_library import load_library
 if isinstance(load_library(), str):
     pytest.skip(load_library(), allow_module_level=True)
 SLOTS, CAPACITY = 5, 300
-PLACES, LENGTHS = torch.tensor([3, 0, 4, 1]), torch.tensor([0, 63, 64, CAPACITY - 1])
+STEP_SLOTS, LENGTHS = torch.tensor([3, 0, 4, 1]), torch.tensor([0, 63, 64, CAPACITY - 1])
 
 
-def tables(dtype, kv_heads=2, size=48):
+def cache_tensors(dtype, kv_heads=2, size=48):
     """Keys, values and scales."""
     keys, values = torch.randn(2, SLOTS, kv_heads, CAPACITY, size)
     if dtype != torch.int8:
@@ -23,17 +23,17 @@ def tables(dtype, kv_heads=2, size=48):
     return keys, values, (first, second)
 
 
-def fresh(heads=4, kv_heads=2, size=48, rows=4):
-    """Query, key and value as they lie beside each other."""
+def new_tokens(heads=4, kv_heads=2, size=48, rows=4):
+    """Query, key and value of a fused projection, as views of one tensor."""
     return torch.randn(rows, heads + 2 * kv_heads, size).split([heads, kv_heads, kv_heads], 1)
 
 
-def turns(size, rows=4):
+def rotation_of(size, rows=4):
     angles = 3 * torch.rand(rows, 1, size // 2)
     return torch.cat([angles.cos(), angles.cos()], -1), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
-def turned(x, rotation):
+def rotated(x, rotation):
     if rotation is None:
         return x.double()
     first, second = x.double().chunk(2, -1)
@@ -42,12 +42,12 @@ def turned(x, rotation):
 
 
 def expected(query, key, value, kept, rotation=None, slopes=None):
-    """What the rows get; their keys and values are taken from the tables up to their place, and then from the new."""
+    """Attention in float64, with keys and values of the cache up to the row's length, then its new ones."""
     keys, values = (t.double() for t in kept[:2])
     if kept[2] is not None:
         keys, values = keys * kept[2][0].double(), values * kept[2][1].double()
-    query, key, out = turned(query, rotation), turned(key, rotation), []
-    for m, (slot, length) in enumerate(zip(PLACES, LENGTHS, strict=True)):
+    query, key, out = rotated(query, rotation), rotated(key, rotation), []
+    for m, (slot, length) in enumerate(zip(STEP_SLOTS, LENGTHS, strict=True)):
         group = query.shape[1] // keys.shape[1]
         k, v = (torch.cat([old[slot, :, :length], new[m].double()[:, None]], 1).repeat_interleave(group, 0)
                 for old, new in ((keys, key), (values, value)))
@@ -58,7 +58,7 @@ def expected(query, key, value, kept, rotation=None, slopes=None):
     return torch.stack(out)
 
 
-# What a new key and value lose in the cache; the rest is held against float64.
+# By cache dtype: the error of a new key and value in the cache.
 ROUNDING = {torch.float32: 2e-5, torch.float16: 1e-3, torch.int8: 2e-2}
 
 
@@ -66,73 +66,73 @@ ROUNDING = {torch.float32: 2e-5, torch.float16: 1e-3, torch.int8: 2e-2}
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 48), (3, 3, 16), (8, 1, 64), (2, 2, 128), (6, 2, 80)])
 def test_attention(isa, dtype, heads, kv_heads, size):
-    for rotation, slopes in ((None, None), (turns(size), None), (None, torch.rand(heads))):
-        kept, new = tables(dtype, kv_heads, size), fresh(heads, kv_heads, size)
+    for rotation, slopes in ((None, None), (rotation_of(size), None), (None, torch.rand(heads))):
+        kept, new = cache_tensors(dtype, kv_heads, size), new_tokens(heads, kv_heads, size)
         wanted = expected(*new, kept, rotation, slopes)
-        found = DecodeStep(PLACES, LENGTHS, rotation, slopes).attend(KvCacheBlock(*kept), *new, isa=isa)
+        found = DecodeStep(STEP_SLOTS, LENGTHS, rotation, slopes).attend(KvCacheBlock(*kept), *new, isa=isa)
         torch.testing.assert_close(found.double(), wanted, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("isa", load_library().usable_isas)
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("size", [16, 80, 128])
-def test_what_is_kept_is_what_torch_would_keep(isa, dtype, size):
-    kept, (query, key, value), rotation = tables(dtype, 2, size), fresh(size=size), turns(size)
+def test_cache_holds_what_torch_would_store(isa, dtype, size):
+    kept, (query, key, value), rotation = cache_tensors(dtype, 2, size), new_tokens(size=size), rotation_of(size)
     key[0, 0], value[1, 1], value[2, 0], value[3, 1] = 0, 1e-7, 70000, -torch.inf
     keys, values, scales = (kept[0].clone(), kept[1].clone(), kept[2] and tuple(t.clone() for t in kept[2]))
-    DecodeStep(PLACES, LENGTHS, rotation).attend(KvCacheBlock(*kept), query, key, value, isa=isa)
+    DecodeStep(STEP_SLOTS, LENGTHS, rotation).attend(KvCacheBlock(*kept), query, key, value, isa=isa)
     first, second = (table.chunk(2, -1) for table in rotation)
     left, right = key.chunk(2, -1)
     key = torch.cat([left * first[0] + right * second[0], right * first[1] + left * second[1]], -1)
     for new, old, found, place in ((key, keys, kept[0], 0), (value, values, kept[1], 1)):
         if scales is None:
-            old[PLACES, :, LENGTHS] = new.to(dtype)
+            old[STEP_SLOTS, :, LENGTHS] = new.to(dtype)
             assert torch.equal(found, old)
         else:
             codes, scale = quantize_int8(new)
-            whole = scale.isfinite().flatten(1).all(1)  # 8 bits of infinity are whatever a processor makes of it
-            old[PLACES[whole], :, LENGTHS[whole]] = codes[whole]
-            found[PLACES[~whole], :, LENGTHS[~whole]] = old[PLACES[~whole], :, LENGTHS[~whole]]
+            whole = scale.isfinite().flatten(1).all(1)  # how int8 represents infinity depends on the processor
+            old[STEP_SLOTS[whole], :, LENGTHS[whole]] = codes[whole]
+            found[STEP_SLOTS[~whole], :, LENGTHS[~whole]] = old[STEP_SLOTS[~whole], :, LENGTHS[~whole]]
             assert torch.equal(found, old)
-            scales[place][PLACES, :, LENGTHS] = scale
+            scales[place][STEP_SLOTS, :, LENGTHS] = scale
             assert torch.equal(kept[2][place], scales[place])
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_nan_stays_in_its_row(dtype):
-    kept, (query, key, value) = tables(dtype), fresh()
+def test_nan_affects_its_row_only(dtype):
+    kept, (query, key, value) = cache_tensors(dtype), new_tokens()
     key[0, 0, 5], value[1, 1, 7] = torch.nan, torch.nan
-    found = DecodeStep(PLACES, LENGTHS, turns(48)).attend(KvCacheBlock(*kept), query, key, value)
+    found = DecodeStep(STEP_SLOTS, LENGTHS, rotation_of(48)).attend(KvCacheBlock(*kept), query, key, value)
     assert found[0].isnan().any()
     assert found[1].isnan().any()
     assert not found[2:].isnan().any()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_is_the_same_to_the_bit_alone(threads):
+def test_row_has_the_same_bits_in_a_batch_and_alone(threads):
     torch.set_num_threads(threads)
-    kept, new, rotation = tables(torch.float16, size=128), fresh(size=128), turns(128)
-    together = DecodeStep(PLACES, LENGTHS, rotation).attend(KvCacheBlock(*kept), *new)
+    kept, new, rotation = cache_tensors(torch.float16, size=128), new_tokens(size=128), rotation_of(128)
+    together = DecodeStep(STEP_SLOTS, LENGTHS, rotation).attend(KvCacheBlock(*kept), *new)
     torch.set_num_threads(1)
     for i in range(4):
         row = slice(i, i + 1)
-        step = DecodeStep(PLACES[row], LENGTHS[row], tuple(table[row] for table in rotation))
+        step = DecodeStep(STEP_SLOTS[row], LENGTHS[row], tuple(table[row] for table in rotation))
         assert torch.equal(step.attend(KvCacheBlock(*kept), *(part[row] for part in new))[0], together[i])
 
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0])
 def test_flat_and_steep_scores(scale):
-    kept, (query, key, value) = tables(torch.float32), fresh()
+    kept, (query, key, value) = cache_tensors(torch.float32), new_tokens()
     wanted = expected(query * scale, key, value, kept)
-    found = DecodeStep(PLACES, LENGTHS).attend(KvCacheBlock(*kept), query * scale, key, value)
+    found = DecodeStep(STEP_SLOTS, LENGTHS).attend(KvCacheBlock(*kept), query * scale, key, value)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_stands_behind_a_sequence_is_not_read():
-    kept, new = tables(torch.float32), fresh()
-    before = DecodeStep(PLACES, LENGTHS).attend(KvCacheBlock(*kept), *new)
+def test_positions_after_the_end_of_a_sequence_are_not_read():
+    kept, new = cache_tensors(torch.float32), new_tokens()
+    before = DecodeStep(STEP_SLOTS, LENGTHS).attend(KvCacheBlock(*kept), *new)
     kept[0][3, :, 1:], kept[1][3, :, 1:] = torch.nan, torch.nan
-    assert torch.equal(DecodeStep(PLACES, LENGTHS).attend(KvCacheBlock(*kept), *new), before)
+    assert torch.equal(DecodeStep(STEP_SLOTS, LENGTHS).attend(KvCacheBlock(*kept), *new), before)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -141,9 +141,9 @@ def test_what_stands_behind_a_sequence_is_not_read():
     ({"scales": (torch.ones(1), torch.ones(1))}, "with scales"),
     ({"keys": torch.randn(2, 300, 48)}, "keys"), ({"keys": torch.randn(5, 2, 300, 40)}, "values"),
     ({"keys": torch.zeros(5, 2, 300, 48).char(), "values": torch.zeros(5, 2, 300, 48).char()}, "without scales")])
-def test_tables_that_do_not_fit_are_refused(change, message):
+def test_malformed_cache_is_rejected(change, message):
     with pytest.raises(ValueError, match=message):
-        KvCacheBlock(**dict(zip(("keys", "values", "scales"), tables(torch.float32), strict=True)) | change)
+        KvCacheBlock(**dict(zip(("keys", "values", "scales"), cache_tensors(torch.float32), strict=True)) | change)
     with pytest.raises(ValueError, match=naming("40")):
         KvCacheBlock(torch.randn(5, 2, 300, 40), torch.randn(5, 2, 300, 40))
 
@@ -156,13 +156,13 @@ def test_tables_that_do_not_fit_are_refused(change, message):
     ({"lengths": torch.ones(4, dtype=torch.int32)}, "lengths"), ({"query": torch.randn(4, 3, 48)}, "3 heads"),
     ({"query": torch.randn(4, 4, 32)}, "query"), ({"query": torch.randn(4, 4, 48).half()}, "float16"),
     ({"key": torch.randn(4, 1, 48)}, "key"), ({"value": torch.randn(4, 48, 2).transpose(1, 2)}, "value"),
-    ({"value": torch.randn(3, 2, 48)}, "value"), ({"rotation": turns(32)}, "rotation"),
-    ({"rotation": turns(48, 3)}, "rotation"), ({"slopes": torch.ones(3)}, "slopes"),
+    ({"value": torch.randn(3, 2, 48)}, "value"), ({"rotation": rotation_of(32)}, "rotation"),
+    ({"rotation": rotation_of(48, 3)}, "rotation"), ({"slopes": torch.ones(3)}, "slopes"),
     ({"slopes": torch.ones(4).double()}, "slopes"), ({"isa": "x"}, "instruction set")])
-def test_what_does_not_fit_is_refused(change, message):
-    new = dict(zip(("query", "key", "value"), fresh(), strict=True))
-    given = {"slots": PLACES, "lengths": LENGTHS, "rotation": None, "slopes": None, "isa": None} | new | change
-    kept = tables(torch.float32)
+def test_malformed_step_and_tokens_are_rejected(change, message):
+    new = dict(zip(("query", "key", "value"), new_tokens(), strict=True))
+    given = {"slots": STEP_SLOTS, "lengths": LENGTHS, "rotation": None, "slopes": None, "isa": None} | new | change
+    kept = cache_tensors(torch.float32)
     before = kept[0].clone()
     with pytest.raises(ValueError, match=message):
         DecodeStep(given["slots"], given["lengths"], given["rotation"], given["slopes"]).attend(
@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused(change, message):
     assert torch.equal(kept[0], before)
 
 
-def test_refusal():
+def test_unsupported_reason():
     cpu = torch.device("cpu")
     assert unsupported_reason(128, torch.float16, cpu) is None
     assert "heads of 20" in unsupported_reason(20, torch.float16, cpu)

@@ -1,4 +1,4 @@
-"""The native inner loops of quantizing: every instruction set to the bit what NumPy computes in float32."""
+"""The native inner loops of quantization: every instruction set gives the bits that NumPy computes in float32."""
 
 import os
 from functools import partial
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not ISAS and LIBRARY_VARIABLE not in os.environ,
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_block(bits, group, isa):
+def test_gptq_block(bits, group, isa):
     solve = partial(cpu_solver.solve_block, isa=isa)
     for inputs, outputs in ((128, 130), (max(group, 1), 1)) if group else ((77, 65), (1, 3)):
         check_block(solve, *block(inputs, outputs, seed=10 * bits + group), group, bits, bits % 2 == 0)
@@ -32,31 +32,31 @@ def test_block(bits, group, isa):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group", GROUPS)
-def test_edges(group, sym, isa):
+def test_gptq_block_of_extreme_values(group, sym, isa):
     check_block(partial(cpu_solver.solve_block, isa=isa), *edges(128, 8), group, 8, sym)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_grids_of_each_input(isa):
+def test_gptq_block_with_a_grid_per_input(isa):
     check_mixed_grids(partial(cpu_solver.solve_block, isa=isa))
 
 
-def test_a_factor_that_lies_column_by_column():
+def test_gptq_block_with_a_transposed_factor():
     weight, factor = block(128, 20, seed=1)
     check_block(cpu_solver.solve_block, weight, factor.t().contiguous().t(), 64, 4, True)
 
 
-def test_scales_are_rounded_as_float16_is():
+def test_scales_are_rounded_to_float16():
     """float16's positive numbers and both neighbours of each midpoint, as the scale of a group at 8 bits."""
     exact = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middle = (exact[:-1] + exact[1:]) / 2
     wanted = np.concatenate([exact, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, exact[-1])])
     weight = torch.zeros(32, int((wanted < 50_000).sum()))
-    weight[0] = torch.from_numpy(wanted[wanted < 50_000]) * 127.5  # the check itself needs some room above
+    weight[0] = torch.from_numpy(wanted[wanted < 50_000]) * 127.5  # leaves room for the check itself
     check_block(cpu_solver.solve_block, weight, torch.eye(32), 32, 8, True)
 
 
-def test_infinite_scales_come_out_infinite():
+def test_scales_beyond_float16_become_infinite():
     weight = torch.tensor([1e9, 65519.0 * 7.5, 65520.0 * 7.5, 3e38]).repeat(32, 1)
     scales, zeros, codes, errors = torch.ones(1, 4), torch.ones(1, 4), torch.ones(32, 4, dtype=torch.uint8), weight + 0
     cpu_solver.solve_block(weight, torch.eye(32), codes, errors, scales, zeros, group=32, bits=4, sym=True)
@@ -73,8 +73,8 @@ def test_descent(bits, isa):
 
 
 @pytest.mark.parametrize("inputs", [128, 300])
-def test_a_whole_group_in_parts_and_in_torch(inputs, monkeypatch):
-    """Groups of more than 128 inputs; what torch finds differs where a code is a tie to the last bits only."""
+def test_descent_of_a_whole_group_agrees_with_torch(inputs, monkeypatch):
+    """With more than 128 inputs, too. Torch may decide differently if a code is a tie to the last bits."""
     given = descent(inputs, 40, 4, seed=1)
     others = tuple(part.clone() for part in given)
     refine.descend(*given, 4)
@@ -83,14 +83,14 @@ def test_a_whole_group_in_parts_and_in_torch(inputs, monkeypatch):
     assert (given[0] == others[0]).all(0).sum() >= 38
 
 
-# Search.
+# Grid search.
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_search(bits, sym, isa):
-    """No worse than what torch finds in float64, output by output."""
+def test_grid_search(bits, sym, isa):
+    """The error of every output is no larger than that of torch's choice in float64."""
     for inputs, outputs in ((128, 130), (32, 16), (77, 5), (1, 1)):
         generator = torch.Generator().manual_seed(inputs + bits)
         weight = torch.randn(inputs, outputs, generator=generator) ** 3
@@ -105,7 +105,7 @@ def test_search(bits, sym, isa):
             ours, best = (loss(weight[:, output], importance, scales[at, output], zeros[at, output], bits)
                           for at in (int(found[output]), int(exact[output])))
             assert ours == pytest.approx(best, rel=1e-5)
-        assert (found == exact).sum() >= 0.9 * outputs  # else equal losses decide otherwise
+        assert (found == exact).sum() >= 0.9 * outputs  # the others have equal losses
 
 
 def loss(weight, importance, scale, zero, bits):
@@ -113,17 +113,17 @@ def loss(weight, importance, scale, zero, bits):
     return float(importance.double() @ (decoded - weight).square())
 
 
-def test_the_first_of_equal_grids_wins():
+def test_first_of_equal_grids_is_chosen():
     weight, ones = torch.tensor([[1.0], [-1.0]]).repeat(1, 20), torch.ones(5, 20)
     scales = ones * torch.tensor([[3.0], [1e-9], [1.0], [-1.0], [0.5]])
     found = cpu_solver.search_grid(weight, torch.ones(2), scales, 8 * ones, 4, grid.SMALLEST_SEARCHED)
     assert (found == 2).all()
 
 
-# Any number of threads gives the same bits, and nothing that does not fit is read.
+# Threads and malformed arguments.
 
 
-def test_threads_do_not_matter():
+def test_result_does_not_depend_on_threads():
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 3):

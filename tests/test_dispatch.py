@@ -1,4 +1,4 @@
-"""Which kernel a case takes, what a weight must be like, and every kernel against the formula in float64."""
+"""The choice of a kernel, the checks of a weight, and every kernel against the formula in float64."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ IN_ORDER = torch.arange(256) // 128
 
 @pytest.fixture
 def without_native(monkeypatch):
-    """As on a machine that had no compiler."""
+    """As on a machine without a compiler."""
     monkeypatch.setattr("gptq_belle.kernels.cpu_matmul.load_library", lambda: "no compiler")
 
 
@@ -31,7 +31,7 @@ def relative_error(y, exact):
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.usefixtures("without_native")
-def test_every_bit_width_in_every_dtype(bits, dtype):
+def test_product_of_all_bits_and_dtypes(bits, dtype):
     words = random_words(bits, 128, 32, 32, act_order=True)
     weight = prepare_tensors(**words, bits=bits, zero_offset=1, device=CPU, dtype=dtype)
     x = torch.randn(4, 128).to(dtype)
@@ -43,7 +43,7 @@ def test_every_bit_width_in_every_dtype(bits, dtype):
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize(("inputs", "group_size"), [(128, 32), (192, 64), (256, 128), (320, -1), (512, -1), (160, 64)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_groupwise(bits, inputs, group_size, dtype):
+def test_groupwise_equals_the_formula(bits, inputs, group_size, dtype):
     words = random_words(bits, inputs, 64, group_size)
     weight = checked_weight(**words, bits=bits, zero_offset=1)
     assert weight.run
@@ -56,7 +56,7 @@ def test_groupwise(bits, inputs, group_size, dtype):
 
 
 @pytest.mark.usefixtures("without_native")
-def test_groupwise_up_to_128_rows_and_the_reference_above():
+def test_groupwise_serves_few_rows_and_reference_many():
     words = random_words(4, 64, 32, 32)
     weight = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
     limit = reference.MAX_GROUPWISE_ROWS
@@ -68,7 +68,7 @@ def test_groupwise_up_to_128_rows_and_the_reference_above():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_cuda(bits, dtype):
+def test_product_on_cuda(bits, dtype):
     words = random_words(bits, 256, 64, 64, act_order=True)
     weight = prepare_tensors(**words, bits=bits, zero_offset=1, device=CUDA, dtype=dtype)
     x, bias = torch.randn(2, 3, 256).to(CUDA, dtype), torch.randn(64, device=CUDA)
@@ -81,12 +81,12 @@ def test_cuda(bits, dtype):
 @pytest.mark.parametrize(("case", "kernel", "reason"), [
     ((IN_ORDER, CPU, torch.bfloat16), "groupwise", "no compiler"),
     ((IN_ORDER.flip(0), CPU, torch.float32), "groupwise", "no compiler"),
-    ((torch.arange(256) // 8, CPU, torch.bfloat16), "reference", "groups of neighbouring inputs"),
-    ((torch.arange(256) % 2, CPU, torch.float32), "reference", "not act-order"),
-    ((IN_ORDER, CUDA, torch.float16), "dequantize+matmul", "no CUDA"),
+    ((torch.arange(256) // 8, CPU, torch.bfloat16), "reference", "groups"),
+    ((torch.arange(256) % 2, CPU, torch.float32), "reference", "act-order"),
+    ((IN_ORDER, CUDA, torch.float16), "dequantize+matmul", "CUDA"),
 ])
 @pytest.mark.usefixtures("without_native")
-def test_choose_without_the_native_kernels(case, kernel, reason):
+def test_choice_without_the_native_kernels(case, kernel, reason):
     g_idx, device, dtype = case
     choice = choose_kernel(g_idx, device=device, dtype=dtype)
     assert choice.kernel == kernel
@@ -98,11 +98,11 @@ def test_choose_without_the_native_kernels(case, kernel, reason):
     ((IN_ORDER, CPU, torch.bfloat16), "native", ""),
     ((IN_ORDER.flip(0), CPU, torch.float32), "native", ""),
     ((torch.arange(256) % 2, CPU, torch.float16), "native", ""),
-    ((torch.arange(256) // 8, CPU, torch.float32), "reference", "fill runs of 32 inputs"),
-    ((IN_ORDER, CPU, torch.float64), "groupwise", "too few for torch.float64"),
-    ((IN_ORDER, CUDA, torch.float16), "dequantize+matmul", "no CUDA"),
+    ((torch.arange(256) // 8, CPU, torch.float32), "reference", "32 inputs"),
+    ((IN_ORDER, CPU, torch.float64), "groupwise", "torch.float64"),
+    ((IN_ORDER, CUDA, torch.float16), "dequantize+matmul", "CUDA"),
 ])
-def test_choose(case, kernel, reason):
+def test_choice_with_the_native_kernels(case, kernel, reason):
     g_idx, device, dtype = case
     choice = choose_kernel(g_idx, device=device, dtype=dtype)
     assert choice.kernel == kernel
@@ -120,7 +120,7 @@ def test_longest_run():
 
 
 @pytest.mark.usefixtures("without_native")
-def test_g_idx_left_out_means_equal_groups():
+def test_missing_g_idx_means_equal_groups():
     words = random_words(4, 128, 32, 32)
     with_it = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
     without = prepare_tensors(**words | {"g_idx": None}, bits=4, zero_offset=1, device=CPU, dtype=torch.float32)
@@ -166,7 +166,7 @@ def test_malformed_tensors_are_rejected(arguments, named):
         prepare_tensors(**arguments, device=CPU, dtype=torch.float32)
 
 
-def test_importing_the_kernels_asks_for_no_device_and_no_triton():
+def test_importing_the_kernels_queries_no_device_and_imports_no_triton():
     code = ("import sys, gptq_belle.kernels.dispatch, torch;"
             "assert not torch.cuda.is_initialized(); assert 'triton' not in sys.modules;"
             "assert not [m for m in sys.modules if m == 'kernels' or m.startswith('kernels.')]")

@@ -1,4 +1,4 @@
-"""The packed head: one copy for look-up and product, close to the full one, in every layout and for odd sizes."""
+"""The packed head: one copy for lookup and product, close to the full one, in every layout and for any vocabulary."""
 
 import numpy as np
 import pytest
@@ -25,18 +25,18 @@ FOUND = load_library()
 ISAS = FOUND.usable_isas if isinstance(FOUND, NativeLibrary) else ()
 
 
-def kl(base, other):
+def kl_divergence(base, other):
     base, other = base.double().log_softmax(-1), other.double().log_softmax(-1)
     return float((base.exp() * (base - other)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 2e-4), (4, 3e-2)])
-def test_a_packed_head_costs_little(tiny_model, bits, most):
+@pytest.mark.parametrize(("bits", "limit"), [(8, 2e-4), (4, 3e-2)])
+def test_kl_divergence_of_a_packed_head_is_small(tiny_model, bits, limit):
     full = load(tiny_model, device="cpu", head_bits=16).logits(IDS)
-    assert 0 < kl(full, load(tiny_model, device="cpu", head_bits=bits).logits(IDS)) < most
+    assert 0 < kl_divergence(full, load(tiny_model, device="cpu", head_bits=bits).logits(IDS)) < limit
 
 
-def test_the_default_is_8_bits_for_tied_heads_of_quantized_models(tiny_bloom, tiny_llama, tmp_path):
+def test_default_is_8_bits_for_tied_heads_of_quantized_models(tiny_bloom, tiny_llama, tmp_path):
     for source, kind in ((tiny_bloom, PackedLinear), (tiny_llama, DenseLinear)):
         model = load(packed_checkpoint(source, tmp_path / source.name), device="cpu")
         assert type(model.decoder.head) is kind
@@ -47,7 +47,7 @@ def test_the_default_is_8_bits_for_tied_heads_of_quantized_models(tiny_bloom, ti
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_rounded_is_off_by_half_a_step(bits, scale):
+def test_rounding_error_is_limited_by_the_step(bits, scale):
     matrix = torch.randn(64, 96) * scale
     codes, scales = quantize_rows(matrix, bits, 32)
     values = (codes.float() - 2 ** (bits - 1)).unflatten(1, (3, 32)) * scales.float()[..., None]
@@ -62,7 +62,7 @@ def test_rounded_is_off_by_half_a_step(bits, scale):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_rows_of_every_layout_are_the_formula(bits, act_order):
+def test_lookup_rows_of_every_layout_equals_the_formula(bits, act_order):
     words = random_words(bits, 128, 64, 32)
     if act_order:
         words["g_idx"] = words["g_idx"][torch.randperm(128)]
@@ -75,7 +75,7 @@ def test_rows_of_every_layout_are_the_formula(bits, act_order):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
+def test_prepare_rows_lays_out_the_given_codes(bits, group):
     matrix = torch.randn(96, 256)
     codes, scales = quantize_rows(matrix, bits, group)
     made = cpu_packed_rows.prepare_rows(codes, scales, bits)
@@ -91,9 +91,9 @@ def test_from_rows_is_what_prepare_makes_of_the_words(bits, group):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "group"), [(8, 32), (8, 128), (4, 64), (4, 128)])
-def test_native_rounding(bits, group, dtype, isa):
-    """To the bit what NumPy computes in float32; where two clips cost the same to the last bits, either."""
-    matrix = torch.randn(67, 256) ** 3 * torch.logspace(-9, 3, 67)[:, None]  # down to scales that float16 hardly holds
+def test_native_rounding_equals_numpy(bits, group, dtype, isa):
+    """The bits that NumPy computes in float32. If two clips have equal errors to the last bits, either is accepted."""
+    matrix = torch.randn(67, 256) ** 3 * torch.logspace(-9, 3, 67)[:, None]  # down to float16's smallest scales
     top = 2 ** (bits - 1) - 1
     matrix[0], matrix[1, :3] = 0, torch.tensor([0.5, 1.5, -2.5])  # ties, with the scale 1
     matrix[1, 3::group] = top
@@ -115,7 +115,7 @@ def test_native_rounding(bits, group, dtype, isa):
         assert codes[1, :3].tolist() == [128, 130, 126]
 
 
-def test_native_rounding_refuses():
+def test_native_rounding_rejects_unsupported_matrices():
     for bad in (torch.nan, torch.inf, -torch.inf):
         matrix = torch.zeros(40, 64)
         matrix[33, 50] = bad
@@ -129,7 +129,7 @@ def test_native_rounding_refuses():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_torch_rounds_as_the_native_kernel_does(bits, monkeypatch):
+def test_torch_rounds_like_the_native_kernel(bits, monkeypatch):
     matrix = torch.randn(96, 256).half()
     native = quantize_rows(matrix, bits, 64)
     monkeypatch.setattr("gptq_belle.kernels.cpu_packed_rows.load_library", lambda: "no compiler")
@@ -145,7 +145,7 @@ def head_of(path, vocabulary, width, **arguments):
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("vocabulary", [96, 100, 4099])
-def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypatch, vocabulary, native):
+def test_lookup_and_product_with_vocabularies_of_any_size(tiny_bloom, tmp_path, monkeypatch, vocabulary, native):
     table = torch.randn(vocabulary, 64).half()
     (tmp_path / "config.json").write_text((tiny_bloom / "config.json").read_text())
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
@@ -166,12 +166,12 @@ def test_look_up_and_product_of_odd_vocabularies(tiny_bloom, tmp_path, monkeypat
     assert (head(x) - x @ look_up(torch.arange(vocabulary)).t()).norm() < 1e-4 * head(x).norm()
 
 
-def test_bits_that_a_head_does_not_come_in(tiny_bloom):
+def test_unsupported_head_bits_are_rejected(tiny_bloom):
     with pytest.raises(UsageError, match="head bits 5"):
         load(tiny_bloom, device="cpu", head_bits=5)
 
 
-def test_the_head_of_an_untied_model_leaves_its_embedding(tiny_llama):
+def test_packed_head_of_an_untied_model_keeps_its_embedding(tiny_llama):
     model = load(tiny_llama, device="cpu", head_bits=4)
     table = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(model.decoder.embedding(IDS[0]), table[IDS[0]].float())

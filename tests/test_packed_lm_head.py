@@ -1,4 +1,4 @@
-"""A head stored packed: what loads is what rounding at load gives, other readers are refused, damage is named."""
+"""A packed head on disk: it equals rounding at load, other readers are rejected, and damage is named."""
 
 import json
 
@@ -29,7 +29,7 @@ def quantized(source, out, head_bits):
     return out
 
 
-def test_golden_bytes():
+def test_bytes_of_packed_codes():
     codes = torch.tensor([[1, 2, 3, 15], [0, 8, 7, 9]], dtype=torch.uint8)
     assert pack_head_codes(codes, 4).tolist() == [[0x21, 0xF3], [0x80, 0x97]]
     assert torch.equal(unpack_head_codes(pack_head_codes(codes, 4), 4), codes)
@@ -52,7 +52,7 @@ def test_packed_head_equals_rounding_at_load(tiny_model, tmp_path, bits):
     assert (alone / "model.safetensors").stat().st_size < (usual / "model.safetensors").stat().st_size
 
 
-def test_what_else_is_said(tiny_bloom, tmp_path):
+def test_packed_head_is_named_in_files_and_errors(tiny_bloom, tmp_path):
     path = quantized(tiny_bloom, tmp_path / "alone", 8)
     assert "Only gptq_belle reads these files" in (path / "README.md").read_text()
     assert json.loads((path / "quantize_config.json").read_text())["head_bits"] == 8
@@ -76,7 +76,7 @@ def test_damaged_packed_head_is_named(tiny_bloom, tmp_path, change, named):
         load(path, device="cpu")
 
 
-def test_unsupported_head_bits_are_refused_and_constant_rows_round():
+def test_unsupported_head_bits_are_rejected_and_constant_rows_round():
     with pytest.raises(UsageError, match=naming("head bits", 5)):
         QuantConfig(head_bits=5)
     codes, scales = quantize_rows(torch.ones(2, 32), 8, 32)

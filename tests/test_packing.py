@@ -1,4 +1,4 @@
-"""The packed format: words written out by hand, exact round trips, and what it refuses."""
+"""The packed format: literal words, exact round trips, and rejected input."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_symmetric_zero_words(bits, checkpoint_format, word):
     assert packed.qzeros.shape == (1, bits)
 
 
-def test_a_zero_of_16_is_stored_as_15_in_v1_and_its_neighbours_stay():
+def test_zero_point_of_16_is_stored_as_15_in_v1():
     zeros = torch.tensor([[16], [1], [16], [8], [1], [1], [1], [1]])
     weight = QuantizedWeight(torch.zeros(8, 8, dtype=torch.uint8), torch.ones(8, 1), zeros, torch.zeros(8).int())
     packed = pack(weight, 4, V1)
@@ -94,7 +94,7 @@ def test_words_of_every_size_round_trip(bits, cycles, columns, seed):
 
 @pytest.mark.parametrize("checkpoint_format", [V1, V2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dequantize_is_the_formula_of_the_words(bits, checkpoint_format):
+def test_dequantize_equals_the_formula(bits, checkpoint_format):
     weight = random_weight(bits, 64, 96, 32, checkpoint_format=checkpoint_format)
     packed = pack(weight, bits, checkpoint_format)
     expected = formula(*packed, bits, v1=checkpoint_format == V1)
@@ -110,18 +110,18 @@ def test_shapes_and_dtypes_on_disk():
 
 
 @pytest.mark.parametrize(("bits", "count"), [(2, 8), (3, 16), (4, 4), (8, 2)])
-def test_codes_that_fill_no_whole_word_are_refused(bits, count):
+def test_codes_that_do_not_fill_whole_words_are_rejected(bits, count):
     with pytest.raises(InputError, match=naming(f"{bits}", f"{count}")):
         pack_rows(torch.zeros(count, 1, dtype=torch.uint8), bits)
 
 
-def test_three_bits_in_a_wrong_number_of_words_are_refused():
+def test_wrong_number_of_words_for_3_bits_is_rejected():
     with pytest.raises(InputError, match=naming("3", "4")):
         unpack_rows(torch.zeros(4, 1, dtype=torch.int32), 3)
 
 
 @pytest.mark.parametrize(("zero", "checkpoint_format"), [(0, V1), (17, V1), (-1, V2), (16, V2)])
-def test_zero_points_that_do_not_fit_are_refused(zero, checkpoint_format):
+def test_zero_points_out_of_range_are_rejected(zero, checkpoint_format):
     with pytest.raises(InputError, match=naming(checkpoint_format, zero)):
         stored_zeros(torch.tensor([8, zero]), 4, checkpoint_format)
 

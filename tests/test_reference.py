@@ -1,4 +1,4 @@
-"""The oracle kernel against the formula in NumPy, over everything the format allows."""
+"""The reference kernel against the formula in NumPy, for everything that the format allows."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from gptq_belle.kernels import reference
 from gptq_belle.kernels.layout import checked_weight
 
 BITS = [2, 3, 4, 8]
-# inputs and group size; (160, 64) and (96, 64) end in a short group, as old files may
+# Inputs and group size; (160, 64) and (96, 64) end in a short group, as old files may.
 GROUPS = [(128, 32), (128, 64), (256, 128), (96, -1), (160, 64), (96, 64)]
 
 
@@ -24,14 +24,14 @@ def weight_and_formula(bits, inputs, outputs, group_size, *, v1=True, act_order=
 @pytest.mark.parametrize("v1", [True, False])
 @pytest.mark.parametrize(("inputs", "group_size"), GROUPS)
 @pytest.mark.parametrize("bits", BITS)
-def test_dequantize_is_the_formula(bits, inputs, group_size, v1, act_order):
+def test_dequantize_equals_the_formula(bits, inputs, group_size, v1, act_order):
     weight, expected = weight_and_formula(bits, inputs, 64, group_size, v1=v1, act_order=act_order)
     assert torch.equal(reference.dequantize(weight).double().t(), expected)
     assert torch.equal(reference.dequantize(weight, torch.float64).t(), expected)
 
 
 @pytest.mark.parametrize(("bits", "outputs"), [(2, 16), (3, 32), (4, 8), (8, 4), (4, 24), (8, 12), (2, 48)])
-def test_the_smallest_and_odd_numbers_of_outputs(bits, outputs):
+def test_small_and_odd_numbers_of_outputs(bits, outputs):
     weight, expected = weight_and_formula(bits, 32, outputs, 32)
     assert torch.equal(reference.dequantize(weight).double().t(), expected)
 

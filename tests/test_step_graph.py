@@ -1,4 +1,4 @@
-"""Steps that were recorded give, to the bit, what the same calls from Python give: other tokens, slots and lengths."""
+"""Replayed decode steps give the same bits as the same calls from Python, for other tokens, slots and lengths."""
 
 import pytest
 import torch
@@ -20,52 +20,52 @@ def model(request, tiny_model, tmp_path):
 
 
 @torch.inference_mode()
-def steps(model, turns):
-    """Logits of some steps, each (slots, lengths), on a cache of six slots that hold twenty tokens each."""
+def steps(model, schedule):
+    """Logits of decode steps, given as (slots, lengths), with a cache of six slots of twenty tokens each."""
     generator, cache = torch.Generator().manual_seed(3), model.new_cache(6, 40)
     for slot in range(6):
         model.prefill_slot(torch.randint(4, 380, (20,), generator=generator), cache, slot)
     found = []
-    for slots, lengths in turns:
+    for slots, lengths in schedule:
         tokens = torch.randint(4, 380, (len(slots),), generator=generator)
         found.append(model.decode_slots(tokens, cache, slots, lengths))
     return found, cache
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_recorded_steps_are_those_of_python(model, threads):
+def test_recorded_steps_equal_steps_called_from_python(model, threads):
     torch.set_num_threads(threads)
     assert model.use_step_graphs
-    turns = [([0], [20]), ([0], [21]), ([4, 1, 2], [20, 20, 19]), ([3], [20]), ([2, 5, 0], [20, 7, 22]),
+    schedule = [([0], [20]), ([0], [21]), ([4, 1, 2], [20, 20, 19]), ([3], [20]), ([2, 5, 0], [20, 7, 22]),
              ([4, 1, 2], [21, 21, 21]), ([0], [23])]
-    found, cache = steps(model, turns)
+    found, cache = steps(model, schedule)
     assert set(cache.step_graphs) == {1, 3}
     model.use_step_graphs = False
-    wanted, plain = steps(model, turns)
+    wanted, plain = steps(model, schedule)
     assert not plain.step_graphs
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["act-order", "fast", "asymmetric"])
-def test_other_weights_and_other_threads(kind, tiny_model, tmp_path):
+def test_recorded_steps_of_other_weights_and_threads(kind, tiny_model, tmp_path):
     path = packed_checkpoint(tiny_model, tmp_path / "packed", act_order=kind == "act-order", sym=kind != "asymmetric")
     model = load(path, device="cpu", precision="fast" if kind == "fast" else "exact")
-    turns = [([2, 0], [20, 20]), ([2, 5], [21, 20]), ([0, 1], [21, 20])]
+    schedule = [([2, 0], [20, 20]), ([2, 5], [21, 20]), ([0, 1], [21, 20])]
     torch.set_num_threads(1)
-    found, _ = steps(model, turns)
+    found, _ = steps(model, schedule)
     model.use_step_graphs = False
     torch.set_num_threads(3)
-    wanted, _ = steps(model, turns)
+    wanted, _ = steps(model, schedule)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     model.use_step_graphs = True
     with torch.inference_mode():
-        tokens, cache = torch.tensor([7, 8]), steps(model, turns)[1]
+        tokens, cache = torch.tensor([7, 8]), steps(model, schedule)[1]
         several = model.decode_slots(tokens, cache, [3, 4], [20, 20])
         torch.set_num_threads(1)
         assert torch.equal(several, model.decode_slots(tokens, cache, [3, 4], [20, 20]))
 
 
-def test_nothing_of_the_step_before_is_read(model):
+def test_replay_reads_no_result_of_the_previous_step(model):
     (_, second), cache = steps(model, [([1], [20]), ([1], [20])])
     recorded = cache.step_graphs[1]
     recorder = recorded.recorder
@@ -78,7 +78,7 @@ def test_nothing_of_the_step_before_is_read(model):
         assert torch.equal(model.decode_slots(tokens, cache, [1], [20]), second)
 
 
-def test_more_rows_are_not_recorded(model):
+def test_steps_of_many_rows_are_not_recorded(model):
     with torch.inference_mode():
         cache = model.new_cache(MAX_GRAPH_ROWS + 1, 8)
         rows = MAX_GRAPH_ROWS + 1
@@ -86,7 +86,7 @@ def test_more_rows_are_not_recorded(model):
     assert not cache.step_graphs
 
 
-def test_no_cache_is_kept_alive(model):
+def test_step_graph_does_not_keep_its_cache_alive(model):
     import gc
     import weakref
 
@@ -101,7 +101,7 @@ def test_no_cache_is_kept_alive(model):
 
 
 @pytest.mark.parametrize("case", ["not packed", "bfloat16", "torch"])
-def test_what_is_not_native_is_not_recorded(case, tiny_model, tmp_path, monkeypatch):
+def test_models_with_other_kernels_are_not_recorded(case, tiny_model, tmp_path, monkeypatch):
     path = tiny_model if case == "not packed" else packed_checkpoint(tiny_model, tmp_path / "packed")
     if case == "torch":
         monkeypatch.setattr("gptq_belle.kernels.cpu_matmul.load_library", lambda: "no compiler")
@@ -113,7 +113,7 @@ def test_what_is_not_native_is_not_recorded(case, tiny_model, tmp_path, monkeypa
     assert not session.cache.step_graphs
 
 
-def test_an_index_beyond_a_table_stops_a_replay(model):
+def test_replay_rejects_indices_out_of_bounds(model):
     _, cache = steps(model, [([0], [20])])
     with torch.inference_mode(), pytest.raises(ValueError, match="slot"):
         model.decode_slots(torch.tensor([5]), cache, [6], [20])
@@ -123,14 +123,14 @@ def test_an_index_beyond_a_table_stops_a_replay(model):
         model.decode_slots(torch.tensor([5, 6]), cache, [0, 0], [20, 20])
 
 
-def test_a_step_of_other_rows_or_outside_of_inference(model):
+def test_replay_rejects_another_number_of_rows(model):
     (first,), cache = steps(model, [([0], [20])])
     with pytest.raises(ValueError, match=naming(1, 2)):
         cache.step_graphs[1].replay(torch.zeros(2, first.shape[-1]), [0], [20])
     assert model.decode_slots(torch.tensor([5]), cache, [0], [20]).isfinite().all()  # without inference mode around it
 
 
-def test_a_call_that_is_not_native_is_not_left_out_in_silence():
+def test_recording_rejects_calls_that_are_not_native():
     norm, x = RmsNorm(torch.randn(40), 1e-6), torch.randn(3, 40)
     with pytest.raises(RuntimeError, match="RMS norm"), CallRecorder().recording():
         norm(x.bfloat16())
@@ -140,7 +140,7 @@ def test_a_call_that_is_not_native_is_not_left_out_in_silence():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_defaults_of_torch(model, dtype):
+def test_recording_does_not_depend_on_the_default_dtype(model, dtype):
     wanted, _ = steps(model, [([0], [20]), ([0], [21])])
     torch.set_default_dtype(dtype)
     try:
@@ -150,7 +150,7 @@ def test_other_defaults_of_torch(model, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_a_recorder_of_one_call():
+def test_replay_uses_the_present_contents_of_memory():
     x, norm, recorder = torch.randn(3, 40), RmsNorm(torch.randn(40), 1e-6), CallRecorder()
     with recorder.recording():
         found = norm(x)
