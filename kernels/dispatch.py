@@ -61,7 +61,7 @@ def prepare_tensors(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
         qweight, qzeros, scales, g_idx, bits, zero_offset: see `layout.checked_weight`.
         device, dtype, precision: see `prepare_weight`.
     Raises:
-        ValueError: tensors that do not fit together; the message says what is allowed.
+        ValueError: tensors that do not fit together; the message states what is allowed.
     """
     return prepare_weight(checked_weight(qweight, qzeros, scales, g_idx, bits, zero_offset), device=device,
                           dtype=dtype, precision=precision)

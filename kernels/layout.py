@@ -60,7 +60,7 @@ def checked_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tenso
         bits: 2, 3, 4 or 8.
         zero_offset: added to a stored zero: 1 for "gptq" (v1), 0 for "gptq_v2".
     Raises:
-        ValueError: a tensor or number that does not fit; the message says what is allowed.
+        ValueError: a tensor or number that does not fit; the message states what is allowed.
     """
     _require(bits in BITS, f"bits {bits} is not one of {BITS}")
     _require(zero_offset in (0, 1), f"zero_offset {zero_offset} is not 1 (format gptq) or 0 (gptq_v2)")

@@ -5,7 +5,7 @@
 #include <cpuid.h>
 #endif
 
-// Bit i: the build contains instruction set i. setup.py leaves out those whose flags the compiler does not know.
+// Bit i: the build contains instruction set i. setup.py omits those whose flags the compiler does not know.
 #ifndef BELLE_ISAS
 #define BELLE_ISAS 1
 #endif
