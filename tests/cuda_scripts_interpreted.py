@@ -1,6 +1,7 @@
-"""The benchmarks for GPUs, run on a CPU on tiny shapes with interpreted kernels: all but CUDA's own clocks and graphs.
+"""The GPU benchmarks on a CPU with tiny shapes and interpreted kernels, without CUDA's clocks and graphs.
 
-`test_cuda_scripts.py` runs this file in a process of its own: TRITON_INTERPRET has to be set before Triton is imported.
+`test_cuda_scripts.py` runs this file in a separate process, because TRITON_INTERPRET must be set before Triton is
+imported.
 """
 
 import json
@@ -27,10 +28,10 @@ CPU = torch.device("cpu")
 
 
 def wall_seconds(actions, repeats=1):
-    began = time.perf_counter()
+    start = time.perf_counter()
     for action in actions:
         action()
-    return spread([(time.perf_counter() - began) / len(actions)])
+    return spread([(time.perf_counter() - start) / len(actions)])
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_matmul(monkeypatch, tmp_path):
     assert "ours, 4 bits" in (tmp_path / "cuda_matmul.txt").read_text()
 
 
-def test_a_wrong_product_is_not_timed():
+def test_wrong_product_is_not_timed():
     wrong = bench_matmul_cuda.Variant(lambda: lambda x: x + 1, torch.float16, 10, CPU)
     x = torch.ones(2, 2)
     assert wrong.seconds(x, x) is None
@@ -82,7 +83,7 @@ def test_a_wrong_product_is_not_timed():
 
 
 def test_bits_in_a_byte_of_torch_int4():
-    """Its order of two codes in a byte is ours to get right: read back by plain arithmetic."""
+    """The order of two codes in a byte, read back by plain arithmetic."""
     codes = torch.randint(0, 16, (64, 8), dtype=torch.uint8)
     across = codes.t()
     packed = across[:, ::2] << 4 | across[:, 1::2]
@@ -106,7 +107,7 @@ def test_correctness(monkeypatch, tmp_path):
     assert 0 < found["largest_errors"]["float16"] < 1e-3
 
 
-def test_a_wrong_kernel_is_found(monkeypatch, tmp_path):
+def test_wrong_kernel_is_detected(monkeypatch, tmp_path):
     product = triton_matmul.quant_matmul
     monkeypatch.setattr(triton_matmul, "quant_matmul", lambda *args, **kwargs: product(*args, **kwargs) * 1.01)
     monkeypatch.setattr(check_cuda, "formats", lambda: iter(SOME[:1]))
@@ -117,7 +118,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, tmp_path):
     assert "relative error" in json.loads((tmp_path / "cuda_check.json").read_text())["wrong"][0]
 
 
-def test_what_is_checked_covers_every_kernel_and_format():
+def test_checks_cover_every_kernel_and_format():
     every, plans = list(check_cuda.formats()), list(check_cuda.configs(90, 132))
     assert {(p.bits, p.group, p.dtype) for p in every} >= {
         (bits, group, dtype) for bits in (2, 3, 4, 8) for group in (32, 64, 128)
@@ -136,7 +137,7 @@ def test_tuning(monkeypatch, tmp_path):
     assert (entry["rows"], entry["inputs"], entry["outputs"], entry["bits"]) == (8, 256, 128, 4)
 
 
-def test_the_timer_refuses_wrong_products(monkeypatch):
+def test_timer_raises_for_wrong_products(monkeypatch):
     weight = cuda_common.random_weight(256, 128, 4, CPU)
     timer = kernel_tuning.device_timer(triton_matmul.problem_of(weight, 8, torch.float16), [weight])
     assert timer(LaunchPlan("skinny", TileConfig(8, 64, 128, 1, 4, 4))) > 0

@@ -27,7 +27,7 @@ def test_all_names_are_there_and_found_by_any_case_and_by_hub_id():
 
 
 def test_known_models_have_their_published_figures():
-    rows = {row["name"]: row for row in models.listed()}
+    rows = {row["name"]: row for row in models.catalogue()}
     bloom, llama, large = rows["BELLE-7B-2M"], rows["BELLE-LLaMA-7B-2M-enc"], rows["BELLE-LLaMA-13B-2M-enc"]
     assert (bloom["billions"], llama["billions"], large["billions"]) == (7.07, 6.74, 13.02)  # as their authors count
     assert (bloom["gb_4_bit"], bloom["gb_8_bit"]) == (5.2, 8.2)

@@ -1,4 +1,4 @@
-"""Errors as a user sees them: one line of cause, one of remedy, the right exit code, JSON alone on stdout."""
+"""Errors in the terminal: one line of cause, one of remedy, the exit code, and only JSON on stdout with --json."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ def test_every_error_has_its_exit_code_and_no_traceback(error, code, capsys):
     assert 1 <= len(printed.err.splitlines()) <= 2
 
 
-def test_the_traceback_comes_with_v_only(capsys):
+def test_traceback_is_printed_with_v_only(capsys):
     with pytest.raises(SystemExit):
         console.run(raising(InputError("the cause", "the remedy")), ["-v"])
     printed = capsys.readouterr().err
@@ -65,13 +65,13 @@ def test_the_traceback_comes_with_v_only(capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_brackets_and_long_lines_are_printed_as_they_are(capsys):
+def test_brackets_and_long_lines_are_printed_unchanged(capsys):
     cause = "/models/[bold]7b[/bold]/" + "x" * 200
     assert console.report(InputError(cause, "Fetch it\nagain.")) == 4
     assert capsys.readouterr().err.splitlines() == [f"Error: {cause}", "Fetch it again."]
 
 
-def test_an_unknown_option_is_a_usage_error(capsys):
+def test_unknown_option_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as left:
         console.run(raising(ValueError()), ["--nonsense"])
     assert left.value.code == 2

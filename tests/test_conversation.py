@@ -1,4 +1,4 @@
-"""chat as somebody at a keyboard meets it, through a pseudo-terminal, and with lines piped in."""
+"""chat on a pseudo-terminal and with piped lines."""
 
 import io
 import json
@@ -14,15 +14,14 @@ import time
 import pytest
 
 from gptq_belle import load
-from gptq_belle.cli.conversation import Conversation
-from gptq_belle.cli.conversation import run as chat
+from gptq_belle.cli.conversation import Conversation, chat_loop
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.styles import Turn
 
 
 class Scripted:
-    """Stands in for a model: answers come from a list; remembers what it was asked."""
+    """A substitute for a model that answers from a list and records its prompts."""
 
     def __init__(self, model, answers, context=None, pause=None):
         self.tokenizer, self.prompt_style, self.path = model.tokenizer, "bloom", model.path
@@ -42,28 +41,28 @@ def model(tiny_bloom):
     return load(tiny_bloom, device="cpu")
 
 
-def talk_with(model, **params):
+def conversation_with(model, **params):
     return Conversation(model, "auto", SamplingParams(**params))
 
 
-def run(talk, *lines):
+def run(conversation, *lines):
     out = io.StringIO()
-    return chat(talk, out, io.StringIO("".join(f"{line}\n" for line in lines))), out.getvalue()
+    return chat_loop(conversation, out, io.StringIO("".join(f"{line}\n" for line in lines))), out.getvalue()
 
 
 def test_turns_are_concatenated_with_eos(model):
     scripted = Scripted(model, ["你好。", "二"])
-    talk = talk_with(scripted)
-    said, shown = run(talk, "你是谁?", "", "一加一?")
+    conversation = conversation_with(scripted)
+    turns, shown = run(conversation, "你是谁?", "", "一加一?")
     assert shown == "你好。\n二\n"
-    assert [(one.question, one.answer) for one in said] == [("你是谁?", "你好。"), ("一加一?", "二")]
+    assert [(one.question, one.answer) for one in turns] == [("你是谁?", "你好。"), ("一加一?", "二")]
     assert scripted.prompts[1] == "Human: 你是谁?\n\nAssistant:你好。</s>Human: 一加一?\n\nAssistant:"
-    assert said[1].tokens == len(model.tokenizer("二")["input_ids"])
+    assert turns[1].tokens == len(model.tokenizer("二")["input_ids"])
 
 
-def test_reset_forgets_exit_leaves_and_other_commands_are_named(model, capsys):
+def test_reset_exit_and_unknown_commands(model, capsys):
     scripted = Scripted(model, ["a", "b", "c"])
-    said, shown = run(talk_with(scripted), "one", "/reset", "two", "/nonsense", "/help", "/exit", "three")
+    turns, shown = run(conversation_with(scripted), "one", "/reset", "two", "/nonsense", "/help", "/exit", "three")
     assert shown == "a\nb\n"
     assert scripted.prompts[1] == "Human: two\n\nAssistant:"
     shown = capsys.readouterr().err
@@ -71,53 +70,53 @@ def test_reset_forgets_exit_leaves_and_other_commands_are_named(model, capsys):
     assert shown.count("/help") >= 2  # after the unknown command and on demand
 
 
-def test_an_interrupt_stops_the_answer_and_keeps_what_came(model, capsys):
-    talk = talk_with(Scripted(model, ["!?!?!?", "x"], pause=3))
-    said, shown = run(talk, "one", "two")
-    assert said[0].stopped
+def test_interrupt_stops_the_answer_and_keeps_its_text(model, capsys):
+    conversation = conversation_with(Scripted(model, ["!?!?!?", "x"], pause=3))
+    turns, shown = run(conversation, "one", "two")
+    assert turns[0].stopped
     assert shown == "!?!\nx\n"
-    assert talk.turns == [Turn("one", "!?!"), Turn("two", "x")]
+    assert conversation.turns == [Turn("one", "!?!"), Turn("two", "x")]
     assert capsys.readouterr().err.strip()
 
 
-def test_a_question_beyond_the_context_is_refused_and_forgotten(model, capsys):
-    talk = talk_with(Scripted(model, ["x"], context=40))
-    said, shown = run(talk, "字" * 100, "b")
+def test_question_beyond_the_context_is_rejected_and_dropped(model, capsys):
+    conversation = conversation_with(Scripted(model, ["x"], context=40))
+    turns, shown = run(conversation, "字" * 100, "b")
     assert shown == "x\n"
-    assert talk.turns == [Turn("b", "x")]
+    assert conversation.turns == [Turn("b", "x")]
     assert "40" in capsys.readouterr().err
 
 
-def test_the_oldest_turns_are_forgotten_when_the_context_is_full(model):
+def test_oldest_turns_are_dropped_when_the_context_is_full(model):
     scripted = Scripted(model, ["a"] * 20, context=120)
-    talk = talk_with(scripted, max_new_tokens=20)
-    run(talk, *(f"question number {i}" for i in range(12)))
-    assert 1 <= len(talk.turns) < 12
-    assert talk.turns[-1].question == "question number 11"
+    conversation = conversation_with(scripted, max_new_tokens=20)
+    run(conversation, *(f"question number {i}" for i in range(12)))
+    assert 1 <= len(conversation.turns) < 12
+    assert conversation.turns[-1].question == "question number 11"
     assert all(len(model.tokenizer(prompt)["input_ids"]) <= 100 for prompt in scripted.prompts)
     assert set(scripted.rooms) == {20}
 
 
-def test_the_models_own_next_question_is_not_shown(model):
-    said, shown = run(talk_with(Scripted(model, ["好的。\n\nHuman: 再来一个\n\nAssistant: 不"])), "一")
+def test_next_question_of_the_model_is_not_shown(model):
+    turns, shown = run(conversation_with(Scripted(model, ["好的。\n\nHuman: 再来一个\n\nAssistant: 不"])), "一")
     assert shown == "好的。\n"
-    assert said[0].answer == "好的。"
+    assert turns[0].answer == "好的。"
 
 
 def test_prompt_style_option_is_resolved(model):
-    assert talk_with(model).name == "bloom"
+    assert conversation_with(model).name == "bloom"
     with pytest.raises(UsageError, match="alpaca"):
         Conversation(model, "alpaca", SamplingParams())
 
 
 def test_a_real_model_runs_several_turns(model):
-    said, shown = run(talk_with(model, max_new_tokens=6), "你好", "再见")
-    assert [one.tokens <= 6 for one in said] == [True, True]
+    turns, shown = run(conversation_with(model, max_new_tokens=6), "你好", "再见")
+    assert [one.tokens <= 6 for one in turns] == [True, True]
     assert "Human:" not in shown
 
 
 class Keyboard:
-    """A program on a pseudo-terminal."""
+    """The command line on a pseudo-terminal."""
 
     def __init__(self, *args):
         self.master, slave = pty.openpty()
@@ -132,7 +131,7 @@ class Keyboard:
         os.write(self.master, text.encode())
 
     def wait(self, pattern, seconds=30):
-        """Read until the pattern comes; what came before it is dropped."""
+        """Read until the pattern appears; return the text up to its end."""
         until = time.monotonic() + seconds
         while (found := re.search(pattern, self.seen)) is None:
             assert time.monotonic() < until, f"no {pattern!r} in {self.seen!r}"
@@ -140,11 +139,11 @@ class Keyboard:
                 try:
                     self.seen += os.read(self.master, 4096).decode(errors="replace")
                 except OSError:
-                    pytest.fail(f"the program ended with {self.process.wait()}: {self.seen!r}")
+                    pytest.fail(f"the process exited with {self.process.wait()}: {self.seen!r}")
         shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return shown
 
-    def leave(self):
+    def exit_code(self):
         code = self.process.wait(20)
         os.close(self.master)
         return code
@@ -152,7 +151,7 @@ class Keyboard:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a controlling terminal")
 def test_chat_on_a_pseudo_terminal(tiny_bloom, tmp_path):
-    endless = shutil.copytree(tiny_bloom, tmp_path / "endless")  # 256 tokens are said before anybody can stop them
+    endless = shutil.copytree(tiny_bloom, tmp_path / "endless")  # with 256 tokens the answer would end too early
     config = json.loads((endless / "config.json").read_text())
     (endless / "config.json").write_text(json.dumps(config | {"seq_length": 10**6}))
     screen = Keyboard("chat", endless, "--max-tokens", 10**5, "--device", "cpu")
@@ -166,17 +165,17 @@ def test_chat_on_a_pseudo_terminal(tiny_bloom, tmp_path):
         screen.type("/reset\n")
         screen.wait("cleared")
         screen.wait("> ")
-        time.sleep(0.5)  # readline loses a signal that comes before it waits for keys
+        time.sleep(0.5)  # readline loses a signal that arrives before it waits for keys
         screen.type("\x03")
         screen.wait("Ctrl-D exits")
         screen.wait("> ")
         screen.type("\x04")
-        assert screen.leave() == 0
+        assert screen.exit_code() == 0
     finally:
         screen.process.kill()
 
 
-def test_json_gives_all_turns_at_the_end(tiny_bloom):
+def test_json_prints_all_turns_at_the_end(tiny_bloom):
     done = subprocess.run(
         [sys.executable, "-m", "gptq_belle.cli", "chat", str(tiny_bloom), "--json", "--max-tokens", "4"],
         input="你好\n/exit\n", capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs without one: see `cuda_scripts_interpreted.py`, and what they say where there is none."""
+"""The GPU benchmarks without a GPU: in Triton's interpreter (`cuda_scripts_interpreted.py`), and their exit code."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What doctor says of GPU kernels, on machines that lack one thing or another, and how its self-test finds faults."""
+"""doctor: its report on GPU kernels on incomplete machines, and wrong kernels that its self-test detects."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from gptq_belle.kernels.native_library import load_library
 
 @pytest.fixture
 def card(monkeypatch):
-    """A CUDA device of compute capability 8.6 where everything that Triton needs is installed."""
+    """A CUDA device of compute capability 8.6 with everything that Triton needs."""
     triton_matmul.unavailable_reason.cache_clear()
     triton_matmul.device_properties.cache_clear()
     properties = SimpleNamespace(major=8, minor=6, multi_processor_count=82)
@@ -77,12 +77,12 @@ def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
     assert {"groupwise", "reference"} <= kernels
     if not isinstance(load_library(), str):
         assert {f"native {isa}" for isa in load_library().usable_isas} <= kernels
-    assert all(check["error"] > 0 for check in checks)  # something was computed, in fewer bits than float64
+    assert all(check["error"] > 0 for check in checks)  # something was computed, with less precision than float64
 
 
 def test_kernel_wrong_by_one_percent_fails_the_self_test(monkeypatch, capsys):
-    rightly = reference.groupwise_matmul
-    monkeypatch.setattr(reference, "groupwise_matmul", lambda x, weight: 1.01 * rightly(x, weight))
+    correct = reference.groupwise_matmul
+    monkeypatch.setattr(reference, "groupwise_matmul", lambda x, weight: 1.01 * correct(x, weight))
     code, out = run_doctor(capsys)
     assert code == 3
     assert any("groupwise, 4 bit" in line and "1.0e-02" in line for line in out.splitlines())

@@ -1,4 +1,4 @@
-"""Both READMEs show the same commands and tables; commands, options and figures in them agree with the program."""
+"""Both READMEs contain the same commands and tables, and agree with the program's commands, options and results."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def table(text: str, heading: str) -> list[list[str]]:
 
 
 def answer(*arguments):
-    """The JSON that a command prints."""
+    """The JSON output of a command."""
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0
     return json.loads(result.stdout)

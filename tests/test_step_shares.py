@@ -10,7 +10,7 @@ from gptq_belle.bench.step_shares import clock_parts, measure_step_shares
 from gptq_belle.common.timers import PhaseClock
 
 
-def test_profiling_changes_no_output(tiny_model, tmp_path):
+def test_clocks_change_no_output(tiny_model, tmp_path):
     model = load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
     ids = torch.randint(384, (1, 12))
     before, attributes = model.logits(ids), [dict(vars(block)) for block in model.decoder.blocks]

@@ -22,11 +22,11 @@ def chat(
     verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model over several turns. With --json, answers are streamed to stderr and all turns go to stdout."""
-    from gptq_belle.cli.conversation import Conversation, run
+    from gptq_belle.cli.conversation import Conversation, chat_loop
     from gptq_belle.engine.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     conversation = Conversation(options.load_model(path, device, precision, head_bits, cache), prompt_style, params)
-    turns = run(conversation, sys.stderr if as_json else sys.stdout)
+    turns = chat_loop(conversation, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": turns})

@@ -1,6 +1,6 @@
-"""A conversation in a terminal: answers are streamed, and end where the model would continue with the next question.
+"""A conversation in a terminal. Answers are streamed and end where the model would start the next question.
 
-Questions come from the keyboard or from piped lines; with the latter, only answers go to stdout.
+Questions come from the keyboard or from piped lines; for piped lines only the answers go to stdout.
 """
 
 import sys
@@ -24,7 +24,7 @@ ANSWER_ROOM = 128  # tokens reserved for an answer: older turns are dropped unti
 
 @dataclass(slots=True)
 class ChatTurn:
-    """One turn as it was shown; `seconds` is the time from the question to the last token."""
+    """One turn as printed; `seconds` is the time from the question to the last token."""
 
     question: str
     answer: str = ""
@@ -39,12 +39,12 @@ class Conversation:
     Args:
         model: from `gptq_belle.load`.
         style: "auto" or a key of `prompts.styles.STYLES`.
-        params: how to sample answers.
+        params: sampling parameters.
     Attributes:
         turns: completed turns.
         tokens: number of tokens of the last answer, including those of a stop string.
     Raises:
-        UsageError: no such style.
+        UsageError: an unknown style.
     """
 
     def __init__(self, model: Model, style: str, params: SamplingParams) -> None:
@@ -55,7 +55,7 @@ class Conversation:
         self.tokens = 0
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces. If closed early, the text so far is the answer; a turn without any text is dropped.
+        """Yield the answer in pieces. If closed early, the turn keeps the text so far; a turn without text is dropped.
 
         Raises:
             UsageError: the question leaves no room for an answer in the context.
@@ -83,12 +83,12 @@ class Conversation:
     def _prompt(self, question: str) -> tuple[list[int], int]:
         """Token ids of the turns and the question, and the answer's token limit; old turns are dropped to make room."""
         tokenizer, context = self.model.tokenizer, self.model.context
-        asked = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        enough = min(asked, ANSWER_ROOM)
+        limit = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        enough = min(limit, ANSWER_ROOM)
         while True:
             text = render_conversation([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
             ids: list[int] = tokenizer(text, add_special_tokens=self.style.special_tokens)["input_ids"]
-            room = asked if context is None else min(asked, context - len(ids))
+            room = limit if context is None else min(limit, context - len(ids))
             if room >= enough or not self.turns:
                 break
             del self.turns[0]
@@ -98,7 +98,7 @@ class Conversation:
         return ids, room
 
 
-def run(conversation: Conversation, answers: TextIO, questions: TextIO | None = None) -> list[ChatTurn]:
+def chat_loop(conversation: Conversation, answers: TextIO, questions: TextIO | None = None) -> list[ChatTurn]:
     """Read questions until the end of input or /exit, and answer them.
 
     Args:
@@ -106,7 +106,7 @@ def run(conversation: Conversation, answers: TextIO, questions: TextIO | None = 
         answers: stream for the answers.
         questions: one question per line; None reads stdin, with a prompt if it is a terminal.
     Returns:
-        the turns.
+        All turns.
     """
     interactive = questions is None and sys.stdin.isatty()
     if interactive:
@@ -152,22 +152,22 @@ def _next_line(interactive: bool, questions: TextIO) -> str | None:
 
 
 def _answer(conversation: Conversation, question: str, answers: TextIO) -> ChatTurn:
-    exchange = ChatTurn(question)
-    began = time.perf_counter()
+    turn = ChatTurn(question)
+    start = time.perf_counter()
     try:
         with closing(conversation.ask(question)) as pieces:
             for piece in pieces:
-                exchange.answer += piece
+                turn.answer += piece
                 answers.write(piece)
                 answers.flush()
     except KeyboardInterrupt:
-        exchange.stopped = True
+        turn.stopped = True
     except UsageError as error:
         console.note(str(error), style=None)
-        return exchange
-    exchange.seconds, exchange.tokens = time.perf_counter() - began, conversation.tokens
+        return turn
+    turn.seconds, turn.tokens = time.perf_counter() - start, conversation.tokens
     answers.write("\n")
     answers.flush()
-    speed = f"{exchange.tokens} tokens, {exchange.tokens / max(exchange.seconds, 1e-9):.1f} tokens/s"
-    console.note(f"[stopped; {speed}]" if exchange.stopped else f"[{speed}]")
-    return exchange
+    speed = f"{turn.tokens} tokens, {turn.tokens / max(turn.seconds, 1e-9):.1f} tokens/s"
+    console.note(f"[stopped; {speed}]" if turn.stopped else f"[{speed}]")
+    return turn

@@ -65,8 +65,8 @@ def kl(
     stride: Stride = None,
     limit: options.TextLimit = None,
     keep: Annotated[Path | None, typer.Option(
-        help="Folder that keeps the predictions of the base for later runs; reused if they fit. 4 bytes per token and "
-        "vocabulary entry.", show_default=False)] = None,
+        help="Folder that keeps the predictions of the base for later runs; reused if they fit. Its size is 4 "
+        "bytes per token and vocabulary entry.", show_default=False)] = None,
     gate: Gate = None,
     allow_overlap: options.AllowOverlap = False,
     precision: options.Precision = None,

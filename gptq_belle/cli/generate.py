@@ -29,7 +29,7 @@ def generate(
     """Answer one prompt and stream the answer to stdout."""
     model = options.load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
-    began, answer = time.perf_counter(), ""
+    start, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,
                               top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed):
         answer += piece
@@ -37,6 +37,6 @@ def generate(
             sys.stdout.write(piece)
             sys.stdout.flush()
     if as_json:
-        console.print_json({"model": path, "prompt": prompt, "answer": answer, "seconds": time.perf_counter() - began})
+        console.print_json({"model": path, "prompt": prompt, "answer": answer, "seconds": time.perf_counter() - start})
     else:
         print()

@@ -8,21 +8,21 @@ from gptq_belle.cli import console, options
 
 def models(device: options.UnusedDevice = "auto", as_json: options.Json = False,
            verbose: options.Verbose = False) -> None:
-    """List the BELLE family: names that stand for a download wherever MODEL or PATH is asked for."""
-    rows = list(listed())
+    """List the BELLE models whose names other commands accept as MODEL or PATH and download."""
+    rows = list(catalogue())
     if as_json:
         console.print_json(rows)
         return
     head = ["name", "model_type", "prompt", "published as", "GiB", "billions", "4 bit, GB", "8 bit, GB"]
     keys = ("name", "architecture", "prompt_style", "kind", "published", "billions", "gb_4_bit", "gb_8_bit")
-    console.print_table("", head, [[_shown(row[key]) for key in keys] for row in rows], text=5)
+    console.print_table("", head, [[_text(row[key]) for key in keys] for row in rows], text=5)
     for licence in dict.fromkeys(row["licence"] for row in rows):
         names = ", ".join(row["name"] for row in rows if row["licence"] == licence)
         console.print_line(f"{licence}: {names}")
-    console.print_line("On the hub they are under BelleGroup/. Sizes in 4 and 8 bits are those of written files.")
+    console.print_line("The hub ids start with BelleGroup/. Sizes in 4 and 8 bits are those of quantized files.")
 
 
-def listed() -> Iterator[dict[str, Any]]:
+def catalogue() -> Iterator[dict[str, Any]]:
     """The catalogue's models with their sizes, as JSON-ready dictionaries."""
     from gptq_belle.models.architectures import architecture
     from gptq_belle.models.belle_catalogue import BELLE_MODELS, CONFIGS
@@ -38,5 +38,5 @@ def listed() -> Iterator[dict[str, Any]]:
                "licence": each.licence, "files": each.files, "next_step": each.next_step}
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return "" if value is None else str(value)

@@ -32,7 +32,7 @@ def style_or_none(style: str) -> str | None:
 
 # of every command
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default=True)]
+Device = Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda or cuda:N.", show_default=True)]
 UnusedDevice = Annotated[str, typer.Option("--device", hidden=True)]  # accepted by commands that run on no device
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=console.set_verbose,
                                        help="Print the traceback of an error too.")]

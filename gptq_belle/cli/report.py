@@ -8,8 +8,6 @@ import typer
 from gptq_belle.cli import console, options
 from gptq_belle.errors import HardwareError
 
-PAGE = "report.html"
-
 
 def report(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Quantized models.", show_default=False)],
@@ -37,7 +35,7 @@ def report(
     Evaluations that are already in the folder and still valid are not run again.
     """
     check_matplotlib()
-    from gptq_belle.evaluation.report import write_report
+    from gptq_belle.evaluation.report import PAGE, write_report
     from gptq_belle.evaluation.report_results import EvaluationOptions, ReportEvaluator
 
     how = EvaluationOptions(text, test, window, limit, per_class, max_tokens, batch, device, precision, allow_overlap)

@@ -21,7 +21,7 @@ def serve(
         help="Maximum number of prompt and answer tokens. Default: the context.", min=2, show_default=False)] = None,
     max_queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
     ray: Annotated[bool, typer.Option(
-        "--ray", help="Run several replicas behind one address with Ray Serve.")] = False,
+        "--ray", help="Run several replicas at one address with Ray Serve.")] = False,
     replicas: Annotated[int, typer.Option(help="Number of replicas with --ray.", min=1)] = 2,
     prompt_style: options.ChatStyle = "auto",
     precision: options.Precision = None,
