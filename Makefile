@@ -32,7 +32,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# The library goes to a folder of its own; Python itself leaks on purpose, so leaks are not looked for.
+# The sanitized library is built in a separate folder. Python itself leaks on purpose, so leak detection is off.
 SANITIZED := build/sanitized
 SANITIZED_TESTS := cpu_attention cpu_elementwise cpu_matmul cpu_solver lm_head malicious_files step_graph
 sanitize: $(READY)

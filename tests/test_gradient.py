@@ -52,9 +52,9 @@ def test_half_precision_gradient_is_rounded_once(dtype):
     assert relative_error(found, exact) < 1.1 * rounded
 
 
-@pytest.mark.parametrize("rows", [1, 200])  # by groupwise and by reference
-def test_gradcheck(rows):
-    words = random_words(4, 64, 16, 32, act_order=True)
+@pytest.mark.parametrize(("rows", "act_order"), [(1, False), (200, False), (1, True)])  # groupwise, then reference
+def test_gradcheck(rows, act_order):
+    words = random_words(4, 64, 16, 32, act_order=act_order)
     weight = prepare_tensors(**words, bits=4, zero_offset=1, device=CPU, dtype=torch.float64)
     x = torch.randn(rows, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: quant_matmul(x, weight), x, fast_mode=True)

@@ -69,7 +69,7 @@ inline GroupSplit split_group(const float* v, int run, uint8_t* high_out, uint8_
     inverse = 127.0f / largest;
     scale = largest / 127.0f;
   }
-  int32_t parts[kMaxRun], sum = 0;
+  int32_t combined[kMaxRun], sum = 0;
   for (int i = 0; i < run; ++i) {
     const float t = (largest_bits >= kInfinity ? 0.0f : v[i]) * inverse, shifted = t + kRound;
     int32_t high, low = 0;
@@ -82,23 +82,23 @@ inline GroupSplit split_group(const float* v, int run, uint8_t* high_out, uint8_
       low = low > 127 ? 127 : low;
       high = high * 256 + low;
     }
-    parts[i] = high;
+    combined[i] = high;
     sum += high;
   }
   if (Isa::kInputs == 4) {
     for (int i = 0; i < run; ++i) {
-      const int8_t low = static_cast<int8_t>(parts[i]);
+      const int8_t low = static_cast<int8_t>(combined[i]);
       if (PARTS == 2) low_out[i] = static_cast<uint8_t>(low);
-      high_out[i] = static_cast<uint8_t>(PARTS == 2 ? (parts[i] - low) >> 8 : low);
+      high_out[i] = static_cast<uint8_t>(PARTS == 2 ? (combined[i] - low) >> 8 : low);
     }
   } else {
     // Pairs of 16 bits are multiplied by the codes of bytes 0 and 2, then 1 and 3, of every four.
     int16_t* words = reinterpret_cast<int16_t*>(high_out);
     for (int i = 0; i < run; i += 4) {
-      words[i] = static_cast<int16_t>(parts[i]);
-      words[i + 1] = static_cast<int16_t>(parts[i + 2]);
-      words[i + 2] = static_cast<int16_t>(parts[i + 1]);
-      words[i + 3] = static_cast<int16_t>(parts[i + 3]);
+      words[i] = static_cast<int16_t>(combined[i]);
+      words[i + 1] = static_cast<int16_t>(combined[i + 2]);
+      words[i + 2] = static_cast<int16_t>(combined[i + 1]);
+      words[i + 3] = static_cast<int16_t>(combined[i + 3]);
     }
   }
   return {PARTS == 2 ? scale / 256.0f : scale, sum};
@@ -126,7 +126,7 @@ void split(const MatmulTask& t, int64_t row_begin, int64_t row_end) {
       const int64_t position = first_position + g * t.unit_rows;
       const int64_t offset = position * run * (4 / Isa::kInputs);
       const GroupSplit s = t.parts == 2 ? split_group<2>(v, run, t.split[0] + offset, t.split[1] + offset)
-                                   : split_group<1>(v, run, t.split[0] + offset, nullptr);
+                                        : split_group<1>(v, run, t.split[0] + offset, nullptr);
       t.scale[position] = s.scale;
       t.sum[position] = s.sum;
     }
