@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .huge_pages import empty_bytes
-from .layout import CanonicalWeight, sort_by_group
+from .layout import CanonicalWeight, restore_input_order, sort_by_group
 from .native_library import data_pointer, require_library
 from .native_structs import PackedWordsStruct
 from .reference import unpack
@@ -81,11 +81,7 @@ def prepare(weight: CanonicalWeight, precision: str = "exact") -> CpuWeight:
 def unpack_weight(weight: CpuWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N) of the checkpoint: `prepare` undone."""
     runs, sorted_codes = sort_by_group(weight.g_idx), unpack_codes(weight.codes, weight.bits)
-    codes = sorted_codes[: weight.in_features]
-    if weight.order is not None:
-        filled = weight.order >= 0
-        codes = torch.empty_like(codes)
-        codes[weight.order[filled].long()] = sorted_codes[filled]
+    codes = restore_input_order(sorted_codes.t(), weight.order, weight.in_features).t()
     zeros = weight.zeros if weight.zeros is not None else torch.full(weight.scales.shape, weight.zero)
 
     def table(values: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cpu_layout import ACTIVATION_PARTS, BLOCK, OUTPUT_MULTIPLE, CpuWeight, empty_codes
-from .layout import RUN_LENGTHS
+from .layout import RUN_LENGTHS, restore_input_order
 from .native_library import NativeLibrary, load_library, require_library
 from .native_structs import CodeRowsStruct, RowQuantizationStruct
 from .tensor_checks import check_tensors
@@ -87,10 +87,4 @@ def lookup_rows(weight: CpuWeight, ids: Tensor) -> Tensor:
     fields = torch.stack([packed >> shift & mask for shift in range(0, 8, weight.bits)], 3)
     zeros = weight.zero if weight.zeros is None else weight.zeros[block, :, lane].float()[..., None]
     values = (fields.flatten(2).float() - zeros) * weight.scales[block, :, lane].float()[..., None]
-    values = values.flatten(1)
-    if weight.order is None:
-        return values[:, : weight.in_features]
-    filled = weight.order >= 0
-    found = values.new_empty(len(ids), weight.in_features)
-    found[:, weight.order[filled].long()] = values[:, filled]
-    return found
+    return restore_input_order(values.flatten(1), weight.order, weight.in_features)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cpu_layout, reference, triton_matmul
 from .cpu_layout import CpuWeight
-from .layout import CanonicalWeight
+from .layout import CanonicalWeight, restore_input_order
 from .triton_layout import SlicedWeight
 
 # Bytes of expanded weight at a time. 512 rows through 4 bits, 4096 x 11008, on two cores: 288 ms with 16 MiB, 341 with
@@ -35,18 +35,9 @@ def input_gradient(grad: Tensor, weight: CanonicalWeight | CpuWeight | SlicedWei
     for begin in range(0, count, step):
         end = min(begin + step, count)
         torch.mm(rows, expand(weight, begin, end, dtype).t(), out=result[:, begin:end])
-    return _in_original_order(result, weight).to(grad.dtype).view(*grad.shape[:-1], weight.in_features)
-
-
-def _in_original_order(columns: Tensor, weight: Any) -> Tensor:
-    """Columns in the order of a layout, moved to the order of the inputs; padding is removed."""
-    order = weight.order if isinstance(weight, CpuWeight | SlicedWeight) else None
-    if order is None:
-        return columns[:, : weight.in_features]
-    filled = order >= 0
-    result = columns.new_empty(columns.shape[0], weight.in_features)
-    result[:, order[filled].long()] = columns[:, filled]
-    return result
+    order = None if isinstance(weight, CanonicalWeight) else weight.order
+    restored = restore_input_order(result, order, weight.in_features)
+    return restored.to(grad.dtype).view(*grad.shape[:-1], weight.in_features)
 
 
 # Each of these returns the weight (end - begin, N) of the layout's inputs begin .. end.

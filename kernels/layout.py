@@ -129,6 +129,16 @@ def sort_by_group(g_idx: Tensor, block: int = 1) -> SortedGroups:
     return SortedGroups(run, torch.repeat_interleave(groups.long(), runs), order)
 
 
+def restore_input_order(columns: Tensor, order: Tensor | None, in_features: int) -> Tensor:
+    """Columns (n, G * run) in the order of `SortedGroups`, as (n, K) in the order of the inputs, without padding."""
+    if order is None:
+        return columns[:, :in_features]
+    filled = order >= 0
+    restored = columns.new_empty(columns.shape[0], in_features)
+    restored[:, order[filled].long()] = columns[:, filled]
+    return restored
+
+
 def padded_length(g_idx: Tensor, run: int) -> int:
     """Inputs of g_idx (K,) and padding if every group is padded to whole runs."""
     return int((-(-g_idx.bincount() // run)).sum()) * run
