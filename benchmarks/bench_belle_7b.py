@@ -29,7 +29,7 @@ from gptq_belle.bench import footprint
 CONTEXT, HEAD, TOKENS, TURNS = 2048, 8, 8, 3
 
 
-class Case(NamedTuple):
+class CheckpointCase(NamedTuple):
     """A checkpoint and its limits in GB: file size, and memory by dtype of the KV cache."""
 
     bits: int
@@ -39,10 +39,10 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(4, 16, 5.3, {"float16": 5.3, "int8": 4.8}),
-    Case(4, 8, 4.3, {}),
-    Case(8, 16, 8.3, {"float16": 8.4}),
-    Case(8, 8, 7.3, {}),
+    CheckpointCase(4, 16, 5.3, {"float16": 5.3, "int8": 4.8}),
+    CheckpointCase(4, 8, 4.3, {}),
+    CheckpointCase(8, 16, 8.3, {"float16": 8.4}),
+    CheckpointCase(8, 8, 7.3, {}),
 )
 PROCESS, LOAD = 0.6, 1.5  # GB of the process without the model; load time relative to reading
 
@@ -79,7 +79,7 @@ def speed(folder: Path) -> float:
     return 1 / statistics.median(seconds)
 
 
-def measure(case: Case, folder: Path) -> dict[str, Any]:
+def measure(case: CheckpointCase, folder: Path) -> dict[str, Any]:
     """All measurements of one checkpoint with their limits."""
     size = make("belle-7b", folder, bits=case.bits, head_bits=case.stored_head)
     reads, past, loads, memory = [], [], [], {}

@@ -152,7 +152,7 @@ def main() -> None:
         exact, sizes = loaded[OURS], {name: model.step_bytes for name, model in loaded.items()}
         variants = {name: ours(model) for name, model in loaded.items()} | {
             CALLS: ours(exact, replays=False), READ: plain_read(exact.step_bytes), HF: transformers_int4(path)}
-        times = measure(variants | ({PEER: llama_cpp(peer)} if peer.there else {}), options.repeats)
+        times = measure(variants | ({PEER: llama_cpp(peer)} if peer.available else {}), options.repeats)
     rows = rows_of(times, sizes | {CALLS: exact.step_bytes})
     print(records.write("cpu_generate", {"threads": options.threads, "layers": options.layers,
                                          "llama_cpp_python": peer.version or None, "results": rows}))

@@ -23,8 +23,8 @@ from matmul_variants import (
     GROUP,
     OURS,
     READ,
+    MatmulVariant,
     Multiply,
-    Variant,
     activations,
     dense,
     int4_of_torch,
@@ -51,7 +51,7 @@ BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # LLaMA-7B
 BLOCKS, HEAD, CONTEXT = 8, (4096, 32000), 8
 
 
-def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: int) -> dict[str, float]:
+def interleaved(variants: dict[str, MatmulVariant], rows: int, inputs: int, repeats: int) -> dict[str, float]:
     """Median seconds of each variant at M = rows, after a warm-up of WARM_UP seconds."""
     x = {name: activations(name, rows, inputs) for name in variants}
     turns = {name: itertools.cycle(variant.copies) for name, variant in variants.items()}
@@ -66,7 +66,7 @@ def interleaved(variants: dict[str, Variant], rows: int, inputs: int, repeats: i
     return {name: spread([each[name] for each in times]).median for name in variants}
 
 
-def once(variants: dict[str, Variant], inputs: int) -> None:
+def once(variants: dict[str, MatmulVariant], inputs: int) -> None:
     """Use every copy once: reading takes up to twice as long while written data is still leaving the caches."""
     for name, variant in variants.items():
         x = activations(name, 1, inputs)
@@ -110,7 +110,7 @@ def measure_prepare(shapes: Sequence[tuple[int, int]], repeats: int) -> dict[str
     return {"seconds": taken, "bytes": size}
 
 
-def stack(make: Callable[[int, int], Variant]) -> tuple[list[tuple[int, Multiply]], int]:
+def stack(make: Callable[[int, int], MatmulVariant]) -> tuple[list[tuple[int, Multiply]], int]:
     """The linears of 8 blocks and an lm_head with their in_features, and their total bytes."""
     shapes = [*BLOCK * BLOCKS, HEAD]
     made = [make(inputs, outputs) for inputs, outputs in shapes]
@@ -133,7 +133,7 @@ def settled(rows: int, measure: Callable[[], float]) -> float:
 
 def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """Tokens/s of the linears of 8 blocks of LLaMA-7B and a 4-bit lm_head; whole tokens for llama.cpp."""
-    makers: dict[str, Callable[[int, int], Variant]] = {
+    makers: dict[str, Callable[[int, int], MatmulVariant]] = {
         "4 bit exact": lambda k, n: native(k, n, 4, 1, "exact"),
         "4 bit fast": lambda k, n: native(k, n, 4, 1, "fast"),
         "8 bit exact": lambda k, n: native(k, n, 8, 1, "exact"),
@@ -148,12 +148,12 @@ def measure_stack(rows: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 def measure_rows(m: int, stacks: dict[str, tuple[list[tuple[int, Multiply]], int]], peer: LlamaCpp,
                  repeats: int) -> list[dict[str, Any]]:
     """The same at M = m."""
-    times: dict[str, list[float]] = {name: [] for name in [*stacks, *(["llama.cpp Q4_0"] if peer.there else [])]}
+    times: dict[str, list[float]] = {name: [] for name in [*stacks, *(["llama.cpp Q4_0"] if peer.available else [])]}
     for _ in range(repeats + 1):
         for name, (linears, _) in stacks.items():
             x = {inputs: activations(name, m, inputs) for inputs in {k for k, _ in linears}}
             times[name].append(settled(m, lambda n=linears, x=x: seconds(lambda: run_stack(n, x))))  # type: ignore[misc]
-        if peer.there:
+        if peer.available:
             times["llama.cpp Q4_0"].append(settled(m, lambda: peer.seconds(CONTEXT, m)))
     read = read_bandwidth(repeats=3).median
     ours, found = spread(times[OURS][1:]).median, []

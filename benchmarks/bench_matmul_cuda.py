@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from cuda_common import ROWS, SHAPES, Deadline, codes_of, expanded, head, random_weight, require_device, write
-from cuda_peers import PEERS, Product
+from cuda_peers import PEERS, Matmul
 from torch import Tensor
 
 from gptq_belle.bench import cuda_timing
@@ -32,15 +32,15 @@ GOALS = (  # name, rows, metric, minimum; over every shape except APART
 APART, APART_GOAL = (4096, 16384), 0.5
 
 
-class Variant:
+class CudaVariant:
     """Copies of one weight as products, created on first use; `reason` is set if the variant is skipped."""
 
-    def __init__(self, make: Callable[[], Product], dtype: torch.dtype, size: int, device: torch.device) -> None:
+    def __init__(self, make: Callable[[], Matmul], dtype: torch.dtype, size: int, device: torch.device) -> None:
         self.dtype, self.size, self.reason = dtype, size, ""
         self._make, self._device = make, device
-        self._products: list[Product] = []
+        self._products: list[Matmul] = []
 
-    def products(self) -> list[Product]:
+    def products(self) -> list[Matmul]:
         """The copies; errors of their creation propagate."""
         if not self._products:
             self._products = [self._make() for _ in range(cuda_timing.operand_copies(self.size, self._device, most=32))]
@@ -65,7 +65,7 @@ class Variant:
 
 
 def variants_of(inputs: int, outputs: int, bits: Sequence[int],
-                device: torch.device) -> tuple[dict[str, Variant], Tensor]:
+                device: torch.device) -> tuple[dict[str, CudaVariant], Tensor]:
     """All variants of one shape, and the float32 weight (K, N) that the 4-bit variants share."""
     weight = random_weight(inputs, outputs, 4, device)
     codes, scales = codes_of(weight)
@@ -73,14 +73,14 @@ def variants_of(inputs: int, outputs: int, bits: Sequence[int],
     for width in bits:
         own = weight if width == 4 else random_weight(inputs, outputs, width, device)
         size = own.words.nbytes + own.scales.nbytes
-        found[f"ours, {width} bits"] = Variant(partial(ours, own), torch.float16, size, device)
+        found[f"ours, {width} bits"] = CudaVariant(partial(ours, own), torch.float16, size, device)
     for name, peer in PEERS.items():
         size = int(inputs * outputs * peer.bits / 8)
-        found[name] = Variant(partial(peer.make, codes, scales), peer.dtype, size, device)
+        found[name] = CudaVariant(partial(peer.make, codes, scales), peer.dtype, size, device)
     return found, expanded(weight)
 
 
-def ours(weight: Any) -> Product:
+def ours(weight: Any) -> Matmul:
     """A product with a copy of a weight, as `dispatch` would run it."""
     copy = weight._replace(words=weight.words.clone(), scales=weight.scales.clone())
     return lambda x: triton_matmul.quant_matmul(x, copy)
@@ -114,7 +114,7 @@ def measure_shape(inputs: int, outputs: int, rows: Sequence[int], bits: Sequence
     return [*found, {"inputs": inputs, "outputs": outputs, "left_out": left_out}]
 
 
-def own_result(variant: Variant, x: Tensor) -> Tensor:
+def own_result(variant: CudaVariant, x: Tensor) -> Tensor:
     """The result of a variant with another weight in float32, where the weight is expanded exactly."""
     return variant.products()[0](x.float())
 

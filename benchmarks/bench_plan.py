@@ -21,7 +21,7 @@ from gptq_belle.models.dimensions import dimensions
 from gptq_belle.models.sizes import MemorySettings, memory_use
 
 
-class Case(NamedTuple):
+class PlanCase(NamedTuple):
     """A model cut to `layers` blocks, its memory settings, and the workload: `batch` sequences of `context` tokens."""
 
     model: str
@@ -32,16 +32,16 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("llama-7b", 6, MemorySettings(4, 4), 2048, 1),
-    Case("llama-7b", 6, MemorySettings(8, 16), 1024, 2),
-    Case("llama-13b", 4, MemorySettings(4, 8, cache="int8"), 2048, 2),
-    Case("belle-7b", 4, MemorySettings(4, 8), 2048, 1),
-    Case("belle-7b", 4, MemorySettings(8, 4, cache="int8"), 1024, 4),
-    Case("llama-7b", 2, MemorySettings(16, 16), 512, 8),
+    PlanCase("llama-7b", 6, MemorySettings(4, 4), 2048, 1),
+    PlanCase("llama-7b", 6, MemorySettings(8, 16), 1024, 2),
+    PlanCase("llama-13b", 4, MemorySettings(4, 8, cache="int8"), 2048, 2),
+    PlanCase("belle-7b", 4, MemorySettings(4, 8), 2048, 1),
+    PlanCase("belle-7b", 4, MemorySettings(8, 4, cache="int8"), 1024, 4),
+    PlanCase("llama-7b", 2, MemorySettings(16, 16), 512, 8),
 )
 
 
-def measure(case: Case, folder: Path) -> dict[str, Any]:
+def measure(case: PlanCase, folder: Path) -> dict[str, Any]:
     """Planned and measured bytes, and their ratio."""
     make(case.model, folder, bits=case.setting.bits, layers=case.layers)
     found = footprint.measure_in_new_process(folder, device="cpu", head_bits=case.setting.head_bits,

@@ -29,14 +29,14 @@ def server(path: str, slots: int) -> Iterator[str]:
                "--max-batch", str(slots)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        said = ""
-        while not said.endswith("}\n"):
+        output = ""
+        while not output.endswith("}\n"):
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"the server of {path} exited with code {process.wait()}")
-            said += line
+            output += line
         try:
-            yield json.loads(said)["url"]
+            yield json.loads(output)["url"]
         finally:
             process.terminate()
 

@@ -29,7 +29,7 @@ MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}
 AGREEMENT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 
 
-class Product(NamedTuple):
+class ProductCheck(NamedTuple):
     """One check."""
 
     bits: int
@@ -42,16 +42,16 @@ class Product(NamedTuple):
     plan: LaunchPlan | None  # None: the plan that dispatch selects
 
 
-def formats() -> Iterator[Product]:
+def formats() -> Iterator[ProductCheck]:
     """Every format at every number of rows with a different plan, with the selected plan."""
     for rows, group, bits, dtype in itertools.product((1, 11, 33, 64, 129, 1030), (128, 64, 32), (4, 8, 3, 2),
                                                       (torch.float16, torch.bfloat16)):
         for sym, act_order in ((True, False), (False, True)):
-            yield Product(bits, group, sym, act_order, dtype, rows, not sym, None)
-    yield Product(4, 128, False, True, torch.float32, 5, True, None)
+            yield ProductCheck(bits, group, sym, act_order, dtype, rows, not sym, None)
+    yield ProductCheck(4, 128, False, True, torch.float32, 5, True, None)
 
 
-def configs(arch: int, processors: int) -> Iterator[Product]:
+def configs(arch: int, processors: int) -> Iterator[ProductCheck]:
     """Every plan of the tuning search, with 4 bits in float16 and 8 bits in bfloat16."""
     plans: dict[LaunchPlan, None] = {}
     for most in ROW_BUCKETS:
@@ -61,10 +61,10 @@ def configs(arch: int, processors: int) -> Iterator[Product]:
     for plan in plans:
         rows = MOST_ROWS[plan.kernel] if plan.config is None or plan.kernel != "skinny" else plan.config.BM - 1
         for bits, dtype in ((4, torch.float16), (8, torch.bfloat16)):
-            yield Product(bits, 128, bits == 4, False, dtype, rows, False, plan)
+            yield ProductCheck(bits, 128, bits == 4, False, dtype, rows, False, plan)
 
 
-def random_words(product: Product, device: torch.device) -> CanonicalWeight:
+def random_words(product: ProductCheck, device: torch.device) -> CanonicalWeight:
     """A random packed weight in the layout of the checkpoint."""
     bits, groups = product.bits, INPUTS // product.group
 
@@ -82,7 +82,7 @@ def random_words(product: Product, device: torch.device) -> CanonicalWeight:
     return checked_weight(words(INPUTS * bits // 32, OUTPUTS), zeros, scales, g_idx, bits, 1)
 
 
-def relative_error(product: Product, weight: CanonicalWeight, sliced: triton_layout.SlicedWeight) -> float:
+def relative_error(product: ProductCheck, weight: CanonicalWeight, sliced: triton_layout.SlicedWeight) -> float:
     """Relative error of a product to the reference; infinite if two runs differ."""
     device = weight.qweight.device
     x = torch.randn(product.rows, INPUTS, device=device).to(product.dtype)

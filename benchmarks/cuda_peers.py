@@ -13,33 +13,33 @@ import torch
 from cuda_common import GROUP
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
+Matmul = Callable[[Tensor], Tensor]
 
 
 class Peer(NamedTuple):
     """A product of another project."""
 
-    make: Callable[[Tensor, Tensor], Product]
+    make: Callable[[Tensor, Tensor], Matmul]
     dtype: torch.dtype  # dtype of the activations
     bits: float  # bits per weight, including scales
 
 
-def cublas(codes: Tensor, scales: Tensor) -> Product:
+def cublas(codes: Tensor, scales: Tensor) -> Matmul:
     """The expanded weight in float16."""
     weight = ((codes.float() - 8) * scales.float().repeat_interleave(GROUP, 0)).half().t().contiguous()
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
-def torch_int4(codes: Tensor, scales: Tensor) -> Product:
+def torch_int4(codes: Tensor, scales: Tensor) -> Matmul:
     """torch's int4 op (tinygemm) in bfloat16; the first of two codes is in the upper half of a byte."""
     across = codes.t()
     packed = torch.ops.aten._convert_weight_to_int4pack((across[:, ::2] << 4 | across[:, 1::2]).contiguous(), 8)
     table = torch.stack([scales.bfloat16(), torch.zeros_like(scales, dtype=torch.bfloat16)], -1).contiguous()
-    product: Product = lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, table)  # noqa: E731
+    product: Matmul = lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, table)  # noqa: E731
     return product
 
 
-def gemlite(codes: Tensor, scales: Tensor) -> Product:
+def gemlite(codes: Tensor, scales: Tensor) -> Matmul:
     """gemlite's Triton kernels with their default autotuning."""
     core = import_module("gemlite.core")
     inputs, outputs = codes.shape
@@ -47,13 +47,13 @@ def gemlite(codes: Tensor, scales: Tensor) -> Product:
                                 input_dtype=core.DType.FP16, output_dtype=core.DType.FP16)
     flat = scales.t().reshape(-1, 1).contiguous()
     linear.pack(codes.t().contiguous(), flat, torch.full_like(flat, 8), None)
-    product: Product = linear
+    product: Matmul = linear
     return product
 
 
-def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor], Product]:
+def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor], Matmul]:
     """A kernel of GPTQModel, by its module and the current and former names of its class."""
-    def make(codes: Tensor, scales: Tensor) -> Product:
+    def make(codes: Tensor, scales: Tensor) -> Matmul:
         found = import_module(f"gptqmodel.nn_modules.qlinear.{module}")
         kind: Any = next(getattr(found, name) for name in names if hasattr(found, name))
         inputs, outputs = codes.shape
@@ -66,7 +66,7 @@ def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor],
         linear.scales.data = scales.contiguous()
         linear.g_idx.data = torch.arange(inputs, dtype=torch.int32, device=codes.device) // GROUP
         linear.post_init()
-        product: Product = linear.eval()
+        product: Matmul = linear.eval()
         return product
 
     return make

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PYTHON = "GPTQ_BELLE_PEERS_PYTHON"
-ROOM = 2048  # context length in tokens
+CONTEXT = 2048  # tokens
 
 
 class Shape(NamedTuple):
@@ -45,7 +45,7 @@ class LlamaCpp:
         self.process.wait()
 
     @property
-    def there(self) -> bool:
+    def available(self) -> bool:
         """Whether the process started; otherwise the reason is on stderr."""
         return bool(self.version)
 
@@ -71,7 +71,7 @@ def serve(shape: Shape, threads: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "random.gguf"
         write_gguf(gguf, path, shape)
-        model = llama_cpp.Llama(str(path), n_ctx=ROOM, n_batch=ROOM, n_ubatch=512, n_threads=threads,
+        model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_batch=CONTEXT, n_ubatch=512, n_threads=threads,
                                 n_threads_batch=threads, verbose=False)
     print(llama_cpp.__version__, flush=True)
     for line in sys.stdin:
@@ -91,7 +91,7 @@ def write_gguf(gguf: Any, path: Path, shape: Shape) -> None:
 
     random = np.random.SFC64(0)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(ROOM)
+    writer.add_context_length(CONTEXT)
     writer.add_embedding_length(shape.width)
     writer.add_block_count(shape.blocks)
     writer.add_feed_forward_length(shape.inner)

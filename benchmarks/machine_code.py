@@ -43,7 +43,7 @@ class MachineCode(NamedTuple):
 
     registers: int  # per thread
     stack: int  # bytes of stack per thread: above 0, registers spilled
-    local: int  # likewise
+    local: int  # bytes of local memory per thread: above 0, registers spilled
     shared: int  # bytes per program
     loop: Counter[str]  # main-loop instructions by kind; empty if no loop multiplies matrices
     products: int  # multiplications of all warps in one iteration of the loop

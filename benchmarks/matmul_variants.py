@@ -22,14 +22,14 @@ READ, OURS = "plain read", "4 bit exact"
 Multiply = Callable[[Tensor], Tensor]
 
 
-class Variant(NamedTuple):
+class MatmulVariant(NamedTuple):
     """One variant: copies of a weight as functions of x (M, K), and the bytes of one copy."""
 
     copies: list[Multiply]
     bytes: int
 
 
-def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) -> Variant:
+def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) -> MatmulVariant:
     """Random symmetric weights with groups of 128 in the layout of our CPU kernels."""
     groups, blocks = math.ceil(inputs / GROUP), math.ceil(outputs / cpu_layout.OUTPUT_MULTIPLE) * 2
     zero = 2 ** (bits - 1)
@@ -42,10 +42,10 @@ def native(inputs: int, outputs: int, bits: int, copies: int, precision: str) ->
                          cpu_layout.ACTIVATION_PARTS[precision], bits, groups, 1)
 
     weights = [weight() for _ in range(copies)]
-    return Variant([CpuMatmul(weight) for weight in weights], weights[0].codes.nbytes + weights[0].scales.nbytes)
+    return MatmulVariant([CpuMatmul(weight) for weight in weights], weights[0].codes.nbytes + weights[0].scales.nbytes)
 
 
-def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
+def int4_of_torch(inputs: int, outputs: int, copies: int) -> MatmulVariant:
     """torch's int4 op on bfloat16 activations."""
     def weight() -> torch_int4.Int4Weight:
         codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.int32)
@@ -54,23 +54,23 @@ def int4_of_torch(inputs: int, outputs: int, copies: int) -> Variant:
 
     first = weight()
     weights = [first, *(first._replace(packed=first.packed.clone()) for _ in range(copies - 1))]
-    return Variant([lambda x, w=w: torch_int4.quant_matmul(x, w) for w in weights],  # type: ignore[misc]
+    return MatmulVariant([lambda x, w=w: torch_int4.quant_matmul(x, w) for w in weights],  # type: ignore[misc]
                    first.packed.nbytes + first.scale_and_shift.nbytes)
 
 
-def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> Variant:
+def dense(inputs: int, outputs: int, dtype: torch.dtype, copies: int) -> MatmulVariant:
     """The dequantized weight in a dense product (oneDNN or MKL)."""
     first = torch.empty(outputs, inputs, dtype=dtype).uniform_(-1, 1)
     weights = [first, *(first.clone() for _ in range(copies - 1))]
-    return Variant([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights],  # type: ignore[misc]
+    return MatmulVariant([lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights],  # type: ignore[misc]
                    first.nbytes)
 
 
-def plain_read() -> Variant:
+def plain_read() -> MatmulVariant:
     """A plain read of the parts of a buffer."""
     buffer = cpu_layout.empty_codes(1, 1, ROTATED // 64).flatten().random_()
     parts = buffer.split(PORTION)
-    return Variant([lambda x, part=part: torch.tensor(cpu_matmul.read_memory(part)) for part in parts], PORTION)  # type: ignore[misc]
+    return MatmulVariant([lambda x, part=part: torch.tensor(cpu_matmul.read_memory(part)) for part in parts], PORTION)  # type: ignore[misc]
 
 
 def copies_of(size: float) -> int:
@@ -84,7 +84,7 @@ def activations(name: str, rows: int, inputs: int) -> Tensor:
     return x.bfloat16() if "bfloat16" in name or "int4" in name else x
 
 
-def variants_of(inputs: int, outputs: int) -> Iterator[dict[str, Variant]]:
+def variants_of(inputs: int, outputs: int) -> Iterator[dict[str, MatmulVariant]]:
     """Yield all variants of one shape in sets that fit into memory; each set includes our 4-bit product."""
     weights = inputs * outputs
     packed, full = copies_of(weights / 2), copies_of(weights * 2)

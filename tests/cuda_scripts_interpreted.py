@@ -74,11 +74,11 @@ def test_matmul(monkeypatch, tmp_path):
 
 
 def test_wrong_product_is_not_timed():
-    wrong = bench_matmul_cuda.Variant(lambda: lambda x: x + 1, torch.float16, 10, CPU)
+    wrong = bench_matmul_cuda.CudaVariant(lambda: lambda x: x + 1, torch.float16, 10, CPU)
     x = torch.ones(2, 2)
     assert wrong.seconds(x, x) is None
     assert "wrong result" in wrong.reason
-    right = bench_matmul_cuda.Variant(lambda: lambda x: x, torch.float16, 10, CPU)
+    right = bench_matmul_cuda.CudaVariant(lambda: lambda x: x, torch.float16, 10, CPU)
     assert right.seconds(x, x)["seconds"] > 0
 
 
@@ -90,7 +90,7 @@ def test_bits_in_a_byte_of_torch_int4():
     assert torch.equal(torch.stack([packed >> 4, packed & 15], -1).flatten(1), across)
 
 
-SOME = [check_cuda.Product(bits, group, sym, act_order, dtype, rows, bias, plan) for
+SOME = [check_cuda.ProductCheck(bits, group, sym, act_order, dtype, rows, bias, plan) for
         bits, group, sym, act_order, dtype, rows, bias, plan in (
             (4, 128, True, False, torch.float16, 1, False, None), (3, 64, True, True, torch.float16, 11, True, None),
             (8, 32, False, True, torch.bfloat16, 65, True, None), (4, 128, False, True, torch.float32, 5, True, None),

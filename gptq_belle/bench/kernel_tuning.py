@@ -43,7 +43,7 @@ PASSES = 2  # over all names in VARIED
 Timer = Callable[[LaunchPlan], float]  # seconds of a product by a plan; infinite if the plan cannot run
 
 
-class TuningResult(NamedTuple):
+class TunedPlan(NamedTuple):
     """The fastest plan of a problem."""
 
     problem: MatmulProblem
@@ -53,7 +53,7 @@ class TuningResult(NamedTuple):
     tried: int  # number of timed plans
 
 
-def tune(problem: MatmulProblem, arch: int, processors: int, timer: Timer) -> TuningResult:
+def tune(problem: MatmulProblem, arch: int, processors: int, timer: Timer) -> TunedPlan:
     """Find the fastest plan of a problem.
 
     Args:
@@ -73,7 +73,7 @@ def tune(problem: MatmulProblem, arch: int, processors: int, timer: Timer) -> Tu
         found = improve(start, time)
         if time(found) < MARGIN * time(best):
             best = found
-    return TuningResult(problem, best, time(best), time(first), len(seen))
+    return TunedPlan(problem, best, time(best), time(first), len(seen))
 
 
 def starting_plans(problem: MatmulProblem, first: LaunchPlan) -> list[LaunchPlan]:
@@ -106,7 +106,7 @@ def variations(plan: LaunchPlan, name: str) -> Iterator[LaunchPlan]:
             yield plan._replace(config=plan.config._replace(**{name: value}))
 
 
-def table_entry(result: TuningResult) -> dict[str, Any]:
+def table_entry(result: TunedPlan) -> dict[str, Any]:
     """An entry of the table."""
     config = result.plan.config
     return result.problem._asdict() | {
@@ -114,7 +114,7 @@ def table_entry(result: TuningResult) -> dict[str, Any]:
         "seconds": result.seconds, "rule_seconds": result.rule_seconds if math.isfinite(result.rule_seconds) else None}
 
 
-def write_table(results: Sequence[TuningResult], arch: int, device_name: str, folder: Path | None = None) -> Path:
+def write_table(results: Sequence[TunedPlan], arch: int, device_name: str, folder: Path | None = None) -> Path:
     """Write ``sm_ARCH.json`` for later calls of the kernels; entries of other problems in the file are kept.
 
     Args:
