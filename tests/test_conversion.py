@@ -268,13 +268,14 @@ def test_untied_lm_head_is_kept(tiny_bloom, tmp_path):
 
 def test_zero_biases_of_layers_without_bias_are_dropped(tiny_llama, tmp_path):
     state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
+    found = convert(tmp_path / "old", tmp_path / "new")
+    assert found.dropped_biases == found.linears
+    assert not [key for key in load_file(tmp_path / "new" / "model.safetensors") if key.endswith("bias")]
     name = packed_names(state)[0]
     state[f"{name}.bias"][3] = 0.5
     torch.save(state, tmp_path / "old" / "checkpoint.pt")
-    found = convert(tmp_path / "old", tmp_path / "new")
-    assert found.dropped_biases == found.linears - 1
-    new = load_file(tmp_path / "new" / "model.safetensors")
-    assert [key for key in new if key.endswith("bias")] == [f"{name}.bias"]
+    with pytest.raises(InputError, match=naming(f"{name}.bias")):
+        convert(tmp_path / "old", tmp_path / "other")
 
 
 def test_several_checkpoints_in_a_folder_and_unknown_formats(tiny_llama, tmp_path):

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from gptq_belle import __version__
 from gptq_belle.checkpoint.config_files import corrected_token_ids, write_configuration
 from gptq_belle.checkpoint.conversion_check import ConversionReport, largest_deviation
+from gptq_belle.checkpoint.generation_config import GENERATION
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.model_card import converted_card
-from gptq_belle.checkpoint.packed_reader import PARTS, linear_quantization, raw_quantization_config, read_packed_linear
+from gptq_belle.checkpoint.packed_reader import linear_quantization, raw_quantization_config, read_packed_linear
 from gptq_belle.checkpoint.quantized_checkpoint import (
     STATE_DICT,
     QuantizedCheckpoint,
@@ -28,10 +29,10 @@ from gptq_belle.checkpoint.quantized_checkpoint import (
 )
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.source_model import SourceModel
-from gptq_belle.checkpoint.tokenizer_files import GENERATION, copy_tokenizer, load_tokenizer
-from gptq_belle.checkpoint.validation import is_act_ordered
+from gptq_belle.checkpoint.tokenizer_files import copy_tokenizer, load_tokenizer
+from gptq_belle.checkpoint.validation import check_model, is_act_ordered
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output_directory
-from gptq_belle.errors import GptqBelleError, InputError, UsageError
+from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import (
     V1,
@@ -42,7 +43,6 @@ from gptq_belle.formats.zero_points import (
     repair_wrapped_zeros,
     unpack_zeros,
 )
-from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD
 from gptq_belle.prompts.styles import set_prompt_style
 
 Progress = Callable[[int, int], None]
@@ -128,7 +128,7 @@ def _prepare(source: QuantizedCheckpoint, path: Path, out: Path, checkpoint_form
     model = SourceModel(source.reader, torch.device("cpu"))
     found = find_quantization(source, model.model)
     linears = dict(packed_linears(source.reader, model.model))
-    _check_unknown_tensors(source, model, linears)
+    check_model(source.reader, found)
     each = {name: linear_quantization(source.reader, found, name) for name in linears}
     zeros = count_zero_points(
         (unpack_zeros(source.reader.tensor(f"{name}.qzeros"), own.bits, found.checkpoint_format), own.bits)
@@ -192,22 +192,11 @@ def _converted_linear(conversion: _Conversion, name: str) -> dict[str, Tensor]:
                f"{name}.g_idx": packed.g_idx}
     if f"{name}.bias" in reader:
         bias = model.float16(f"{name}.bias", reader.tensor(f"{name}.bias"))
-        if linear.bias is not None or bool(bias.any()):
+        if linear.bias is not None:
             tensors[f"{name}.bias"] = bias
         else:
             report.dropped_biases += 1
-    elif linear.bias is not None:
-        raise InputError(f"{reader.path} lacks the tensor {name}.bias", "The file is incomplete: fetch it again.")
     return tensors
-
-
-def _check_unknown_tensors(source: QuantizedCheckpoint, model: SourceModel, linears: dict[str, nn.Linear]) -> None:
-    known = {f"{name}.{part}" for name in linears for part in PARTS} | {f"{LM_HEAD}.weight"}
-    known |= {name for name, _ in model.model.named_parameters()}
-    extra = [name for name in source.reader if name not in known and not name.endswith(COMPUTED_SUFFIXES)]
-    if extra:
-        raise InputError(f"{source.reader.path}: {len(extra)} tensors are not part of the model, such as {extra[0]}",
-                         "config.json belongs to another model, or this kind of checkpoint is not supported.")
 
 
 def _quantization_config(conversion: _Conversion) -> dict[str, Any]:

@@ -5,19 +5,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from gptq_belle.checkpoint.empty_model import empty_model
 from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
-from gptq_belle.checkpoint.validation import is_act_ordered, problems
+from gptq_belle.checkpoint.validation import is_act_ordered, list_problems
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.models.architectures import LM_HEAD
+from gptq_belle.models.dimensions import Dimensions, dimensions
 from gptq_belle.prompts.styles import detect_style
 
 
@@ -119,8 +116,7 @@ def inspect(path: str | Path) -> Inspection:
     try:
         found.quantization = read_quantization(reader)
         found.prompt_style = detect_style(reader.config, _template(reader.path))
-        model = empty_model(reader.path)
-        _describe_config(found, model)
+        _describe_config(found, dimensions(reader.config))
         _describe_tensors(found, reader)
         if found.quantization is not None:
             found.average_bits = average_bits(reader, found.quantization)
@@ -129,7 +125,7 @@ def inspect(path: str | Path) -> Inspection:
     except GptqBelleError as error:
         found.problems.append(error.cause)
         return found
-    found.problems += problems(reader, model, found.quantization, found.tied)
+    found.problems += list_problems(reader, found.quantization)
     return found
 
 
@@ -163,12 +159,9 @@ def lines(found: Inspection) -> list[tuple[str, str]]:
     return rows
 
 
-def _describe_config(found: Inspection, model: nn.Module) -> None:
-    config: Any = model.config
-    found.blocks, found.hidden_size = config.num_hidden_layers, config.hidden_size
-    found.vocabulary = config.vocab_size
-    found.context = next((limit for key in CONTEXT_KEYS if (limit := getattr(config, key, None))), None)
-    found.tied = bool(config.tie_word_embeddings)
+def _describe_config(found: Inspection, d: Dimensions) -> None:
+    found.blocks, found.hidden_size, found.vocabulary = d.num_layers, d.hidden_size, d.vocab_size
+    found.context, found.tied = d.context, d.tied
 
 
 def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gptq_belle.checkpoint.generation_config import GENERATION, repaired_generation_config
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.common.files import reject_lfs_pointer
@@ -13,7 +14,6 @@ from gptq_belle.errors import InputError
 from gptq_belle.prompts.styles import Turn, chat_template, detect_style, get_style, render_conversation
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, "vocab.json", TOKENIZER_CONFIG)
@@ -128,26 +128,32 @@ def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrained
 
     A template that lies there stays, unless config.json's ``prompt_style`` chooses one of ours.
     """
-    for name in COPIED_FILES:
-        if (folder / name).is_file() and not (name == TEMPLATE and "prompt_style" in config):
-            (writer.files / name).write_bytes(_own_file(folder / name).read_bytes())
+    for file in copied_files(folder):
+        if file.name == GENERATION:
+            writer.write_json(GENERATION, repaired_generation_config(read_json(file), file))
+        elif not (file.name == TEMPLATE and "prompt_style" in config):
+            (writer.files / file.name).write_bytes(file.read_bytes())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not (folder / TOKENIZER).is_file() and backend is not None:
         writer.write_text(TOKENIZER, backend.to_str())  # so that no reader needs sentencepiece
     writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(folder, tokenizer, config))
 
 
-def _own_file(path: Path) -> Path:
-    """A file that may be copied: of the folder itself, or of the hub's cache that the folder belongs to.
+def copied_files(folder: Path) -> list[Path]:
+    """The files of a model directory that `copy_tokenizer` copies to the output.
 
     Raises:
-        InputError: a link that leads elsewhere; what it leads to might not be meant for others.
+        InputError: one is a link to a file of another name outside of the folder and of the hub's cache. Its content
+            might not be meant for publication.
     """
-    folder, target = path.parent.resolve(), path.resolve()
-    cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
-    if not any(target.is_relative_to(place) for place in (folder, *cache)):
-        raise InputError(f"{path} leads out of its folder", "Put the file itself there.")
-    return path
+    place = folder.resolve()
+    cache = [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
+    found = [folder / name for name in COPIED_FILES if (folder / name).is_file()]
+    for file in found:
+        target = file.resolve()
+        if target.name != file.name and not any(target.is_relative_to(own) for own in (place, *cache)):
+            raise InputError(f"{file} links to {target}", "Put the file itself into the folder.")
+    return found
 
 
 def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> dict[str, Any]:

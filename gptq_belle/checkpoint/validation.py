@@ -1,94 +1,188 @@
-"""What would keep a model from loading or answering well, from headers and small tensors."""
+"""Validate a model directory before any work: what its configuration and its tensors must be for every command.
+
+`quantize`, `convert`, `load` and `serve` raise the first problem that `inspect` lists. Everything here reads headers
+and small tensors only.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from gptq_belle.checkpoint.packed_reader import PARTS, check_packed_linear
+from gptq_belle.checkpoint.generation_config import read_generation_config
+from gptq_belle.checkpoint.packed_reader import PARTS, check_packed_linear, packed_lm_head_bits
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
-from gptq_belle.errors import GptqBelleError
+from gptq_belle.errors import GptqBelleError, InputError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.packing import unpack_rows
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import V1
-from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD
+from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD, architecture
+from gptq_belle.models.decoder_config import read_decoder_config
+from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes, outer_shapes, vector_shapes
 
-MANY = 5  # problems of one kind that are named; the rest is counted
+MAX_PER_KIND = 5  # problems of one kind that `inspect` names; the others are counted
+INCOMPLETE = "A shard is missing, or config.json belongs to another model: fetch the directory again."
+WRONG_MODEL = "config.json belongs to another model, or the file is damaged: fetch the directory again."
 
 
-def problems(reader: CheckpointReader, model: nn.Module, quantization: Quantization | None, tied: bool) -> list[str]:
-    """Everything that is wrong with a directory; empty for a sound one.
+def check_model(reader: CheckpointReader, quantization: Quantization | None) -> list[str]:
+    """Check everything that loading, quantizing or converting a directory relies on, from headers alone.
 
     Args:
         reader: the directory.
-        model: the empty model that its config.json describes.
-        quantization: what the configuration states of it.
-        tied: the head is the embedding.
+        quantization: how its packed linears are quantized; None if there are none.
+    Returns:
+        Names of the tensors that the model does not need and that may be ignored.
+    Raises:
+        InputError: the first problem. The tensor or key is named.
     """
-    config: Any = model.config
-    return [*_first_few(_missing(reader, model, tied)), *_first_few(_packed(reader, model, quantization)),
-            *_first_few(_unknown(reader, model)), *_of_tokenizer(reader.path, config.vocab_size)]
+    d = read_decoder_config(reader.config).dimensions
+    for problem in (*_tensor_problems(reader, d), *_packed_problems(reader, d, quantization),
+                    *_generation_problems(reader.path)):
+        raise problem
+    return _ignorable(reader, d)
+
+
+def list_problems(reader: CheckpointReader, quantization: Quantization | None) -> list[str]:
+    """Everything that keeps a directory from loading or from answering well; empty for a sound one.
+
+    Beyond `check_model` this includes the values of scales, zero points and group indices, and the tokenizer.
+    """
+    try:
+        d = read_decoder_config(reader.config).dimensions
+    except InputError as error:
+        return [error.cause]
+    kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization), _generation_problems(reader.path),
+             _value_problems(reader, d, quantization), _tokenizer_problems(reader.path, d.vocab_size))
+    return [text for kind in kinds for text in _shortened(kind)]
 
 
 def is_act_ordered(reader: CheckpointReader) -> bool:
-    """Whether the group index of a packed linear is really out of order; one of another form is not looked at."""
+    """Whether the group index of any packed linear is out of order."""
     names = (f"{name}.g_idx" for name in reader.packed_linear_names)
     found = (reader.tensor(name) for name in names
              if name in reader and reader.dtype(name) in (torch.int32, torch.int64) and len(reader.shape(name)) == 1)
     return any(bool((g_idx[1:] < g_idx[:-1]).any()) for g_idx in found)
 
 
-def _missing(reader: CheckpointReader, model: nn.Module, tied: bool) -> Iterator[str]:
-    for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        packed = leaf == "weight" and reader.is_packed(module)
-        if packed and f"{module}.qweight" not in reader:
-            yield f"tensor {module}.qweight is missing"
-        packed |= HEAD_CODES in reader and module == (reader.arch.modules_before[0] if tied else LM_HEAD)
-        if name not in reader and not packed and not (module == LM_HEAD and tied):
-            yield f"tensor {name} is missing"
-        elif name in reader and (reader.shape(name) != tuple(parameter.shape) or
-                                 not reader.dtype(name).is_floating_point):
-            yield (f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating point "
-                   f"{tuple(parameter.shape)}")
+def _linears(d: Dimensions) -> dict[str, LinearShape]:
+    """(K, N) of all linears of all blocks by full name."""
+    blocks = architecture(d.model_type).blocks
+    return {f"{blocks}.{index}.{name}": shape for index in range(d.num_layers)
+            for name, shape in linear_shapes(d).items()}
 
 
-def _unknown(reader: CheckpointReader, model: nn.Module) -> Iterator[str]:
-    """What loading refuses: tensors that the model has no place for."""
-    known = {name for name, _ in model.named_parameters()} | {f"{LM_HEAD}.weight", HEAD_CODES, HEAD_SCALES}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            known.update(f"{name}.{part}" for part in PARTS)
-    yield from (f"the model has no place for tensor {name}" for name in reader
-                if name not in known and not name.endswith(COMPUTED_SUFFIXES))
+def _parameters(d: Dimensions) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters by full name, as in a checkpoint that is not quantized."""
+    blocks = architecture(d.model_type).blocks
+    vectors = {f"{blocks}.{index}.{name}": shape for index in range(d.num_layers)
+               for name, shape in vector_shapes(d).items()}
+    weights = {f"{name}.weight": (shape.out_features, shape.in_features) for name, shape in _linears(d).items()}
+    return outer_shapes(d) | weights | vectors
 
 
-def _packed(reader: CheckpointReader, model: nn.Module, quantization: Quantization | None) -> Iterator[str]:
-    names = reader.packed_linear_names
-    if names and quantization is None:
-        yield f"{len(names)} packed linears, but no configuration says how they are packed"
-    if quantization is None:
+def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputError]:
+    """Parameters that are missing or have a wrong shape, and tensors that the model has no place for."""
+    expected, linears = _parameters(d), _linears(d)
+    packed = {f"{name}.weight" for name in linears if reader.is_packed(name)}
+    if HEAD_CODES in reader:
+        packed.add(f"{reader.arch.modules_before[0] if d.tied else LM_HEAD}.weight")
+    missing = [name for name in expected if name not in reader and name not in packed]
+    if missing and (prefix := _wrapper_prefix(reader, missing[0])):
+        yield InputError(f"{reader.path}: names of tensors begin with {prefix!r}, which a training program added",
+                         "Save the unwrapped model (for peft: merge_and_unload), or remove the prefix from the names.")
         return
-    if not names:
-        yield "the configuration says GPTQ, but nothing is packed"
-        return
-    for name in names:
+    for name in missing:
+        yield InputError(f"{reader.path} lacks the tensor {name}", INCOMPLETE if name != f"{LM_HEAD}.weight" else
+                         "A shard is missing, or the lm_head is the embedding: then set tie_word_embeddings to true in "
+                         "config.json.")
+    for name, shape in expected.items():
+        if name in reader and (reader.shape(name) != shape or not reader.dtype(name).is_floating_point):
+            yield InputError(f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating "
+                             f"point {shape}", WRONG_MODEL)
+    known = {f"{name}.{part}" for name in linears for part in PARTS if part != "bias"}
+    known |= {f"{LM_HEAD}.weight", HEAD_CODES, HEAD_SCALES}
+    for name in reader:
+        if name not in expected and name not in known and not _is_ignorable(reader, d, name):
+            yield _unknown_tensor(reader, d, name)
+
+
+def _unknown_tensor(reader: CheckpointReader, d: Dimensions, name: str) -> InputError:
+    if name.removesuffix(".bias") in _linears(d):
+        return InputError(f"{reader.path} holds the bias {name}, which config.json does not state",
+                          "If the model was trained with it, set attention_bias or mlp_bias to true in config.json.")
+    index = name.removeprefix(f"{reader.arch.blocks}.").partition(".")[0]
+    if name.startswith(f"{reader.arch.blocks}.") and index.isdecimal() and int(index) >= d.num_layers:
+        return InputError(f"{reader.path} holds {name}, but config.json states {d.num_layers} blocks", WRONG_MODEL)
+    return InputError(f"{reader.path} holds the tensor {name}, for which the model has no place",
+                      "The architecture is not supported, or the tensor is a leftover of training: remove it.")
+
+
+def _wrapper_prefix(reader: CheckpointReader, missing: str) -> str | None:
+    """The prefix that a training wrapper put before all names of tensors; None if there is none."""
+    ending = missing.removeprefix(f"{reader.arch.prefix}.")
+    wrapped = next((name for name in reader if name.endswith(f".{ending}")), None)
+    if wrapped is None:
+        return None
+    # The reader puts the base model's own prefix before names that lack it.
+    return wrapped.removesuffix(missing).removesuffix(ending).removeprefix(f"{reader.arch.prefix}.") or None
+
+
+def _is_ignorable(reader: CheckpointReader, d: Dimensions, name: str) -> bool:
+    """Whether the model gives the same answers without a tensor: a computed buffer, or a bias of zeros."""
+    if name.endswith(COMPUTED_SUFFIXES):
+        return True
+    linear = _linears(d).get(name.removesuffix(".bias"))
+    return (linear is not None and name.endswith(".bias") and reader.shape(name) == (linear.out_features,)
+            and not bool(reader.tensor(name).any()))
+
+
+def _ignorable(reader: CheckpointReader, d: Dimensions) -> list[str]:
+    expected = _parameters(d)
+    return [name for name in reader if name not in expected and _is_ignorable(reader, d, name)]
+
+
+def _packed_problems(reader: CheckpointReader, d: Dimensions,
+                     quantization: Quantization | None) -> Iterator[InputError]:
+    """Packed tensors that disagree with the configuration, or that it does not state."""
+    try:
+        packed_lm_head_bits(reader, d.vocab_size, d.hidden_size)
+    except InputError as error:
+        yield error
+    packed = [name for name in _linears(d) if reader.is_packed(name)]
+    if quantization is not None and not packed:
+        yield InputError(f"{reader.path}: the configuration says GPTQ, but no linear is packed",
+                         "Remove quantization_config and quantize_config.json, or fetch the directory again.")
+    for name in packed:
         try:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            own = check_packed_linear(reader, quantization, name, linear.in_features, linear.out_features)
-        except (GptqBelleError, AttributeError, AssertionError) as error:
-            yield error.cause if isinstance(error, GptqBelleError) else f"the model has no linear {name}"
+            check_packed_linear(reader, quantization, name, *_linears(d)[name])
+        except InputError as error:
+            yield error
+
+
+def _generation_problems(path: Path) -> Iterator[InputError]:
+    """A generation_config.json that transformers cannot read."""
+    try:
+        read_generation_config(path)
+    except InputError as error:
+        yield error
+
+
+def _value_problems(reader: CheckpointReader, d: Dimensions, quantization: Quantization | None) -> Iterator[InputError]:
+    """Problems in the values of the small tensors of packed linears."""
+    for name, shape in _linears(d).items():
+        if not reader.is_packed(name):
             continue
-        yield from _values(own, reader, name)
+        try:
+            stated = check_packed_linear(reader, quantization, name, *shape)
+        except InputError:
+            continue  # `_packed_problems` names it
+        yield from (InputError(text, "") for text in _values(stated, reader, name))
 
 
 def _values(stated: Quantization, reader: CheckpointReader, name: str) -> Iterator[str]:
-    """Problems in the small tensors of one packed linear of the right shapes."""
     scales = reader.tensor(f"{name}.scales")
     if not torch.isfinite(scales).all():
         yield f"{name}: scales hold NaN or infinity"
@@ -107,17 +201,18 @@ def _values(stated: Quantization, reader: CheckpointReader, name: str) -> Iterat
             f"; they would be under format {other}, so the file is probably labelled wrongly" if off_by_one else "")
 
 
-def _of_tokenizer(path: Path, vocabulary: int) -> list[str]:
+def _tokenizer_problems(path: Path, vocab_size: int) -> Iterator[InputError]:
     try:
         tokenizer = load_tokenizer(path)
     except GptqBelleError as error:
-        return [error.cause]
-    if len(tokenizer) > vocabulary:
-        return [f"the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}"]
-    return []
+        yield InputError(error.cause, error.remedy)
+        return
+    if len(tokenizer) > vocab_size:
+        yield InputError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}", "")
 
 
-def _first_few(every: Iterator[str]) -> list[str]:
-    """The first few, and how many more there are."""
-    found = list(every)
-    return found[:MANY] + ([f"... and {len(found) - MANY} more like these"] if len(found) > MANY else [])
+def _shortened(problems: Iterator[InputError]) -> list[str]:
+    """The causes of the first few problems, and how many more there are."""
+    causes = [problem.cause for problem in problems]
+    more = [f"... and {len(causes) - MAX_PER_KIND} more like these"] if len(causes) > MAX_PER_KIND else []
+    return causes[:MAX_PER_KIND] + more

@@ -7,15 +7,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from gptq_belle.checkpoint.empty_model import assign, empty_model
+from gptq_belle.checkpoint.generation_config import read_generation_config
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.packed_reader import raw_quantization_config
-from gptq_belle.checkpoint.reader import CheckpointReader, read_json
+from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.validation import check_model
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import InputError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES
-from gptq_belle.formats.quantize_config import WRONG_CONFIG
 from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.models.architectures import LM_HEAD
 
@@ -47,6 +48,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
                          "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
     model = empty_model(reader.path)
     weights = WeightLoader(reader, target, dtype, precision)
+    check_model(reader, weights.quantization)
     _replace_packed_linears(model, weights)
     _assign_parameters(model, weights)
     _check_complete(model, weights)
@@ -54,7 +56,7 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     model.config.use_cache = True
     if (stated := raw_quantization_config(reader)) is not None:
         model.config.quantization_config = stated  # save_pretrained writes it
-    model.generation_config = _generation_config(reader, model)
+    model.generation_config = read_generation_config(reader.path) or GenerationConfig.from_model_config(model.config)
     return model.to(target)  # type: ignore[arg-type]
 
 
@@ -89,20 +91,9 @@ def _assign_parameters(model: PreTrainedModel, weights: WeightLoader) -> None:
 
 
 def _check_complete(model: PreTrainedModel, weights: WeightLoader) -> None:
-    """Raise InputError for tensors that are not part of the model, and for parameters without a value."""
-    weights.check_all_used()
+    """Raise InputError for parameters without a value."""
     state = [*model.named_parameters(), *model.named_buffers()]
     empty = [name for name, tensor in state if tensor.is_meta]
     if empty:
         raise InputError(f"{weights.reader.path} has no value for {empty[0]}",
                          "A shard is missing, or the architecture is newer than this program.")
-
-
-def _generation_config(reader: CheckpointReader, model: PreTrainedModel) -> GenerationConfig:
-    path = reader.path / "generation_config.json"
-    if path.is_file():
-        try:
-            return GenerationConfig.from_dict(read_json(path))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path} is not valid: {str(error).splitlines()[0][:200]}", WRONG_CONFIG) from error
-    return GenerationConfig.from_model_config(model.config)

@@ -22,7 +22,6 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.packed_lm_head import (
     GROUP_SIZES,
     HEAD_CODES,
-    HEAD_SCALES,
     WEIGHTS_PER_STEP,
     head_group_size,
     quantize_rows,
@@ -99,8 +98,6 @@ def embedding_and_head(weights: WeightLoader, name: str,
     packable = tied and weights.quantization is not None and packing_obstacle(weights, shape) is None
     bits = weights.head_bits or (8 if packable else 16)
     head: LinearOperator
-    if tied:
-        weights.mark_used(stored)
     if bits != 16:
         source = embedding if tied else stored
         weights.expect(source, *shape)
@@ -125,8 +122,6 @@ def _load_packed_head(weights: WeightLoader, embedding: str, shape: tuple[int, i
     if weights.head_bits not in (None, bits):
         raise UsageError(f"{weights.reader.path} contains its lm_head in {bits} bits only",
                          f"Omit the head bits or choose {bits}; other bits need the full-precision model.")
-    for name in (HEAD_CODES, HEAD_SCALES):
-        weights.mark_used(name)
     rows = packed_lm_head_rows(weights.reader, bits, _rows_per_step(shape))
     weight = _packed_head(weights, HEAD_CODES, shape, bits, rows)
     if tied:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.checkpoint.validation import check_model
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.common.memory import trim_heap
 from gptq_belle.engine.batching import Engine, new_token_limit
@@ -63,8 +64,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     decoder_config = read_decoder_config(reader.config)
     eos = decoder_config.eos | _generation_eos(reader)
     weights = WeightLoader(reader, target, dtype, precision, head_bits)
+    check_model(reader, weights.quantization)
     decoder = DECODERS[decoder_config.dimensions.model_type](weights, decoder_config)
-    weights.check_all_used()
     trim_heap()  # for LLaMA-7B, returns 90 MB that were freed during loading
     return Model(decoder, decoder_config, reader, weights, cache, eos)
 

@@ -18,7 +18,6 @@ from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, LinearOper
 from gptq_belle.errors import InputError
 from gptq_belle.kernels.dispatch import PreparedWeight, prepare_weight
 from gptq_belle.kernels.layout import CanonicalWeight, fuse_weights
-from gptq_belle.models.architectures import COMPUTED_SUFFIXES
 
 
 class WeightLoader:
@@ -43,7 +42,6 @@ class WeightLoader:
         self.quantization = read_quantization(reader)
         self.nbytes = 0
         self.native = dtype is torch.float32
-        self._used: set[str] = set()
         self._prefetch: BlockPrefetch | None = None
 
     def block_names(self, prefix: str, count: int) -> Iterator[str]:
@@ -68,7 +66,7 @@ class WeightLoader:
         return tensor
 
     def expect(self, name: str, *shape: int) -> torch.dtype:
-        """Check a floating-point tensor by its header, mark it as used and return its dtype.
+        """Check a floating-point tensor by its header and return its dtype.
 
         Raises:
             InputError: the tensor is missing, has another shape, or is not floating point.
@@ -79,7 +77,6 @@ class WeightLoader:
         if not kind.is_floating_point:
             raise InputError(f"{self.reader.path}: tensor {name} is {kind}, not floating point",
                              "Only GPTQ's packed linears and plain floating-point weights can be read.")
-        self._used.add(name)
         return kind
 
     def linear(self, names: Sequence[str], inputs: int, outputs: Sequence[int], biased: bool) -> LinearOperator:
@@ -137,7 +134,7 @@ class WeightLoader:
 
     def packed_weight(self, name: str, inputs: int, outputs: int) -> CanonicalWeight:
         """Load one packed linear in the layout of the file; raises InputError like `read_packed_linear`."""
-        return read_packed_linear(self.reader, self.quantization, name, inputs, outputs, self._read_part)
+        return read_packed_linear(self.reader, self.quantization, name, inputs, outputs, self._read)
 
     def bias(self, name: str, size: int, needed: bool, *, narrow: bool = False) -> Tensor | None:
         """Load the bias of a linear like `tensor`; None if the model needs none and the file has none."""
@@ -148,26 +145,10 @@ class WeightLoader:
         """Add a weight that is laid out for its kernel to `nbytes`."""
         self.nbytes += sum(value.nbytes for value in weight._asdict().values() if isinstance(value, Tensor))
 
-    def mark_used(self, name: str) -> None:
-        """Mark a tensor as used that was read without this class."""
-        self._used.add(name)
-
-    def check_all_used(self) -> None:
-        """Raise InputError if the directory contains tensors that were not used."""
-        extra = [name for name in self.reader if name not in self._used and not name.endswith(COMPUTED_SUFFIXES)]
-        if extra:
-            raise InputError(f"{self.reader.path} has {len(extra)} tensors that are not part of the model, "
-                             f"such as {extra[0]}",
-                             "config.json belongs to another model, or this kind of model is not supported.")
-
     def _packed_linear(self, weight: CanonicalWeight, bias: Tensor | None) -> PackedLinear:
         prepared = prepare_weight(weight, device=self.device, dtype=self.dtype, precision=self.precision)
         self.count_bytes(prepared)
         return PackedLinear(prepared, bias)
-
-    def _read_part(self, name: str) -> Tensor:
-        self._used.add(name)
-        return self._read(name)
 
     def _read(self, name: str) -> Tensor:
         prefetched = None if self._prefetch is None else self._prefetch.take(name)

@@ -84,7 +84,8 @@ ARCHITECTURES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
 }
-COMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)  # tensors of old LLaMA files that are computed instead of read
+# Tensors in files of older transformers that are computed instead of read.
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
 LM_HEAD = "lm_head"
 
 

@@ -1,5 +1,6 @@
 """The inputs of a quantization job, validated: source, settings and calibration rows; nothing is written yet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.lora_adapter import open_source
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer
+from gptq_belle.checkpoint.validation import check_model
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.formats.quantize_config import WRONG_CONFIG
-from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.prompts.styles import detect_style, set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
@@ -26,35 +26,9 @@ from gptq_belle.quantization.stage_hessians import held_out_rows
 
 
 def check_source(reader: CheckpointReader) -> None:
-    """Refuse a model that is quantized already.
-
-    Raises:
-        InputError: it is.
-    """
+    """Raise InputError for a model that is already quantized."""
     if "quantization_config" in reader.config or reader.packed_linear_names:
-        raise InputError(f"{reader.path} is quantized already", "Give the full-precision model.")
-
-
-def check_complete(stream: BlockStream) -> None:
-    """Refuse files that hold fewer or more blocks than config.json speaks of, or lack one of the model's tensors.
-
-    From headers alone, so that no time is lost, and no block is left out in silence.
-
-    Raises:
-        InputError: they do; a tensor is named.
-    """
-    prefix, names = f"{stream.arch.blocks}.", stream.embeddings_and_norms()
-    names += [f"{prefix}{index}.{name}" for index in range(stream.count)
-              for name, _ in stream.blocks.get_submodule(str(index)).named_parameters()]
-    if not stream.model.config.tie_word_embeddings:
-        names.append(f"{LM_HEAD}.weight")
-    for name in names:
-        stream.reader.shape(name)  # which says what it lacks
-    for name in stream.reader:
-        index = name.removeprefix(prefix).partition(".")[0]
-        if name.startswith(prefix) and index.isdecimal() and int(index) >= stream.count:
-            raise InputError(f"{stream.reader.path} holds {name}, where config.json speaks of {stream.count} blocks",
-                             WRONG_CONFIG)
+        raise InputError(f"{reader.path} is already quantized", "Give the full-precision model.")
 
 
 def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
@@ -86,6 +60,7 @@ class QuantizationJob:
         tokenizer: the source's.
         tokens: calibration rows (rows, T) int64; None for rtn.
         calibration: their description in the report (`Calibration.describe`).
+        ignored: names of the source's tensors that the model does not need; they are not written.
     """
 
     stream: BlockStream
@@ -93,6 +68,7 @@ class QuantizationJob:
     tokenizer: PreTrainedTokenizerBase
     tokens: Tensor | None = None
     calibration: dict[str, Any] | None = None
+    ignored: Sequence[str] = ()
 
     @property
     def held_out(self) -> int:
@@ -124,17 +100,18 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     """
     reader = open_source(resolve_model_path(source), lora)
     check_source(reader)
+    ignored = check_model(reader, None)
     set_prompt_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
     config = resolve_overrides(config, stream.arch, stream.count)
-    check_complete(stream)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
+    copied_files(reader.path)  # refuses what could not be written at the end
     if config.method == "rtn":
-        return QuantizationJob(stream, config, tokenizer)
+        return QuantizationJob(stream, config, tokenizer, ignored=ignored)
     style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
     tokens, used = calibration_rows(calibration, tokenizer, style, stream.context)
     if not calibration.allow_short:
         widest = max(stream.linear_shapes, key=lambda name: stream.linear_shapes[name].in_features)
         check_enough(tokens, stream.linear_shapes[widest].in_features, widest)
-    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used))
+    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used), ignored)

@@ -113,6 +113,9 @@ def quantize_checkpoint(
     check_tuning(job, memory)
     spill = must_spill(job, memory)
     report = Report(str(source), job.config, job.calibration, versions=_versions())
+    if job.ignored:
+        report.notes.append(f"{len(job.ignored)} tensors that the model does not need were left out: "
+                            f"{', '.join(job.ignored[:3])}{', ...' * (len(job.ignored) > 3)}")
     if lora is not None:
         report.notes.append(f"the LoRA adapter {Path(lora).name} is merged into the weights")
     with PeakMemory() as peak, CheckpointWriter(out) as writer:

@@ -1,0 +1,45 @@
+"""generation_config.json of a model directory: read, checked, and repaired where transformers refuses to save it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from gptq_belle.checkpoint.reader import read_json
+from gptq_belle.errors import InputError
+from gptq_belle.models.decoder_config import token_ids
+
+GENERATION = "generation_config.json"
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation configuration of a directory; None if it has none.
+
+    Raises:
+        InputError: the file is not a JSON object, or holds a value that transformers does not accept.
+    """
+    path = folder / GENERATION
+    return GenerationConfig.from_dict(repaired_generation_config(read_json(path), path)) if path.is_file() else None
+
+
+def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a generation_config.json that transformers reads and saves.
+
+    Sampling options without ``do_sample`` are common in published models. transformers reads such a file but refuses to
+    save it, so ``do_sample`` is set, as the publishers of these models did later.
+
+    Raises:
+        InputError: transformers does not accept a value, or a token id is not an integer.
+    """
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token_ids(stated, key)
+    reason = ""
+    for content in (dict(stated), {**stated, "do_sample": True}):
+        try:
+            GenerationConfig.from_dict(dict(content)).validate(strict=True)
+        except (TypeError, ValueError, AttributeError) as error:
+            reason = reason or " ".join(str(error).split())[:200]
+        else:
+            return content
+    raise InputError(f"{path} is not understood: {reason}", "Correct the value, or remove the file.")
