@@ -26,8 +26,8 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The content of a generation_config.json that transformers reads and saves.
 
-    Sampling options without ``do_sample`` are common in published models. transformers reads such a file but refuses to
-    save it, so ``do_sample`` is set, as the publishers of these models did later.
+    Two mistakes of published models are corrected, because transformers reads such a file but refuses to save it:
+    sampling options without ``do_sample``, which is set, and a negative ``pad_token_id``, which is removed.
 
     Raises:
         InputError: transformers does not accept a value, or a token id is not an integer.
@@ -35,6 +35,8 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token_ids(stated, key)
     reason = ""
+    if any(token < 0 for token in token_ids(stated, "pad_token_id")):
+        stated = {key: value for key, value in stated.items() if key != "pad_token_id"}
     for content in (dict(stated), {**stated, "do_sample": True}):
         try:
             GenerationConfig.from_dict(dict(content)).validate(strict=True)

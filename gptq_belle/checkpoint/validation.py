@@ -104,13 +104,19 @@ def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputE
                              f"point {shape}", WRONG_MODEL)
     known = {f"{name}.{part}" for name in linears for part in PARTS if part != "bias"}
     known |= {f"{LM_HEAD}.weight", HEAD_CODES, HEAD_SCALES}
+    for name in sorted(packed & set(reader)):
+        yield InputError(f"{reader.path} holds {name} both packed and in full", "Remove one of them.")
     for name in reader:
         if name not in expected and name not in known and not _is_ignorable(reader, d, name):
             yield _unknown_tensor(reader, d, name)
 
 
 def _unknown_tensor(reader: CheckpointReader, d: Dimensions, name: str) -> InputError:
-    if name.removesuffix(".bias") in _linears(d):
+    linear = _linears(d).get(name.removesuffix(".bias"))
+    if linear is not None and reader.shape(name) != (linear.out_features,):
+        return InputError(f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, expected "
+                          f"{(linear.out_features,)}", WRONG_MODEL)
+    if linear is not None:
         return InputError(f"{reader.path} holds the bias {name}, which config.json does not state",
                           "If the model was trained with it, set attention_bias or mlp_bias to true in config.json.")
     index = name.removeprefix(f"{reader.arch.blocks}.").partition(".")[0]
