@@ -1,4 +1,4 @@
-"""AutoGPTQ's calls on this program: a notebook with its import changed, and every argument that means something."""
+"""AutoGPTQ's interface: a notebook whose import is changed, and the arguments that have an effect."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from gptq_belle import QuantConfig, hf_model, quantize_checkpoint
 from gptq_belle.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig, exllama_set_max_input_length
-from gptq_belle.compat.auto_gptq_config import device_name, token_rows
+from gptq_belle.compat.auto_gptq_arguments import device_name, token_rows
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.quantization.calibration import Calibration
 
@@ -35,13 +35,13 @@ def test_a_notebook_runs_with_only_its_import_changed(tmp_path):
     done = subprocess.run([sys.executable, "notebook.py", source, out, "cpu"], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = dict(line.split(": ", 1) for line in done.stdout.replace("\n\nAssistant", " Assistant").splitlines()
+    printed = dict(line.split(": ", 1) for line in done.stdout.replace("\n\nAssistant", " Assistant").splitlines()
                 if line.startswith(("generate: ", "pipeline: ")))
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = tokenizer("Human: 一加一等于几?\n\nAssistant:", return_tensors="pt")
     ours = tokenizer.decode(hf_model(out, device="cpu").generate(**ids, max_new_tokens=16, do_sample=False)[0])
-    assert said["generate"] == ours.replace("\n\nAssistant", " Assistant")
-    assert said["generate"].startswith(said["pipeline"])
+    assert printed["generate"] == ours.replace("\n\nAssistant", " Assistant")
+    assert printed["generate"].startswith(printed["pipeline"])
     assert json.loads((out / "quantize_config.json").read_text())["damp_percent"] == 0.1
 
 
@@ -79,7 +79,7 @@ def test_quantize_save_and_load_again(tiny_model, tmp_path):
         torch.device("cpu"), None, model.config.model_type)
     assert again.to("cpu") is again
     assert again.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (1, 12)
-    assert again.num_parameters() == again.model.num_parameters()  # whatever else is asked, the model is
+    assert again.num_parameters() == again.model.num_parameters()  # other attributes are those of the model
     assert exllama_set_max_input_length(again, 4096) is again
     with pytest.raises(UsageError):
         again.quantize(EXAMPLES)
@@ -94,7 +94,7 @@ def test_model_before_quantizing_is_the_full_precision_model(tiny_llama):
 
 
 def test_directory_written_by_auto_gptq_is_loaded(tiny_llama, tmp_path):
-    """Its file's name and its few keys, with the name of the file given or not."""
+    """The file name and the few settings that AutoGPTQ writes, with and without model_basename."""
     packed = packed_checkpoint(tiny_llama, tmp_path / "packed")
     (packed / "model.safetensors").rename(packed / "gptq_model-4bit-32g.safetensors")
     config = json.loads((packed / "config.json").read_text())
@@ -124,7 +124,7 @@ def test_torch_dtype_sets_the_dtype_of_a_loaded_model(tiny_llama, tmp_path):
     assert AutoGPTQForCausalLM.from_quantized(packed, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-# ---- where files go ----
+# ---- saving ----
 
 
 def test_saving_twice_and_next_to_a_tokenizer_works(tiny_llama, tmp_path):

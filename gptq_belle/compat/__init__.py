@@ -1,1 +1,1 @@
-"""Other programs' interfaces: transformers' own loading, and AutoGPTQ's classes."""
+"""Interfaces of other programs: transformers' from_pretrained, and AutoGPTQ's classes."""

@@ -1,7 +1,7 @@
-"""transformers' own `from_pretrained` on our kernels: a quantizer of its kind, in the place of its method "gptq".
+"""Quantizer for transformers that replaces its method "gptq", so that `from_pretrained` uses gptq_belle's kernels.
 
-On disk the method stays "gptq". transformers reads the words into `Words` modules, which become `QuantLinear` when all
-are there. No other method is touched, and a model that transformers is to quantize itself still goes the usual way.
+transformers reads the packed tensors into `PackedTensors` modules, which are replaced by `QuantLinear` after loading.
+Other methods, and models that transformers itself is asked to quantize, are not affected.
 """
 
 from collections.abc import Callable
@@ -30,29 +30,29 @@ from gptq_belle.kernels.dispatch import prepare_weight
 from gptq_belle.models.architectures import ARCHITECTURES
 
 METHOD = "gptq"
-METHODS: dict[str, Any] = AUTO_QUANTIZER_MAPPING  # transformers calls what it finds there
+METHODS: dict[str, Any] = AUTO_QUANTIZER_MAPPING  # transformers looks up its quantizers here
 
 
 def patch_transformers() -> Callable[[], None]:
     """Make `from_pretrained` of transformers run GPTQ directories of the supported architectures on our kernels.
 
-    Neither optimum nor gptqmodel is needed then; GPTQ directories of other architectures are refused until it is
-    undone. On a CPU say ``dtype=torch.float32``: transformers keeps the file's float16 otherwise. Calling this twice is
-    the same as calling it once.
+    Neither optimum nor gptqmodel is needed then; GPTQ directories of other architectures are refused until the patch is
+    undone. On a CPU pass ``dtype=torch.float32``, because transformers keeps the file's float16 otherwise. A second
+    call has no effect.
 
     Returns:
-        a function that undoes it; models that were loaded stay as they are.
+        A function that undoes the patch; loaded models are not affected by it.
     """
     original = METHODS[METHOD]
-    if isinstance(original, _Choice):
+    if isinstance(original, _QuantizerFactory):
         return original.undo
-    choice = _Choice(original)
-    METHODS[METHOD] = choice
-    return choice.undo
+    factory = _QuantizerFactory(original)
+    METHODS[METHOD] = factory
+    return factory.undo
 
 
-class _Choice:
-    """Stands where transformers keeps the class: ours for packed directories, its own for what it quantizes itself."""
+class _QuantizerFactory:
+    """Replacement for transformers' class: `PackedQuantizer` for packed directories, the original otherwise."""
 
     def __init__(self, original: Callable[..., HfQuantizer]) -> None:
         self.original = original
@@ -61,46 +61,46 @@ class _Choice:
         return (PackedQuantizer if kwargs.get("pre_quantized", True) else self.original)(config, **kwargs)
 
     def undo(self) -> None:
-        """Put the original back, where this stands."""
+        """Restore the original."""
         if METHODS[METHOD] is self:
             METHODS[METHOD] = self.original
 
 
 class PackedQuantizer(HfQuantizer):
-    """What transformers asks while it loads a packed directory."""
+    """Callbacks of transformers while it loads a packed directory."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Put `Words` in the place of every linear that the files hold packed (all still on meta)."""
+        """Replace every linear that is packed in the files by a `PackedTensors` on meta."""
         files = kwargs.get("checkpoint_files") or []
         if not files:
-            raise InputError("transformers names no files to load packed weights from", "Load a model directory.")
+            raise InputError("transformers gave no files to load packed weights from", "Load a model directory.")
         if model.config.model_type not in ARCHITECTURES:
             raise InputError(f"gptq_belle has no kernels for the architecture {model.config.model_type!r}",
                              "Call the function that patch_transformers returned, and load it with optimum.")
         reader = CheckpointReader(Path(files[0]).parent)
-        found = read_quantization(reader)
-        if found is None:
-            raise InputError(f"{reader.path} states no quantization", WRONG_CONFIG)
-        self.stated = raw_quantization_config(reader) or {}
-        self.checkpoint_format = found.checkpoint_format
+        quantization = read_quantization(reader)
+        if quantization is None:
+            raise InputError(f"{reader.path} has no quantization settings", WRONG_CONFIG)
+        self.settings = raw_quantization_config(reader) or {}
+        self.checkpoint_format = quantization.checkpoint_format
         for name, module in list(model.named_modules()):
             stored = name if f"{name}.qweight" in reader else f"{reader.arch.prefix}.{name}"
             if isinstance(module, nn.Linear) and f"{stored}.qweight" in reader:
-                own = check_packed_linear(reader, found, stored, module.in_features, module.out_features)
-                model.set_submodule(name, Words(reader, stored, module, own))
+                own = check_packed_linear(reader, quantization, stored, module.in_features, module.out_features)
+                model.set_submodule(name, PackedTensors(reader, stored, module, own))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Make a `QuantLinear` of every `Words`, where its tensors are."""
+        """Replace every `PackedTensors` by a `QuantLinear` on the device of its tensors."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, Words):
-                model.set_submodule(name, module.prepared(name, model.dtype))
-        # transformers takes `checkpoint_format` where the two differ, others `format`; and it drops `dynamic`.
+            if isinstance(module, PackedTensors):
+                model.set_submodule(name, module.to_quant_linear(name, model.dtype))
+        # transformers reads `checkpoint_format`, other programs read `format`; and transformers drops `dynamic`.
         self.quantization_config.format = self.checkpoint_format  # type: ignore[attr-defined]
-        if "dynamic" in self.stated:
-            self.quantization_config.dynamic = self.stated["dynamic"]  # type: ignore[attr-defined]
+        if "dynamic" in self.settings:
+            self.quantization_config.dynamic = self.settings["dynamic"]  # type: ignore[attr-defined]
 
     def is_serializable(self) -> bool:
-        """The state dict is what stands on disk."""
+        """The state dict has the tensors of the file."""
         return True
 
     @property
@@ -109,14 +109,14 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-class Words(nn.Module):
-    """The tensors of one packed linear under their names on disk, on meta until transformers has read them.
+class PackedTensors(nn.Module):
+    """The tensors of one packed linear under their names in the file, on meta until transformers has read them.
 
     Args:
         reader: the directory.
-        name: of the linear, on disk.
-        linear: what stood in its place.
-        quantization: what the directory says about it.
+        name: name of the linear in the file.
+        linear: the module to replace.
+        quantization: settings of the linear.
     """
 
     def __init__(self, reader: CheckpointReader, name: str, linear: nn.Linear, quantization: Quantization) -> None:
@@ -129,11 +129,11 @@ class Words(nn.Module):
         if linear.bias is not None and f"{name}.bias" not in reader:
             raise InputError(f"{reader.path} lacks the tensor {name}.bias", WRONG_CONFIG)
 
-    def prepared(self, name: str, dtype: torch.dtype) -> QuantLinear:
-        """The layer, laid out for the kernels of the device where the words are.
+    def to_quant_linear(self, name: str, dtype: torch.dtype) -> QuantLinear:
+        """The layer in the layout of the kernels for the device of the tensors.
 
         Raises:
-            InputError: tensors that do not fit together.
+            InputError: the tensors do not fit together.
         """
         tensors = {part: tensor for part, tensor in self._buffers.items() if tensor is not None}
         bias, device = tensors.pop("bias", None), tensors["qweight"].device

@@ -1,4 +1,4 @@
-"""AutoGPTQ's settings, arguments and tokenized examples, in terms of this program."""
+"""AutoGPTQ's settings, arguments and tokenized examples, converted to those of gptq_belle."""
 
 import json
 import warnings
@@ -17,6 +17,8 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
 
+Example = Mapping[str, Sequence[int] | Tensor]  # input_ids and, where there is padding, attention_mask
+CONFIG_FILE = "quantize_config.json"
 KERNELS = ("use_triton", "use_tritonv2", "use_cuda_fp16", "warmup_triton", "autotune_warmup_after_quantized",
            "inject_fused_attention", "inject_fused_mlp", "disable_exllama", "disable_exllamav2", "use_marlin",
            "use_qigen")
@@ -24,56 +26,53 @@ LOADING = ("max_memory", "low_cpu_mem_usage", "use_safetensors", "trainable", "c
            "offload_folder", "offload_buffers", "use_cache", "strict", "safetensors_metadata")
 HUB = ("cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "use_auth_token", "token",
        "_raise_exceptions_for_missing_entries", "_commit_hash")
-REASONS = {  # of every argument that means nothing here
+REASONS = {  # why an argument has no effect
     **dict.fromkeys(KERNELS, "the kernel is chosen for the machine, see gptq-belle doctor"),
-    **dict.fromkeys(LOADING, "memory, batches and file types are seen to without it"),
-    **dict.fromkeys(HUB, "the hub's own environment variables say that"),
-    "trust_remote_code": "no code that comes with a model is ever run",
+    **dict.fromkeys(LOADING, "memory, batches and file types are managed without it"),
+    **dict.fromkeys(HUB, "the hub is configured by its environment variables"),
+    "trust_remote_code": "code that comes with a model is never run",
 }
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def check_rest(call: str, given: Mapping[str, Any]) -> None:
-    """Take note of arguments that mean nothing here, in one warning; ones that are left at None or False are no news.
+def check_arguments(call: str, given: Mapping[str, Any]) -> None:
+    """Warn once about arguments without effect, except for those that are None or False.
 
     Raises:
-        UsageError: an argument that is not known, or means something that is not supported.
+        UsageError: an argument that is unknown or not supported.
     """
-    known = {name: REASONS[name] for name, value in given.items() if name in REASONS and value not in (None, False)}
     for name, value in given.items():
         if name not in REASONS and value is not None:
             raise UsageError(f"{call}: the argument {name}={value!r} is not supported",
-                             "Leave it out; gptq_belle's own interface is described in its README.")
-    if known:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in known.items())
+                             "Omit it; gptq_belle's own interface is described in its README.")
+    ignored = [name for name, value in given.items() if name in REASONS and value not in (None, False)]
+    if ignored:
+        reasons = "; ".join(f"{name}: {REASONS[name]}" for name in ignored)
         warnings.warn(f"{call} ignores arguments ({reasons})", stacklevel=3)
 
 
 def device_name(device: str | int | torch.device | None, device_map: str | Mapping[str, Any] | None) -> str:
-    """The one device that AutoGPTQ's two arguments come to, as `resolve_device` takes it.
+    """The device of AutoGPTQ's two arguments, in the form of `resolve_device`.
 
     Raises:
-        UsageError: a map that spreads the model over several devices.
+        UsageError: device_map distributes the model over several devices.
     """
     if device is None and isinstance(device_map, Mapping):
-        places = {device_name(place, None) for place in device_map.values()}
-        if len(places) > 1:
-            raise UsageError(f"device_map spreads the model over {', '.join(sorted(places))}",
-                             "A packed model runs on one device: give device=\"cuda:0\", \"cpu\", or leave it out.")
-        device = next(iter(places), None)
-    elif device is None and isinstance(device_map, str):
-        device = None if device_map in SPREAD else device_map
+        devices = {device_name(place, None) for place in device_map.values()}
+        if len(devices) > 1:
+            raise UsageError(f"device_map distributes the model over {', '.join(sorted(devices))}",
+                             "A packed model runs on one device: give device=\"cuda:0\" or \"cpu\", or omit it.")
+        device = next(iter(devices), None)
+    elif device is None and isinstance(device_map, str) and device_map not in SPREADING_MAPS:
+        device = device_map
     if device is None:
         return "auto"
     return f"cuda:{device}" if isinstance(device, int) else str(device)
 
 
-CONFIG = "quantize_config.json"
-
-
 @dataclass
 class BaseQuantizeConfig:
-    """AutoGPTQ's settings, with its defaults (act-order, and one group a row). `QuantConfig` checks them."""
+    """AutoGPTQ's settings with its defaults (act-order, one group per output channel); validated by `QuantConfig`."""
 
     bits: int = 4
     group_size: int = -1
@@ -87,56 +86,51 @@ class BaseQuantizeConfig:
     model_file_base_name: str | None = None
     awq_gemm_checkpoint: bool | None = False
 
-    def settings(self) -> QuantConfig:
-        """The same in this program's words.
+    def to_quant_config(self) -> QuantConfig:
+        """The same settings for `quantize_checkpoint`.
 
         Raises:
-            UsageError: a value that is not supported; it is named.
+            UsageError: a value is not supported.
         """
         unsupported = {"static_groups": self.static_groups and self.desc_act, "is_marlin_format": self.is_marlin_format,
                        "awq_gemm_checkpoint": self.awq_gemm_checkpoint, "true_sequential": not self.true_sequential}
-        for name, asked in unsupported.items():
-            if asked:
-                raise UsageError(f"{name}={getattr(self, name)!r} of the settings is not supported", "Leave it out.")
-        return QuantConfig(bits=self.bits, group_size=self.group_size, sym=self.sym, act_order=self.desc_act,
-                           damp=self.damp_percent)
+        for name in (name for name, refused in unsupported.items() if refused):
+            raise UsageError(f"the setting {name}={getattr(self, name)!r} is not supported", "Omit it.")
+        return QuantConfig(self.bits, self.group_size, self.sym, self.desc_act, self.damp_percent)
 
     def to_dict(self) -> dict[str, Any]:
-        """As AutoGPTQ writes it."""
+        """The settings as AutoGPTQ writes them."""
         return {key: value for key, value in asdict(self).items() if key != "awq_gemm_checkpoint"} | {
             "quant_method": "gptq"}
 
     def save_pretrained(self, save_dir: str | Path, **_: Any) -> None:
         """Write quantize_config.json."""
-        (Path(save_dir) / CONFIG).write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+        (Path(save_dir) / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, save_dir: str | Path, **kwargs: Any) -> "BaseQuantizeConfig":
-        """What a directory or a repository on the hub states.
+        """Read the settings of a quantized model: a directory or a hub id.
 
         Raises:
-            InputError: nothing, or another method.
+            InputError: the model is not quantized, or not by GPTQ.
         """
-        check_rest("BaseQuantizeConfig.from_pretrained", kwargs)
+        check_arguments("BaseQuantizeConfig.from_pretrained", kwargs)
         reader = CheckpointReader(resolve_model_path(save_dir))
-        stated = raw_quantization_config(reader)
-        if stated is None or read_quantization(reader) is None:
-            raise InputError(f"{save_dir} states no quantization", f"Give a folder with {CONFIG}.")
+        settings = raw_quantization_config(reader)
+        if settings is None or read_quantization(reader) is None:
+            raise InputError(f"{save_dir} has no quantization settings", f"Give a directory with {CONFIG_FILE}.")
         names = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in stated.items() if key in names})
+        return cls(**{key: value for key, value in settings.items() if key in names})
 
 
-Example = Mapping[str, Sequence[int] | Tensor]
-
-
-def calibration(examples: Sequence[Example], config: Any) -> Calibration:
-    """Rows of the examples' tokens; little text is accepted, as AutoGPTQ does.
+def calibration_of(examples: Sequence[Example], config: Any) -> Calibration:
+    """Calibration rows from examples; short text is allowed, as by AutoGPTQ.
 
     Args:
         examples: see `BaseGPTQForCausalLM.quantize`.
         config: transformers' configuration of the model, for its end-of-sequence token.
     Raises:
-        InputError: there are none, or one is not token ids.
+        InputError: there are no examples, or one is not tokenized.
     """
     eos = config.eos_token_id
     rows = token_rows(examples, eos[0] if isinstance(eos, list) else eos)
@@ -144,21 +138,25 @@ def calibration(examples: Sequence[Example], config: Any) -> Calibration:
 
 
 def token_rows(examples: Sequence[Example], eos: int | None) -> Tensor:
-    """(rows, T) int64: the examples themselves where all are of one length; else packed, eos between them, T the
-    longest one's length, and what fills no row left out."""
+    """Pack examples into rows (rows, T) int64.
+
+    Examples of equal length become the rows unchanged. Otherwise they are concatenated with eos between them and split
+    into rows of the longest example's length; an incomplete last row is dropped.
+    """
     documents = [document for number, example in enumerate(examples) for document in _documents(number, example)]
     if not documents:
         raise InputError("there are no examples with tokens to calibrate on", "Give quantize() a list of examples.")
-    length = max(len(document) for document in documents)
+    length = max(map(len, documents))
     if all(len(document) == length for document in documents):
         return torch.stack(documents)
-    stream = torch.cat([_ended(document, eos) for document in documents])
-    count = len(stream) // length
-    return stream[: count * length].view(count, length)
+    end = [] if eos is None else [eos]
+    stream = torch.cat([document if document[-1:].tolist() == end else torch.cat([document, torch.tensor(end).long()])
+                        for document in documents])
+    return stream[: len(stream) // length * length].view(-1, length)
 
 
 def _documents(number: int, example: Example) -> list[Tensor]:
-    """The rows of one example, their padding left out."""
+    """The rows of one example without padding."""
     try:
         ids = torch.atleast_2d(torch.as_tensor(example["input_ids"]))
         mask = torch.atleast_2d(torch.as_tensor(example.get("attention_mask", torch.ones_like(ids)))).bool()
@@ -166,10 +164,6 @@ def _documents(number: int, example: Example) -> list[Tensor]:
             raise ValueError(f"input_ids {ids.dtype} {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"example {number} is not tokenized text: {error}",
-                         "An example is what a tokenizer returns: input_ids and attention_mask.") from error
-    kept = [row[where].long().cpu() for row, where in zip(ids, mask, strict=True)]
-    return [row for row in kept if len(row)]
-
-
-def _ended(document: Tensor, eos: int | None) -> Tensor:
-    return document if eos is None or int(document[-1]) == eos else torch.cat((document, torch.tensor([eos])))
+                         "An example is the output of a tokenizer: input_ids and attention_mask.") from error
+    rows = [row[kept].long().cpu() for row, kept in zip(ids, mask, strict=True)]
+    return [row for row in rows if len(row)]

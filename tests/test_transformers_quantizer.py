@@ -1,4 +1,4 @@
-"""Plain from_pretrained of transformers on our kernels, and back: other methods are left alone, words stay."""
+"""transformers' from_pretrained with gptq_belle's kernels: outputs, saving, undoing, and other methods unaffected."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_unquantized_models_load_unchanged(tiny_model):
 
 
 @pytest.mark.usefixtures("patched")
-def test_packed_models_of_other_architectures_are_refused_with_the_way_out(tmp_path):
+def test_packed_models_of_other_architectures_are_refused_with_a_remedy(tmp_path):
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=99)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": settings}
@@ -115,10 +115,10 @@ def test_tensors_that_do_not_fit_the_settings_are_named(tiny_llama, tmp_path, ch
         AutoModelForCausalLM.from_pretrained(packed)
 
 
-# ---- the way back ----
+# ---- saving ----
 
 
-def through_transformers(packed):
+def by_transformers(packed):
     undo = patch_transformers()
     try:
         return AutoModelForCausalLM.from_pretrained(packed)
@@ -126,11 +126,11 @@ def through_transformers(packed):
         undo()
 
 
-def through_us(packed):
+def by_hf_model(packed):
     return hf_model(packed, device="cpu", dtype=torch.float16)
 
 
-@pytest.mark.parametrize("loaded", [through_us, through_transformers])
+@pytest.mark.parametrize("loaded", [by_hf_model, by_transformers])
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_save_pretrained_writes_a_standard_directory(tiny_model, tmp_path, variant, loaded):
     packed = packed_checkpoint(tiny_model, tmp_path / "packed", **variant)
@@ -157,7 +157,7 @@ def test_save_pretrained_writes_a_standard_directory(tiny_model, tmp_path, varia
 def test_linears_of_other_bits_and_unquantized_ones(tiny_model, tmp_path):
     rules = (parse_override("down_proj|dense_4h_to_h=bits:8"), parse_override("o_proj|self_attention.dense=skip"))
     quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32, method="rtn", overrides=rules))
-    model = through_transformers(tmp_path / "packed")
+    model = by_transformers(tmp_path / "packed")
     kinds = {type(module) for name, module in model.named_modules() if name.endswith(("o_proj", "attention.dense"))}
     assert kinds == {torch.nn.Linear}
     model.save_pretrained(tmp_path / "again")
@@ -171,6 +171,6 @@ def test_linears_of_other_bits_and_unquantized_ones(tiny_model, tmp_path):
 def test_a_format_that_transformers_reads_otherwise_is_kept(tiny_llama, tmp_path):
     packed = edit(packed_checkpoint(tiny_llama, tmp_path / "packed", sym=False),
                   settings={"checkpoint_format": "gptq", "format": "gptq_v2"})
-    model = through_transformers(packed)
+    model = by_transformers(packed)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(hf_model(tmp_path / "again", device="cpu")), logits(hf_model(packed, device="cpu")))
