@@ -42,7 +42,7 @@ Random = np.random.SFC64
 Draw = Callable[[Random, int], NDArray[Any]]
 
 
-class Tensor(NamedTuple):
+class RandomTensor(NamedTuple):
     """A tensor to generate: its dtype as named by safetensors, its shape, and a function that generates elements."""
 
     dtype: str
@@ -91,29 +91,30 @@ def group_index(inputs: int, size: int) -> Draw:
     return lambda random, count: (np.arange(inputs) // size).astype(np.int32)
 
 
-def packed(name: str, inputs: int, outputs: int, config: QuantConfig, gain: float) -> Iterator[tuple[str, Tensor]]:
+def packed(name: str, inputs: int, outputs: int, config: QuantConfig,
+           gain: float) -> Iterator[tuple[str, RandomTensor]]:
     """Yield the tensors of one packed linear whose output is `gain` times as large as its input."""
     size = inputs if config.group_size == -1 else config.group_size
     groups, zero = math.ceil(inputs / size), 2 ** (config.bits - 1)
     stored = sum((zero - 1) << at for at in range(0, 32, config.bits))  # v1 stores zero points minus one
     spread = math.sqrt((4**config.bits - 1) / 12 + 0.25)  # of uniform codes around the zero point
-    yield f"{name}.qweight", Tensor("I32", (inputs * config.bits // 32, outputs), words)
-    yield f"{name}.qzeros", Tensor("I32", (groups, outputs * config.bits // 32), constant(stored, np.int32))
-    yield f"{name}.g_idx", Tensor("I32", (inputs,), group_index(inputs, size))
-    yield f"{name}.scales", Tensor("F16", (groups, outputs), signed_scales(gain / spread / math.sqrt(inputs)))
+    yield f"{name}.qweight", RandomTensor("I32", (inputs * config.bits // 32, outputs), words)
+    yield f"{name}.qzeros", RandomTensor("I32", (groups, outputs * config.bits // 32), constant(stored, np.int32))
+    yield f"{name}.g_idx", RandomTensor("I32", (inputs,), group_index(inputs, size))
+    yield f"{name}.scales", RandomTensor("F16", (groups, outputs), signed_scales(gain / spread / math.sqrt(inputs)))
 
 
-def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, Tensor]]:
+def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, RandomTensor]]:
     """Yield the tensors of a packed lm_head (see `formats.packed_lm_head`)."""
     group = head_group_size(d.hidden_size)
     if group is None:
         raise SystemExit(f"a packed lm_head does not support a width of {d.hidden_size}")
     spread = math.sqrt((4**bits - 1) / 12)
-    yield HEAD_CODES, Tensor("U8", (d.vocab_size, d.hidden_size * bits // 8), octets)
-    yield HEAD_SCALES, Tensor("F16", (d.vocab_size, d.hidden_size // group), signed_scales(EMBEDDING / spread))
+    yield HEAD_CODES, RandomTensor("U8", (d.vocab_size, d.hidden_size * bits // 8), octets)
+    yield HEAD_SCALES, RandomTensor("F16", (d.vocab_size, d.hidden_size // group), signed_scales(EMBEDDING / spread))
 
 
-def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Tensor]]:
+def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, RandomTensor]]:
     """Yield every tensor of a checkpoint with its name, in the model's order; `config` is None for float16."""
     arch = architecture(d.model_type)
     head = f"{arch.modules_before[0]}.weight" if d.tied else f"{LM_HEAD}.weight"
@@ -122,24 +123,24 @@ def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, Te
             yield from packed_head(d, config.head_bits)
             continue
         one = name.endswith("norm.weight") or name.endswith("ln_f.weight")
-        yield name, Tensor("F16", shape, normal(EMBEDDING) if len(shape) == 2 else constant(int(one), np.float16))
+        yield name, RandomTensor("F16", shape, normal(EMBEDDING) if len(shape) == 2 else constant(int(one), np.float16))
     for block in range(d.num_layers):
         for name, shape in vector_shapes(d).items():
             value = int(name.endswith("norm.weight"))
-            yield f"{arch.blocks}.{block}.{name}", Tensor("F16", shape, constant(value, np.float16))
+            yield f"{arch.blocks}.{block}.{name}", RandomTensor("F16", shape, constant(value, np.float16))
         for linear, (inputs, outputs) in linear_shapes(d).items():
             name = f"{arch.blocks}.{block}.{linear}"
             into_residual = linear in (arch.stages[1][-1], arch.stages[3][-1])
             gain = 1 / math.sqrt(2 * d.num_layers) if into_residual else 1.0  # as GPT-2: bounds the residual sum
             if config is None:
-                yield f"{name}.weight", Tensor("F16", (outputs, inputs), normal(gain / math.sqrt(inputs)))
+                yield f"{name}.weight", RandomTensor("F16", (outputs, inputs), normal(gain / math.sqrt(inputs)))
             else:
                 yield from packed(name, inputs, outputs, config, gain)
 
 
-def shards(every: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+def shards(every: Mapping[str, RandomTensor], limit: int) -> list[dict[str, RandomTensor]]:
     """Split into files of at most `limit` bytes; each starts with its widest elements, so that all are aligned."""
-    files: list[dict[str, Tensor]] = [{}]
+    files: list[dict[str, RandomTensor]] = [{}]
     for name, tensor in every.items():
         if files[-1] and sum(t.size for t in files[-1].values()) + tensor.size > limit:
             files.append({})
@@ -147,7 +148,7 @@ def shards(every: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     return [dict(sorted(file.items(), key=lambda item: -BYTES[item[1].dtype])) for file in files]
 
 
-def write(path: Path, content: Mapping[str, Tensor], random: Random) -> None:
+def write(path: Path, content: Mapping[str, RandomTensor], random: Random) -> None:
     """Write one safetensors file, generating its tensors on the way."""
     with path.open("wb") as file:
         file.write(header_bytes({name: TensorEntry(t.dtype, t.shape, 0, t.size) for name, t in content.items()}))

@@ -21,7 +21,7 @@ def test_clocks_change_no_output(tiny_model, tmp_path):
     assert calls == (["linears", "attention"] + ["linears"] * (linears - 1)) * 2 + ["head"]
     assert all(clock.seconds[name] > 0 for name in ("linears", "attention", "head"))
     assert [dict(vars(block)) for block in model.decoder.blocks] == attributes
-    assert "through" not in vars(model.decoder)
+    assert "run_blocks" not in vars(model.decoder)
     assert torch.equal(model.logits(ids), before)
 
 

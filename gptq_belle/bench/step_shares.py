@@ -33,9 +33,9 @@ class StepShares(NamedTuple):
 def clock_parts(model: Model, clock: PhaseClock) -> Iterator[None]:
     """A context in which the seconds of the model's linears, attention and head are added to the clock."""
     decoder: Any = model.decoder
-    through, replays = decoder.run_blocks, model.use_step_graphs
-    changed: list[tuple[Any, str, Any]] = [(decoder, "head", decoder.head)]
-    changed += [(block, name, value) for block in decoder.blocks for name, value in vars(block).items()
+    run_blocks, use_step_graphs = decoder.run_blocks, model.use_step_graphs
+    replaced: list[tuple[Any, str, Any]] = [(decoder, "head", decoder.head)]
+    replaced += [(block, name, value) for block in decoder.blocks for name, value in vars(block).items()
                 if isinstance(value, PackedLinear | DenseLinear | ConcatenatedLinear)]
 
     def timed(action: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
@@ -44,16 +44,16 @@ def clock_parts(model: Model, clock: PhaseClock) -> Iterator[None]:
                 return action(*args)
         return run
 
-    decoder.run_blocks = lambda x, attention: through(x, timed(attention, ATTENTION))
+    decoder.run_blocks = lambda x, attention: run_blocks(x, timed(attention, ATTENTION))
     model.use_step_graphs = False  # the parts of a recorded step cannot be timed
     try:
-        for owner, name, value in changed:
+        for owner, name, value in replaced:
             setattr(owner, name, timed(value, HEAD if owner is decoder else LINEARS))
         yield
     finally:
         del decoder.run_blocks  # restores the method of the class
-        model.use_step_graphs = replays
-        for owner, name, value in changed:
+        model.use_step_graphs = use_step_graphs
+        for owner, name, value in replaced:
             setattr(owner, name, value)
 
 
@@ -98,7 +98,7 @@ def measure_step_shares(model: Model, batch: int, prompt: int, step: float) -> S
 
 BANDWIDTH_BOUND = 0.6  # a step is limited by bandwidth if reading the weights takes this share of its time
 PART_NAMES = {"linears": "arithmetic of the linears", "attention": "attention", "head": "the lm_head",
-         "rest": "Python and call overhead"}
+              "rest": "Python and call overhead"}
 
 
 def explain_bound(size: int, step: float, bandwidth: float, shares: StepShares) -> str:
