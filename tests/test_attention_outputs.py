@@ -1,4 +1,4 @@
-"""What attention has computed is kept for the passes behind it, and changes nothing but their number."""
+"""Recorded attention outputs are reused by later passes and do not change results."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -24,8 +24,8 @@ def stream(tiny_model):
     return BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
 
 
-class Anew(AttentionOutputs):
-    """Keeps nothing."""
+class WithoutReuse(AttentionOutputs):
+    """Records nothing, so that every pass computes attention."""
 
     @contextmanager
     def forward_pass(self, *_):
@@ -37,7 +37,7 @@ def test_output_is_identical_without_attention_reuse(tiny_model, tmp_path, monke
     config = QuantConfig(group_size=32, preset=preset)
     for name in ("kept", "anew"):
         quantize_checkpoint(tiny_model, tmp_path / name, config, calibration=CALIBRATION)
-        monkeypatch.setattr(activations, "AttentionOutputs", Anew)
+        monkeypatch.setattr(activations, "AttentionOutputs", WithoutReuse)
     assert job_output(tmp_path / "kept") == job_output(tmp_path / "anew")
 
 
@@ -59,8 +59,8 @@ def test_attention_runs_once_and_its_output_is_reused(stream, tmp_path, on_disk)
         with contexts.forward_pass(block, arch) as piece_context:
             return [*found, *(stream.run(block, states, piece_context) for states in rows)]
 
-    expected = through(Anew())
-    assert len(calls) == 4 * 3  # the pass to the first stage ends in front of it
+    expected = through(WithoutReuse())
+    assert len(calls) == 4 * 3  # the pass to the first stage ends before it
     calls.clear()
     contexts = AttentionOutputs(tmp_path if on_disk else None)
     assert all(map(torch.equal, through(contexts), expected))
@@ -71,7 +71,7 @@ def test_attention_runs_once_and_its_output_is_reused(stream, tmp_path, on_disk)
 
 
 def test_changed_output_projection_is_noticed(stream):
-    """It is quantized between the passes."""
+    """The output projection is quantized between passes."""
     arch = stream.arch
     rows = BatchList(next(stream.embed(torch.randint(10, 300, (2, 16)))))
     block = stream.load_block(0)

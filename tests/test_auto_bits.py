@@ -1,4 +1,4 @@
-"""Bits chosen under a budget: an exact knapsack, a budget that is kept, and a choice that a resumed job keeps."""
+"""Bits chosen within a budget: an exact knapsack, the budgets, the measured losses, and resuming."""
 
 import itertools
 import sys
@@ -56,7 +56,7 @@ def test_knapsack_respects_a_budget_larger_than_its_table():
 
 
 @pytest.mark.parametrize("budget", ["4", "4.5", "6.1", "8"])
-def test_a_budget_of_bits_is_met(tiny_model, tmp_path, budget):
+def test_budget_in_bits_is_met(tiny_model, tmp_path, budget):
     report = run_job(tiny_model, tmp_path / "out", budget)
     assert report.average_bits <= float(budget)
     assert report.average_bits == report.choice["average_bits"]
@@ -66,7 +66,7 @@ def test_a_budget_of_bits_is_met(tiny_model, tmp_path, budget):
     assert all(row["loss"] > 0 for row in report.choice["stages"])
 
 
-def test_a_budget_of_bytes_is_met(tiny_model, tmp_path):
+def test_budget_in_bytes_is_met(tiny_model, tmp_path):
     least, most = (quantize_checkpoint(tiny_model, tmp_path / f"{bits}", QuantConfig(bits=bits, group_size=32),
                                        calibration=CALIBRATION).bytes_on_disk for bits in (4, 8))
     budget = (least + most) // 2
@@ -170,7 +170,7 @@ def test_dry_run_announces_the_sensitivity_measurement(tiny_llama):
     assert average_bits(replace(job, config=config_with_bits(job, all_of_it))) == 8
 
 
-def test_verdict_compares_the_choice_with_its_size_and_with_random_choices(monkeypatch):
+def test_benchmark_compares_the_choice_with_equal_size_and_random_choices(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import bench_auto_bits
 
@@ -183,7 +183,7 @@ def test_verdict_compares_the_choice_with_its_size_and_with_random_choices(monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bloom", "llama"])
-def test_the_choice_beats_random_ones_of_its_size(kind, monkeypatch):
+def test_choice_is_better_than_random_ones_of_equal_size(kind, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", ["bench_auto_bits.py"])
     import bench_auto_bits

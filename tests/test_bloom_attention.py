@@ -1,4 +1,4 @@
-"""Quicker modules compute what transformers' compute, to rounding."""
+"""The faster modules compute the same functions as transformers', up to rounding."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def eager(module, states, residual, slopes):
 def test_attention_with_alibi(heads, width, rows, length):
     slow = BloomAttention(BloomConfig(hidden_size=heads * width, n_head=heads), 0).eval().double()
     for parameter in slow.parameters():
-        torch.nn.init.normal_(parameter, std=2 * (heads * width) ** -0.5)  # sharp enough that single keys win
+        torch.nn.init.normal_(parameter, std=2 * (heads * width) ** -0.5)  # large enough for nearly one-hot attention
     states, residual = torch.randn(2, rows, length, heads * width, dtype=torch.float64)
     alibi = build_alibi_tensor(torch.ones(rows, length), heads, torch.float32)
     slopes = alibi.view(rows, heads, length)[0, :, 1].double()

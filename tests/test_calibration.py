@@ -1,4 +1,4 @@
-"""Files of every accepted kind become rows of real tokens; what cannot is refused with its line."""
+"""Calibration files of every accepted form become packed token rows; malformed ones are refused with their line."""
 
 import json
 
@@ -21,7 +21,7 @@ def jsonl(tmp_path, *rows):
     return file
 
 
-def test_every_kind_of_row_is_read(tmp_path):
+def test_every_form_of_row_is_read(tmp_path):
     file = jsonl(
         tmp_path, {"text": "平文"}, {"instruction": "翻译", "input": "猫", "output": "cat"},
         {"instruction": "写诗", "input": "", "output": "春风"}, {"input": "Human: 你好\n\nAssistant:", "target": "好"},
@@ -33,7 +33,7 @@ def test_every_kind_of_row_is_read(tmp_path):
         [Turn("a", "b"), Turn("c", "d")]]
 
 
-def test_a_json_array_reads_like_lines(tmp_path):
+def test_json_array_is_read_like_json_lines(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"text": "a"}, {"text": "b"}]), encoding="utf-8")
     assert read_documents(file) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""What calibration has seen is found again in other clothes, and nothing else is."""
+"""Calibrated text is found again in other formatting, and other text is not."""
 
 import base64
 

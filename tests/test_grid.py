@@ -66,7 +66,7 @@ def test_the_search_finds_the_best_span(bits, sym, positive):
 
 
 def test_single_large_weight_is_represented_exactly():
-    """absmax / 2**(b-1) is among the points: the one code more below zero than above takes the largest weight."""
+    """absmax / 2**(b-1) is a candidate: it gives the additional code below zero to the largest weight."""
     weight = torch.zeros(32, 2)
     weight[3] = torch.tensor([4.0, -4.0])
     scales, zeros = searched_grid(weight, torch.ones(32), 4, sym=True)

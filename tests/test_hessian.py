@@ -26,7 +26,7 @@ def test_half_precision_activations_are_summed_in_float32():
     assert torch.allclose(total.value, torch.full((4, 4), float(torch.tensor(0.1).half()) ** 2), rtol=1e-4)
 
 
-def test_the_factor_is_that_of_the_damped_inverse():
+def test_factor_of_the_damped_inverse():
     x = torch.randn(100, 24, dtype=torch.float64)
     hessian = x.t() @ x
     upper, damp = inverse_cholesky(hessian, 0.01)

@@ -1,4 +1,4 @@
-"""Settings of single linears: what is refused, what is written, and that every reader's own rule finds it."""
+"""Overrides of settings for some linears: validation, output, and the lookup rules of other readers."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def rule_of_gptqmodel(dynamic, name):
 
 
 def rule_of_vllm(dynamic, name):
-    """vLLM's get_dynamic_override, which matches with another library, as the layer's own name has it."""
+    """vLLM's get_dynamic_override, which matches with another library, with the layer's name in vLLM."""
     for key, values in dynamic.items():
         if regex.match(key.removeprefix("-:").removeprefix("+:"), name):
             return False if key.startswith("-:") else values
@@ -62,7 +62,7 @@ def rule_of_vllm(dynamic, name):
 
 @pytest.mark.parametrize("sort", [False, True], ids=["as written", "sorted"])
 @pytest.mark.parametrize("rule", [rule_of_gptqmodel, rule_of_vllm])
-def test_the_readers_rules_find_the_bits_that_the_tensors_have(tiny_model, tmp_path, rule, sort):
+def test_rules_of_readers_find_the_bits_of_the_tensors(tiny_model, tmp_path, rule, sort):
     run_job(tiny_model, tmp_path / "out")
     stated = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == stated
@@ -85,7 +85,7 @@ def test_the_readers_rules_find_the_bits_that_the_tensors_have(tiny_model, tmp_p
                     {(4, 32), (8, 64), (3, 32), "skip"})
 
 
-def test_vllm_finds_a_fused_linear_by_its_own_name(tiny_llama, tmp_path):
+def test_vllm_finds_a_fused_linear_by_its_name(tiny_llama, tmp_path):
     run_job(tiny_llama, tmp_path / "out")
     dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
     for prefix in ("model.layers.0.", "model.layers.1."):
@@ -97,8 +97,8 @@ def test_vllm_finds_a_fused_linear_by_its_own_name(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"sym": False}, {"act_order": True}, {"method": "rtn"}], ids=str)
-def test_a_mixed_checkpoint_computes_what_the_report_says(tiny_model, tmp_path, settings):
-    """The loaded model against transformers on weights expanded here; on the way, the job's own reading back."""
+def test_mixed_checkpoint_has_the_reported_error(tiny_model, tmp_path, settings):
+    """The loaded model against transformers with weights dequantized here; and the job's readback."""
     report = run_job(tiny_model, tmp_path / "out", **settings)
     assert report.readback_error < 1e-5
     reader = CheckpointReader(tmp_path / "out")
@@ -129,7 +129,7 @@ def unpacked(words, bits):
     return (stream << torch.arange(bits)[None, :, None]).sum(1) if words.shape[1] else stream
 
 
-def test_resumed_and_undisturbed_jobs_end_in_the_same_bytes(tiny_model, tmp_path, monkeypatch):
+def test_resumed_job_writes_the_same_bytes(tiny_model, tmp_path, monkeypatch):
     from gptq_belle.quantization.block_quantizer import BlockQuantizer
 
     run_job(tiny_model, tmp_path / "whole")
@@ -168,7 +168,7 @@ def test_report_model_card_inspect_and_bench_show_mixed_bits(tiny_bloom, tmp_pat
 
 
 def test_saved_model_keeps_its_mixed_bits(tiny_llama, tmp_path):
-    """transformers sorts the keys of what it saves."""
+    """transformers sorts the keys of the configuration that it saves."""
     run_job(tiny_llama, tmp_path / "out")
     hf_model(tmp_path / "out", device="cpu").save_pretrained(tmp_path / "saved")
     ids = torch.arange(4, 36)[None]
@@ -212,7 +212,7 @@ def test_overrides_of_the_library_are_checked_too():
         Override("mlp", bits=4, skip=True)
 
 
-def test_an_override_that_agrees_with_the_job_leaves_the_format_alone():
+def test_redundant_override_does_not_change_the_format():
     same = resolve_overrides(config("bloom", "mlp=bits:8,sym:true"), ARCHITECTURES["bloom"], 2)
     other = resolve_overrides(config("bloom", "mlp=sym:false"), ARCHITECTURES["bloom"], 2)
     assert (same.checkpoint_format, other.checkpoint_format) == ("gptq", "gptq_v2")
@@ -221,7 +221,7 @@ def test_an_override_that_agrees_with_the_job_leaves_the_format_alone():
     assert "dynamic" not in QuantConfig().to_dict()
 
 
-def test_a_group_size_that_does_not_divide_is_refused_for_the_linear(tiny_llama, tmp_path):
+def test_group_size_that_does_not_divide_a_linear_is_refused(tiny_llama, tmp_path):
     path = tmp_path / "odd"
     shutil.copytree(tiny_llama, path)
     stated = json.loads((path / "config.json").read_text())
@@ -234,7 +234,7 @@ def test_a_group_size_that_does_not_divide_is_refused_for_the_linear(tiny_llama,
     ([1], "dynamic"), ({"a": 1}, "dynamic"), ({"+:mlp": {"bits": 5}}, "bits 5"), ({"+:(": {}}, "'('"),
     ({"+:((.|..)+)+[xyz]{3}": {"bits": 8}}, "((.|..)+)+[xyz]{3}"), ({"+:.*": {"group_size": "x"}}, "group_size"),
     ({"-:.*": {}}, "self_attention.query_key_value"), ({"+:.*mlp": {"bits": 8}}, "8 bits")], ids=str)
-def test_dynamic_rules_of_other_programs_have_to_agree_with_the_tensors(tiny_bloom, tmp_path, dynamic, named):
+def test_dynamic_rules_that_contradict_the_tensors_are_refused(tiny_bloom, tmp_path, dynamic, named):
     path = packed_checkpoint(tiny_bloom, tmp_path / "packed")
     stated = json.loads((path / "config.json").read_text())
     stated["quantization_config"]["dynamic"] = dynamic

@@ -1,5 +1,4 @@
-"""The job end to end on tiny models of both architectures: what is written, what is refused, how much memory it takes.
-"""
+"""The whole job on tiny models of both architectures: output, refusals and memory."""
 
 import json
 import shutil
@@ -39,7 +38,7 @@ def first_linear(reader):
 
 
 @pytest.mark.parametrize(("bits", "zero_word"), [(4, 0x77777777), (8, 0x7F7F7F7F)])
-def test_both_architectures_become_standard_files(tiny_model, tmp_path, bits, zero_word):
+def test_output_of_both_architectures_is_standard(tiny_model, tmp_path, bits, zero_word):
     out = tmp_path / "out"
     report = job(tiny_model, out, bits=bits)
     source, written = CheckpointReader(tiny_model), CheckpointReader(out)
@@ -109,7 +108,7 @@ def test_rtn_codes_are_those_of_the_solver(tiny_model, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_a_repeated_job_writes_the_same_bytes(tiny_bloom, tmp_path):
+def test_repeated_job_writes_the_same_bytes(tiny_bloom, tmp_path):
     for name in ("a", "b"):
         job(tiny_bloom, tmp_path / name)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
@@ -123,7 +122,7 @@ def test_sources_of_other_dtypes(tiny_model, tmp_path, dtype):
     assert report.readback_error == 0
 
 
-def test_bare_bloom_names_get_their_prefix_and_the_tied_head_is_written_once(tiny_bloom, tmp_path):
+def test_bloom_without_name_prefix_and_tied_head_written_once(tiny_bloom, tmp_path):
     def bare(tensors):
         embedding = tensors["transformer.word_embeddings.weight"]
         return ({k.removeprefix("transformer."): v for k, v in tensors.items()}
@@ -142,7 +141,7 @@ def test_untied_lm_head_is_kept_although_the_config_says_tied(tiny_bloom, tmp_pa
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_pickled_source_reads_like_safetensors(tiny_llama, tmp_path):
+def test_pickled_source_equals_safetensors(tiny_llama, tmp_path):
     source = tmp_path / "bin"
     shutil.copytree(tiny_llama, source)
     torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
@@ -191,7 +190,7 @@ def test_unusable_source_is_refused_and_nothing_is_written(tiny_bloom, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_path):
+def test_unsuitable_settings_are_refused_before_any_work(tiny_bloom, tmp_path):
     with pytest.raises(InputError, match=naming("512", "2048")):
         job(tiny_bloom, tmp_path / "out", rows=1)
     assert job(tiny_bloom, tmp_path / "short", rows=1, allow_short=True).calibration["rows"] == 1
@@ -204,7 +203,7 @@ def test_settings_that_do_not_fit_are_refused_before_any_work(tiny_bloom, tmp_pa
         job(odd, tmp_path / "out", group_size=64)
 
 
-def test_damaged_output_is_noticed_by_reading_it_back(tiny_bloom, tmp_path, monkeypatch):
+def test_damaged_output_is_detected_by_verification(tiny_bloom, tmp_path, monkeypatch):
     from gptq_belle.checkpoint.writer import CheckpointWriter
 
     intact = CheckpointWriter.merge
@@ -278,7 +277,7 @@ def test_memory_does_not_grow_from_block_to_block(tiny_llama, tmp_path):
                             capture_output=True, text=True, check=True)
     held = [int(count) for count in result.stdout.split()]
     assert len(held) == 9
-    packed = 7 * 512 * 512 // 2  # of a block in 4 bits, the least that could pile up: 0.9 MiB; measured 0.03 a block
+    packed = 7 * 512 * 512 // 2  # a leaked block in 4 bits would take 0.9 MiB; measured 0.03 MiB per block
     assert held[-1] - held[1] < 7 * packed // 4
 
 

@@ -1,4 +1,4 @@
-"""The verb `quantize` as a user runs it: three ways in, one line of cause and one of remedy for every failure."""
+"""The command `quantize` on the command line: output, and cause and remedy of every failure."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_json_is_alone_on_stdout(run, tiny_bloom, tmp_path):
 
 
 def test_quantize_runs_by_path(tiny_bloom, tmp_path):
-    """As a module it runs in the tests of signals."""
+    """The tests of signals run it as a module."""
     command = [sys.executable, str(ROOT / "gptq_belle" / "quantize.py"), str(tiny_bloom), str(tmp_path / "out")]
     result = subprocess.run([*command, *SHORT, "--method", "rtn"], cwd=ROOT, capture_output=True, text=True,
                             env=ENVIRONMENT)
@@ -106,7 +106,7 @@ def test_damaged_models_exit_4_with_cause_and_remedy(run, tiny_bloom, tmp_path, 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_dry_run_refuses_what_the_job_would(run, tiny_bloom, tmp_path, layers, method):
+def test_dry_run_refuses_the_same_input_as_the_job(run, tiny_bloom, tmp_path, layers, method):
     source = edited(tiny_bloom, tmp_path, set_config(n_layer=layers))
     code, out, err = run(source, tmp_path / "out", *SHORT, "--method", method, "--dry-run")
     assert (code, out) == (4, "")

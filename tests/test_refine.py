@@ -1,4 +1,4 @@
-"""Scale refit and coordinate descent against trying everything (tests/oracle_best.py)."""
+"""Scale refit and coordinate descent against exhaustive search (tests/oracle_best.py)."""
 
 import numpy as np
 import oracle_best
@@ -13,7 +13,7 @@ from gptq_belle.quantization.solver import candidate_weights, factorize, gptq
 
 
 def solved(config, rows, columns, seed, **options):
-    """Weight and Hessian, float64, and what GPTQ alone makes of them."""
+    """Weight and Hessian in float64, and their solution by GPTQ alone."""
     weight, hessian = problem(rows, columns, seed, **options)
     return weight, hessian, gptq(weight, hessian, config).weight
 
@@ -27,7 +27,7 @@ def swept(quantized, weight, hessian, **options):
 
 @pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize(("bits", "group_size", "sym"), [(2, 32, True), (3, -1, True), (4, 32, False), (4, 64, True)])
-def test_every_step_is_the_best_of_all(bits, group_size, sym, positive):
+def test_every_step_equals_exhaustive_search(bits, group_size, sym, positive):
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, preset="fast")
     weight, hessian, quantized = solved(config, 3, 128, seed=bits)
     found = swept(quantized, weight, hessian, bits=bits, sweeps=2, positive=positive)
@@ -39,7 +39,7 @@ def test_every_step_is_the_best_of_all(bits, group_size, sym, positive):
 
 
 def test_negative_scales_are_refined_too():
-    """A scale's sign is a convention: mirrored weights and scales end as the mirror image, unless codes clamp."""
+    """The sign of a scale is a convention: negated weights and scales give negated results, unless codes clamp."""
     weight, hessian, quantized = solved(QuantConfig(bits=8, group_size=32, preset="fast"), 4, 64, seed=1)
     weight = weight * 0.9  # no code at the edge, of which there is one more on one side
     codes, scales = swept(quantized, weight, hessian, bits=8, sweeps=2)
@@ -50,7 +50,7 @@ def test_negative_scales_are_refined_too():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_sweep_makes_the_error_larger(seed):
+def test_no_sweep_increases_the_error(seed):
     weight, hessian, quantized = solved(QuantConfig(bits=3, group_size=32, preset="fast"), 8, 96, seed)
     errors = []
     for sweeps in range(5):
@@ -60,7 +60,7 @@ def test_no_sweep_makes_the_error_larger(seed):
     assert errors[2] < 0.95 * errors[0]
 
 
-def test_inputs_that_were_never_active_and_outputs_of_zeros_stay():
+def test_never_active_inputs_and_zero_outputs_are_unchanged():
     weight, hessian = problem(4, 64, seed=2, dead=(5, 40))
     weight[1] = 0
     config = QuantConfig(group_size=32)
@@ -90,8 +90,8 @@ def test_the_residual_follows_a_refit():
     torch.testing.assert_close(residual, block @ (code * found - weight.t()), rtol=1e-9, atol=1e-9)
 
 
-def test_descent_proceeds_from_input_to_input():
-    """The second of two like inputs makes up for what the first could not."""
+def test_descent_compensates_in_later_inputs():
+    """The second of two equal inputs compensates the remaining error of the first."""
     block = torch.ones(2, 2, dtype=torch.float64)
     code, ones = torch.zeros(2, 1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     residual = block @ (code - torch.tensor([[9.4], [0.7]], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The choice between solutions on held-out rows, and the full-precision target against least squares."""
+"""The choice among solutions on held-out rows, and the full-precision target against least squares."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_targets_are_ridge_regression_on_the_full_outputs(alpha, without):
     hessian, cross = x.T @ x / len(x), (full - x).T @ x / len(x)
     factor = factorize(torch.from_numpy(hessian), QuantConfig(group_size=32, damp=0.05, without=without))
     found = full_precision_target(torch.from_numpy(weight), torch.from_numpy(cross), factor, alpha)
-    # min ||(W + D) X - W F||^2 + ridge ||D||^2, as rows that lstsq sees below the inputs
+    # min ||(W + D) X - W F||^2 + ridge ||D||^2, the ridge as additional rows for lstsq
     ridge = np.sqrt(len(x) * 0.05 * np.mean(np.diag(hessian)))
     rows = np.concatenate([x, ridge * np.eye(32)])
     wanted = np.concatenate([(full - x) @ weight.T, np.zeros((32, 5))])
@@ -43,7 +43,7 @@ def test_equal_activations_leave_the_weight_unchanged():
 
 
 def inputs(seed=1, gap=1.0):
-    """Weight, and Hessians with held-out rows; `gap` scales the models' difference in the other rows."""
+    """Weight, and Hessians with held-out rows; `gap` scales the difference of the models in the Hessian's rows."""
     weight, x, full = (torch.from_numpy(part).float() for part in problem_of_two_models(64, seed))
     seen, held = slice(0, 192), slice(192, None)
     cross = gap * (full - x)[seen].t() @ x[seen] / 192

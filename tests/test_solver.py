@@ -1,6 +1,6 @@
-"""The solver against a second transcription of the paper (tests/oracle_gptq.py), code for code, and its properties.
+"""The solver against an independent implementation of the paper (tests/oracle_gptq.py), and its properties.
 
-Problems are random and continuous, so no value lies on a rounding tie and float64 leaves the codes no freedom.
+Problems are random and continuous, so no value is a rounding tie, and float64 determines the codes uniquely.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def problem(rows: int, columns: int, seed: int, *, samples: int | None = None,
     rng = np.random.default_rng(seed)
     samples, rank = samples or 2 * columns, max(2, columns // 4)
     inputs = rng.standard_normal((samples, rank)) @ rng.standard_normal((rank, columns))
-    inputs += 0.5 * rng.standard_normal((samples, columns))  # every input has noise of its own
+    inputs += 0.5 * rng.standard_normal((samples, columns))  # independent noise per input
     inputs *= np.exp(0.7 * rng.standard_normal(columns))
     inputs[:, list(dead)] = 0.0
     weight = rng.standard_normal((rows, columns)) * np.exp(0.5 * rng.standard_normal((rows, 1)))
@@ -53,7 +53,7 @@ def error_of(solution: Solution, weight: Tensor, hessian: Tensor) -> float:
                           hessian.double().numpy())
 
 
-# Oracle against oracle: equation (2), column by column, is the constrained least-squares solution it stands for.
+# The oracle itself: equation (2), column by column, gives the constrained least-squares solution.
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -65,12 +65,12 @@ def test_oracle_solves_the_least_squares_problem(bits, sym):
     np.testing.assert_array_equal(found.codes, expected)
 
 
-# Code for code.
+# Codes against the oracle.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtypes_are_those_of_quantized_weight(dtype):
-    """The docstring of QuantizedWeight gives one dtype a field, whatever dtype the arithmetic had."""
+    """The docstring of QuantizedWeight gives one dtype per field, for any dtype of the arithmetic."""
     weight, hessian = (t.to(dtype) for t in problem(3, 64, seed=10))
     config = QuantConfig(preset="fast", group_size=32)
     for solution in (gptq(weight, hessian, config), round_to_nearest(weight, config)):
@@ -156,8 +156,8 @@ def test_rows_at_the_edges_of_the_grid(bits, sym):
     assert_same(round_to_nearest(weight, config).weight, nearest)
 
 
-def test_a_scale_is_kept_from_1e_7_on():
-    """float16 holds 5.96e-8 and 1.19e-7 and nothing between: the first is dropped, the second kept."""
+def test_scales_below_1e_7_are_dropped():
+    """float16 has 5.96e-8 and 1.19e-7 and no value between them: the first is dropped, the second kept."""
     weight = torch.zeros(2, 32, dtype=torch.float64)
     weight[0, 3], weight[1, 3] = 6.1e-8 * 255 / 2, 1.15e-7 * 255 / 2
     scales = round_to_nearest(weight, QuantConfig(preset="fast", bits=8, group_size=32)).weight.scales
@@ -165,7 +165,7 @@ def test_a_scale_is_kept_from_1e_7_on():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_halves_round_to_even_before_the_zero_point_is_added(dtype):
+def test_ties_round_to_even_before_the_zero_point_is_added(dtype):
     """Golden codes on grids whose scale is exactly 1, so that ties are exact."""
     def codes_of(values: list[float], sym: bool) -> tuple[list[int], int]:
         weight = torch.tensor([values + [0.0] * (32 - len(values))], dtype=dtype)
@@ -184,7 +184,7 @@ def test_halves_round_to_even_before_the_zero_point_is_added(dtype):
 
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize(("bits", "group_size", "sym"), [(2, 32, True), (3, 64, False), (4, 128, True), (8, -1, True)])
-def test_static_groups_are_solved_by_falling_activity(bits, group_size, sym, search):
+def test_static_groups_are_solved_in_activation_order(bits, group_size, sym, search):
     weight, hessian = problem(6, 256, seed=30 + bits)
     without = ("refine", "targets") if search else ("search", "refine", "targets")
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, without=without)
@@ -205,7 +205,7 @@ def test_static_groups_are_solved_by_falling_activity(bits, group_size, sym, sea
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 64), (4, 128), (8, 128)])
 def test_every_technique_lowers_the_error_on_unequal_inputs(bits, group_size):
-    """Not so at 2 bits in groups of 32, where search alone is no gain."""
+    """Except at 2 bits in groups of 32, where search alone does not reduce the error."""
     errors = {}
     for name, without in {"plain": ("search", "order", "refine"), "order": ("search", "refine"), "search": ("refine",),
                           "all": ()}.items():
@@ -222,7 +222,7 @@ def test_every_technique_lowers_the_error_on_unequal_inputs(bits, group_size):
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_identity_hessian_is_rounding_to_nearest(bits, group_size, sym, act_order):
+def test_identity_hessian_equals_rounding_to_nearest(bits, group_size, sym, act_order):
     weight, _ = problem(6, 256, seed=bits)
     config = QuantConfig(preset="fast", bits=bits, group_size=group_size, sym=sym, act_order=act_order)
     nearest = round_to_nearest(weight, config)
@@ -267,7 +267,7 @@ def test_float32_weight_with_float64_hessian():
     assert mixed.error == pytest.approx(single.error, rel=0.02)
 
 
-def test_error_of_a_zero_weight_is_a_number():
+def test_error_of_a_zero_weight_is_finite():
     weight, hessian = torch.zeros(3, 32, dtype=torch.float64), problem(3, 32, seed=18)[1]
     config = QuantConfig(preset="fast", group_size=32)
     assert gptq(weight, hessian, config).error == 0
@@ -287,7 +287,7 @@ def indefinite(columns: int, smallest: float, seed: int) -> tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("damp", "smallest", "used"), [(0.01, -0.05, 0.1), (1e-4, -5e-3, 1e-2), (0.02, -0.01, 0.02)])
-def test_damping_is_raised_until_the_factorisation_works(damp, smallest, used, act_order):
+def test_damping_is_raised_until_the_factorization_succeeds(damp, smallest, used, act_order):
     weight, hessian = indefinite(160, smallest, seed=19)
     config = QuantConfig(preset="fast", group_size=32, damp=damp, act_order=act_order)
     solution = gptq(weight, hessian, config)
@@ -342,7 +342,7 @@ def test_weights_too_large_for_a_float16_scale_are_refused(sym):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_inputs_are_left_alone(group_size, act_order, dtype):
+def test_arguments_are_not_modified(group_size, act_order, dtype):
     weight, hessian = (t.to(dtype) for t in problem(4, 160, seed=23, dead=(3, 130)))
     before = weight.clone(), hessian.clone()
     config = QuantConfig(preset="fast", group_size=group_size, act_order=act_order)
@@ -393,7 +393,7 @@ def test_result_is_always_storable(config, seed, rows, blocks, size, dead):
 
 @quick
 @given(config=CONFIGS, seed=SEEDS, factor=st.floats(1e-6, 1e6))
-def test_size_of_the_hessian_does_not_matter(config, seed, factor):
+def test_scale_of_the_hessian_does_not_matter(config, seed, factor):
     weight, hessian = problem(3, 128, seed)
     plain, scaled = gptq(weight, hessian, config), gptq(weight, hessian * factor, config)
     for found, expected in zip(scaled.weight, plain.weight, strict=True):
@@ -414,7 +414,7 @@ def test_rows_are_independent(config, seed):
 @quick
 @given(bits=st.sampled_from(BITS), seed=SEEDS)
 def test_permuting_the_inputs_permutes_the_result_of_act_order(bits, seed):
-    """With columns in order of importance, the order in which the inputs come says nothing."""
+    """act_order sorts the inputs, so their original order has no influence."""
     weight, hessian = problem(3, 128, seed)
     config = QuantConfig(preset="fast", bits=bits, group_size=32, sym=False, act_order=True)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(128))
@@ -426,7 +426,7 @@ def test_permuting_the_inputs_permutes_the_result_of_act_order(bits, seed):
 
 
 def test_no_single_code_is_better_for_the_last_column():
-    """The last column of all is rounded to its optimum given the others: a check that needs no transcription."""
+    """The last column is rounded to its optimum for the other codes; this check needs no oracle."""
     weight, hessian = problem(4, 48, seed=25)
     config = QuantConfig(preset="fast", bits=3, group_size=-1, sym=False, damp=1e-6)
     found = gptq(weight, hessian, config).weight

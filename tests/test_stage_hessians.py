@@ -1,4 +1,4 @@
-"""What the sums see of the calibration rows: against inputs captured from whole models, of transformers' own."""
+"""Accumulated Hessians and held-out rows against inputs captured from whole models in transformers."""
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ def captured(model, name, ids):
 
 @pytest.mark.parametrize("max_rows", [None, 1, 3])
 @pytest.mark.parametrize("targets", [True, False])
-def test_sums_and_held_out_rows_are_those_of_the_models(tiny_model, targets, max_rows):
-    """Block 0 with its first linear changed: behind it, the two models differ."""
+def test_hessians_and_held_out_rows_equal_those_of_whole_models(tiny_model, targets, max_rows):
+    """Block 0 with its first linear changed, so that the two models differ after it."""
     stream = BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
     stream.max_rows = max_rows
     ids = torch.randint(4, 300, (ROWS, LENGTH))

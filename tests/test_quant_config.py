@@ -1,17 +1,18 @@
-"""Settings: what is refused, and what stands in a checkpoint."""
+"""QuantConfig: validation, the dictionary written to config.json, aliases, and presets."""
 
 from dataclasses import replace
 
 import pytest
+from conftest import naming
 
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import written_by_gptq_belle
-from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.config import DISABLED, PRESETS, QuantConfig, Techniques
 
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("bits", 5), ("bits", True), ("group_size", 0), ("group_size", 48), ("method", "awq"), ("damp", 0), ("damp", 1.5)])
-def test_values_that_are_not_allowed_are_named_with_those_that_are(setting, value):
+def test_invalid_value_is_refused(setting, value):
     with pytest.raises(UsageError, match=str(value)) as caught:
         QuantConfig(**{setting: value})
     assert caught.value.exit_code == 2
@@ -24,7 +25,7 @@ def test_symmetric_is_written_as_v1_and_asymmetric_as_v2():
     assert (asymmetric["format"], asymmetric["checkpoint_format"]) == ("gptq_v2", "gptq_v2")
 
 
-def test_the_dictionary_has_what_other_readers_need():
+def test_dictionary_has_the_keys_of_other_readers():
     stated = QuantConfig(bits=8, group_size=64, act_order=True).to_dict()
     needed = {"quant_method": "gptq", "bits": 8, "group_size": 64, "desc_act": True, "sym": True,
               "pack_dtype": "int32", "lm_head": False}
@@ -46,6 +47,36 @@ def test_names_of_the_file_format_are_accepted_as_aliases():
 @pytest.mark.parametrize("settings", [
     {"act_order": False, "desc_act": True}, {"act_order": True, "desc_act": False},
     {"damp": 0.01, "damp_percent": 0.1}])
-def test_an_alias_that_contradicts_its_setting_is_refused(settings):
+def test_alias_that_contradicts_its_setting_is_refused(settings):
     with pytest.raises(UsageError):
         QuantConfig(**settings)
+
+
+def test_fast_is_plain_gptq_and_best_the_default():
+    assert QuantConfig(preset="fast").techniques == Techniques()
+    assert QuantConfig().techniques == PRESETS["best"]
+
+
+def test_best_without_all_techniques_is_fast():
+    assert PRESETS["best"].disable(DISABLED) == PRESETS["fast"]
+
+
+@pytest.mark.parametrize("name", DISABLED)
+def test_each_technique_of_max_can_be_disabled_alone(name):
+    left = PRESETS["max"].disable([name])
+    assert left != PRESETS["max"]
+    assert replace(left, **{key: getattr(PRESETS["max"], key) for key in DISABLED[name]}) == PRESETS["max"]
+
+
+def test_best_is_max_without_tuning():
+    assert PRESETS["max"].disable(["tuning"]) == PRESETS["best"]
+
+
+def test_rounding_to_nearest_uses_no_techniques():
+    assert QuantConfig(method="rtn").techniques == Techniques()
+
+
+@pytest.mark.parametrize(("option", "value"), [("preset", "better"), ("without", ("clipping",))])
+def test_unknown_preset_or_technique_is_refused(option, value):
+    with pytest.raises(UsageError, match=naming(option, value if isinstance(value, str) else value[0])):
+        QuantConfig(**{option: value})
