@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptq_belle.checkpoint import direct_io
-from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, byte_view, runs
+from gptq_belle.checkpoint.direct_io import PAGE, FileBytes, byte_view, consecutive_runs
 from gptq_belle.kernels.huge_pages import MemoryPool, empty_bytes
 
 SIZE = 37 * PAGE + 1234
@@ -158,7 +158,7 @@ def test_disk_error_is_raised(path, monkeypatch):
 @pytest.mark.parametrize(("indices", "expected"), [
     ([], []), ([4], [(0, 1)]), ([4, 5, 6], [(0, 3)]), ([4, 6, 7, 7, 8, 1], [(0, 1), (1, 2), (3, 2), (5, 1)])])
 def test_consecutive_pages_are_merged_into_runs(indices, expected):
-    assert list(runs(indices)) == expected
+    assert list(consecutive_runs(indices)) == expected
 
 
 def test_byte_view_of_an_empty_tensor():

@@ -118,7 +118,7 @@ def test_one_encrypted_file_of_several(tiny_llama, command, tmp_path):
     ("BELLE-LLaMA-7B-2M-enc", hub.READABLE, "gptq-belle decrypt BELLE-LLaMA-7B-2M-enc OUT"),
     ("BelleGroup/BELLE-LLaMA-13B-2M-enc", hub.CONVERTIBLE, "gptq-belle decrypt"),
     ("belle-7b-gptq", hub.READABLE, "gptq-belle convert BELLE-7B-gptq/bloom7b-2m-4bit-128g.pt OUT"),
-    ("BELLE-7B-gptq", hub.CONVERTIBLE, "Name one: BELLE-7B-gptq/bloom7b-2m-4bit-128g.pt"),
+    ("BELLE-7B-gptq", hub.CONVERTIBLE, "BELLE-7B-gptq/bloom7b-2m-4bit-128g.pt"),
     ("BELLE-7B-2M", hub.DECRYPTABLE, "gptq-belle quantize BELLE-7B-2M OUT"),
 ])
 def test_command_that_has_to_run_first_is_suggested(model, kinds, advice):

@@ -69,7 +69,7 @@ def test_disagreeing_chat_template_is_shown(tiny_llama, tmp_path):
     (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     found = read_prompt_format(path)
     assert not found.agrees
-    assert ("its template gives", "'你好!'") in lines(found)
+    assert "'你好!'" in dict(lines(found)).values()
     (path / "chat_template.jinja").write_text("{{ nonsense() }}")
     with pytest.raises(InputError, match=naming(path)):
         read_prompt_format(path)

@@ -1,1 +1,1 @@
-"""A model directory on disk: reading, validating, writing, converting, decrypting and downloading it."""
+"""Model directories on disk: read, validate, write, convert, decrypt and download."""

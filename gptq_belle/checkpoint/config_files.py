@@ -1,4 +1,4 @@
-"""The configuration files of a quantized model directory."""
+"""Write the configuration files of a quantized model directory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ from gptq_belle.models.decoder_config import token_ids
 
 def write_metadata_files(writer: CheckpointWriter, source: CheckpointReader, quantization: dict[str, Any],
                       tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
-    """Everything of a quantized directory but weights and report.
+    """Write all files of a quantized directory except weights and report: configuration, tokenizer and model card.
 
     Args:
-        writer: the directory in the making.
-        source: the model that was quantized.
-        quantization: the quantization_config to write.
-        tokenizer: the source's.
-        tied: whether the head shares the embedding, so that the file holds it once.
+        writer: the output directory.
+        source: the full-precision model.
+        quantization: the quantization_config.
+        tokenizer: tokenizer of the source.
+        tied: whether the lm_head is the embedding.
     """
     write_configuration(writer, source.config, quantization, tied=tied)
     copy_tokenizer(writer, source.path, tokenizer, source.config)
@@ -30,13 +30,13 @@ def write_metadata_files(writer: CheckpointWriter, source: CheckpointReader, qua
 
 def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quantization: dict[str, Any], *,
                         tied: bool) -> None:
-    """config.json of a model and its quantization_config, which is quantize_config.json too."""
+    """Write config.json with a quantization_config, and the latter as quantize_config.json."""
     writer.write_json("config.json", quantized_config(config, quantization, tied))
     writer.write_json("quantize_config.json", quantization)
 
 
 def quantized_config(source: dict[str, Any], quantization: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """config.json of the quantized model, in words that readers of 2024 and of transformers 5 both understand."""
+    """Build the config.json of the quantized model, with the keys of both transformers 4 and 5."""
     result = {key: value for key, value in source.items() if key != "auto_map"}
     result |= {"dtype": "float16", "torch_dtype": "float16", "tie_word_embeddings": tied,
                "quantization_config": quantization}
@@ -49,10 +49,12 @@ def quantized_config(source: dict[str, Any], quantization: dict[str, Any], tied:
 
 
 def corrected_token_ids(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """What of config.json (or generation_config.json) has to be written otherwise: key to id; mostly nothing.
+    """Find special token ids of config.json (or generation_config.json) that contradict the tokenizer.
 
+    Returns:
+        The corrected ids by key; empty if there is no contradiction.
     Raises:
-        InputError: an id that is no whole number.
+        InputError: an id is not an integer.
     """
     changed: dict[str, int | None] = {}
     for key in ("bos_token_id", "eos_token_id"):

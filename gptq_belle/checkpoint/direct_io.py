@@ -1,9 +1,9 @@
-"""The bytes of one file: from the page cache where it holds them, else large pieces by direct I/O.
+"""Read bytes of a file from the page cache if it contains them, else by direct I/O.
 
-Filling the page cache costs CPU time, 0.3 to 0.45 s per GB where reading the disk directly takes 0.05, and memory that
-the model needs; weights are prepared on the same cores. With direct I/O, loading takes about 0.7 of the time.
-benchmarks/bench_belle_7b.py times both ways of reading beside loading. A disk slower than SLOW_DISK leaves the cores
-idle anyway: from there the page cache is filled, for the next load.
+Filling the page cache costs 0.3 to 0.45 s of CPU time per GB, direct I/O 0.05 s, and the page cache takes memory that
+the model needs. Weights are packed on the same cores, so loading takes about 0.7 of the time with direct I/O
+(benchmarks/bench_belle_7b.py). A disk slower than SLOW_DISK leaves the cores idle anyway: its data is read through the
+page cache, which speeds up the next load.
 """
 
 import ctypes
@@ -22,48 +22,49 @@ from torch import Tensor
 from gptq_belle.errors import GptqBelleError, InputError, from_os_error
 from gptq_belle.kernels.huge_pages import Allocator
 
-PAGE = mmap.PAGESIZE  # bytes; alignment of direct I/O: no file system asks for more
-PIECE = 4 << 20  # bytes at a time
-LARGE = 1 << 20  # smaller ones are left to the system, which reads ahead
-TRIAL_BYTES = 64 << 20  # bytes, before the disk is judged
-SLOW_DISK = 600e6  # bytes a second; SATA gives less
+PAGE = mmap.PAGESIZE  # bytes; alignment of direct I/O, sufficient for every file system
+PIECE = 4 << 20  # bytes per read
+LARGE = 1 << 20  # bytes; smaller reads use the page cache and its readahead
+TRIAL_BYTES = 64 << 20  # bytes to read before the speed of the disk is judged
+SLOW_DISK = 600e6  # bytes per second; SATA is slower
 
 
 class FileBytes:
-    """Bytes of a file that stays open: a file that replaces it under the same name is not mixed with it.
+    """Reads bytes of a file that stays open, so that a file that replaces it is not mixed with it.
 
-    Reading raises OSError if the system fails, and EOFError, with the reason, if the file ends first.
+    Reading raises OSError for errors of the system, and EOFError if the file is too short.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
         self._direct = hasattr(os, "O_DIRECT")
-        self._bytes, self._seconds = 0, 0.0  # read by direct I/O
+        self._bytes, self._seconds = 0, 0.0  # statistics of direct I/O
 
     @property
     def path(self) -> str:
-        """A path of this very file, whatever has taken its name since."""
+        """A path of the open file, even if another file has its name now."""
         return f"/proc/self/fd/{self._file}"
 
     def size(self) -> int:
-        """Bytes of the file now."""
+        """Current size of the file in bytes."""
         return os.fstat(self._file).st_size
 
-    def read(self, begin: int, size: int, memory: Allocator, align: int = 1) -> Tensor:
-        """Some bytes, (size,) uint8, in memory of their own.
+    def read(self, begin: int, size: int, allocator: Allocator, align: int = 1) -> Tensor:
+        """Read (size,) uint8 into newly allocated memory.
 
         Args:
-            begin: of the first one in the file.
-            memory: gives so many bytes.
-            align: what the result's address has to be a multiple of.
+            begin: offset in the file.
+            size: number of bytes.
+            allocator: allocates memory for a number of bytes.
+            align: alignment of the result's address in bytes.
         """
         if size < LARGE or begin % align or not self._direct:
-            found = memory(size)
+            found = allocator(size)
             self._read_cached(begin, byte_view(found))
             return found
-        lead, room = begin % PAGE, memory(size + 3 * PAGE)  # bytes in front of the first one in its page
-        start = -room.data_ptr() % PAGE  # a disk writes whole pages: bytes lie in theirs as they do in the file
+        lead, room = begin % PAGE, allocator(size + 3 * PAGE)  # lead: offset of the first byte in its page
+        start = -room.data_ptr() % PAGE  # direct I/O reads whole pages, so offsets within pages are kept
         stop = start + lead + size
         view = byte_view(room[start : stop + -(stop - start) % PAGE])
         with _direct_handle(self._file) as direct:
@@ -72,48 +73,54 @@ class FileBytes:
                 at += self._piece(direct, begin - lead + at, view[at : at + PIECE])
         return room[start + lead : stop]
 
-    def pieces(self, begin: int, size: int, chosen: Sequence[int], memory: Allocator, align: int = 1) -> Tensor:
-        """Of pieces of `size` bytes each, one behind the other from `begin` on, those chosen by number, in that order.
+    def pieces(self, begin: int, size: int, chosen: Sequence[int], allocator: Allocator, align: int = 1) -> Tensor:
+        """Read some of the consecutive pieces of `size` bytes that start at `begin`.
 
-        Others are not read. `memory` and `align` as of `read`; the result is (len(chosen) * size,) uint8.
+        Args:
+            begin: offset of piece 0 in the file.
+            size: bytes of a piece.
+            chosen: numbers of the pieces to read, in the order of the result.
+            allocator, align: see `read`.
+        Returns:
+            (len(chosen) * size,) uint8.
         """
-        together = list(runs(chosen))
-        if len(together) == 1:
-            return self.read(begin + chosen[0] * size, len(chosen) * size, memory, align)
-        found = memory(len(chosen) * size)
-        for place, count in together:
+        runs = list(consecutive_runs(chosen))
+        if len(runs) == 1:
+            return self.read(begin + chosen[0] * size, len(chosen) * size, allocator, align)
+        found = allocator(len(chosen) * size)
+        for place, count in runs:
             self._read_cached(begin + chosen[place] * size, byte_view(found[place * size : (place + count) * size]))
         return found
 
     def fill_cache(self, begin: int, end: int) -> None:
-        """Bring bytes into the system's cache, holding no more than a piece of them; stops where the file does."""
+        """Read bytes into the page cache, one piece in memory at a time; stops at the end of the file."""
         buffer = bytearray(min(PIECE, end - begin))
         while begin < end and (count := os.preadv(self._file, [buffer], begin)):
             begin += count
 
     def _read_cached(self, begin: int, view: memoryview) -> None:
-        """Read into a buffer, through the system's cache."""
+        """Read into a buffer through the page cache."""
         while view:
             count = _expect_bytes(os.preadv(self._file, [view[: 1 << 30]], begin))
             begin, view = begin + count, view[count:]
 
     def _piece(self, direct: int | None, begin: int, view: memoryview) -> int:
-        """Fill `view` from its start on; returns how many bytes there are now, at least one."""
+        """Read into the start of `view`, and return the number of bytes, at least one."""
         if self._direct and direct is not None and begin % PAGE == 0 and not _is_cached(self._file, begin, len(view)):
-            began = time.perf_counter()
+            start = time.perf_counter()
             try:
                 count = os.preadv(direct, [view], begin)
-            except OSError:  # what opens does not always read; from the cache, an error is one of the disk
+            except OSError:  # some file systems only allow opening; a disk error is raised below, too
                 self._direct = False
             else:
-                self._bytes, self._seconds = self._bytes + count, self._seconds + time.perf_counter() - began
+                self._bytes, self._seconds = self._bytes + count, self._seconds + time.perf_counter() - start
                 self._direct = self._bytes < TRIAL_BYTES or self._bytes > SLOW_DISK * self._seconds
                 return _expect_bytes(count)
         return _expect_bytes(os.preadv(self._file, [view], begin))
 
 
-def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where neighbours stand side by side in a list of indices: (place of the first, how many)."""
+def consecutive_runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Split indices into runs of consecutive numbers, and yield (position of the first, length) of each run."""
     start = 0
     for place in range(1, len(indices) + 1):
         if place == len(indices) or indices[place] != indices[place - 1] + 1:
@@ -123,7 +130,7 @@ def runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def read_error(error: OSError | EOFError, name: str, path: Path,
                damaged: Callable[[str], InputError]) -> GptqBelleError:
-    """The error for a tensor that could not be read: HardwareError for what this machine refused, else `damaged`."""
+    """Build the error for a tensor that could not be read: from the OSError if it is a known one, else `damaged`."""
     if isinstance(error, OSError):
         error.filename = error.filename or str(path)
         return from_os_error(error) or damaged(f"tensor {name[:100]}: {error.strerror}")
@@ -131,37 +138,37 @@ def read_error(error: OSError | EOFError, name: str, path: Path,
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, for reading and writing."""
+    """Bytes of a contiguous CPU tensor as a writable memory view."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _expect_bytes(count: int) -> int:
     if not count:
-        raise EOFError("the file ends inside of it; it shrank while it was read")
+        raise EOFError("the file ends inside it; it became shorter while it was read")
     return count
 
 
 @contextmanager
 def _direct_handle(file: int) -> Iterator[int | None]:
-    """The same file, to be read past the system's cache; None where the file system has no such thing."""
-    found = None
+    """Open the same file for direct I/O; None if the file system does not support it."""
+    handle = None
     with suppress(OSError):
-        found = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
+        handle = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
     try:
-        yield found
+        yield handle
     finally:
-        if found is not None:
-            os.close(found)
+        if handle is not None:
+            os.close(handle)
 
 
 def _is_cached(file: int, begin: int, size: int) -> bool:
-    """Whether the system's cache holds all pages of a part of a file (mincore(2)); where it won't say, it says yes."""
+    """Whether the page cache contains a part of a file, by mincore(2); True if the system does not tell."""
     size = min(size, os.fstat(file).st_size - begin)
     try:
         mapped = mmap.mmap(file, max(1, size), flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=begin)
     except (OSError, ValueError):  # the file has become shorter
         return True
     pages = np.zeros(-(-size // PAGE), np.uint8)
-    place = np.frombuffer(mapped, np.uint8).ctypes.data  # never read: a page that is gone would end the process
+    place = np.frombuffer(mapped, np.uint8).ctypes.data  # the map is never read: a missing page would raise SIGBUS
     asked = ctypes.CDLL(None).mincore(ctypes.c_void_p(place), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
     return asked != 0 or bool((pages & 1).all())

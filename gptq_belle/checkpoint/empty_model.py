@@ -1,4 +1,4 @@
-"""An empty transformers model: its modules in place, its weights on the meta device until something needs them."""
+"""An empty transformers model: modules without weights, on the meta device."""
 
 from pathlib import Path
 from typing import Any
@@ -14,37 +14,37 @@ DROPOUTS = ("attention_dropout", "hidden_dropout")
 
 
 def empty_model(path: Path) -> PreTrainedModel:
-    """The causal model that config.json describes, without memory for weights; computed buffers (RoPE's) are real.
+    """Build the causal model of a config.json without memory for weights; computed buffers (RoPE) have values.
 
-    Nothing is downloaded, and no code that comes with a model is run.
+    Nothing is downloaded, and no code of the model directory is run.
 
     Raises:
-        InputError: config.json describes no model that transformers can build.
+        InputError: transformers cannot build a model from config.json.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the words are ours to read; transformers must not look for a quantizer
+            del config.quantization_config  # otherwise transformers looks for a quantizer
         config.use_cache = False
-        config._attn_implementation = None  # a file may name code on the hub there; the model's usual one is taken
+        config._attn_implementation = None  # a file can name code on the hub here; use the default
         for name in DROPOUTS:
-            setattr(config, name, 0.0)  # a matter of training; one out of 0..1 would fail in the middle of a forward
+            setattr(config, name, 0.0)  # only for training; a value outside 0..1 would fail in a forward pass
         _check_sizes(config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever a model's own code trips over when a figure is of the wrong type
+    except Exception as error:  # the code of a model raises anything for values of a wrong type
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path / 'config.json'} describes no model that can be built: {reason}",
-                         "The configuration is damaged or of a newer kind than transformers knows.") from error
+        raise InputError(f"no model can be built from {path / 'config.json'}: {reason}",
+                         "It is damaged, or needs a newer version of transformers.") from error
     _rebuild_computed_buffers(model, config)
     return model.eval().requires_grad_(False)
 
 
 def _check_sizes(config: Any) -> None:
-    """Refuse figures that no model of these architectures has, before modules and tables are made of them.
+    """Check sizes before modules and tables of these sizes are allocated.
 
     Raises:
-        ValueError: one is no whole number within bounds.
+        ValueError: a size is not an integer within bounds.
     """
     for name, most in LARGEST.items():
         value = getattr(config, name, None)
@@ -53,7 +53,7 @@ def _check_sizes(config: Any) -> None:
 
 
 def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of the parameter or buffer `name` (dotted, from `root`).
+    """Replace the parameter or buffer `name` (dotted, from `root`) by a tensor.
 
     Raises:
         InputError: the shapes differ.
@@ -70,13 +70,13 @@ def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def wrong_shape(name: str, found: tuple[int, ...], needed: tuple[int, ...]) -> InputError:
-    """The error for a tensor of another shape than the configuration's."""
+    """Build the error for a tensor whose shape differs from config.json."""
     return InputError(f"tensor {name} has shape {found}, config.json needs {needed}",
                       "config.json belongs to another model, or the file is damaged: fetch the directory again.")
 
 
 def _rebuild_computed_buffers(model: PreTrainedModel, config: Any) -> None:
-    """RoPE's inverse frequencies are computed when the module is made, not read; on meta they would stay empty."""
+    """Compute RoPE's inverse frequencies, which modules compute on creation: on meta they have no values."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
             owner, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Where MODEL is: a directory, a name of the BELLE family, or a repository on the Hugging Face hub."""
+"""Resolve a model: a local path, a name of the BELLE catalogue, or a repository on the Hugging Face hub."""
 
 import re
 import sys
@@ -23,8 +23,14 @@ ENCRYPTED_SMALL = ("*.json.*.enc", "*.model.*.enc", "*.txt.*.enc")
 READABLE, CONVERTIBLE, DECRYPTABLE = (FULL,), (FULL, STATES), (ENCRYPTED, ENCRYPTED_STATES)
 
 
-class _Place(NamedTuple):
-    """A repository, the one file of it that is wanted, and what is known of it."""
+class _HubModel(NamedTuple):
+    """A model on the hub.
+
+    Attributes:
+        repository: hub id.
+        file: name of a single weight file, or None for all.
+        known: its entry in the BELLE catalogue, if any.
+    """
 
     repository: str
     file: str | None
@@ -32,90 +38,90 @@ class _Place(NamedTuple):
 
 
 def resolve_model_path(model: str | Path, kinds: tuple[str, ...] = READABLE) -> Path:
-    """The local directory (or file) of a model; one on the hub is downloaded, or found in the hub's cache.
+    """Return the local directory or file of a model; download it from the hub unless it is in the hub's cache.
 
-    A connection that breaks is taken up again where it was; a later run keeps the files that were complete, as
-    huggingface_hub has it. Progress goes to stderr, where that is a terminal.
+    huggingface_hub resumes interrupted downloads, and a later run keeps complete files. A progress bar is shown if
+    stderr is a terminal.
 
     Args:
-        model: a path, a name of the family, a hub id, or one of these two with the name of a .pt file behind it:
+        model: a path, a name of the BELLE catalogue, a hub id, or one of the latter two followed by a .pt file:
             ``BELLE-7B-gptq/bloom7b-2m-4bit-128g.pt``.
-        kinds: how it may have been published: READABLE, CONVERTIBLE or DECRYPTABLE.
+        kinds: accepted kinds of publication: READABLE, CONVERTIBLE or DECRYPTABLE.
     Raises:
-        InputError: neither a path nor a name nor of the form owner/name, or the hub has no such repository or file.
-        UsageError: a member of the family that another verb comes first for, or a file of which must be chosen.
+        InputError: no such path, name, hub repository or file.
+        UsageError: the model has to be converted or decrypted first, or one of its files must be chosen.
         HardwareError: the hub cannot be reached, or the connection broke.
     """
     path = Path(model)
     if path.exists():
         return path
-    place = _place(str(model))
-    if place is None:
+    hub_model = _parse_name(str(model))
+    if hub_model is None:
         raise InputError(f"{model} is not a model directory",
-                         "Give the folder that holds config.json, a hub id, or a name that `gptq-belle models` lists.")
-    if place.known is not None:
-        check_release_kind(place.known, kinds)
-        if place.known.kind == STATES and place.file is None:
-            raise UsageError(f"{place.known.name} holds {len(place.known.files)} models",
-                             f"Name one: {', '.join(f'{place.known.name}/{file}' for file in place.known.files)}.")
-    folder = _download(place, _patterns(place, kinds))
-    if place.file is None or kinds == DECRYPTABLE:
+                         "Give a folder with config.json, a hub id, or a name that `gptq-belle models` lists.")
+    if (known := hub_model.known) is not None:
+        check_release_kind(known, kinds)
+        if known.kind == STATES and hub_model.file is None:
+            raise UsageError(f"{known.name} contains {len(known.files)} models",
+                             f"Choose one: {', '.join(f'{known.name}/{file}' for file in known.files)}.")
+    folder = _download(hub_model, _patterns(hub_model, kinds))
+    if hub_model.file is None or kinds == DECRYPTABLE:
         return folder
-    if not (folder / place.file).is_file():
-        raise InputError(f"{place.repository} holds no {place.file}", "Check the spelling on its page.")
-    return folder / place.file
+    if not (folder / hub_model.file).is_file():
+        raise InputError(f"{hub_model.repository} does not contain {hub_model.file}", "Check the spelling on its page.")
+    return folder / hub_model.file
 
 
 def is_model_name(model: str | Path) -> bool:
-    """True for what could be on the hub, and for files of a family member."""
-    return _place(str(model)) is not None
+    """Whether a model is a name of the BELLE catalogue or could be on the hub."""
+    return _parse_name(str(model)) is not None
 
 
-def _place(model: str) -> _Place | None:
+def _parse_name(model: str) -> _HubModel | None:
     name, _, file = model.partition("/")
     if found := find_belle_model(model) or (find_belle_model(name) if file else None):
-        return _Place(found.hub_id, None if find_belle_model(model) else file, found)
+        return _HubModel(found.hub_id, None if find_belle_model(model) else file, found)
     if HUB_ID.fullmatch(model):
-        return _Place(model, None, None)
+        return _HubModel(model, None, None)
     repository, _, file = model.rpartition("/")
     if HUB_ID.fullmatch(repository) and file.endswith((".pt", ".safetensors")):
-        return _Place(repository, file, find_belle_model(repository))
+        return _HubModel(repository, file, find_belle_model(repository))
     return None
 
 
-def _patterns(place: _Place, kinds: tuple[str, ...]) -> list[str]:
-    if place.file is not None:
-        return [*SMALL, *(ENCRYPTED_SMALL if kinds == DECRYPTABLE else ()), f"{place.file}*"]
+def _patterns(hub_model: _HubModel, kinds: tuple[str, ...]) -> list[str]:
+    if hub_model.file is not None:
+        return [*SMALL, *(ENCRYPTED_SMALL if kinds == DECRYPTABLE else ()), f"{hub_model.file}*"]
     return [*SMALL, *(pattern for kind in kinds for pattern in WEIGHTS.get(kind, ()))]
 
 
-def _download(place: _Place, patterns: list[str]) -> Path:
+def _download(hub_model: _HubModel, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(place.repository, allow_patterns=patterns, tqdm_class=_bars()))
+        return Path(snapshot_download(hub_model.repository, allow_patterns=patterns, tqdm_class=_progress_bar_class()))
     except GatedRepoError as error:
-        raise InputError(f"the hub gives {place.repository} only to those who accepted its terms",
+        raise InputError(f"the hub requires accepting the terms of {hub_model.repository}",
                          "Accept them on its page, then log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"{place.repository} is neither a directory here nor a repository on the hub",
+        raise InputError(f"{hub_model.repository} is neither a local directory nor a repository on the hub",
                          "Check the spelling; for a private repository log in with `hf auth login`.") from error
     except LocalEntryNotFoundError as error:
-        raise HardwareError(f"{place.repository} is no directory here, and the hub cannot be reached",
+        raise HardwareError(f"{hub_model.repository} is not a local directory, and the hub cannot be reached",
                             "Download the model elsewhere and give its folder.") from error
-    except Exception as error:  # whatever the HTTP library of the day raises
+    except Exception as error:  # depends on the HTTP library that huggingface_hub uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise HardwareError(f"the download of {place.repository} ended early: {reason}",
-                            "Run the same command again: files that were complete are kept.") from error
+        raise HardwareError(f"the download of {hub_model.repository} failed: {reason}",
+                            "Run the same command again: complete files are kept.") from error
 
 
-def _bars() -> Any:
-    """huggingface_hub's progress bars, silent where stderr is no terminal."""
+def _progress_bar_class() -> Any:
+    """huggingface_hub's progress bar class, disabled unless stderr is a terminal."""
     from huggingface_hub.utils import tqdm
 
-    class Bars(tqdm):
+    class ProgressBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **(kwargs if sys.stderr.isatty() else kwargs | {"disable": True}))
 
-    return Bars
+    return ProgressBar

@@ -1,7 +1,7 @@
-"""LoRA adapters as peft writes them, merged into a source's weights one by one as these are read.
+"""Merge LoRA adapters of peft into the weights of a full-precision model while these are read.
 
-``W + scale * B A`` in float32 (LoRA, section 4.1; scale is alpha / r, with rank-stabilised scaling alpha / sqrt(r)).
-Everything that means more than this sum is refused by its name; peft itself is not needed.
+The merged weight is ``W + scale * B A`` in float32 (LoRA, section 4.1), where scale is alpha / r, or alpha / sqrt(r)
+for rank-stabilized adapters. Adapters that change more than this are rejected. peft itself is not needed.
 """
 
 import math
@@ -20,56 +20,57 @@ from gptq_belle.errors import InputError
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-ROOT = "base_model.model."  # in front of every name
+ROOT = "base_model.model."  # prefix of every tensor name
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base model too
-BEYOND = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication",
+PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base model, too
+UNSUPPORTED_KEYS = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication",
           "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config",
           "monteclora_config", "kasa_config")
-SAVED = "Give the folder that peft saved."
-MERGE_BEFORE = "Merge the adapter with peft (merge_and_unload), save the model, and quantize that."
+NEEDS_FOLDER = "Give the folder that peft saved."
+MERGE_FIRST = "Merge the adapter with peft (merge_and_unload), save the model, and quantize that."
 
 
 class Adapter:
-    """One adapter's directory: its factors by the name of the linear that they belong to.
+    """The directory of one adapter.
 
     Attributes:
         path: the directory.
-        files: configuration and weights.
-        targets: names of the linears, in the base model.
+        files: its configuration and weight file.
+        targets: names of the adapted linears in the base model.
 
     Raises:
-        InputError: a missing or damaged file; a kind of adapter that is not a plain sum, which is named.
+        InputError: a file is missing or damaged, or the adapter is of an unsupported kind.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not (self.path / CONFIG).exists():
-            raise InputError(f"{self.path / CONFIG} is missing", SAVED)
+            raise InputError(f"{self.path / CONFIG} is missing", NEEDS_FOLDER)
         self.config = read_json(self.path / CONFIG)
         _check_kind(self.path, self.config)
         self._alpha, self._patterns = _alphas(self.path / CONFIG, self.config)
         found = [self.path / name for name in WEIGHTS if (self.path / name).is_file()]
         if not found:
-            raise InputError(f"{self.path} holds no {' or '.join(WEIGHTS)}", SAVED)
+            raise InputError(f"{self.path} contains no {' or '.join(WEIGHTS)}", NEEDS_FOLDER)
         self.files = [self.path / CONFIG, found[0]]
         self._file = TensorFile(found[0]) if found[0].suffix == ".safetensors" else PickleFile(found[0])
         names = self._file.names()
-        if strange := [name for name in names if not (name.startswith(ROOT) and name.endswith(FACTORS))]:
-            raise InputError(f"{found[0]} holds {strange[0]}, which is no factor of a linear layer", MERGE_BEFORE)
+        if unknown := [name for name in names if not (name.startswith(ROOT) and name.endswith(FACTORS))]:
+            raise InputError(f"{found[0]} contains {unknown[0]}, which is not a LoRA factor of a linear",
+                             MERGE_FIRST)
         self.targets = sorted({name.removeprefix(ROOT).rsplit(".lora_", 1)[0] for name in names})
         if not self.targets:
-            raise InputError(f"{found[0]} holds no tensors", "Give the folder that peft saved after training.")
+            raise InputError(f"{found[0]} contains no tensors", "Give the folder that peft saved after training.")
 
     def shape(self, target: str) -> tuple[int, int]:
-        """(N, K) of the linear that a pair of factors fits.
+        """Shape (N, K) of the linear that the two factors of `target` belong to.
 
         Raises:
-            InputError: one is missing, or they do not fit one another.
+            InputError: a factor is missing, or their shapes do not match.
         """
         (a_name, b_name), names = self._factors(target), self._file.names()
         if a_name not in names or b_name not in names:
-            raise InputError(f"{self.files[1]} holds only one of the two factors of {target}", DAMAGED)
+            raise InputError(f"{self.files[1]} contains only one of the two factors of {target}", DAMAGED)
         a, b = self._file.shape(a_name), self._file.shape(b_name)
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise InputError(f"{self.files[1]}: the factors of {target}, {b} and {a}, cannot be multiplied",
@@ -77,7 +78,7 @@ class Adapter:
         return b[0], a[1]
 
     def merged(self, target: str, weight: Tensor) -> Tensor:
-        """weight (N, K) of any floating dtype with the adapter's change: float32."""
+        """Merge the adapter into a weight (N, K) of any floating-point dtype: float32."""
         a, b = (self._file.tensor(name).float() for name in self._factors(target))
         return torch.addmm(weight.float(), b, a, alpha=self._scale(target, a.shape[0]))
 
@@ -91,11 +92,11 @@ class Adapter:
 
 
 class AdaptedReader(CheckpointReader):
-    """A model directory whose weights come with an adapter merged into them.
+    """A `CheckpointReader` that merges an adapter into the weights.
 
     Raises:
-        InputError: as `CheckpointReader` and `Adapter`; an adapter of another model, or of other layers than the
-            blocks' linears.
+        InputError: see `CheckpointReader`; the adapter belongs to another model, or changes other modules than the
+            linears of the blocks.
     """
 
     def __init__(self, path: str | Path, adapter: Adapter) -> None:
@@ -104,49 +105,49 @@ class AdaptedReader(CheckpointReader):
         self._changed = {f"{target}.weight": target for target in adapter.targets}
         for name, target in self._changed.items():
             if not target.startswith(f"{self.arch.blocks}.") or not target.endswith(self.arch.linears):
-                raise InputError(f"{adapter.path} changes {target}, which is no linear of the blocks", MERGE_BEFORE)
+                raise InputError(f"{adapter.path} changes {target}, which is not a linear of the blocks", MERGE_FIRST)
             if adapter.shape(target) != self.shape(name):
-                raise InputError(f"{adapter.path} changes {target} as one of {adapter.shape(target)}, the model's is "
+                raise InputError(f"{adapter.path} expects {target} of shape {adapter.shape(target)}, the model has "
                                  f"{self.shape(name)}", "The adapter belongs to another model.")
 
-    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
-        """One tensor on the CPU: in the dtype of the file, or merged, in float32."""
-        weight = super().tensor(name, memory)
+    def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
+        """Read one tensor on the CPU, in the dtype of the file, or in float32 if it is merged."""
+        weight = super().tensor(name, allocator)
         return self.adapter.merged(self._changed[name], weight) if name in self._changed else weight
 
     @property
     def files(self) -> list[Path]:
-        """The weight files, in order, and the adapter's."""
+        """Weight files of the model and files of the adapter."""
         return [*super().files, *self.adapter.files]
 
 
 def open_source(path: str | Path, lora: str | Path | None) -> CheckpointReader:
-    """A model directory, with an adapter merged into it where one is given."""
+    """Open a model directory, with an adapter merged into its weights if one is given."""
     return CheckpointReader(path) if lora is None else AdaptedReader(path, Adapter(lora))
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what is more than W + scale * B A."""
+    """Raise InputError for adapters that change more than W + scale * B A."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{path} is an adapter of the kind {kind!r}, not LORA", MERGE_BEFORE)
-    if beyond := [key for key in BEYOND if config.get(key)]:
-        raise InputError(f"{path} uses {beyond[0]}, which is more than two factors a layer", MERGE_BEFORE)
+        raise InputError(f"{path} is an adapter of type {kind!r}, not LORA", MERGE_FIRST)
+    if unsupported := [key for key in UNSUPPORTED_KEYS if config.get(key)]:
+        raise InputError(f"{path} uses {unsupported[0]}, which is not supported", MERGE_FIRST)
     if config.get("bias", "none") != "none":
-        raise InputError(f"{path} holds biases (bias: {config['bias']!r}) besides its factors", MERGE_BEFORE)
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise InputError(f"{path} was begun with init_lora_weights {start!r}, which changes the base model too",
-                         MERGE_BEFORE)
+        raise InputError(f"{path} changes biases (bias: {config['bias']!r}), which is not supported", MERGE_FIRST)
+    initialization = config.get("init_lora_weights", True)
+    if initialization not in PLAIN_INITIALIZATIONS:
+        raise InputError(f"{path} uses init_lora_weights {initialization!r}, which changes the base model, too",
+                         MERGE_FIRST)
 
 
 def _alphas(path: Path, config: Mapping[str, Any]) -> tuple[float, list[tuple[re.Pattern[str], float]]]:
-    """lora_alpha, and where alpha_pattern has others; a pattern is the end of a name, from a dot on."""
+    """Read lora_alpha and alpha_pattern; a pattern matches the end of a name after a dot, or the whole name."""
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     values = [alpha, *(patterns.values() if isinstance(patterns, dict) else [None])]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-        raise InputError(f"{path}: lora_alpha or alpha_pattern holds other things than numbers", DAMAGED)
+        raise InputError(f"{path}: lora_alpha or alpha_pattern contains values that are not numbers", DAMAGED)
     try:
         return float(values[0]), [(re.compile(rf"(?:.*\.)?(?:{key})"), float(value)) for key, value in patterns.items()]
     except re.error as error:
-        raise InputError(f"{path}: alpha_pattern holds no regular expression: {error}", DAMAGED) from error
+        raise InputError(f"{path}: alpha_pattern contains an invalid regular expression: {error}", DAMAGED) from error

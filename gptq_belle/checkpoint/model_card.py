@@ -1,4 +1,4 @@
-"""The model card that a quantized directory carries as README.md."""
+"""The model card (README.md) of a quantized directory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,23 +31,23 @@ the head are {head}.{report}
 A quantized model stays under the licence of its source. BELLE's models are published for research only; those
 built on LLaMA carry Meta's terms as well.
 """
-UNIFORM = "The files are standard: every reader of the GPTQ format takes them (for BLOOM, of those that know BLOOM)."
+UNIFORM = "The files are standard: every reader of the GPTQ format that supports the architecture can load them."
 MIXED = """Linears have different settings, stated in the `dynamic` of `quantize_config.json`: GPTQModel and vLLM read
-it (vLLM takes symmetric 4 and 8 bits only), AutoGPTQ and transformers by itself do not."""
-PACKED_HEAD = """**Only gptq_belle reads these files.** The {what} stored in {bits} bits under names of its own
-(`gptq_belle.head.*`), so that transformers, vLLM, AutoGPTQ and others lack a tensor and must refuse them. For those,
+it (vLLM supports symmetric 4 and 8 bits only), AutoGPTQ and transformers alone do not."""
+PACKED_HEAD = """**Only gptq_belle reads these files.** The {what} stored in {bits} bits in its own format
+(`gptq_belle.head.*`), so transformers, vLLM, AutoGPTQ and others miss a tensor and reject the files. For those,
 quantize again without `--packed-head-only`."""
 RESULTS = ("<!-- results -->", "<!-- end of results -->")
-REPORT = " `quantization_report.json` holds the error of every layer and the calibration's hash."
+REPORT = " `quantization_report.json` contains the error of every layer and the hash of the calibration data."
 
 
 def model_card(source: CheckpointReader, quantization: Mapping[str, Any], *, tied: bool) -> str:
-    """The text of the card of a model that was quantized here, front matter included.
+    """Render the card of a model that gptq_belle quantized, including front matter.
 
     Args:
         source: the full-precision model.
-        quantization: the quantization_config that was written, with the job's settings under ``meta``.
-        tied: whether head and embedding are one.
+        quantization: the written quantization_config, with the settings of the job under ``meta``.
+        tied: whether the lm_head is the embedding.
     """
     settings = quantization["meta"]["settings"]
     method = {"gptq": "GPTQ", "rtn": "round to nearest"}[settings["method"]]
@@ -58,15 +58,15 @@ def model_card(source: CheckpointReader, quantization: Mapping[str, Any], *, tie
 
 
 def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any]) -> str:
-    """The text of the card of a model that others quantized.
+    """Render the card of a converted model.
 
     Args:
-        source: what was converted; its name is shown.
-        model_type: as in config.json.
-        quantization: the quantization_config that was written.
+        source: path of the converted checkpoint; its name is shown.
+        model_type: model_type of config.json.
+        quantization: the written quantization_config.
     """
     return _card(source, model_type, quantization, [quantization["bits"]], made="Converted",
-                 method="GPTQ codes as they were", report="", overrides="", readers=UNIFORM, head="float16")
+                 method="GPTQ codes unchanged", report="", overrides="", readers=UNIFORM, head="float16")
 
 
 def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every: Sequence[int], **words: str) -> str:
@@ -76,21 +76,21 @@ def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every:
     return CARD.format(
         front=front.to_yaml().strip(), name=source.resolve().name, version=__version__, model_type=model_type,
         bits=bits, all_bits=" and ".join(map(str, every)),
-        group="one scale a row" if group == -1 else f"groups of {group}",
+        group="one scale per output channel" if group == -1 else f"groups of {group}",
         sym="symmetric" if quantization["sym"] else "asymmetric",
         order=", act-order" if quantization["desc_act"] else "", checkpoint_format=quantization["format"], **words)
 
 
 def _readers(settings: Mapping[str, Any], tied: bool) -> str:
-    """Which programs read the files."""
+    """Paragraph on the programs that can read the files."""
     if settings["head_bits"] == 16:
         return MIXED if settings["overrides"] else UNIFORM
-    what = "embedding, which is also the head, is" if tied else "head is"
+    what = "embedding, which is also the lm_head, is" if tied else "lm_head is"
     return PACKED_HEAD.format(what=what, bits=settings["head_bits"])
 
 
 def _overrides(overrides: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the overrides; empty where there are none."""
+    """Table of the overrides; empty if there are none."""
     if not overrides:
         return ""
     rows = []
@@ -99,11 +99,11 @@ def _overrides(overrides: Sequence[Mapping[str, Any]]) -> str:
                             if override[key] is not None)
         pattern = override["pattern"].replace("|", "&#124;")
         rows.append(f"| `{pattern}` | {'float16' if override['skip'] else changed} |")
-    return "\n".join(["", "| linears | have instead |", "|---|---|", *rows, ""])
+    return "\n".join(["", "| linears | settings |", "|---|---|", *rows, ""])
 
 
 def with_results(card: str, results: str) -> str:
-    """A card with a section of results: in place of an earlier one, else in front of "Use", else at the end."""
+    """Insert a section of results into a card: replacing an earlier one, else before "Use", else at the end."""
     section = f"{RESULTS[0]}\n{results}\n{RESULTS[1]}\n"
     start, end = (card.find(mark) for mark in RESULTS)
     if 0 <= start < end:

@@ -1,6 +1,6 @@
-"""Read quantized linears of a checkpoint: their configuration, checked against the tensors; and a packed lm_head.
+"""Read packed linears and a packed lm_head, and check their tensors against the configuration.
 
-K = in_features, N = out_features, G = groups. Everything that loads a quantized linear does it through this module.
+K = in_features, N = out_features, G = groups. All loading of packed linears goes through this module.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +31,10 @@ PARTS = (*WORDS, *OPTIONAL)  # tensors of a quantized linear, by the last part o
 
 
 def raw_quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
-    """The quantization_config of config.json, else the content of quantize_config.json, else None.
+    """Read the quantization_config of config.json, else quantize_config.json; None if there is neither.
 
     Raises:
-        InputError: it is not an object.
+        InputError: it is not a JSON object.
     """
     path = reader.path / "quantize_config.json"
     stated = reader.config.get("quantization_config")
@@ -46,10 +46,10 @@ def raw_quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
 
 
 def read_quantization(reader: CheckpointReader) -> Quantization | None:
-    """The checked quantization of a directory; None where it states none.
+    """Read and validate the quantization settings of a directory; None if it has none.
 
     Raises:
-        InputError: as `parse_quantization`.
+        InputError: see `parse_quantization`.
     """
     stated = raw_quantization_config(reader)
     return None if stated is None else parse_quantization(stated, reader.path)
@@ -57,24 +57,24 @@ def read_quantization(reader: CheckpointReader) -> Quantization | None:
 
 def check_packed_linear(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
                  out_features: int) -> Quantization:
-    """Check one packed linear against the configuration, from the headers of the files alone.
+    """Check one packed linear against the configuration by the headers of the files.
 
     Args:
         reader: the directory.
-        quantization: of the directory.
+        quantization: settings of the directory.
         name: full name of the linear.
-        in_features, out_features: as config.json gives them.
+        in_features, out_features: sizes according to config.json.
     Returns:
         The settings of this linear.
     Raises:
-        InputError: no configuration, one that leaves this linear unquantized, a missing tensor, or bits, group size,
-            shapes or dtypes that disagree; the message states both figures.
+        InputError: there is no configuration, it excludes this linear, a tensor is missing, or bits, group size, shapes
+            or dtypes contradict it; the message states both values.
     """
     own = linear_quantization(reader, quantization, name)
     rows, columns = _matrix_shape(reader, f"{name}.qweight")
     groups, _ = _matrix_shape(reader, f"{name}.scales")
     if columns != out_features:
-        raise InputError(f"{name} has {columns} outputs, config.json gives it {out_features}", WRONG_CONFIG)
+        raise InputError(f"{name} has {columns} outputs, but config.json requires {out_features}", WRONG_CONFIG)
     if rows * 32 != own.bits * in_features:
         raise InputError(f"the configuration says {own.bits} bits, but {name} has {rows} rows of words for "
                          f"{in_features} inputs: {rows * 32 / in_features:g} bits", WRONG_CONFIG)
@@ -92,30 +92,30 @@ def check_packed_linear(reader: CheckpointReader, quantization: Quantization | N
 
 
 def linear_quantization(reader: CheckpointReader, quantization: Quantization | None, name: str) -> Quantization:
-    """The settings of one packed linear.
+    """Return the settings of one packed linear.
 
     Raises:
-        InputError: no configuration states any, or it leaves this linear unquantized.
+        InputError: there is no configuration, or it excludes this linear.
     """
     if quantization is None:
-        raise InputError(f"{reader.path} holds packed weights, but no configuration says how",
+        raise InputError(f"{reader.path} contains packed weights, but no quantization_config",
                          "Add the quantize_config.json that belongs to it.")
     own = quantization.of(name)
     if own is None:
-        raise InputError(f"{reader.path}: dynamic leaves {name} unquantized, but it is packed", WRONG_CONFIG)
+        raise InputError(f"{reader.path}: dynamic excludes {name} from quantization, but it is packed", WRONG_CONFIG)
     return own
 
 
 def read_packed_linear(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
                 out_features: int, read: Callable[[str], Tensor] | None = None) -> CanonicalWeight:
-    """Load one packed linear, without its bias, as the file stores it.
+    """Load one packed linear, without its bias, in the layout of the file.
 
     Args:
-        reader, quantization, name, in_features, out_features: as of `check_packed_linear`.
-        read: gives a tensor by name; left out, `reader.tensor`.
+        reader, quantization, name, in_features, out_features: see `check_packed_linear`.
+        read: function that reads a tensor by name; default: `reader.tensor`.
     Raises:
-        InputError: as `check_packed_linear` and `CheckpointReader.tensor`; groups out of range; NaN or infinity in the
-            scales.
+        InputError: see `check_packed_linear` and `CheckpointReader.tensor`; a group is out of range, or the scales
+            contain NaN or infinity.
     """
     own, read = check_packed_linear(reader, quantization, name, in_features, out_features), read or reader.tensor
     tensors = {part: read(f"{name}.{part}") for part in WORDS}
@@ -129,12 +129,12 @@ def canonical_weight(tensors: Mapping[str, Tensor], quantization: Quantization, 
     """Check the values of one packed linear.
 
     Args:
-        tensors: qweight, qzeros, scales and, where the file has it, g_idx; without it, group of k = k // group size.
-        quantization: the settings of this linear.
+        tensors: qweight, qzeros, scales and optionally g_idx; default: g_idx[k] = k // group size.
+        quantization: settings of this linear.
         in_features: K.
-        where: begins the error message.
+        where: start of the error message.
     Raises:
-        InputError: tensors that do not fit together, groups out of range, scales with NaN or infinity.
+        InputError: inconsistent shapes, a group out of range, or NaN or infinity in the scales.
     """
     g_idx, qweight = tensors.get("g_idx"), tensors["qweight"]
     if g_idx is None and quantization.group_size != -1:
@@ -143,12 +143,12 @@ def canonical_weight(tensors: Mapping[str, Tensor], quantization: Quantization, 
         return checked_weight(qweight, tensors["qzeros"], tensors["scales"], g_idx, quantization.bits,
                          quantization.zero_offset)
     except ValueError as error:
-        raise InputError(f"{where}: {error}", "The file is damaged, or was not written in the GPTQ format.") from error
+        raise InputError(f"{where}: {error}", "The file is damaged, or not in the GPTQ format.") from error
 
 
 def _expected_parts(bits: int, in_features: int, out_features: int,
                     groups: int) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
-    """Shape and allowed dtypes of each tensor of a packed linear."""
+    """Shapes and allowed dtypes of the tensors of a packed linear."""
     return {"qweight": ((in_features * bits // 32, out_features), (torch.int32,)),
             "qzeros": ((groups, out_features * bits // 32), (torch.int32,)),
             "scales": ((groups, out_features), FLOATS),
@@ -159,15 +159,19 @@ def _expected_parts(bits: int, in_features: int, out_features: int,
 def _matrix_shape(reader: CheckpointReader, name: str) -> tuple[int, int]:
     shape = reader.shape(name)
     if len(shape) != 2:
-        raise InputError(f"tensor {name} of shape {shape} is not a matrix", "The file is damaged or of another kind.")
+        raise InputError(f"tensor {name} of shape {shape} is not a matrix",
+                         "The file is damaged, or not in the GPTQ format.")
     return shape[0], shape[1]
 
 
 def packed_lm_head_bits(reader: CheckpointReader, vocabulary: int, width: int) -> int | None:
-    """Bits of the packed lm_head of a directory; None where it has none.
+    """Bits of the packed lm_head of a directory; None if it has none.
 
+    Args:
+        reader: the directory.
+        vocabulary, width: shape of the matrix according to config.json.
     Raises:
-        InputError: its tensors are not those of a matrix (vocabulary, width).
+        InputError: its tensors do not match this shape.
     """
     if HEAD_CODES not in reader:
         return None
@@ -175,24 +179,24 @@ def packed_lm_head_bits(reader: CheckpointReader, vocabulary: int, width: int) -
     bits = next((bits for bits in PACKED_HEAD_BITS if shape == (vocabulary, width * bits // 8)), None)
     if bits is None or group is None or reader.shape(HEAD_SCALES) != (vocabulary, width // group) or (
             reader.dtype(HEAD_CODES), reader.dtype(HEAD_SCALES)) != (torch.uint8, torch.float16):
-        raise InputError(f"{reader.path}: {HEAD_CODES} of shape {shape} is no packed head of {vocabulary} x {width}",
+        raise InputError(f"{reader.path}: {HEAD_CODES} of shape {shape} is not a packed head of {vocabulary} x {width}",
                          "config.json belongs to other files, or the file is damaged: fetch the directory again.")
     return bits
 
 
 def packed_lm_head_rows(reader: CheckpointReader, bits: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes (n, H) and scales (n, groups) of the packed lm_head, `step` rows at a time.
+    """Read codes (n, H) and scales (n, groups) of the packed lm_head, `step` rows at a time.
 
     Raises:
-        ValueError: a scale is NaN or infinite.
+        ValueError: the scales contain NaN or infinity.
     """
     count, memory = reader.shape(HEAD_CODES)[0], MemoryPool()
     parts = (range(begin, min(begin + step, count)) for begin in range(0, count, step))
     for codes, scales in prefetch(partial(_head_rows, reader, part, memory) for part in parts):
         if not all_finite(scales):
-            raise ValueError(f"{HEAD_SCALES} hold NaN or infinity")
+            raise ValueError(f"{HEAD_SCALES} contains NaN or infinity")
         yield unpack_head_codes(codes, bits), scales
 
 
-def _head_rows(reader: CheckpointReader, rows: range, memory: Allocator) -> tuple[Tensor, Tensor]:
-    return reader.rows(HEAD_CODES, rows, memory), reader.rows(HEAD_SCALES, rows, memory)
+def _head_rows(reader: CheckpointReader, rows: range, allocator: Allocator) -> tuple[Tensor, Tensor]:
+    return reader.rows(HEAD_CODES, rows, allocator), reader.rows(HEAD_SCALES, rows, allocator)

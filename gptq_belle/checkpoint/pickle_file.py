@@ -1,7 +1,7 @@
-"""PyTorch's .bin and .pt files: `torch.load(weights_only=True)` accepts plain tensors only and runs no code.
+"""Read PyTorch's .bin and .pt files by `torch.load(weights_only=True)`, which runs no code.
 
-Files of torch 1.6 and later are zip archives, which are mapped; older files are read whole. A tensor is copied out of
-the map on request, after a look at the file's size: touching pages of a file that shrank ends the process with SIGBUS.
+Files of torch 1.6 and later are zip archives and are memory-mapped; older files are read at once. A tensor is copied
+from the map on request, after checking the size of the file: reading a page that no longer exists raises SIGBUS.
 """
 
 import pickle
@@ -23,13 +23,13 @@ class PickleFile:
     """One .bin or .pt file.
 
     Raises:
-        InputError: it is damaged, or holds anything but plain tensors by name.
+        InputError: it is damaged, or contains anything except tensors by name.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise self._damaged("it is not a plain file")
+            raise self._damaged("it is not a regular file")
         try:
             self._bytes = FileBytes(path)
             self._size = self._bytes.size()
@@ -37,8 +37,8 @@ class PickleFile:
             records = _record_sizes(self._bytes.path) if zipped else None
             state = torch.load(self._bytes.path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
-            raise InputError(f"{path} holds more than plain tensors, and loading it could run code",
-                             "Convert it to safetensors where you trust it, or fetch the original.") from error
+            raise InputError(f"{path} contains more than tensors, and loading it could run code",
+                             "If you trust it, convert it to safetensors; otherwise fetch the original.") from error
         except OSError as error:
             raise from_os_error(error) or self._damaged(str(error.strerror)) from error
         except Exception as error:  # the restricted unpickler raises anything for damaged bytes
@@ -51,22 +51,22 @@ class PickleFile:
         self._state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in state.items()}
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
         if records is not None and Counter(size for size in storages.values() if size) - records:
-            raise self._damaged("a tensor is compressed, or larger than what is stored of it")
+            raise self._damaged("a tensor is compressed, or larger than its data in the file")
 
     def names(self) -> list[str]:
-        """All tensors."""
+        """Names of all tensors."""
         return list(self._state)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Shape of a tensor."""
         return tuple(self._state[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor."""
+        """Dtype of a tensor."""
         return self._state[name].dtype
 
     def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
-        """Read one tensor; `allocator` as of `TensorFile.tensor`.
+        """Read one tensor; see `TensorFile.tensor` for `allocator`.
 
         Raises:
             InputError: the file has become shorter.
@@ -74,11 +74,11 @@ class PickleFile:
         return self._copy(name, self._state[name], allocator)
 
     def rows(self, name: str, indices: Iterable[int], allocator: Allocator = empty_bytes) -> Tensor:
-        """Read some rows of a tensor, in the order given. `allocator` as of `TensorFile.tensor`.
+        """Read some rows of a tensor, in the given order; see `TensorFile.tensor` for `allocator`.
 
         Raises:
-            InputError: as `tensor`.
-            IndexError: a row that the tensor does not have.
+            InputError: the file has become shorter.
+            IndexError: the tensor does not have such a row.
         """
         chosen, count = list(indices), self.shape(name)[0]
         if any(not 0 <= row < count for row in chosen):
@@ -105,13 +105,13 @@ class PickleFile:
 
     def _check_size(self, name: str) -> None:
         if self._bytes.size() < self._size:
-            raise self._damaged(f"tensor {name[:100]}: the file ends inside of it; it shrank while it was read")
+            raise self._damaged(f"tensor {name[:100]}: the file ends inside it; it became shorter while it was read")
 
     def _damaged(self, reason: str) -> InputError:
         return InputError(f"{self.path} cannot be read as a PyTorch file: {reason}", DAMAGED)
 
 
 def _record_sizes(path: str) -> Counter[int]:
-    """Sizes of the uncompressed records of an archive: every storage must be one, which a memory map does not check."""
+    """Sizes of the uncompressed records of an archive: every storage must be one, which mmap does not check."""
     with zipfile.ZipFile(path) as archive:
         return Counter(info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED)

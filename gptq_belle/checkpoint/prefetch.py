@@ -1,4 +1,4 @@
-"""Prefetching: the next tensors of a checkpoint are read while the last ones are in use."""
+"""Prefetch: read the next tensors of a checkpoint in a thread while the current ones are in use."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def prefetch(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
-    """Yield the results of calls in order; a thread runs up to `count` of them ahead.
+    """Yield the results of calls in order, while a thread runs up to `count` calls ahead.
 
-    The thread really reads: `posix_fadvise` made nothing faster on the virtual disk where this was measured. No
-    reference to a result is kept after it was yielded.
+    Reading in a thread is used because `posix_fadvise` made nothing faster on the virtual disk where this was measured.
+    Results are not referenced after they have been yielded.
     """
     pool, waiting = ThreadPoolExecutor(1, "prefetch"), list[Future[T]]()
     try:
@@ -34,26 +34,26 @@ def prefetch(calls: Iterable[Callable[[], T]], count: int = 1) -> Generator[T]:
 class BlockPrefetch:
     """Reads the tensors of blocks in a thread, stage by stage in the order of use.
 
-    At most one block is in memory, so that loading takes no more memory than the loaded model.
+    At most one block is in memory, so loading needs no more memory than the loaded model.
 
     Args:
         reader: the directory.
-        prefix: of the blocks' names.
-        count: number of blocks, from prefix.0 on.
+        prefix: prefix of the block names: prefix.0, prefix.1, ...
+        count: number of blocks.
     """
 
     def __init__(self, reader: CheckpointReader, prefix: str, count: int) -> None:
         self._reader, self._memory = reader, MemoryPool()
         stages = self._names_by_stage(prefix, count)
         self._pending = {name for names in stages for name in names}
-        self._stages = prefetch(self._reads(stages), len(reader.arch.stages) - 1)
+        self._stages = prefetch(self._read_calls(stages), len(reader.arch.stages) - 1)
         self._ready: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor | None:
-        """A tensor of the blocks, once; None if it is of no block or was taken before.
+        """Return a prefetched tensor; None if it does not belong to a block or was taken before.
 
         Raises:
-            InputError: as `CheckpointReader.tensor`.
+            InputError: see `CheckpointReader.tensor`.
         """
         while name in self._pending:
             self._ready |= next(self._stages)
@@ -67,7 +67,7 @@ class BlockPrefetch:
         self._ready.clear()
 
     def _names_by_stage(self, prefix: str, count: int) -> list[list[str]]:
-        """Tensor names of every stage of every block; what belongs to no linear comes with a block's first stage."""
+        """Tensor names by block and stage; tensors that belong to no linear are in the first stage of the block."""
         depth, linears = prefix.count(".") + 2, self._reader.arch.stages
         stages: list[list[str]] = [[] for _ in range(count * len(linears))]
         numbers = {f"{prefix}.{index}": index for index in range(count)}
@@ -75,11 +75,11 @@ class BlockPrefetch:
             parts = name.split(".")
             if (number := numbers.get(".".join(parts[:depth]))) is not None:
                 linear = ".".join(parts[depth:-1])
-                stage = next((place for place, names in enumerate(linears) if linear in names), 0)
+                stage = next((index for index, names in enumerate(linears) if linear in names), 0)
                 stages[number * len(linears) + stage].append(name)
         return stages
 
-    def _reads(self, stages: Sequence[Sequence[str]]) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    def _read_calls(self, stages: Sequence[Sequence[str]]) -> Iterator[Callable[[], dict[str, Tensor]]]:
         for names in stages:
             yield partial(self._read, names)
         self._memory.stop_pooling()

@@ -1,9 +1,9 @@
-"""Quantized checkpoints as they are found: pickled state dictionaries of BELLE and GPTQ-for-LLaMa, which say nothing
-about themselves, and directories of AutoGPTQ and GPTQModel.
+"""Open quantized checkpoints of other tools, and find their quantization settings.
 
-K = in_features, N = out_features, G = groups. A state dictionary holds ``qweight`` (K * bits / 32, N), ``qzeros`` (G,
-N * bits / 32) minus one, ``scales`` (G, N) and ``bias`` (N) of each linear (github.com/qwopqwop200/GPTQ-for-LLaMa,
-quant.py); bits and groups follow from the shapes, once config.json has told K.
+Directories of AutoGPTQ and GPTQModel state their settings. The pickled state dictionaries of BELLE and GPTQ-for-LLaMa
+do not: they contain ``qweight`` (K * bits / 32, N), ``qzeros`` (G, N * bits / 32) minus one, ``scales`` (G, N) and
+``bias`` (N) of each linear (github.com/qwopqwop200/GPTQ-for-LLaMa, quant.py), where K = in_features according to
+config.json, N = out_features and G = groups. Bits and group size follow from these shapes.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from gptq_belle.formats.quantize_config import BITS, Quantization
 from gptq_belle.formats.zero_points import V1
 
 POWERS_OF_TWO = tuple(1 << power for power in range(4, 16))
-BASE = "Name a directory with config.json and tokenizer of the model: --base DIR."
+NEEDS_BASE = "Give a directory with config.json and tokenizer of the model: --base DIR."
 STATE_DICT, DIRECTORY = "state dictionary", "GPTQ directory"
 
 
@@ -27,9 +27,9 @@ class QuantizedCheckpoint(NamedTuple):
     """A quantized checkpoint of any kind.
 
     Attributes:
-        reader: its configuration and its tensors.
+        reader: its configuration and tensors.
         kind: "state dictionary" or "GPTQ directory".
-        folder: where the tokenizer is.
+        folder: directory of the tokenizer.
     """
 
     reader: CheckpointReader
@@ -38,13 +38,14 @@ class QuantizedCheckpoint(NamedTuple):
 
 
 def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
-    """Open a weight file, or a directory that holds one, or a GPTQ directory.
+    """Open a weight file, a directory that contains one, or a GPTQ directory.
 
     Args:
-        path: what was found.
-        base: a directory with config.json and tokenizer; left out, they are looked for beside the weights.
+        path: the file or directory.
+        base: directory with config.json and tokenizer; default: the directory of the weights.
     Raises:
-        InputError: no weights or no config.json there, or damaged files. UsageError: several .pt files.
+        InputError: weights or config.json are missing or damaged.
+        UsageError: the directory contains several .pt files.
     """
     if path.suffix == ".enc" and (early := needs_conversion(path)):
         raise early
@@ -52,25 +53,25 @@ def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
         weights, kind = [path], DIRECTORY if _states_quantization(path) else STATE_DICT
     elif states := sorted(path.glob("*.pt")):
         if len(states) > 1:
-            raise UsageError(f"{path} holds {len(states)} checkpoints: {', '.join(state.name for state in states)}",
-                             "Name the one that you want.")
+            raise UsageError(f"{path} contains {len(states)} checkpoints: {', '.join(state.name for state in states)}",
+                             "Give the path of one of them.")
         weights, kind = states, STATE_DICT
     elif path.is_dir():
         weights, kind = weight_files(path), DIRECTORY
     else:
-        raise InputError(f"{path} is not there", "Give a .pt file, or a directory with a quantized model.")
+        raise InputError(f"{path} does not exist", "Give a .pt file, or a directory with a quantized model.")
     if base is not None and not base.is_dir():
-        raise InputError(f"the base {base} is no folder", BASE)
-    beside = path if path.is_dir() else path.parent
-    configured = beside if kind == DIRECTORY else base or beside  # a directory's config.json says how it is packed
+        raise InputError(f"the base {base} is not a directory", NEEDS_BASE)
+    folder = path if path.is_dir() else path.parent
+    configured = folder if kind == DIRECTORY else base or folder  # a directory's config.json has the settings
     if not (configured / "config.json").is_file():
-        raise InputError(f"there is no config.json {f'beside {weights[0]}' if base is None else f'in {base}'}", BASE)
-    return QuantizedCheckpoint(CheckpointReader(configured, weights), kind, base or beside)
+        raise InputError(f"there is no config.json {f'next to {weights[0]}' if base is None else f'in {base}'}",
+                         NEEDS_BASE)
+    return QuantizedCheckpoint(CheckpointReader(configured, weights), kind, base or folder)
 
 
 def _states_quantization(file: Path) -> bool:
-    """Whether a weight file is a GPTQ directory's: what stands beside it says how it is packed, v1 or v2. A .pt file is
-    older than such statements."""
+    """Whether a weight file belongs to a GPTQ directory that states its settings; never true for .pt files."""
     config = file.parent / "config.json"
     return file.suffix in (".safetensors", ".bin") and (
         (file.parent / "quantize_config.json").is_file()
@@ -78,16 +79,16 @@ def _states_quantization(file: Path) -> bool:
 
 
 def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The quantized linears of a checkpoint, as modules of the (empty) model.
+    """Yield names and modules (of the empty model) of the packed linears of a checkpoint.
 
     Raises:
-        InputError: none at all, or one that the model does not have.
+        InputError: there are none, or the model does not have one of them.
     """
     names = reader.packed_linear_names
     if not names:
         older = any(name.endswith(".zeros") for name in reader)
-        raise InputError(f"{reader.path} holds no qweight tensors" + (
-            ", but zeros tensors: 3-bit weights of before March 2023" if older else ": nothing is quantized"),
+        raise InputError(f"{reader.path} contains no qweight tensors" + (
+            ", but zeros tensors: 3-bit weights in the format before March 2023" if older else ": it is not quantized"),
                          "Quantize the full-precision model instead: gptq-belle quantize.")
     modules = dict(model.named_modules())
     for name in names:
@@ -98,11 +99,11 @@ def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple
 
 
 def find_quantization(source: QuantizedCheckpoint, model: nn.Module) -> Quantization:
-    """How a checkpoint is packed: as its directory states, or by the shapes of its tensors; every linear is checked.
+    """Find the quantization settings of a checkpoint, stated or derived from the shapes, and check every linear.
 
     Raises:
-        InputError: shapes that fit no bits and group size, or that disagree with each other or with what is stated; a
-            linear that is packed although it is stated not to be.
+        InputError: the shapes match no bits and group size, or contradict each other or the stated settings; or a
+            linear is packed that the settings exclude.
     """
     reader = source.reader
     linears = list(packed_linears(reader, model))
@@ -119,16 +120,16 @@ def _derived(reader: CheckpointReader, linears: list[tuple[str, nn.Linear]]) -> 
     if bits not in BITS:
         raise InputError(f"{name} has {reader.shape(f'{name}.qweight')[0]} rows of words for {linear.in_features} "
                          f"inputs: {bits:g} bits",
-                         "config.json belongs to another model: name the right one, --base DIR.")
+                         "config.json belongs to another model: give the right one with --base DIR.")
     sizes = [(linear.in_features, reader.shape(f"{name}.scales")[0]) for name, linear in linears]
     return Quantization(int(bits), _group_size(sizes), None, False, V1, "")
 
 
 def _group_size(sizes: list[tuple[int, int]]) -> int:
-    """The group size that gives every linear of (K, G) its G groups; -1 where each is one group.
+    """Find the group size that gives every linear (K, G) its G groups; -1 if every linear has one group.
 
     Raises:
-        InputError: there is none.
+        InputError: no group size does.
     """
     if all(groups == 1 for _, groups in sizes):
         return -1
@@ -136,5 +137,5 @@ def _group_size(sizes: list[tuple[int, int]]) -> int:
     for size in (*exact[:1], *POWERS_OF_TWO):
         if all(-(-inputs // size) == groups for inputs, groups in sizes):
             return size
-    raise InputError(f"no group size fits all linears: {sizes[0][1]} groups for {sizes[0][0]} inputs in the first",
+    raise InputError(f"no group size matches all linears: {sizes[0][1]} groups for {sizes[0][0]} inputs in the first",
                      "The checkpoint mixes group sizes, or config.json belongs to another model.")

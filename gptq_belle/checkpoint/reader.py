@@ -1,4 +1,4 @@
-"""Read a Hugging Face model directory tensor by tensor: safetensors shards, or .bin files through weights_only."""
+"""Read a Hugging Face model directory tensor by tensor, from safetensors or .bin files."""
 
 import json
 import math
@@ -19,34 +19,34 @@ from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 from gptq_belle.models.architectures import LM_HEAD, Architecture, architecture
 from gptq_belle.models.belle_catalogue import CONFIGS, find_belle_model
 
-MOST_JSON_BYTES = 64 << 20  # the largest real one, an index of a model of a thousand shards, is below 20 MB
+MAX_JSON_BYTES = 64 << 20  # the largest known file, the index of a model with 1,000 shards, is below 20 MB
 
 
 class CheckpointReader:
-    """A model directory: config.json and its tensors by name, each read from disk only when asked for.
+    """A model directory: config.json, and tensors that are read from disk by name on request.
 
-    Tensor names always carry the base model's prefix (``transformer.`` for BLOOM), also where the source lacks it.
+    Tensor names have the prefix of the base model (``transformer.`` for BLOOM), even if they lack it in the files.
 
     Args:
         path: the directory.
-        weights: weight files that lie elsewhere; left out, those of the directory.
+        weights: weight files; default: those of the directory.
 
     Attributes:
         path: the directory.
         config: config.json as a dictionary.
-        arch: the row of the architecture table that ``model_type`` names.
+        arch: the architecture of ``model_type``.
 
     Raises:
-        InputError: no such directory, no config.json, an unknown architecture, a missing or damaged file.
+        InputError: the directory, config.json or a weight file is missing or damaged, or the architecture is unknown.
     """
 
     def __init__(self, path: str | Path, weights: Sequence[Path] | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise needs_conversion(self.path) or InputError(f"{self.path} is not a model directory",
-                                                   "Give the folder that holds config.json.")
-        if not (self.path / "config.json").exists() and (early := needs_conversion(self.path)):
-            raise early
+                                                   "Give a folder with config.json.")
+        if not (self.path / "config.json").exists() and (hint := needs_conversion(self.path)):
+            raise hint
         self.config = read_json(self.path / "config.json")
         self.arch: Architecture = architecture(self.config.get("model_type"))
         self._shards = {file: _open(file) for file in weights or weight_files(self.path)}
@@ -62,57 +62,57 @@ class CheckpointReader:
 
     @property
     def packed_linear_names(self) -> list[str]:
-        """Full names of the linears whose words the files hold."""
+        """Full names of the packed linears."""
         return [name.removesuffix(".qweight") for name in self if name.endswith(".qweight")]
 
     def is_packed(self, name: str) -> bool:
-        """Whether the files hold words, zeros or scales of a linear: who then asks for what is missing names it."""
+        """Whether the files contain any packed tensor of a linear; reading the missing ones raises InputError."""
         return any(f"{name}.{part}" in self for part in ("qweight", "qzeros", "scales"))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the file's header alone."""
+        """Shape of a tensor, from the header of the file."""
         file, stored = self._find(name)
         return self._shards[file].shape(stored)
 
-    def tensor(self, name: str, memory: Allocator = empty_bytes) -> Tensor:
-        """One tensor on the CPU, in the dtype of the file.
+    def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
+        """Read one tensor on the CPU, in the dtype of the file.
 
         Args:
-            name: of the tensor.
-            memory: where it is put.
+            name: full name.
+            allocator: allocates the memory of the tensor.
         Raises:
-            InputError: it is not there, or its bytes cannot be read.
+            InputError: the tensor is missing or cannot be read.
         """
         file, stored = self._find(name)
-        return self._shards[file].tensor(stored, memory)
+        return self._shards[file].tensor(stored, allocator)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the file, from the header alone."""
+        """Dtype of a tensor, from the header of the file."""
         file, stored = self._find(name)
         return self._shards[file].dtype(stored)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the file, from the header alone."""
+        """Size of a tensor in bytes, from the header of the file."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
-    def rows(self, name: str, indices: Iterable[int], memory: Allocator = empty_bytes) -> Tensor:
-        """Some rows of a matrix, without the others in memory.
+    def rows(self, name: str, indices: Iterable[int], allocator: Allocator = empty_bytes) -> Tensor:
+        """Read some rows of a matrix, in the given order.
 
         Raises:
-            InputError: as `tensor`; a row that the matrix does not have.
+            InputError: see `tensor`; the matrix does not have such a row.
         """
         file, stored = self._find(name)
         try:
-            return self._shards[file].rows(stored, indices, memory)
+            return self._shards[file].rows(stored, indices, allocator)
         except IndexError as error:
-            raise InputError(f"{self.path}: token ids outside of the {self.shape(name)[:1]} rows of {name}",
+            raise InputError(f"{self.path}: a token id is outside the {self.shape(name)[:1]} rows of {name}",
                              "The tokenizer belongs to another model: fetch the directory again.") from error
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """One tensor in pieces of some rows each, none of which is large.
+        """Read one tensor in chunks of rows of at most CHUNK_BYTES (but at least one row).
 
         Raises:
-            InputError: as `tensor`.
+            InputError: see `tensor`.
         """
         if not self.shape(name):
             yield self.tensor(name)
@@ -123,18 +123,18 @@ class CheckpointReader:
             yield self.rows(name, range(begin, min(begin + step, count)))
 
     def prefetch(self, name: str) -> None:
-        """Bring a tensor's bytes into the system's cache; one that cannot be read is left for `tensor` to name."""
+        """Read a tensor into the page cache; errors are ignored here, because `tensor` raises them."""
         file, stored = self._find(name)
         with suppress(OSError):
             self._shards[file].prefetch(stored)
 
     @property
     def files(self) -> list[Path]:
-        """The weight files, in order."""
+        """Weight files in order."""
         return list(self._shards)
 
     def bytes_on_disk(self) -> int:
-        """Size of the weight files together, in bytes."""
+        """Total size of the weight files in bytes."""
         return sum(file.stat().st_size for file in self._shards)
 
     def _with_prefix(self, name: str) -> str:
@@ -148,14 +148,14 @@ class CheckpointReader:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold one object.
+    """Read a JSON file that contains one object.
 
     Raises:
-        InputError: it is not there, not a plain file of sensible size, not UTF-8, not JSON, or not an object.
+        InputError: the file is missing, not a regular file, too large, not UTF-8, not JSON, or not an object.
     """
     try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > MOST_JSON_BYTES):
-            raise InputError(f"{path} is not a plain file of at most {MOST_JSON_BYTES >> 20} MiB", DAMAGED)
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
+            raise InputError(f"{path} is not a regular file of at most {MAX_JSON_BYTES >> 20} MiB", DAMAGED)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", "Give a complete Hugging Face model directory.") from error
@@ -164,15 +164,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}", DAMAGED) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object", DAMAGED)
+        raise InputError(f"{path} does not contain a JSON object", DAMAGED)
     return value
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a model directory: by index, else the one usual name, else the only one of its kind.
+    """Find the weight files of a model directory: by index, else the usual file name, else the only weight file.
 
     Raises:
-        InputError: none found, more than one without an index, or one that the index names is missing.
+        InputError: there is none, there are several without an index, or a file of the index is missing.
     """
     for kind in ("model.safetensors", "pytorch_model.bin"):
         if (path / f"{kind}.index.json").is_file():
@@ -182,7 +182,7 @@ def weight_files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if len(found) != 1:
         raise (None if found else needs_conversion(path)) or InputError(
-            f"{path} holds {len(found)} weight files and no index",
+            f"{path} contains {len(found)} weight files and no index",
             "Expected model.safetensors, shards with model.safetensors.index.json, or pytorch_model.bin.")
     return found
 
@@ -190,11 +190,11 @@ def weight_files(path: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{index} has no weight_map from tensor to file name", DAMAGED)
+        raise InputError(f"{index} has no weight_map from tensor names to file names", DAMAGED)
     files = []
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", ".", ".."):
-            raise InputError(f"{index} names a file outside of its folder: {name!r}", "Do not use this directory.")
+            raise InputError(f"{index} names a file outside its folder: {name!r}", "Do not use this directory.")
         if not (index.parent / name).is_file():
             raise InputError(f"shard {index.parent / name} is missing", f"{index.name} names it: fetch it again.")
         files.append(index.parent / name)
@@ -207,25 +207,25 @@ def _open(path: Path) -> TensorFile | PickleFile:
 
 
 def read_config(model: str | Path) -> dict[str, Any]:
-    """config.json of a directory, such a file itself, or one of `named.CONFIGS` or of the family by its name.
+    """Read the config.json of a directory, a JSON file, or a configuration of the BELLE catalogue by name.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: it is missing or damaged.
     """
     path, found = Path(model), find_belle_model(str(model))
     if not path.exists() and (found or str(model) in CONFIGS):
         return deepcopy(CONFIGS[found.config if found else str(model)])
     if not path.exists():
         raise InputError(f"{model} is neither a model directory nor a known name",
-                         f"Give the folder that holds config.json, or one of {', '.join(CONFIGS)}.")
+                         f"Give a folder with config.json, or one of {', '.join(CONFIGS)}.")
     return read_json(path / "config.json" if path.is_dir() else path)
 
 
 def needs_conversion(path: Path) -> InputError | None:
-    """The error for an encrypted or old checkpoint where a model directory is wanted; None for anything else.
+    """Build the error for an encrypted or legacy checkpoint, which must be converted first; None for other paths.
 
     Args:
-        path: a file, or a folder of them.
+        path: a file or a folder.
     """
     files = [path] if path.is_file() else sorted(path.glob("*.enc")) + sorted(path.glob("*.pt"))
     last = {file.suffix: file for file in files if file.is_file()}
@@ -233,6 +233,6 @@ def needs_conversion(path: Path) -> InputError | None:
         return InputError(f"{path} is encrypted",
                           f"First: gptq-belle decrypt {path} OUT --key path/to/consolidated.00.pth")
     if ".pt" in last:
-        return InputError(f"{path} is an old checkpoint, which has to be converted first",
+        return InputError(f"{path} is a legacy checkpoint that must be converted first",
                           f"First: gptq-belle convert {path} OUT")
     return None

@@ -1,9 +1,9 @@
-"""Safetensors files: the library validates them, their bytes are read and written in pieces.
+"""Read and write safetensors files in pieces; the safetensors library validates headers.
 
-`safe_open` checks the header, then the file is read through a descriptor: a memory map that shrinks ends the process
-with SIGBUS, where a short read is an error with the tensor's name, and a map can neither bypass the page cache (see
-`direct_io`) nor fill memory of the caller. Writing needs a header of our own, because `save_file` takes every tensor of
-a file at an address (an embedding has 2 GB, a shard 5 GB), computes no checksum, and reports a full disk only as text.
+Data is read through a file descriptor instead of the library's memory map: if a file becomes shorter, a map raises
+SIGBUS, a read an error with the name of the tensor; and a map can neither bypass the page cache (see `direct_io`) nor
+fill memory of the caller. Files are written without `save_file`, which needs all tensors of a file in memory (an
+embedding has 2 GB, a shard 5 GB), computes no checksum, and reports a full disk only as text.
 """
 
 import json
@@ -35,7 +35,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of a file: its dtype by the format's name, its shape, and its bytes begin..end in the file."""
+    """Header entry of a tensor: dtype in the format's spelling, shape, and byte range begin..end in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,74 +44,74 @@ class TensorEntry(NamedTuple):
 
 
 class TensorFile:
-    """One .safetensors file: the header is read and checked at once, tensors on request.
+    """One .safetensors file: the header is read and validated on creation, tensors are read on request.
 
     Attributes:
-        entries: the tensors by name, in the order of their bytes.
+        entries: header entries by tensor name, in the order of their data.
     Raises:
-        InputError: it is not such a file, with the reason.
+        InputError: the file is not valid.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             if not stat.S_ISREG(path.stat().st_mode):
-                raise _damaged(path, "it is not a plain file")
+                raise _damaged(path, "it is not a regular file")
             self._bytes = FileBytes(path)
             self.entries = _read_entries(path, self._bytes)
         except OSError as error:
             raise from_os_error(error) or _damaged(path, str(error.strerror or error)) from error
 
     def names(self) -> list[str]:
-        """All tensors."""
+        """Names of all tensors."""
         return list(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Shape of a tensor."""
         return self.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor."""
+        """Dtype of a tensor."""
         return DTYPES[self.entries[name].dtype]
 
     def nbytes(self, name: str) -> int:
-        """The size of a tensor."""
+        """Size of a tensor in bytes."""
         return self.entries[name].end - self.entries[name].begin
 
     def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
-        """Read one tensor into memory of its own.
+        """Read one tensor.
 
         Args:
-            name: of the tensor.
-            allocator: gives memory, (size,) uint8.
+            name: name of the tensor.
+            allocator: allocates memory (size,) uint8 for a number of bytes.
         Raises:
             InputError: the file ends before the tensor does.
         """
         entry = self.entries[name]
-        with self._named(name):
+        with self._errors_with_name(name):
             found = self._bytes.read(entry.begin, entry.end - entry.begin, allocator, self.dtype(name).itemsize)
         return found.view(self.dtype(name)).view(entry.shape)
 
     def rows(self, name: str, indices: Iterable[int], allocator: Allocator = empty_bytes) -> Tensor:
-        """Read some rows of a tensor, in the order given; the others are not read. `allocator` as of `tensor`.
+        """Read some rows of a tensor, in the given order; see `tensor` for `allocator`.
 
         Raises:
-            InputError: as `tensor`.
-            IndexError: a row that the tensor does not have.
+            InputError: see `tensor`.
+            IndexError: the tensor does not have such a row.
         """
         entry, chosen = self.entries[name], list(indices)
         if any(not 0 <= row < entry.shape[0] for row in chosen):
             raise IndexError(f"{name} has {entry.shape[0]} rows")
         size = (entry.end - entry.begin) // max(1, entry.shape[0])
-        with self._named(name):
+        with self._errors_with_name(name):
             found = self._bytes.pieces(entry.begin, size, chosen, allocator, self.dtype(name).itemsize)
         return found.view(self.dtype(name)).view(len(chosen), *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor in pieces of at most CHUNK_BYTES; raises InputError as `tensor`."""
+        """Read the bytes of a tensor in chunks of at most CHUNK_BYTES; raises InputError like `tensor`."""
         entry = self.entries[name]
         for begin in range(entry.begin, entry.end, CHUNK_BYTES):
-            with self._named(name):
+            with self._errors_with_name(name):
                 piece = self._bytes.read(begin, min(CHUNK_BYTES, entry.end - begin), empty_bytes)
             yield byte_view(piece)
 
@@ -120,7 +120,7 @@ class TensorFile:
         self._bytes.fill_cache(self.entries[name].begin, self.entries[name].end)
 
     @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
+    def _errors_with_name(self, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, EOFError) as error:
@@ -128,7 +128,7 @@ class TensorFile:
 
 
 def _read_entries(path: Path, file: FileBytes) -> dict[str, TensorEntry]:
-    """Every tensor's place; a valid file holds them without gaps up to its end, so that sizes alone give offsets."""
+    """Read the header; in a valid file, tensors have no gaps and fill it to the end, so sizes determine offsets."""
     size = file.size()
     try:
         with safe_open(file.path, framework="numpy") as header:
@@ -141,7 +141,7 @@ def _read_entries(path: Path, file: FileBytes) -> dict[str, TensorEntry]:
     sizes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in found.items()}
     begin, entries = size - sum(sizes.values()), dict[str, TensorEntry]()
     if file.size() != size:
-        raise _damaged(path, "its size changes while it is read")
+        raise _damaged(path, "its size changed while it was read")
     for name, (dtype, shape) in found.items():
         entries[name] = TensorEntry(dtype, shape, begin, begin + sizes[name])
         begin += sizes[name]
@@ -149,7 +149,7 @@ def _read_entries(path: Path, file: FileBytes) -> dict[str, TensorEntry]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileChecksum:
-    """Write one .safetensors file, whole or not there; no second copy of the tensors is made."""
+    """Write one .safetensors file atomically, without copying all tensors."""
     entries = {name: TensorEntry(NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()}
     with AtomicFile(path) as file:
         file.write(header_bytes(entries))
@@ -160,7 +160,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileChecksum:
 
 def write_rows(path: Path, name: str, shape: tuple[int, ...], rows: Iterable[Tensor],
                dtype: torch.dtype = torch.float16) -> FileChecksum:
-    """Write a file of one tensor of `dtype` that comes in pieces of some rows each."""
+    """Write a .safetensors file with one tensor of `dtype` from chunks of its rows."""
     with AtomicFile(path) as file:
         file.write(header_bytes({name: TensorEntry(NAMES[dtype], shape, 0, dtype.itemsize * math.prod(shape))}))
         for piece in rows:
@@ -169,7 +169,7 @@ def write_rows(path: Path, name: str, shape: tuple[int, ...], rows: Iterable[Ten
 
 
 def header_bytes(tensors: Mapping[str, TensorEntry]) -> bytes:
-    """Length and header of a file that holds tensors of these dtypes, shapes and sizes one after another."""
+    """Encode the header, including its length, of a file with these tensors one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape, begin, end) in tensors.items():

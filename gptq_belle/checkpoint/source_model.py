@@ -1,4 +1,7 @@
-"""The source's tensors as calibration sees them: what the written file will hold in float16 is rounded already."""
+"""The model that is quantized or converted: an empty model that is filled, part by part, from a checkpoint.
+
+Tensors that the output stores in float16 are rounded on reading, so that calibration sees the values of the output.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,17 +20,17 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SourceModel:
-    """A checkpoint beside its model's empty skeleton, parts of which are filled while they are needed.
+    """A checkpoint and the empty model of its config.json, parts of which are filled while they are needed.
 
     Args:
         reader: the checkpoint.
-        device: where parameters go.
+        device: device of the filled parameters.
     Attributes:
         blocks: the list of decoder blocks.
         count: number of blocks.
         linear_shapes: (K, N) of the linears of a block, by their path inside it.
     Raises:
-        InputError: blocks of more than one kind of attention.
+        InputError: the blocks have more than one kind of attention.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
@@ -42,20 +45,17 @@ class SourceModel:
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.modules_before[0]}.weight").shape)
 
     def embeddings_and_norms(self) -> list[str]:
-        """Names of what stands before and behind the blocks, but the head: embeddings and norms."""
+        """Names of the tensors before and after the blocks, except the lm_head: embeddings and norms."""
         return [f"{root}.{name}" for root in (*self.arch.modules_before, *self.arch.modules_after)
                 for name, _ in self.model.get_submodule(root).named_parameters()]
 
     def tensors_outside_blocks(self) -> list[str]:
-        """Names of the tensors outside of the blocks, which are written unquantized; without a head that is tied.
-
-        Old files hold a tied head too: it is written once.
+        """Names of the tensors outside the blocks; a tied lm_head is not among them, even if the files contain it.
         """
         return self.embeddings_and_norms() if self.tied() else [*self.embeddings_and_norms(), f"{LM_HEAD}.weight"]
 
     def tied(self) -> bool:
-        """Whether the head is the embedding; where the configuration says so and the file does not, believe the file.
-        """
+        """Whether the lm_head is the embedding: config.json says so, and the files do not have another lm_head."""
         head, embedding = f"{LM_HEAD}.weight", f"{self.arch.modules_before[0]}.weight"
         if not self.model.config.tie_word_embeddings or head not in self.reader:
             return bool(self.model.config.tie_word_embeddings)
@@ -64,10 +64,10 @@ class SourceModel:
             zip(self.reader.chunks(head), self.reader.chunks(embedding), strict=True))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that config.json gives a tensor.
+        """Shape of a tensor according to config.json.
 
         Raises:
-            InputError: the file's is another one.
+            InputError: the tensor in the file has another shape.
         """
         embedding = name == f"{self.arch.modules_before[0]}.weight"
         shape = self.embedding_shape if embedding else tuple(self.model.get_parameter(name).shape)
@@ -77,41 +77,41 @@ class SourceModel:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model's positions allow; None for ALiBi, which knows no limit."""
+        """Maximum number of tokens; None for ALiBi, which has no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def float16(self, name: str, tensor: Tensor) -> Tensor:
-        """All or a part of the source's tensor `name` as the file will hold it.
+        """Check and round values of the tensor `name` to float16, as in the output.
 
         Raises:
-            InputError: it holds NaN or infinity, or values beyond float16.
+            InputError: see `finite`; a value exceeds the range of float16.
         """
         rounded = self.finite(name, tensor).to(torch.float16)
         if not all_finite(rounded):
-            raise InputError(f"tensor {name} holds values up to {float(tensor.abs().max()):.3g}, more than 65504",
-                             "The standard format holds float16 only; this model cannot be written in it.")
+            raise InputError(f"tensor {name} has values up to {float(tensor.abs().max()):.3g}, more than 65504",
+                             "The standard format stores float16 only; this model cannot be written in it.")
         return rounded
 
     def finite(self, name: str, tensor: Tensor) -> Tensor:
-        """All or a part of the source's tensor `name` as it is.
+        """Check values of the tensor `name` and return them unchanged.
 
         Raises:
-            InputError: it holds NaN or infinity, or no floating point numbers.
+            InputError: the tensor is not floating point, or contains NaN or infinity.
         """
         if tensor.dtype not in FLOATS:
             raise InputError(f"tensor {name} is {tensor.dtype}, not floating point", "Give the full-precision model.")
         if not all_finite(tensor):
-            raise InputError(f"tensor {name} holds NaN or infinity", "The source is damaged: fetch it again.")
+            raise InputError(f"tensor {name} contains NaN or infinity", "The source is damaged: fetch it again.")
         return tensor
 
     def head(self) -> Iterator[Tensor]:
-        """The head's matrix, some rows (tokens of the vocabulary) at a time, on the device in float32."""
+        """Read the lm_head, some rows (tokens of the vocabulary) at a time, on the device in float32."""
         name = f"{self.arch.modules_before[0]}.weight" if self.tied() else f"{LM_HEAD}.weight"
         for chunk in self.reader.chunks(name):
             yield self.float16(name, chunk).to(self.device, torch.float32)
 
     def fill(self, root: str, unrounded: Sequence[str] = ()) -> None:
-        """Read the parameters of a module of the skeleton, those that stay `unrounded` without rounding."""
+        """Fill the parameters of a module, all rounded to float16 except those in `unrounded`."""
         module = self.model.get_submodule(root)
         for name, _ in list(module.named_parameters()):
             full_name = f"{root}.{name}"
@@ -120,10 +120,10 @@ class SourceModel:
             assign(module, name, tensor.to(self.device, torch.float32))
 
     def fill_embedding(self, tokens: Sequence[int]) -> None:
-        """The embeddings of these tokens, in this order, in the place of all."""
+        """Fill the embedding with the rows of these tokens only, in this order."""
         name = f"{self.arch.modules_before[0]}.weight"
         embedding: Any = self.model.get_submodule(self.arch.modules_before[0])
         self.shape(name)
         rows = self.float16(name, self.reader.rows(name, tokens)).to(self.device, torch.float32)
         embedding.weight = nn.Parameter(rows, requires_grad=False)
-        embedding.padding_idx = None  # a matter of gradients only, and checked against the rows that are there
+        embedding.padding_idx = None  # affects gradients only, and must be below the number of rows

@@ -1,4 +1,4 @@
-"""Tokenizer and chat template of a model directory: loading, copying, and which prompts they stand for."""
+"""Load and copy the tokenizer and chat template of a model directory, and show the prompt format they imply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 TOKENIZER_FILES = (TOKENIZER, SENTENCEPIECE, "vocab.json", TOKENIZER_CONFIG)
-NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into the folder; convert takes them from "
-                "--base DIR, too.")
+NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into the folder; convert also takes "
+                "their folder as --base DIR.")
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
                 "add_eos_token": False}
 COPIED_FILES = (TOKENIZER, SENTENCEPIECE, "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -27,15 +27,15 @@ QUESTION = "你好"
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """How a question is asked.
+class PromptFormat:
+    """Prompt format of a model directory.
 
     Attributes:
-        style: the key of `prompts.styles.STYLES` that `generate` takes.
-        text: a question as the model gets it, special tokens shown.
+        style: a key of `prompts.styles.STYLES`, used by `generate`.
+        text: the prompt of an example question, including special tokens.
         stops: strings that end an answer.
-        chat_template: the directory's own, for other programs; None where it has none.
-        templated: the same question through that template; None where there is none.
+        chat_template: chat template of the directory, for other programs; None if it has none.
+        templated: the example question rendered by that template; None if there is none.
     """
 
     style: str
@@ -46,15 +46,15 @@ class Prompt:
 
     @property
     def agrees(self) -> bool:
-        """Whether other programs ask as `generate` does."""
+        """Whether the chat template gives the same prompt as `generate`."""
         return self.templated is None or self.templated == self.text
 
 
-def read_prompt_format(path: str | Path) -> Prompt:
-    """Look at a directory's prompts.
+def read_prompt_format(path: str | Path) -> PromptFormat:
+    """Read the prompt format of a model directory.
 
     Raises:
-        InputError: no configuration or tokenizer, an unknown style, a template that cannot be rendered.
+        InputError: config.json or tokenizer is missing, the style is unknown, or the template cannot be rendered.
     """
     reader = CheckpointReader(path)
     tokenizer = load_tokenizer(reader.path)
@@ -68,32 +68,32 @@ def read_prompt_format(path: str | Path) -> Prompt:
         try:
             templated = str(tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False,
                                                           add_generation_prompt=True))
-        except Exception as error:  # a template is a program of whoever wrote it, run by jinja in a sandbox
+        except Exception as error:  # a template is a program, which jinja runs in a sandbox
             raise InputError(f"{path}: the chat template cannot be rendered: {str(error)[:200]}",
                              "Choose another: gptq-belle convert SRC OUT --prompt-style bloom.") from error
     text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return Prompt(name, text, style.stops, template, templated)
+    return PromptFormat(name, text, style.stops, template, templated)
 
 
-def lines(found: Prompt) -> list[tuple[str, str]]:
-    """(name, value) pairs for reading."""
-    rows = [("prompt style", found.style), ("a question", repr(found.text)), ("ends an answer", repr(found.stops[-1]))]
+def lines(found: PromptFormat) -> list[tuple[str, str]]:
+    """Format a prompt format as (name, value) pairs."""
+    rows = [("prompt style", found.style), ("prompt", repr(found.text)), ("stop string", repr(found.stops[-1]))]
     if found.chat_template is None:
         return [*rows, ("chat template", "none")]
     if not found.agrees:
-        rows.append(("its template gives", repr(found.templated)))
+        rows.append(("prompt of the template", repr(found.templated)))
     return [*rows, ("chat template", found.chat_template)]
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; nothing is downloaded, no code that comes with it is run.
+    """Load the tokenizer of a model directory; nothing is downloaded, and no code of the directory is run.
 
     Raises:
-        InputError: there is none, it is damaged, or it knows no end-of-sequence token.
+        InputError: the tokenizer is missing or damaged, or has no eos token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True,
-                                                  **_unnamed_tokens(path))
+                                                  **_missing_special_tokens(path))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
@@ -101,20 +101,20 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         for file in files:
             reject_lfs_pointer(file)
         if not files:
-            raise InputError(f"{path} holds no tokenizer", NO_TOKENIZER) from error
+            raise InputError(f"{path} contains no tokenizer", NO_TOKENIZER) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} holds no tokenizer that can be loaded: {reason}",
+        raise InputError(f"the tokenizer of {path} cannot be loaded: {reason}",
                          NO_TOKENIZER) from error
     if tokenizer.eos_token is None:
-        raise InputError(f"{path}: the tokenizer has no end-of-sequence token",
-                         f"Name eos_token in {TOKENIZER_CONFIG}.")
+        raise InputError(f"{path}: the tokenizer has no eos token",
+                         f"State eos_token in {TOKENIZER_CONFIG}.")
     return tokenizer
 
 
-def _unnamed_tokens(folder: Path) -> dict[str, Any]:
-    """LLaMA's special tokens, where the configuration calls them "", as conversions of early 2023 did.
+def _missing_special_tokens(folder: Path) -> dict[str, Any]:
+    """LLaMA's special tokens if tokenizer_config.json has empty strings for them, else nothing.
 
-    BELLE-LLaMA's do; on such a directory transformers 5 ends in a RecursionError.
+    Conversions of early 2023, such as BELLE-LLaMA, have empty strings, which cause a RecursionError in transformers 5.
     """
     path = folder / TOKENIZER_CONFIG
     stated = read_json(path) if path.is_file() else {}
@@ -124,9 +124,9 @@ def _unnamed_tokens(folder: Path) -> dict[str, Any]:
 
 def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrainedTokenizerBase,
                    config: dict[str, Any]) -> None:
-    """The files of a tokenizer and of generation from `folder`, with a chat template for the model that `config` is.
+    """Copy the files of the tokenizer and generation_config.json from `folder`, and add a chat template.
 
-    A template that lies there stays, unless config.json's ``prompt_style`` chooses one of ours.
+    An existing template is kept unless the ``prompt_style`` of `config` selects another one.
     """
     for file in copied_files(folder):
         if file.name == GENERATION:
@@ -135,7 +135,7 @@ def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrained
             (writer.files / file.name).write_bytes(file.read_bytes())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not (folder / TOKENIZER).is_file() and backend is not None:
-        writer.write_text(TOKENIZER, backend.to_str())  # so that no reader needs sentencepiece
+        writer.write_text(TOKENIZER, backend.to_str())  # readers then do not need sentencepiece
     writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(folder, tokenizer, config))
 
 
@@ -158,11 +158,11 @@ def copied_files(folder: Path) -> list[Path]:
 
 def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
-    config = (read_json(path) if path.is_file() else {}) | _unnamed_tokens(folder)
+    config = (read_json(path) if path.is_file() else {}) | _missing_special_tokens(folder)
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5, still understood
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name in transformers 4; 5 accepts it, too
     present = "chat_template" in config or (folder / TEMPLATE).is_file()
     if "prompt_style" in model or not present:
-        adds_bos = bool(tokenizer("")["input_ids"])  # templates are tokenized without what it adds by itself
+        adds_bos = bool(tokenizer("")["input_ids"])  # the result of a template is tokenized without special tokens
         config["chat_template"] = chat_template(detect_style(model), bos=adds_bos)
     return {key: value for key, value in config.items() if key != "auto_map"}

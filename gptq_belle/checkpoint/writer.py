@@ -1,8 +1,8 @@
-"""Write a model directory so that it appears whole or not at all: parts as they come, one merge, one rename.
+"""Write a model directory atomically.
 
-Tensors arrive block by block and are kept as small safetensors files under ``OUT.partial/parts``; at the end they are
-copied, header first, into files of at most 5 GB. A job that ends early leaves its parts where it has said that somebody
-will go on with them (`keep`), else nothing.
+Tensors are written block by block as small safetensors files in ``OUT.partial/parts``. At the end they are merged into
+files of at most 5 GB in ``OUT.partial/files``, which is renamed to ``OUT``. If a job fails, ``OUT.partial`` is removed,
+unless `CheckpointWriter.keep` is set so that a later job can resume.
 """
 
 import json
@@ -26,20 +26,20 @@ SHARD_BYTES = 5_000_000_000
 
 
 class CheckpointWriter:
-    """A context in which a checkpoint directory comes into being.
+    """Context manager that writes a checkpoint directory.
 
     Args:
-        out: the final directory. It may exist when it is empty or was written by gptq_belle; it is then replaced.
-        shard_bytes: largest weight file, in bytes.
+        out: the final directory. An existing one is replaced if it is empty or was written by gptq_belle.
+        shard_bytes: maximum size of a weight file in bytes.
 
     Attributes:
-        partial: ``OUT.partial``, which only one process at a time may hold; parts of an earlier job may lie there.
-        parts: the folder of the parts in it.
-        files: the folder that becomes `out`; empty on entering.
-        keep: whether `partial` stays when the context is left without publishing.
+        partial: ``OUT.partial``, locked by this process; it may contain parts of an earlier job.
+        parts: folder of the parts in `partial`.
+        files: folder in `partial` that becomes `out`; empty on entry.
+        keep: whether `partial` is kept if the context exits without `publish`.
 
     Raises:
-        UsageError: `out` exists and is not ours; `partial` exists and is not ours, or another job holds it.
+        UsageError: `out` or `partial` exists and was not written by gptq_belle, or another job has locked `partial`.
     """
 
     def __init__(self, out: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -58,7 +58,7 @@ class CheckpointWriter:
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.partial)
         if self._replaced.exists() and not self.out.exists():
-            self._replaced.rename(self.out)  # killed between the two renames of `publish`
+            self._replaced.rename(self.out)  # a job was killed between the two renames of `publish`
         for folder in (self.files, self._replaced):
             shutil.rmtree(folder, ignore_errors=True)
         self.files.mkdir()
@@ -69,36 +69,36 @@ class CheckpointWriter:
         os.close(self._lock)
 
     def add(self, part: str, tensors: Mapping[str, Tensor]) -> FileChecksum:
-        """Put tensors on disk under the name of a part; they may be dropped from memory then."""
+        """Write tensors as one part."""
         return write_tensors(self.parts / part, tensors)
 
     def add_rows(self, part: str, name: str, shape: tuple[int, ...], rows: Iterable[Tensor],
                  dtype: torch.dtype = torch.float16) -> FileChecksum:
-        """Put one tensor on disk that is too large for memory and comes in pieces of some rows each."""
+        """Write one tensor as a part from chunks of its rows."""
         return write_rows(self.parts / part, name, shape, rows, dtype)
 
     def written(self) -> dict[str, TensorFile]:
-        """The part that holds each tensor, by the tensor's name; of two parts with the same name the later one."""
+        """Files of the parts by tensor name; if several parts contain a tensor, the last one."""
         files = [TensorFile(file) for file in sorted(self.parts.iterdir())]
         return {name: file for file in files for name in file.names()}
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """One JSON file of the directory."""
+        """Write a JSON file of the directory."""
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        """One text file of the directory."""
+        """Write a text file of the directory."""
         (self.files / name).write_text(content, encoding="utf-8")
 
     def merge(self) -> None:
-        """Join the parts into ``model.safetensors``, or into shards and their index."""
+        """Merge the parts into ``model.safetensors``, or into shards with an index."""
         parts = self.written()
         shards = _shards({name: file.nbytes(name) for name, file in parts.items()}, self.shard_bytes)
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         for name, tensors in zip(names, shards, strict=True):
-            # Wide elements first, so that all are aligned.
+            # Dtypes with larger elements first, so that all tensors are aligned.
             tensors.sort(key=lambda tensor: -parts[tensor].dtype(tensor).itemsize)
             with (self.files / name).open("wb") as out:
                 out.write(header_bytes({tensor: parts[tensor].entries[tensor] for tensor in tensors}))
@@ -110,7 +110,7 @@ class CheckpointWriter:
             self.write_json("model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
     def publish(self) -> None:
-        """Give the finished directory its final name; what stood there before goes only now."""
+        """Rename the finished directory to `out`; an existing one is removed only then."""
         for file in self.files.iterdir():
             fsync(file)
         fsync(self.files)
@@ -122,7 +122,7 @@ class CheckpointWriter:
 
 
 def partial_directory(out: Path) -> Path:
-    """Where a job that writes `out` keeps what is not finished."""
+    """Directory of the unfinished output `out`."""
     return out.with_name(out.name + ".partial")
 
 
@@ -131,10 +131,10 @@ def _is_leftover(partial: Path) -> bool:
 
 
 def check_output_directory(out: Path) -> None:
-    """Refuse an output directory that somebody else's files stand in.
+    """Raise UsageError for an output directory with files that gptq_belle did not write.
 
     Raises:
-        UsageError: it exists, is not empty, and no quantize_config.json in it names gptq_belle.
+        UsageError: it exists, is not empty, and has no quantize_config.json written by gptq_belle.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -146,7 +146,7 @@ def check_output_directory(out: Path) -> None:
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names of tensors cut into files of at most `limit` bytes, in the model's order."""
+    """Split tensor names, in order, into shards of at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

@@ -89,7 +89,7 @@ def stored_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     low, high = (1, 1 << bits) if checkpoint_format == V1 else (0, (1 << bits) - 1)
     if int(zeros.min()) < low or int(zeros.max()) > high:
         raise InputError(f"zero points {int(zeros.min())}..{int(zeros.max())} do not fit format {checkpoint_format}",
-                         f"Format {checkpoint_format} and {bits} bits allow {low}..{high}. Use {V2} for others.")
+                         f"It allows {low}..{high} with {bits} bits. Use {V2} for asymmetric weights.")
     return zeros - 1 if checkpoint_format == V1 else zeros
 
 
