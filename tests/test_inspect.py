@@ -1,4 +1,4 @@
-"""What inspect says about sound and about damaged directories."""
+"""inspect: its results for valid directories, and the problems that it names for damaged ones."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def packed(tiny_model, tmp_path):
     return packed_checkpoint(tiny_model, tmp_path / "packed", bits=4, group_size=32)
 
 
-def test_a_full_precision_model(tiny_model):
+def test_full_precision_model(tiny_model):
     found = inspect(tiny_model)
     tensors = load_file(tiny_model / "model.safetensors")
     assert found.problems == []
@@ -43,7 +43,7 @@ def test_a_full_precision_model(tiny_model):
     assert found.context == 256
 
 
-def test_a_group_index_of_64_bits_counts(tiny_llama, tmp_path):
+def test_int64_group_index_is_read(tiny_llama, tmp_path):
     path = packed_checkpoint(tiny_llama, tmp_path / "packed", act_order=True)
     tensors = load_file(path / "model.safetensors")
     save_file({name: tensor.long() if name.endswith("g_idx") else tensor for name, tensor in tensors.items()},
@@ -52,7 +52,7 @@ def test_a_group_index_of_64_bits_counts(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "sym", "act_order"), [(4, True, False), (3, False, True), (8, True, True)])
-def test_a_packed_model(tiny_model, tmp_path, bits, sym, act_order):
+def test_packed_model(tiny_model, tmp_path, bits, sym, act_order):
     path = packed_checkpoint(tiny_model, tmp_path / "packed", bits=bits, sym=sym, act_order=act_order)
     found = inspect(path)
     assert found.problems == []
@@ -121,7 +121,7 @@ def test_long_list_of_problems_is_shortened(packed):
 
 
 @pytest.mark.parametrize(("key", "value", "problem"), [("bits", 5, "bits 5"), ("quant_method", "awq", "'awq'")])
-def test_an_unsupported_configuration_is_a_problem(packed, key, value, problem):
+def test_unsupported_configuration_is_a_problem(packed, key, value, problem):
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"][key] = value
     (packed / "config.json").write_text(json.dumps(config))
@@ -145,6 +145,6 @@ def test_missing_tokenizer_is_a_problem(packed):
     assert any("tokenizer" in text for text in inspect(packed).problems)
 
 
-def test_empty_directory_is_refused(tmp_path):
+def test_empty_directory_is_rejected(tmp_path):
     with pytest.raises(InputError, match=naming(tmp_path / "config.json")):
         inspect(tmp_path)

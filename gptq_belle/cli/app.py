@@ -26,11 +26,9 @@ app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
 app.add_typer(evaluate.app, name="eval",
               help="Measure quality: perplexity, KL divergence from the base, answers to test questions.")
-app.command("demo")(demo.demo)
-app.command("quantize")(quantize.command)
-app.command("report")(report.report)
-for command in (convert.convert, convert.decrypt, inspect.inspect, generate.generate, chat.chat, serve.serve,
-                bench.bench, plan.plan, models.models, tune.tune, doctor.doctor):
+for command in (demo.demo, quantize.quantize, report.report, convert.convert, convert.decrypt, inspect.inspect,
+                generate.generate, chat.chat, serve.serve, bench.bench, plan.plan, models.models, tune.tune,
+                doctor.doctor):
     app.command()(command)
 
 

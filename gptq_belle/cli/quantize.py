@@ -63,15 +63,15 @@ Resume = Annotated[bool, typer.Option(
     "again.")]
 
 
-def command(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupSize = 128, sym: Sym = True,
-            act_order: ActOrder = False, damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best",
-            without: Without = "", positive_scales: PositiveScales = False, override: Overrides = None,
-            auto_bits: AutoBits = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,
-            seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
-            memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
-            packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = 8, dry_run: DryRun = False,
-            resume: Resume = True, device: options.Device = "auto", as_json: options.Json = False,
-            verbose: options.Verbose = False) -> None:
+def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupSize = 128, sym: Sym = True,
+             act_order: ActOrder = False, damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best",
+             without: Without = "", positive_scales: PositiveScales = False, override: Overrides = None,
+             auto_bits: AutoBits = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,
+             seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
+             memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
+             packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = 8, dry_run: DryRun = False,
+             resume: Resume = True, device: options.Device = "auto", as_json: options.Json = False,
+             verbose: options.Verbose = False) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
 
     Finished blocks are kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command resumes there.
@@ -178,5 +178,5 @@ def _this_command() -> str:
 def main() -> None:
     """Run this command alone, for `python -m gptq_belle.quantize`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    app.command()(quantize)
     console.run(app)
