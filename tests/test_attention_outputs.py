@@ -8,7 +8,7 @@ from conftest import job_output
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.quantization import activations
-from gptq_belle.quantization.activations import BatchList
+from gptq_belle.quantization.activations import InMemoryActivations
 from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
@@ -48,7 +48,7 @@ def hessian(stream, block, stage, rows):
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_attention_runs_once_and_its_output_is_reused(stream, tmp_path, on_disk):
     arch = stream.arch
-    rows = BatchList(*stream.embed(torch.randint(10, 300, (80, 64))))
+    rows = InMemoryActivations(*stream.embed(torch.randint(10, 300, (80, 64))))
     stream.max_rows = 48  # batches of 64 and 16 rows, in three pieces
     block, calls = stream.load_block(0), []
     block.get_submodule(arch.stages[0][0]).register_forward_hook(lambda *_: calls.append(1))
@@ -73,7 +73,7 @@ def test_attention_runs_once_and_its_output_is_reused(stream, tmp_path, on_disk)
 def test_changed_output_projection_is_noticed(stream):
     """The output projection is quantized between passes."""
     arch = stream.arch
-    rows = BatchList(next(stream.embed(torch.randint(10, 300, (2, 16)))))
+    rows = InMemoryActivations(next(stream.embed(torch.randint(10, 300, (2, 16)))))
     block = stream.load_block(0)
     hessian(stream, block, arch.stages[1], rows)
     block.get_submodule(arch.output).weight.mul_(0.5)

@@ -19,7 +19,7 @@ from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.journal import Journal, Record, finished_blocks
+from gptq_belle.quantization.journal import BlockRecord, Journal, finished_blocks
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.report import LinearReport, NoProgress
 
@@ -44,7 +44,7 @@ def commit(book, tensors=None):
     files = {part: write_tensors(book.partial / part, {"w": torch.full((4,), index)})}
     activations = Activations(book.partial, [(2, 3)])
     files[f"journal/quantized-{index + 1:05d}.f32"] = activations.write(index + 1, [torch.randn(2, 3)])
-    book.commit(Record(linears=[ROW], phases={"total": 2.0}), files, tensors)
+    book.commit(BlockRecord(linears=[ROW], phases={"total": 2.0}), files, tensors)
     activations.delete(index)
 
 

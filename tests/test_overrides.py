@@ -216,8 +216,8 @@ def test_redundant_override_does_not_change_the_format():
     same = resolve_overrides(config("bloom", "mlp=bits:8,sym:true"), ARCHITECTURES["bloom"], 2)
     other = resolve_overrides(config("bloom", "mlp=sym:false"), ARCHITECTURES["bloom"], 2)
     assert (same.checkpoint_format, other.checkpoint_format) == ("gptq", "gptq_v2")
-    assert other.of("transformer.h.0.mlp.dense_h_to_4h").checkpoint_format == "gptq_v2"
-    assert other.of("transformer.h.0.self_attention.dense").sym
+    assert other.for_linear("transformer.h.0.mlp.dense_h_to_4h").checkpoint_format == "gptq_v2"
+    assert other.for_linear("transformer.h.0.self_attention.dense").sym
     assert "dynamic" not in QuantConfig().to_dict()
 
 

@@ -7,7 +7,7 @@ from conftest import naming
 
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import written_by_gptq_belle
-from gptq_belle.quantization.config import DISABLED, PRESETS, QuantConfig, Techniques
+from gptq_belle.quantization.config import DISABLED_VALUES, PRESETS, QuantConfig, Techniques
 
 
 @pytest.mark.parametrize(("setting", "value"), [
@@ -58,14 +58,14 @@ def test_fast_is_plain_gptq_and_best_the_default():
 
 
 def test_best_without_all_techniques_is_fast():
-    assert PRESETS["best"].disable(DISABLED) == PRESETS["fast"]
+    assert PRESETS["best"].disable(DISABLED_VALUES) == PRESETS["fast"]
 
 
-@pytest.mark.parametrize("name", DISABLED)
+@pytest.mark.parametrize("name", DISABLED_VALUES)
 def test_each_technique_of_max_can_be_disabled_alone(name):
     left = PRESETS["max"].disable([name])
     assert left != PRESETS["max"]
-    assert replace(left, **{key: getattr(PRESETS["max"], key) for key in DISABLED[name]}) == PRESETS["max"]
+    assert replace(left, **{key: getattr(PRESETS["max"], key) for key in DISABLED_VALUES[name]}) == PRESETS["max"]
 
 
 def test_best_is_max_without_tuning():

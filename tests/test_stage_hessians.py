@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.quantization.activations import BatchList
+from gptq_belle.quantization.activations import InMemoryActivations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.stage_hessians import OriginalWeights, accumulate_hessians, held_out_rows
 
@@ -36,7 +36,7 @@ def test_hessians_and_held_out_rows_equal_those_of_whole_models(tiny_model, targ
     originals.weights[name] = original
     block.get_parameter(name).data = changed = original + 0.05 * torch.randn_like(original)
     steps = []
-    rows, full = BatchList(*batches), (originals, BatchList(*batches)) if targets else None
+    rows, full = InMemoryActivations(*batches), (originals, InMemoryActivations(*batches)) if targets else None
     found = accumulate_hessians(stream, block, stage, rows, full, SEEN, lambda: steps.append(1))
     again = accumulate_hessians(stream, block, stage, rows, full, SEEN, lambda: None)  # recorded
     assert torch.equal(again.hessian, found.hessian)

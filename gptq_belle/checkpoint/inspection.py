@@ -24,7 +24,7 @@ def average_bits(reader: CheckpointReader, quantization: Quantization) -> float 
     bits = weights = 0
     for name in reader:
         stem, _, leaf = name.rpartition(".")
-        if leaf == "qweight" and (own := quantization.of(stem)) is not None:
+        if leaf == "qweight" and (own := quantization.for_linear(stem)) is not None:
             bits += 32 * math.prod(reader.shape(name))
             weights += 32 * math.prod(reader.shape(name)) // own.bits
         elif leaf == "weight" and stem.endswith(reader.arch.linears):
@@ -37,14 +37,14 @@ def mixture(reader: CheckpointReader, quantization: Quantization) -> dict[str, d
     """How many linears of a kind have which settings, {"mlp.down_proj": {"4 bits": 2}}; empty where all have the same.
 
     Raises:
-        InputError: see `Quantization.of`.
+        InputError: see `Quantization.for_linear`.
     """
     kinds: dict[str, Counter[str]] = {name: Counter() for name in reader.arch.linears}
     for name in reader:
         stem, _, leaf = name.rpartition(".")
         kind = next((kind for kind in kinds if stem.endswith(f".{kind}")), None)
         if kind is not None and leaf == "qweight":
-            own = quantization.of(stem) or quantization
+            own = quantization.for_linear(stem) or quantization
             group = "" if own.group_size == quantization.group_size else f", group size {own.group_size}"
             kinds[kind][f"{own.bits} bits{group}"] += 1
         elif kind is not None and leaf == "weight":
@@ -173,7 +173,7 @@ def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
         part.tensors += 1
         part.bytes += reader.nbytes(name)
         if leaf == "qweight" and found.quantization:
-            part.parameters += math.prod(shape) * 32 // (found.quantization.of(name.removesuffix(".qweight"))
+            part.parameters += math.prod(shape) * 32 // (found.quantization.for_linear(name.removesuffix(".qweight"))
                                                          or found.quantization).bits
         elif leaf not in PACKED:
             part.parameters += math.prod(shape)

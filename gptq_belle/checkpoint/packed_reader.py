@@ -100,7 +100,7 @@ def linear_quantization(reader: CheckpointReader, quantization: Quantization | N
     if quantization is None:
         raise InputError(f"{reader.path} contains packed weights, but no quantization_config",
                          "Add the quantize_config.json that belongs to it.")
-    own = quantization.of(name)
+    own = quantization.for_linear(name)
     if own is None:
         raise InputError(f"{reader.path}: dynamic excludes {name} from quantization, but it is packed", WRONG_CONFIG)
     return own

@@ -39,7 +39,7 @@ class Quantization:
     producer: str
     rules: tuple[tuple[str, dict[str, Any] | None], ...] = ()
 
-    def of(self, name: str) -> "Quantization | None":
+    def for_linear(self, name: str) -> "Quantization | None":
         """Settings of one linear by its full name; None if it is not quantized.
 
         The first rule that matches the start of the name applies, as in GPTQModel and vLLM.

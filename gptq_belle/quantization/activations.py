@@ -15,7 +15,7 @@ from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.journal import QUANTIZED, activations_name
 
 
-class BatchList:
+class InMemoryActivations:
     """Batches (rows, T, hidden_size) in memory only, with the interface of `Activations` for one block."""
 
     def __init__(self, *batches: Tensor) -> None:
@@ -96,6 +96,9 @@ class Activations:
                 if file.readinto(byte_view(states)) != states.nbytes:
                     raise InputError(f"{path} shrank while it was read", DAMAGED)
                 yield states
+
+
+BatchSource = Activations | InMemoryActivations
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import output_bytes, written_bytes
 from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.report import JobProgress
-from gptq_belle.quantization.sensitivity import LOW_BITS, measure_losses, scratch_bytes
+from gptq_belle.quantization.sensitivity import LOW_BITS, measure_losses, sensitivity_scratch_bytes
 
 HIGH_BITS = 8
 FLOAT_BITS = 16  # bits per weight of linears that are not quantized
 MAX_UNITS = 100_000  # size of the knapsack's table
-BUDGET = "Give average bits per weight, such as 4.5, or a file size, such as 3.2GB."
+BUDGET_REMEDY = "Give average bits per weight, such as 4.5, or a file size, such as 3.2GB."
 HEADER_BYTES = 160  # upper bound per tensor in a safetensors header
 
 
@@ -128,7 +128,7 @@ def describe_estimate(job: QuantizationJob) -> str:
         return ""
     stages, room = stages_and_budget(job)
     most = min(room, sum(stage.extra for stage in stages)) / (1 if _bits_of(str(job.config.auto_bits)) is None else 8)
-    scratch = scratch_bytes(job, len(stages)) / 1e6
+    scratch = sensitivity_scratch_bytes(job, len(stages)) / 1e6
     return (f"{len(stages)} stages are measured first, with {scratch:,.1f} MB on disk and a time that is not included "
             f"above; those that get {HIGH_BITS} bits then add up to {most / 1e6:,.1f} MB")
 
@@ -181,9 +181,9 @@ def _bits_of(text: str) -> float | None:
         with suppress(UsageError):
             parse_bytes(text)
             return None
-        raise UsageError(f"auto-bits {text!r} is neither a number of bits nor a size", BUDGET)
+        raise UsageError(f"auto-bits {text!r} is neither a number of bits nor a size", BUDGET_REMEDY)
     if not LOW_BITS <= float(text) <= HIGH_BITS:
-        raise UsageError(f"auto-bits {text} is not between {LOW_BITS} and {HIGH_BITS}", BUDGET)
+        raise UsageError(f"auto-bits {text} is not between {LOW_BITS} and {HIGH_BITS}", BUDGET_REMEDY)
     return float(text)
 
 
@@ -197,7 +197,7 @@ def _code_bits(job: QuantizationJob) -> tuple[int, int]:
     bits = weights = 0
     for name, shape in job.stream.linear_shapes.items():
         for index in range(job.stream.count):
-            own = job.config.of(f"{job.stream.arch.blocks}.{index}.{name}")
+            own = job.config.for_linear(f"{job.stream.arch.blocks}.{index}.{name}")
             weights += math.prod(shape)
             bits += math.prod(shape) * (FLOAT_BITS if own is None else own.bits)
     return bits, weights

@@ -16,7 +16,7 @@ from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.journal import Journal, Record
+from gptq_belle.quantization.journal import BlockRecord, Journal
 from gptq_belle.quantization.report import JobProgress, LinearReport
 from gptq_belle.quantization.solution_choice import ChosenSolution, best_solution
 from gptq_belle.quantization.solver import HessianFactor, factorize, round_to_nearest
@@ -82,9 +82,9 @@ class BlockQuantizer:
         yield "on the CPU"
 
     def _attempt(self, index: int, activations: ActivationPair,
-                 verification: BlockVerification) -> tuple[Record, dict[str, FileChecksum], dict[str, Tensor]]:
+                 verification: BlockVerification) -> tuple[BlockRecord, dict[str, FileChecksum], dict[str, Tensor]]:
         """Quantize and write a block; returns its record without notes and phases, its files, and journal tensors."""
-        stream, record, originals = self.stream, Record(), OriginalWeights()
+        stream, record, originals = self.stream, BlockRecord(), OriginalWeights()
         block = stream.load_block(index)
         stream.prefetch(index + 1)
         try:
@@ -120,12 +120,12 @@ class BlockQuantizer:
         return activations.write(index + 1, *outputs_of[: len(activations.models)])
 
     def _solve(self, index: int, block: nn.Module, activations: ActivationPair, originals: OriginalWeights,
-               record: Record) -> dict[str, Tensor]:
+               record: BlockRecord) -> dict[str, Tensor]:
         """Quantize the linears in the order in which they run; returns the block's tensors as stored in the file."""
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         for stage in arch.stages:
-            config = self.config.of(f"{prefix}.{stage[0]}")  # the same for the whole stage, see resolve_overrides
+            config = self.config.for_linear(f"{prefix}.{stage[0]}")  # equal in a stage, see resolve_overrides
             inputs = None
             if len(activations) and config:
                 inputs = self._hessians(block, stage, prefix, activations, originals, config)

@@ -18,7 +18,7 @@ from gptq_belle.quantization.bloom_attention import use_fused_modules
 TOKENS_PER_BATCH = 4096
 
 
-class _Stop(Exception):
+class _InputCaptured(Exception):
     """Ends a forward pass after an input has been captured."""
 
 
@@ -95,9 +95,9 @@ class BlockStream(SourceModel):
 
         def capture(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             captured.append(inputs[0])
-            raise _Stop
+            raise _InputCaptured
 
-        with _hooked(block.get_submodule(linear).register_forward_pre_hook(capture)), suppress(_Stop):
+        with _removing(block.get_submodule(linear).register_forward_pre_hook(capture)), suppress(_InputCaptured):
             self._run(block, states)
         return captured[0]
 
@@ -152,11 +152,11 @@ class BlockStream(SourceModel):
             states = args[0] if args else kwargs.pop("hidden_states")
             hidden.append(states.cpu())
             self._arguments[self.device, states.shape[:2]] = args[1:], kwargs
-            raise _Stop
+            raise _InputCaptured
 
         first = self.blocks.get_submodule("0")
         hook = first.register_forward_pre_hook(capture, with_kwargs=True)
-        with _hooked(hook), torch.no_grad(), suppress(_Stop):
+        with _removing(hook), torch.no_grad(), suppress(_InputCaptured):
             self.model(input_ids=places.to(self.device), use_cache=False)
         return hidden[0]
 
@@ -169,7 +169,7 @@ class BlockStream(SourceModel):
 
 
 @contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
+def _removing(handle: Any) -> Iterator[None]:
     """A context that removes a hook at its end."""
     try:
         yield

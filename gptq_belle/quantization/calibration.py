@@ -25,7 +25,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import Turn, render_conversation
 from gptq_belle.quantization.calibration_keys import document_keys
 
-BUILTIN, GIVEN = "builtin", "token ids"
+BUILTIN, TOKEN_IDS = "builtin", "token ids"
 TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
 
 
@@ -64,7 +64,7 @@ class Calibration:
             documents: the documents that they were taken from (see `calibration_keys.document_keys`).
         """
         count, length = tokens.shape
-        source = GIVEN if isinstance(self.source, Tensor) else BUILTIN if self.source == BUILTIN else Path(
+        source = TOKEN_IDS if isinstance(self.source, Tensor) else BUILTIN if self.source == BUILTIN else Path(
             self.source).name
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         return {"source": source, "rows": count, "seq_len": length, "seed": self.seed, "sha256": digest,

@@ -12,7 +12,7 @@ from gptq_belle.formats.quantize_config import BITS
 GROUP_SIZES = (32, 64, 128, -1)
 HEAD_BITS = (16, 8, 4)
 METHODS = ("gptq", "rtn")
-EXPRESSION = "Use the syntax of Python's re; a dot in a name is '\\.'."
+REGEX_REMEDY = "Use the syntax of Python's re; a dot in a name is '\\.'."
 OVERRIDABLE = ("bits", "group_size", "sym")
 T = TypeVar("T")
 
@@ -40,16 +40,16 @@ class Techniques:
     tuning_steps: int = 0
 
     def disable(self, names: Iterable[str]) -> "Techniques":
-        """The techniques without those named, keys of `DISABLED`."""
+        """The techniques without those named, keys of `DISABLED_VALUES`."""
         techniques = self
         for name in names:
-            techniques = replace(techniques, **DISABLED[name])
+            techniques = replace(techniques, **DISABLED_VALUES[name])
         return techniques
 
 
 _BEST = Techniques(search=True, static_order=True, sweeps=2, alpha=0.5, held_out_every=16)
 PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, tuning_steps=100)}
-DISABLED: dict[str, dict[str, Any]] = {  # values that disable a technique, by its name in `QuantConfig.without`
+DISABLED_VALUES: dict[str, dict[str, Any]] = {  # values that disable a technique, by its name in `QuantConfig.without`
     "search": {"search": False},
     "order": {"static_order": False},
     "refine": {"sweeps": 0},
@@ -83,7 +83,7 @@ class Override:
             re.compile(self.pattern)
         except re.error as error:
             raise UsageError(f"override {self.pattern!r} is not a regular expression: {error}",
-                             EXPRESSION) from error
+                             REGEX_REMEDY) from error
         if self.bits is not None:
             _check("bits", self.bits, BITS)
         if self.group_size is not None:
@@ -115,7 +115,7 @@ class QuantConfig:
             its name on disk, is an alias.
         method: "gptq", or "rtn" for rounding to nearest without calibration.
         preset: "fast" for plain GPTQ, "best", or "max", which also tunes the whole model (`PRESETS`).
-        without: techniques of the preset to disable (`DISABLED`).
+        without: techniques of the preset to disable (`DISABLED_VALUES`).
         positive_scales: for readers that do not accept negative scales; costs a little quality.
         head_bits: 16 keeps embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the
             embedding too) is stored packed, in a format that only `gptq_belle.load` reads.
@@ -172,7 +172,7 @@ class QuantConfig:
         _check("method", self.method, METHODS)
         _check("preset", self.preset, tuple(PRESETS))
         for name in self.without:
-            _check("without", name, tuple(DISABLED))
+            _check("without", name, tuple(DISABLED_VALUES))
         if not 0 < self.damp < 1:
             raise UsageError(f"damp {self.damp} is not allowed", "Choose a number above 0 and below 1, such as 0.01.")
 
@@ -186,11 +186,11 @@ class QuantConfig:
         """"gptq" (zero points stored minus one) where all linears are symmetric, else "gptq_v2" (stored unchanged).
 
         Readers disagree on whether a stored 15 means 16 or 0, and an asymmetric zero point can be 0. The format holds
-        for the whole file: `of` does not change it.
+        for the whole file: `for_linear` does not change it.
         """
         return "gptq" if self.sym and all(override.sym is None for override in self.overrides) else "gptq_v2"
 
-    def of(self, name: str) -> "QuantConfig | None":
+    def for_linear(self, name: str) -> "QuantConfig | None":
         """The settings of one linear, by its full name; None where it stays in float16."""
         for override in self.overrides:
             if re.match(override.pattern, name):

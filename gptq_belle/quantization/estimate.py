@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from gptq_belle.formats.gptq_weight import dequantize, pack
-from gptq_belle.quantization.activations import BatchList
+from gptq_belle.quantization.activations import InMemoryActivations
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning, tuning_seconds
-from gptq_belle.quantization.end_to_end.tuning_rows import scratch_bytes
+from gptq_belle.quantization.end_to_end.tuning_rows import tuning_scratch_bytes
 from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill, output_bytes
 from gptq_belle.quantization.solution_choice import best_solution
@@ -56,7 +56,7 @@ def estimate(job: QuantizationJob, limit: int | None = None) -> Estimate:
     memory, spill = estimate_memory(job), must_spill(job, limit)
     output = output_bytes(job)
     generations = (1 if job.stream.count == 1 else 2) + (1 if spill else 0)  # and what attention has made of one
-    tuning, scratch = check_tuning(job, limit), scratch_bytes(job) if job.config.techniques.tuning_steps else 0
+    tuning, scratch = check_tuning(job, limit), tuning_scratch_bytes(job) if job.config.techniques.tuning_steps else 0
     disk = output + max(output, generations * memory.activations // 2, scratch)
     return Estimate(_seconds(job), max(memory.floor if spill else memory.total, tuning), spill, disk, output,
                     job.stream.count, job.stream.count * len(job.stream.arch.linears),
@@ -71,10 +71,10 @@ def _seconds(job: QuantizationJob) -> float:
     if job.tokens is not None:
         batch = next(stream.embed(stream.batches(job.tokens)[0]))
         stream.run(block, batch)  # the first run of anything takes longer
-    rows_of = [] if batch is None else [BatchList(batch), BatchList(batch.flip(0))][:models]
+    rows_of = [] if batch is None else [InMemoryActivations(batch), InMemoryActivations(batch.flip(0))][:models]
     rows = solving = 0.0
     for stage in stream.arch.stages:
-        if (own := job.config.of(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
+        if (own := job.config.for_linear(f"{stream.arch.blocks}.0.{stage[0]}")) is None:
             continue
         began = time.perf_counter()
         found = None if batch is None else _hessians(job, block, stage, rows_of)
@@ -94,7 +94,7 @@ def _seconds(job: QuantizationJob) -> float:
 
 
 def _hessians(job: QuantizationJob, block: torch.nn.Module, stage: tuple[str, ...],
-              rows: Sequence[BatchList]) -> StageHessians:
+              rows: Sequence[InMemoryActivations]) -> StageHessians:
     """Of one batch, for one model or two; as many rows are held out as the job will hold out, and targets differ from
     a layer's own."""
     full = (OriginalWeights(), rows[1]) if len(rows) == 2 else None

@@ -41,7 +41,7 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
     shapes = [(f"{stream.arch.blocks}.{index}.{name}", shape) for index in range(stream.count)
               for name, shape in stream.linear_shapes.items()]
     for name, (k, n) in shapes:
-        own = config.of(name)
+        own = config.for_linear(name)
         if own is not None and own.group_size != -1 and k % own.group_size:
             raise UsageError(f"group size {own.group_size} does not divide the {k} inputs of {name}",
                              "Choose a group size of 32, 64 or 128 that does, or -1 for one group per output channel.")

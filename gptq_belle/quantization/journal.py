@@ -20,7 +20,7 @@ from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
 from gptq_belle.common.files import UNFINISHED_SUFFIX, FileChecksum, fsync, matches_checksum, write_json_atomically
 from gptq_belle.errors import GptqBelleError, UsageError
-from gptq_belle.quantization.end_to_end.tuning_checkpoint import PREFIX
+from gptq_belle.quantization.end_to_end.tuning_checkpoint import FILE_PREFIX
 from gptq_belle.quantization.report import LinearReport
 
 JOB = "job.json"
@@ -29,7 +29,7 @@ QUANTIZED, FULL = "quantized", "full"  # the models whose activations are kept; 
 
 
 @dataclass(slots=True)
-class Record:
+class BlockRecord:
     """One finished block.
 
     Attributes:
@@ -80,7 +80,7 @@ class Journal:
     def __init__(self, partial: Path, fingerprint: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any], *,
                  restart: bool = False) -> None:
         self.partial, self.folder = partial, partial / "journal"
-        self.records: list[Record] = []
+        self.records: list[BlockRecord] = []
         self.environment = dict(environment)
         self.bit_allocation: dict[str, Any] | None = None
         if restart:
@@ -104,7 +104,7 @@ class Journal:
         write_json_atomically(self.folder / JOB, job)
         self.bit_allocation = allocation
 
-    def commit(self, record: Record, files: Mapping[str, FileChecksum],
+    def commit(self, record: BlockRecord, files: Mapping[str, FileChecksum],
                tensors: Mapping[str, Tensor] | None = None) -> None:
         """Record a finished block durably: after this returns, it survives a crash and a power cut.
 
@@ -137,13 +137,13 @@ class Journal:
         except GptqBelleError:
             return None
 
-    def _whole_records(self) -> Iterator[Record]:
+    def _whole_records(self) -> Iterator[BlockRecord]:
         """The records of all finished blocks; none where a file is missing or damaged.
 
         Activations are kept after the last finished block only. Without them no later block can be quantized, so the
         job starts over.
         """
-        found: list[Record] = []
+        found: list[BlockRecord] = []
         while (record := self._read(len(found))) is not None:
             found.append(record)
         for place, record in enumerate(found):
@@ -153,11 +153,11 @@ class Journal:
                     return
         yield from found
 
-    def _read(self, index: int) -> Record | None:
+    def _read(self, index: int) -> BlockRecord | None:
         try:
             value = read_json(self._path(index))
             checksum = value.pop("checksum")
-            return Record.from_dict(value) if checksum == _checksum(value) else None
+            return BlockRecord.from_dict(value) if checksum == _checksum(value) else None
         except (GptqBelleError, KeyError, TypeError, AttributeError):
             return None
 
@@ -171,7 +171,7 @@ class Journal:
         for folder in (self.folder, self.partial / "parts"):
             for file in folder.iterdir() if folder.is_dir() else ():
                 ours = file.name in known or f"{folder.name}/{file.name}" in named
-                if not ours and not (self.records and file.name.startswith(PREFIX)):
+                if not ours and not (self.records and file.name.startswith(FILE_PREFIX)):
                     file.unlink()
 
 

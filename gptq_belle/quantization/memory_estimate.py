@@ -72,7 +72,7 @@ def estimate_memory(job: QuantizationJob) -> MemoryEstimate:
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
     if config.auto_bits is not None:
         config = replace(config, bits=8)  # which a whole block may get
-    packed = max(sum(written_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), shape)
+    packed = max(sum(written_bytes(config.for_linear(f"{stream.arch.blocks}.{index}.{name}"), shape)
                      for name, shape in shapes.items()) for index in range(stream.count))
     full = bool(techniques.alpha) and job.tokens is not None
     originals = sum(4 * math.prod(shape) for shape in shapes.values()) if full else 0
@@ -118,7 +118,7 @@ def output_bytes(job: QuantizationJob) -> int:
     stream, config = job.stream, job.config
     block = stream.blocks.get_submodule("0")
     shapes = stream.linear_shapes
-    linears = sum(written_bytes(config.of(f"{stream.arch.blocks}.{index}.{name}"), shape)
+    linears = sum(written_bytes(config.for_linear(f"{stream.arch.blocks}.{index}.{name}"), shape)
                   for index in range(stream.count) for name, shape in shapes.items())
     plain = sum(2 * parameter.numel() for name, parameter in block.named_parameters()
                 if name.removesuffix(".weight") not in shapes)

@@ -14,9 +14,9 @@ import regex
 
 from gptq_belle.errors import UsageError
 from gptq_belle.models.architectures import Architecture
-from gptq_belle.quantization.config import EXPRESSION, OVERRIDABLE, Override, QuantConfig
+from gptq_belle.quantization.config import OVERRIDABLE, REGEX_REMEDY, Override, QuantConfig
 
-FORM = "Write REGEX=bits:8, REGEX=bits:8,group_size:64, REGEX=sym:false or REGEX=skip."
+OVERRIDE_REMEDY = "Write REGEX=bits:8, REGEX=bits:8,group_size:64, REGEX=sym:false or REGEX=skip."
 START, END = ".*(?:", ")"  # enclose an expression so that it may match anywhere
 BOOLEANS = {"true": True, "false": False}
 
@@ -29,12 +29,12 @@ def parse_override(text: str) -> Override:
     """
     expression, equals, assignments = text.rpartition("=")  # an expression may contain an equals sign too: (?=...)
     if not equals or not expression:
-        raise UsageError(f"override {text!r} does not start with REGEX=", FORM)
+        raise UsageError(f"override {text!r} does not start with REGEX=", OVERRIDE_REMEDY)
     try:
         re.compile(expression)
     except re.error as error:
         raise UsageError(f"override {text!r}: {expression!r} is not a regular expression: {error}",
-                         EXPRESSION) from error
+                         REGEX_REMEDY) from error
     pattern = f"{START}{expression}{END}"
     if assignments == "skip":
         return Override(pattern, skip=True)
@@ -43,7 +43,7 @@ def parse_override(text: str) -> Override:
         key, _, value = assignment.partition(":")
         if key not in OVERRIDABLE or key in values:
             wrong = "given twice" if key in values else "not a setting of a linear"
-            raise UsageError(f"override {text!r}: {key!r} is {wrong}", FORM)
+            raise UsageError(f"override {text!r}: {key!r} is {wrong}", OVERRIDE_REMEDY)
         values[key] = _value(text, key, value)
     return Override(pattern, **values)  # type: ignore[arg-type]
 
@@ -91,7 +91,7 @@ def _value(text: str, key: str, value: str) -> int | bool:
         return BOOLEANS[value]
     if key != "sym" and re.fullmatch(r"-?\d+", value):
         return int(value)
-    raise UsageError(f"override {text!r}: {key} {value!r} is not allowed", FORM)
+    raise UsageError(f"override {text!r}: {key} {value!r} is not allowed", OVERRIDE_REMEDY)
 
 
 def _check_one(name: str, overrides: Sequence[Override]) -> None:
@@ -113,7 +113,7 @@ def _check_one(name: str, overrides: Sequence[Override]) -> None:
 
 
 def _check_stage(config: QuantConfig, prefix: str, stage: tuple[str, ...]) -> None:
-    settings = [config.of(prefix + name) for name in stage]
+    settings = [config.for_linear(prefix + name) for name in stage]
     if any(other != settings[0] for other in settings):
         raise UsageError(f"{prefix}{{{', '.join(stage)}}} would have different settings, but readers fuse them",
                          f"Override all of them alike, such as with '{'|'.join(stage)}=...'.")
@@ -136,6 +136,7 @@ def _check_fused(config: QuantConfig, arch: Architecture, blocks: int) -> None:
         for fused, stage in zip(arch.fused, arch.stages, strict=True):
             prefix = f"{arch.blocks}.{index}."
             matching = [o for o in config.overrides if fused and re.match(o.pattern, prefix + fused)]
-            if fused and (len(matching) > 1 or config.of(prefix + fused) != config.of(prefix + stage[0])):
+            differs = config.for_linear(prefix + fused) != config.for_linear(prefix + stage[0])
+            if fused and (len(matching) > 1 or differs):
                 raise UsageError(f"override {matching[0].pattern!r} also matches {prefix}{fused}, the name of vLLM's "
                                  f"fused {', '.join(stage)}", "Write a more specific expression.")

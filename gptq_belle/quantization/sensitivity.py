@@ -59,7 +59,7 @@ def measure_losses(job: QuantizationJob, stages: Sequence[tuple[int, tuple[str, 
         scratch.unlink(missing_ok=True)
 
 
-def scratch_bytes(job: QuantizationJob, stages: int) -> int:
+def sensitivity_scratch_bytes(job: QuantizationJob, stages: int) -> int:
     """Size of the temporary file for this number of stages, in bytes."""
     measured_rows, solver_rows = _split_rows(job)
     return 4 * int(job.stream.model.config.hidden_size) * ((1 + stages) * measured_rows.numel() + solver_rows.numel())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gptq_belle.quantization.activations import Activations, BatchList
+from gptq_belle.quantization.activations import BatchSource
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.hessian import CrossProductMean, HessianMean
 
@@ -51,8 +51,8 @@ def held_out_rows(rows: int, length: int, *, every: int) -> int:
     return 0 if not every else min(rows // every, max(1, HELD_OUT_TOKENS // length))
 
 
-def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
-                        full: tuple[OriginalWeights, Activations | BatchList] | None, hessian_rows: int,
+def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: BatchSource,
+                        full: tuple[OriginalWeights, BatchSource] | None, hessian_rows: int,
                         advance: Callable[[], None]) -> StageHessians:
     """Run the calibration rows up to a stage and accumulate its Hessians, with targets in both models.
 
@@ -83,8 +83,8 @@ def accumulate_hessians(stream: BlockStream, block: nn.Module, stage: tuple[str,
     return StageHessians(hessian.value, None if cross is None else cross.value, held_out)
 
 
-def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: Activations | BatchList,
-            full: tuple[OriginalWeights, Activations | BatchList] | None, advance: Callable[[], None],
+def _inputs(stream: BlockStream, block: nn.Module, stage: tuple[str, ...], batches: BatchSource,
+            full: tuple[OriginalWeights, BatchSource] | None, advance: Callable[[], None],
             ) -> Iterator[tuple[Tensor, Tensor]]:
     """The stage's inputs (rows, T, K) in the quantized and in the full-precision model, some rows at a time."""
     pairs = ((states, states) for states in batches) if full is None else zip(batches, full[1], strict=True)

@@ -180,7 +180,7 @@ def _fill(stream: BlockStream, root: str, module: nn.Module, written: Mapping[st
 
 
 def _read_quantized(stem: str, written: Mapping[str, TensorFile], config: QuantConfig) -> QuantizedWeight:
-    own = config.of(stem)
+    own = config.for_linear(stem)
     assert own is not None
     packed = PackedWeight(*(written[f"{stem}.{part}"].tensor(f"{stem}.{part}") for part in PackedWeight._fields))
     return unpack(packed, own.bits, config.checkpoint_format)

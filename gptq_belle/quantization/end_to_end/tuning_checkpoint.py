@@ -11,7 +11,7 @@ from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
 from gptq_belle.common.files import FileChecksum, matches_checksum, write_json_atomically
 from gptq_belle.errors import GptqBelleError
 
-PREFIX = "tuning-checkpoint"
+FILE_PREFIX = "tuning-checkpoint"
 
 
 class TuningState(NamedTuple):
@@ -32,15 +32,15 @@ class TuningCheckpoint:
 
     def __init__(self, folder: Path, origin: Any) -> None:
         self.folder, self.origin = folder, json.loads(json.dumps(origin))  # as JSON returns it: tuples become lists
-        self._record = folder / f"{PREFIX}.json"
+        self._record = folder / f"{FILE_PREFIX}.json"
 
     def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Replace the checkpoint durably: after this returns, it survives a crash and a power cut."""
-        name = f"{PREFIX}-{step:06d}.safetensors"
+        name = f"{FILE_PREFIX}-{step:06d}.safetensors"
         stamp = write_tensors(self.folder / name, tensors)
         write_json_atomically(self._record, {"origin": self.origin, "step": step, "state": state, "file": name,
                                           "stamp": stamp})
-        for file in self.folder.glob(f"{PREFIX}-*"):
+        for file in self.folder.glob(f"{FILE_PREFIX}-*"):
             if file.name != name:
                 file.unlink()
 

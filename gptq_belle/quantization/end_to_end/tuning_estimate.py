@@ -31,7 +31,7 @@ def tuning_bytes(job: QuantizationJob) -> int:
     total = 4 * COPIES * stream.count * vectors
     for index in range(stream.count):
         for name, (k, n) in shapes.items():
-            if (own := config.of(f"{stream.arch.blocks}.{index}.{name}")) is None:
+            if (own := config.for_linear(f"{stream.arch.blocks}.{index}.{name}")) is None:
                 total += 4 * n * k
             else:
                 groups = 1 if own.group_size == -1 else k // own.group_size
@@ -105,7 +105,7 @@ def _trainable(job: QuantizationJob, block: nn.Module) -> Iterator[nn.Module]:
     stream = job.stream
     before = {}
     for name in stream.arch.linears:
-        if (own := job.config.of(f"{stream.arch.blocks}.0.{name}")) is not None:
+        if (own := job.config.for_linear(f"{stream.arch.blocks}.0.{name}")) is not None:
             linear: Any = block.get_submodule(name)
             before[name] = linear
             block.set_submodule(name, TrainableLinear(round_to_nearest(linear.weight, own).weight, linear.bias))

@@ -98,7 +98,7 @@ def tuning_rows(job: QuantizationJob, scratch: Path, step: Callable[[int], None]
     return TuningRows(inputs[:split], targets[:split], seed), TuningRows(inputs[split:], targets[split:])
 
 
-def scratch_bytes(job: QuantizationJob) -> int:
+def tuning_scratch_bytes(job: QuantizationJob) -> int:
     """Size of the temporary file of `tuning_rows`, in bytes."""
     assert job.tokens is not None
     return 8 * int(job.stream.model.config.hidden_size) * sum(part.numel() for part in split_rows(job.tokens))
