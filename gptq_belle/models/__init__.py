@@ -1,1 +1,1 @@
-"""What differs between architectures, as tables and arithmetic on config.json. Reads and writes no files."""
+"""Architectures, decoder configuration, sizes and the BELLE catalogue, from config.json. No file access."""

@@ -1,4 +1,4 @@
-"""What differs between architectures, as a table: where the blocks are, their linears in order, the prompt."""
+"""Table of supported architectures: module names, linears in execution order, prompt style."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ from gptq_belle.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Names inside a transformers model of one ``model_type``.
+    """Names in a transformers model of one ``model_type``.
 
     Attributes:
-        prefix: the base model's attribute, and the prefix of its tensors' names in a checkpoint.
-        blocks: the list of decoder blocks, as a dotted path from the causal model.
-        modules_before: modules that run before the first block.
-        modules_after: modules that run behind the last one, the head excepted.
-        stages: linears of a block by the order in which they run; those of one stage see the same input. The second one
-            is attention's output projection.
-        attention: the module of a block that ends in it.
-        residual_in_attention: that module adds its second argument to its result.
-        inner_copies: tensors of the feed-forward's inner size alive at a time in a forward pass, as measured.
-        prompt_style: the usual prompt style of BELLE models with this architecture (see prompts/styles.py).
-        fused: for each stage, the name under which vLLM and SGLang run it as one linear; "" where it is one.
+        prefix: attribute of the base model, and prefix of its tensor names in a checkpoint.
+        blocks: dotted path of the list of decoder blocks.
+        modules_before: modules that run before the first block; the first one is the embedding.
+        modules_after: modules that run after the last block, except the lm_head.
+        stages: linears of a block in execution order; those of one stage have the same input. The second stage is the
+            output projection of attention.
+        attention: the attention module of a block, which ends with that projection.
+        residual_in_attention: whether that module adds its second argument (the residual) to its result.
+        inner_copies: measured number of tensors of the feed-forward's inner size in memory during a forward pass.
+        prompt_style: default prompt style of BELLE models with this architecture, see prompts/styles.py.
+        fused: for each stage, the name of the single linear that vLLM and SGLang run; "" if the stage is one linear.
     """
 
     prefix: str
@@ -36,12 +36,12 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """All quantized linears of a block, by their path inside it, in the order in which they run."""
+        """Paths of all quantized linears in a block, in execution order."""
         return tuple(name for stage in self.stages for name in stage)
 
     @property
     def output(self) -> str:
-        """Attention's output projection, by its path inside a block."""
+        """Path of the output projection of attention in a block."""
         return self.stages[1][0]
 
 
@@ -90,10 +90,10 @@ LM_HEAD = "lm_head"
 
 
 def architecture(model_type: object) -> Architecture:
-    """The table's row for config.json's ``model_type``.
+    """Return the architecture of a ``model_type``.
 
     Raises:
-        InputError: an architecture that is not in the table.
+        InputError: the architecture is not supported.
     """
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         names = ", ".join(ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""The BELLE family by name: where each model is published, its configuration, and what to do before it can answer."""
+"""Catalogue of the published BELLE models: hub id, configuration, form of publication, and the next command."""
 
 from typing import Any, NamedTuple
 
@@ -20,19 +20,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FULL, STATES, ENCRYPTED, ENCRYPTED_STATES = "full precision", ".pt files", "encrypted", "encrypted .pt files"
 ON_BLOOM = "research only (BELLE); BLOOM's RAIL licence"
 ON_LLAMA = "research only (BELLE); gpl-3.0 for the difference; Meta's terms for LLaMA"
-GROUP_SIZE = 128  # of the sizes shown
+GROUP_SIZE = 128  # group size of the shown file sizes
 
 
 class BelleModel(NamedTuple):
-    """One model.
+    """One published model.
 
     Attributes:
-        name: by which it is known here, and behind ``BelleGroup/`` on the hub.
-        config: the key of `named.CONFIGS` that it was tuned from.
-        kind: how it was published: FULL, STATES, ENCRYPTED or ENCRYPTED_STATES.
-        published: gigabytes of weights as published, of each file where there are several; None where unknown.
-        licence: a note, not advice.
-        files: its .pt files, where those are to be chosen from.
+        name: name in this catalogue and of the repository ``BelleGroup/name`` on the hub.
+        config: key of CONFIGS.
+        kind: form of publication: FULL, STATES, ENCRYPTED or ENCRYPTED_STATES.
+        published: size of the published weights in GB, for each file if there are several; None if unknown.
+        licence: note on the licence, not legal advice.
+        files: its .pt files, if one of them must be chosen.
     """
 
     name: str
@@ -44,17 +44,17 @@ class BelleModel(NamedTuple):
 
     @property
     def hub_id(self) -> str:
-        """The repository on the hub."""
+        """Hub id."""
         return f"BelleGroup/{self.name}"
 
     @property
     def architecture(self) -> str:
-        """config.json's model_type."""
+        """model_type of config.json."""
         return str(CONFIGS[self.config]["model_type"])
 
     @property
     def next_step(self) -> str:
-        """The verb that it goes into."""
+        """The command to run after downloading the model."""
         place = f"{self.name}/{self.files[0]}" if self.files else self.name
         verb = {FULL: "quantize", STATES: "convert"}.get(self.kind, "decrypt")
         return f"gptq-belle {verb} {place} OUT" + (" --key consolidated.00.pth" if verb == "decrypt" else "")
@@ -64,7 +64,7 @@ def _pt(prefix: str) -> tuple[str, str]:
     return f"{prefix}-4bit-128g.pt", f"{prefix}-8bit-128g.pt"
 
 
-# Sizes: BELLE's models/gptq/README.md and the models' pages; GiB there, rounded as there.
+# Sizes: models/gptq/README.md of BELLE and the pages of the models, in GiB and rounded as there.
 BELLE_MODELS = (
     BelleModel("BELLE-7B-0.2M", "belle-7b", FULL, "27", ON_BLOOM),
     BelleModel("BELLE-7B-0.6M", "belle-7b", FULL, "27", ON_BLOOM),
@@ -81,17 +81,17 @@ BELLE_MODELS = (
 
 
 def find_belle_model(name: str) -> BelleModel | None:
-    """The model of that name, or of that hub id; case does not matter."""
+    """Find a model by its name or hub id, ignoring case; None if it is not in the catalogue."""
     bare = name.lower().removeprefix("bellegroup/")
     return next((each for each in BELLE_MODELS if each.name.lower() == bare), None)
 
 
 def check_release_kind(found: BelleModel, kinds: tuple[str, ...]) -> None:
-    """Say which verb a model goes into first.
+    """Check that a model was published in one of some forms.
 
     Raises:
-        UsageError: it was published in none of these `kinds`.
+        UsageError: it was not; the remedy is the command to run first.
     """
     if found.kind not in kinds:
-        raise UsageError(f"{found.name} is published in another form: {found.kind}",
-                         f"First: {found.next_step}")
+        raise UsageError(f"{found.name} is published as {found.kind}",
+                         f"Run first: {found.next_step}")

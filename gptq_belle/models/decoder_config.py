@@ -1,4 +1,4 @@
-"""What a decoder needs to know besides shapes, read from config.json and validated before any weight is read."""
+"""Decoder configuration from config.json: sizes, positions, norms. Validated before any weight is read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,33 +11,33 @@ from torch import Tensor
 from gptq_belle.errors import InputError
 from gptq_belle.models.dimensions import LARGEST, Dimensions, dimensions
 
-THETA = 10000.0  # where the configuration does not say
+DEFAULT_ROPE_THETA = 10000.0
 
 
-def frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
-    """Angle a position of each pair of a head's dimensions: (head_dim / 2,) float32.
+def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Rotary frequencies (head_dim / 2,) float32: angle per position for each pair of dimensions of a head.
 
     Args:
-        config: config.json; ``rope_parameters``, or ``rope_scaling`` and ``rope_theta`` of files before transformers 5.
-        head_dim: even.
+        config: config.json with ``rope_parameters``, or ``rope_scaling`` and ``rope_theta`` before transformers 5.
+        head_dim: size of a head, even.
     Raises:
-        InputError: a kind of scaling that is not in SCALINGS, or a figure that cannot be.
+        InputError: the kind of scaling is not in SCALINGS, or a value is invalid.
     """
     stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(stated, dict):
-        raise InputError(f"config.json's rope_parameters {str(stated)[:40]!r} are not an object", "It is damaged.")
+        raise InputError(f"config.json's rope_parameters {str(stated)[:40]!r} are not a JSON object", "It is damaged.")
     kind = stated.get("rope_type", stated.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise InputError(f"rope_type {str(kind)[:40]!r} is not supported", f"It must be one of {', '.join(SCALINGS)}.")
     if stated.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise InputError("partial_rotary_factor other than 1 is not supported", "Use another model.")
-    theta = _number({"rope_theta": THETA} | dict(config) | stated, "rope_theta")
+    theta = _number({"rope_theta": DEFAULT_ROPE_THETA} | dict(config) | stated, "rope_theta")
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     return SCALINGS[kind](plain, {"max_position_embeddings": config.get("max_position_embeddings")} | stated)
 
 
-def _as_they_are(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
-    """"default", and "dynamic", which changes nothing up to max_position_embeddings, where the context ends here."""
+def _unscaled(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
+    """Kinds "default" and "dynamic": the latter changes nothing within max_position_embeddings, our context limit."""
     return plain
 
 
@@ -46,17 +46,17 @@ def _linear(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
 
 
 def _llama3(plain: Tensor, stated: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1: long waves stretched by the factor, short ones left, and a smooth passage between."""
+    """Llama 3.1: low frequencies divided by the factor, high ones unchanged, a smooth transition between."""
     factor, low, high = (_number(stated, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     before = stated.get("original_max_position_embeddings") or stated.get("max_position_embeddings")
     original = _number({"original_max_position_embeddings": before}, "original_max_position_embeddings")
-    turns = original * plain / (2 * math.pi)  # of each wave within the original context
+    turns = original * plain / (2 * math.pi)  # rotations within the original context
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return plain / factor * (1 - share) + plain * share
 
 
 SCALINGS: dict[str, Callable[[Tensor, Mapping[str, Any]], Tensor]] = {
-    "default": _as_they_are, "dynamic": _as_they_are, "linear": _linear, "llama3": _llama3}
+    "default": _unscaled, "dynamic": _unscaled, "linear": _linear, "llama3": _llama3}
 
 
 def _number(stated: Mapping[str, Any], key: str) -> float:
@@ -75,17 +75,17 @@ LIMITS = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "inte
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """What a decoder needs to know about one model.
+    """Configuration of a decoder.
 
     Attributes:
         dimensions: sizes of its tensors.
-        context: the most tokens of prompt and answer together; None where the configuration does not say. With a
-            sliding window (Mistral), the window: within it attention sees everything, as it does here.
-        eps: of the norms.
-        frequencies: of rotary embeddings, (head_dim / 2,) float32; None where positions come by ALiBi.
-        slopes: of ALiBi, (heads,) float32; None where there are rotary embeddings.
+        context: limit of prompt and answer tokens together; None if the configuration does not state one. For a sliding
+            window (Mistral) it is the window: within it, full attention gives the same result.
+        eps: epsilon of the norms.
+        frequencies: rotary frequencies (head_dim / 2,) float32; None with ALiBi.
+        slopes: ALiBi slopes (heads,) float32; None with rotary embeddings.
         normed_residual: BLOOM's apply_residual_connection_post_layernorm.
-        eos: token ids that config.json names as the end of an answer.
+        eos: eos token ids of config.json.
     """
 
     dimensions: Dimensions
@@ -98,10 +98,10 @@ class DecoderConfig:
 
 
 def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder configuration of a config.json.
+    """Read the decoder configuration of a config.json.
 
     Raises:
-        InputError: a figure that is missing, of a wrong kind, or that fits no model of this architecture.
+        InputError: a value is missing, has a wrong type, or is not supported for this architecture.
     """
     figures = dimensions(config)
     _check_dimensions(figures, config)
@@ -111,8 +111,8 @@ def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         dimensions=figures,
         context=min(limits) if limits else None,
-        eps=_small(config, "layer_norm_epsilon" if bloom else "rms_norm_eps", 1e-5 if bloom else 1e-6),
-        frequencies=None if bloom else frequencies(config, figures.head_dim),
+        eps=_fraction(config, "layer_norm_epsilon" if bloom else "rms_norm_eps", 1e-5 if bloom else 1e-6),
+        frequencies=None if bloom else rotary_frequencies(config, figures.head_dim),
         slopes=alibi_slopes(figures.num_heads) if bloom else None,
         normed_residual=bloom and bool(config.get("apply_residual_connection_post_layernorm")),
         eos=token_ids(config, "eos_token_id"),
@@ -120,18 +120,18 @@ def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """Slopes (heads,) float32 of Press et al. (2108.12409): powers of 2**(-8 / n) for n, the power of two at or below
-    `heads`, then every second one of those for 2 n."""
+    """ALiBi slopes (heads,) float32 (arXiv 2108.12409): the powers of 2**(-8 / n), where n is the largest power of two
+    up to `heads`, then every second one for 2 n."""
     n = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 / n * (i + 1)) for i in range(n)]
     return torch.tensor(slopes + [2 ** (-4 / n * (2 * i + 1)) for i in range(heads - n)])
 
 
 def token_ids(config: Mapping[str, Any], key: str) -> frozenset[int]:
-    """One token id or a list of them; none where the key is not there.
+    """Read a token id or a list of them; empty if the key is missing.
 
     Raises:
-        InputError: something else.
+        InputError: the value is not a token id or a list of them.
     """
     value = config.get(key)
     found = value if isinstance(value, list) else [] if value is None else [value]
@@ -156,17 +156,17 @@ def _check_dimensions(d: Dimensions, config: Mapping[str, Any]) -> None:
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
-    """The sliding window: Mistral's, 4096 where nothing is stated, and Qwen2's where it is switched on."""
+    """Sliding window: of Mistral (default 4096), and of Qwen2 if use_sliding_window is set; else None."""
     value = config.get("sliding_window", 4096)
     if value is None or (config.get("model_type") != "mistral" and not config.get("use_sliding_window")):
         return None
     if type(value) is not int or value < 1:
-        raise InputError(f"sliding_window {str(value)[:40]!r} is not a count", DAMAGED)
+        raise InputError(f"sliding_window {str(value)[:40]!r} is not a positive integer", DAMAGED)
     return value
 
 
-def _small(config: Mapping[str, Any], key: str, default: float) -> float:
+def _fraction(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f"{key} {str(value)[:40]!r} is not a small number", DAMAGED)
+        raise InputError(f"{key} {str(value)[:40]!r} is not a number from 0 to 1", DAMAGED)
     return float(value)

@@ -1,27 +1,27 @@
-"""From tokens to text that may be shown: whole characters, and never a stop string."""
+"""Convert streamed tokens to text: only complete characters, cut off before the first stop string."""
 
 from collections.abc import Callable, Iterable
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_PENDING_BYTES = 32  # of incomplete characters; SentencePiece's decoder returns whole runs of them at once
+MAX_PENDING_BYTES = 32  # of incomplete characters: SentencePiece's decoder returns long runs of them at once
 
 
 class IncrementalDecoder:
-    """Tokens in, text out, as soon as it can no longer change: byte-level tokens split Chinese characters.
+    """Decodes streamed tokens, and returns text when it can no longer change: tokens can split Chinese characters.
 
     Args:
-        decode: token ids to text, special tokens left out.
+        decode: function that decodes token ids to text without special tokens.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._ids: list[int] = []
-        self._start = 0  # the window that is decoded: some tokens of context (LLaMA drops a first space), and new ones
-        self._mark = 0  # where the last whole text ended
-        self._shown = ""  # the part of the window's text that was given out
+        self._start = 0  # first token that is decoded: some context is needed, as LLaMA drops a leading space
+        self._complete = 0  # number of tokens whose text is complete
+        self._shown = ""  # the part of the decoded text that was returned
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that is now certain and was not before."""
+        """Add tokens and return the text that is now final."""
         self._ids += ids
         text = self._decode(self._ids[self._start:])
         whole = text.rstrip(REPLACEMENT)
@@ -29,23 +29,23 @@ class IncrementalDecoder:
             whole = text
         new = whole[len(self._shown):]
         self._shown = whole
-        if whole == text and len(self._ids) > self._mark:
-            self._start, self._mark = self._mark, len(self._ids)
+        if whole == text and len(self._ids) > self._complete:
+            self._start, self._complete = self._complete, len(self._ids)
             self._shown = self._decode(self._ids[self._start:])
         return new
 
     def finish(self) -> str:
-        """What was held back: bytes that never became a character, as replacement characters."""
+        """Return the remaining text; incomplete characters become replacement characters."""
         text = self._decode(self._ids[self._start:])
         new, self._shown = text[len(self._shown):], text
         return new
 
 
 class StopStrings:
-    """Text in, text out up to the stop string that is complete first; a possible beginning of one is held back.
+    """Cuts off streamed text at the first complete stop string, and holds back text that may be the start of one.
 
     Attributes:
-        stopped: a stop string was met; nothing comes out any more.
+        stopped: whether a stop string was found; no text is returned after it.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -54,7 +54,7 @@ class StopStrings:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """The text that may be shown now."""
+        """Add text and return the part that can be shown."""
         if self.stopped:
             return ""
         self._held += text
@@ -62,37 +62,37 @@ class StopStrings:
         if found:
             self.stopped = True
             return self._held[: min(found)[1]]
-        return self._release(len(self._held) - max(map(self._beginning, self._stops), default=0))
+        return self._release(len(self._held) - max(map(self._overlap, self._stops), default=0))
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return the text that was held back, at the end of the answer."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
         return text
 
-    def _beginning(self, stop: str) -> int:
-        """How many of the last characters are the beginning of `stop`."""
+    def _overlap(self, stop: str) -> int:
+        """Number of characters at the end of the text that are the start of `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 class TextStream:
-    """Tokens in, text that may be shown out: `IncrementalDecoder` followed by `StopStrings`."""
+    """Converts streamed tokens to text that can be shown: `IncrementalDecoder` followed by `StopStrings`."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Iterable[str] = ()) -> None:
-        self._whole = IncrementalDecoder(decode)
+        self._decoder = IncrementalDecoder(decode)
         self._stops = StopStrings(stops)
 
     @property
     def stopped(self) -> bool:
-        """True once a stop string was met: generation should end."""
+        """Whether a stop string was found, so that generation should end."""
         return self._stops.stopped
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Text that can be shown after these tokens."""
-        return self._stops.feed(self._whole.feed(ids))
+        """Add tokens and return the text that can be shown."""
+        return self._stops.feed(self._decoder.feed(ids))
 
     def finish(self) -> str:
-        """The remaining text after the last token."""
-        return self._stops.feed(self._whole.finish()) + self._stops.finish()
+        """Return the remaining text after the last token."""
+        return self._stops.feed(self._decoder.finish()) + self._stops.finish()

@@ -1,7 +1,7 @@
-"""BELLE's prompts, and the way from tokens to text that may be shown: whole characters, and never a stop string.
+"""BELLE's prompt styles, and their chat templates.
 
-The models were tuned on one of three wordings. Answers end with eos; where a model runs on into the next question
-instead, ``Human:`` is taken as its end.
+The models were tuned on one of three styles. Answers end with eos. If a model generates the next question instead,
+``Human:`` is used as a stop string.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import architecture
 
-EXTENDED_VOCABULARY = 79458  # tokens of BELLE-LLaMA-EXT-7B and -13B, which were tuned on the style with line breaks
+EXTENDED_VOCABULARY = 79458  # vocabulary size of BELLE-LLaMA-EXT-7B and -13B, which were tuned on style "newline"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
-    """One wording of the prompt.
+    """One format of prompts.
 
     Attributes:
-        before: what stands in front of a question.
-        after: what stands between a question and its answer.
-        special_tokens: whether the tokenizer adds what it usually adds (LLaMA's BOS) in front of a conversation.
-        stops: strings that end an answer and are not shown; the line breaks in front of ``Human:`` go with it.
+        before: text before a question.
+        after: text between a question and its answer.
+        special_tokens: whether the tokenizer's special tokens (LLaMA's BOS) precede a conversation.
+        stops: strings that end an answer and are not shown, including line breaks before ``Human:``.
     """
 
     before: str
@@ -39,17 +39,17 @@ STYLES = {
 
 
 class Turn(NamedTuple):
-    """A question and its answer; None where the model is to give it."""
+    """A question and its answer; None if the model has to generate the answer."""
 
     question: str
     answer: str | None = None
 
 
 def get_style(name: str) -> PromptStyle:
-    """The row of STYLES.
+    """Return a prompt style by its name in STYLES.
 
     Raises:
-        UsageError: no such style.
+        UsageError: unknown style.
     """
     if name not in STYLES:
         raise UsageError(f"prompt style {name!r} is not known", f"Choose one of {', '.join(STYLES)}.")
@@ -57,10 +57,10 @@ def get_style(name: str) -> PromptStyle:
 
 
 def render_conversation(turns: Iterable[Turn], style: str, eos: str) -> str:
-    """The text of a conversation, without BOS; each answer is followed by eos.
+    """Render a conversation as text, without BOS; each answer is followed by eos.
 
     Raises:
-        UsageError: no such style.
+        UsageError: unknown style.
     """
     frame = get_style(style)
     answers = ((turn, "" if turn.answer is None else turn.answer + eos) for turn in turns)
@@ -68,10 +68,10 @@ def render_conversation(turns: Iterable[Turn], style: str, eos: str) -> str:
 
 
 def turns_from_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """Turns of a list of ``{"role": ..., "content": ...}``; a system text opens the next question.
+    """Convert messages ``{"role": ..., "content": ...}`` to turns; a system message is added to the next question.
 
     Raises:
-        UsageError: roles other than system, user, assistant, or an answer without a question.
+        UsageError: an unknown role, or an answer without a question.
     """
     turns: list[Turn] = []
     system = ""
@@ -85,19 +85,20 @@ def turns_from_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
         elif role == "assistant" and turns and turns[-1].answer is None:
             turns[-1] = Turn(turns[-1].question, content)
         else:
-            raise UsageError(f"a message of role {role!r} cannot stand here",
-                             "Alternate user and assistant; system texts come before a question.")
+            raise UsageError(f"a message with role {role!r} is not allowed here",
+                             "Alternate user and assistant; system messages come before a question.")
     return turns
 
 
 def chat_template(style: str, *, bos: bool = False) -> str:
-    """The same wording as a jinja template for transformers and other runtimes.
+    """Return a prompt style as a jinja chat template for transformers and other programs.
 
     Args:
         style: a key of STYLES.
-        bos: begin with the tokenizer's BOS: for tokenizers that add it to every text (templates are tokenized without).
+        bos: whether to start with BOS, for tokenizers that add it to every text: the result of a template is tokenized
+            without special tokens.
     Raises:
-        UsageError: no such style.
+        UsageError: unknown style.
     """
     frame = get_style(style)
     return (
@@ -115,28 +116,29 @@ def chat_template(style: str, *, bos: bool = False) -> str:
 
 
 def detect_style(config: Mapping[str, Any], template: str | None = None) -> str:
-    """The prompt style of a model: what config.json's ``prompt_style`` says, else our chat template, else model_type
-    and vocabulary.
+    """Detect the prompt style of a model: by ``prompt_style`` of config.json, else by a chat template that
+    `chat_template` generated, else by model_type and vocabulary size.
 
     Raises:
-        InputError: the hint is not a known style, or the architecture is not known.
+        InputError: unknown style or architecture.
     """
     hint = config.get("prompt_style")
     if hint is not None:
         if hint not in STYLES:
-            raise InputError(f"config.json's prompt_style {hint!r} is not known", f"It must be one of {_names()}.")
+            raise InputError(f"config.json's prompt_style {hint!r} is not known",
+                             f"It must be one of {', '.join(STYLES)}.")
         return str(hint)
-    ours = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
-    usual = "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
+    generated = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
+    default = "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
         config.get("model_type")).prompt_style
-    return ours.get(template or "") or usual
+    return generated.get(template or "") or default
 
 
 def set_prompt_style(config: dict[str, Any], name: str | None) -> None:
-    """Write a style that the user names into a config.json, where `detect_style` finds it first; None chooses nothing.
+    """Set ``prompt_style`` of a config.json, which takes precedence in `detect_style`; None changes nothing.
 
     Raises:
-        UsageError: no such style.
+        UsageError: unknown style.
     """
     if name is not None:
         get_style(name)
@@ -144,9 +146,4 @@ def set_prompt_style(config: dict[str, Any], name: str | None) -> None:
 
 
 def _quoted(text: str) -> str:
-    """A jinja string literal."""
     return "'" + text.replace("\n", "\\n") + "'"
-
-
-def _names() -> str:
-    return ", ".join(STYLES)
