@@ -65,7 +65,7 @@ class CpuMatmul:
                 was written.
         """
         rows = _to_contiguous_float32(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-        check_tensors((None, self._inputs), x=rows)
+        check_tensors((rows.shape[0], self._inputs), x=rows)
         y = empty_result(rows.shape[0], self._outputs)
         inside = addend is not None and is_contiguous_float32(addend) and addend.shape == y.shape
         execute(CallStruct(PRODUCT, self.weight.parts, self._address, rows.data_ptr(),

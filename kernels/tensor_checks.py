@@ -20,8 +20,8 @@ def check_tensors(shape: tuple[int | None, ...], *dtypes: torch.dtype, device: t
         ValueError: the first tensor that differs; the message names it and what is required.
     """
     for name, tensor in tensors.items():
-        fits = tensor.dim() == len(shape) and all(
-            required in (None, size) for required, size in zip(shape, tensor.shape, strict=True))
+        fits = tensor.shape == shape or (tensor.dim() == len(shape) and all(
+            required in (None, size) for required, size in zip(shape, tensor.shape, strict=True)))
         if (not fits or (dtypes and tensor.dtype not in dtypes) or (contiguous and not tensor.is_contiguous())
                 or (device is not None and tensor.device != device)):
             sizes = ", ".join("any" if size is None else str(size) for size in shape)
