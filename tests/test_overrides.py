@@ -9,7 +9,7 @@ import regex
 import torch
 from conftest import job_output, naming, packed_checkpoint
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
 from gptq_belle.bench.throughput import bench
@@ -224,8 +224,7 @@ def test_redundant_override_does_not_change_the_format():
 def test_group_size_that_does_not_divide_a_linear_is_refused(tiny_llama, tmp_path):
     path = tmp_path / "odd"
     shutil.copytree(tiny_llama, path)
-    stated = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(stated | {"intermediate_size": 224}))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, intermediate_size=224)).save_pretrained(path)
     with pytest.raises(UsageError, match=naming(64, 224, "model.layers.0.mlp.down_proj")):
         prepare_job(path, config("llama", "down_proj=group_size:64"), CALIBRATION, "cpu")
 
