@@ -11,6 +11,8 @@ from gptq_belle.errors import InputError
 from gptq_belle.models.decoder_config import token_ids
 
 GENERATION = "generation_config.json"
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens")
+CORRECT_IT = "Correct the value, or remove the file."
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
@@ -34,6 +36,9 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
     """
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token_ids(stated, key)
+    for key in NUMBERS:
+        if type(stated.get(key)) not in (int, float, type(None)):
+            raise InputError(f"{path}: {key} {str(stated[key])[:40]!r} is not a number", CORRECT_IT)
     reason = ""
     if any(token < 0 for token in token_ids(stated, "pad_token_id")):
         stated = {key: value for key, value in stated.items() if key != "pad_token_id"}
@@ -44,4 +49,4 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
             reason = reason or " ".join(str(error).split())[:200]
         else:
             return content
-    raise InputError(f"{path} is not understood: {reason}", "Correct the value, or remove the file.")
+    raise InputError(f"{path} is not understood: {reason}", CORRECT_IT)

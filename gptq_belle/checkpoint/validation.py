@@ -4,7 +4,7 @@
 and small tensors only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -48,14 +48,16 @@ def check_model(reader: CheckpointReader, quantization: Quantization | None) -> 
 def list_problems(reader: CheckpointReader, quantization: Quantization | None) -> list[str]:
     """Everything that keeps a directory from loading or from answering well; empty for a sound one.
 
-    Beyond `check_model` this includes the values of scales, zero points and group indices, and the tokenizer.
+    Beyond `check_model` this includes the values of scales, zero points and group indices, the tokenizer, and linears
+    of a full-precision model that cannot be packed.
     """
     try:
         d = read_decoder_config(reader.config).dimensions
     except InputError as error:
         return [error.cause]
     kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization), _generation_problems(reader.path),
-             _value_problems(reader, d, quantization), _tokenizer_problems(reader.path, d.vocab_size))
+             _value_problems(reader, d, quantization), _tokenizer_problems(reader.path, d.vocab_size),
+             size_problems(linear_shapes(d)) if quantization is None else iter(()))
     return [text for kind in kinds for text in _shortened(kind)]
 
 
@@ -65,6 +67,14 @@ def is_act_ordered(reader: CheckpointReader) -> bool:
     found = (reader.tensor(name) for name in names
              if name in reader and reader.dtype(name) in (torch.int32, torch.int64) and len(reader.shape(name)) == 1)
     return any(bool((g_idx[1:] < g_idx[:-1]).any()) for g_idx in found)
+
+
+def size_problems(linears: Mapping[str, LinearShape]) -> Iterator[InputError]:
+    """Linears that the GPTQ format cannot hold, because their codes do not fill whole 32-bit words."""
+    for name, (k, n) in linears.items():
+        if k % 32 or n % 32:
+            yield InputError(f"{name} has {k} inputs and {n} outputs, and packing needs multiples of 32",
+                             f"Leave it unquantized: --override '{name}=skip'.")
 
 
 def _linears(d: Dimensions) -> dict[str, LinearShape]:

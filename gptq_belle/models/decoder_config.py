@@ -29,8 +29,10 @@ def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
     kind = stated.get("rope_type", stated.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise InputError(f"rope_type {str(kind)[:40]!r} is not supported", f"It must be one of {', '.join(SCALINGS)}.")
-    if stated.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise InputError("partial_rotary_factor other than 1 is not supported", "Use another model.")
+    rotary_share = stated.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rotary_share not in (None, 1, 1.0):
+        raise InputError(f"partial_rotary_factor {str(rotary_share)[:40]} is not supported",
+                         "Only models that rotate all dimensions of a head can be run.")
     theta = _number({"rope_theta": DEFAULT_ROPE_THETA} | dict(config) | stated, "rope_theta")
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     return SCALINGS[kind](plain, {"max_position_embeddings": config.get("max_position_embeddings")} | stated)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.lora_adapter import open_source
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer
-from gptq_belle.checkpoint.validation import check_model
+from gptq_belle.checkpoint.validation import check_model, size_problems
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import detect_style, set_prompt_style
@@ -38,16 +39,16 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
         UsageError: the group size does not divide a layer's inputs.
         InputError: a layer's sizes do not fill whole words.
     """
-    shapes = [(f"{stream.arch.blocks}.{index}.{name}", shape) for index in range(stream.count)
-              for name, shape in stream.linear_shapes.items()]
-    for name, (k, n) in shapes:
+    for index, (linear, shape) in product(range(stream.count), stream.linear_shapes.items()):
+        name = f"{stream.arch.blocks}.{index}.{linear}"
         own = config.for_linear(name)
-        if own is not None and own.group_size != -1 and k % own.group_size:
-            raise UsageError(f"group size {own.group_size} does not divide the {k} inputs of {name}",
+        if own is None:
+            continue
+        if own.group_size != -1 and shape.in_features % own.group_size:
+            raise UsageError(f"group size {own.group_size} does not divide the {shape.in_features} inputs of {name}",
                              "Choose a group size of 32, 64 or 128 that does, or -1 for one group per output channel.")
-        if own is not None and (k % 32 or n % 32):
-            raise InputError(f"{name} has {k} inputs and {n} outputs, and packing needs multiples of 32",
-                             "The GPTQ format cannot hold models of such sizes.")
+        for problem in size_problems({linear: shape}):
+            raise problem
 
 
 @dataclass(frozen=True, slots=True)
