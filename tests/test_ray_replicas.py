@@ -108,9 +108,9 @@ def test_server_that_cannot_start_exits_3(tiny_llama, options, named):
 @pytest.mark.parametrize(("cores", "replicas", "each"), [([2], 2, 1), ([8, 4], 2, 4), ([8, 4], 3, 4), ([16, 2], 1, 16),
                                                          ([16, 2], 4, 4), ([2], 3, 0)])
 def test_replica_gets_cores_of_one_machine_only(cores, replicas, each):
-    from gptq_belle.serving.ray_replicas import cores_each
+    from gptq_belle.serving.ray_replicas import cores_per_replica
 
-    assert cores_each(cores, replicas) == each
+    assert cores_per_replica(cores, replicas) == each
 
 
 def test_a_cluster_that_does_not_answer_is_named(tiny_llama, monkeypatch):

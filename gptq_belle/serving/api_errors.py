@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in the format of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,18 +12,18 @@ from gptq_belle.errors import GptqBelleError, HardwareError, UsageError, as_user
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
-SHOWN = 200  # characters of a client's own value that are quoted back to it
+MAX_QUOTED = 200  # characters of an invalid value that are quoted in the message
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: what is wrong and what is allowed.
-        param: the field that is meant.
-        code: a word for programs.
-        headers: such as Retry-After.
+        status: HTTP status.
+        message: the cause and the allowed values.
+        param: name of the invalid field.
+        code: machine-readable error code.
+        headers: additional HTTP headers, such as Retry-After.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
@@ -33,17 +33,17 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON that the client gets."""
+        """Body of the response."""
         return {"error": {"message": self.message, "type": TYPES.get(self.status, "server_error"),
                           "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """Build the HTTP response."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """What a client may know of any exception: usage errors as they are, others in general words."""
+    """Convert any exception to a response: usage errors keep their message, others are described in general terms."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError):
@@ -55,34 +55,34 @@ def from_exception(error: BaseException) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of the application one of this shape."""
+    """Register handlers that convert every error of the application to this format."""
     @app.exception_handler(ApiError)
-    async def ours(_: Request, error: ApiError) -> JSONResponse:
+    async def handle_api_error(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(GptqBelleError)
-    async def library(_: Request, error: GptqBelleError) -> JSONResponse:
+    async def handle_library_error(_: Request, error: GptqBelleError) -> JSONResponse:
         return from_exception(error).response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         return _from_validation(error).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def handle_http_error(_: Request, error: HTTPException) -> JSONResponse:
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+    async def handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
         return from_exception(error).response()
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
-    """The first finding, with the field's path and what pydantic says is allowed."""
+    """Convert the first validation error, with the path of the field and the constraint."""
     first = error.errors()[0]
     path = ".".join(str(step) for step in first["loc"] if step != "body") or None
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    value = repr(first.get("input"))[:SHOWN]
-    what = f"{path}: " if path else ""
-    return ApiError(400, f"{what}{first['msg']} (got {value})", path, "invalid_value")
+    value = repr(first.get("input"))[:MAX_QUOTED]
+    prefix = f"{path}: " if path else ""
+    return ApiError(400, f"{prefix}{first['msg']} (got {value})", path, "invalid_value")

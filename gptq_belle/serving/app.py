@@ -1,4 +1,4 @@
-"""The application: routes, errors, guard, and a model that is loaded while the server answers 503 already."""
+"""The FastAPI application. It answers 503 until the model is loaded."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -13,33 +13,32 @@ from gptq_belle.serving import api_errors, routes_completions, routes_info
 from gptq_belle.serving.request_guard import RequestGuard
 from gptq_belle.serving.service import AppState, Limits, Service
 
-REFUSALS = {"400": "A field has a value that is not allowed; the message names it.", "401": "No valid API key.",
-            "413": "The body is too large.", "429": "Too many answers wait already.",
+ERROR_RESPONSES = {"400": "A field has an invalid value; the message names it.", "401": "No valid API key.",
+            "413": "The body is too large.", "429": "The queue is full, or too many requests are open.",
             "503": "The model is being loaded, or the server is stopping."}
 
 
 def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: str | None = None,
-               local_only: bool = True, failed: Callable[[BaseException], None] | None = None,
-               at_once: bool = False) -> FastAPI:
-    """The server as an ASGI application.
+               local_only: bool = True, on_failure: Callable[[BaseException], None] | None = None,
+               load_first: bool = False) -> FastAPI:
+    """Create the ASGI application.
 
     Args:
-        load: makes the service; called in a thread once the server runs.
-        limits: of bodies and requests.
-        api_key: see `RequestGuard`.
-        local_only: see `RequestGuard`.
-        failed: told why `load` failed.
-        at_once: load before anything is answered, and do not start where that fails.
+        load: function that loads the model; called in a thread when the server starts.
+        limits: limits of requests.
+        api_key, local_only: see `RequestGuard`.
+        on_failure: called with the exception if `load` fails.
+        load_first: load the model before the first request is answered; the server does not start if that fails.
     """
     state = AppState()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if at_once:
+        if load_first:
             state.service = await asyncio.to_thread(load, state)
             yield
         else:
-            loading = asyncio.create_task(_load(state, load, failed))
+            loading = asyncio.create_task(_load(state, load, on_failure))
             yield
             loading.cancel()
         if state.service is not None:
@@ -57,17 +56,17 @@ def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: 
 
 
 async def _load(state: AppState, load: Callable[[AppState], Service],
-                failed: Callable[[BaseException], None] | None) -> None:
+                on_failure: Callable[[BaseException], None] | None) -> None:
     try:
         state.service = await asyncio.to_thread(load, state)
     except Exception as error:
         state.failure = error
-        if failed is not None:
-            failed(error)
+        if on_failure is not None:
+            on_failure(error)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The schema, with the statuses that are really answered in place of FastAPI's 422."""
+    """OpenAPI schema with the actual error responses instead of FastAPI's 422."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         body = {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "object"}},
@@ -76,6 +75,6 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             for operation in path.values():
                 operation["responses"].pop("422", None)
                 operation["responses"] |= {status: {"description": text, "content": body}
-                                           for status, text in REFUSALS.items()}
+                                           for status, text in ERROR_RESPONSES.items()}
         app.openapi_schema = schema
     return app.openapi_schema

@@ -1,4 +1,4 @@
-"""The same server several times behind one address, through Ray Serve: on this machine, or on a cluster of Ray's."""
+"""Several replicas of the server at one address by Ray Serve, on this machine or on a Ray cluster."""
 
 import logging
 import os
@@ -22,41 +22,41 @@ except ImportError as error:
     raise HardwareError(f"--ray needs a package that is not installed: {error.name}",
                         "Install it: pip install 'gptq-belle[ray]'") from error
 NAME = "gptq-belle"
-HEALTH = 1.0  # seconds between two looks at a replica: a dead one is replaced that soon
+HEALTH_CHECK_PERIOD = 1.0  # seconds until a dead replica is replaced
 
 
 def serve_replicas(config: ServiceConfig, listen: ListenConfig, replicas: int,
                    on_ready: Callable[[Any], None] | None = None,
                    notice: Callable[[str], None] = lambda text: None) -> None:
-    """Serve a model directory by several processes until SIGINT or SIGTERM; answers that run then are finished.
+    """Serve a model directory by several processes until SIGINT or SIGTERM; running requests are finished.
 
-    Ray sends each request to a replica that has room. Where a replica dies, the requests that it held are lost (status
-    500, or a stream that breaks off), all others go to the rest, and a new one is started. With RAY_ADDRESS in the
-    environment the replicas run on that cluster, whose machines must hold the directory under the same path; without
-    it, on this machine, its cores divided between them, or a GPU each.
+    Ray sends each request to a replica with free capacity. If a replica dies, its requests are lost (status 500, or an
+    interrupted stream), and a new replica is started. If the environment variable RAY_ADDRESS is set, the replicas run
+    on that cluster, whose machines need the model directory at the same path. Otherwise they run on this machine and
+    share its cores, or use one GPU each.
 
     Args:
-        config: the model, and what each replica takes at a time.
-        listen: where to listen, and who may ask; port 0 takes a free one.
-        replicas: how many.
-        on_ready: takes {"url", "model", "slots", "replicas"} once they are ready.
-        notice: called with a sentence once the server listens, and once the model is ready.
+        config: the model and the limits of each replica.
+        listen: address and access; port 0 selects a free port.
+        replicas: number of replicas.
+        on_ready: called with {"url", "model", "slots", "replicas"} when all replicas are ready.
+        notice: called with a message when all replicas are ready.
     Raises:
-        UsageError: beyond loopback without a key.
-        InputError: as `ServiceConfig.check`.
-        HardwareError: the address cannot be listened on, there is no place for so many replicas, or they do not start.
+        UsageError: the address is not loopback, and there is no API key.
+        InputError: see `ServiceConfig.check`.
+        HardwareError: the address is not available, there are too few cores or GPUs, or a replica does not start.
     """
     listen.check()
     config.check()
     port = _free_port(listen)
     stopped, interrupted = threading.Event(), threading.Event()
-    _join()
+    _connect_to_ray()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        application = _application(config, listen, replicas, _share(config, replicas))
+        application = _application(config, listen, replicas, _resources_per_replica(config, replicas))
         serve.start(http_options=HTTPOptions(host=listen.host, port=port))
         _start(application, replicas)
-        _on_signals(stopped, interrupted)
+        _stop_on_signals(stopped, interrupted)
         url = address(listen.host, port)
         if on_ready is not None:
             on_ready({"url": url, "model": config.name, "slots": replicas * config.limits.slots, "replicas": replicas})
@@ -70,15 +70,15 @@ def serve_replicas(config: ServiceConfig, listen: ListenConfig, replicas: int,
         raise KeyboardInterrupt
 
 
-def _join() -> None:
-    """Start Ray on this machine, or join the cluster of RAY_ADDRESS; never one that merely happens to run here."""
+def _connect_to_ray() -> None:
+    """Connect to the cluster of RAY_ADDRESS, else start Ray; never join another cluster that runs on this machine."""
     where = os.environ.get("RAY_ADDRESS", "local")
     host, _, port = where.rpartition(":")
-    try:  # Ray itself would try for minutes
+    try:  # Ray itself retries for minutes
         if port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
-        raise HardwareError(f"no cluster answers at RAY_ADDRESS={where}",
+        raise HardwareError(f"no Ray cluster responds at RAY_ADDRESS={where}",
                             "Start it there with `ray start --head`, or unset RAY_ADDRESS.") from error
     dashboard: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
     ray.init(where, logging_level=logging.ERROR, log_to_driver=False, **dashboard)
@@ -89,7 +89,7 @@ def _start(application: serve.Application, replicas: int) -> None:
         serve.run(application, name=NAME, logging_config={"log_level": "ERROR"})
     except RuntimeError as error:
         raise HardwareError(f"Ray cannot start {replicas} replicas: {str(error).strip().splitlines()[-1]}",
-                            "Serve the model without --ray to see what is wrong with one.") from error
+                            "Serve the model without --ray to see the error of a single server.") from error
 
 
 def _application(config: ServiceConfig, listen: ListenConfig, replicas: int,
@@ -98,46 +98,46 @@ def _application(config: ServiceConfig, listen: ListenConfig, replicas: int,
         from gptq_belle.serving.app import create_app
 
         return create_app(lambda state: config.service(state.metrics), config.limits, api_key=listen.api_key,
-                          local_only=listen.local, at_once=True)
+                          local_only=listen.local, load_first=True)
 
     deployment: Any = serve.deployment(
         serve.ingress(build)(), name="replica", num_replicas=replicas, ray_actor_options=options,
-        max_ongoing_requests=config.limits.slots + config.limits.waiting, health_check_period_s=HEALTH,
+        max_ongoing_requests=config.limits.slots + config.limits.waiting, health_check_period_s=HEALTH_CHECK_PERIOD,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT, max_constructor_retry_count=1)
     return deployment.bind()
 
 
-def _share(config: ServiceConfig, replicas: int) -> dict[str, Any]:
-    """What of the machines each replica gets; Ray sets the number of threads by it."""
-    there = ray.cluster_resources()
-    if config.device == "cuda" or (config.device == "auto" and there.get("GPU", 0) and torch.cuda.is_available()):
-        if there.get("GPU", 0) < replicas:
-            raise HardwareError(f"{replicas} replicas need a GPU each, and there are {int(there.get('GPU', 0))}",
-                                "Ask for fewer --replicas, or for --device cpu.")
+def _resources_per_replica(config: ServiceConfig, replicas: int) -> dict[str, Any]:
+    """Resources of each replica; Ray sets the number of threads from them."""
+    available = ray.cluster_resources()
+    if config.device == "cuda" or (config.device == "auto" and available.get("GPU", 0) and torch.cuda.is_available()):
+        if available.get("GPU", 0) < replicas:
+            raise HardwareError(f"{replicas} replicas need one GPU each, but there are {int(available.get('GPU', 0))}",
+                                "Use fewer --replicas, or --device cpu.")
         return {"num_gpus": 1, "num_cpus": 1}
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    if (each := cores_each(cores, replicas)) == 0:
-        raise HardwareError(f"{replicas} replicas need a core each, and there are {sum(cores)}",
-                            "Ask for fewer --replicas.")
+    if (each := cores_per_replica(cores, replicas)) == 0:
+        raise HardwareError(f"{replicas} replicas need one core each, but there are {sum(cores)}",
+                            "Use fewer --replicas.")
     return {"num_cpus": each}
 
 
-def cores_each(cores: Sequence[int], replicas: int) -> int:
-    """The most that every replica can have of machines with so many cores; no replica spans two of them."""
+def cores_per_replica(cores: Sequence[int], replicas: int) -> int:
+    """Largest number of cores that every replica can have, given the cores of each machine; 0 if there are too few."""
     return next((each for each in range(max(cores), 0, -1) if sum(count // each for count in cores) >= replicas), 0)
 
 
 def _free_port(listen: ListenConfig) -> int:
-    """The port of an address, once seen to be free: Ray chooses none by itself, and says late that one is taken."""
+    """Check that the port is free, and select one for port 0: Ray does neither before the replicas start."""
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     try:
         with socket.create_server((listen.host.strip("[]"), listen.port), family=family) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise listen.refused() from error
+        raise listen.unavailable() from error
 
 
-def _on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:
+def _stop_on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:
     def stop(number: int, _: Any) -> None:
         if number == signal.SIGINT:
             interrupted.set()

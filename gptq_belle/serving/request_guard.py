@@ -1,4 +1,4 @@
-"""What stands in front of every route: who may ask, how much, and how many at a time."""
+"""ASGI middleware that checks every request: API key, host, body size and number of open requests."""
 
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -12,21 +12,21 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-OPEN = ("/", "/health")  # a load balancer asks without a key; the page itself holds no secret
-OPEN_BELOW = "/static/"
+PUBLIC_PATHS = ("/", "/health")  # for load balancers; the page contains no secrets
+PUBLIC_PREFIX = "/static/"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
 class RequestGuard:
-    """Refuses before a body is read: keys that are wrong, hosts that are foreign, bodies that are too large.
+    """Middleware that rejects requests with a wrong key, a foreign host or a too large body.
 
     Args:
-        app: the application that gets the accepted requests.
-        api_key: that clients must send as ``Authorization: Bearer KEY``; None where everybody may ask.
-        max_bytes: of a body.
-        max_requests: at a time.
-        local_only: take only requests that name this machine as loopback: otherwise a page of the web that resolves
-            its own name to 127.0.0.1 (DNS rebinding) could use a server that needs no key.
+        app: the application that handles accepted requests.
+        api_key: key that clients must send as ``Authorization: Bearer KEY``; None for no authentication.
+        max_bytes: maximum size of a body.
+        max_requests: maximum number of open requests.
+        local_only: accept only requests whose Host header is loopback. Otherwise a web page whose domain resolves to
+            127.0.0.1 (DNS rebinding) could use a server without a key.
     """
 
     def __init__(self, app: Application, *, api_key: str | None, max_bytes: int, max_requests: int,
@@ -40,7 +40,7 @@ class RequestGuard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        public = scope["path"] in OPEN or scope["path"].startswith(OPEN_BELOW)
+        public = scope["path"] in PUBLIC_PATHS or scope["path"].startswith(PUBLIC_PREFIX)
         if (refusal := self._refusal(headers, public)) is not None:
             await refusal.response()(scope, receive, send)
             return
@@ -52,33 +52,33 @@ class RequestGuard:
 
     def _refusal(self, headers: dict[bytes, bytes], public: bool) -> ApiError | None:
         if self.local_only and _host(headers) not in LOOPBACK:
-            return ApiError(403, "this server answers to localhost only; start it with --api-key to be named otherwise")
-        if not public and not self._knows(headers.get(b"authorization", b"")):
+            return ApiError(403, "this server accepts only the host localhost; start it with --api-key to allow others")
+        if not public and not self._is_authorized(headers.get(b"authorization", b"")):
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
                             headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.max_bytes:
             return self._too_large()
         if not public and self._running >= self.max_requests:
-            return ApiError(429, f"{self._running} requests are open already, {self.max_requests} may be",
+            return ApiError(429, f"{self._running} requests are already open (limit {self.max_requests})",
                             code="too_many_requests", headers={"Retry-After": "1"})
         return None
 
-    def _knows(self, given: bytes) -> bool:
-        """Compared in constant time, so that answers' times tell nothing about the key."""
+    def _is_authorized(self, given: bytes) -> bool:
+        """Check the Authorization header, in constant time so that the response time reveals nothing about the key."""
         return self._key is None or hmac.compare_digest(given, b"Bearer " + self._key)
 
     def _counted(self, receive: Receive) -> Receive:
-        """Bodies without a length are counted as they come."""
-        seen = 0
+        """Wrap `receive` to limit the size of bodies without a Content-Length."""
+        received = 0
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal seen
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_bytes:
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
                 refusal = self._too_large()
-                raise HTTPException(refusal.status, refusal.message)  # the one kind that passes through body parsing
+                raise HTTPException(refusal.status, refusal.message)  # the only exception that body parsing passes on
             return message
 
         return counted
@@ -88,6 +88,6 @@ class RequestGuard:
 
 
 def _host(headers: dict[bytes, bytes]) -> str:
-    """The host of a request, without its port."""
+    """Host of a request without the port."""
     host = headers.get(b"host", b"").decode("latin-1").lower()
     return host.rsplit(":", 1)[0] if not host.endswith("]") and ":" in host else host

@@ -1,4 +1,4 @@
-"""What clients get: OpenAI's response bodies, whole or as a stream of server-sent events."""
+"""Response bodies of OpenAI's API, complete or as a stream of server-sent events."""
 
 import asyncio
 import json
@@ -16,30 +16,30 @@ from gptq_belle.serving.api_errors import ApiError, from_exception
 from gptq_belle.serving.completion_choice import CompletionChoice, TextDelta
 from gptq_belle.serving.scheduler import Item, ItemQueue
 
-KEEP_ALIVE = 10.0  # seconds of silence after which a comment is sent: proxies drop silent connections
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies shall pass each event on as it comes
+KEEP_ALIVE = 10.0  # seconds without data after which a comment is sent: proxies close idle connections
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer events
 # New text of several choices; None after the last text of a choice.
 Deltas = list[tuple[CompletionChoice, TextDelta | None]]
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def envelope(kind: str, model: str) -> dict[str, Any]:
-    """The head that every body of a request has."""
+    """Common fields of all response bodies."""
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def usage(prompt_tokens: int, choices: Sequence[CompletionChoice]) -> dict[str, int]:
-    """Tokens that were read and generated."""
+    """Count prompt and generated tokens."""
     generated = sum(choice.count for choice in choices)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated}
 
 
 async def collect(request: Request, choices: Sequence[CompletionChoice]) -> list[TextDelta]:
-    """All of every choice. Where the client goes away meanwhile, nothing more is generated.
+    """Wait for the complete text of all choices. Generation stops if the client disconnects.
 
     Raises:
-        ApiError: the client went away.
+        ApiError: the client has disconnected.
     """
     totals = [TextDelta() for _ in choices]
     async with aclosing(_deltas(request, choices)) as arriving:
@@ -57,15 +57,16 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
                  first: Callable[[CompletionChoice], dict[str, Any] | None],
                  last: Callable[[CompletionChoice], dict[str, Any]],
                  final: Callable[[], dict[str, Any] | None]) -> StreamingResponse:
-    """A stream of events, the choices' pieces mixed as they come, closed by ``[DONE]``.
+    """Stream text of all choices as it arrives, followed by ``[DONE]``.
 
-    An event holds the text of one token; those that have come together are written together.
+    An event contains the text of one token; events that are available at the same time are sent together.
 
     Args:
-        request, choices: as `whole`.
-        head: what every event begins with.
-        show, first, last: the ``choices`` entry for new text, before the first text, and after the last.
-        final: what the last event holds (the usage), if anything.
+        request: the request, to detect that the client disconnects.
+        choices: the choices of the response.
+        head: common fields of all events.
+        show, first, last: build the ``choices`` entry for new text, before the first and after the last text.
+        final: builds the fields of the last event (usage), or None for no such event.
     """
     def entry(fields: dict[str, Any]) -> bytes:
         return _event(head | {"choices": [fields]})
@@ -80,7 +81,7 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
                                     for choice, piece in batch]) or b": still there\n\n"
             if (fields := final()) is not None:
                 yield _event(head | fields)
-        except Exception as error:  # headers are out: the error is an event
+        except Exception as error:  # headers have been sent, so the error is an event
             yield _event(from_exception(error).body)
             return
         yield b"data: [DONE]\n\n"
@@ -89,7 +90,7 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; `_deltas` notices by itself when the client goes away."""
+    """Streaming response of server-sent events; `_deltas` detects that the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -103,12 +104,12 @@ def _event(body: dict[str, Any]) -> bytes:
 
 
 async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> AsyncGenerator[Deltas, None]:
-    """New text of all choices as it arrives, None after the last of each; an empty list after KEEP_ALIVE seconds.
+    """Yield new text of all choices, None after the last text of each; an empty list after KEEP_ALIVE seconds.
 
-    Closing it frees the slots.
+    Closing the generator frees the slots.
     """
     arrived = choices[0].answer.arrived
-    gone = asyncio.create_task(_until_gone(request, arrived))
+    disconnected = asyncio.create_task(_wait_for_disconnect(request, arrived))
     try:
         while any(choice.reason is None for choice in choices):
             items = await _arrivals(arrived)
@@ -117,7 +118,7 @@ async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> Asyn
                 if isinstance(item, BaseException):
                     raise item
                 choice = choices[index]
-                if choice.reason is not None:  # a stop string ended it; this was under way
+                if choice.reason is not None:  # ended by a stop string while this token was generated
                     continue
                 if piece := choice.feed(item):
                     batch.append((choice, piece))
@@ -126,13 +127,13 @@ async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> Asyn
             if batch or not items:
                 yield batch
     finally:
-        gone.cancel()
+        disconnected.cancel()
         for choice in choices:
             choice.close()
 
 
 async def _arrivals(arrived: ItemQueue) -> list[tuple[int, Item]]:
-    """All that has arrived, one item at least; nothing after KEEP_ALIVE seconds."""
+    """Wait for at least one item and return all that are available; empty after KEEP_ALIVE seconds."""
     try:
         async with asyncio.timeout(KEEP_ALIVE):
             items = [await arrived.get()]
@@ -143,7 +144,7 @@ async def _arrivals(arrived: ItemQueue) -> list[tuple[int, Item]]:
     return items
 
 
-async def _until_gone(request: Request, arrived: ItemQueue) -> None:
+async def _wait_for_disconnect(request: Request, arrived: ItemQueue) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    arrived.put_nowait((0, ApiError(499, "the client went away")))  # nobody reads it
+    arrived.put_nowait((0, ApiError(499, "the client has disconnected")))  # only ends the loop

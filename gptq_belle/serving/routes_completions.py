@@ -60,7 +60,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A prompt, and what ``echo`` puts in front of its answers."""
+    """A prompt, with its text and log probabilities for ``echo``."""
 
     ids: list[int]
     text: str = ""
@@ -78,7 +78,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     ids = [service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     for each in ids:
         service.check(each, wanted, "prompt")
-    prompts = [await _echoed(service, each, body) if body.echo else _Prompt(each) for each in ids]
+    prompts = [await _echo(service, each, body) if body.echo else _Prompt(each) for each in ids]
     read = sum(map(len, ids))
     if wanted == 0:
         entries = [_entry(service, body, prompt, index, TextDelta(), "length")
@@ -112,7 +112,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
 
 def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: int, piece: TextDelta,
            reason: str | None) -> dict[str, Any]:
-    """One element of ``choices``."""
+    """Build one element of ``choices``."""
     found = None
     if body.logprobs is not None:
         moved = [one._replace(offset=one.offset + len(prompt.text)) for one in piece.scored]
@@ -120,8 +120,8 @@ def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: in
     return {"index": index, "text": prompt.text + piece.text, "logprobs": found, "finish_reason": reason}
 
 
-async def _echoed(service: Service, ids: list[int], body: CompletionRequest) -> _Prompt:
-    """A prompt as it is repeated, with the probabilities of its tokens where they are wanted."""
+async def _echo(service: Service, ids: list[int], body: CompletionRequest) -> _Prompt:
+    """Build the echo of a prompt, with the log probabilities of its tokens if they are requested."""
     text = decode(service.tokenizer, ids)
     if body.logprobs is None:
         return _Prompt(ids, text)

@@ -1,4 +1,4 @@
-"""What is around the answers: models, health, metrics, tokens of a text, the prompt of a conversation, the page."""
+"""Routes for models, health, metrics, tokenization, prompt templates and the chat page."""
 
 from importlib.resources import files
 from typing import Any
@@ -13,7 +13,7 @@ from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
 from gptq_belle.serving.service import app_state, loaded_service
 
 router = APIRouter()
-# Model output is shown as text nodes only; even if that failed, nothing but the page's own script and styles would run.
+# The page shows model output as text only; if that failed, this policy still blocks all other scripts and styles.
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 SCRIPTS = ("chat.js", "markdown.js", "stream.js", "words.js")
@@ -30,7 +30,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 once the model is loaded, 503 before; also how much runs and what memory is in use."""
+    """Status 200 if the model is loaded, else 503; with the number of requests and the memory in use."""
     state = app_state(request)
     if state.service is None:
         return ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"}).response()
@@ -42,7 +42,7 @@ async def health(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Counters in Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     return Response(generate_latest(app_state(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -59,7 +59,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
-    """The text that the model reads for a conversation."""
+    """The prompt text of a conversation."""
     return {"prompt": loaded_service(request).chat_text(body.messages)}
 
 
@@ -72,9 +72,9 @@ async def page() -> HTMLResponse:
 
 @router.get("/static/{name}", include_in_schema=False)
 async def static(name: str) -> Response:
-    """Its script and styles."""
+    """Scripts and styles of the chat page."""
     if name not in STATIC:
-        raise ApiError(404, f"there is no {name}")
+        raise ApiError(404, f"{name} does not exist")
     return Response(_static(name), media_type=STATIC[name], headers={"X-Content-Type-Options": "nosniff"})
 
 

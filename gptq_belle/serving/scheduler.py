@@ -1,4 +1,4 @@
-"""One thread that runs the engine, and the way from it to the tasks that wait for tokens."""
+"""The thread that runs the engine, and the queues that deliver its tokens to the tasks of the server."""
 
 import asyncio
 import threading
@@ -12,42 +12,42 @@ from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.metrics import Metrics
 
-RETRY_AFTER = "1"  # seconds; a slot comes free as soon as the shortest answer ends
+RETRY_AFTER = "1"  # seconds; a slot becomes free when the shortest answer ends
 SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
 
-Item = Event | str | BaseException  # a token, why an answer ended ("stop" or "length"), or an error
+Item = Event | str | BaseException  # a token, the finish reason ("stop" or "length"), or an error
 ItemQueue = asyncio.Queue[tuple[int, Item]]
 
 
 class QueuedRequest:
-    """One answer that was asked for.
+    """One requested answer.
 
     Attributes:
-        index: its number among those that were asked for together.
-        arrived: where they all arrive, each item with the index of its answer.
-        began: when it was asked for.
-        request: once it has a slot; the scheduler's thread only.
+        index: its number among the answers that were submitted together.
+        arrived: queue of all these answers; each item has the index of its answer.
+        start: time of submission.
+        request: the engine's request once it has a slot; used by the scheduler's thread only.
     """
 
     def __init__(self, scheduler: "Scheduler", index: int, ids: Sequence[int], params: SamplingParams,
                  arrived: ItemQueue) -> None:
         self._scheduler = scheduler
         self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
         self.request: Request | None = None
 
     def cancel(self) -> None:
-        """No more tokens are wanted: the slot is free after the step that is running."""
+        """Stop generating; the slot is free after the current step."""
         self._scheduler.cancel(self)
 
 
 class Scheduler:
-    """Hands prompts to the engine as slots come free, and tokens to those who wait.
+    """Submits prompts to the engine when slots become free, and delivers tokens.
 
     Args:
-        engine: used by this object's thread only.
-        queue_limit: answers that may wait for a slot; further ones are refused with 429.
-        metrics: told about everything.
+        engine: the engine; used by this object's thread only.
+        queue_limit: maximum number of answers that wait for a slot; more are rejected with status 429.
+        metrics: metrics to update.
     """
 
     def __init__(self, engine: Engine, queue_limit: int, metrics: Metrics) -> None:
@@ -56,18 +56,18 @@ class Scheduler:
         self._waiting: deque[QueuedRequest] = deque()
         self._cancelled: list[QueuedRequest] = []
         self._calls: deque[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = deque()
-        self._running: dict[Request, QueuedRequest] = {}  # this thread's own
-        self._loop: asyncio.AbstractEventLoop | None = None  # of those who ask; a server has one
+        self._running: dict[Request, QueuedRequest] = {}  # used by the thread only
+        self._loop: asyncio.AbstractEventLoop | None = None  # event loop of the server
         self._closing = False
         self._window = time.perf_counter(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[QueuedRequest]:
-        """Ask for answers, in the event loop of the server; all of them are taken, or none. They share one `arrived`.
+        """Queue answers, all of them or none; called in the event loop of the server. They share the queue `arrived`.
 
         Raises:
-            ApiError: 429 where too many wait already, 503 where the server is about to stop.
+            ApiError: 429 if the queue is full, 503 if the server is stopping.
         """
         with self._changed:
             if self._closing:
@@ -91,7 +91,7 @@ class Scheduler:
             self._changed.notify()
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Run something that needs the model between two steps of the engine, in its thread."""
+        """Run a function that uses the model in the engine's thread, between two steps."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         with self._changed:
@@ -100,7 +100,7 @@ class Scheduler:
         return await future
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take nothing new, finish what was taken, and end; False where that took longer than `timeout` seconds."""
+        """Reject new requests, finish the accepted ones and stop; False if that takes longer than `timeout` seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -109,12 +109,12 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Answers that have a slot."""
+        """Number of answers that have a slot."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Answers that wait for one."""
+        """Number of answers that wait for a slot."""
         return len(self._waiting)
 
     def _run(self) -> None:
@@ -125,13 +125,13 @@ class Scheduler:
                 continue
             try:
                 events = self.engine.step()
-            except Exception as error:  # what ran is lost, the server is not
+            except Exception as error:  # running requests are lost, the server continues
                 self._fail(error)
                 continue
             self._deliver(events)
 
     def _prepare(self) -> bool:
-        """Wait until there is something to do; drop what was cancelled and fill free slots. False at the end."""
+        """Wait for work, remove cancelled answers and fill free slots. False if the scheduler has to stop."""
         with self._changed:
             while not (self._waiting or self._running or self._cancelled or self._calls):
                 if self._closing:
@@ -154,8 +154,8 @@ class Scheduler:
         return True
 
     def _free(self, cancelled: Sequence[QueuedRequest]) -> int:
-        leaving = sum(1 for answer in set(cancelled) if answer.request in self._running)
-        return self.engine.slots - len(self._running) + leaving
+        stopping = sum(1 for answer in set(cancelled) if answer.request in self._running)
+        return self.engine.slots - len(self._running) + stopping
 
     def _start(self, answer: QueuedRequest) -> None:
         try:
@@ -178,7 +178,7 @@ class Scheduler:
             answer = self._running[event.request]
             if event.token is not None:
                 if len(event.request.answer) == 1:
-                    self.metrics.first.observe(time.perf_counter() - answer.began)
+                    self.metrics.first.observe(time.perf_counter() - answer.start)
                 items.append((answer, event))
             if event.finished is not None:
                 del self._running[event.request]
@@ -195,11 +195,11 @@ class Scheduler:
         self._running.clear()
 
     def _send(self, items: Sequence[tuple[QueuedRequest, Item]]) -> None:
-        """All that a step brought in one call: waking the event loop costs as much as writing a token."""
+        """Deliver all items of a step in one call: waking the event loop costs as much as sending a token."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(_put, items)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the event loop is closed, so nobody waits
             for answer, _ in items:
                 answer.cancel()
 
@@ -225,7 +225,7 @@ def _put(items: Sequence[tuple[QueuedRequest, Item]]) -> None:
 
 
 def _answer_call(function: Callable[[], Any], loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]") -> None:
-    def settle(result: Any, error: BaseException | None) -> None:
+    def set_result(result: Any, error: BaseException | None) -> None:
         if not future.cancelled():
             future.set_result(result) if error is None else future.set_exception(error)
 
@@ -235,6 +235,6 @@ def _answer_call(function: Callable[[], Any], loop: asyncio.AbstractEventLoop, f
     except Exception as failure:
         error = failure
     try:
-        loop.call_soon_threadsafe(settle, result, error)
+        loop.call_soon_threadsafe(set_result, result, error)
     except RuntimeError:
-        return  # the loop is closed
+        return  # the event loop is closed

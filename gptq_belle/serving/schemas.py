@@ -1,7 +1,7 @@
-"""What clients send: OpenAI's request bodies, with the fields that vLLM and llama.cpp have added to them.
+"""Request bodies of OpenAI's API, with additional fields of vLLM and llama.cpp.
 
-Fields that are not named here are accepted and ignored; a value that is not allowed is refused with the field's name.
-Allowed ranges stand here only: the refusal quotes them, and so does /openapi.json.
+Unknown fields are ignored; an invalid value is rejected with the name of the field. Allowed ranges are defined only
+here: error messages and /openapi.json quote them.
 """
 
 from typing import Annotated, Literal
@@ -10,14 +10,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from gptq_belle.engine.sampling import SamplingParams
 
-MOST_CHOICES = 16
-MOST_STOPS = 16
-MOST_TOP_LOGPROBS = 20
-MOST_TOKENS = 1 << 20  # beyond every context; what fits into a model's is checked when the prompt is known
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_TOKENS = 1 << 20  # more than every context; the limit of the model is checked with the prompt
 
 
-def _whole(text: str) -> str:
-    """JSON can write half of a surrogate pair, which no encoding has and no tokenizer reads."""
+def _check_encodable(text: str) -> str:
+    """Reject half of a surrogate pair, which JSON allows, but no encoding and no tokenizer."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -25,7 +25,7 @@ def _whole(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_check_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -36,24 +36,24 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream carries beside the pieces."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class SamplingRequest(_Body):
-    """How an answer is drawn and sent; see `engine.sampling.SamplingParams`."""
+    """Sampling and streaming options of a request, see `engine.sampling.SamplingParams`."""
 
     model: str | None = None
     temperature: float | None = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(0, ge=-1, le=1 << 31, description="0 and -1 take all")
+    top_k: int | None = Field(0, ge=-1, le=1 << 31, description="0 and -1 disable the limit")
     min_p: float | None = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     repetition_penalty: float | None = Field(1.0, gt=0, le=100, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    n: int | None = Field(1, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = False
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -64,21 +64,21 @@ class SamplingRequest(_Body):
 
     @property
     def choices(self) -> int:
-        """How many answers a prompt gets."""
+        """Number of answers per prompt."""
         return self.n or 1
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a piece that holds the usage."""
+        """Whether a stream ends with an event that contains the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def params(self, choice: int, most_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Of one choice: each draws from a seed of its own, the first from the one that was given."""
-        def or_default(value: float | None, otherwise: float) -> float:
-            return otherwise if value is None else value
+    def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Sampling parameters of one choice: its seed is the requested one plus the number of the choice."""
+        def or_default(value: float | None, default: float) -> float:
+            return default if value is None else value
 
         return SamplingParams(
-            max_new_tokens=most_tokens, temperature=or_default(self.temperature, 1.0),
+            max_new_tokens=max_tokens, temperature=or_default(self.temperature, 1.0),
             top_k=max(self.top_k or 0, 0), top_p=or_default(self.top_p, 1.0), min_p=or_default(self.min_p, 0.0),
             repetition_penalty=or_default(self.repetition_penalty, 1.0),
             seed=None if self.seed is None else (self.seed + choice) % (1 << 63), logprobs=logprobs,
@@ -86,7 +86,7 @@ class SamplingRequest(_Body):
 
 
 class TextPart(_Body):
-    """A piece of a message; pictures and sounds are not for these models."""
+    """Text part of a message; images and audio are not supported."""
 
     type: Literal["text"]
     text: Text
@@ -108,14 +108,14 @@ class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @property
     def logprob_count(self) -> int | None:
-        """How many likeliest tokens to tell beside each drawn one; None where no probabilities are wanted."""
+        """Number of most likely tokens to return per token; None if log probabilities are not requested."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -124,19 +124,19 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | TokenIds | Annotated[
         list[TokenIds], Field(min_length=1, max_length=256)]
-    max_tokens: int | None = Field(16, ge=0, le=MOST_TOKENS)
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    max_tokens: int | None = Field(16, ge=0, le=MAX_TOKENS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = False
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or more."""
+        """All prompts."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return list(self.prompt) if several else [self.prompt]  # type: ignore[list-item, arg-type]
 
 
 class TokenizeRequest(_Body):
-    """POST /tokenize: a text as it is, or a conversation in the model's prompt."""
+    """POST /tokenize: a text, or a conversation that is rendered in the prompt style of the model."""
 
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None

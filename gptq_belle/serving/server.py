@@ -1,4 +1,4 @@
-"""From the command line to a running server, and its end."""
+"""Run the server by uvicorn until SIGINT or SIGTERM."""
 
 import logging
 import signal
@@ -17,11 +17,11 @@ try:
 except ImportError as error:
     raise HardwareError(f"serving needs a package that is not installed: {error.name}",
                         "Install it: pip install 'gptq-belle[serve]'") from error
-SHUTDOWN_TIMEOUT = 60  # seconds that running answers get after SIGTERM
+SHUTDOWN_TIMEOUT = 60  # seconds for running requests to finish after SIGTERM
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does, and keeps what ended it."""
+    """A uvicorn server that reports its URL, and stores the exception that stopped it."""
 
     failure: BaseException | None = None
     notice: Callable[[str], None]
@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the server; uvicorn's own version raises them again after a clean end."""
+        """Stop the server on SIGTERM and SIGINT; uvicorn's version raises the signals again after the shutdown."""
         def interrupt(number: int, frame: Any) -> None:
             self.interrupted = True
             self.handle_exit(number, frame)
@@ -54,31 +54,31 @@ class _Server(uvicorn.Server):
 
 def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any], None] | None = None,
           notice: Callable[[str], None] = lambda text: None) -> None:
-    """Serve a model directory until SIGINT or SIGTERM; answers that run then are finished.
+    """Serve a model directory until SIGINT or SIGTERM; running requests are finished.
 
     Args:
-        config: the model, and what is taken at a time.
-        listen: where to listen, and who may ask; port 0 takes a free one.
-        on_ready: takes {"url", "model", "slots", "context"} once the model is ready.
-        notice: called with a sentence once the server listens, and once the model is ready.
+        config: the model and the limits of requests.
+        listen: address and access; port 0 selects a free port.
+        on_ready: called with {"url", "model", "slots", "context"} when the model is loaded.
+        notice: called with a message when the server listens, and when the model is loaded.
     Raises:
-        UsageError: beyond loopback without a key.
-        HardwareError: the address cannot be listened on.
-        GptqBelleError: the model could not be loaded.
+        UsageError: the address is not loopback, and there is no API key.
+        HardwareError: the address is not available.
+        GptqBelleError: the model cannot be loaded.
     """
     listen.check()
 
-    def make(state: AppState) -> Service:
+    def load(state: AppState) -> Service:
         service = config.service(state.metrics)
         if on_ready is not None:
             on_ready({"url": server.url, "model": service.name, "slots": config.limits.slots,
                       "context": service.context})
-        notice(f"{service.name} is ready: {config.limits.slots} answers at a time, "
+        notice(f"{service.name} is ready: {config.limits.slots} requests at a time, "
                f"contexts of {service.context} tokens.")
         return service
 
-    app = create_app(make, config.limits, api_key=listen.api_key, local_only=listen.local,
-                     failed=lambda error: server.fail(error))
+    app = create_app(load, config.limits, api_key=listen.api_key, local_only=listen.local,
+                     on_failure=lambda error: server.fail(error))
     server_config = uvicorn.Config(app, host=listen.host, port=listen.port, log_level=logging.WARNING, lifespan="on",
                                    timeout_graceful_shutdown=SHUTDOWN_TIMEOUT, access_log=False, server_header=False)
     server = _Server(server_config)
@@ -86,7 +86,7 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
     try:
         server.run()
     except SystemExit as error:
-        raise listen.refused() from error
+        raise listen.unavailable() from error
     if server.failure is not None:
         raise server.failure
     if server.interrupted:

@@ -1,4 +1,4 @@
-"""What a server is asked to be: the model and its limits, the address and who may come to it."""
+"""Configuration of a server: the model and its limits, the address and access."""
 
 import ipaddress
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from gptq_belle.serving.service import Limits, Service
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """A model, and what is taken at a time; plain values, so that another process can make the same.
+    """A model and the limits of requests; plain values that can be sent to another process.
 
     Attributes:
-        path: a model directory, quantized or not.
-        limits: see there.
-        prompt_style: of chats; "auto" for the model's own.
-        device, precision, head_bits, cache: as `engine.model.load`.
+        path: a model directory, quantized or full precision.
+        limits: limits of requests.
+        prompt_style: prompt style of chats; "auto" for that of the model.
+        device, precision, head_bits, cache: see `engine.model.load`.
     """
 
     path: Path
@@ -33,22 +33,22 @@ class ServiceConfig:
 
     @property
     def name(self) -> str:
-        """What clients call the model."""
+        """Model name for clients: the name of the directory."""
         return self.path.resolve().name
 
     def check(self) -> None:
-        """Look at what can be known without the weights.
+        """Validate the model directory without reading weights.
 
         Raises:
-            InputError: files that are missing or damaged, an architecture that is not ours.
+            InputError: files are missing or damaged, or the architecture is not supported.
         """
         read_decoder_config(CheckpointReader(self.path).config)
 
     def service(self, metrics: Metrics) -> Service:
-        """Load the model.
+        """Load the model and create its service.
 
         Raises:
-            GptqBelleError: it cannot be loaded.
+            GptqBelleError: the model cannot be loaded.
         """
         model = load(self.path, device=self.device, precision=self.precision, head_bits=self.head_bits,
                      cache=self.cache)
@@ -57,12 +57,12 @@ class ServiceConfig:
 
 @dataclass(frozen=True, slots=True)
 class ListenConfig:
-    """Where to listen, and who may ask.
+    """Address and access of a server.
 
     Attributes:
-        host, port: of the address.
-        api_key: that clients have to send; None where everybody may ask.
-        allow_unauthenticated: listen beyond loopback without a key.
+        host, port: the address.
+        api_key: key that clients must send; None for no authentication.
+        allow_unauthenticated: allow a host other than loopback without a key.
     """
 
     host: str = "127.0.0.1"
@@ -72,26 +72,26 @@ class ListenConfig:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can reach the address."""
         return is_loopback(self.host)
 
     def check(self) -> None:
-        """Refuse to be open by mistake.
+        """Reject an open server unless it was explicitly requested.
 
         Raises:
-            UsageError: beyond loopback without a key.
+            UsageError: the host is not loopback, and there is no key.
         """
         if not self.local and not self.api_key and not self.allow_unauthenticated:
-            raise UsageError(f"listening on {self.host} without an API key would let everybody there use this model",
-                             "Give --api-key, or say --allow-unauthenticated.")
+            raise UsageError(f"without an API key, everybody who can reach {self.host} could use this model",
+                             "Give --api-key, or --allow-unauthenticated.")
 
-    def refused(self) -> HardwareError:
-        """What is said where the address cannot be listened on."""
+    def unavailable(self) -> HardwareError:
+        """Build the error for an address that is not available."""
         return HardwareError(f"cannot listen on {self.host}:{self.port}", "Choose another --port or --host.")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host."""
+    """Whether a host name or address is loopback."""
     if host == "localhost":
         return True
     try:
@@ -101,5 +101,5 @@ def is_loopback(host: str) -> bool:
 
 
 def address(host: str, port: int) -> str:
-    """The URL of a server."""
+    """URL of a server."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

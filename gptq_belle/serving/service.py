@@ -1,4 +1,4 @@
-"""What the routes share: the model, its engine, and the way from a request to choices."""
+"""The loaded model and its scheduler, shared by all routes; state of the application."""
 
 import time
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from gptq_belle.serving.schemas import Message, SamplingRequest
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server takes.
+    """Limits of one server.
 
     Attributes:
         slots: answers that are generated at a time.
-        waiting: answers that may wait for a slot; further ones get 429.
-        context: tokens of prompt and answer together; None for the model's own.
-        body: bytes of a request.
-        requests: of HTTP at a time, /health and /metrics excepted.
+        waiting: answers that can wait for a slot; more are rejected with status 429.
+        context: tokens of prompt and answer together; None for the context of the model.
+        body: bytes of a request body.
+        requests: open HTTP requests, except /, /health and /static/.
     """
 
     slots: int = 8
@@ -40,11 +40,11 @@ class Service:
     """A loaded model and its scheduler.
 
     Args:
-        model: what answers.
-        name: what clients call it.
-        limits: see there.
-        metrics: of the server.
-        prompt_style: "auto" for the model's own.
+        model: the loaded model.
+        name: model name for clients.
+        limits: limits of the server.
+        metrics: metrics of the server.
+        prompt_style: prompt style of chats; "auto" for that of the model.
     """
 
     def __init__(self, model: Model, name: str, limits: Limits, metrics: Metrics, prompt_style: str = "auto") -> None:
@@ -57,36 +57,40 @@ class Service:
         self.scheduler = Scheduler(self.engine, limits.waiting, metrics)
 
     def chat_text(self, messages: Sequence[Message]) -> str:
-        """A conversation in the model's prompt, ready for its answer.
+        """Render a conversation as the prompt for the next answer.
 
         Raises:
-            UsageError: roles that do not follow each other as they should.
-            ApiError: 400 where the last message is not the user's.
+            UsageError: the roles are not in a valid order.
+            ApiError: 400 if the last message is not from the user.
         """
         if messages[-1].role != "user":
-            raise ApiError(400, f"messages: the last one must be the user's, not {messages[-1].role}'s", "messages",
+            raise ApiError(400, f"messages: the role of the last one must be user, not {messages[-1].role}", "messages",
                            "invalid_value")
         turns = turns_from_messages([{"role": message.role, "content": message.text} for message in messages])
         return render_conversation(turns, self.style, str(self.tokenizer.eos_token))
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The same as token ids."""
+        """Tokenize the prompt of a conversation."""
         return self.encode(self.chat_text(messages), get_style(self.style).special_tokens)
 
     @property
     def chat_stops(self) -> tuple[str, ...]:
-        """Strings that end every answer of a chat."""
+        """Stop strings of the prompt style."""
         return get_style(self.style).stops
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Tokenize a text."""
         return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
     def check(self, ids: Sequence[int], wanted: int | None, param: str) -> None:
-        """Refuse what the model cannot read.
+        """Validate a prompt.
 
+        Args:
+            ids: token ids of the prompt.
+            wanted: number of requested tokens, or None.
+            param: name of the field for error messages.
         Raises:
-            ApiError: 400; an empty prompt, ids beyond the vocabulary, or more tokens than the context holds.
+            ApiError: 400 if the prompt is empty, has ids outside the vocabulary, or exceeds the context.
         """
         vocabulary = self.model.vocabulary_size
         if not ids:
@@ -100,15 +104,15 @@ class Service:
             raise ApiError(400, f"{param}: the prompt has {len(ids)} tokens and with {asked} exceeds the context of "
                            f"{self.context} tokens", param, "context_length_exceeded")
 
-    def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, most_tokens: int | None,
+    def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, max_tokens: int | None,
                 logprobs: int | None, stops: Sequence[str]) -> list[CompletionChoice]:
-        """`body.choices` answers to each prompt, in their order.
+        """Submit `body.choices` answers for each prompt, in order.
 
         Raises:
             ApiError: see `Scheduler.submit`.
         """
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
-            (ids, body.params(number, most_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
+            (ids, body.params(number, max_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
         return [CompletionChoice(answer, self.tokenizer, stops) for answer in self.scheduler.submit(wanted)]
 
 
