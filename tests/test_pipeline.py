@@ -182,7 +182,7 @@ def with_huge_bias(tensors):
     (dict, {"model_type": "gpt2"}, ["gpt2"]),
     (dict, {"hidden_size": 256}, ["transformer.word_embeddings.weight", 256]),
     (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["SOURCE"]),
-    (dict, {"n_head": "four"}, ["SOURCE", "config.json"])])
+    (dict, {"n_head": "four"}, ["n_head", "four", "config.json"])])
 def test_unusable_source_is_refused_and_nothing_is_written(tiny_bloom, tmp_path, edit, config, named):
     source = changed(tiny_bloom, tmp_path, edit, config)
     with pytest.raises(InputError, match=naming(*(source if name == "SOURCE" else name for name in named))):
