@@ -1,4 +1,4 @@
-"""How many bits the linears of a checkpoint have where they differ, from the files' headers alone."""
+"""`inspect`: describe a model directory from its headers and small tensors, and list its problems."""
 
 import math
 from collections import Counter
@@ -17,49 +17,12 @@ from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.dimensions import Dimensions, dimensions
 from gptq_belle.prompts.styles import detect_style
 
-
-def average_bits(reader: CheckpointReader, quantization: Quantization) -> float | None:
-    """Bits a weight of the blocks' linears on average, scales and zero points not counted, those that are not packed
-    with the bits of their type (headers only); None where nothing is packed."""
-    bits = weights = 0
-    for name in reader:
-        stem, _, leaf = name.rpartition(".")
-        if leaf == "qweight" and (own := quantization.for_linear(stem)) is not None:
-            bits += 32 * math.prod(reader.shape(name))
-            weights += 32 * math.prod(reader.shape(name)) // own.bits
-        elif leaf == "weight" and stem.endswith(reader.arch.linears):
-            bits += 8 * reader.nbytes(name)
-            weights += math.prod(reader.shape(name))
-    return bits / weights if weights else None
-
-
-def mixture(reader: CheckpointReader, quantization: Quantization) -> dict[str, dict[str, int]]:
-    """How many linears of a kind have which settings, {"mlp.down_proj": {"4 bits": 2}}; empty where all have the same.
-
-    Raises:
-        InputError: see `Quantization.for_linear`.
-    """
-    kinds: dict[str, Counter[str]] = {name: Counter() for name in reader.arch.linears}
-    for name in reader:
-        stem, _, leaf = name.rpartition(".")
-        kind = next((kind for kind in kinds if stem.endswith(f".{kind}")), None)
-        if kind is not None and leaf == "qweight":
-            own = quantization.for_linear(stem) or quantization
-            group = "" if own.group_size == quantization.group_size else f", group size {own.group_size}"
-            kinds[kind][f"{own.bits} bits{group}"] += 1
-        elif kind is not None and leaf == "weight":
-            kinds[kind][str(reader.dtype(name)).removeprefix("torch.")] += 1
-    settings = {text for counts in kinds.values() for text in counts}
-    return {kind: dict(counts) for kind, counts in kinds.items()} if len(settings) > 1 else {}
-
-
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
-CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions")  # LLaMA's name, then BLOOM's
 
 
 @dataclass(slots=True)
 class Part:
-    """Tensors of one kind: how many, their bytes in the file, and the model's parameters that they hold."""
+    """Tensors of one kind: their number, their bytes in the file, and the number of parameters that they store."""
 
     tensors: int = 0
     bytes: int = 0
@@ -68,22 +31,22 @@ class Part:
 
 @dataclass(slots=True)
 class Inspection:
-    """What `inspect` found.
+    """Description of a model directory.
 
     Attributes:
         path: the directory.
-        architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None where it says none.
-        parameters: of the model, packed weights counted as the weights they stand for.
-        dtypes: tensors by their type in the file.
-        quantization: what the configuration states; None for a full-precision model.
-        average_bits: a weight, over all linears of the blocks; None where nothing is packed.
-        mixture: where linears differ, how many of a kind have which bits: {"mlp.down_proj": {"4 bits": 2}}.
-        act_order: whether a group index is really out of order; None where nothing is packed.
-        tied: the head is the embedding.
+        architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None if not stated.
+        parameters: number of parameters; a packed weight counts as the weights that it stores.
+        dtypes: number of tensors by dtype in the file.
+        quantization: the stated quantization; None for a full-precision model.
+        average_bits: average bits per weight of the blocks' linears; None if nothing is packed.
+        mixture: number of linears per kind and setting, if settings differ: {"mlp.down_proj": {"4 bits": 2}}.
+        act_order: whether any group index is out of order; None if nothing is packed.
+        tied: whether the lm_head is the embedding.
         bytes: size of the weight files.
         parts: tensors by kind.
-        prompt_style: as `generate` would choose it.
-        problems: what would keep the model from loading or answering well; empty for a sound one.
+        prompt_style: the style that `generate` chooses.
+        problems: everything that keeps the model from loading or from answering well; empty for a sound one.
     """
 
     path: Path
@@ -106,10 +69,10 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a model directory, quantized or not.
+    """Describe a model directory, quantized or not.
 
     Raises:
-        InputError: so damaged that nothing can be said: no directory, config.json or weight files.
+        InputError: there is no directory, config.json or weight file to describe.
     """
     reader = CheckpointReader(path)
     found = Inspection(reader.path, str(reader.config["model_type"]), bytes=reader.bytes_on_disk())
@@ -130,12 +93,12 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def lines(found: Inspection) -> list[tuple[str, str]]:
-    """What was found as (name, value) pairs for reading; the problems are not among them."""
+    """Format an inspection, without its problems, as (name, value) pairs."""
     q = found.quantization
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(found.dtypes.items()))
     rows = [
         ("architecture", f"{found.architecture}, {found.blocks} blocks, hidden size {found.hidden_size}"),
-        ("vocabulary", f"{found.vocabulary} tokens, head {'tied to the embeddings' if found.tied else 'of its own'}"),
+        ("vocabulary", f"{found.vocabulary} tokens, head {'tied to the embeddings' if found.tied else 'separate'}"),
         ("context", f"{found.context} tokens" if found.context else "no limit in the configuration"),
         ("parameters", f"{found.parameters:,}"),
         ("prompt style", found.prompt_style),
@@ -143,7 +106,7 @@ def lines(found: Inspection) -> list[tuple[str, str]]:
     if q is None:
         rows.append(("quantization", "none"))
     else:
-        group = "a whole row" if q.group_size == -1 else str(q.group_size)
+        group = "one per output channel" if q.group_size == -1 else str(q.group_size)
         order = {None: "unknown", True: "yes", False: "no"}
         rows += [
             ("quantization", f"{q.bits} bits, group size {group}, format {q.checkpoint_format}"),
@@ -157,6 +120,43 @@ def lines(found: Inspection) -> list[tuple[str, str]]:
     for name, part in sorted(found.parts.items(), key=lambda item: -item[1].bytes):
         rows.append((f"  {name}", f"{part.bytes / 1e6:,.2f} MB, {100 * part.bytes / share:.1f} %"))
     return rows
+
+
+def average_bits(reader: CheckpointReader, quantization: Quantization) -> float | None:
+    """Average bits per weight of the blocks' linears without scales and zero points; None if there are no linears.
+
+    A linear that is not packed counts with the bits of its dtype.
+    """
+    bits = weights = 0
+    for name in reader:
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "qweight" and (own := quantization.for_linear(stem)) is not None:
+            bits += 32 * math.prod(reader.shape(name))
+            weights += 32 * math.prod(reader.shape(name)) // own.bits
+        elif leaf == "weight" and stem.endswith(reader.arch.linears):
+            bits += 8 * reader.nbytes(name)
+            weights += math.prod(reader.shape(name))
+    return bits / weights if weights else None
+
+
+def mixture(reader: CheckpointReader, quantization: Quantization) -> dict[str, dict[str, int]]:
+    """Number of linears per kind and setting, {"mlp.down_proj": {"4 bits": 2}}; empty if all have the same setting.
+
+    Raises:
+        InputError: see `Quantization.for_linear`.
+    """
+    kinds: dict[str, Counter[str]] = {name: Counter() for name in reader.arch.linears}
+    for name in reader:
+        stem, _, leaf = name.rpartition(".")
+        kind = next((kind for kind in kinds if stem.endswith(f".{kind}")), None)
+        if kind is not None and leaf == "qweight":
+            own = quantization.for_linear(stem) or quantization
+            group = "" if own.group_size == quantization.group_size else f", group size {own.group_size}"
+            kinds[kind][f"{own.bits} bits{group}"] += 1
+        elif kind is not None and leaf == "weight":
+            kinds[kind][str(reader.dtype(name)).removeprefix("torch.")] += 1
+    settings = {text for counts in kinds.values() for text in counts}
+    return {kind: dict(counts) for kind, counts in kinds.items()} if len(settings) > 1 else {}
 
 
 def _describe_config(found: Inspection, d: Dimensions) -> None:
@@ -183,7 +183,7 @@ def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:
 
 
 def _mixture(found: Inspection) -> Iterator[tuple[str, str]]:
-    """Lines for linears that differ."""
+    """Lines for linears with different settings."""
     if found.mixture:
         yield "bits on average", f"{found.average_bits:.2f}"
     for kind, counts in found.mixture.items():
@@ -205,7 +205,7 @@ def _part(name: str, reader: CheckpointReader) -> str:
 
 
 def _template(path: Path) -> str | None:
-    """The directory's chat template; None where it has none, or no tokenizer."""
+    """The chat template of the directory; None without template or tokenizer."""
     try:
         return getattr(load_tokenizer(path), "chat_template", None)
     except GptqBelleError:

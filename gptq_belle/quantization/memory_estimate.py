@@ -1,4 +1,4 @@
-"""The memory and the disk that a job needs, by arithmetic."""
+"""Memory and disk that a quantization job needs, computed from its sizes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,21 +10,20 @@ from gptq_belle.models.sizes import UNPACKED, linear_file_bytes
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.job import QuantizationJob
 
-LIBRARIES = 32 << 20  # bytes that torch's and MKL's own buffers grow to during a job
-HIDDEN_ATTENTION, HIDDEN_MLP = 10, 3  # hidden states alive at a time in either half of a block, as measured
-SHARE = 0.8  # of the memory that is free, which a job without a limit keeps to
+LIBRARY_BYTES = 32 << 20  # buffers of torch and MKL that grow during a job, as measured
+ATTENTION_COPIES, MLP_COPIES = 10, 3  # hidden states alive at a time in each half of a block, as measured
+FREE_MEMORY_SHARE = 0.8  # of the free memory, the limit of a job without --memory
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of anonymous memory at the peak, by what they are for.
+    """Peak of anonymous memory by purpose, in bytes.
 
     Attributes:
-        process: what the process holds already.
+        process: memory of the process before the job.
         block: one block in float32, and its packed tensors.
-        work: the larger of a forward pass and the largest solution.
-        activations: the calibration rows in front of a block and what its attention makes of them, where they are kept
-            in memory.
+        work: the larger of a forward pass and the largest GPTQ solution.
+        activations: inputs of a block and outputs of its attention for all calibration rows, if kept in memory.
     """
 
     process: int
@@ -34,23 +33,23 @@ class MemoryEstimate:
 
     @property
     def floor(self) -> int:
-        """The peak where activations lie on disk only."""
+        """The peak if activations are stored on disk only."""
         return self.process + self.block + self.work
 
     @property
     def total(self) -> int:
-        """The peak where they are in memory too."""
+        """The peak if activations are in memory too."""
         return self.floor + self.activations
 
 
 def must_spill(job: QuantizationJob, limit: int | None) -> bool:
-    """Whether activations have to be on disk only.
+    """Whether activations must be stored on disk only.
 
     Args:
         job: the job.
-        limit: bytes of anonymous memory to keep to; None for four fifths of what is free.
+        limit: limit of anonymous memory in bytes; None for four fifths of the free memory.
     Raises:
-        HardwareError: not even that suffices for a limit that was named.
+        HardwareError: the job exceeds `limit` even with activations on disk.
     """
     memory = estimate_memory(job)
     if limit is not None and memory.floor > limit:
@@ -60,61 +59,61 @@ def must_spill(job: QuantizationJob, limit: int | None) -> bool:
             f"{format_bytes(memory.work)} for its largest Hessian or its activations",
             f"Allow --memory {math.ceil(memory.floor / 2**20)}MiB or more.")
     free = available_bytes()
-    allowed = limit if limit is not None else None if free is None else memory.process + int(SHARE * free)
+    allowed = limit if limit is not None else None if free is None else memory.process + int(FREE_MEMORY_SHARE * free)
     return allowed is not None and memory.total > allowed
 
 
 def estimate_memory(job: QuantizationJob) -> MemoryEstimate:
-    """The peak of a job's memory by arithmetic."""
+    """Compute the peak memory of a job."""
     stream, config, techniques = job.stream, job.config, job.config.techniques
     shapes = stream.linear_shapes
     block = stream.blocks.get_submodule("0")
     weights = sum(4 * parameter.numel() for parameter in block.parameters())
     if config.auto_bits is not None:
-        config = replace(config, bits=8)  # which a whole block may get
+        config = replace(config, bits=8)  # a whole block may get 8 bits
     packed = max(sum(written_bytes(config.for_linear(f"{stream.arch.blocks}.{index}.{name}"), shape)
                      for name, shape in shapes.items()) for index in range(stream.count))
     full = bool(techniques.alpha) and job.tokens is not None
     originals = sum(4 * math.prod(shape) for shape in shapes.values()) if full else 0
     work = max([_forward(job, full), *(_solution(job, shape, full) for shape in shapes.values())])
-    return MemoryEstimate((anonymous_bytes() or 0) + LIBRARIES, weights + packed + originals, work,
+    return MemoryEstimate((anonymous_bytes() or 0) + LIBRARY_BYTES, weights + packed + originals, work,
                   (4 if full else 2) * sum(4 * math.prod(shape) for shape in job.shapes))
 
 
 def _solution(job: QuantizationJob, shape: LinearShape, full: bool) -> int:
-    """Bytes that the solution of a linear takes beside its weight."""
+    """Bytes that the solution of a linear takes in addition to its weight."""
     k, n = shape
     techniques, squares = job.config.techniques, 2 + full  # Hessian and factor, and the cross term of the targets
     if job.tokens is None:
         return 6 * n * k
     if job.config.act_order:
         squares += 2  # permuted
-    # in the order of solving, of the inputs, and the target
+    # weights in the order of solving, in the order of inputs, and the target
     weights = 4 + 4 * bool(techniques.sweeps or techniques.static_order) + 4 * full
-    codes = 2 + bool(techniques.sweeps) + bool(job.held_out)  # with their transpose, and those of earlier candidates
+    codes = 2 + bool(techniques.sweeps) + bool(job.held_out)  # with their transpose, and those of other candidates
     return (weights + codes) * n * k + 4 * squares * k * k + _held_out(job, k, full)
 
 
 def _held_out(job: QuantizationJob, k: int, full: bool) -> int:
-    """Bytes of a linear's inputs in the rows that are held out."""
+    """Bytes of a linear's inputs for the held-out rows."""
     return 0 if job.tokens is None else (2 if full else 1) * 4 * job.held_out * job.tokens.shape[1] * k
 
 
 def _forward(job: QuantizationJob, full: bool) -> int:
-    """Bytes that a forward pass of a batch takes, as it ends in the sums of the widest linear's inputs."""
+    """Bytes that a forward pass of a batch takes, with the Hessian of the widest linear."""
     stream = job.stream
     batch = max(job.shapes, key=math.prod, default=None)
     if batch is None:
         return 0
     inner = stream.linear_shapes[stream.arch.linears[-1]].in_features
     tokens = batch[0] * batch[1]
-    attention = HIDDEN_ATTENTION * batch[2] * tokens
-    mlp = (HIDDEN_MLP * batch[2] + (stream.arch.inner_copies + full) * inner) * tokens
+    attention = ATTENTION_COPIES * batch[2] * tokens
+    mlp = (MLP_COPIES * batch[2] + (stream.arch.inner_copies + full) * inner) * tokens
     return 4 * max(attention, mlp + (1 + full) * inner * inner) + _held_out(job, inner, full)
 
 
 def output_bytes(job: QuantizationJob) -> int:
-    """Size of the weight files that the job will write."""
+    """Size in bytes of the weight files that the job will write."""
     stream, config = job.stream, job.config
     block = stream.blocks.get_submodule("0")
     shapes = stream.linear_shapes
