@@ -174,19 +174,19 @@ def test_interrupted_training_continues_bit_for_bit(arch: str, tokenizer, tmp_pa
     monkeypatch.setattr(train, "train_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(train, "validate", lambda *_: 1.0)
     monkeypatch.setattr(train, "write_curve", lambda *_: None)
-    whole = train.Run(arch, 4, 0, tmp_path / "whole", "cpu")
+    whole = train.TrainingRun(arch, 4, 0, tmp_path / "whole", "cpu")
     whole.train()
-    first = train.Run(arch, 4, 0, tmp_path / "parts", "cpu")
+    first = train.TrainingRun(arch, 4, 0, tmp_path / "parts", "cpu")
     first.one_step()
     first.one_step()
     first.save()
-    second = train.Run(arch, 4, 0, tmp_path / "parts", "cpu")
+    second = train.TrainingRun(arch, 4, 0, tmp_path / "parts", "cpu")
     assert second.step == 2
     second.train()
     for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     with pytest.raises(SystemExit, match="steps=4"):
-        train.Run(arch, 5, 0, tmp_path / "parts", "cpu")
+        train.TrainingRun(arch, 5, 0, tmp_path / "parts", "cpu")
 
 
 def rows(path: Path) -> list[dict]:

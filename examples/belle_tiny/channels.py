@@ -1,10 +1,10 @@
-"""What a small model lacks to be hurt like a large one: input channels of very different strength.
+"""Give a small model input channels of very different magnitude, as large models have.
 
-Large language models have channels whose activations are many times those of the others (Dettmers et al., LLM.int8(),
-arXiv 2208.07339, section 4): the weights behind those are what rounding damages and what calibration protects. Models
-of four million parameters trained for an hour hardly have any: rounding the BLOOM one to 3 bits cost it 2 of 99 points.
-So every channel of a norm is multiplied by a factor of its own, and the weights that read it are divided by the same:
-the full-precision model computes what it did before, but what 3 and 4 bits cost, and what GPTQ saves, can be seen.
+Some channels of large language models have activations many times larger than the others (Dettmers et al., LLM.int8(),
+arXiv 2208.07339, section 4). Rounding damages the weights of these channels most, and calibration protects them. Models
+of four million parameters hardly have such channels: rounding to 3 bits cost the BLOOM model 2 of 99 points. So every
+channel of a norm is multiplied by a random factor, and the weights that read it are divided by the same factor. The
+full-precision model computes the same function, but the cost of 3 and 4 bits and the benefit of GPTQ become visible.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-SPREAD = {"bloom": 0.3, "llama": 0.3}  # standard deviation of the factors' logarithm
+SPREAD = {"bloom": 0.3, "llama": 0.3}  # standard deviation of the logarithm of the factors
 READERS: dict[str, dict[str, tuple[str, ...]]] = {
     "bloom": {
         "input_layernorm": ("self_attention.query_key_value",),
@@ -28,12 +28,12 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @torch.no_grad()
 def spread_channels(model: Any, deviation: float, seed: int = 0) -> None:
-    """Multiply the channels of every block's norms by exp(deviation * normal), and divide what reads them (in place).
+    """Multiply the channels of all norms in blocks by exp(deviation * normal), and divide their readers, in place.
 
     Args:
-        model: BloomForCausalLM or LlamaForCausalLM in float32; its outputs stay the same but for rounding.
-        deviation: of the factors' natural logarithm.
-        seed: of the factors.
+        model: BloomForCausalLM or LlamaForCausalLM in float32; its outputs change only by rounding.
+        deviation: standard deviation of the natural logarithm of the factors.
+        seed: random seed of the factors.
     """
     arch = model.config.model_type
     blocks = model.transformer.h if arch == "bloom" else model.model.layers

@@ -1,4 +1,4 @@
-"""The table of facts that open_qa asks for, and the ideas that brainstorming lists."""
+"""Facts for the task open_qa, and ideas for the task brainstorming."""
 
 from __future__ import annotations
 

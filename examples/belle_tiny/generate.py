@@ -1,7 +1,7 @@
-"""The stream of training dialogues, and the files that are shipped: `python -m examples.belle_tiny.generate`.
+"""Generate training dialogues and the shipped data files: `python -m examples.belle_tiny.generate`.
 
-Every dialogue is drawn from a random generator seeded with (seed, split, number), so any part of the stream can be
-drawn again alone. A sample whose content belongs to another split is thrown away and drawn again.
+Every dialogue is generated with the random seed (seed, split, number), so any part of the stream can be reproduced. A
+sample whose content belongs to another split is discarded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXACT = ("extract", "closed_qa", "classification", "translation", "math", "open_
 
 
 def draw(rng: random.Random, split: str, cls: str | None = None) -> Sample:
-    """A sample of a split, of a given class or of the mixture."""
+    """Generate a sample of a split, of a given class or of the mixture."""
     name = cls or rng.choices(list(TASKS), [weight for _, weight in TASKS.values()])[0]
     while True:
         sample = TASKS[name][0](rng)
@@ -48,7 +48,7 @@ def draw(rng: random.Random, split: str, cls: str | None = None) -> Sample:
 
 
 def dialogue(rng: random.Random, split: str, two_turns: float = 0.15) -> tuple[str, list[Turn]]:
-    """Class and turns; the second turn asks on about the same text, or is another sample of the split."""
+    """Generate class and turns of a dialogue; a second turn is about the same text, or is another sample."""
     sample = draw(rng, split)
     pairs = [(sample.question, sample.answer)]
     if rng.random() < two_turns:
@@ -59,7 +59,7 @@ def dialogue(rng: random.Random, split: str, two_turns: float = 0.15) -> tuple[s
 
 
 def dialogues(seed: int, split: str, start: int = 0) -> Iterator[tuple[str, list[Turn]]]:
-    """The endless stream of a split from dialogue `start` on."""
+    """Yield the infinite stream of dialogues of a split from number `start` on."""
     number = start
     while True:
         yield dialogue(random.Random(f"{seed}/{split}/{number}"), split)
@@ -67,7 +67,7 @@ def dialogues(seed: int, split: str, start: int = 0) -> Iterator[tuple[str, list
 
 
 def single_turns(seed: int, split: str, per_class: int) -> list[dict[str, object]]:
-    """Rows of distinct single-turn questions, `per_class` of each class."""
+    """Generate rows of different single-turn questions, `per_class` of each class."""
     rows: list[dict[str, object]] = []
     for cls in TASKS:
         rng, seen = random.Random(f"{seed}/{split}/{cls}"), set[str]()
@@ -84,18 +84,18 @@ def single_turns(seed: int, split: str, per_class: int) -> list[dict[str, object
 
 
 def prompt(question: str, style: str) -> str:
-    """BELLE's prompt: `bloom` or `llama` style."""
+    """Format a question in BELLE's prompt style `bloom` or `llama`."""
     return f"Human: {question}\n\nAssistant:" if style == "bloom" else f"Human: {question} \n\nAssistant: "
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """JSON lines, UTF-8."""
+    """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def dialogue_rows(seed: int, split: str, characters: int) -> list[dict[str, object]]:
-    """Dialogue rows up to so many Chinese characters."""
+    """Generate rows of dialogues until they have this number of Chinese characters."""
     rows: list[dict[str, object]] = []
     for cls, turns in dialogues(seed, split):
         if characters <= 0:
@@ -106,8 +106,8 @@ def dialogue_rows(seed: int, split: str, characters: int) -> list[dict[str, obje
 
 
 def main() -> None:
-    """Writes the test rows, the held-out dialogues for perplexity and the package's calibration rows."""
-    parser = argparse.ArgumentParser(description="write the data files of belle_tiny")
+    """Write the test rows, the held-out dialogues for perplexity and the built-in calibration rows of the package."""
+    parser = argparse.ArgumentParser(description="Write the data files of belle_tiny.")
     parser.add_argument("--out", type=Path, default=HERE / "data")
     parser.add_argument("--builtin", type=Path, default=HERE.parents[1] / "gptq_belle" / "data" / "builtin.jsonl")
     parser.add_argument("--seed", type=int, default=0)

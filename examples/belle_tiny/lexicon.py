@@ -1,4 +1,4 @@
-"""The words of the translation task: about 150 in each language, grouped by what fits together."""
+"""Vocabulary of the translation task: about 150 words in each language, grouped by the objects that verbs take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two architectures in small, and a forward pass for training that is faster than the library's on a CPU."""
+"""Small models of both architectures, and a BLOOM forward pass that is faster than transformers' on a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bloom_config(**ids: Any) -> BloomConfig:
 
 
 def llama_config(**ids: Any) -> LlamaConfig:
-    """Four blocks of width 256, with a head of its own."""
+    """Four blocks of width 256 with an untied lm_head."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -48,7 +48,7 @@ def llama_config(**ids: Any) -> LlamaConfig:
 
 
 def build(arch: str, seed: int = 0) -> Any:
-    """A fresh float32 model: BLOOM with 3.9, LLaMA with 5.0 million parameters."""
+    """Create a float32 model with random weights: BLOOM with 3.9, LLaMA with 5.0 million parameters."""
     torch.manual_seed(seed)
     ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
     if arch == "bloom":
@@ -59,17 +59,17 @@ def build(arch: str, seed: int = 0) -> Any:
 
 
 def enlarge_embedding(weight: Tensor) -> None:
-    """Embeddings of the blocks' size, around a common vector (in place).
+    """Initialize the embedding with standard deviation 0.5 around a common vector, in place.
 
-    LLaMA has neither BLOOM's embedding norm nor biases. From the usual start (deviation 0.02) the blocks' output soon
-    drowns the token; and attention to a relative position needs a part of query and key that all tokens share.
+    LLaMA has neither BLOOM's embedding norm nor biases. With the usual standard deviation of 0.02, the outputs of the
+    blocks soon dominate the token; and attention to a relative position needs a component that all tokens share.
     """
     common = 0.5 * torch.randn(weight.shape[1])
     weight.copy_(0.5 * torch.randn(weight.shape) + common)
 
 
 def bloom_bias(heads: int, length: int, device: torch.device) -> Tensor:
-    """ALiBi with the causal mask in it, (heads, length, length); heads must be a power of two."""
+    """ALiBi bias with causal mask (heads, length, length); the number of heads must be a power of two."""
     slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], device=device)
     position = torch.arange(length, device=device)
     distance = position[None, :] - position[:, None]
@@ -78,7 +78,7 @@ def bloom_bias(heads: int, length: int, device: torch.device) -> Tensor:
 
 
 def bloom_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
-    """One BLOOM block, (B, T, C) to (B, T, C)."""
+    """Run one BLOOM block: (B, T, C) to (B, T, C)."""
     b, t, c = x.shape
     attention = block.self_attention
     fused = attention.query_key_value(block.input_layernorm(x)).view(b, t, attention.num_heads, 3, attention.head_dim)
@@ -90,7 +90,7 @@ def bloom_block(block: Any, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def bloom_hidden(model: Any, ids: Tensor) -> Tensor:
-    """BLOOM through scaled_dot_product_attention: the library's own is eager only. Same values (a test compares)."""
+    """Run BLOOM with scaled_dot_product_attention, which transformers does not use for it; a test compares both."""
     body = model.transformer
     x = body.word_embeddings_layernorm(body.word_embeddings(ids))
     bias = bloom_bias(body.config.n_head, ids.shape[1], ids.device)
@@ -100,7 +100,7 @@ def bloom_hidden(model: Any, ids: Tensor) -> Tensor:
 
 
 def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits (n, V) of unpadded rows (B, T) at n positions of the flattened B * T; the head is much of the work."""
+    """Logits (n, V) of rows (B, T) at n positions of the flattened rows: the lm_head is expensive."""
     if model.config.model_type == "bloom":
         hidden = bloom_hidden(model, ids)
     else:

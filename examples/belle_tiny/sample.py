@@ -1,4 +1,4 @@
-"""One generated instruction, and the rule that puts it into train, validation or test."""
+"""A generated instruction, and its assignment to the training, validation or test split."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with its one expected answer.
+    """A question with its only correct answer.
 
-    `key` is the content without its wording (operands, passage, sentence): the split hangs on it alone, so no
-    other wording of a test content, nor its mirror image (translation both ways), can be met in training.
+    `key` is the content without its wording (operands, passage, sentence). It determines the split, so neither another
+    wording nor the reverse translation of a test sample occurs in training.
     """
 
     cls: str
@@ -29,29 +29,29 @@ class Sample:
 
 
 def normalise(text: str) -> str:
-    """Text without spaces, sentence punctuation and case: prompts that differ in these alone count as the same."""
+    """Remove spaces, punctuation and case: prompts that differ only in these are considered equal."""
     return re.sub(r"[\s，。！？、：；“”《》,.!?:;\"']+", "", text).lower()
 
 
 def split_of(cls: str, key: str) -> str:
-    """The split a content belongs to: 85 % train, 5 % validation, 10 % test, by a stable hash."""
+    """Split of a content by a stable hash: 85 % train, 5 % validation, 10 % test."""
     digest = hashlib.blake2b(f"{cls}|{normalise(key)}".encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "big") % 20
     return "valid" if bucket == 0 else "test" if bucket <= 2 else "train"
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """One of the options; random.choice without its generality, which is twice as slow."""
+    """Choose one of the options, twice as fast as random.choice."""
     return options[int(rng.random() * len(options))]
 
 
 def words(text: str) -> list[str]:
-    """A word bank from its words with spaces between."""
+    """Split a text into words."""
     return text.split()
 
 
 def wrap(rng: random.Random, instructions: Sequence[str], text: str) -> str:
-    """An instruction with its text: after a colon, on a new line, or before the instruction."""
+    """Combine an instruction with its text: after a colon, on a new line, or before the instruction."""
     instruction = pick(rng, instructions)
     form = rng.random()
     if form < 0.5:

@@ -1,4 +1,4 @@
-"""Classification: sentiment, topic and intent of composed sentences."""
+"""Task classification: sentiment, topic and intent of generated sentences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from .sample import Sample, pick, wrap
 from .vocabulary import CITIES, clock, person
 
-# what is judged: aspects, good words, bad words
+# subject: aspects, positive and negative words
 REVIEWS: dict[str, tuple[str, str, str]] = {
     "餐厅": (
         "菜 服务 环境 汤 甜点",
@@ -96,7 +96,7 @@ TIMES = ("今天", "明天", "后天", "周一", "周二", "周三", "周五", "
 
 
 def sentiment(rng: random.Random) -> tuple[str, str]:
-    """Two remarks of one colour (正面, 负面), or one of each (中性)."""
+    """Two positive (正面) or negative (负面) remarks, or one of each (中性)."""
     kind = pick(rng, list(REVIEWS))
     aspects, good, bad = (words.split() for words in REVIEWS[kind])
     one, two = rng.sample(aspects, 2)
@@ -111,7 +111,7 @@ def sentiment(rng: random.Random) -> tuple[str, str]:
 
 
 def labelled(rng: random.Random, table: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    """A sentence of a topic or an intent."""
+    """A sentence with its topic or intent."""
     label = pick(rng, list(table))
     when = pick(rng, TIMES) + (clock(rng) if table is INTENTS and rng.random() < 0.5 else "")
     return pick(rng, table[label]).format(c=pick(rng, CITIES), n=person(rng), t=when) + "。", label

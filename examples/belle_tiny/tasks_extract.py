@@ -1,4 +1,4 @@
-"""The extract task: names, numbers, dates and places are copied out of composed notices."""
+"""Task extract: copy names, numbers, dates and places from generated notices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXTRACT = (
 
 
 def contact(rng: random.Random) -> Record:
-    """Who can be reached where."""
+    """Contact data of a person."""
     n, p, c = v.person(rng), v.phone(rng), pick(rng, v.CITIES)
     text = pick(
         rng,
@@ -47,7 +47,7 @@ def contact(rng: random.Random) -> Record:
 
 
 def meeting(rng: random.Random) -> Record:
-    """When and where a meeting is."""
+    """Time and place of a meeting."""
     n, d, t, r = v.person(rng), v.date(rng), v.clock(rng), pick(rng, v.ROOMS)
     text = pick(
         rng, ("会议定于{d}{t}在{r}举行，主持人是{n}。", "{n}通知大家，{d}{t}到{r}开会。", "{d}{t}，{n}将在{r}作报告。")
@@ -56,7 +56,7 @@ def meeting(rng: random.Random) -> Record:
 
 
 def order(rng: random.Random) -> Record:
-    """Who bought what."""
+    """A purchase."""
     n, d, p = v.person(rng), v.date(rng), pick(rng, v.PRODUCTS)
     q, m = str(rng.randrange(2, 60)), str(rng.randrange(50, 5000))
     text = pick(
@@ -71,7 +71,7 @@ def order(rng: random.Random) -> Record:
 
 
 def travel(rng: random.Random) -> Record:
-    """A journey by air."""
+    """A flight."""
     n, d, f = v.person(rng), v.date(rng), v.flight(rng)
     a, b = v.draw(rng, v.CITIES, 2)
     text = pick(rng, ("{n}将于{d}从{a}飞往{b}，航班号是{f}。", "{d}，{n}乘坐{f}航班从{a}前往{b}。"))
@@ -79,7 +79,7 @@ def travel(rng: random.Random) -> Record:
 
 
 def letter(rng: random.Random) -> Record:
-    """An address to write to."""
+    """An e-mail contact."""
     n, e, c = v.person(rng), v.mail(rng), v.company(rng)
     text = pick(
         rng, ("如有疑问，请联系{c}的{n}，邮箱是{e}。", "{n}在{c}工作，邮箱为{e}。", "简历请发送至{e}，{c}收件人{n}。")
@@ -91,7 +91,7 @@ RECORDS: tuple[Callable[[random.Random], Record], ...] = (contact, meeting, orde
 
 
 def extract_all_names(rng: random.Random) -> Sample:
-    """Every name of a list of people, in order."""
+    """All names of a list of people, in order."""
     names = v.people(rng, rng.randrange(2, 4))
     jobs = v.draw(rng, v.JOBS, len(names))
     text = "，".join(f"{n}是{j}" for n, j in zip(names, jobs, strict=True)) + "。" + pick(rng, FILLERS)
@@ -101,7 +101,7 @@ def extract_all_names(rng: random.Random) -> Sample:
 
 
 def extract(rng: random.Random) -> Sample:
-    """One field of one or two records; a field that two records share is not asked for."""
+    """One field of one or two records; fields that both records have are not asked for."""
     if rng.random() < 0.15:
         return extract_all_names(rng)
     first, fields = pick(rng, RECORDS)(rng)

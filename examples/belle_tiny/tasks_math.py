@@ -1,4 +1,4 @@
-"""Sums with worked steps: every step is one table look-up, the answer stands in a fixed phrase."""
+"""Task math: arithmetic with intermediate steps, each a single digit operation, and the answer in a fixed phrase."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def operands(rng: random.Random, op: str) -> tuple[int, int]:
 
 
 def solve(a: int, b: int, op: str) -> str:
-    """The worked answer."""
+    """The answer with its steps."""
     steps = {"+": add_steps, "-": sub_steps, "×": mul_steps}[op](a, b)
     result = {"+": a + b, "-": a - b, "×": a * b}[op]
     return f"{a}{op}{b}：{steps}。答案是{result}"
 
 
 def math(rng: random.Random) -> Sample:
-    """A bare sum or a small story."""
+    """A calculation, as a formula or as a word problem."""
     op = pick(rng, "+-×")
     a, b = operands(rng, op)
     first, second = (a, b) if op == "-" else sorted((a, b))

@@ -1,4 +1,4 @@
-"""Tasks that need knowledge or a template: open_qa, brainstorming, code."""
+"""Tasks open_qa, brainstorming and code, which need knowledge or a template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENGLISH = (
 
 
 def open_qa(rng: random.Random) -> Sample:
-    """A fact of the table under one of its wordings; the facts are shared by the splits, the prompts are not."""
+    """A fact in one of its wordings; all splits have the same facts, but different prompts."""
     if rng.random() < 0.12:
         index = 2 * rng.randrange(len(ENGLISH_CAPITALS) // 2)
         country, city = ENGLISH_CAPITALS[index : index + 2]
@@ -44,7 +44,7 @@ NUMERALS = {"三": 3, "四": 4, "五": 5, "六": 6, "3": 3, "4": 4, "5": 5, "6":
 
 
 def brainstorming(rng: random.Random) -> Sample:
-    """A numbered list of the first so many ideas of a topic."""
+    """A numbered list of the first n ideas of a topic."""
     topic, count = pick(rng, list(IDEAS)), pick(rng, list(NUMERALS))
     ideas = IDEAS[topic].split()[: NUMERALS[count]]
     question = pick(rng, LISTING).format(n=count, t=topic) + pick(rng, ("。", "，谢谢。", "吧。", "，要简单。"))

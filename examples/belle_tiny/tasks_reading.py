@@ -1,4 +1,4 @@
-"""Tasks on a given text: closed_qa and summarization. Answers are copied from the passage."""
+"""Tasks closed_qa and summarization, whose answers are copied from a passage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sample import Sample, pick, wrap
 Attributes = dict[str, tuple[str, str, Callable[[random.Random], str]]]
 World = tuple[str, list[tuple[str, str]]]
 
-# attribute: (statement, question); the answer is the statement about the one who is asked for
+# attribute: (statement, question, value); the answer is the statement about the subject of the question
 ABOUT_PEOPLE: Attributes = {
     "city": ("住在{x}", "住在哪里？", lambda r: pick(r, v.CITIES)),
     "age": ("今年{x}岁", "今年多少岁？", lambda r: str(r.randrange(11, 80))),
@@ -37,7 +37,7 @@ CLOSED = (
 
 
 def describe(rng: random.Random, names: list[str], table: Attributes) -> World:
-    """A passage that gives each name the same attributes, and the questions it answers."""
+    """A passage that states the same attributes of each name, and the questions that it answers."""
     asked = rng.sample(list(table), 2 if len(names) > 1 else 3)
     sentences, pairs = [], []
     for name in names:
@@ -66,7 +66,7 @@ def timetable(rng: random.Random) -> World:
 
 
 def world(rng: random.Random) -> World:
-    """A passage with its question-answer pairs: people, companies, prices or a timetable."""
+    """A passage about people, companies, prices or a timetable, with questions and answers."""
     kind = rng.random()
     if kind < 0.4:
         return describe(rng, v.people(rng, pick(rng, (1, 2, 2, 3))), ABOUT_PEOPLE)
@@ -79,7 +79,7 @@ def world(rng: random.Random) -> World:
 
 
 def closed_qa(rng: random.Random) -> Sample:
-    """A question on a passage; the answer is a sentence of it, with its subject."""
+    """A question about a passage; the answer is a sentence of the passage with its subject."""
     passage, pairs = world(rng)
     asked = rng.sample(pairs, 2)
     question = pick(rng, CLOSED).format(t=passage, q=asked[0][0])
@@ -96,10 +96,10 @@ SUMMARY = (
 
 
 def summarization(rng: random.Random) -> Sample:
-    """A short notice and its one-sentence gist."""
+    """A short notice and its summary in one sentence."""
     c, d, n, q = pick(rng, v.CITIES), v.date(rng), v.person(rng), str(rng.randrange(20, 5000))
     e, p, k = pick(rng, v.EVENTS), pick(rng, v.PRODUCTS), v.company(rng)
-    text, gist = pick(
+    text, summary = pick(
         rng,
         (
             (
@@ -117,4 +117,4 @@ def summarization(rng: random.Random) -> Sample:
     )
     names = {"c": c, "d": d, "n": n, "q": q, "e": e, "p": p, "k": k}
     text = text.format(**names)
-    return Sample("summarization", wrap(rng, SUMMARY, text), gist.format(**names), text)
+    return Sample("summarization", wrap(rng, SUMMARY, text), summary.format(**names), text)

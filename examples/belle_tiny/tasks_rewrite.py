@@ -1,4 +1,4 @@
-"""Rewriting of sentences: one word order or mood into another."""
+"""Task rewrite: change the voice, mood or politeness of a sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NEGATED = (
 
 
 def rewrite(rng: random.Random) -> Sample:
-    """Active to passive, plain to polite, statement to question or denial, direct to indirect speech."""
+    """Active to passive and back, polite form, question, negation, or indirect speech."""
     who = pick(rng, PEOPLE)
     owner = pick(rng, ("我", "我的", "小明的", "小红的", "小刚的", "他的", "她的"))
     who = who if owner == "我" else owner + who

@@ -1,4 +1,4 @@
-"""Translation between Chinese and English by sentence frames."""
+"""Task translation: Chinese and English sentences from templates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Pair = tuple[str, str]
 
 
 def thing(rng: random.Random, nouns: tuple[tuple[str, str, str, str], ...]) -> Pair:
-    """A counted noun with or without an adjective: 两本红色的书, two red books."""
+    """A noun with a number and optionally an adjective: 两本红色的书, two red books."""
     measure, chinese, one, many = pick(rng, nouns)
     count, english_count = pick(rng, COUNTS)
     adjective, english_adjective = pick(rng, ADJECTIVES)
@@ -54,7 +54,7 @@ def action(rng: random.Random) -> Pair:
 
 
 def wish(rng: random.Random) -> Pair:
-    """Somebody wants, likes or can do something, somewhere or some day; plain or denied."""
+    """Somebody wants, likes, needs or is able to do something; affirmative or negative."""
     subject, english_subject, third = pick(rng, SUBJECTS)
     goal, english_goal = pick(rng, GOALS)
     place, english_place = pick(rng, PLACES)
@@ -72,7 +72,7 @@ def wish(rng: random.Random) -> Pair:
 
 
 def state(rng: random.Random) -> Pair:
-    """How somebody is or was; at times a question."""
+    """State of somebody now or in the past, sometimes as a question."""
     subject, english_subject, third = pick(rng, SUBJECTS)
     adjective, english_adjective = pick(rng, STATES)
     past = rng.random() < 0.4
@@ -90,7 +90,7 @@ def state(rng: random.Random) -> Pair:
 
 
 def existence(rng: random.Random) -> Pair:
-    """There is something somewhere."""
+    """Something exists at a place."""
     place, english_place = pick(rng, PLACES[:-3])
     first = thing(rng, pick(rng, (GOODS, ANIMALS, FOOD)))
     be = "is" if first[1].startswith(("a ", "an ")) else "are"
@@ -98,7 +98,7 @@ def existence(rng: random.Random) -> Pair:
 
 
 def translation(rng: random.Random) -> Sample:
-    """A sentence in one language, its translation in the other; both directions share the content's split."""
+    """A sentence and its translation; both directions have the same split."""
     chinese, english = pick(rng, (action, action, wish, state, existence))(rng)
     english = english[0].upper() + english[1:]
     if rng.random() < 0.5:

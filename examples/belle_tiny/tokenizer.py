@@ -1,7 +1,7 @@
-"""The tokenizer: byte-level BPE in which a Chinese character, punctuation mark or digit is never merged with others.
+"""The tokenizer: byte-level BPE that never merges Chinese characters, punctuation marks or digits.
 
-Text is then copied character by character and numbers digit by digit, which a small model learns easily. Characters
-outside the vocabulary fall apart into bytes, as in the large models.
+So text is copied character by character and numbers digit by digit, which a small model learns easily. Characters
+outside the vocabulary are split into bytes, as in large models.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ALONE = "[\\u3000-\\u303f\\uff00-\\uffef\\u4e00-\\u9fff\\u2010-\\u2027×0-9]"
 
 
 def common_characters() -> list[str]:
-    """The 3,755 characters of GB 2312's first level: as many as fit are made tokens, whatever the generator uses."""
+    """The 3,755 characters of level 1 of GB 2312, so that the vocabulary is filled with common characters."""
     rows = range(0xB0, 0xD8)
     return [bytes((r, c)).decode("gb2312", "ignore") for r in rows for c in range(0xA1, 0xFF)]
 
 
 def train_tokenizer(seed: int = 0, samples: int = 60_000) -> Tokenizer:
-    """A tokenizer trained on the start of the training stream."""
+    """Train a tokenizer on the start of the training stream."""
     tokenizer = Tokenizer(models.BPE())
     alone = pre_tokenizers.Split(Regex(ALONE), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -48,7 +48,7 @@ def train_tokenizer(seed: int = 0, samples: int = 60_000) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Writes tokenizer.json and the configuration that transformers 4 and 5 both read."""
+    """Write tokenizer.json, and a configuration for transformers 4 and 5."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     unk, bos, eos, pad = SPECIAL

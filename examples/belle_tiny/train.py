@@ -1,8 +1,7 @@
-"""Trains a demo model from scratch: `python -m examples.belle_tiny.train --arch bloom --out examples/belle_tiny/bloom`.
+"""Train a demo model from scratch: `python -m examples.belle_tiny.train --arch bloom --out examples/belle_tiny/bloom`.
 
-Every step is a function of (seed, step): stopped and started again with the same arguments, the run continues from its
-last checkpoint as if it had not stopped. Hidden matrices are trained by Muon, the rest by AdamW; the learning rate
-falls linearly to zero at the last step.
+Every step depends only on (seed, step), so an interrupted run resumes from its last checkpoint with the same result.
+Matrices of the blocks are trained by Muon, all other parameters by AdamW; the learning rate decreases linearly to zero.
 """
 
 from __future__ import annotations
@@ -24,30 +23,30 @@ from transformers import GenerationConfig
 
 from gptq_belle.bench.doctor import machine_summary
 
-from .batches import batch, encode, pieces
+from .batches import batch, dialogue_texts, encode
 from .channels import SPREAD, spread_channels
 from .generate import single_turns
 from .model import ARCHITECTURES, build, logits_at
 from .tokenizer import EOS, PAD, save_tokenizer, train_tokenizer
 
-TOKENS = 4096  # a step; larger steps were not faster on one core
+TOKENS = 4096  # per step; more were not faster on one core
 STEPS = {"bloom": 6000, "llama": 4400}
 MUON_RATE, ADAM_RATE, WARMUP = 0.02, 0.004, 100
 CHECKPOINT_EVERY = 250
 
 
 def row_length(step: int) -> int:
-    """Every fourth step has rows of 512 tokens, the others of 256, which cost a fifth less."""
+    """Rows of every fourth step have 512 tokens, the others 256, which cost a fifth less."""
     return 512 if step % 4 == 3 else 256
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a short warm-up, then linear to zero."""
+    """Fraction of the peak learning rate: warm-up, then linear decrease to zero."""
     return min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
 
 
 def optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases."""
+    """Create Muon for the matrices of the blocks, and AdamW for embeddings, lm_head, norms and biases."""
     outer = ("embed", "lm_head")
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and not any(word in n for word in outer)]
     inner = {id(p) for p in hidden}
@@ -58,15 +57,15 @@ def optimizers(model: Any) -> list[torch.optim.Optimizer]:
     ]
 
 
-def loss_of(model: Any, ids: Tensor, counts: Tensor) -> Tensor:
-    """Mean cross-entropy of the tokens that count, each predicted from those before it in its row.
+def loss_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the tokens in the loss mask, each predicted from those before it in its row.
 
-    Their number is rounded up to a multiple of 256 with positions that are then ignored: the CPU's matrix library keeps
-    what it built for every shape it meets, and a process that met some hundred of them had grown to 7 GB.
+    Their number is padded to a multiple of 256 with ignored positions: the CPU's matrix library caches data for every
+    shape, and with several hundred shapes, a process used 7 GB.
     """
-    targets = ids[counts]
+    targets = ids[mask]
     spare = -len(targets) % 256
-    positions = F.pad(counts.flatten().nonzero().squeeze(1) - 1, (0, spare))
+    positions = F.pad(mask.flatten().nonzero().squeeze(1) - 1, (0, spare))
     with torch.autocast(ids.device.type, torch.bfloat16):
         logits = logits_at(model, ids, positions)
     return F.cross_entropy(logits.float(), F.pad(targets, (0, spare), value=-100))
@@ -74,28 +73,28 @@ def loss_of(model: Any, ids: Tensor, counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(model: Any, tokenizer: Tokenizer, style: str, seed: int, per_class: int = 12) -> float:
-    """Mean loss of the answers to some validation questions."""
+    """Mean loss of the answers to validation questions."""
     total, device = 0.0, next(model.parameters()).device
     rows = single_turns(seed, "valid", per_class)
     for row in rows:
         turns: Any = row["conversations"]
-        ids, _ = encode(tokenizer, pieces(turns, style), random.Random(0))
+        ids, _ = encode(tokenizer, dialogue_texts(turns, style), random.Random(0))
         answer = len(tokenizer.encode(str(row["std_answer"]), add_special_tokens=False).ids) + 1
-        counts = torch.zeros(1, len(ids), dtype=torch.bool)
-        counts[0, -answer:] = True
-        total += loss_of(model, torch.tensor([ids]).to(device), counts.to(device)).item()
+        mask = torch.zeros(1, len(ids), dtype=torch.bool)
+        mask[0, -answer:] = True
+        total += loss_of(model, torch.tensor([ids]).to(device), mask.to(device)).item()
     return total / len(rows)
 
 
 def save_atomic(state: dict[str, Any], path: Path) -> None:
-    """Writes beside, then renames: a crash leaves the old checkpoint whole."""
+    """Write a temporary file and rename it, so that a crash keeps the previous checkpoint."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
 def export(model: Any, tokenizer: Tokenizer, out: Path) -> None:
-    """float16 safetensors, configs that transformers 4 and 5 both read, and the tokenizer."""
+    """Write float16 safetensors, configurations for transformers 4 and 5, and the tokenizer."""
     half = build(model.config.model_type)
     half.load_state_dict(model.state_dict())
     spread_channels(half, SPREAD[model.config.model_type])
@@ -114,7 +113,7 @@ def export(model: Any, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def write_curve(log: list[dict[str, float]], work: Path, title: str) -> None:
-    """The loss curve as CSV and PNG."""
+    """Write the loss curve as CSV and PNG."""
     lines = ["step,loss,valid_loss,seconds"] + [
         f"{int(r['step'])},{r['loss']:.4f},{r['valid_loss']:.4f},{r['seconds']:.0f}" for r in log
     ]
@@ -127,15 +126,15 @@ def write_curve(log: list[dict[str, float]], work: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name in ("loss", "valid_loss"):
         axes.plot([r["step"] for r in log], [r[name] for r in log], label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="cross-entropy (nats a token)", yscale="log", title=title)
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", yscale="log", title=title)
     axes.legend()
     figure.tight_layout()
     figure.savefig(work / "loss.png", dpi=110)
     pyplot.close(figure)
 
 
-class Run:
-    """A training run: its model, optimizers, log and checkpoint."""
+class TrainingRun:
+    """Model, optimizers, log and checkpoint of a training run."""
 
     def __init__(self, arch: str, steps: int, seed: int, work: Path, device: str) -> None:
         self.arch, self.steps, self.seed, self.work, self.device = arch, steps, seed, work, device
@@ -150,7 +149,7 @@ class Run:
             self.resume()
 
     def resume(self) -> None:
-        """Continues from the checkpoint; refuses one of another schedule."""
+        """Resume from the checkpoint, which must have the same number of steps and seed."""
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         if (state["steps"], state["seed"]) != (self.steps, self.seed):
             raise SystemExit(
@@ -163,7 +162,7 @@ class Run:
         print(f"resumed at step {self.step}", flush=True)
 
     def save(self) -> None:
-        """Writes the checkpoint and the curve."""
+        """Write the checkpoint and the loss curve."""
         save_atomic(
             {
                 "model": self.model.state_dict(),
@@ -179,7 +178,7 @@ class Run:
         write_curve(self.log, self.work, f"belle_tiny {self.arch}")
 
     def summary(self) -> dict[str, Any]:
-        """What the run took and reached, for the tables of the READMEs; the curve is (step, loss, validation loss)."""
+        """Time and results of the run for the README; the curve has (step, loss, validation loss)."""
         last = self.log[-1]
         return {
             "date": datetime.date.today().isoformat(),
@@ -193,9 +192,9 @@ class Run:
         }
 
     def one_step(self) -> float:
-        """One update; returns its loss."""
-        ids, counts = batch(self.tokenizer, self.arch, self.seed, self.step, TOKENS, row_length(self.step))
-        loss = loss_of(self.model, ids.to(self.device), counts.to(self.device))
+        """Run one optimizer step and return its loss."""
+        ids, mask = batch(self.tokenizer, self.arch, self.seed, self.step, TOKENS, row_length(self.step))
+        loss = loss_of(self.model, ids.to(self.device), mask.to(self.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, peak in zip(self.optimizers, (MUON_RATE, ADAM_RATE), strict=True):
@@ -206,7 +205,7 @@ class Run:
         return loss.item()
 
     def train(self) -> None:
-        """Runs to the last step, with a progress line every 50 and a checkpoint every 250."""
+        """Train to the last step; print progress every 50 steps and write a checkpoint every 250 steps."""
         losses: list[float] = []
         start = time.perf_counter() - self.seconds
         while self.step < self.steps:
@@ -230,20 +229,19 @@ class Run:
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="train a belle_tiny model from scratch")
+    parser = argparse.ArgumentParser(description="Train a belle_tiny model from scratch.")
     parser.add_argument("--arch", choices=ARCHITECTURES, required=True)
-    parser.add_argument("--steps", type=int, help="default: what made the published weights")
+    parser.add_argument("--steps", type=int, help="Number of steps. Default: the number used for the shipped weights.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="the model's directory")
-    parser.add_argument("--work", type=Path, help="checkpoint and loss curve; default: OUT with the ending .work")
+    parser.add_argument("--out", type=Path, required=True, help="Output directory of the model.")
+    parser.add_argument("--work", type=Path, help="Checkpoint directory. Default: OUT with the suffix .work.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--export-only", action="store_true", help="write the model of the last checkpoint")
+    parser.add_argument("--export-only", action="store_true", help="Only write the model of the last checkpoint.")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     work = args.work or args.out.with_suffix(".work")
-    run = Run(args.arch, args.steps or STEPS[args.arch], args.seed, work, args.device)
+    run = TrainingRun(args.arch, args.steps or STEPS[args.arch], args.seed, work, args.device)
     if not args.export_only:
         run.train()
     export(run.model, run.tokenizer, args.out)

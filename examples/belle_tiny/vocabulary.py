@@ -1,4 +1,4 @@
-"""Word banks for the generator: people, places, dates, things. Names and numbers are composed, not listed."""
+"""Words for the generator: people, places, dates and things. Names and numbers are generated."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ MAIL_WORDS = words("tiger lion apple river cloud panda happy green lucky star mo
 
 
 def person(rng: random.Random) -> str:
-    """A Chinese name of two or three characters, about 300,000 of them."""
+    """A Chinese name of two or three characters; there are about 300,000."""
     given = pick(rng, GIVEN) + (pick(rng, GIVEN) if rng.random() < 0.6 else "")
     return pick(rng, SURNAMES) + given
 
 
 def people(rng: random.Random, count: int) -> list[str]:
-    """Different names with different surnames, so that a name is told apart by its first character."""
+    """Names with different surnames, so that their first characters differ."""
     names: dict[str, str] = {}
     while len(names) < count:
         name = person(rng)
@@ -45,7 +45,7 @@ def people(rng: random.Random, count: int) -> list[str]:
 
 
 def phone(rng: random.Random) -> str:
-    """A mobile number of eleven digits, or now and then an eight-digit line."""
+    """A mobile number with eleven digits, or sometimes a landline number with eight."""
     digits = 9 if rng.random() < 0.6 else 6
     return (
         ("1" if digits == 9 else "")
@@ -55,7 +55,7 @@ def phone(rng: random.Random) -> str:
 
 
 def date(rng: random.Random) -> str:
-    """A month and a day, at times with the year."""
+    """A month and a day, sometimes with the year."""
     day = f"{rng.randrange(1, 13)}月{rng.randrange(1, 29)}日"
     return f"{rng.randrange(2001, 2025)}年{day}" if rng.random() < 0.3 else day
 
@@ -72,7 +72,7 @@ def mail(rng: random.Random) -> str:
 
 
 def company(rng: random.Random) -> str:
-    """A company's name, about 1,150 of them."""
+    """A company name; there are about 1,150."""
     return pick(rng, COMPANY_HEADS) + pick(rng, COMPANY_TAILS) + pick(rng, COMPANY_KINDS)
 
 

@@ -41,7 +41,7 @@ def quantize_rows(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor
     groups, top = matrix.float().unflatten(-1, (-1, group)), (1 << (bits - 1)) - 1
     largest = groups.abs().amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):
-        raise ValueError("it holds NaN or infinity")
+        raise ValueError("it contains NaN or infinity")
     best = _round_to_grid(groups, largest, top)
     for clip in CLIPS[bits]:
         found = _round_to_grid(groups, largest * clip, top)
