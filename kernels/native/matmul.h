@@ -1,7 +1,7 @@
 // The matrix product for any instruction set. A file isa_*.cpp defines `struct Isa` and includes this file; everything
 // is in an anonymous namespace, so that the linker never takes one instruction set's code for another's.
 //
-// There are two loops with the same arithmetic. For up to 4 rows of x, codes are unpacked while they are read from memory
+// There are two loops with the same arithmetic. For up to 4 rows of x, codes are unpacked while read from memory
 // ("stream": each thread should read long contiguous pieces). For more rows, each group's codes are unpacked once, into
 // the first-level cache, and multiplied by all rows ("block").
 #include "native.h"
