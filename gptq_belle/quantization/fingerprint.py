@@ -4,7 +4,6 @@ import json
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
     small = [reader.path / name for name in ("config.json", TOKENIZER_CONFIG, *COPIED_FILES)]
     files = [*reader.files, *(file for file in small if file.is_file())]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(_digest, files))
+        checksums = list(pool.map(file_checksum, files))
     return {
-        "source": {file.name: digest for file, digest in zip(files, digests, strict=True)},
+        "source": {file.name: checksum.sha256 for file, checksum in zip(files, checksums, strict=True)},
         "calibration": {key: value for key, value in (calibration or {}).items() if key != "seen"},  # covered by sha256
         "settings": json.loads(json.dumps(asdict(config))) | {  # as JSON returns it: tuples become lists
             "overrides": config.to_dict().get("dynamic", {})},
@@ -60,7 +59,3 @@ def environment_differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     """The differences between two environments, without the number of threads; "" where there are none."""
     return ", ".join(f"{name} {then.get(name)} then, {value} now" for name, value in now.items()
                      if name != "threads" and then.get(name) != value)
-
-
-def _digest(path: Path) -> str:
-    return file_checksum(path).sha256

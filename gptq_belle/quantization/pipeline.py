@@ -31,9 +31,7 @@ from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import must_spill
 from gptq_belle.quantization.report import JobProgress, NoProgress, Report
-from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification
-
-VERIFICATION_TOKENS = 64  # tokens that run through the first block before and after writing
+from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification, verification_tokens
 
 
 def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: QuantConfig) -> None:
@@ -112,12 +110,7 @@ def quantize_checkpoint(
     lower_mmap_threshold()
     check_tuning(job, memory)
     spill = must_spill(job, memory)
-    report = Report(str(source), job.config, job.calibration, versions=_versions())
-    if job.ignored:
-        report.notes.append(f"{len(job.ignored)} tensors that the model does not need were left out: "
-                            f"{', '.join(job.ignored[:3])}{', ...' * (len(job.ignored) > 3)}")
-    if lora is not None:
-        report.notes.append(f"the LoRA adapter {Path(lora).name} is merged into the weights")
+    report = _new_report(source, job, lora)
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
         journal = _journal(writer, job, report, progress, restart=not resume)
         with threads(journal.environment["threads"]):
@@ -134,6 +127,18 @@ def quantize_checkpoint(
             report.readback_error = verification.compare(writer.files, job.stream, expected)
         _complete(report, journal, writer, peak, time.perf_counter() - started)
         writer.publish()
+    return report
+
+
+def _new_report(source: str | Path, job: QuantizationJob, lora: str | Path | None) -> Report:
+    report = Report(str(source), job.config, job.calibration, versions={
+        "gptq_belle": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version()})
+    if job.ignored:
+        report.notes.append(f"{len(job.ignored)} tensors that the model does not need were left out: "
+                            f"{', '.join(job.ignored[:3])}{', ...' * (len(job.ignored) > 3)}")
+    if lora is not None:
+        report.notes.append(f"the LoRA adapter {Path(lora).name} is merged into the weights")
     return report
 
 
@@ -163,7 +168,8 @@ def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Jo
     write_outer_tensors(stream, writer, job.config)
     if job.tokens is not None:
         progress.phase("embedding the calibration rows")
-    verification = BlockVerification(stream.embed(_verification_tokens(job)))
+    tokens = verification_tokens(job.tokens, stream.model.config.vocab_size)
+    verification = BlockVerification(stream.embed(tokens))
     if job.tokens is not None and done == 0:
         activations.write(0, *[partial(stream.embed, job.tokens)] * len(activations.models))
     elif job.tokens is not None and done < stream.count:
@@ -195,14 +201,3 @@ def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: 
     report.peak_memory = max((count for count in peaks if count is not None), default=None)
     report.bytes_on_disk = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
     writer.write_json("quantization_report.json", report.to_dict())
-
-
-def _verification_tokens(job: QuantizationJob) -> Tensor:
-    if job.tokens is not None:
-        return job.tokens[:1, :VERIFICATION_TOKENS]
-    return torch.arange(VERIFICATION_TOKENS).unsqueeze(0) % job.stream.model.config.vocab_size
-
-
-def _versions() -> dict[str, str]:
-    return {"gptq_belle": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version()}

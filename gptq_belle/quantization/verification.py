@@ -14,8 +14,16 @@ from gptq_belle.kernels.reference import dequantize
 from gptq_belle.quantization.block_stream import BlockStream
 
 VERIFIED_BLOCK = 0
+VERIFICATION_TOKENS = 64  # tokens that run through the block before and after writing
 EXPECTED = "verification.expected"
 LARGEST_DIFFERENCE = 1e-5  # relative to the output's largest value; on a CPU the same operations give 0
+
+
+def verification_tokens(rows: Tensor | None, vocabulary: int) -> Tensor:
+    """Token ids (1, T) for the verification: the first calibration row, or the first ids of the vocabulary."""
+    if rows is not None:
+        return rows[:1, :VERIFICATION_TOKENS]
+    return torch.arange(VERIFICATION_TOKENS).unsqueeze(0) % vocabulary
 
 
 class BlockVerification:
