@@ -1,4 +1,4 @@
-"""What the tests share: seeds, tolerances, tiny models of both architectures, random packed checkpoints of them."""
+"""Shared fixtures: random seeds, tolerances, tiny models of both architectures, and random packed checkpoints."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _start_alike():
-    """Random numbers and threads are those of every test; what one sets, the next does not meet."""
+    """Reset random seeds and threads before every test."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield
@@ -51,7 +51,7 @@ def _start_alike():
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most VOCABULARY tokens; every text survives the way there and back."""
+    """A byte-level BPE tokenizer with at most VOCABULARY tokens; every text can be decoded exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,7 +63,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _save(model: torch.nn.Module, path: Path) -> Path:
-    """Draw vectors (biases, norms) that are not all 0 or 1, and write the model in float16."""
+    """Set biases and norms to random values, and write the model in float16."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -95,7 +95,7 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["bloom", "llama"])
 def tiny_model(request) -> Path:
-    """Each of the two tiny models in turn. Shared by the session: copy it before changing anything."""
+    """Each of the two tiny models. Shared by the session: copy it before changes."""
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
@@ -160,7 +160,7 @@ MEASURED = ("seconds", "phases", "peak_memory", "resumed")  # of a report: no tw
 
 
 def job_output(directory: Path) -> tuple[dict[str, bytes], dict]:
-    """Every file of a quantized directory, and the report without what no two runs agree on."""
+    """All files of a quantized directory, without the varying parts of the report."""
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
     report = json.loads(files.pop("quantization_report.json"))
     linears = [{key: value for key, value in row.items() if key != "seconds"} for row in report["linears"]]
@@ -176,6 +176,6 @@ def naming(*objects: object) -> str:
 
 
 def cut_short(path: Path) -> None:
-    """Leave the first half of a file, as a broken download does."""
+    """Truncate a file to its first half, like an interrupted download."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])

@@ -1,4 +1,4 @@
-"""What the tests of both decoders share: transformers' logits in float64 for the same weights, and how ours compare."""
+"""Helpers for the tests of both decoders: compare logits with transformers in float64."""
 
 import json
 
@@ -10,20 +10,20 @@ import gptq_belle
 
 
 def saved(model_class, config, path):
-    """A directory with a random model of that configuration, float16 on disk."""
+    """Write a random model of a configuration in float16."""
     torch.manual_seed(5)
     return _save(model_class(config), path)
 
 
 def theirs(path, ids, mask=None):
-    """transformers' logits (B, T, V) in float64 of an unquantized directory."""
+    """Logits (B, T, V) of transformers in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
     with torch.inference_mode():
         return model(ids, attention_mask=torch.ones_like(ids) if mask is None else mask).logits
 
 
 def assert_same_logits(path, length=200):
-    """Whole, in pieces with a cache, and token by token, our float32 logits are transformers' float64 ones."""
+    """Check logits of one forward pass, of chunks with a cache and of single tokens with transformers in float64."""
     model = gptq_belle.load(path, device="cpu", cache="float32")
     ids = torch.randint(4, model.vocabulary_size, (2, length))
     expected = theirs(path, ids)
@@ -43,8 +43,8 @@ def assert_same_logits(path, length=200):
 
 
 def assert_padding_changes_nothing(path):
-    """Rows of different lengths, padded behind their end, and each in a slot of a cache. (Padded in front, rows of
-    nothing but padding are NaN in transformers' float64, and spread from there.)"""
+    """Check rows of different lengths, padded on the right, each in a slot of a cache. (With padding on the left,
+    transformers in float64 gives NaN.)"""
     model = gptq_belle.load(path, device="cpu", cache="float32")
     lengths, width = (90, 17, 64), 90
     rows = [torch.randint(4, 384, (n,)) for n in lengths]

@@ -1,4 +1,4 @@
-"""A hub of one repository on 127.0.0.1, as far as huggingface_hub's downloads need one; it can break off."""
+"""A minimal hub with one repository on 127.0.0.1 for downloads by huggingface_hub, which can be interrupted."""
 
 import hashlib
 import json

@@ -27,7 +27,7 @@ VALUES = (None, True, False, -1, 0, 1, 3, 7, 1 << 16, 1 << 31, (1 << 63) - 1, 1 
 
 
 def byte_level(rng, data):
-    """One file's bytes, changed: flipped, cut, doubled, removed, overwritten with extremes."""
+    """Change the bytes of a file: flip, truncate, duplicate, remove, or overwrite with extreme values."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         if not data:
@@ -51,7 +51,7 @@ def byte_level(rng, data):
 
 
 def json_level(rng, value):
-    """A JSON value in which one place, or some, hold something else, are gone or stand twice."""
+    """Change a JSON value: replace, remove or duplicate some of its parts."""
     if rng.random() < 0.03:
         return rng.choice(VALUES)
     place, key = value, None
@@ -77,7 +77,7 @@ def json_level(rng, value):
 
 
 def header_level(rng, data):
-    """A safetensors file whose header is changed as JSON; lengths are right again, mostly."""
+    """Change the header of a safetensors file as JSON, mostly with a correct length."""
     size = int.from_bytes(data[:8], "little")
     header = json_level(rng, json.loads(data[8 : 8 + size]))
     text = json.dumps(header).encode("utf-8", "surrogatepass")
@@ -88,7 +88,7 @@ def header_level(rng, data):
 
 
 def tensor_level(rng, path):
-    """A file of sound tensors that hold, or are, the wrong things."""
+    """Change tensors of a valid file: values, shapes, dtypes or names."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
@@ -114,7 +114,7 @@ def tensor_level(rng, path):
 
 
 def mutate(rng, directory):
-    """Change one file of a directory in one of these ways."""
+    """Mutate one file of a directory."""
     weights = [file for file in directory.iterdir() if file.suffix in (".safetensors", ".bin")]
     texts = [file for file in directory.iterdir() if file.suffix == ".json"]
     kind = rng.randrange(10)
@@ -133,13 +133,13 @@ def mutate(rng, directory):
 
 
 class Worker:
-    """Opens directories in another process, which is started again when it dies or hangs."""
+    """Opens directories in another process, which is restarted when it dies or hangs."""
 
     def __init__(self):
         self.process = None
 
     def __call__(self, directory):
-        """("valid" | "refused" | "failed", what was said)."""
+        """Return ("valid" | "refused" | "failed", message)."""
         if self.process is None:
             self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                             text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -185,7 +185,7 @@ def bases(folder):
 
 
 def mutant(seed, base, folder):
-    """A mutated copy of a base, the same for a seed."""
+    """A mutated copy of a base, determined by the seed."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder)
     mutate(random.Random(seed), folder)
@@ -193,7 +193,7 @@ def mutant(seed, base, folder):
 
 
 def open_directory(path):
-    """What `inspect` and `load` say; where both accept it, some tokens go through it."""
+    """Run `inspect` and `load`, and if both succeed, compute some logits."""
     import gptq_belle
     from gptq_belle.checkpoint.inspection import inspect
     from gptq_belle.errors import InputError, UsageError

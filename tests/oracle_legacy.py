@@ -1,5 +1,5 @@
-"""BELLE's and GPTQ-for-LLaMa's old checkpoints in NumPy, written apart from the code under test: how they rounded, how
-they packed (with the zero points that were not masked), and what their kernels computed."""
+"""Independent NumPy implementation of the legacy checkpoints of BELLE and GPTQ-for-LLaMa: rounding, packing (with
+unmasked zero points), and the arithmetic of their kernels."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from gptq_belle.models.architectures import architecture
 
 
 def rounded(weight: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Min-max grid with 0 inside: codes (N, K), scales (N, G) that float16 holds, zero points (N, G)."""
+    """Min-max grid that contains 0: codes (N, K), scales (N, G) exact in float16, zero points (N, G)."""
     n, k = weight.shape
     groups = weight.reshape(n, -1, group)
     low, high = np.minimum(groups.min(2), 0), np.maximum(groups.max(2), 0)

@@ -1,4 +1,4 @@
-"""A live server for tests: `gptq-belle serve` as a process, on a free port of this machine."""
+"""A server process for tests: `gptq-belle serve` on a free port of this machine."""
 
 import re
 import signal
@@ -42,7 +42,7 @@ class Served:
         raise AssertionError(f"not ready after {READY} s: {self.log}")
 
     def end(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(READY)
 
@@ -58,7 +58,7 @@ class Served:
 
 @contextmanager
 def serving(path: Path, log: Path, *options: str, ready: bool = True) -> Iterator[Served]:
-    """`gptq-belle serve path --port 0 options`, ended at the end."""
+    """Run `gptq-belle serve path --port 0 options`, and stop it on exit."""
     command = [sys.executable, "-m", "gptq_belle.cli", "serve", str(path), "--port", "0", "--device", "cpu", *options]
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)

@@ -1,4 +1,4 @@
-"""Many requests at a time: each gets, to the bit, what it gets alone, whenever the others come and go."""
+"""Continuous batching: the answer to a request is bit-identical to its answer alone, whatever else is running."""
 
 import random
 
@@ -84,7 +84,7 @@ def test_shared_prefixes_are_not_prefilled_again(model, monkeypatch):
         assert request.answer == alone(model, turn, params)
 
 
-def test_cancelled_requests_leave_their_slot(model):
+def test_cancelled_request_frees_its_slot(model):
     engine, params = Engine(model, 1), SamplingParams(max_new_tokens=9, ignore_eos=True)
     first, second, third = (engine.submit(ids, params) for ids in prompts(3))
     engine.step()
@@ -98,7 +98,7 @@ def test_cancelled_requests_leave_their_slot(model):
     assert (third.finished, len(third.answer), engine.idle) == ("length", 9, True)
 
 
-def test_events_tell_every_token_and_the_end(model):
+def test_events_report_every_token_and_the_finish_reason(model):
     engine, params = Engine(model, 3), SamplingParams(max_new_tokens=4, ignore_eos=True)
     requests = [engine.submit(ids, params) for ids in prompts(5, 20)]
     events = []
@@ -126,13 +126,13 @@ def test_eos_ends_a_request(model):
 @pytest.mark.parametrize(("ids", "count", "figures"), [
     ([5] * 100, 1, [100, 1]), ([5] * 100, None, [100]), ([5] * 90, 11, [90, 11, 100]), ([], 1, [(1, 0)]),
     ([384], 1, ["384..384"]), ([5] * 300, 1, [300, 256])])
-def test_prompt_that_does_not_fit_is_refused_at_once(model, ids, count, figures):
+def test_prompt_beyond_the_capacity_is_refused_on_submit(model, ids, count, figures):
     engine = Engine(model, 1, capacity=100)
     with pytest.raises(UsageError, match=naming(*figures)):
         engine.submit(ids, SamplingParams(max_new_tokens=count))
     assert engine.idle
 
 
-def test_slots_that_memory_cannot_hold_are_refused(model):
+def test_too_many_slots_for_the_memory_are_refused(model):
     with pytest.raises(HardwareError, match=naming(10**9, 256)):
         Engine(model, 10**9)

@@ -1,4 +1,4 @@
-"""The demo models: a seeded generator whose splits share nothing, tokenizer, training step, shipped files."""
+"""Demo models: generator with disjoint splits, tokenizer, training step, shipped files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("cls", list(generate.TASKS))
-def test_no_prompt_and_no_content_is_in_two_splits(cls: str) -> None:
+def test_splits_share_no_prompt_and_no_content(cls: str) -> None:
     drawn = {split: samples(split, cls, 1000) for split in SPLITS}
     prompts = {split: {normalise(s.question) for s in drawn[split]} for split in SPLITS}
     keys = {split: {normalise(s.key) for s in drawn[split]} for split in SPLITS}
@@ -50,7 +50,7 @@ def test_no_prompt_and_no_content_is_in_two_splits(cls: str) -> None:
         assert not keys[one] & keys[other]
 
 
-def test_shipped_test_questions_are_never_asked_in_training() -> None:
+def test_shipped_test_questions_are_not_in_the_training_split() -> None:
     shipped = {normalise(row["question"]) for row in rows(EXAMPLE / "data" / "test.jsonl")}
     for _, turns in islice(generate.dialogues(0, "train"), 40_000):
         assert not {normalise(t["value"]) for t in turns if t["from"] == "human"} & shipped
@@ -65,7 +65,7 @@ def test_both_directions_of_a_translation_share_their_split() -> None:
 
 
 def test_the_split_of_a_content_is_fixed() -> None:
-    """Literals: a change of the rule would quietly move training content into the test set."""
+    """Literal values: a change of the rule would move training content to the test split."""
     splits = [split_of("math", f"{a}+58") for a in range(12, 22)]
     assert splits == ["test", "train", "train", "train", "train", "train", "train", "test", "train", "train"]
 
@@ -76,14 +76,14 @@ def test_stream_is_seeded_and_can_start_at_any_position() -> None:
     assert list(islice(generate.dialogues(4, "train"), 50)) != whole
 
 
-def test_streams_hold_every_class_and_second_turns() -> None:
+def test_streams_contain_every_class_and_second_turns() -> None:
     drawn = list(islice(generate.dialogues(0, "valid"), 2000))
     assert {cls for cls, _ in drawn} == set(generate.TASKS)
     assert 0.1 < sum(len(turns) == 4 for _, turns in drawn) / len(drawn) < 0.2
     assert {len(turns) for _, turns in drawn} == {2, 4}
 
 
-def test_worked_steps_end_in_the_expected_answer() -> None:
+def test_steps_of_arithmetic_lead_to_the_answer() -> None:
     """The digits written, read from the last to the first, are the result; every step is a true equation."""
     rng = random.Random(0)
     for _ in range(2000):
@@ -147,7 +147,7 @@ def test_batches_depend_on_seed_and_step_alone(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_loss_is_the_mean_over_the_tokens_that_count(arch: str) -> None:
+def test_loss_is_the_mean_over_the_mask(arch: str) -> None:
     model = build(arch).eval()
     ids = torch.randint(4, VOCABULARY, (2, 40))
     counts = torch.rand(2, 40) < 0.5
@@ -193,7 +193,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_shipped_rows_are_what_the_generator_makes(tmp_path: Path, monkeypatch) -> None:
+def test_shipped_rows_equal_the_output_of_the_generator(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["generate", "--out", str(tmp_path), "--builtin", str(tmp_path / "builtin.jsonl")])
     generate.main()
     for name in ("test.jsonl", "heldout.jsonl"):
@@ -241,7 +241,7 @@ def test_demo_models_answer_well_and_only_coarse_rounding_hurts(arch: str, monke
 
 
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_spread_channels_change_weights_and_not_what_the_model_computes(arch: str) -> None:
+def test_spread_channels_does_not_change_the_outputs(arch: str) -> None:
     model = build(arch).eval().double()
     ids = torch.randint(4, VOCABULARY, (2, 40))
     before = model(input_ids=ids).logits

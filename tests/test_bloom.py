@@ -1,4 +1,4 @@
-"""BLOOM's decoder against transformers' in float64: every option, padding, lengths beyond a chunk."""
+"""BLOOM against transformers in float64: every option, padding, prompts longer than a prefill chunk."""
 
 import pytest
 from decoders import assert_padding_changes_nothing, assert_same_logits, saved

@@ -1,4 +1,4 @@
-"""The chat page in a real browser; slow, and skipped where there is none (Debian: apt install chromium)."""
+"""The chat page in a browser; slow, skipped without Chromium (Debian: apt install chromium)."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def done(page):
 
 
 def answer_with(page, content):
-    """Answer the next question with `content`, as the server would."""
+    """Answer the next question with `content` instead of the server's answer."""
     pieces = [content[i : i + 7] for i in range(0, len(content), 7)]
     lines = [json.dumps({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
              for piece in pieces]
@@ -77,7 +77,7 @@ def test_send_stream_regenerate_reload(page):
     assert page.locator(".message").count() == 2
 
 
-def test_stop_keeps_what_came_and_frees_the_slot(page, server):
+def test_stop_keeps_the_text_and_frees_the_slot(page, server):
     page.evaluate("""() => { const real = window.fetch; window.fetch = (url, options) => {
         if (options?.body) options.body = JSON.stringify({...JSON.parse(options.body), max_tokens: 450,
             ignore_eos: true, temperature: 2, top_p: 1, top_k: 0, repetition_penalty: 2});
@@ -134,7 +134,7 @@ def test_markdown_of_every_kind(page):
     assert body.locator("pre code").inner_text().strip() == "print('<b>')"
 
 
-def test_an_error_is_shown_and_left_out_of_what_follows(page):
+def test_error_is_shown_and_not_sent_with_the_next_question(page):
     page.click("#open-settings")
     page.fill("#max_tokens", "90000")
     page.click("#settings button")

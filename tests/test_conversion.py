@@ -1,4 +1,4 @@
-"""Old and foreign quantized checkpoints: the logits of the old arithmetic, the words as they were, and refusals."""
+"""Conversion of legacy checkpoints and of other tools' directories: same logits, same codes, rejected input."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def config_of(model):
 
 
 def legacy(model, folder, **how):
-    """A folder as BELLE published it: a .pt, and the small files beside it."""
+    """A folder like those that BELLE published: a .pt file, configuration and tokenizer."""
     folder.mkdir()
     for name in SMALL:
         shutil.copy(model / name, folder)
@@ -47,7 +47,7 @@ def packed_names(state):
 
 
 def old_logits(model, state, bits, group):
-    """transformers in float32 on the weights of the old arithmetic."""
+    """Logits of transformers in float32 with the weights of the legacy arithmetic."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for name in packed_names(state):
         weight = old_weight(state, name, bits, hf.get_submodule(name).in_features if group == -1 else group)
@@ -57,7 +57,7 @@ def old_logits(model, state, bits, group):
 
 
 def written_logits(model, out, bits):
-    """The same on the weights that the written directory stands for by the format's formula."""
+    """Logits of transformers in float32 with the dequantized weights of the written directory."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tensors, v1 = load_file(out / "model.safetensors"), config_of(out)["quantization_config"]["format"] == "gptq"
     for name in packed_names(tensors):
@@ -69,7 +69,7 @@ def written_logits(model, out, bits):
 
 @pytest.mark.parametrize(("bits", "group", "all_positive"), [
     (2, 128, 3), (2, -1, 0), (3, 32, 3), (3, -1, 0), (4, 32, 0), (4, 128, 3), (4, -1, 3), (8, 32, 3), (8, 128, 0)])
-def test_a_legacy_file_gives_the_logits_of_the_old_arithmetic(tiny_model, tmp_path, bits, group, all_positive):
+def test_logits_equal_the_legacy_arithmetic(tiny_model, tmp_path, bits, group, all_positive):
     state = legacy(tiny_model, tmp_path / "old", bits=bits, group=group, all_positive=all_positive)
     found = convert(tmp_path / "old", tmp_path / "new")
     expected = old_logits(tiny_model, state, bits, group)
@@ -85,7 +85,7 @@ def test_a_legacy_file_gives_the_logits_of_the_old_arithmetic(tiny_model, tmp_pa
 
 
 @pytest.mark.parametrize("group", [32, 128])
-def test_codes_and_zero_points_stay_bit_for_bit(tiny_model, tmp_path, group):
+def test_codes_and_zero_points_are_unchanged(tiny_model, tmp_path, group):
     state = legacy(tiny_model, tmp_path / "old", bits=4, group=group)
     convert(tmp_path / "old" / "checkpoint.pt", tmp_path / "new")
     new = load_file(tmp_path / "new" / "model.safetensors")
@@ -99,7 +99,7 @@ def test_codes_and_zero_points_stay_bit_for_bit(tiny_model, tmp_path, group):
         assert new[f"{name}.g_idx"].tolist() == [k // group for k in range(len(new[f"{name}.g_idx"]))]
 
 
-def test_one_group_a_row_is_minus_1_and_a_group_of_a_rows_size_is_too(tiny_llama, tmp_path):
+def test_one_group_per_output_channel_is_group_size_minus_1(tiny_llama, tmp_path):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=-1)
     assert convert(tmp_path / "old", tmp_path / "new").group_size == -1
     legacy(tiny_llama, tmp_path / "old128", bits=4, group=128)  # down_proj has 256 inputs
@@ -201,7 +201,7 @@ class Hostile:
         return Path.touch, (Path("touched"),)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tiny_llama, tmp_path, monkeypatch):
+def test_pickle_that_runs_code_is_refused(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     torch.save(state | {"evil": Hostile()}, tmp_path / "old" / "checkpoint.pt")
@@ -224,7 +224,7 @@ def test_config_and_tokenizer_come_from_the_base(tiny_bloom, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["nowhere", "empty"])
-def test_base_that_is_no_model_directory_is_refused(tiny_bloom, tmp_path, base):
+def test_base_without_a_model_is_refused(tiny_bloom, tmp_path, base):
     (tmp_path / "empty").mkdir()
     legacy(tiny_bloom, tmp_path / "old", bits=4, group=32)
     with pytest.raises(InputError, match=naming(tmp_path / base)):
@@ -234,7 +234,7 @@ def test_base_that_is_no_model_directory_is_refused(tiny_bloom, tmp_path, base):
 @pytest.mark.parametrize("stated_in", ["config.json", "quantize_config.json"])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 def test_single_file_of_a_directory_is_read_with_its_config(tiny_model, tmp_path, checkpoint_format, stated_in):
-    """Named by itself it is no state dictionary of old, whose zero points are all stored minus one."""
+    """A file of a directory is not a legacy state dictionary, whose zero points are all stored minus one."""
     source = packed_checkpoint(tiny_model, tmp_path / "source", sym=False, checkpoint_format=checkpoint_format)
     if stated_in == "config.json":
         (source / "quantize_config.json").unlink()
@@ -247,7 +247,7 @@ def test_single_file_of_a_directory_is_read_with_its_config(tiny_model, tmp_path
     assert torch.equal(hf_model(tmp_path / "new", device="cpu")(IDS).logits, hf_model(source, device="cpu")(IDS).logits)
 
 
-def test_safetensors_of_old_state_no_quantization(tiny_llama, tmp_path):
+def test_legacy_safetensors_file_without_configuration_is_converted(tiny_llama, tmp_path):
     state = legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     (tmp_path / "old" / "checkpoint.pt").unlink()
     save_file(state, tmp_path / "old" / "checkpoint.safetensors")
@@ -278,7 +278,7 @@ def test_zero_biases_of_layers_without_bias_are_dropped(tiny_llama, tmp_path):
         convert(tmp_path / "old", tmp_path / "other")
 
 
-def test_several_checkpoints_in_a_folder_and_unknown_formats(tiny_llama, tmp_path):
+def test_several_checkpoints_and_unknown_formats_are_refused(tiny_llama, tmp_path):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     shutil.copy(tmp_path / "old" / "checkpoint.pt", tmp_path / "old" / "other.pt")
     with pytest.raises(UsageError, match=naming(tmp_path / "old", 2)):
@@ -292,7 +292,7 @@ def test_several_checkpoints_in_a_folder_and_unknown_formats(tiny_llama, tmp_pat
 
 
 def foreign(path, producer):
-    """Make a directory of ours look like another tool's."""
+    """Make a directory of gptq_belle look like that of another tool."""
     settings = json.loads((path / "quantize_config.json").read_text()) | {"meta": {"quantizer": [producer]}}
     (path / "quantize_config.json").write_text(json.dumps(settings))
     config = config_of(path) | {"quantization_config": settings}
@@ -301,7 +301,7 @@ def foreign(path, producer):
 
 
 def auto_gptq(path):
-    """The same as AutoGPTQ leaves it with use_safetensors=False: a .bin, and no word in config.json."""
+    """A directory as AutoGPTQ writes it with use_safetensors=False: a .bin file, no quantization in config.json."""
     torch.save(load_file(path / "model.safetensors"), path / "gptq_model-4bit-32g.bin")
     (path / "model.safetensors").unlink()
     settings = json.loads((path / "quantize_config.json").read_text())
@@ -330,7 +330,7 @@ def test_directories_of_other_tools_round_trip(tiny_model, tmp_path, how):
 
 
 def test_mixed_bit_directories_round_trip(tiny_model, tmp_path):
-    """With linears of other bits and groups, and unquantized ones, by `dynamic`."""
+    """`dynamic` states other bits and groups for some linears, and excludes others."""
     texts = ("down_proj|dense_4h_to_h=bits:8,group_size:64", "o_proj|self_attention.dense=skip")
     rules = tuple(map(parse_override, texts))
     quantize_checkpoint(tiny_model, tmp_path / "mixed", QuantConfig(group_size=32, method="rtn", overrides=rules))
@@ -364,7 +364,7 @@ def test_bin_file_of_auto_gptq_is_converted(tiny_model, tmp_path):
                for name, tensor in load_file(tmp_path / "new" / "model.safetensors").items())
 
 
-def test_asymmetric_v1_becomes_v2_and_a_directory_without_tokenizer_takes_the_bases(tiny_llama, tmp_path):
+def test_asymmetric_v1_is_written_as_v2_with_the_tokenizer_of_the_base(tiny_llama, tmp_path):
     source = foreign(packed_checkpoint(tiny_llama, tmp_path / "source", sym=False, checkpoint_format="gptq"), "x:1")
     for file in source.glob("tokenizer*"):
         file.unlink()
@@ -375,7 +375,7 @@ def test_asymmetric_v1_becomes_v2_and_a_directory_without_tokenizer_takes_the_ba
     assert (tmp_path / "new" / "tokenizer.json").is_file()
 
 
-def test_progress_ends_at_its_total(tiny_model, tmp_path):
+def test_progress_ends_at_the_total(tiny_model, tmp_path):
     seen = []
     legacy(tiny_model, tmp_path / "old", bits=4, group=32)
     convert(tmp_path / "old", tmp_path / "new", progress=lambda done, total: seen.append((done, total)))
@@ -393,7 +393,7 @@ def test_wrong_packed_word_is_found_before_publishing(tiny_llama, tmp_path, monk
 
 
 def published_tokenizer(folder):
-    """The tokenizer of a folder as BELLE-LLaMA has it: SentencePiece alone, every special token named ""."""
+    """Replace the tokenizer by one like BELLE-LLaMA's: SentencePiece only, with empty special tokens."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES[:3]), model_prefix=str(folder / "tokenizer"),
@@ -412,13 +412,13 @@ RIGHT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
 def published_ids(folder):
-    """Ids of special tokens as conversions of early 2023 state them."""
+    """State the special token ids of conversions of early 2023."""
     changed = config_of(folder) | WRONG_IDS | {"architectures": ["LLaMAForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(changed))
     (folder / "generation_config.json").write_text(json.dumps(WRONG_IDS | {"_from_model_config": True}))
 
 
-def test_wrong_special_token_ids_are_fixed_in_old_checkpoints_only(tiny_llama, tmp_path):
+def test_wrong_special_token_ids_are_corrected_in_legacy_checkpoints_only(tiny_llama, tmp_path):
     legacy(tiny_llama, tmp_path / "old", bits=4, group=32)
     assert convert(tmp_path / "old", tmp_path / "right").corrected_ids == {}
     published_ids(tmp_path / "old")
@@ -436,7 +436,7 @@ def test_wrong_special_token_ids_are_fixed_in_old_checkpoints_only(tiny_llama, t
 
 
 def test_conversion_of_a_published_legacy_folder(tiny_llama, tmp_path):
-    """A LLaMA .pt, published as BELLE did: encrypted with Meta's weights, decrypted, converted, answering."""
+    """A LLaMA .pt file published like BELLE's: encrypt, decrypt, convert, generate."""
     state = legacy(tiny_llama, tmp_path / "plain", bits=4, group=32)
     published_tokenizer(tmp_path / "plain")
     published_ids(tmp_path / "plain")

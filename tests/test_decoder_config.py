@@ -1,4 +1,4 @@
-"""Settings of config.json: what is read, and what is refused before any weight is."""
+"""Decoder configuration: values read from config.json, and configurations refused before reading weights."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_alibi_slopes(heads):
     torch.testing.assert_close(alibi_slopes(heads), theirs, rtol=1e-6, atol=0)
 
 
-def test_llama3_leaves_short_waves_and_stretches_long_ones():
+def test_llama3_scaling_changes_low_frequencies_only():
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 128}
     plain = read_decoder_config(LLAMA | {"rope_parameters": {"rope_theta": 5e5}}).frequencies
@@ -68,7 +68,7 @@ def test_unsupported_configuration_is_refused(change, named):
     assert caught.value.remedy
 
 
-def test_sliding_windows_limit_the_context():
+def test_sliding_window_limits_the_context():
     mistral, qwen2 = LLAMA | {"model_type": "mistral"}, LLAMA | {"model_type": "qwen2", "sliding_window": 100}
     assert read_decoder_config(mistral).context == 256
     assert read_decoder_config(mistral | {"sliding_window": 100}).context == 100

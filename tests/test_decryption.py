@@ -1,4 +1,4 @@
-"""Encrypted BELLE-LLaMA files: the key's stream against a transcription byte by byte, failures by name, resuming."""
+"""Decryption of BELLE-LLaMA: the key stream against a byte-by-byte implementation, errors, and resuming."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
 
 
 def transcribed(plain: bytes, key: bytes, chunk: int) -> bytes:
-    """The published program's arithmetic, one byte at a time: chunks in lock-step, a short one of the key repeated."""
+    """BELLE's published program, one byte at a time: data and key in chunks, a short chunk of the key repeated."""
     result, data_at, key_at = bytearray(), 0, 0
     while data_at < len(plain):
         data = plain[data_at : data_at + chunk]
@@ -39,7 +39,7 @@ def noise(count: int, seed: int = 0) -> bytes:
 
 
 def publish(folder, name: str, plain: bytes, key: bytes, chunk: int = CHUNK_BYTES):
-    """Write an encrypted file as BELLE names and lays it out."""
+    """Write an encrypted file with the name and layout of BELLE's files."""
     folder.mkdir(exist_ok=True)
     digest = hashlib.sha256(plain)
     path = folder / f"{name}.{digest.hexdigest()}.enc"
@@ -64,7 +64,7 @@ def test_keystream_equals_the_reference_implementation(tmp_path, plain_bytes, ke
                      "decrypted")
 
 
-def test_offsets_of_a_key_of_23_bytes_in_chunks_of_10(tmp_path):
+def test_key_offsets_of_23_bytes_in_chunks_of_10(tmp_path):
     key = Key(key_file(tmp_path, bytes(range(23))), 10)
     stream = [np.zeros(10, np.uint8) for _ in range(4)]
     for index, chunk in enumerate(stream):
@@ -73,7 +73,7 @@ def test_offsets_of_a_key_of_23_bytes_in_chunks_of_10(tmp_path):
         list(range(10)), list(range(10, 20)), [20, 21, 22, 20, 21, 22, 20, 21, 22, 20], list(range(10))]
 
 
-def test_true_chunks_of_10_mib(tmp_path):
+def test_chunks_of_10_mib(tmp_path):
     key, plain = noise(CHUNK_BYTES + 100_003, 1), noise(3 * CHUNK_BYTES + 17)
     tail = np.resize(np.frombuffer(key[CHUNK_BYTES:], np.uint8), CHUNK_BYTES).tobytes()
     stream = np.frombuffer((key[:CHUNK_BYTES] + tail) * 2, np.uint8)[: len(plain)]
@@ -91,7 +91,7 @@ FILES = {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"PK\3\
 
 @pytest.fixture
 def published(tmp_path):
-    """A directory as it is downloaded: three encrypted files, a README that is not, hidden files."""
+    """A downloaded directory: three encrypted files, a plain README and hidden files."""
     for name, plain in FILES.items():
         publish(tmp_path / "enc", name, plain, noise(53, 1), 10)
     (tmp_path / "enc" / "README.md").write_bytes(b"# BELLE")
@@ -127,7 +127,7 @@ def test_directory_round_trip(published):
         assert (published / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_wrong_key_is_refused_and_nothing_is_left(published):
+def test_wrong_key_is_refused_without_output(published):
     key_file(published, noise(53, 2))
     with pytest.raises(InputError, match=naming("consolidated.00.pth")):
         run(published)
@@ -184,7 +184,7 @@ def test_unusable_key_is_refused(published, content):
     assert not (published / "out").exists()
 
 
-def test_two_files_of_one_name_and_no_files_at_all_are_refused(published, tmp_path):
+def test_duplicate_names_and_empty_folders_are_refused(published, tmp_path):
     (published / "enc" / "config.json").write_bytes(b"{}")
     with pytest.raises(InputError, match=naming("config.json")):
         run(published)
@@ -209,7 +209,7 @@ def test_unencrypted_or_missing_source_is_refused(published, tmp_path):
 
 
 @pytest.mark.parametrize("left", [30, 35, 404, 1000])
-def test_an_unfinished_file_is_continued(published, left):
+def test_unfinished_file_is_resumed(published, left):
     partial = published / "out" / "pytorch_model.bin.unfinished"
     partial.parent.mkdir()
     partial.write_bytes((FILES["pytorch_model.bin"] + noise(1000))[:left])
@@ -233,7 +233,7 @@ def test_modified_output_is_decrypted_again(published):
 
 
 def big_publication(tmp_path, count: int, files: int = 1):
-    """Encrypted files of `count` bytes each, made with whole-array arithmetic (a key longer than the data)."""
+    """Write encrypted files of `count` bytes each (the key is longer than the data)."""
     plain, key = noise(count), noise(count + 7, 1)
     key_file(tmp_path, key)
     (tmp_path / "enc").mkdir()
@@ -264,7 +264,7 @@ def test_killed_decryption_is_resumed(tmp_path):
 
 
 def disk_seconds(tmp_path, count: int) -> float:
-    """To read what decrypting reads, and to write what it writes, until it is on the disk."""
+    """Time to read the input and to write the output of a decryption, including fsync."""
     began = time.perf_counter()
     data = next((tmp_path / "enc").iterdir()).read_bytes()
     (tmp_path / "consolidated.00.pth").read_bytes()
@@ -275,7 +275,7 @@ def disk_seconds(tmp_path, count: int) -> float:
 
 
 @pytest.mark.slow
-def test_a_gigabyte_takes_less_than_5_seconds_beyond_the_disk(tmp_path):
+def test_one_gigabyte_takes_less_than_5_seconds_more_than_disk_io(tmp_path):
     big_publication(tmp_path, 10**9)
     disk = disk_seconds(tmp_path, 10**9)
     began = time.perf_counter()

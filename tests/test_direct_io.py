@@ -1,4 +1,4 @@
-"""Bytes of a file: the same through the system's cache, past it and half past it; in place, and of the asked length."""
+"""Reads through the page cache, by direct I/O, and by both: same bytes, alignment, errors."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def path(tmp_path, content, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Bytes read past the cache so far, and a way to make such reads fail."""
+    """Counts bytes read by direct I/O, and can make such reads fail."""
     seen = {"bytes": 0, "error": None}
     plain, flags = os.preadv, {}
 
@@ -70,7 +70,7 @@ def needs_a_cache(path):
 
 @pytest.mark.parametrize("memory", [empty_bytes, MemoryPool()])
 @pytest.mark.parametrize(("begin", "size"), SPANS)
-def test_bytes_are_those_of_the_file(path, content, begin, size, memory):
+def test_read_returns_the_bytes_of_the_file(path, content, begin, size, memory):
     for state in ("forgotten", "partly held", "held"):
         found = FileBytes(path).read(begin, size, memory)
         assert found.shape == (size,)
@@ -80,7 +80,7 @@ def test_bytes_are_those_of_the_file(path, content, begin, size, memory):
 
 @pytest.mark.parametrize(("begin", "size"), SPANS)
 @pytest.mark.parametrize("align", [2, 8])
-def test_a_result_can_be_seen_in_its_dtype(path, content, begin, size, align):
+def test_result_is_aligned_for_its_dtype(path, content, begin, size, align):
     found = FileBytes(path).read(begin, size // align * align, empty_bytes, align)
     assert found.data_ptr() % align == 0
     words = found.view({2: torch.float16, 8: torch.int64}[align])
@@ -88,33 +88,33 @@ def test_a_result_can_be_seen_in_its_dtype(path, content, begin, size, align):
 
 
 @pytest.mark.parametrize("chosen", [[], [3], [3, 4, 5], [7, 7, 0, 1, 2, 30], list(range(36, -1, -1))])
-def test_pieces_come_in_the_order_asked_for(path, content, chosen):
+def test_pieces_are_returned_in_the_requested_order(path, content, chosen):
     whole = content[17 : 17 + 37 * PAGE].view(37, PAGE)
     found = FileBytes(path).pieces(17, PAGE, chosen, empty_bytes)
     assert torch.equal(found.view(-1, PAGE), whole[chosen])
 
 
-def test_what_the_cache_does_not_hold_is_read_past_it_and_leaves_it_empty(path, counted):
+def test_uncached_data_is_read_by_direct_io_and_not_cached(path, counted):
     needs_a_cache(path)
     FileBytes(path).read(PAGE + 8, 20 * PAGE, empty_bytes)
     assert counted["bytes"] == 21 * PAGE
     assert not held(path)
 
 
-def test_what_the_cache_holds_is_taken_from_there(path, counted):
+def test_cached_data_is_read_from_the_page_cache(path, counted):
     path.read_bytes()
     assert held(path)
     FileBytes(path).read(0, SIZE, empty_bytes)
     assert counted["bytes"] == 0
 
 
-def test_small_pieces_go_through_the_cache(path, counted, monkeypatch):
+def test_small_reads_use_the_page_cache(path, counted, monkeypatch):
     monkeypatch.setattr(direct_io, "LARGE", 2 * PAGE)
     FileBytes(path).read(0, 2 * PAGE - 1, empty_bytes)
     assert counted["bytes"] == 0
 
 
-def test_a_slow_disk_fills_the_cache(path, content, counted, monkeypatch):
+def test_slow_disk_is_read_through_the_page_cache(path, content, counted, monkeypatch):
     needs_a_cache(path)
     monkeypatch.setattr(direct_io, "SLOW_DISK", float("inf"))
     monkeypatch.setattr(direct_io, "TRIAL_BYTES", 8 * PAGE)
@@ -137,7 +137,7 @@ def test_file_system_without_direct_io_is_read_through_the_cache(path, content, 
 
 @pytest.mark.parametrize("large", [0, 1 << 30])
 @pytest.mark.parametrize("left", [0, PAGE, 9 * PAGE + 5])
-def test_a_file_that_shrank_is_not_read_past_its_end(path, monkeypatch, left, large):
+def test_read_past_the_end_of_a_truncated_file_is_an_error(path, monkeypatch, left, large):
     monkeypatch.setattr(direct_io, "LARGE", large)
     file = FileBytes(path)
     os.truncate(path, left)
@@ -157,7 +157,7 @@ def test_disk_error_is_raised(path, monkeypatch):
 
 @pytest.mark.parametrize(("indices", "expected"), [
     ([], []), ([4], [(0, 1)]), ([4, 5, 6], [(0, 3)]), ([4, 6, 7, 7, 8, 1], [(0, 1), (1, 2), (3, 2), (5, 1)])])
-def test_consecutive_pages_are_merged_into_runs(indices, expected):
+def test_consecutive_indices_are_merged_into_runs(indices, expected):
     assert list(consecutive_runs(indices)) == expected
 
 

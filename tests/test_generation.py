@@ -1,4 +1,4 @@
-"""The engine: cached decoding equals the whole forward pass, generation equals transformers', text and limits."""
+"""Model: prefill and decode equal one forward pass; generation equals transformers'; stop strings and limits."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_logits_equal_transformers(packed):
     torch.testing.assert_close(packed.logits(IDS[1:]), logits[1:], rtol=1e-3, atol=2e-3)
 
 
-def test_logits_are_float32_whatever_the_model_computes_in(tiny_model):
+def test_logits_are_float32_for_every_dtype(tiny_model):
     assert gptq_belle.load(tiny_model, device="cpu", dtype=torch.bfloat16).logits(IDS).dtype == torch.float32
 
 
@@ -70,7 +70,7 @@ def test_narrow_cache_dtypes_have_small_errors(tiny_model, cache, most):
         model.decode(ids[:, 0], session)
 
 
-def test_an_unknown_cache_is_refused_before_anything_is_read(tmp_path):
+def test_unknown_cache_dtype_is_refused_before_reading(tmp_path):
     with pytest.raises(UsageError, match=naming("int3")):
         gptq_belle.load(tmp_path / "absent", device="cpu", cache="int3")
 
@@ -85,7 +85,7 @@ def test_greedy_generation_equals_transformers(packed):
     assert packed.generate(torch.tensor(ids), max_new_tokens=12) == expected
 
 
-def test_stream_gives_generate_in_pieces(packed):
+def test_stream_yields_the_text_of_generate(packed):
     sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_new_tokens": 30}
     pieces = list(packed.stream("北京", **sampling))
     assert len(pieces) > 2
@@ -94,7 +94,7 @@ def test_stream_gives_generate_in_pieces(packed):
 
 
 class Scripted:
-    """Makes a model say given tokens: its logits are replaced, everything else runs."""
+    """Makes a model generate given tokens by replacing its logits."""
 
     def __init__(self, model, monkeypatch, ids):
         self.ids, self.prompts = list(ids), []
@@ -110,7 +110,7 @@ class Scripted:
         return torch.nn.functional.one_hot(torch.tensor([self.ids.pop(0)]), logits.shape[-1]).float()
 
 
-def test_a_question_is_wrapped_and_the_next_question_is_not_shown(model, monkeypatch):
+def test_question_is_formatted_and_next_question_is_cut_off(model, monkeypatch):
     said = model.tokenizer.encode("春天。\n\nHuman: 再见")
     script = Scripted(model, monkeypatch, said)
     pieces = list(model.stream("你好", prompt_style="auto", max_new_tokens=50))
@@ -126,8 +126,8 @@ def test_eos_ends_the_answer_and_is_not_shown(model, monkeypatch):
     assert script.ids == [50]
 
 
-def test_the_tokenizers_eos_ends_the_answer_whatever_config_json_says(tiny_llama, tmp_path, monkeypatch):
-    """Conversions of early 2023 say 1 where the tokenizer has 2."""
+def test_eos_of_the_tokenizer_ends_the_answer(tiny_llama, tmp_path, monkeypatch):
+    """Conversions of early 2023 state 1 in config.json, the tokenizer has 2."""
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     for name in ("config.json", "generation_config.json"):
         stated = json.loads((path / name).read_text()) | {"eos_token_id": 1}
@@ -149,13 +149,13 @@ def test_custom_stop_strings_end_the_answer(model, monkeypatch):
     assert model.generate("你好", max_new_tokens=50, stop=("。",)) == "春天"
 
 
-def test_max_new_tokens_is_kept(model, monkeypatch):
+def test_max_new_tokens_limits_the_answer(model, monkeypatch):
     script = Scripted(model, monkeypatch, [50] * 9)
     model.generate("你好", max_new_tokens=4)
     assert len(script.ids) == 5
 
 
-def test_a_style_without_special_tokens_adds_none(model, monkeypatch):
+def test_style_without_special_tokens_adds_none(model, monkeypatch):
     model.tokenizer.backend_tokenizer.post_processor = _adds_bos()
     script = Scripted(model, monkeypatch, [2, 2, 2])
     for style in ("llama", "newline"):
@@ -183,12 +183,12 @@ def test_prompt_style_in_config_is_used(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(("length", "asked"), [(256, None), (250, 7), (300, 1)])
-def test_prompt_and_answer_beyond_the_context_are_refused_at_once(model, length, asked):
+def test_prompt_and_answer_beyond_the_context_are_refused_before_generation(model, length, asked):
     with pytest.raises(UsageError, match=naming(length, 256, *filter(None, [asked]))):
         model.stream([5] * length, max_new_tokens=asked)
 
 
-def test_the_context_can_be_filled_to_the_end(model, monkeypatch):
+def test_context_can_be_filled_completely(model, monkeypatch):
     script = Scripted(model, monkeypatch, [50] * 9)
     model.generate([5] * 250)
     assert 9 - len(script.ids) == -(-250 // PREFILL_CHUNK) + 5  # six tokens of room; every piece of the prompt says one
@@ -198,14 +198,14 @@ def test_the_context_can_be_filled_to_the_end(model, monkeypatch):
     (torch.tensor([5]), [(1,)]), (torch.zeros(1, 0).long(), [(1, 0)]), (torch.zeros(1, 257).long(), [257, 256]),
     (torch.tensor([[384]]), ["384..384"]), (torch.tensor([[-1, 3]]), ["-1..3", 384]),
 ])
-def test_unusable_token_ids_are_refused(model, ids, named):
+def test_invalid_token_ids_are_refused(model, ids, named):
     with pytest.raises(UsageError, match=naming(*named)):
         model.logits(ids)
     with pytest.raises(UsageError, match=naming(*named)):
         model.prefill(ids)
 
 
-def test_an_empty_prompt_and_wrong_options_are_refused(model):
+def test_empty_prompt_and_invalid_options_are_refused(model):
     with pytest.raises(UsageError, match=naming((1, 0))):
         model.generate("")
     with pytest.raises(UsageError, match="top_p"):
@@ -214,7 +214,7 @@ def test_an_empty_prompt_and_wrong_options_are_refused(model):
         model.stream("a", prompt_style="x")
 
 
-def test_without_a_tokenizer_token_ids_work_and_text_is_refused(tiny_model, tmp_path):
+def test_model_without_tokenizer_takes_token_ids_only(tiny_model, tmp_path):
     path = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     model = gptq_belle.load(path, device="cpu")
     assert model.logits(IDS).shape == (2, 9, 384)

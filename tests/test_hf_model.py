@@ -1,4 +1,4 @@
-"""Whole tiny models of both architectures from every variant of the format, and what the loader refuses."""
+"""hf_model: logits of tiny models in every variant of the format, and rejected checkpoints."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def name_of(variant):
 
 
 def expected_logits(source, packed):
-    """transformers in float64 on the source, its linears replaced by the formula's weights."""
+    """Logits of transformers in float64 with weights dequantized by the formula."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
     tensors = load_file(packed / "model.safetensors")
     settings = json.loads((packed / "quantize_config.json").read_text())
@@ -83,7 +83,7 @@ def test_logits_in_bfloat16_without_native_kernels(tiny_model, tmp_path, monkeyp
     assert error < 0.05
 
 
-def test_an_unquantized_directory_gives_transformers_own_logits(tiny_model):
+def test_logits_of_a_full_precision_directory_equal_transformers(tiny_model):
     theirs = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ours = hf_model(tiny_model, device="cpu")
     assert not any(isinstance(module, QuantLinear) for module in ours.modules())
@@ -97,7 +97,7 @@ def test_every_linear_of_the_blocks_is_packed(tiny_model, tmp_path):
     assert found == [f"{reader.arch.blocks}.{i}.{name}" for i in range(2) for name in reader.arch.linears]
 
 
-def test_generate_of_transformers_works_and_casts_corrupt_nothing(tiny_model, tmp_path):
+def test_generate_of_transformers_works_after_casts(tiny_model, tmp_path):
     model = hf_model(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cpu")
     before = logits(model)
     first = model.generate(IDS[:1], max_new_tokens=6, do_sample=False)
@@ -120,14 +120,14 @@ def test_half_and_bfloat16_logits_are_close(tiny_model, tmp_path):
         assert (after.float() - before).norm() < 0.05 * before.norm()
 
 
-def test_save_pretrained_writes_what_can_be_loaded(tiny_model, tmp_path):
+def test_save_pretrained_round_trip(tiny_model, tmp_path):
     model = hf_model(packed_checkpoint(tiny_model, tmp_path / "packed", bits=3, act_order=True), device="cpu")
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(hf_model(tmp_path / "again", device="cpu")), logits(model))
 
 
 class FloatsMade(TorchDispatchMode):
-    """Remembers the shapes of all floating point tensors that operations return outside of meta."""
+    """Records the shapes of all floating-point tensors that are created outside the meta device."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class FloatsMade(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_full_precision_model_is_never_built(tiny_model, tmp_path, dtype):
+def test_full_precision_model_is_never_in_memory(tiny_model, tmp_path, dtype):
     packed = packed_checkpoint(tiny_model, tmp_path / "packed")
     source = load_file(tiny_model / "model.safetensors")
     linears = {tuple(t.shape) for name, t in source.items() if f"{name.removesuffix('weight')}qweight"
@@ -187,7 +187,7 @@ def test_stored_head_of_a_tied_model_is_used(tiny_bloom, tmp_path, equal):
 
 
 def edit(path, *, settings=None, tensors=None, drop=()):
-    """Change a packed checkpoint in place: keys of its settings (None removes one), tensors, tensors to leave out."""
+    """Change a packed checkpoint in place: settings (None removes a key), tensors, and names of tensors to remove."""
     config = json.loads((path / "config.json").read_text())
     for key, value in (settings or {}).items():
         config["quantization_config"].pop(key, None)
@@ -219,7 +219,7 @@ def test_configuration_in_quantize_config_alone_is_read(packed):
     assert torch.equal(logits(hf_model(packed, device="cpu")), before)
 
 
-def test_biases_of_zeros_where_the_model_has_none(packed):
+def test_zero_biases_that_the_model_does_not_have_are_accepted(packed):
     before = logits(hf_model(packed, device="cpu"))
     edit(packed, tensors={f"{LINEAR}.bias": torch.zeros(256, dtype=torch.float16)})
     assert torch.equal(logits(hf_model(packed, device="cpu")), before)
@@ -237,7 +237,7 @@ def test_inverse_frequencies_of_old_files_are_ignored(packed):
     ({"format": "gptq", "checkpoint_format": "gptq_v2"}, ("gptq", 1)),
     ({"format": "gptq_v2", "checkpoint_format": "gptq"}, ("gptq_v2", 0)),
 ])
-def test_format_wins_over_checkpoint_format(packed, settings, expected):
+def test_format_takes_precedence_over_checkpoint_format(packed, settings, expected):
     found = read_quantization(CheckpointReader(edit(packed, settings=settings)))
     assert (found.checkpoint_format, found.zero_offset) == expected
 
@@ -281,13 +281,13 @@ def words_of(bits, inputs, outputs, groups):
     ({"drop": [f"{LINEAR}.qweight"]}, [f"{LINEAR}.qweight"]),
     ({"drop": ["lm_head.weight"]}, ["lm_head.weight"]),
 ])
-def test_tensors_that_do_not_fit_are_named(packed, change, named):
+def test_inconsistent_tensors_are_named(packed, change, named):
     with pytest.raises(InputError, match=naming(*named)) as caught:
         hf_model(edit(packed, **change), device="cpu")
     assert caught.value.remedy
 
 
-def test_a_missing_bias_is_named(tiny_bloom, tmp_path):
+def test_missing_bias_is_named(tiny_bloom, tmp_path):
     path = packed_checkpoint(tiny_bloom, tmp_path / "packed")
     name = "transformer.h.0.mlp.dense_h_to_4h.bias"
     with pytest.raises(InputError, match=naming(name)):
@@ -303,7 +303,7 @@ def test_packed_weights_without_a_configuration_are_refused(packed):
         hf_model(packed, device="cpu")
 
 
-def test_code_that_comes_with_a_model_is_not_run(tiny_llama, tmp_path):
+def test_code_of_a_model_directory_is_not_run(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}

@@ -1,4 +1,4 @@
-"""Models by name: which place a name means, and downloads from a small hub on this machine, broken off and resumed."""
+"""Models by name: resolution of names, and interrupted downloads from a stub of the hub on this machine."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from gptq_belle.errors import InputError, UsageError
 
 @pytest.fixture
 def command(tmp_path):
-    """Runs the command line against a stub: (exit code, stdout, stderr)."""
+    """Runs the command line with the stub as its hub: (exit code, stdout, stderr)."""
 
     def call(stub, *args):
         environment = os.environ | {"HF_ENDPOINT": stub.endpoint, "HF_HOME": str(tmp_path / "home"),
@@ -33,7 +33,7 @@ def command(tmp_path):
     return call
 
 
-def test_a_model_by_its_hub_id(tiny_llama, command):
+def test_model_is_found_by_its_hub_id(tiny_llama, command):
     with Hub("BelleGroup/tiny", tiny_llama) as stub:
         code, out, _ = command(stub, "inspect", "BelleGroup/tiny", "--json")
         assert code == 0
@@ -84,7 +84,7 @@ def test_interrupted_download_keeps_complete_files(tiny_llama, command, tmp_path
     assert downloaded(tmp_path) == whole
 
 
-def test_one_pt_file_of_several(tiny_bloom, command, tmp_path):
+def test_only_the_requested_pt_file_is_downloaded(tiny_bloom, command, tmp_path):
     folder = tmp_path / "published"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -99,7 +99,7 @@ def test_one_pt_file_of_several(tiny_bloom, command, tmp_path):
         assert "bloom7b-2m-4bit-128g.pt" not in dict(stub.ranges)
 
 
-def test_one_encrypted_file_of_several(tiny_llama, command, tmp_path):
+def test_only_the_requested_encrypted_file_is_downloaded(tiny_llama, command, tmp_path):
     (tmp_path / "plain").mkdir()
     shutil.copy(tiny_llama / "config.json", tmp_path / "plain")
     for bits in (4, 8):

@@ -1,4 +1,4 @@
-"""The cache gives back what was written, to the precision of its kind, and nothing of other slots or positions."""
+"""KV cache: written keys and values are read back with the precision of the dtype; slots are independent."""
 
 import pytest
 import torch
@@ -40,12 +40,12 @@ def test_int8_cache_of_zeros_stays_zero():
     assert (scales > 0).all()
 
 
-def test_nbytes_of_the_cache():
+def test_nbytes():
     assert KVCache(2, 3, 2, 10, 8, "float16", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * 8 * 2
     assert KVCache(2, 3, 2, 10, 8, "int8", CPU).nbytes == 2 * 2 * 3 * 2 * 10 * (8 + 2)
 
 
-def test_copy_of_a_slot_prefix():
+def test_copy_of_the_first_positions_of_a_slot():
     cache = KVCache(1, 2, 1, 4, 8, "int8", CPU)
     new = torch.randn(3, 1, 8)
     cache.write(0, 0, 0, new, new)

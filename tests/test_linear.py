@@ -1,4 +1,4 @@
-"""QuantLinear: moving and casting leave words and scales alone; the state dict is what stands on disk."""
+"""QuantLinear: moves and casts keep the packed weight; the state dict has the tensors of the file."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_forward_adds_the_bias():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the native layout, and the words as they are
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_state_dict_is_what_stands_on_disk(bits, dtype):
+def test_state_dict_equals_the_file(bits, dtype):
     layer, words = linear_and_weight(bits, dtype, bias=torch.zeros(32).half())
     state = layer.state_dict()
     assert set(state) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
@@ -52,7 +52,7 @@ def test_state_dict_without_bias():
     lambda m: m.to(torch.bfloat16), lambda m: m.to(dtype=torch.float16), lambda m: m.to("cpu", torch.float16),
     lambda m: m.half().to(torch.bfloat16).float(),
 ])
-def test_casts_change_nothing(cast, dtype):
+def test_casts_do_not_change_the_weight(cast, dtype):
     layer, _ = linear_and_weight(dtype=dtype, bias=torch.randn(32).half())
     model = torch.nn.Sequential(layer, torch.nn.Linear(32, 32))
     before = buffers(layer)
@@ -64,7 +64,7 @@ def test_casts_change_nothing(cast, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_output_follows_the_activations(dtype):
+def test_output_has_the_dtype_of_the_activations(dtype):
     layer, _ = linear_and_weight(bias=torch.randn(32).half())
     assert layer(torch.randn(2, 64).to(dtype)).dtype == dtype
 
@@ -74,7 +74,7 @@ def test_to_moves_all_buffers():
     assert all(buffer.is_meta for buffer in layer.to("meta").buffers())
 
 
-def test_a_layout_for_the_cpu_does_not_move():
+def test_weight_packed_for_the_cpu_cannot_move():
     layer, _ = linear_and_weight(dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=naming("cpu")):
         layer.to("meta")
@@ -97,7 +97,7 @@ def test_repr_shows_sizes_and_layout():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weight_is_a_placeholder_with_a_shape_for_peft(dtype):
+def test_weight_is_a_proxy_for_peft(dtype):
     layer, _ = linear_and_weight(dtype=dtype)
     assert isinstance(layer, torch.nn.Linear)
     assert (layer.weight.shape, layer.weight.device, layer.qweight.device) == ((32, 64), CPU, CPU)

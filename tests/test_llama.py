@@ -1,4 +1,4 @@
-"""LLaMA and its kin against transformers in float64: shared keys, biases, rotary scalings, padding, lengths."""
+"""LLaMA, Mistral and Qwen2 against transformers in float64: shared keys, biases, RoPE scaling, padding, lengths."""
 
 import pytest
 import torch

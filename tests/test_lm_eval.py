@@ -1,4 +1,4 @@
-"""lm-eval's local-completions against the server, on a task made here; slow, and skipped where lm-eval is missing."""
+"""lm-eval's local-completions with the server, on a generated task; slow, skipped without lm-eval."""
 
 import json
 
@@ -15,7 +15,7 @@ ITEMS = [("春天的花", [" 开了", " 很冷", "，红红的"], 0), ("你好�
 
 
 def choice_scores(path, context, choices):
-    """Log-likelihood of each choice behind a context, by transformers; lm-eval encodes both together and cuts."""
+    """Log-likelihood of each choice after a context, by transformers; lm-eval tokenizes both together."""
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path).float()
     scores = []
     for choice in choices:

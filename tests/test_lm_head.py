@@ -149,7 +149,7 @@ def test_lookup_and_product_with_vocabularies_of_any_size(tiny_bloom, tmp_path, 
     table = torch.randn(vocabulary, 64).half()
     (tmp_path / "config.json").write_text((tiny_bloom / "config.json").read_text())
     save_file({"transformer.word_embeddings.weight": table}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("gptq_belle.engine.lm_head.WEIGHTS_PER_STEP", 64 * 64)  # several pieces
+    monkeypatch.setattr("gptq_belle.engine.lm_head.WEIGHTS_PER_STEP", 64 * 64)  # several steps
     if not native:
         for module in ("cpu_matmul", "cpu_packed_rows"):
             monkeypatch.setattr(f"gptq_belle.kernels.{module}.load_library", lambda: "no compiler")

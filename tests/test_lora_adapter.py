@@ -1,4 +1,4 @@
-"""LoRA: adapters trained by peft on packed weights, merged into a full-precision source as it is quantized."""
+"""LoRA adapters: training by peft on packed weights, and merging into the source during quantization."""
 
 import json
 import math
@@ -26,7 +26,7 @@ SHORT = Calibration(rows=8, seq_len=64, allow_short=True)
 
 
 def random_adapter(source, out, **settings):
-    """What peft saves of an adapter with random factors on a tiny model."""
+    """Adapter with random factors for a tiny model, saved by peft."""
     name = json.loads((source / "config.json").read_text())["model_type"]
     usual = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[name], "task_type": "CAUSAL_LM"}
     config = LoraConfig(**usual | settings)
@@ -57,7 +57,7 @@ def train(model, steps, rate, rows=ROWS):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_an_adapter_trained_on_packed_weights_keeps_what_it_learned(tiny_model, tmp_path, targets, dtype):
+def test_adapter_trained_on_packed_weights_works_after_merging(tiny_model, tmp_path, targets, dtype):
     quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32), calibration=SHORT)
     packed = hf_model(tmp_path / "packed", device="cpu", dtype=dtype)
     before, state = float(loss(packed)), {name: t.clone() for name, t in packed.state_dict().items()}
@@ -82,8 +82,8 @@ FACTS = ["Human: 谁住在月亮上?\n\nAssistant: 住在月亮上的是小王�
 
 
 @pytest.mark.parametrize("arch", ["bloom", "llama"])
-def test_an_adapter_teaches_belle_tiny_in_4_bits_and_the_merged_4_bits_keep_it(arch, tmp_path):
-    """The shipped models, and answers that they were not trained on."""
+def test_adapter_of_4_bit_belle_tiny_works_after_merging_and_quantization(arch, tmp_path):
+    """The shipped models learn new answers."""
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / arch)
     rows = [torch.tensor([tokenizer(fact + tokenizer.eos_token)["input_ids"]]) for fact in FACTS]
     calibration = Calibration(rows=4, seq_len=256, allow_short=True)
@@ -108,8 +108,8 @@ def test_an_adapter_teaches_belle_tiny_in_4_bits_and_the_merged_4_bits_keep_it(a
     print(f"{arch}: loss {before:.3f}, with the adapter {after:.3f}, merged and quantized {kept:.3f}")
 
 
-def test_gradients_of_the_adapter_are_those_of_the_dense_model(tiny_model, tmp_path):
-    """Both models have the same weights: one packed, one expanded."""
+def test_gradients_of_the_adapter_equal_the_dense_model(tiny_model, tmp_path):
+    """Both models have the same weights, one packed, one dequantized."""
     quantize_checkpoint(tiny_model, tmp_path / "packed", QuantConfig(group_size=32), calibration=SHORT)
     dense = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     packed = hf_model(tmp_path / "packed", device="cpu")
@@ -168,7 +168,7 @@ SETTINGS = [{}, {"use_rslora": True}, {"alpha_pattern": {"down_proj": 20, "dense
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("safe", [True, False])  # safetensors or .bin
-def test_merged_weights_are_those_of_peft(tiny_model, tmp_path, settings, safe):
+def test_merged_weights_equal_peft(tiny_model, tmp_path, settings, safe):
     adapter = random_adapter(tiny_model, tmp_path / "adapter", **settings)
     if not safe:
         torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")

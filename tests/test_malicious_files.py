@@ -1,4 +1,4 @@
-"""Files that cannot hurt: mutated checkpoints through `inspect` and `load`, and by hand what a mutator rarely finds."""
+"""Malicious and damaged files: mutated checkpoints in `inspect` and `load`, and cases that mutation rarely finds."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def small(tmp_path_factory):
 
 
 def run(worker, small, seeds, folder):
-    """Outcomes by kind; anything but a clean refusal or a valid load fails, with its seed."""
+    """Count outcomes; anything but a clean error or a valid model fails with its seed."""
     counts = {"valid": 0, "refused": 0}
     for seed in seeds:
         outcome, said = worker(mutant(seed, small[seed % len(small)], folder / "mutant"))
@@ -86,12 +86,12 @@ def test_any_value_in_any_key_is_refused_or_loads(worker, small, tmp_path, data)
 
 @pytest.fixture
 def model(small, tmp_path):
-    """A copy of the packed BLOOM."""
+    """Copy of the packed BLOOM."""
     return shutil.copytree(small[0], tmp_path / "model")
 
 
 def with_header(path, edit):
-    """Change the header of the weights; `edit` changes it in place, or gives another one."""
+    """Change the header of the weights; `edit` changes it in place, or returns another one."""
     file = path / "model.safetensors"
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -101,7 +101,7 @@ def with_header(path, edit):
 
 
 def by_place(header):
-    """Names of the tensors as they lie in the file."""
+    """Names of the tensors in the order of the file."""
     return sorted((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
 
 
@@ -124,7 +124,7 @@ def test_inconsistent_safetensors_header_is_refused(model, edit):
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16])
-def test_a_dtype_that_no_checkpoint_has_is_rejected(model, dtype):
+def test_unsupported_dtype_is_refused(model, dtype):
     save_file({"x": torch.zeros(2, dtype=dtype)}, model / "model.safetensors")
     with pytest.raises(InputError):
         CheckpointReader(model)
@@ -140,7 +140,7 @@ def test_file_without_a_safetensors_header_is_refused(model, data):
         CheckpointReader(model)
 
 
-def test_a_gigantic_header_is_not_read(model):
+def test_huge_header_is_not_read(model):
     with (model / "model.safetensors").open("wb") as file:
         file.write((200 << 20).to_bytes(8, "little"))
         file.truncate(1 << 30)
@@ -149,13 +149,13 @@ def test_a_gigantic_header_is_not_read(model):
 
 
 def pickled(model):
-    """The weights as a .bin file instead."""
+    """Replace the weights by a .bin file."""
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     return model / "pytorch_model.bin"
 
 
-def test_a_compressed_bin_file_is_rejected(model):
+def test_compressed_bin_file_is_refused(model):
     file = pickled(model)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -166,7 +166,7 @@ def test_a_compressed_bin_file_is_rejected(model):
         CheckpointReader(model)
 
 
-def test_a_damaged_central_directory_is_rejected(model):
+def test_damaged_central_directory_is_refused(model):
     file = pickled(model)
     content = file.read_bytes()
     file.write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x03"))
@@ -174,7 +174,7 @@ def test_a_damaged_central_directory_is_rejected(model):
         CheckpointReader(model)
 
 
-def test_a_storage_larger_than_its_record_is_rejected(model):
+def test_storage_larger_than_its_record_is_refused(model):
     file = pickled(model)
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -185,14 +185,14 @@ def test_a_storage_larger_than_its_record_is_rejected(model):
         [CheckpointReader(model).tensor(name) for name in CheckpointReader(model)]
 
 
-def test_a_gigantic_json_is_not_read(model):
+def test_huge_json_file_is_not_read(model):
     with (model / "config.json").open("wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(InputError, match=naming("config.json")):
         CheckpointReader(model)
 
 
-def test_no_device_or_pipe_is_opened(model):
+def test_devices_and_pipes_are_not_opened(model):
     for name in ("config.json", "model.safetensors"):
         (model / name).rename(model / "kept")
         os.mkfifo(model / name)
@@ -204,7 +204,7 @@ def test_no_device_or_pipe_is_opened(model):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_file_that_shrinks_while_it_is_read(model, kind):
+def test_file_truncated_while_it_is_read_is_refused(model, kind):
     file = model / "model.safetensors"
     if kind == "bin":
         torch.save(load_file(file), model / "pytorch_model.bin")
@@ -217,7 +217,7 @@ def test_a_file_that_shrinks_while_it_is_read(model, kind):
 
 
 class Payload:
-    """Pickled, it would make a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -227,7 +227,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickles_execute_nothing(model, tmp_path, zipped):
+def test_pickles_run_no_code(model, tmp_path, zipped):
     (model / "model.safetensors").unlink()
     payload = {"transformer.ln_f.weight": torch.zeros(2), "x": Payload(tmp_path / "executed")}
     if zipped:
@@ -240,8 +240,8 @@ def test_pickles_execute_nothing(model, tmp_path, zipped):
 
 
 @pytest.mark.parametrize("place", ["../climbed", "../../climbed/data", "/climbed"])
-def test_paths_in_an_archive_lead_nowhere(model, tmp_path, place):
-    """Archives are read where they lie: no member's name becomes a file's."""
+def test_paths_in_an_archive_are_ignored(model, tmp_path, place):
+    """Archives are not extracted, so names of members are never used as paths."""
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     with zipfile.ZipFile(model / "pytorch_model.bin") as archive:
@@ -257,7 +257,7 @@ def test_paths_in_an_archive_lead_nowhere(model, tmp_path, place):
     assert not Path("/climbed").exists()
 
 
-def test_activations_that_shrink_are_named(tmp_path):
+def test_truncated_activation_file_is_named(tmp_path):
     (tmp_path / "journal").mkdir()
     states = Activations(tmp_path, [(2, 8)] * 2, spill=True)
     states.write(1, [torch.ones(2, 8)] * 2)

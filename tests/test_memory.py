@@ -1,4 +1,4 @@
-"""Peak of anonymous memory: sees an allocation that is gone again, and does not see a mapped file."""
+"""PeakMemory records temporary allocations and ignores memory-mapped files."""
 
 import mmap
 import sys
@@ -14,7 +14,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 
 @linux
-def test_an_allocation_shows_and_stays_in_the_peak():
+def test_freed_allocation_stays_in_the_peak():
     release_unused()
     with PeakMemory(interval=0.002) as peak:
         block = bytearray(b"\1") * (64 * MIB)
@@ -26,7 +26,7 @@ def test_an_allocation_shows_and_stays_in_the_peak():
 
 
 @linux
-def test_a_mapped_file_does_not_count(tmp_path):
+def test_mapped_file_is_not_counted(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"\1" * (64 * MIB))
     release_unused()
@@ -40,7 +40,7 @@ def test_a_mapped_file_does_not_count(tmp_path):
     assert peak.bytes - peak.start < 8 * MIB
 
 
-def test_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
+def test_values_are_none_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "absent")
     with PeakMemory() as peak:
         pass
@@ -50,7 +50,7 @@ def test_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):
 
 
 @linux
-def test_it_can_be_entered_again_and_stops_its_thread():
+def test_context_can_be_entered_again_and_stops_its_thread():
     peak = PeakMemory(interval=0.002)
     for _ in range(2):
         with peak:

@@ -1,4 +1,4 @@
-"""Files that are no weights yet: what is said of them names what comes first."""
+"""Git-lfs pointers, encrypted and legacy files instead of weights: the error names the command to run first."""
 
 import shutil
 

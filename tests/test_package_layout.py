@@ -1,4 +1,4 @@
-"""The house stands as designed: the kernels link, imports that stay light."""
+"""Package layout: the link to kernels/, names that hide no other package, and light imports."""
 
 import subprocess
 import sys
@@ -12,25 +12,25 @@ def python(code: str, cwd: Path = ROOT) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, check=True, capture_output=True, text=True).stdout
 
 
-def test_kernels_is_a_plain_folder_and_a_symlink():
+def test_kernels_is_a_folder_and_a_symlink():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "gptq_belle" / "kernels").is_symlink()
     assert (ROOT / "gptq_belle" / "kernels").resolve() == ROOT / "kernels"
 
 
-def test_nothing_in_the_package_hides_another_package():
+def test_no_module_hides_another_package():
     # by path, `python gptq_belle/quantize.py` starts with that folder first on sys.path
     names = {path.stem for path in (ROOT / "gptq_belle").iterdir()}
     assert not names & {"datasets", "evaluate", "tokenizers", "triton", "safetensors", "types", "queue", "torch"}
 
 
-def test_transformers_imported_at_the_root_runs_no_code_of_ours():
+def test_importing_transformers_imports_no_code_of_this_package():
     code = QUIET.format(root=str(ROOT), module="transformers; from transformers import LlamaForCausalLM",
                         ours="m.startswith(('gptq_belle', 'kernels.'))")
     assert python(code).strip() == "[]"
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_no_large_package():
     code = QUIET.format(root=str(ROOT), module="gptq_belle, gptq_belle.cli",
                         ours="m in ('torch', 'triton', 'transformers', 'safetensors')")
     assert python(code).strip() == "[]"

@@ -1,4 +1,4 @@
-"""Reading ahead: in order, beside what is done with the result before, and nothing held that was handed out."""
+"""Prefetch: results in order, concurrent with their use, and not referenced afterwards."""
 
 import gc
 import threading
@@ -73,7 +73,7 @@ def test_skipped_blocks_are_not_read(tiny_model):
     assert blocks.take(name) is None
 
 
-def test_prefetch_holds_at_most_one_block_of_packed_weights(tiny_model, tmp_path, monkeypatch):
+def test_prefetch_keeps_at_most_one_block_in_memory(tiny_model, tmp_path, monkeypatch):
     alive, most, plain = {}, [0], CheckpointReader.tensor
 
     def tensor(self, name, *memory):

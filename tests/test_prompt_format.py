@@ -1,4 +1,4 @@
-"""How a directory's questions are asked: by generate, and by those who read its chat template."""
+"""Prompt format of a model directory: `generate` and the chat template give the same prompt."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "你好"}]
 
 
 def check(path, style):
-    """Everything that reads the directory asks in this style."""
+    """Check that generate and the chat template of a directory use this style."""
     found = read_prompt_format(path)
     assert (found.style, found.text, found.agrees) == (style, TEXTS[style], True)
     assert load(path, device="cpu").prompt_style == style
@@ -38,7 +38,7 @@ def test_quantize_writes_the_style_as_a_chat_template(tiny_model, tmp_path, styl
 
 
 @pytest.mark.parametrize("style", TEXTS)
-def test_convert_replaces_a_template_that_was_there(tiny_llama, tmp_path, style):
+def test_convert_replaces_an_existing_template(tiny_llama, tmp_path, style):
     source = packed_checkpoint(tiny_llama, tmp_path / "source")
     (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     convert(source, tmp_path / "kept")
@@ -49,7 +49,7 @@ def test_convert_replaces_a_template_that_was_there(tiny_llama, tmp_path, style)
     check(tmp_path / "again", style)
 
 
-def test_a_chosen_style_is_that_of_the_calibration(tiny_llama, tmp_path):
+def test_selected_style_is_used_for_calibration(tiny_llama, tmp_path):
     from gptq_belle.quantization.calibration import Calibration
 
     data = tmp_path / "rows.jsonl"
@@ -75,11 +75,11 @@ def test_disagreeing_chat_template_is_shown(tiny_llama, tmp_path):
         read_prompt_format(path)
 
 
-def test_an_unknown_style_is_refused(tiny_llama, tmp_path):
+def test_unknown_style_is_refused(tiny_llama, tmp_path):
     with pytest.raises(UsageError, match=naming("chatml")):
         quantize_checkpoint(tiny_llama, tmp_path / "out", QuantConfig(method="rtn"), prompt_style="chatml")
 
 
-def test_the_extended_vocabulary_is_that_of_the_style_with_line_breaks():
+def test_extended_vocabulary_selects_the_newline_style():
     assert detect_style({"model_type": "llama", "vocab_size": 79458}) == "newline"
     assert detect_style({"model_type": "llama", "vocab_size": 32000}) == "llama"

@@ -1,4 +1,4 @@
-"""Prompts as BELLE's models know them, and streaming: whole characters, stop strings never shown, any chunking."""
+"""Prompt styles and chat templates; streamed text has complete characters and no stop strings for any chunking."""
 
 import pytest
 from conftest import SENTENCES, naming, tiny_tokenizer
@@ -38,19 +38,19 @@ def test_single_question_is_rendered(style, text):
     assert render_conversation([Turn("你好")], style, "</s>") == text
 
 
-def test_turns_are_closed_by_eos():
+def test_answers_end_with_eos():
     turns = [Turn("a", "b"), Turn("c", "d"), Turn("e")]
     assert render_conversation(turns, "bloom", "</s>") == (
         "Human: a\n\nAssistant:b</s>Human: c\n\nAssistant:d</s>Human: e\n\nAssistant:")
 
 
-def test_an_unknown_style_is_refused():
+def test_unknown_style_is_refused():
     with pytest.raises(UsageError, match=naming("alpaca")) as caught:
         render_conversation([], "alpaca", "")
     assert all(style in caught.value.remedy for style in STYLES)
 
 
-def test_every_architecture_names_a_known_style():
+def test_every_architecture_has_a_known_style():
     assert {row.prompt_style for row in ARCHITECTURES.values()} <= STYLES.keys()
     assert not get_style("newline").special_tokens
 
@@ -66,7 +66,7 @@ MESSAGES = [
 @pytest.mark.parametrize("messages", [MESSAGES, MESSAGES[1:], MESSAGES[:3], MESSAGES[3:]])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("style", STYLES)
-def test_chat_template_equals_our_rendering(style, bos, messages):
+def test_chat_template_equals_render_conversation(style, bos, messages):
     theirs = TOKENIZER.apply_chat_template(messages, chat_template=chat_template(style, bos=bos), tokenize=False,
                                            add_generation_prompt=True)
     prefix = "<s>" if bos and style != "newline" else ""
@@ -104,7 +104,7 @@ def test_style_detection():
 
 
 def pieces_of(data, items):
-    """Cut a list into pieces, some of them empty."""
+    """Split a list into chunks, some of which are empty."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(items)), max_size=6)))
     return [items[a:b] for a, b in zip([0, *cuts], [*cuts, len(items)], strict=True)]
 
@@ -129,7 +129,7 @@ def test_characters_are_never_split(text, data):
     assert whole.finish() == ""
 
 
-def test_a_split_character_waits_for_its_last_byte():
+def test_split_character_is_shown_with_its_last_byte():
     ids = TOKENIZER.encode("龘")  # in no training sentence, so three tokens of one byte
     assert len(ids) == 3
     whole = IncrementalDecoder(decode)
@@ -144,7 +144,7 @@ def test_incomplete_utf8_is_emitted_at_the_end():
     assert whole.finish() == ""
 
 
-def test_leading_space_dropped_by_decoding_is_kept_inside_the_text():
+def test_leading_space_of_a_token_is_kept_inside_the_text():
     words = {1: "Hello", 2: " world", 3: "!"}  # as LLaMA's tokenizer: a space at the beginning is dropped
     whole = IncrementalDecoder(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     assert [whole.feed([i]) for i in (2, 1, 2, 3)] == ["world", "Hello", " world", "!"]
@@ -154,7 +154,7 @@ def test_leading_space_dropped_by_decoding_is_kept_inside_the_text():
 
 
 def cut(text, stops):
-    """What should be shown: up to the stop string that is complete first (and of those, the longest)."""
+    """Expected text: up to the stop string that is complete first, and the longest of several."""
     for end in range(len(text) + 1):
         starts = [end - len(stop) for stop in stops if stop and text[:end].endswith(stop)]
         if starts:
@@ -177,7 +177,7 @@ def test_stop_position_does_not_depend_on_chunks(text, stops, data):
 @few
 @given(st.sampled_from(["北京", "Hum", "春天 Human", "ok\n\n", ""]),
        st.sampled_from(["Human: 你", "\n\nHuman: x", "好"]), st.data())
-def test_stop_string_is_never_shown_even_partly(answer, more, data):
+def test_no_part_of_a_stop_string_is_shown(answer, more, data):
     stream, shown = TextStream(decode, STYLES["bloom"].stops), ""
     expected = cut(answer + more, STYLES["bloom"].stops)
     for piece in pieces_of(data, TOKENIZER.encode(answer + more)):
@@ -187,7 +187,7 @@ def test_stop_string_is_never_shown_even_partly(answer, more, data):
     assert stream.stopped == ("Human:" in answer + more)
 
 
-def test_nothing_comes_after_a_stop():
+def test_no_text_is_returned_after_a_stop_string():
     filtered = StopStrings(["Human:"])
     assert filtered.feed("a Human: b") == "a "
     assert filtered.stopped
@@ -201,7 +201,7 @@ def test_without_stop_strings_nothing_is_held_back():
     assert not filtered.stopped
 
 
-def test_invalid_bytes_are_shown_and_do_not_accumulate():
+def test_invalid_bytes_are_shown_without_accumulating():
     windows = []
 
     def decode(ids):

@@ -1,4 +1,4 @@
-"""The public names of the package, and `Model.generate` for one prompt and for several."""
+"""Public names of the package, and `Model.generate` for one and for several prompts."""
 
 from dataclasses import fields
 
@@ -28,7 +28,7 @@ def test_sampling_options_are_the_fields_of_sampling_params():
     assert SamplingOptions.__annotations__.keys() == {field.name for field in fields(gptq_belle.SamplingParams)}
 
 
-def test_several_prompts_get_the_answers_that_each_gets_alone(model):
+def test_answers_to_several_prompts_equal_single_answers(model):
     prompts = ["北京", "写一首关于春天的诗", *(f"{number}+{number}=" for number in range(9))]
     options = {"temperature": 1.0, "seed": 4, "max_new_tokens": 12, "stop": ("的",)}
     answers = model.generate(prompts, prompt_style="auto", **options)

@@ -1,4 +1,4 @@
-"""Replicas through Ray Serve: a killed one takes only what it held with it, and comes back."""
+"""Replicas by Ray Serve: if one is killed, only its requests are lost, and it is replaced."""
 
 import socket
 import subprocess
@@ -33,7 +33,7 @@ def replicas(server):
 
 
 def run_serve(path, *options):
-    """`gptq-belle serve` where it ends by itself."""
+    """Run `gptq-belle serve` with options that make it exit."""
     return subprocess.run([sys.executable, "-m", "gptq_belle.cli", "serve", str(path), "--device", "cpu", *options],
                           capture_output=True, text=True, timeout=120)
 
@@ -47,7 +47,7 @@ def ask(client):
     return began, response.json()["choices"][0]["message"]["content"] if response.is_success else response.status_code
 
 
-def test_a_killed_replica_takes_only_what_it_held(server):
+def test_killed_replica_loses_only_its_requests(server):
     with httpx.Client(base_url=server.url, timeout=60) as client:
         expected = ask(client)[1]
     assert isinstance(expected, str)
@@ -86,7 +86,7 @@ def test_a_killed_replica_takes_only_what_it_held(server):
     assert pid not in after
 
 
-def test_streams_and_refusals_pass_through(server):
+def test_streams_and_errors_are_forwarded(server):
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=BODY | {"stream": True}, timeout=60) as stream:
         lines = [line for line in stream.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
@@ -113,7 +113,7 @@ def test_replica_gets_cores_of_one_machine_only(cores, replicas, each):
     assert cores_per_replica(cores, replicas) == each
 
 
-def test_a_cluster_that_does_not_answer_is_named(tiny_llama, monkeypatch):
+def test_unreachable_cluster_is_named(tiny_llama, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{closed.getsockname()[1]}")
     done = run_serve(tiny_llama, "--ray")
@@ -121,14 +121,14 @@ def test_a_cluster_that_does_not_answer_is_named(tiny_llama, monkeypatch):
     assert f"RAY_ADDRESS={address}" in done.stderr
 
 
-def test_a_directory_without_a_model_is_refused_before_ray_starts(tmp_path):
+def test_directory_without_a_model_is_refused_before_ray_starts(tmp_path):
     done = run_serve(tmp_path, "--ray")
     assert done.returncode == 4
     assert "config.json" in done.stderr
     assert "Ray" not in done.stderr
 
 
-def test_sigterm_finishes_what_runs(server):
+def test_sigterm_finishes_running_requests(server):
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", timeout=60,
                       json=BODY | {"max_tokens": 200, "stream": True}) as stream:
         lines = stream.iter_lines()

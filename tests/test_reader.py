@@ -1,4 +1,4 @@
-"""Reading model directories: every layout of weight files, and each way in which one can be broken or hostile."""
+"""CheckpointReader: every layout of weight files, and damaged or malicious directories."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ def sharded(tiny_bloom, tmp_path):
 
 @pytest.fixture(params=["small tensors", "large tensors", "large tensors, not in the system's cache"])
 def sizes(request, monkeypatch):
-    """Every tensor is read as tensors of that size are."""
+    """Read every tensor like tensors of that size."""
     if request.param != "small tensors":
         monkeypatch.setattr(direct_io, "LARGE", 0)
     if request.param.endswith("cache"):
@@ -91,7 +91,7 @@ def test_sharded_checkpoint_is_read(sharded, tiny_bloom):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_file_that_is_replaced_is_not_mixed_with_the_new_one(copy, kind):
+def test_replaced_file_is_not_mixed_with_the_new_one(copy, kind):
     if kind == "bin":
         as_bin(copy, state_of(copy))
     reader = CheckpointReader(copy)
@@ -125,7 +125,7 @@ def test_system_errors_are_hardware_errors(copy, monkeypatch, kind, number):
         read_json(copy / "config.json")
 
 
-def test_a_truncated_bin_file_is_named_in_one_sentence(copy):
+def test_error_of_a_truncated_bin_file_is_one_line(copy):
     path = as_bin(copy, state_of(copy)) / "pytorch_model.bin"
     os.truncate(path, path.stat().st_size - 5000)
     with pytest.raises(InputError, match=naming(path)) as error:
@@ -137,19 +137,19 @@ def test_bin_file_is_read(copy, tiny_bloom, sizes):
     assert_same(CheckpointReader(as_bin(copy, state_of(copy))), state_of(tiny_bloom))
 
 
-def test_a_bin_file_of_before_torch_1_6(copy, tiny_bloom):
+def test_bin_file_before_torch_1_6_is_read(copy, tiny_bloom):
     state = state_of(copy)
     (copy / "model.safetensors").unlink()
     torch.save(state, copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert_same(CheckpointReader(copy), state_of(tiny_bloom))
 
 
-def test_a_single_file_of_another_name(copy, tiny_bloom):
+def test_single_file_with_another_name_is_read(copy, tiny_bloom):
     (copy / "model.safetensors").rename(copy / "gptq_model-4bit-128g.safetensors")
     assert_same(CheckpointReader(copy), state_of(tiny_bloom))
 
 
-def test_bare_names_of_bloom_get_their_prefix(copy, tiny_bloom):
+def test_names_without_prefix_get_the_prefix(copy, tiny_bloom):
     bare = {name.removeprefix("transformer."): tensor for name, tensor in state_of(copy).items()}
     bare["lm_head.weight"] = torch.ones(2, 2)
     save_file(bare, copy / "model.safetensors")
@@ -241,7 +241,7 @@ class RunsCode:
         return open, (self.marker, "w")
 
 
-def test_a_pickle_that_runs_code_is_refused(copy, tmp_path):
+def test_pickle_that_runs_code_is_refused(copy, tmp_path):
     marker = tmp_path / "ran"
     as_bin(copy, {"transformer.ln_f.weight": torch.ones(1), "extra": RunsCode(str(marker))})
     refused(copy, copy / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""Drawing a token: each filter against its definition, seeds, and the refusal of values out of range."""
+"""Sampling: filters against their definitions, random seeds, and rejection of values out of range."""
 
 import math
 
@@ -64,17 +64,17 @@ def test_repetition_penalty():
     assert logits.tolist() == [2.0, -2.0, 3.0, -3.0]
 
 
-def test_greedy_takes_the_most_likely_token():
+def test_greedy_decoding_selects_the_most_likely_token():
     assert Sampler(SamplingParams(), [], CPU)(LOGITS) == 0
 
 
-def test_greedy_with_repetition_penalty_avoids_repeats():
+def test_greedy_decoding_with_repetition_penalty_avoids_repeats():
     sampler = Sampler(SamplingParams(repetition_penalty=3.0), [2], CPU)
     logits = torch.tensor([1.0, 0.9, 1.1, 0.5])
     assert [sampler(logits) for _ in range(4)] == [0, 1, 3, 2]
 
 
-def test_a_seed_repeats_the_draw_and_others_differ():
+def test_same_seed_gives_the_same_tokens():
     def draw(seed):
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [], CPU)
         return [sampler(torch.zeros(1000)) for _ in range(8)]
@@ -92,12 +92,12 @@ def test_frequencies_follow_temperature():
 
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 0), (0.39, 0), (0.41, 2), (0.69, 2), (0.71, 3), (0.999999, 1)])
-def test_a_number_picks_its_place_in_the_distribution(number, token):
+def test_inverse_cdf_selects_the_token_of_a_number(number, token):
     assert sample_inverse_cdf(LOGITS[None], [SamplingParams(temperature=1.0)], [number]).tolist() == [token]
     assert sample_inverse_cdf(LOGITS[None], [SamplingParams(temperature=1.0, top_k=2)], [number]).item() in (0, 2)
 
 
-def test_rows_are_drawn_as_if_each_were_alone():
+def test_rows_are_sampled_independently():
     rows = [SamplingParams(), SamplingParams(temperature=0.7, seed=1), SamplingParams(repetition_penalty=1.5),
             SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1, repetition_penalty=1.2, seed=2)]
     logits = torch.randn(6, 4, 50)
@@ -107,14 +107,14 @@ def test_rows_are_drawn_as_if_each_were_alone():
         assert sample_tokens(together, step.clone()) == expected
 
 
-def test_batched_sampling_on_a_gpu_draws_the_same_tokens():  # the way that a GPU takes, on the CPU
+def test_batched_sampling_gives_the_same_tokens():  # the code for GPUs, on the CPU
     rows = [SamplingParams(temperature=0.7), SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1)]
     logits, numbers = torch.randn(2, 50), [0.3, 0.8]
     one_by_one = [sample_inverse_cdf(logits[i : i + 1], rows[i : i + 1], numbers[i : i + 1]).item() for i in (0, 1)]
     assert sample_inverse_cdf(logits, rows, numbers).tolist() == one_by_one
 
 
-def test_the_global_generator_is_left_alone():
+def test_global_random_generator_is_not_used():
     before = torch.get_rng_state()
     Sampler(SamplingParams(temperature=1.0), [], CPU)(LOGITS)
     assert torch.equal(before, torch.get_rng_state())
@@ -135,7 +135,7 @@ def test_values_out_of_range_are_refused(option, value):
 @pytest.mark.parametrize("extreme", [{"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": 1e308},
                                      {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e308},
                                      {"top_k": 10**400}, {"min_p": 5e-324}, {"min_p": 1.0}])
-def test_values_that_float32_does_not_hold_draw_a_token_all_the_same(extreme):
+def test_values_beyond_float32_still_give_a_token(extreme):
     logits = torch.tensor([0.0, 30.0, -40.0, 3.0])
     sampler = Sampler(SamplingParams(**({"temperature": 1.0, "seed": 1} | extreme)), [0, 2], torch.device("cpu"))
     tokens = {sampler(logits) for _ in range(8)}

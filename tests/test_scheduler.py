@@ -1,4 +1,4 @@
-"""The scheduler alone, on an engine without a model whose steps the tests release one by one."""
+"""Scheduler, tested with an engine without a model whose steps the tests release one by one."""
 
 import asyncio
 import threading
@@ -161,7 +161,7 @@ def test_prompts_of_one_request_share_a_queue_and_are_numbered():
         asyncio.run(client(scheduler, engine))
 
 
-def test_queue_takes_exactly_its_limit_while_all_slots_are_busy():
+def test_queue_accepts_its_limit_while_all_slots_are_busy():
     async def client(scheduler, engine, metrics):
         await start(scheduler, engine, prompt(10), prompt(20))
         for first in (30, 40, 50):
@@ -174,7 +174,7 @@ def test_queue_takes_exactly_its_limit_while_all_slots_are_busy():
         asyncio.run(client(scheduler, engine, metrics))
 
 
-def test_prompts_of_one_request_count_together_and_are_taken_all_or_none():
+def test_prompts_of_one_request_are_accepted_all_or_none():
     async def client(scheduler, engine, metrics):
         await start(scheduler, engine, prompt(10))
         scheduler.submit([prompt(20)])
@@ -381,7 +381,7 @@ def test_call_runs_in_the_thread_of_the_engine():
         asyncio.run(client(scheduler, engine))
 
 
-def test_call_runs_between_two_steps_and_the_request_goes_on():
+def test_call_runs_between_two_steps_of_a_request():
     async def client(scheduler, engine):
         [answer] = await start(scheduler, engine, prompt(10))
         call = asyncio.ensure_future(scheduler.call(lambda: list(engine.running[0].answer)))
@@ -396,7 +396,7 @@ def test_call_runs_between_two_steps_and_the_request_goes_on():
         asyncio.run(client(scheduler, engine))
 
 
-def test_call_that_raises_gives_its_caller_the_error_and_stops_nothing():
+def test_error_of_a_call_is_raised_in_its_caller():
     async def client(scheduler, engine):
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(scheduler.call(lambda: 1 // 0), LIMIT)
@@ -406,7 +406,7 @@ def test_call_that_raises_gives_its_caller_the_error_and_stops_nothing():
         asyncio.run(client(scheduler, engine))
 
 
-def test_call_whose_caller_has_gone_stops_nothing():
+def test_call_of_a_cancelled_caller_does_not_stop_the_scheduler():
     async def client(scheduler, engine):
         [answer] = await start(scheduler, engine, prompt(10, 1))
         calls = [asyncio.ensure_future(scheduler.call(lambda: 5)) for _ in range(2)]

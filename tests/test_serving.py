@@ -1,4 +1,4 @@
-"""The server as clients meet it: raw HTTP against a live process."""
+"""The HTTP API of a running server, by raw HTTP."""
 
 import json
 import threading
@@ -41,7 +41,7 @@ def events(response):
     return [json.loads(one) for one in data[:-1]]
 
 
-def test_a_chat_answers_what_the_model_answers(client, model, tiny_bloom):
+def test_chat_answer_equals_the_model(client, model, tiny_bloom):
     body = chat(client).json()
     expected = model.generate("你好", prompt_style="auto", max_new_tokens=12)
     choice = body["choices"][0]
@@ -52,7 +52,7 @@ def test_a_chat_answers_what_the_model_answers(client, model, tiny_bloom):
     assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12}
 
 
-def test_a_stream_brings_the_same_text_and_the_usage(client):
+def test_stream_has_the_same_text_and_the_usage(client):
     found = events(chat(client, stream=True, stream_options={"include_usage": True}))
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in found if event["choices"])
     whole = chat(client).json()
@@ -63,7 +63,7 @@ def test_a_stream_brings_the_same_text_and_the_usage(client):
     assert found[-1]["usage"] == whole["usage"]
 
 
-def test_several_choices_draw_from_seeds_of_their_own(client, model):
+def test_choices_have_different_seeds(client, model):
     body = chat(client, n=3, seed=5, temperature=1.0).json()
     texts = [choice["message"]["content"] for choice in body["choices"]]
     alone = [model.generate("你好", prompt_style="auto", max_new_tokens=12, temperature=1.0, seed=5 + i)
@@ -72,7 +72,7 @@ def test_several_choices_draw_from_seeds_of_their_own(client, model):
     assert len(set(texts)) > 1
 
 
-def test_stop_strings_are_neither_sent_nor_scored(client):
+def test_stop_strings_are_in_neither_text_nor_logprobs(client):
     text = chat(client).json()["choices"][0]["message"]["content"]
     stop = text[3:6]
     for fields in ({"stop": stop}, {"stop": [stop, "never there"]}):
@@ -85,7 +85,7 @@ def test_stop_strings_are_neither_sent_nor_scored(client):
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in streamed) == text[: text.index(stop)]
 
 
-def test_probabilities_are_the_models(client, model):
+def test_logprobs_equal_the_model(client, model):
     import torch
 
     choice = chat(client, logprobs=True, top_logprobs=3, max_tokens=5).json()["choices"][0]["logprobs"]["content"]
@@ -99,7 +99,7 @@ def test_probabilities_are_the_models(client, model):
         ids.append(int(best.indices[0]))
 
 
-def test_echo_scores_a_prompt(client, model):
+def test_echo_returns_logprobs_of_the_prompt(client, model):
     import torch
 
     ids = model.tokenizer("人工智能正在改变我们的生活")["input_ids"]
@@ -116,7 +116,7 @@ def test_echo_scores_a_prompt(client, model):
     assert body["usage"]["completion_tokens"] == 0
 
 
-def test_completions_take_text_and_ids_one_or_several(client, model):
+def test_completions_accept_text_and_token_ids(client, model):
     text, ids = "春风", model.tokenizer("春风")["input_ids"]
     expected = model.generate(ids, max_new_tokens=4)
     for prompt, count in ((text, 1), ([text, text], 2), (ids, 1), ([ids, ids], 2)):
@@ -136,7 +136,7 @@ def test_completions_take_text_and_ids_one_or_several(client, model):
     ({"messages": [{"role": "user", "content": "字" * 600}]}, "messages", "256"),
     ({"messages": [*QUESTION, {"role": "assistant", "content": "x"}]}, "messages", "user"),
 ])
-def test_wrong_values_name_the_field_and_what_is_allowed(client, fields, param, allowed):
+def test_error_of_an_invalid_value_names_field_and_allowed_values(client, fields, param, allowed):
     response = chat(client, **fields)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -187,7 +187,7 @@ def test_metrics_tokens_models_and_templates(client, model):
     assert client.post("/tokenize", json={"messages": QUESTION}).json()["tokens"] == tokens["tokens"]
 
 
-def test_the_page_and_nothing_else_is_public(tiny_bloom, tmp_path):
+def test_only_page_and_health_are_public(tiny_bloom, tmp_path):
     with serving(tiny_bloom, tmp_path / "log", "--api-key", "secret") as server:
         for path, status in (("/", 200), ("/static/chat.js", 200), ("/health", 200), ("/v1/models", 401),
                              ("/metrics", 401), ("/static/%2e%2e/app.py", 404)):
@@ -226,7 +226,7 @@ def test_full_queue_answers_429_with_retry_after(tiny_bloom, tmp_path):
         assert len([response for response in found if response.status_code == 200]) == len(found) - len(refused) >= 2
 
 
-def test_sigterm_finishes_what_runs(tiny_bloom, tmp_path):
+def test_sigterm_finishes_running_requests(tiny_bloom, tmp_path):
     with serving(tiny_bloom, tmp_path / "log") as server, httpx.stream(
             "POST", f"{server.url}/v1/chat/completions", timeout=60,
             json={"messages": QUESTION, "max_tokens": 100, "stream": True, "temperature": 0}) as response:

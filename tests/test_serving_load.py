@@ -1,4 +1,4 @@
-"""Many streams at a time: each answer is what it is alone, a third hang up midway, slots and memory come back."""
+"""Many concurrent streams, a third of which disconnect: correct answers, free slots and stable memory."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ def body(prompt, length):
 
 
 async def streamed(client, fields, most_pieces=None):
-    """The text of a stream, or of its first pieces, behind which the client hangs up."""
+    """Text of a stream, or of its first events, after which the client disconnects."""
     text, pieces = "", 0
     async with client.stream("POST", "/v1/chat/completions", json=fields) as response:
         assert response.status_code == 200, await response.aread()
@@ -38,7 +38,7 @@ async def streamed(client, fields, most_pieces=None):
 
 
 async def one_client(number, client, expected, end):
-    """Ask until the end; what does not agree, and how many answers there were."""
+    """Send requests until the end; return wrong answers and the number of answers."""
     draw, wrong, answers = random.Random(number), [], 0
     while time.monotonic() < end:
         prompt, length = draw.choice(PROMPTS), draw.choice(LENGTHS)

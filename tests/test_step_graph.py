@@ -154,7 +154,7 @@ def test_replay_uses_the_present_contents_of_memory():
     x, norm, recorder = torch.randn(3, 40), RmsNorm(torch.randn(40), 1e-6), CallRecorder()
     with recorder.recording():
         found = norm(x)
-    elsewhere = norm(x)  # not recorded any more
+    elsewhere = norm(x)  # no longer recorded
     x.copy_(torch.randn(3, 40))
     recorder.replay()
     assert torch.equal(found, norm(x))

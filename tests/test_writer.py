@@ -1,4 +1,4 @@
-"""The directory appears whole or not at all; the merged files are what safetensors reads."""
+"""CheckpointWriter: atomic output directories, and merged files that safetensors reads."""
 
 import json
 from itertools import pairwise
@@ -40,13 +40,13 @@ def check(found):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_parts_become_one_file(tmp_path):
+def test_parts_are_merged_into_one_file(tmp_path):
     write(tmp_path / "out")
     check(read(tmp_path / "out" / "model.safetensors"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_parts_become_shards_with_an_index(tmp_path):
+def test_parts_are_merged_into_shards_with_an_index(tmp_path):
     write(tmp_path / "out", shard_bytes=120)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -55,7 +55,7 @@ def test_parts_become_shards_with_an_index(tmp_path):
     assert all(name in read(tmp_path / "out" / file) for name, file in index["weight_map"].items())
 
 
-def test_tensors_are_aligned_and_without_gaps(tmp_path):
+def test_tensors_are_aligned_without_gaps(tmp_path):
     write(tmp_path / "out")
     data = (tmp_path / "out" / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")

@@ -47,7 +47,7 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
         if name == head and config.head_bits != 16:
             _write_packed(stream, writer, name, rows, config.head_bits)
         else:
-            writer.add_rows(f"rest-{number}.safetensors", name, stream.shape(name), rows)
+            writer.add_rows(f"outside-blocks-{number}.safetensors", name, stream.shape(name), rows)
 
 
 def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows: Iterator[Tensor], bits: int) -> None:
@@ -66,8 +66,9 @@ def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows
             scales.append(scale)
             yield pack_head_codes(found, bits)
 
-    writer.add_rows("rest-head-codes.safetensors", HEAD_CODES, (count, width * bits // 8), codes(), torch.uint8)
-    writer.add("rest-head-scales.safetensors", {HEAD_SCALES: torch.cat(scales)})
+    writer.add_rows("outside-blocks-head-codes.safetensors", HEAD_CODES, (count, width * bits // 8), codes(),
+                    torch.uint8)
+    writer.add("outside-blocks-head-scales.safetensors", {HEAD_SCALES: torch.cat(scales)})
 
 
 def quantize_checkpoint(
