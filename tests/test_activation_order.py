@@ -8,7 +8,7 @@ from gptq_belle.quantization.activation_order import (
     group_and_solve_order,
     group_indices,
     permuted,
-    restored,
+    unpermuted,
 )
 from gptq_belle.quantization.config import QuantConfig
 
@@ -37,8 +37,8 @@ def test_restored_is_the_inverse_of_permuted(dim):
     matrix = torch.arange(16).view(4, 4)
     moved = permuted(matrix, ORDER, dim)
     assert moved.select(dim, 0).tolist() == matrix.select(dim, 2).tolist()
-    assert torch.equal(restored(moved, ORDER, dim), matrix)
-    assert permuted(matrix, None, dim) is restored(matrix, None, dim) is matrix
+    assert torch.equal(unpermuted(moved, ORDER, dim), matrix)
+    assert permuted(matrix, None, dim) is unpermuted(matrix, None, dim) is matrix
 
 
 def test_group_of_each_input():

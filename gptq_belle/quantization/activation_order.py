@@ -41,11 +41,11 @@ def permuted(tensor: Tensor, order: Tensor | None, dim: int = 0) -> Tensor:
     return tensor[order] if dim == 0 else tensor[:, order]
 
 
-def restored(tensor: Tensor, order: Tensor | None, dim: int = 0) -> Tensor:
+def unpermuted(tensor: Tensor, order: Tensor | None, dim: int = 0) -> Tensor:
     """The inverse of `permuted`: the tensor with dimension `dim` in the layer's own order."""
     return tensor if order is None else torch.empty_like(tensor).index_copy_(dim, order, tensor)
 
 
 def group_indices(inputs: int, group_size: int, order: Tensor | None, device: torch.device) -> Tensor:
     """g_idx (K,) int64: the group of each input, where groups are formed in the given order."""
-    return restored(torch.arange(inputs, device=device) // group_size, order)
+    return unpermuted(torch.arange(inputs, device=device) // group_size, order)

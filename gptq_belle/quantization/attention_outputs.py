@@ -1,7 +1,7 @@
 """Record the output of a block's attention, so that later passes through the block do not compute it again.
 
-A block runs once for each stage of its linears, up to that stage. From the output projection on, the weights before it
-no longer change, so that q, k, v and attention run in one pass instead of in four.
+A block runs once for each stage of its linears, up to that stage. When the stage of the output projection is reached,
+the weights before it no longer change, so that q, k, v and attention run in one pass instead of four.
 """
 
 import tempfile

@@ -56,7 +56,7 @@ class BlockStream(SourceModel):
 
         def read() -> None:
             for name in names:
-                with suppress(InputError):  # raised again by whoever needs the tensor
+                with suppress(InputError):  # raised again where the tensor is needed
                     self.reader.prefetch(name)
 
         threading.Thread(target=read, name="prefetch", daemon=True).start()

@@ -50,7 +50,7 @@ def estimate(job: QuantizationJob, limit: int | None = None) -> Estimate:
         job: the job.
         limit: see `must_spill`.
     Raises:
-        HardwareError: see `must_spill` and `end_to_end.estimate.check_tuning`.
+        HardwareError: see `must_spill` and `tuning_estimate.check_tuning`.
     """
     memory, spill = estimate_memory(job), must_spill(job, limit)
     output = output_bytes(job)

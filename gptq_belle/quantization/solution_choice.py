@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.formats.gptq_weight import ROWS_AT_A_TIME, QuantizedWeight, dequantize
-from gptq_belle.quantization.activation_order import permuted, restored
+from gptq_belle.quantization.activation_order import permuted, unpermuted
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.hessian import output_error, rows_of
 from gptq_belle.quantization.solver import HessianFactor, Solution, candidate_weights
@@ -66,7 +66,7 @@ def full_precision_target(weight: Tensor, cross: Tensor, factor: HessianFactor, 
         T (N, K).
     """
     change = permuted(weight @ cross, factor.order, dim=1)
-    change = restored((change @ factor.Hinv.t()) @ factor.Hinv, factor.order, dim=1)
+    change = unpermuted((change @ factor.Hinv.t()) @ factor.Hinv, factor.order, dim=1)
     return torch.add(weight, change, alpha=alpha)
 
 

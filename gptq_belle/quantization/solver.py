@@ -19,7 +19,7 @@ from gptq_belle.quantization.activation_order import (
     group_and_solve_order,
     group_indices,
     permuted,
-    restored,
+    unpermuted,
 )
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
@@ -95,7 +95,7 @@ def candidate_weights(weight: Tensor, hessian: Tensor, config: QuantConfig,
     W = _transposed(weight, hessian, group_order)
     grids = None
     if techniques.search or techniques.static_order:
-        grids = _static_grids(W, restored(remaining_error(Hinv), solve_order), group, config)
+        grids = _static_grids(W, unpermuted(remaining_error(Hinv), solve_order), group, config)
     codes, scales, zeros = _solve(W.clone() if solve_order is None else permuted(W, solve_order), Hinv, group, config,
                                   grids, solve_order)
     candidates = {"gptq": _quantized_weight(codes, scales, zeros, group, group_order)}
@@ -164,7 +164,7 @@ def _solve(W: Tensor, Hinv: Tensor, group: int, config: QuantConfig, grids: tupl
                     group=group if grids is None else 0, bits=config.bits, sym=config.sym)
         W[i2:].addmm_(Hinv[i1:i2, i2:].t(), Err, alpha=-1)
     check_storable(scales)
-    return restored(codes, order), scales, zeros
+    return unpermuted(codes, order), scales, zeros
 
 
 def _solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
@@ -200,7 +200,7 @@ def _quantized_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group: int,
     """Convert codes (K, N), their inputs in `order`, and scales and zeros (G, N) to the layer's order and layout."""
     g_idx = group_indices(len(codes), group, order, codes.device)
     return QuantizedWeight(
-        codes=restored(codes, order).t().contiguous(),
+        codes=unpermuted(codes, order).t().contiguous(),
         scales=scales.t().float().clone(memory_format=torch.contiguous_format),
         zeros=zeros.t().to(torch.int32).contiguous(), g_idx=g_idx.to(torch.int32))
 
