@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, nonfinite_cache_block, nonfinite_rows
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
 from gptq_belle.engine.sampling import Sampler, SamplingParams, sample_tokens
-from gptq_belle.errors import UsageError
+from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.models.sizes import PREFILL_CHUNK, QUERY_BLOCK
+
+CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
 
 
 @dataclass(eq=False, slots=True)
@@ -29,7 +32,7 @@ class Request:
         max_new_tokens: limit of the answer's length.
         answer: token ids so far, without eos.
         end: the eos token that ended it, if any.
-        finished: why it ended: "stop" (eos), "length", "cancelled"; None while it is running.
+        finished: why it ended: "stop" (eos), "length", "cancelled", "error"; None while it is running.
         reused: number of prompt tokens taken from the cache.
     """
 
@@ -48,6 +51,7 @@ class Event(NamedTuple):
     Attributes:
         logprob: natural logarithm of the token's probability; None unless `SamplingParams.logprobs` is set.
         top: the requested number of most likely tokens with their log probabilities.
+        error: why the answer cannot be continued if `finished` is "error"; other requests are not affected.
     """
 
     request: Request
@@ -55,6 +59,7 @@ class Event(NamedTuple):
     finished: str | None
     logprob: float | None = None
     top: Sequence[tuple[int, float]] = ()
+    error: GptqBelleError | None = None
 
 
 @dataclass(slots=True)
@@ -65,10 +70,12 @@ class _Slot:
         cached: token ids whose keys and values are in the cache.
         prefilled: how many of them come from prefill. Those of an answer were computed one by one, which rounds
             differently, so they are not reused.
+        checked: how many of them are known to fit the range of the cache.
     """
 
     cached: list[int] = field(default_factory=list)
     prefilled: int = 0
+    checked: int = 0
     request: Request | None = None
     sampler: Sampler | None = None
 
@@ -139,7 +146,8 @@ class Engine:
         """Prefill a chunk of the first incomplete prompt, then decode one token for every complete one.
 
         Returns:
-            new tokens and ends of requests; empty if only a part of a prompt was prefilled.
+            new tokens and ends of requests; empty if only a part of a prompt was prefilled. A request whose logits or
+            cached keys are not finite ends with an error that names the layer.
         """
         self._admit()
         events: list[Event] = []
@@ -163,6 +171,7 @@ class Engine:
             elif reusable:
                 self.cache.copy(self._slots.index(source), self._slots.index(slot), reusable)
             slot.cached, slot.prefilled, request.reused = request.ids[:reusable], reusable, reusable
+            slot.checked = reusable
             slot.request, slot.sampler = request, Sampler(request.params, request.ids, self.model.device)
 
     def _prefill(self, slot: _Slot) -> list[Event]:
@@ -173,7 +182,10 @@ class Engine:
         logits = self.model.prefill_slot(ids, self.cache, self._slots.index(slot), start)
         slot.cached += chunk
         slot.prefilled = len(slot.cached)
-        return self._sample([slot], logits) if len(slot.cached) == len(slot.request.ids) else []
+        if len(slot.cached) == len(slot.request.ids):
+            return self._sample([slot], logits)
+        error = self._cache_error(slot)
+        return [] if error is None else [self._fail(slot, error)]
 
     def _decode(self, slots: Sequence[_Slot]) -> list[Event]:
         tokens = [slot.request.answer[-1] for slot in slots if slot.request is not None]
@@ -185,8 +197,44 @@ class Engine:
         return self._sample(slots, logits)
 
     def _sample(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
+        if not (failed := self._find_errors(slots, logits)):
+            return self._sample_finite(slots, logits)
+        events = [self._fail(slots[row], error) for row, error in failed.items()]
+        rows = [row for row in range(len(slots)) if row not in failed]
+        return events + (self._sample_finite([slots[row] for row in rows], logits[rows]) if rows else [])
+
+    def _sample_finite(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
         tokens = sample_tokens([slot.sampler for slot in slots if slot.sampler is not None], logits)
         return [self._accept(slot, token, row) for slot, token, row in zip(slots, tokens, logits, strict=True)]
+
+    def _find_errors(self, slots: Sequence[_Slot], logits: Tensor) -> dict[int, GptqBelleError]:
+        """Errors by row, for logits (n, V) of slots and keys in the cache that are not finite."""
+        failed: dict[int, GptqBelleError] = {
+            row: explain_nonfinite(self.model, slots[row].cached, self.cache, self._slots.index(slots[row]))
+            for row in nonfinite_rows(logits)}
+        for row, slot in enumerate(slots):
+            if row not in failed and self._is_check_due(slot) and (error := self._cache_error(slot)) is not None:
+                failed[row] = error
+        return failed
+
+    def _is_check_due(self, slot: _Slot) -> bool:
+        assert slot.request is not None
+        last = len(slot.request.answer) + 1 == slot.request.max_new_tokens
+        return last or slot.checked < slot.prefilled or len(slot.cached) - slot.checked >= CACHE_CHECK_INTERVAL
+
+    def _cache_error(self, slot: _Slot) -> GptqBelleError | None:
+        """Error if keys or values that were added since the last check exceed the range of the cache."""
+        block = nonfinite_cache_block(self.cache, self._slots.index(slot), slot.checked, len(slot.cached))
+        slot.checked = len(slot.cached)
+        return None if block is None else cache_overflow(self.model, block)
+
+    def _fail(self, slot: _Slot, error: GptqBelleError) -> Event:
+        """End the request of a slot with an error; nothing of the slot is reused."""
+        request = slot.request
+        assert request is not None
+        request.finished, slot.request = "error", None
+        slot.cached, slot.prefilled, slot.checked = [], 0, 0
+        return Event(request, None, "error", error=error)
 
     def _accept(self, slot: _Slot, token: int, logits: Tensor) -> Event:
         """Add a sampled token to the slot's answer, or end it."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.attention import DecodeAttention, NativeDecodeAttention, PrefillAttention, UncachedAttention
 from gptq_belle.engine.bloom import Bloom
+from gptq_belle.engine.finite_check import explain_nonfinite, nonfinite_rows
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
@@ -68,10 +69,14 @@ class LogitsModel:
 
         Raises:
             UsageError: not a matrix, empty, or longer than the context.
+            InputError: logits that contain NaN or infinity; the first layer that does is named.
         """
         self.check_ids(input_ids)
         rows, length = input_ids.shape
-        return self.decoder.logits(self._hidden(input_ids.to(self.device))).float().view(rows, length, -1)
+        logits = self.decoder.logits(self._hidden(input_ids.to(self.device))).float()
+        if failed := nonfinite_rows(logits):
+            raise explain_nonfinite(self, input_ids.flatten()[: failed[0] + 1][failed[0] // length * length :].tolist())
+        return logits.view(rows, length, -1)
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
         """Outputs of the last block (B * T, width) for token ids (B, T)."""
@@ -90,13 +95,18 @@ class LogitsModel:
             top: number of most likely tokens to return per position.
         Returns:
             (logprob, [(token, logprob), ...]) for every token.
+        Raises:
+            InputError: logits that contain NaN or infinity; the first layer that does is named.
         """
         row = torch.tensor(list(ids), device=self.device)
         hidden = self._hidden(row[None])
         found: list[tuple[float, list[tuple[int, float]]]] = []
         rows = max(1, LOGITS_BYTES // (4 * self.vocabulary_size))
         for states, targets in zip(hidden[:-1].split(rows), row[1:].split(rows), strict=True):
-            logprobs = self.decoder.logits(states).float().log_softmax(-1)
+            logits = self.decoder.logits(states).float()
+            if nonfinite_rows(logits):
+                raise explain_nonfinite(self, ids)
+            logprobs = logits.log_softmax(-1)
             own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
             values, indices = logprobs.topk(top)
             found += [(one, list(zip(tokens, likely, strict=True)))

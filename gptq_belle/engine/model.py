@@ -17,7 +17,7 @@ from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.checkpoint.validation import check_model
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.common.memory import trim_heap
-from gptq_belle.engine.batching import Engine, new_token_limit
+from gptq_belle.engine.batching import Engine, Event, new_token_limit
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.kv_cache import check_cache_dtype
 from gptq_belle.engine.llama import Llama
@@ -142,7 +142,8 @@ class Model(LogitsModel):
         Raises:
             UsageError: an unknown or invalid option, an empty prompt, or one that exceeds the context; raised before
                 generation starts.
-            InputError: text is needed and the directory has no tokenizer.
+            InputError: text is needed and the directory has no tokenizer; or, during generation, logits contain NaN or
+                infinity: the first layer that does is named.
         """
         params = sampling_params(params, **options)
         ids, stops = self._encode(prompt, prompt_style)
@@ -158,7 +159,7 @@ class Model(LogitsModel):
                    for (ids, stops), room in zip(encoded, rooms, strict=True)}
         answers = dict.fromkeys(streams, "")
         while not engine.idle:
-            for request, token, *_ in engine.step():
+            for request, token, *_ in _checked(engine.step()):
                 if token is not None:
                     answers[request] += streams[request].feed([token])
                 if streams[request].stopped:
@@ -167,12 +168,12 @@ class Model(LogitsModel):
 
     def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
         """Generate up to `count` tokens after `ids`; stops before eos unless `params.ignore_eos`. A prefix that an
-        earlier call prefilled is reused."""
+        earlier call prefilled is reused. Raises InputError if logits are not finite."""
         engine = self._engine(len(ids) + count)
         request = engine.submit(ids, replace(params, max_new_tokens=count))
         try:
             while request.finished is None:
-                yield from (event.token for event in engine.step() if event.token is not None)
+                yield from (event.token for event in _checked(engine.step()) if event.token is not None)
         finally:
             engine.cancel(request)
 
@@ -212,6 +213,14 @@ class Model(LogitsModel):
         style = get_style(name)
         text = render_conversation([Turn(prompt)], name, self.tokenizer.eos_token)
         return self.tokenizer(text, add_special_tokens=style.special_tokens)["input_ids"], style.stops
+
+
+def _checked(events: list[Event]) -> list[Event]:
+    """The events of a step; raises the error of a request that cannot be continued."""
+    for event in events:
+        if event.error is not None:
+            raise event.error
+    return events
 
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:

@@ -35,7 +35,8 @@ class AnswerLikelihood(NamedTuple):
 
 def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: int, style: str = "auto",
                      progress: Progress | None = None) -> list[GreedyAnswer]:
-    """The greedy answers to questions, in their order; arguments as for `belle_set.evaluate`."""
+    """The greedy answers to questions, in their order; arguments as for `belle_set.evaluate`. Raises InputError if
+    logits are not finite."""
     prompts, params = prompt_ids(model, questions, style), SamplingParams(limit)
     stops = get_style(_style_name(model, style)).stops
     if not prompts:
@@ -47,7 +48,10 @@ def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: 
     engine = Engine(model, min(batch, len(prompts)), width + limit)
     requests = [engine.submit(ids, params) for ids in prompts]
     while not engine.idle:
-        if any(event.finished for event in engine.step()) and progress:
+        events = engine.step()
+        if error := next((event.error for event in events if event.error is not None), None):
+            raise error
+        if any(event.finished for event in events) and progress:
             progress(sum(request.finished is not None for request in requests), len(requests))
     rows = [request.answer + ([] if request.end is None else [request.end]) for request in requests]
     texts = (str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)

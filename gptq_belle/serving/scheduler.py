@@ -182,8 +182,8 @@ class Scheduler:
                 items.append((answer, event))
             if event.finished is not None:
                 del self._running[event.request]
-                self.metrics.requests.labels(event.finished).inc()
-                items.append((answer, event.finished))
+                self.metrics.requests.labels("failed" if event.error else event.finished).inc()
+                items.append((answer, event.error or event.finished))
         self._send(items)
         self._count(sum(event.token is not None for event in events))
 
