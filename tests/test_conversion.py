@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM
 
 from gptq_belle.checkpoint.conversion import convert
-from gptq_belle.checkpoint.conversion_check import lines
+from gptq_belle.checkpoint.conversion_report import summary_rows
 from gptq_belle.checkpoint.decryption import decrypt, encrypt
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.engine.hf_model import hf_model
@@ -425,7 +425,7 @@ def test_wrong_special_token_ids_are_corrected_in_legacy_checkpoints_only(tiny_l
     right = config_of(tiny_llama) | {"pad_token_id": tiny_tokenizer().pad_token_id}
     found = convert(tmp_path / "old", tmp_path / "new")
     assert found.corrected_ids == {key: right[key] for key in WRONG_IDS}
-    assert any("eos_token_id 2" in value for _, value in lines(found))
+    assert any("eos_token_id 2" in value for _, value in summary_rows(found))
     for path in (tmp_path / "new" / "config.json", tmp_path / "new" / "generation_config.json"):
         written = json.loads(path.read_text())
         assert {key: written[key] for key in WRONG_IDS} == found.corrected_ids

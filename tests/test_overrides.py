@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_belle import Calibration, QuantConfig, hf_model, load, quantize_checkpoint
 from gptq_belle.bench.throughput import bench
 from gptq_belle.bench.workload import Workload
-from gptq_belle.checkpoint.inspection import average_bits, inspect, lines
+from gptq_belle.checkpoint.inspection import average_bits, inspect, summary_rows
 from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError, UsageError
@@ -158,7 +158,7 @@ def test_report_model_card_inspect_and_bench_show_mixed_bits(tiny_bloom, tmp_pat
     assert found.problems == []
     assert found.parameters == inspect(tiny_bloom).parameters
     assert found.mixture["self_attention.dense"] == {"float16": 1, "2 bits, group size 64": 1}
-    assert ("bits on average", f"{average:.2f}") in lines(found)
+    assert ("bits on average", f"{average:.2f}") in summary_rows(found)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2 and 4 and 8 bits" in card
     assert "| bits 8 |" in card

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from gptq_belle.checkpoint.conversion import convert
 from gptq_belle.checkpoint.inspection import inspect
-from gptq_belle.checkpoint.tokenizer_files import lines, read_prompt_format
+from gptq_belle.checkpoint.tokenizer_files import read_prompt_format, summary_rows
 from gptq_belle.engine.model import load
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import detect_style
@@ -65,11 +65,11 @@ def test_selected_style_is_used_for_calibration(tiny_llama, tmp_path):
 def test_disagreeing_chat_template_is_shown(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     assert read_prompt_format(path).chat_template is None
-    assert ("chat template", "none") in lines(read_prompt_format(path))
+    assert ("chat template", "none") in summary_rows(read_prompt_format(path))
     (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     found = read_prompt_format(path)
     assert not found.agrees
-    assert "'你好!'" in dict(lines(found)).values()
+    assert "'你好!'" in dict(summary_rows(found)).values()
     (path / "chat_template.jinja").write_text("{{ nonsense() }}")
     with pytest.raises(InputError, match=naming(path)):
         read_prompt_format(path)

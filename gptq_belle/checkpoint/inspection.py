@@ -92,7 +92,7 @@ def inspect(path: str | Path) -> Inspection:
     return found
 
 
-def lines(found: Inspection) -> list[tuple[str, str]]:
+def summary_rows(found: Inspection) -> list[tuple[str, str]]:
     """Format an inspection, without its problems, as (name, value) pairs."""
     q = found.quantization
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(found.dtypes.items()))

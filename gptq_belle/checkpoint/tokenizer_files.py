@@ -75,7 +75,7 @@ def read_prompt_format(path: str | Path) -> PromptFormat:
     return PromptFormat(name, text, style.stops, template, templated)
 
 
-def lines(found: PromptFormat) -> list[tuple[str, str]]:
+def summary_rows(found: PromptFormat) -> list[tuple[str, str]]:
     """Format a prompt format as (name, value) pairs."""
     rows = [("prompt style", found.style), ("prompt", repr(found.text)), ("stop string", repr(found.stops[-1]))]
     if found.chat_template is None:

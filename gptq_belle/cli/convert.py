@@ -58,7 +58,7 @@ def convert(
 
     Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
-    from gptq_belle.checkpoint import conversion, conversion_check
+    from gptq_belle.checkpoint import conversion, conversion_report
     from gptq_belle.checkpoint.hub import CONVERTIBLE, is_model_name, resolve_model_path
 
     if is_model_name(source):
@@ -70,4 +70,4 @@ def convert(
     if as_json:
         console.print_json(found)
     else:
-        console.print_table(str(out), ["", ""], conversion_check.lines(found), text=2)
+        console.print_table(str(out), ["", ""], conversion_report.summary_rows(found), text=2)

@@ -19,13 +19,13 @@ def inspect(path: options.ModelPath,
         if as_json:
             console.print_json(shown)
         else:
-            console.print_table(str(path), ["", ""], tokenizer_files.lines(shown), text=2)
+            console.print_table(str(path), ["", ""], tokenizer_files.summary_rows(shown), text=2)
         return
     found = inspection.inspect(path)
     if as_json:
         console.print_json(found)
     else:
-        console.print_table(str(path), ["", ""], inspection.lines(found), text=2)
+        console.print_table(str(path), ["", ""], inspection.summary_rows(found), text=2)
         for problem in found.problems:
             console.print_line(f"Problem: {problem}", style="bold red")
     if found.problems:

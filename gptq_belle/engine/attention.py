@@ -146,7 +146,7 @@ class PrefillAttention:
 
 
 class DecodeAttention:
-    """Attention of one new token in each of some slots, at position lengths[i] of slots[i], in torch."""
+    """Attention of one new token per slot, at position lengths[i] of slots[i], in torch."""
 
     def __init__(self, config: AttentionConfig, cache: KVCache, slots: Sequence[int], lengths: Sequence[int],
                  dtype: torch.dtype) -> None:
@@ -174,7 +174,7 @@ class NativeDecodeAttention:
         self.step = cpu_attention.DecodeStep(self.slot_ids, self.positions, self.rotation, config.slopes)
 
     def update(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Set other slots, the same number, and positions, in place: a recorded step uses these from then on."""
+        """Set other slots (the same number) and positions in place; a recorded step then uses these."""
         for tensor, numbers in ((self.slot_ids, slots), (self.positions, lengths)):
             tensor.copy_(torch.tensor(list(numbers), device="cpu"))
         rotation = self.config.rotation(self.positions, torch.float32)

@@ -32,7 +32,7 @@ class Request:
         max_new_tokens: limit of the answer's length.
         answer: token ids so far, without eos.
         end: the eos token that ended it, if any.
-        finished: why it ended: "stop" (eos), "length", "cancelled", "error"; None while it is running.
+        finished: finish reason: "stop" (eos), "length", "cancelled" or "error"; None while it is running.
         reused: number of prompt tokens taken from the cache.
     """
 
@@ -161,7 +161,7 @@ class Engine:
         return events
 
     def _admit(self) -> None:
-        """Assign free slots to waiting requests, and reuse what any slot holds of their prompts."""
+        """Assign free slots to waiting requests, and reuse prompt prefixes that any slot has in the cache."""
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
             source = max(self._slots, key=lambda slot: _reusable(slot, request))

@@ -14,7 +14,7 @@ def _norm(weights: WeightLoader, name: str, width: int, eps: float) -> LayerNorm
     return LayerNorm(weights.tensor(f"{name}.weight", width), weights.tensor(f"{name}.bias", width), eps)
 
 
-class _Block:
+class _BloomBlock:
     def __init__(self, weights: WeightLoader, name: str, config: DecoderConfig) -> None:
         d, eps = config.dimensions, config.eps
         width, inner = d.hidden_size, d.intermediate_size
@@ -53,7 +53,8 @@ class Bloom:
         d, eps = config.dimensions, config.eps
         self.embedding, self.head = embedding_and_head(weights, "transformer.word_embeddings", d)
         self.embedding_norm = _norm(weights, "transformer.word_embeddings_layernorm", d.hidden_size, eps)
-        self.blocks = [_Block(weights, name, config) for name in weights.block_names("transformer.h", d.num_layers)]
+        names = weights.block_names("transformer.h", d.num_layers)
+        self.blocks = [_BloomBlock(weights, name, config) for name in names]
         self.norm = _norm(weights, "transformer.ln_f", d.hidden_size, eps)
         self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, None, config.slopes)
 

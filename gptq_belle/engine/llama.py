@@ -10,7 +10,7 @@ from gptq_belle.kernels.cpu_elementwise import RmsNorm, silu_and_mul
 from gptq_belle.models.decoder_config import DecoderConfig
 
 
-class _Block:
+class _LlamaBlock:
     def __init__(self, weights: WeightLoader, name: str, config: DecoderConfig) -> None:
         d = config.dimensions
         width, inner, head_dim = d.hidden_size, d.intermediate_size, d.head_dim
@@ -52,7 +52,8 @@ class Llama:
     def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
         d = config.dimensions
         self.embedding, self.head = embedding_and_head(weights, "model.embed_tokens", d)
-        self.blocks = [_Block(weights, name, config) for name in weights.block_names("model.layers", d.num_layers)]
+        names = weights.block_names("model.layers", d.num_layers)
+        self.blocks = [_LlamaBlock(weights, name, config) for name in names]
         self.norm = RmsNorm(weights.tensor("model.norm.weight", d.hidden_size), config.eps)
         self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, config.frequencies, None)
 

@@ -59,7 +59,7 @@ class LogitsModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of token ids that the model takes."""
+        """Number of token ids."""
         return self.decoder_config.dimensions.vocab_size
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ class LogitsModel:
 
     @torch.inference_mode()
     def token_logprobs(self, ids: Sequence[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
-        """Natural logarithms of the probability of every token but the first, given the tokens before it.
+        """Natural logarithms of the probability of every token except the first, given the tokens before it.
 
         Logits are computed for some positions at a time: all of them at once are 2 GB for BLOOM and 2,000 tokens.
 
@@ -155,7 +155,7 @@ class LogitsModel:
 
     @torch.inference_mode()
     def prefill_slot(self, ids: Tensor, cache: KVCache, slot: int, start: int = 0) -> Tensor:
-        """Logits (1, V) float32 after prefilling ids (T,) of a slot that holds `start` tokens, in PREFILL_CHUNKs."""
+        """Logits (1, V) float32 after prefilling ids (T,) of a slot with `start` cached tokens, in PREFILL_CHUNKs."""
         for at in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[at : at + PREFILL_CHUNK]
             attention = PrefillAttention(self.decoder.attention_config, cache, slot, start + at, len(chunk), self.dtype)
@@ -164,7 +164,7 @@ class LogitsModel:
 
     @torch.inference_mode()
     def decode_slots(self, tokens: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Logits (n, V) float32 after one decode step with tokens (n,) in slots that hold `lengths` tokens each."""
+        """Logits (n, V) float32 after one decode step with tokens (n,) in slots with `lengths` cached tokens each."""
         x = self.decoder.embed(tokens)
         return self.decoder.logits(self._decode_blocks(x, cache, slots, lengths)).float()
 

@@ -68,7 +68,7 @@ class ConversionReport:
     seconds: float = 0.0
 
 
-def lines(found: ConversionReport) -> list[tuple[str, str]]:
+def summary_rows(found: ConversionReport) -> list[tuple[str, str]]:
     """Format a report as (name, value) pairs."""
     group = "one output channel" if found.group_size == -1 else str(found.group_size)
     order = ", act-order" if found.act_order else ""
@@ -126,9 +126,9 @@ def largest_deviation(old: CheckpointReader, files: Path, quantization: Quantiza
     new_quantization, worst = read_quantization(new), 0.0
     blocks = [name[len(old.arch.blocks) + 1 :].split(".")[0] for name in linears]
     for place, (name, linear) in enumerate(linears.items()):
-        theirs, ours = (read_packed_linear(reader, settings, name, linear.in_features, linear.out_features)
+        expected, found = (read_packed_linear(reader, settings, name, linear.in_features, linear.out_features)
                         for reader, settings in ((old, quantization), (new, new_quantization)))
-        worst = max(worst, _deviation(name, theirs, ours, quantization.checkpoint_format, repair))
+        worst = max(worst, _deviation(name, expected, found, quantization.checkpoint_format, repair))
         if place + 1 == len(linears) or blocks[place + 1] != blocks[place]:
             progress(int(blocks[place]) + 1)
     return worst
