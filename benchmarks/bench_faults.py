@@ -5,9 +5,9 @@
     python benchmarks/bench_faults.py disk      # a disk of one, two, ... nine tenths of what a job needs; needs root
     python benchmarks/bench_faults.py mutants   # 20,000 mutated checkpoints through `inspect` and `load`
 
-Each part stops at the first job whose files differ from those of an undisturbed job, or at the first checkpoint that is
-neither refused in one line nor loaded. Results are written to benchmarks/results/faults_NAME.json. A long part can be
-split: `--count 10 --seed 3 --add` adds to the existing file.
+Each part stops at the first job whose files differ from those of an uninterrupted job, or at the first checkpoint that
+is neither refused in one line nor loaded. Results are written to benchmarks/results/faults_NAME.json. A long part can
+be split: `--count 10 --seed 3 --add` adds to the existing file.
 """
 
 import argparse
@@ -33,9 +33,9 @@ FIRST_SEED = 1000  # of the mutants; lower seeds belong to the quick test
 
 def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Kill and resume jobs, alternating between the models."""
-    with jobs(folder) as (worker, undisturbed):
+    with jobs(folder) as (worker, uninterrupted):
         kinds = ["bloom", "llama"] * (count // 2)
-        found = faults.kill_at_random(worker, undisturbed, folder, random.Random(seed), kinds)
+        found = faults.kill_at_random(worker, uninterrupted, folder, random.Random(seed), kinds)
     rows = [{"model": kind, "seconds": round(seconds, 3), "blocks_kept": kept} for kind, seconds, kept in found]
     return {"killed": len(rows), "identical": len(rows), "with_blocks_to_resume_from": sum(
         row["blocks_kept"] > 0 for row in rows), "jobs": rows}
@@ -44,13 +44,13 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
 def power(folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Simulate power cuts, alternating between the models."""
     moments, rows = random.Random(seed), []
-    with jobs(folder) as (worker, undisturbed):
+    with jobs(folder) as (worker, uninterrupted):
         for number in range(count):
             kind = ("bloom", "llama")[number % 2]
-            seconds = moments.random() * undisturbed[kind][1]
+            seconds = moments.random() * uninterrupted[kind][1]
             place = folder / f"{number}"
             place.mkdir()
-            finished, kept = faults.cut_and_resume(worker, kind, undisturbed, place, seconds)
+            finished, kept = faults.power_cut_and_resume(worker, kind, uninterrupted, place, seconds)
             rows.append({"model": kind, "seconds": round(seconds, 3), "finished": finished, "blocks_kept": kept})
     return {"cut": count, "identical": count, "most_blocks_lost": max(row["finished"] - row["blocks_kept"]
                                                                       for row in rows), "jobs": rows}
@@ -60,13 +60,13 @@ def disk(folder: Path, _count: int, _seed: int) -> dict[str, Any]:
     """Fill up disks of one to nine tenths of the size a job needs."""
     place, rows = folder / "disk", []
     place.mkdir()
-    with jobs(folder) as (worker, undisturbed):
+    with jobs(folder) as (worker, uninterrupted):
         for tenths in range(1, 10):
             if refusal := faults.mount(place, faults.NEEDED * tenths // 10):
                 sys.exit(refusal)
             try:
                 kept = faults.fill_and_resume(worker, place, lambda size: faults.mount(place, size),
-                                              undisturbed["bloom"][0], tenths)
+                                              uninterrupted["bloom"][0], tenths)
             finally:
                 faults.unmount(place)
             rows.append({"tenths": tenths, "blocks_kept": kept})
@@ -91,10 +91,10 @@ def mutants(folder: Path, count: int, seed: int) -> dict[str, Any]:
 
 @contextmanager
 def jobs(folder: Path) -> Iterator[tuple[Any, dict[str, tuple[Path, float]]]]:
-    """A worker process for jobs, and the results of undisturbed jobs."""
+    """A worker process for jobs, and the results of uninterrupted jobs."""
     worker = faults.Worker(folder / "outcome.json")
     try:
-        yield worker, faults.run_undisturbed(worker, folder)
+        yield worker, faults.run_uninterrupted(worker, folder)
     finally:
         worker.close()
 

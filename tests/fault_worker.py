@@ -1,8 +1,8 @@
-"""A process that has imported everything and forks a job for every line of JSON on stdin, so that a test can end jobs
-in any way: {"source", "out", "options", "kill_after": seconds or null, "log": file or null} -> {"status", "seconds",
-"error", "notes"}.
+"""A process that forks a job for every line of JSON on stdin, so that jobs start without imports and can be killed.
 
-`log` gets a line for every fsync: the inode with its size, or, for a folder, the names in it.
+Request: {"source", "out", "config", "calibration", "kill_after": seconds or null, "log": file or null}.
+Answer: {"status", "seconds"}, and {"resumed"} or {"error", "code"}. `log` gets a line for every fsync: the inode with
+its size or, for a folder, with the names in it.
 """
 
 import json
@@ -22,7 +22,7 @@ from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 
 def logged(log):
-    """os.fsync, which also says what it has made safe."""
+    """An os.fsync that logs what it has synced."""
     plain = os.fsync
 
     def fsync(handle):
@@ -57,7 +57,7 @@ def main():
     for line in sys.stdin:
         request = json.loads(line)
         outcome.unlink(missing_ok=True)
-        began = time.monotonic()
+        started = time.monotonic()
         child = os.fork()
         if not child:
             job(request, outcome)
@@ -65,8 +65,8 @@ def main():
             time.sleep(request["kill_after"])
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        said = json.loads(outcome.read_text()) if outcome.exists() else {}
-        print(json.dumps(said | {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}),
+        result = json.loads(outcome.read_text()) if outcome.exists() else {}
+        print(json.dumps(result | {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - started}),
               flush=True)
 
 

@@ -1,5 +1,7 @@
-"""Whole jobs on the demo models in a process that is killed or loses what was not synchronised, and what must come of
-them; for test_faults.py and benchmarks/bench_faults.py."""
+"""Jobs on the demo models that are killed, lose power or fill the disk, and checks of the resumed job.
+
+Used by test_faults.py and benchmarks/bench_faults.py.
+"""
 
 import json
 import os
@@ -13,11 +15,11 @@ from conftest import job_output
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {kind: ROOT / "examples" / "belle_tiny" / kind for kind in ("bloom", "llama")}
 CALIBRATION = {"rows": 4, "seq_len": 256, "allow_short": True}
-NEEDED = 7_150_000  # bytes that a job on belle_tiny's BLOOM holds on disk at its fullest; a tenth more is enough
+NEEDED = 7_150_000  # peak disk use in bytes of a job on belle_tiny's BLOOM; a tenth more is enough
 
 
 class Worker:
-    """The other side of fault_worker.py."""
+    """A fault_worker.py process."""
 
     def __init__(self, outcome: Path) -> None:
         command = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(outcome)]
@@ -36,44 +38,44 @@ class Worker:
         self.process.wait()
 
 
-def run_undisturbed(worker, folder):
-    """For either model: where an undisturbed job's output lies, and how long it took."""
+def run_uninterrupted(worker, folder):
+    """Output directory and time of an uninterrupted job, by model."""
     found = {}
     for kind, source in MODELS.items():
         seconds = []
-        for _ in range(2):  # the second is not the first to read the source
-            said = worker(source, folder / kind)
-            assert said["status"] == 0, said
-            seconds.append(said["seconds"])
+        for _ in range(2):  # the first run reads the source into the page cache
+            result = worker(source, folder / kind)
+            assert result["status"] == 0, result
+            seconds.append(result["seconds"])
         found[kind] = folder / kind, min(seconds)
     return found
 
 
-def check_same(out, undisturbed):
-    assert job_output(out) == job_output(undisturbed)
+def check_same(out, uninterrupted):
+    assert job_output(out) == job_output(uninterrupted)
     assert not out.with_name(out.name + ".partial").exists()
 
 
-def kill_and_resume(worker, kind, undisturbed, out, seconds):
-    """One job killed after a time, then run to its end; None where it was too quick, else the blocks that were kept."""
+def kill_and_resume(worker, kind, uninterrupted, out, seconds):
+    """Kill a job after a time and resume it; returns the resumed block, or None where the job finished before."""
     killed = worker(MODELS[kind], out, kill_after=seconds)
     if out.exists():
-        assert job_output(out) == job_output(undisturbed[kind][0])
+        assert job_output(out) == job_output(uninterrupted[kind][0])
     if killed["status"] == 0:
         return None
-    said = worker(MODELS[kind], out)
-    assert (killed["status"], said["status"]) == (-9, 0), (killed, said)
-    check_same(out, undisturbed[kind][0])
-    return said["resumed"]
+    result = worker(MODELS[kind], out)
+    assert (killed["status"], result["status"]) == (-9, 0), (killed, result)
+    check_same(out, uninterrupted[kind][0])
+    return result["resumed"]
 
 
-def kill_at_random(worker, undisturbed, folder, moments, kinds):
-    """A job a kind, each killed at a random moment and resumed; (kind, moment, blocks that were kept) of each."""
+def kill_at_random(worker, uninterrupted, folder, moments, kinds):
+    """Kill one job of each kind at a random moment and resume it; returns (kind, moment, blocks kept) of each."""
     kinds, found = list(kinds), []
-    longest = {kind: seconds for kind, (_, seconds) in undisturbed.items()}
+    longest = {kind: seconds for kind, (_, seconds) in uninterrupted.items()}
     while kinds:
         seconds = moments.random() * longest[kinds[-1]]
-        kept = kill_and_resume(worker, kinds[-1], undisturbed, folder / "out", seconds)
+        kept = kill_and_resume(worker, kinds[-1], uninterrupted, folder / "out", seconds)
         if kept is None:
             longest[kinds[-1]] = min(seconds, longest[kinds[-1]])
         else:
@@ -82,8 +84,8 @@ def kill_at_random(worker, undisturbed, folder, moments, kinds):
     return found
 
 
-def survive(log, partial):
-    """What a power cut leaves at worst: files and names of which no fsync has told go, and contents that grew since."""
+def drop_unsynced(log, partial):
+    """Reduce a directory to the worst state after a power cut: without names and contents that were not synced."""
     files, folders = {}, {}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
@@ -99,40 +101,40 @@ def survive(log, partial):
                 path.write_bytes(b"\0" * state.st_size)
 
 
-def cut_and_resume(worker, kind, undisturbed, folder, seconds):
-    """One job killed after a time, stripped of what was not safe, then run to its end; (finished blocks, kept ones)."""
+def power_cut_and_resume(worker, kind, uninterrupted, folder, seconds):
+    """Kill a job, drop unsynced data and resume; returns the number of finished blocks and of those kept."""
     out, log = folder / "out", folder / "log"
     worker(MODELS[kind], out, kill_after=seconds, log=log)
     partial = folder / "out.partial"
     finished = len(list((partial / "journal").glob("block-*.json")))
-    survive(log, partial)
-    said = worker(MODELS[kind], out)
-    assert said["status"] == 0, said
-    check_same(out, undisturbed[kind][0])
-    return finished, sum(said["resumed"])
+    drop_unsynced(log, partial)
+    result = worker(MODELS[kind], out)
+    assert result["status"] == 0, result
+    check_same(out, uninterrupted[kind][0])
+    return finished, sum(result["resumed"])
 
 
 def fill_and_resume(worker, disk, resize, expected, tenths):
-    """One job on a disk of so many tenths of what it needs, then with room; the blocks that were kept.
+    """Run a job on a disk with some tenths of the needed size, then resume with enough; returns the blocks kept.
 
     Args:
         resize: called with the disk's new size in bytes.
     """
-    said = worker(MODELS["bloom"], disk / "out")
-    assert (said["status"], said.get("code")) == (1, 3), (tenths, said)
-    assert "the disk is full" in said["error"]
+    result = worker(MODELS["bloom"], disk / "out")
+    assert (result["status"], result.get("code")) == (1, 3), (tenths, result)
+    assert "the disk is full" in result["error"]
     assert not (disk / "out").exists()
     finished = len(list(disk.glob("out.partial/journal/block-*.json")))
     resize(NEEDED * 11 // 10)
-    said = worker(MODELS["bloom"], disk / "out")
-    assert said["status"] == 0, said
-    assert sum(said["resumed"]) == finished
+    result = worker(MODELS["bloom"], disk / "out")
+    assert result["status"] == 0, result
+    assert sum(result["resumed"]) == finished
     check_same(disk / "out", expected)
     return finished
 
 
 def mount(disk, size, *options):
-    """Mount, or change, a file system in memory of so many bytes; what mount says where it refuses, else ""."""
+    """Mount or resize a file system in memory with `size` bytes; returns the error output of mount."""
     again = ["remount"] if os.path.ismount(disk) else []
     line = ["mount", "-t", "tmpfs", "-o", ",".join([*again, f"size={size}", *options]), "tmpfs", str(disk)]
     return subprocess.run(line, capture_output=True, text=True).stderr

@@ -1,7 +1,7 @@
-"""GPTQ written down a second time, slowly: the oracle of tests/test_solver.py.
+"""A second, slow implementation of GPTQ: the oracle of tests/test_solver.py.
 
 Frantar et al., arXiv 2210.17323, section 3, with the update of equations (2) and (3): every column is quantized in
-turn, the columns that are left are compensated, and the inverse Hessian is down-dated by Gaussian elimination.
+turn, the remaining columns are compensated, and the inverse Hessian is down-dated by Gaussian elimination.
 No Cholesky factor, no lazy blocks, float64 throughout. It shares no code with the package.
 
 Shapes: weight (N, K) with outputs in rows, hessian (K, K), codes (N, K), scales and zeros (N, G), g_idx (K,).
@@ -25,7 +25,7 @@ class Oracle(NamedTuple):
 
 
 def stored_scale(scale: float) -> float:
-    """The scale as the file holds it. Results hold scales in float32, so float16 is reached by way of float32."""
+    """The scale as stored in the file: rounded to float32, the dtype of results, and then to float16."""
     half = float(np.float16(np.float32(scale)))
     return half if half >= 1e-7 else 1.0
 
@@ -41,7 +41,7 @@ def grid(weights: np.ndarray, bits: int, sym: bool) -> tuple[float, int]:
 
 
 def encode(column: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of one column; np.rint rounds halves to even."""
+    """Codes of one column; np.rint rounds ties to even."""
     return np.clip(np.rint(column / scale) + zero, 0, 2**bits - 1).astype(np.int64)
 
 
@@ -51,7 +51,7 @@ def gptq_oracle(weight: np.ndarray, hessian: np.ndarray, *, bits: int, group_siz
     w, h = np.array(weight, dtype=np.float64), np.array(hessian, dtype=np.float64)
     rows, columns = w.shape
     for k in range(columns):
-        if h[k, k] == 0:  # an input that is always zero: its weight is free
+        if h[k, k] == 0:  # a never active input: its weight has no influence
             h[k, k] = 1.0
             w[:, k] = 0.0
     perm = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(columns)
@@ -70,7 +70,7 @@ def gptq_oracle(weight: np.ndarray, hessian: np.ndarray, *, bits: int, group_siz
         codes[:, q] = encode(w[:, q], scales[:, group], zeros[:, group], bits)
         error = w[:, q] - scales[:, group] * (codes[:, q] - zeros[:, group])
         w[:, q + 1 :] -= np.outer(error / h_inv[q, q], h_inv[q, q + 1 :])  # equation (2)
-        rest = h_inv[q + 1 :, q] / h_inv[q, q]  # equation (3), for the rows and columns that are still in use
+        rest = h_inv[q + 1 :, q] / h_inv[q, q]  # equation (3), for the remaining rows and columns
         h_inv[q + 1 :, q + 1 :] -= np.outer(rest, h_inv[q, q + 1 :])
 
     original = np.empty_like(codes)
@@ -82,10 +82,10 @@ def gptq_oracle(weight: np.ndarray, hessian: np.ndarray, *, bits: int, group_siz
 
 def static_oracle(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, zeros: np.ndarray, *, bits: int,
                   damp: float) -> np.ndarray:
-    """Codes (N, K) on grids (N, G) that are given, inputs by falling H_kk, groups as the inputs lie.
+    """Codes (N, K) on given grids (N, G), with inputs in order of decreasing H_kk and groups of neighbouring inputs.
 
-    From what equation (2) solves: whatever was rounded stays, the rest takes the values that minimise
-    d (H + damping) d^T.
+    Solves the least-squares problem of equation (2): rounded columns are fixed, and the others take the values that
+    minimize d (H + damping) d^T.
     """
     w, h = np.array(weight, dtype=np.float64), np.array(hessian, dtype=np.float64)
     order = list(np.argsort(-np.diag(h), kind="stable"))
@@ -114,10 +114,10 @@ def nearest_oracle(weight: np.ndarray, *, bits: int, group_size: int, sym: bool)
 
 
 def least_squares_oracle(weight: np.ndarray, hessian: np.ndarray, *, bits: int, sym: bool, damp: float) -> np.ndarray:
-    """Codes for one group a row, from what equation (2) solves rather than from the equation.
+    """Codes for one group per row, from the least-squares problem that equation (2) solves.
 
-    Whatever the columns before q were rounded to, the columns from q on take the values that minimise
-    d (H + damping) d^T for the whole row: d_rest = -d_done H_done,rest H_rest,rest^-1.
+    With the columns before q fixed, the columns from q on take the values that minimize d (H + damping) d^T for the
+    whole row: d_rest = -d_done H_done,rest H_rest,rest^-1.
     """
     w, h = np.array(weight, dtype=np.float64), np.array(hessian, dtype=np.float64)
     h += damp * np.mean(np.diag(h)) * np.eye(len(h))

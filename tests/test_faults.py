@@ -1,5 +1,7 @@
-"""Whole jobs that are killed, run out of disk, lose what was not synchronised, or cannot read or write: each is
-resumed, and ends with the bytes of an undisturbed one. benchmarks/bench_faults.py does more of it, for a record."""
+"""Jobs that are killed, lose power, fill the disk, or cannot read or write: each resumes to identical output.
+
+benchmarks/bench_faults.py runs more of these and records the results.
+"""
 
 import errno
 import os
@@ -13,12 +15,12 @@ from faults import (
     NEEDED,
     Worker,
     check_same,
-    cut_and_resume,
     fill_and_resume,
     kill_and_resume,
     kill_at_random,
     mount,
-    run_undisturbed,
+    power_cut_and_resume,
+    run_uninterrupted,
     unmount,
 )
 
@@ -40,17 +42,17 @@ def worker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(worker, tmp_path_factory):
-    """For either model: where an undisturbed job's output lies, and how long it took."""
-    return run_undisturbed(worker, tmp_path_factory.mktemp("undisturbed"))
+def uninterrupted(worker, tmp_path_factory):
+    """Output directory and time of an uninterrupted job, by model."""
+    return run_uninterrupted(worker, tmp_path_factory.mktemp("uninterrupted"))
 
 
-def test_killed_jobs_resume_to_identical_output(worker, undisturbed, tmp_path):
+def test_killed_jobs_resume_to_identical_output(worker, uninterrupted, tmp_path):
     kept = []
     for number, (kind, share) in enumerate([("bloom", 0.4), ("llama", 0.6), ("llama", 0.8)]):
-        seconds, found = share * undisturbed[kind][1], None
-        while found is None:  # the job was at its end before: the machine was slower when it was timed
-            found = kill_and_resume(worker, kind, undisturbed, tmp_path / f"{number}-{seconds}", seconds)
+        seconds, found = share * uninterrupted[kind][1], None
+        while found is None:  # the job had finished: the machine was slower when it was timed
+            found = kill_and_resume(worker, kind, uninterrupted, tmp_path / f"{number}-{seconds}", seconds)
             seconds *= 0.8
         kept.append(found)
     assert any(kept)
@@ -58,20 +60,20 @@ def test_killed_jobs_resume_to_identical_output(worker, undisturbed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
-def test_fifty_kills_at_random_moments(worker, undisturbed, tmp_path, part):
+def test_fifty_kills_at_random_moments(worker, uninterrupted, tmp_path, part):
     kinds = ["bloom", "llama"] * (KILLS // 10)
-    print(f"part {part}:", kill_at_random(worker, undisturbed, tmp_path, random.Random(part), kinds))
+    print(f"part {part}:", kill_at_random(worker, uninterrupted, tmp_path, random.Random(part), kinds))
 
 
 @pytest.mark.parametrize(("kind", "moment"), [("bloom", 0.45), ("llama", 0.7), ("bloom", 0.9)])
-def test_a_power_cut_costs_no_more_than_the_current_block(worker, undisturbed, tmp_path, kind, moment):
-    finished, kept = cut_and_resume(worker, kind, undisturbed, tmp_path, moment * undisturbed[kind][1])
+def test_power_cut_loses_at_most_the_current_block(worker, uninterrupted, tmp_path, kind, moment):
+    finished, kept = power_cut_and_resume(worker, kind, uninterrupted, tmp_path, moment * uninterrupted[kind][1])
     assert kept >= finished - 1
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder to mount a small file system on; skipped where this user may not."""
+    """A folder to mount a small file system on; skipped for users who may not mount."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if mount(disk, 1 << 20):
@@ -81,20 +83,20 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("tenths", [1, 5, 9, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4, 6, 7, 8))])
-def test_a_full_disk_loses_nothing(worker, undisturbed, disk, tenths):
+def test_job_on_a_full_disk_resumes(worker, uninterrupted, disk, tenths):
     mount(disk, NEEDED * tenths // 10)
-    fill_and_resume(worker, disk, lambda size: mount(disk, size), undisturbed["bloom"][0], tenths)
+    fill_and_resume(worker, disk, lambda size: mount(disk, size), uninterrupted["bloom"][0], tenths)
 
 
 def test_read_only_output_is_refused_before_any_work(worker, disk):
     mount(disk, 1 << 20, "ro")
-    said = worker(MODELS["bloom"], disk / "out")
-    assert said["code"] == 3, said
-    assert "permission denied" in said["error"]
+    result = worker(MODELS["bloom"], disk / "out")
+    assert result["code"] == 3, result
+    assert "permission denied" in result["error"]
 
 
-def test_failing_read_is_named_and_costs_one_block(undisturbed, tmp_path, monkeypatch):
-    expected, _ = undisturbed["bloom"]
+def test_failing_read_names_the_tensor_and_loses_one_block(uninterrupted, tmp_path, monkeypatch):
+    expected, _ = uninterrupted["bloom"]
     broken = "transformer.h.2.mlp.dense_h_to_4h.weight"
     plain, begin = FileBytes.read, TensorFile(MODELS["bloom"] / "model.safetensors").entries[broken].begin
 

@@ -1,6 +1,6 @@
 """Scale and zero point of a group."""
 
-import oracle_best
+import oracle_exhaustive
 import pytest
 import torch
 from conftest import naming
@@ -43,11 +43,11 @@ def test_weights_beyond_float16_scales_are_refused():
         min_max_grid(torch.full((32, 1), 1e6), 4, sym=True)
 
 
-# The weighted search against trying every span (tests/oracle_best.py).
+# The weighted search against trying every span (tests/oracle_exhaustive.py).
 
 
 def error(weight, importance, scale, zero, bits):
-    return float(importance @ (oracle_best.rounded(weight, scale, zero, bits) - weight) ** 2)
+    return float(importance @ (oracle_exhaustive.rounded(weight, scale, zero, bits) - weight) ** 2)
 
 
 @pytest.mark.parametrize("positive", [True, False])
@@ -61,7 +61,7 @@ def test_the_search_finds_the_best_span(bits, sym, positive):
     for output in range(24):
         column = weight[:, output].numpy()
         found = error(column, importance.numpy(), float(scales[output]), int(zeros[output]), bits)
-        expected = oracle_best.searched(column, importance.numpy(), bits, sym, positive)
+        expected = oracle_exhaustive.searched(column, importance.numpy(), bits, sym, positive)
         assert found == pytest.approx(expected, rel=1e-12)
 
 

@@ -1,7 +1,7 @@
-"""Scale refit and coordinate descent against exhaustive search (tests/oracle_best.py)."""
+"""Scale refit and coordinate descent against exhaustive search (tests/oracle_exhaustive.py)."""
 
 import numpy as np
-import oracle_best
+import oracle_exhaustive
 import pytest
 import torch
 from oracle_gptq import relative_error
@@ -31,7 +31,7 @@ def test_every_step_equals_exhaustive_search(bits, group_size, sym, positive):
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, preset="fast")
     weight, hessian, quantized = solved(config, 3, 128, seed=bits)
     found = swept(quantized, weight, hessian, bits=bits, sweeps=2, positive=positive)
-    expected = oracle_best.refined(*(t.double().numpy() for t in quantized[:3]), weight.numpy(), hessian.numpy(),
+    expected = oracle_exhaustive.refined(*(t.double().numpy() for t in quantized[:3]), weight.numpy(), hessian.numpy(),
                                    bits=bits, sweeps=2, positive=positive)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])

@@ -1,6 +1,6 @@
-"""A script as notebooks have it, written for AutoGPTQ 0.7: quantize, save twice, load again, generate in two ways.
+"""A typical notebook for AutoGPTQ 0.7: quantize, save twice, load, and generate in two ways.
 
-test_auto_gptq.py runs it with its one import changed. Arguments: the model, the directory to write, the device.
+test_auto_gptq.py changes its import and runs it. Arguments: the model, the directory to write, the device.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The ideas of preset best written down a second time, by trying: the oracle of test_grid and test_refine.
+"""Grid search and refinement by exhaustive search: the oracle of test_grid and test_refine.
 
 float64 and NumPy throughout, one output and one weight at a time; shares no code with the package.
 """
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def half(value: float) -> float:
-    """As the file holds it; by way of float32, in which results hold scales."""
+    """Round to float32, the dtype of results, and then to float16, the dtype of the file."""
     return float(np.float16(np.float32(value)))
 
 
@@ -16,7 +16,7 @@ def rounded(weights: np.ndarray, scale: float, zero: int, bits: int) -> np.ndarr
 
 
 def spans(weights: np.ndarray, bits: int, sym: bool, positive: bool) -> list[tuple[float, int]]:
-    """Every scale and zero point that a search of one group of one output looks at."""
+    """All candidate scales and zero points for one group of one output."""
     middle, top = 2 ** (bits - 1), 2**bits - 1
     shares = [0.55 + 0.55 * i / 26 for i in range(27)]
     if sym:
@@ -30,7 +30,7 @@ def spans(weights: np.ndarray, bits: int, sym: bool, positive: bool) -> list[tup
 
 
 def searched(weights: np.ndarray, importance: np.ndarray, bits: int, sym: bool, positive: bool) -> float:
-    """The least weighted error of one group of one output."""
+    """The smallest weighted error of one group of one output."""
     errors = [float(importance @ (rounded(weights, scale, zero, bits) - weights) ** 2)
               for scale, zero in spans(weights, bits, sym, positive) if abs(scale) >= 1e-5]
     return min(errors, default=float(importance @ weights**2))
@@ -38,9 +38,9 @@ def searched(weights: np.ndarray, importance: np.ndarray, bits: int, sym: bool, 
 
 def refined(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, weight: np.ndarray, hessian: np.ndarray, *,
             bits: int, sweeps: int, positive: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (N, K) and scales (N, G) behind some sweeps, each step the best of all that can be tried.
+    """Codes (N, K) and scales (N, G) after some sweeps, each step by exhaustive search.
 
-    A scale is the minimum of a parabola through three errors; a code is the best of all 2**bits.
+    A scale is the minimum of the parabola through three errors; a code is the best of all 2**bits.
     """
     codes, scales = codes.astype(np.int64).copy(), scales.copy()
     outputs, inputs = codes.shape
