@@ -1,4 +1,4 @@
-"""Very many rows: some outputs of the weight are expanded into a scratch, and cuBLAS multiplies them."""
+"""Expand some outputs of the weight into a scratch for cuBLAS, which is fastest with very many rows."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from .triton_unpack import unpack, zero_points
 def dequant_kernel(
     words,  # (K / BLOCK, N', BLOCK * BITS / 16) int16, N' = N padded to 128
     scales,  # (K / RUN, N')
-    zeros,  # (K / RUN, N') float16; not read where ZERO >= 0
+    zeros,  # (K / RUN, N') float16; read only if ZERO < 0
     out,  # (outputs, K) float16, bfloat16 or float32: the weight of outputs start, start + 1, ...
     start,  # a multiple of BN
     N,
@@ -18,11 +18,11 @@ def dequant_kernel(
     BITS: tl.constexpr,  # 4 or 8
     RUN: tl.constexpr,  # inputs that share a scale: 32, 64 or 128
     BLOCK: tl.constexpr,  # triton_layout.block_inputs(BITS, RUN)
-    ZERO: tl.constexpr,  # the zero point of all, or -1: read them
+    ZERO: tl.constexpr,  # the zero point of all weights, or -1 if they are read from zeros
     BN: tl.constexpr,  # outputs of a program; the first axis of the grid covers them, the second the blocks of K
     ASM: tl.constexpr,
 ):
-    """The weight in float32, rounded once to out's dtype: to the bit what `reference.dequantize` gives."""
+    """The weight, computed in float32 and rounded once to out's dtype; equal to `reference.dequantize` to the bit."""
     SLICES: tl.constexpr = 16 // BITS
     STRIDE: tl.constexpr = BLOCK // SLICES  # words of a column in a block, and the length of a slice
     RUNS: tl.constexpr = BLOCK // RUN

@@ -1,9 +1,9 @@
-"""Many rows: M of 65 and more, where the tensor cores are what takes the time.
+"""The kernel for many rows, M of 65 or more, whose time is determined by the tensor cores.
 
-The weight is the first operand of the dot here too, so that every value is unpacked once for all rows of a tile, in
-the registers, and never written to shared memory. The scale is put on the weight, in x's dtype, as expanding the weight
-would do: the sums then run through the whole of K in float32 accumulators. Tiles are walked in narrow columns, so that
-the programs which run at one time share words and rows of x in the L2 cache.
+The weight is the first operand of the dot here too, so that every value is unpacked in registers once for all rows of a
+tile and never written to shared memory. The weight is multiplied by its scale in x's dtype, as in expanding it, and the
+sums over all of K are float32 accumulators. Programs are ordered so that those that run at the same time share words
+and rows of x in the L2 cache.
 """
 
 import triton
@@ -14,28 +14,28 @@ from .triton_unpack import part_of_blocks, unpack, zero_points
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    x,  # (M, K) float16 or bfloat16, contiguous; inputs at their places
+    x,  # (M, K) float16 or bfloat16, contiguous; inputs in the order of the places of the layout
     words,  # (K / BLOCK, N', BLOCK * BITS / 16) int16, N' = N padded to 128
     scales,  # (K / RUN, N')
-    zeros,  # (K / RUN, N') float16; not read where ZERO >= 0
-    bias,  # (N,); not read unless HAS_BIAS
-    out,  # (M, N) of any floating dtype where SPLIT_K is 1, else float32 (SPLIT_K, M, N)
+    zeros,  # (K / RUN, N') float16; read only if ZERO < 0
+    bias,  # (N,); read only if HAS_BIAS
+    out,  # (M, N) of any floating dtype if SPLIT_K is 1, else (SPLIT_K, M, N) float32
     M,
     N,
     K,  # a multiple of BLOCK
     BITS: tl.constexpr,  # 4 or 8
     RUN: tl.constexpr,  # inputs that share a scale: 32, 64 or 128
     BLOCK: tl.constexpr,  # triton_layout.block_inputs(BITS, RUN)
-    ZERO: tl.constexpr,  # the zero point of all, or -1: read them
+    ZERO: tl.constexpr,  # the zero point of all weights, or -1 if they are read from zeros
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,  # rows of x of a program: 64 or 128
-    BN: tl.constexpr,  # outputs of a program: 64 or 128
+    BN: tl.constexpr,  # outputs of a program: 32, 64 or 128
     BK: tl.constexpr,  # inputs of a step: BLOCK or BLOCK / 2
     SPLIT_K: tl.constexpr,
-    SWIZZLE: tl.constexpr,  # tiles of rows that are walked together
+    SWIZZLE: tl.constexpr,  # tiles of rows that are processed together
     ASM: tl.constexpr,
 ):
-    """out = x @ W + bias, a tile of BM x BN a program, the weight expanded in registers step by step."""
+    """out = x @ W + bias, one tile of BM x BN per program; the weight is expanded in registers step by step."""
     SLICES: tl.constexpr = 16 // BITS
     STRIDE: tl.constexpr = BLOCK // SLICES  # words of a column in a block, and the length of a slice
     WIDTH: tl.constexpr = BK // SLICES  # words of a column in a step
@@ -72,7 +72,7 @@ def gemm_kernel(
 
 @triton.jit
 def _swizzled(program, tiles_n, tiles_m, SWIZZLE: tl.constexpr):
-    """The tile of a program: SWIZZLE tiles of rows are walked for one tile of outputs before the next."""
+    """The tile of a program: SWIZZLE tiles of rows come with one tile of outputs before the next tile of outputs."""
     strip = program // (SWIZZLE * tiles_n)
     start = strip * SWIZZLE
     height = tl.minimum(tiles_m - start, SWIZZLE)

@@ -1,10 +1,9 @@
-"""The layout that the Triton kernels read at every M: "slices", made once at loading, by torch on any device.
+"""The layout that the Triton kernels read for every M: "slices", made once at loading, by torch on any device.
 
-Inputs are sorted by group and padded to whole blocks of 128 (or 64). A block of one output is 64 bytes in a row (128
-with 8 bits): word i, 16 bits, holds the codes of inputs i, S + i, 2 S + i, ... of the block, the first in the lowest
-bits, where S is the length of a slice. So the bits at one place of all words multiply S neighbouring inputs: nothing is
-shuffled after unpacking, copies are 16 bytes wide, and the tile of 64 outputs that a program loads is one piece of
-memory.
+Inputs are sorted by group and padded to whole blocks of 128 (or 64). The block of one output is 64 consecutive bytes
+(128 with 8 bits): word i of 16 bits holds the codes of inputs i, S + i, 2 S + i, ... of the block, the first in the
+lowest bits, where S is the length of a slice. The same bits of all words then belong to S neighbouring inputs: nothing
+is shuffled after unpacking, copies are 16 bytes wide, and the 64 outputs that a program loads are contiguous.
 """
 
 from typing import NamedTuple
@@ -23,18 +22,18 @@ CHUNK = 1 << 24  # codes unpacked at a time, 64 MiB
 
 
 class SlicedWeight(NamedTuple):
-    """A weight in slices: K inputs at K' places, N outputs padded to N', runs of places that share a scale."""
+    """A weight in slices: K inputs at K' places, N outputs padded to N', one scale per run of places."""
 
     words: Tensor  # (K' / block, N', S) int16, S = block * bits / 16
     scales: Tensor  # (K' / run, N') of the checkpoint's dtype; 0 in padding
-    zeros: Tensor | None  # (K' / run, N') float16, whole numbers 0..256; None where all are `zero`
-    order: Tensor | None  # (K',) int32: the input at each place, -1 for padding; None where they stand in order
+    zeros: Tensor | None  # (K' / run, N') float16, whole numbers 0..256; None if all are `zero`
+    order: Tensor | None  # (K',) int32: the input at each place, -1 for padding; None if inputs are in order
     g_idx: Tensor  # (K,) int32, as in CanonicalWeight; the product does not read it
     in_features: int
     out_features: int
     run: int  # 32, 64 or 128
     bits: int  # of a code in memory: 4 or 8
-    zero: int  # where all zeros are the same; else -1
+    zero: int  # the zero point of all weights, or -1 if they differ
     checkpoint_bits: int  # bits of a code in the checkpoint: 2, 3, 4 or 8
     checkpoint_groups: int  # groups of the checkpoint
     zero_offset: int  # as in CanonicalWeight
@@ -51,17 +50,17 @@ class SlicedWeight(NamedTuple):
 
 
 def block_inputs(bits: int, run: int) -> int:
-    """Inputs of a block: a slice of it must not mix runs, so two slices of 8 bits are 32 long where runs are."""
+    """Inputs of a block: a slice must not mix runs, so the two slices of 8 bits have at most the length of a run."""
     return min(BLOCK, run * WORD // bits)
 
 
 def prepare(weight: CanonicalWeight) -> SlicedWeight:
-    """Lay out a weight on the device where it is; its tensors are left as they are."""
+    """Lay out a weight on its device; its tensors are not changed."""
     bits, outputs = CONTAINERS[weight.bits], weight.out_features
     runs = sort_by_group(weight.g_idx, BLOCK)
     block, columns = block_inputs(bits, runs.run), -(-outputs // COLUMNS) * COLUMNS
     blocks = -(-len(runs.groups) * runs.run // block)
-    order = _whole(runs, weight.in_features, blocks * block)
+    order = _padded_order(runs, weight.in_features, blocks * block)
     words = weight.qweight.new_zeros(blocks, columns, block * bits // WORD, dtype=torch.int16)
     step = max(1, CHUNK // weight.in_features)
     for start in range(0, outputs, step):
@@ -97,13 +96,13 @@ def pack_slices(codes: Tensor, bits: int, block: int) -> Tensor:
 
 
 def unpack_slices(words: Tensor, bits: int) -> Tensor:
-    """The way back: codes (K', N) uint8 of words (K' / block, N, block * bits / 16)."""
+    """The inverse of `pack_slices`: codes (K', N) uint8 of words (K' / block, N, block * bits / 16)."""
     slices = [(words >> place * bits).bitwise_and_(2**bits - 1) for place in range(WORD // bits)]
     return torch.stack(slices, 1).transpose(2, 3).reshape(-1, words.shape[1]).to(torch.uint8)
 
 
 def lookup_rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
-    """Rows ids (n,) of the matrix (N, K) whose product this is: (n, K) float32, exact where scales are float16."""
+    """Rows `ids` (n,) of the weight as a matrix (N, K): (n, K) float32, exact if scales are float16."""
     codes = unpack_slices(weight.words[:, ids], weight.bits).float().view(-1, weight.run, len(ids))
     zeros = weight.zero if weight.zeros is None else weight.zeros[:, ids].float()[:, None]
     values = ((codes - zeros) * weight.scales[:, ids].float()[:, None]).flatten(0, 1).t()
@@ -116,7 +115,7 @@ def lookup_rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
 
 
 def unpack_weight(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """What `prepare` was given: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
+    """The inverse of `prepare`: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
     runs, outputs = sort_by_group(weight.g_idx, BLOCK), weight.out_features
     places = unpack_slices(weight.words[:, :outputs], weight.bits)
     codes = places[: weight.in_features]
@@ -134,8 +133,8 @@ def unpack_weight(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
     return codes.contiguous(), table(zeros).int(), table(weight.scales)
 
 
-def _whole(runs: SortedGroups, inputs: int, places: int) -> Tensor | None:
-    """The order with the padding of the last block; none where inputs stand in order and fill the blocks."""
+def _padded_order(runs: SortedGroups, inputs: int, places: int) -> Tensor | None:
+    """The order with the padding of the last block; None if inputs are in order and fill the blocks."""
     order = runs.order
     if order is None:
         if inputs == places:
@@ -145,7 +144,7 @@ def _whole(runs: SortedGroups, inputs: int, places: int) -> Tensor | None:
 
 
 def _placed(codes: Tensor, order: Tensor | None, places: int) -> Tensor:
-    """Codes (K, N) at their places (K', N), 0 in padding."""
+    """Codes (K, N) in the order of their places (K', N), 0 in padding."""
     if order is None:
         return codes
     filled = order >= 0

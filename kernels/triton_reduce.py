@@ -1,4 +1,4 @@
-"""What stands around the products: the sum over the parts of a split K, and x at the places of a sorted weight."""
+"""Kernels around the products: the sum over the parts of a split K, and activations in the order of the layout."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     parts,  # (SPLIT_K, M, N) float32
-    bias,  # (N,); not read unless HAS_BIAS
+    bias,  # (N,); read only if HAS_BIAS
     out,  # (M, N)
     M,
     N,
@@ -15,7 +15,7 @@ def reduce_kernel(
     SPLIT_K: tl.constexpr,
     WIDTH: tl.constexpr,  # elements of a program
 ):
-    """out = the sum of parts in their order, plus bias, rounded once."""
+    """out = the sum of the parts in their order, plus bias, rounded once."""
     at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     size = M * N
     live = at < size

@@ -1,9 +1,9 @@
-"""Few rows: M up to 64, where reading the weight is what takes the time.
+"""The kernel for few rows, M up to 64, whose time is determined by reading the weight.
 
-The weight is the first operand of the dot ("transposed"): what was unpacked stays in the registers where the tensor
-cores want it, and 8 rows of x cost the narrowest instruction there is. Sums within a run of inputs meet the run's scale
-in float32, once. K may be split among programs: each writes its float32 sums to a workspace of its own, which
-`triton_reduce.reduce_kernel` adds in a fixed order: the same input gives the same output, to the bit.
+The weight is the first operand of the dot ("transposed"): unpacked values stay in the registers from which the tensor
+cores read, and 8 rows of x take the narrowest instruction. The sum over a run of inputs is multiplied by the run's
+scale once, in float32. K may be split among programs: each writes its float32 sums to its part of a workspace, and
+`triton_reduce.reduce_kernel` adds the parts in a fixed order, so the same input gives the same output, to the bit.
 """
 
 import triton
@@ -14,27 +14,27 @@ from .triton_unpack import load_runs, part_of_blocks, unpack, zero_points
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(
-    x,  # (M, K) float16 or bfloat16, contiguous; inputs at their places
+    x,  # (M, K) float16 or bfloat16, contiguous; inputs in the order of the places of the layout
     words,  # (K / BLOCK, N', BLOCK * BITS / 16) int16, N' = N padded to 128
     scales,  # (K / RUN, N')
-    zeros,  # (K / RUN, N') float16; not read where ZERO >= 0
-    bias,  # (N,); not read unless HAS_BIAS
-    out,  # (M, N) of any floating dtype where SPLIT_K is 1, else float32 (SPLIT_K, M, N)
+    zeros,  # (K / RUN, N') float16; read only if ZERO < 0
+    bias,  # (N,); read only if HAS_BIAS
+    out,  # (M, N) of any floating dtype if SPLIT_K is 1, else (SPLIT_K, M, N) float32
     M,
     N,
     K,  # a multiple of BLOCK
     BITS: tl.constexpr,  # 4 or 8
     RUN: tl.constexpr,  # inputs that share a scale: 32, 64 or 128
     BLOCK: tl.constexpr,  # triton_layout.block_inputs(BITS, RUN)
-    ZERO: tl.constexpr,  # the zero point of all, or -1: read them
+    ZERO: tl.constexpr,  # the zero point of all weights, or -1 if they are read from zeros
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,  # rows of x of a program: 8, 16, 32 or 64
-    BN: tl.constexpr,  # outputs of a program: 64 or 128
+    BN: tl.constexpr,  # outputs of a program: 32, 64 or 128
     BK: tl.constexpr,  # inputs of a step: BLOCK or BLOCK / 2
     SPLIT_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out = x @ W + bias for few rows, a tile of BM x BN a program, scales put on the sums of each run."""
+    """out = x @ W + bias, one tile of BM x BN per program; the sums of each run are multiplied by its scale."""
     SLICES: tl.constexpr = 16 // BITS
     STRIDE: tl.constexpr = BLOCK // SLICES  # words of a column in a block, and the length of a slice
     WIDTH: tl.constexpr = BK // SLICES  # words of a column in a step
@@ -54,7 +54,7 @@ def skinny_kernel(
     ahead = load_runs(scales_at + first * RUNS * columns, columns, RUNS)
     for step in range(first * STEPS, last * STEPS):
         block = step // STEPS
-        # Scales are too narrow to be copied asynchronously: they are loaded a step before they are needed.
+        # Scales are too narrow to be copied asynchronously, so they are loaded one step before they are needed.
         scale = ahead
         following = tl.minimum((step + 1) // STEPS, last - 1)
         ahead = load_runs(scales_at + following * RUNS * columns, columns, RUNS)

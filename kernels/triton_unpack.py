@@ -1,19 +1,20 @@
-"""From words of codes to what tensor cores multiply: code - zero, exactly, in float16 or bfloat16.
+"""Unpack words of codes to operands of the tensor cores: code - zero, exactly, in float16 or bfloat16.
 
-A code that is put into the mantissa of a power of two is that power plus the code: one `lop3` masks and merges two
-codes of a 32-bit register, one addition takes the power and the zero point away. Nothing is converted, nothing is
-rounded. The assembly takes two neighbouring words (a register) at a time; pure Triton does the same for the interpreter
-and for what is not NVIDIA's, with half as many instructions again.
+A code in the mantissa of a power of two is that power plus the code: one `lop3` masks and merges the two codes of a
+32-bit register, and one subtraction removes the power and the zero point. Nothing is converted or rounded. The assembly
+processes two neighbouring words (one register) at a time. Pure Triton does the same for the interpreter and for other
+makers' GPUs, with half as many instructions again.
 
-Functions return from every branch of an if: Triton would compile what follows one, too.
+Functions return from every branch of an if, because Triton would also compile the code after it.
 
-Operands: $0.. results in the order of slices, then the words, then what is subtracted, negative where it is added.
+Operands of the assembly: $0.. are the results in the order of the slices, then come the words, then the values to
+subtract, negated where they are added.
 """
 
 import triton
 import triton.language as tl
 
-# float16: 0x6400 is 1024, whose mantissa counts ones (and 16ths of 16: codes four bits up are 16 times themselves).
+# float16: 0x6400 is 1024, whose mantissa counts ones. Codes that are four bits higher count 16 times as much.
 # Arguments: words, 1024 + zero, -(64 + zero).
 UNPACK4_FLOAT16 = tl.constexpr("""{
 .reg .b32 high, low0, low1, up0, up1, sixteenth;
@@ -39,8 +40,8 @@ sub.f16x2 $0, code0, $3;
 sub.f16x2 $1, code1, $3;
 }""")
 
-# bfloat16: 0x4300 is 128, whose 7 bits of mantissa hold a code of 4 bits in the lowest only: each is shifted there.
-# `sub.bf16x2` came with sm_90, so 1 * x - (128 + zero) is taken. Arguments: words, -(128 + zero).
+# bfloat16: 0x4300 is 128, whose mantissa of 7 bits holds a 4-bit code in its lowest bits only: each code is shifted
+# there. `sub.bf16x2` needs sm_90, so 1 * x - (128 + zero) is computed. Arguments: words, -(128 + zero).
 UNPACK4_BFLOAT16 = tl.constexpr("""{
 .reg .b32 word1, word2, word3, code0, code1, code2, code3, one;
 mov.b32 one, 0x3f803f80;
@@ -58,7 +59,7 @@ fma.rn.bf16x2 $3, code3, one, $5;
 }""")
 
 # 8 bits do not fit into 7: each byte goes into the mantissa of 2**23 in float32. The difference, at most 256 in size,
-# is exact in bfloat16. Arguments: words, then 2**23 + zero for the first and for the second of them.
+# is exact in bfloat16. Arguments: words, then 2**23 + zero for the first word and for the second.
 UNPACK8_BFLOAT16 = tl.constexpr("""{
 .reg .b32 magic, byte0, byte1, byte2, byte3;
 .reg .f32 code0, code1, code2, code3;
@@ -87,7 +88,7 @@ def unpack(words, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constex
     Args:
         zero: (rows, 1) float32, the zero points. With BITS 4 they are at most 16, with 8 at most 256.
         DTYPE: tl.float16 or tl.bfloat16.
-        ASM: whether to use the assembly, which is for NVIDIA's processors of compute capability 8.0 and newer.
+        ASM: whether to use the assembly, for NVIDIA's GPUs of compute capability 8.0 or newer.
     """
     if ASM:
         if DTYPE == tl.float16:
@@ -100,7 +101,7 @@ def unpack(words, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constex
 
 @triton.jit
 def zero_points(zeros, at, ZERO: tl.constexpr):
-    """Zero points (rows,) float32: those at offsets (rows,) from zeros, or ZERO where that is not -1."""
+    """Zero points (rows,) float32: ZERO for all, or if it is -1 those at offsets `at` (rows,) from zeros."""
     if ZERO >= 0:
         return tl.full(at.shape, ZERO, tl.float32)
     else:
@@ -118,7 +119,7 @@ def part_of_blocks(blocks, part, PARTS: tl.constexpr):
 
 @triton.jit
 def load_runs(at, columns, RUNS: tl.constexpr):
-    """A tuple of RUNS rows that stand `columns` apart, the first at pointers `at`."""
+    """A tuple of RUNS rows of a matrix with `columns` columns, the first at pointers `at`."""
     if RUNS == 1:
         return (tl.load(at),)
     elif RUNS == 2:

@@ -1,4 +1,4 @@
-"""The unpacking assembly: see `unpack_interpreted.py`, which this runs in a process of its own."""
+"""The unpacking assembly: runs `unpack_interpreted.py` in a separate process."""
 
 import os
 import subprocess
