@@ -1,33 +1,40 @@
 """Compile the jobs of aot_jobs.py ahead of time and check registers, shared memory and instructions against limits.
 
-    python benchmarks/aot.py                    # all architectures, all variants: an hour on two cores
-    python benchmarks/aot.py --archs 86 90      # some architectures
-    python benchmarks/aot.py --usual            # most checkpoints: 4 bits, float16, one zero point
+    python benchmarks/aot.py                              # all architectures, all jobs: an hour on two cores
+    python benchmarks/aot.py --archs 86 90 --jobs usual   # some architectures, the formats of most checkpoints
+    python benchmarks/aot.py --jobs usual --triton 3.5.1 3.6.0 --environments FOLDER
 
-Writes benchmarks/results/triton_aot.json: one table per Triton version and architecture. Tables of architectures that
-were not compiled are kept.
+With --triton, it runs once for each of these versions, in environments that are installed in FOLDER where they are
+missing. Writes benchmarks/results/triton_aot.json: one table per Triton version and architecture. Tables that were not
+compiled again are kept.
 """
 
 import argparse
 import datetime
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import machine_code
 import records
 import triton
-from aot_jobs import PROCESSORS, SAME, Job, compiled, inputs_of_step, jobs, usual
+from aot_jobs import JOBS, PROCESSORS, SAME, Job, compiled, inputs_of_step
 from machine_code import MachineCode
 
 from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB
 
 COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "registers", "spilled",
            "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
+RECORD = records.RESULTS / "triton_aot.json"
+VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")  # of torch 2.9, 2.10 and 2.11, 2.12, 2.14, and later
 # Largest allowed number of main-loop instructions per weight and thread: 4 bits, float16, one zero point, runs of 128.
-SKINNY_LIMITS = {8: 2.6, 16: 2.9, 32: 3.3, 64: 4.5}
-HOPPER_LIMITS = {8: 3.3, 16: 3.4, 32: 3.5, 64: 3.9}
-LIMITS = {80: SKINNY_LIMITS, 86: SKINNY_LIMITS, 89: SKINNY_LIMITS, 90: HOPPER_LIMITS}
+LIMITS = {8: 2.0, 16: 2.3, 32: 2.8, 64: 4.4}  # by rows of a tile
+LONGER = {"3.8": 1.1}  # versions of Triton whose code is longer everywhere
+LIMITED = (80, 86, 89, 90)
+MOST_REGISTERS = 168  # with 33 to 64 rows: three programs per multiprocessor
 
 
 def per_weight(job: Job, code: MachineCode) -> float | None:
@@ -48,18 +55,26 @@ def problems(job: Job, code: MachineCode) -> list[str]:
         found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_MEMORY_KIB[job.arch]} KiB")
     if job.config is None:
         return found
-    if not code.products:
+    if not code.matrix_instructions:
         return [*found, "no matrix instructions in a loop"]
     if not code.loop["LDGSTS.128"]:
         found.append("no asynchronous 16-byte copies")
     if converted := sum(count for kind, count in code.loop.items() if kind.startswith("I2F")):
         found.append(f"{converted} integer-to-float conversions")
-    limit = LIMITS.get(job.arch, {}).get(job.config.BM)
+    if job.config.BM == 64 and job.kernel == "skinny" and code.registers > MOST_REGISTERS:
+        found.append(f"{code.registers} registers, the limit is {MOST_REGISTERS}")
+    limit = instruction_limit(job.config.BM) if job.arch in LIMITED else None
     plain = (job.kernel, job.bits, job.dtype, job.run, job.zero) == ("skinny", 4, "float16", 128, SAME)
     share = per_weight(job, code)
     if plain and limit and share and share > limit:
         found.append(f"{share:.2f} instructions per weight, the limit is {limit}")
     return found
+
+
+def instruction_limit(rows: int) -> float | None:
+    """The largest allowed number of instructions per weight of a tile with `rows` rows with this version of Triton."""
+    minor_version = ".".join(triton.__version__.split(".")[:2])
+    return LIMITS[rows] * LONGER.get(minor_version, 1.0) if rows in LIMITS else None
 
 
 def row(job: Job, code: MachineCode) -> str:
@@ -71,14 +86,14 @@ def row(job: Job, code: MachineCode) -> str:
               config and ("yes" if config.SPLIT_K > 1 else "no"), config and config.num_warps,
               config and config.num_stages, code.registers, code.stack + code.local, code.shared,
               sum(loop.values()) or None, None if share is None else f"{share:.2f}",
-              loop["HMMA"] + loop["HGMMA"], loop["LDGSTS.128"], loop["LOP3"], loop["I2F"] + loop["I2FP"])
+              code.matrix_instructions, loop["LDGSTS.128"], loop["LOP3"], loop["I2F"] + loop["I2FP"])
     return " ".join("-" if value is None else str(value) for value in values)
 
 
-def check(arch: int, every: bool) -> dict[str, Any]:
-    """Compile for one architecture; return the exceeded limits and the rows of the record."""
+def check(arch: int, kind: str) -> dict[str, Any]:
+    """Compile the jobs of one of JOBS for an architecture; return the exceeded limits and the rows of the record."""
     rows, broken = [], []
-    for job in dict.fromkeys(jobs(arch) if every else usual(arch)):
+    for job in JOBS[kind](arch):
         try:
             code = compiled(job)
         except Exception as error:  # from any compiler stage: reported together with the others
@@ -88,24 +103,49 @@ def check(arch: int, every: bool) -> dict[str, Any]:
         broken += [f"{job}: {problem}" for problem in problems(job, code)]
         print(rows[-1], flush=True)
     print(*broken, sep="\n")
-    return {"date": datetime.date.today().isoformat(), "everything": every, "broken": broken, "rows": rows}
+    return {"date": datetime.date.today().isoformat(), "jobs": kind, "broken": broken, "rows": rows}
+
+
+def environment(version: str, folder: Path) -> dict[str, str]:
+    """Environment variables with which Python imports a version of Triton, installed in a folder if it is missing."""
+    target = folder / version
+    if not target.is_dir():
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target,
+                        f"triton=={version}"], check=True)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")])}
+
+
+def run_versions(args: argparse.Namespace) -> bool:
+    """Run this program with each version of Triton; return whether any run exceeded a limit."""
+    command = [sys.executable, __file__, "--jobs", args.jobs, "--archs", *map(str, args.archs)]
+    if args.out != RECORD:
+        command += ["--out", args.out]
+    codes = [subprocess.run(command, env=environment(version, args.environments)).returncode for version in args.triton]
+    return any(codes)
+
+
+def compile_here(args: argparse.Namespace) -> bool:
+    """Compile with the installed version of Triton and update the record; return whether a limit was exceeded."""
+    tables = json.loads(args.out.read_text(encoding="utf-8"))["tables"] if args.out.is_file() else {}
+    mine = tables.setdefault(triton.__version__, {})
+    broken = False
+    for arch in args.archs:
+        mine[f"sm_{arch}"] = found = check(arch, args.jobs)
+        broken = broken or bool(found["broken"])
+        records.write(args.out.stem, {"columns": " ".join(COLUMNS), "tables": tables}, args.out.parent)
+    return broken
 
 
 def main() -> None:
     """Run the command line; exit with code 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--archs", nargs="+", type=int, choices=PROCESSORS, default=list(PROCESSORS))
-    parser.add_argument("--usual", action="store_true", help="only the variants of most checkpoints")
+    parser.add_argument("--jobs", choices=JOBS, default="all", help="which formats to compile (default: all)")
+    parser.add_argument("--triton", nargs="+", help=f"versions of Triton to compile with, such as {' '.join(VERSIONS)}")
+    parser.add_argument("--environments", type=Path, default=Path("build/triton"), help="folder of their installations")
+    parser.add_argument("--out", type=Path, default=RECORD, help="the record to update")
     args = parser.parse_args()
-    path = records.RESULTS / "triton_aot.json"
-    tables = json.loads(path.read_text(encoding="utf-8"))["tables"] if path.is_file() else {}
-    mine = tables.setdefault(triton.__version__, {})
-    broken = False
-    for arch in args.archs:
-        mine[f"sm_{arch}"] = found = check(arch, not args.usual)
-        broken = broken or bool(found["broken"])
-        records.write("triton_aot", {"columns": " ".join(COLUMNS), "tables": tables})
-    sys.exit(broken)
+    sys.exit(run_versions(args) if args.triton else compile_here(args))
 
 
 if __name__ == "__main__":

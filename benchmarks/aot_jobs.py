@@ -12,12 +12,12 @@ from machine_code import MachineCode
 
 from gptq_belle.kernels import triton_gptq
 from gptq_belle.kernels.triton_config import (
-    REGISTERS,
     ROW_BUCKETS,
     LaunchPlan,
     MatmulProblem,
     TileConfig,
     default_plan,
+    launch_options,
     tuned_plans,
 )
 from gptq_belle.kernels.triton_dequant import dequant_kernel
@@ -26,7 +26,7 @@ from gptq_belle.kernels.triton_layout import block_inputs
 from gptq_belle.kernels.triton_reduce import arrange_kernel, reduce_kernel
 from gptq_belle.kernels.triton_skinny import skinny_kernel
 
-PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 120: 170}  # multiprocessors of A100, 3090, 4090, H100, 5090
+PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}  # of A100, 3090, 4090, H100, B200, 5090
 SHAPES = [(4096, 4096), (4096, 12288), (4096, 16384), (16384, 4096), (4096, 11008), (11008, 4096), (5120, 5120),
           (5120, 13824), (13824, 5120)]  # inputs, outputs: BELLE-7B, LLaMA-7B and 13B
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -108,9 +108,9 @@ KERNELS = {
 }
 
 
-def configs(arch: int) -> set[tuple[str, TileConfig]]:
-    """Kernels and configurations that the rule selects on an architecture, over all shapes and numbers of rows."""
-    plans = {default_plan(MatmulProblem(rows, outputs, inputs, 4, 128, "float16"), arch, PROCESSORS[arch])
+def configs(arch: int, bits: int = 4, dtype: str = "float16", run: int = 128) -> set[tuple[str, TileConfig]]:
+    """Kernels and configurations that the rule selects for a format, over all shapes and numbers of rows."""
+    plans = {default_plan(MatmulProblem(rows, outputs, inputs, bits, run, dtype), arch, PROCESSORS[arch])
              for rows in ROW_BUCKETS for inputs, outputs in SHAPES}
     return {(plan.kernel, split_in_two(plan.config)) for plan in plans if plan.config is not None}
 
@@ -127,21 +127,34 @@ def usual(arch: int) -> list[Job]:
             Job(arch, "descent", 4)]
 
 
-def jobs(arch: int) -> Iterator[Job]:
+def covering(arch: int) -> list[Job]:
+    """The usual jobs, and each kernel and tile with four other formats that together hold every property of one."""
+    products = [job for bits, dtype, run, zero in (
+        (4, "bfloat16", 64, SAME), (4, "float16", 32, EACH), (8, "float16", 128, EACH), (8, "bfloat16", 32, EACH))
+        for job in _one_split(arch, bits, dtype, run, zero)]
+    return [*usual(arch), *products, Job(arch, "dequant", 4, "float16", 64, EACH),
+            Job(arch, "dequant", 8, "bfloat16", 32, SAME), Job(arch, "reduce"), Job(arch, "arrange"),
+            Job(arch, "gptq", 4, run=64, zero=EACH), Job(arch, "gptq", 4, run=0, zero=SAME)]
+
+
+def every(arch: int) -> list[Job]:
     """All jobs for one architecture."""
-    yield from usual(arch)
-    whole = {(kernel, config._replace(SPLIT_K=1)): config for kernel, config in sorted(configs(arch))}
-    for (kernel, _), config in whole.items():
-        for bits, dtype, run in VARIANTS:
-            yield from (Job(arch, kernel, bits, dtype, run, zero, config) for zero in (SAME, EACH))
-    for case, plan in tuned_plans(arch).items():
-        yield from _tuned(arch, case, plan)
-    for bits, dtype, run in VARIANTS:
-        yield from (Job(arch, "dequant", bits, dtype, run, zero) for zero in (SAME, EACH))
-    yield Job(arch, "reduce")
-    yield Job(arch, "arrange")
-    for group in (32, 64, 128, 0):
-        yield from (Job(arch, "gptq", 4, run=group, zero=zero) for zero in (SAME, EACH))
+    formats = [(*variant, zero) for variant in VARIANTS for zero in (SAME, EACH)]
+    found = [*usual(arch), *(job for format_ in formats for job in _one_split(arch, *format_)),
+             *(job for case, plan in tuned_plans(arch).items() for job in _tuned(arch, case, plan)),
+             *(Job(arch, "dequant", *format_) for format_ in formats), Job(arch, "reduce"), Job(arch, "arrange"),
+             *(Job(arch, "gptq", 4, run=group, zero=zero) for group in (32, 64, 128, 0) for zero in (SAME, EACH))]
+    return list(dict.fromkeys(found))
+
+
+JOBS = {"usual": usual, "covering": covering, "all": every}
+
+
+def _one_split(arch: int, bits: int, dtype: str, run: int, zero: str) -> list[Job]:
+    """Jobs of a format; of configurations that differ in their split of K only, the one with the larger split."""
+    whole = {(kernel, config._replace(SPLIT_K=1)): config
+             for kernel, config in sorted(configs(arch, bits, dtype, run))}
+    return [Job(arch, kernel, bits, dtype, run, zero, config) for (kernel, _), config in whole.items()]
 
 
 def _tuned(arch: int, case: MatmulProblem, plan: LaunchPlan) -> Iterator[Job]:
@@ -155,7 +168,5 @@ def compiled(job: Job) -> MachineCode:
     kernel = KERNELS[job.kernel]
     options = dict(kernel.options)
     if job.config is not None:
-        options |= {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
-    if job.kernel == "skinny" and job.config is not None:
-        options["maxnreg"] = REGISTERS.get(job.config.BM)
+        options |= launch_options(job.kernel, job.config, job.bits or 4, job.run or 128, job.arch)
     return machine_code.compile_kernel(kernel.function, kernel.types(job), kernel.constants(job), job.arch, options)

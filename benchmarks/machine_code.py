@@ -21,6 +21,7 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 WARP = 32
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)")
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # instructions that multiply matrices: of a warp, of four, of a program on 10.0
 _WGMMA = re.compile(r"\.(\d+)x(\d+)x(\d+)\.")
 
 
@@ -46,7 +47,12 @@ class MachineCode(NamedTuple):
     local: int  # bytes of local memory per thread: above 0, registers spilled
     shared: int  # bytes per program
     loop: Counter[str]  # main-loop instructions by kind; empty if no loop multiplies matrices
-    products: int  # multiplications of all warps in one iteration of the loop
+    products: int  # multiplications of all warps in one iteration of the loop; 0 if no instruction states its size
+
+    @property
+    def matrix_instructions(self) -> int:
+        """How many instructions of the loop multiply matrices."""
+        return sum(self.loop[kind] for kind in MATRIX)
 
 
 def compile_kernel(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], arch: int,
@@ -94,7 +100,7 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
         if target is None or int(target.group(1), 16) >= branch.address:
             continue
         loop = [one for one in code if int(target.group(1), 16) <= one.address <= branch.address]
-        if len(loop) > len(best) and products(loop, 1):
+        if len(loop) > len(best) and any(one.kind in MATRIX for one in loop):
             best = loop
     return best
 

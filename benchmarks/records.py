@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def write(name: str, content: dict[str, Any]) -> Path:
-    """Write ``benchmarks/results/NAME.json`` with a header that describes the origin of the measurements.
+def write(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``NAME.json`` in benchmarks/results with a header that describes the origin of the measurements.
 
     Args:
         name: name of the benchmark, without suffix.
         content: values that JSON can represent.
+        folder: another folder to write it in.
     """
     head = {
         "date": datetime.date.today().isoformat(),
@@ -30,7 +31,7 @@ def write(name: str, content: dict[str, Any]) -> Path:
         "machine": machine_summary(),
         "versions": {"gptq_belle": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -1,31 +1,33 @@
-"""Which Triton kernel a product takes, and with which tiles: a table where someone measured, else a rule.
+"""Which Triton kernel a product takes, and with which tiles: a measured table if there is one, otherwise a rule.
 
-Tables are made by `gptq-belle tune`: `tuning/sm_90.json` beside this file, or `sm_90.json` in the folder that
-GPTQ_BELLE_TUNING names, which goes before:
+`gptq-belle tune` writes the tables: `tuning/sm_90.json` beside this file, or `sm_90.json` in the folder that
+GPTQ_BELLE_TUNING names, which takes precedence:
 
     {"entries": [{"rows": 16, "outputs": 4096, "inputs": 4096, "bits": 4, "run": 128, "dtype": "float16",
                   "kernel": "skinny",
-                  "config": {"BM": 16, "BN": 64, "BK": 128, "SPLIT_K": 4, "num_warps": 4, "num_stages": 4}}]}
+                  "config": {"BM": 16, "BN": 64, "BK": 128, "SPLIT_K": 4, "num_warps": 2, "num_stages": 4}}]}
 
-Rows are counted in BUCKETS: as many kernels are ever compiled for a weight as there are buckets, all of which can be
-compiled before the first request. Nothing is tried out at run time, so that the same input gives the same output.
+The number of rows is rounded up to one of ROW_BUCKETS, so that at most one kernel per bucket is compiled for a weight,
+and all of them can be compiled before the first request. Nothing is measured at run time: the same input gives the same
+output.
 """
 
 import json
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # rows of x, up to; the last is open
+ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # upper limits of rows of x; the last one is open
 MAX_SKINNY_ROWS = 64
 KERNELS = ("skinny", "gemm", "expand")
-# Registers a thread that ptxas may use in the kernel for few rows, by BM. Left alone, it stays below some number of
-# programs a multiprocessor, at the cost of up to 9 % more instructions in the loop (BM 8), and now and then of spills.
-REGISTERS = {8: 128, 16: 128, 32: 160}
-HOPPER = (90, 100, 103)  # whose matrix instructions are those of four warps together
-SHARED_MEMORY_KIB = {  # per program, by compute capability
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # numbers of programs among which the rule divides K
+MIN_BLOCKS = 4  # of K for each of those programs, so that its pipeline fills
+WGMMA = (90, 100, 103)  # compute capabilities whose matrix instructions are shared by four warps
+REGISTERS = 65536  # of a multiprocessor
+SHARED_MEMORY_KIB = {  # per program, by compute capability; a multiprocessor has 1 KiB more
     80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+MAX_ELEMENTS = 2**31 - 2**12  # that 32-bit offsets address, with room for the masked end of a tile
 
 
 class TileConfig(NamedTuple):
@@ -34,22 +36,22 @@ class TileConfig(NamedTuple):
     BM: int  # rows of x
     BN: int  # outputs
     BK: int  # inputs of a step: at most the block of the layout, and at least half of it
-    SPLIT_K: int  # programs that share one tile's inputs
+    SPLIT_K: int  # programs that share the inputs of one tile
     num_warps: int
-    num_stages: int  # steps under way at a time
+    num_stages: int  # steps in flight at a time
 
 
 class LaunchPlan(NamedTuple):
-    """A kernel, and its config; none for "expand"."""
+    """A kernel and its config; "expand" has none."""
 
     kernel: str  # one of KERNELS
     config: TileConfig | None
 
 
 class MatmulProblem(NamedTuple):
-    """What a plan depends on, besides the processor."""
+    """What a plan depends on, besides the device."""
 
-    rows: int  # one of BUCKETS
+    rows: int  # one of ROW_BUCKETS
     outputs: int  # N
     inputs: int  # K', the places of the layout
     bits: int  # of a code in memory, 4 or 8
@@ -58,54 +60,128 @@ class MatmulProblem(NamedTuple):
 
 
 def row_bucket(rows: int) -> int:
-    """The smallest of BUCKETS that holds `rows`, or the last."""
+    """The smallest of ROW_BUCKETS that holds `rows`, or the last one."""
     return next((most for most in ROW_BUCKETS if rows <= most), ROW_BUCKETS[-1])
 
 
 @lru_cache(maxsize=4096)
-def launch_plan(case: MatmulProblem, arch: int, processors: int) -> LaunchPlan:
-    """The kernel and config of a case.
+def launch_plan(problem: MatmulProblem, arch: int, processors: int) -> LaunchPlan:
+    """The kernel and config of a product.
 
     Args:
         arch: compute capability as one number, 86 for 8.6.
         processors: multiprocessors of the device.
     """
-    return tuned_plans(arch).get(case) or default_plan(case, arch, processors)
+    return tuned_plans(arch).get(problem) or default_plan(problem, arch, processors)
 
 
-def default_plan(case: MatmulProblem, arch: int, processors: int) -> LaunchPlan:
-    """What is taken where nobody measured: reasoned from the sizes of memories, not from times.
+def default_plan(problem: MatmulProblem, arch: int, processors: int) -> LaunchPlan:
+    """The plan where nothing was measured: derived from machine code and the sizes of memories, not from times.
 
-    Expanding the weight costs 2.5 to 5 bytes of traffic for each of its values, which many rows share; where tensor
-    cores are fast for the memory (8.0, 9.0, 10.0), unpacking in front of them would hold them up: there it pays from
-    1024 rows.
+    Expanding the weight costs 2.5 to 5 bytes of traffic per value, which many rows share. Where tensor cores are fast
+    compared with the memory (8.0, 9.0, 10.0), unpacking before them would hold them up: there it pays from 1024 rows.
     """
-    if case.rows <= MAX_SKINNY_ROWS:
-        most = case.rows == MAX_SKINNY_ROWS
-        warps = 8 if most and arch not in HOPPER else 4  # with four warps, 8 bits spill
-        config = TileConfig(case.rows, 64, 128, 1, warps, 3 if most else 4)
-        return LaunchPlan("skinny", config._replace(SPLIT_K=split_k(case, config, 4 * processors)))
-    if case.rows >= 1024 and arch in (80, 90, 100, 103):
+    if problem.rows <= MAX_SKINNY_ROWS:
+        return _with_split("skinny", skinny_config(problem, arch), problem, arch, processors)
+    if problem.rows >= 1024 and arch in (80, 90, 100, 103):
         return LaunchPlan("expand", None)
-    config = TileConfig(128, 128, 64 if SHARED_MEMORY_KIB.get(arch, 99) < 128 else 128, 1, 8, 3)
-    return LaunchPlan("gemm", config._replace(SPLIT_K=split_k(case, config, 2 * processors)))
+    # A step of 64 inputs where memory is small, and for 8 bits, which would spill with two programs a multiprocessor.
+    short = SHARED_MEMORY_KIB.get(arch, 99) < 128 or (arch in WGMMA and problem.bits == 8)
+    rows = 64 if arch in (100, 103) else 128  # Triton 3.8 compiles 128 rows to an empty kernel for 10.0
+    return _with_split("gemm", TileConfig(rows, 128, 64 if short else 128, 1, 8, 3), problem, arch, processors)
 
 
-def split_k(case: MatmulProblem, config: TileConfig, programs: int) -> int:
-    """Among how many programs K is split, a power of two up to 16: as many as bring `programs` of them to the device.
+def skinny_config(problem: MatmulProblem, arch: int) -> TileConfig:
+    """The tile for few rows, with K not yet split.
 
-    Each keeps 4 blocks of inputs or more, so that its pipeline fills.
+    Up to 16 rows two warps take 1.9 instead of 2.3 instructions per weight. They also leave the compiler no choice of
+    matrix instructions on 9.0: with four warps some versions of Triton choose WGMMA, which takes 3.1.
     """
-    tiles = -(-case.rows // config.BM) * -(-case.outputs // config.BN)
-    parts = 1
-    while parts < 16 and tiles * parts < programs and case.inputs // (2 * parts) >= 4 * config.BK:
-        parts *= 2
-    return parts
+    plain = _is_plain(problem.bits, problem.run)
+    if problem.rows <= 16:
+        return TileConfig(problem.rows, 64, 128, 1, 2, 4)
+    if problem.rows <= 32:
+        return TileConfig(32, 64, 128, 1, 2 if plain else 4, 4)  # other formats spill with two warps
+    long = plain or (arch in WGMMA and problem.run > 32)  # a longer step takes more than 168 registers elsewhere
+    return TileConfig(64, 64, 128 if long else 64, 1, 4, 3)
+
+
+def _with_split(kernel: str, config: TileConfig, problem: MatmulProblem, arch: int, processors: int) -> LaunchPlan:
+    programs = processors * programs_per_multiprocessor(kernel, config, problem, arch)
+    return LaunchPlan(kernel, config._replace(SPLIT_K=split_k(problem, config, programs)))
+
+
+def split_k(problem: MatmulProblem, config: TileConfig, programs: int) -> int:
+    """The number of programs among which K is split: one of SPLITS that fills whole waves of the device.
+
+    The time of a wave is counted in blocks of K: those of one program, and two more to fill its pipeline and to write
+    its sums. The launch that adds the sums is counted as two blocks.
+
+    Args:
+        programs: that run at a time on the device.
+    """
+    tiles = -(-problem.rows // config.BM) * -(-problem.outputs // config.BN)
+    blocks = problem.inputs // 128
+
+    def cost(parts: int) -> int:
+        return -(-tiles * parts // programs) * (-(-blocks // parts) + 2) + (2 if parts > 1 else 0)
+
+    return min((parts for parts in SPLITS if parts == 1 or blocks >= MIN_BLOCKS * parts), key=cost)
+
+
+def programs_per_multiprocessor(kernel: str, config: TileConfig, problem: MatmulProblem, arch: int) -> int:
+    """How many programs of a kernel run on a multiprocessor at a time, by its registers and shared memory."""
+    registers = max_registers(kernel, config, problem.bits, problem.run, arch) or (128 if config.BK == 64 else 168)
+    weight, x = config.BN * config.BK * problem.bits // 8, config.BM * config.BK * 2
+    copies = config.num_stages - 1
+    # WGMMA reads x from shared memory after the next copy was started.
+    own = copies * weight + (copies + 1 if arch in WGMMA and config.num_warps >= 4 else copies) * x
+    shared = (SHARED_MEMORY_KIB.get(arch, 99) + 1) * 1024
+    return max(1, min(REGISTERS // (registers * 32 * config.num_warps), shared // (own + 1024)))
+
+
+def launch_options(kernel: str, config: TileConfig, bits: int, run: int, arch: int) -> dict[str, Any]:
+    """How Triton compiles one of the matmul kernels."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+            "maxnreg": max_registers(kernel, config, bits, run, arch)}
+
+
+def max_registers(kernel: str, config: TileConfig, bits: int, run: int, arch: int) -> int | None:
+    """Registers per thread that ptxas may use, or None for its own choice.
+
+    Left to itself, ptxas aims at some number of programs per multiprocessor, at the cost of up to 9 % more instructions
+    in the loop, and sometimes of spills. Groups of 32 and 64 need more registers for their scales.
+    """
+    if kernel == "gemm":
+        return 128 if arch == 90 else None  # two programs a multiprocessor
+    plain = _is_plain(bits, run)
+    if config.BM <= 16:
+        return 128 if config.BM == 8 or plain else 168
+    if config.BM == 32:
+        return 160
+    return 168 if plain else None
+
+
+def _is_plain(bits: int, run: int) -> bool:
+    """Whether a format has 4 bits and one scale per block: it needs the fewest registers."""
+    return bits == 4 and run == 128
+
+
+def check_offsets(**elements: int) -> None:
+    """Refuse tensors that the kernels, whose offsets have 32 bits, cannot address; elements are counted by name.
+
+    Raises:
+        ValueError: a tensor with more than MAX_ELEMENTS elements.
+    """
+    for name, count in elements.items():
+        if count > MAX_ELEMENTS:
+            raise ValueError(f"{name} has {count} elements, and the Triton kernels address at most {MAX_ELEMENTS}. "
+                             "Use fewer rows at a time, or split the layer.")
 
 
 @lru_cache(maxsize=8)
 def tuned_plans(arch: int) -> dict[MatmulProblem, LaunchPlan]:
-    """What was measured on a processor, shipped or by the user.
+    """The measured plans for a compute capability, from the package and from the user's folder.
 
     Raises:
         ValueError: a file that is not such a table; it is named.
@@ -117,15 +193,15 @@ def tuned_plans(arch: int) -> dict[MatmulProblem, LaunchPlan]:
                 kernel, config = entry["kernel"], entry.get("config")
                 if kernel not in KERNELS:
                     raise ValueError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
-                case = MatmulProblem(**{name: entry[name] for name in MatmulProblem._fields})
-                found[case] = LaunchPlan(kernel, None if config is None else TileConfig(**config))
+                problem = MatmulProblem(**{name: entry[name] for name in MatmulProblem._fields})
+                found[problem] = LaunchPlan(kernel, None if config is None else TileConfig(**config))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a table of tuned kernels: {error!r}") from error
     return found
 
 
 def tuning_files(arch: int) -> list[Path]:
-    """The files to read, the one that goes before last."""
+    """The tables to read, in order of increasing precedence."""
     folders = [Path(__file__).parent / "tuning", os.environ.get("GPTQ_BELLE_TUNING")]
     paths = [Path(folder) / f"sm_{arch}.json" for folder in folders if folder]
     return [path for path in paths if path.is_file()]

@@ -1,10 +1,10 @@
-"""The inner loops of quantizing on a GPU: 128 steps of GPTQ's walk or of coordinate descent in one Triton kernel.
+"""The inner loops of quantization on a GPU: 128 steps of GPTQ or of coordinate descent in one Triton kernel.
 
-Frantar et al., arXiv 2210.17323, Algorithm 1, the inner loop; `quantization/refine.py` for the descent. Outputs never
-meet there: a program takes some, and holds their weights of the block, or their residuals, in registers. Operations and
-their order are those of the solver in torch. No multiplication is fused with an addition, so that every float32
-operation rounds as it does in NumPy and a block comes out the same to the bit wherever it is solved. (torch's `addr_`
-fuses them in most places, and in some not: there a last bit may differ, and once in a great many codes a code.)
+Frantar et al., arXiv 2210.17323, Algorithm 1, the inner loop; `quantization/refine.py` for coordinate descent. Outputs
+are independent of each other: a program holds the weights of some outputs in the block, or their residuals, in
+registers. Operations and their order are those of the solver in torch. No multiplication is fused with an addition, so
+every float32 operation rounds as in NumPy, and a block has the same result, to the bit, on every device. (torch's
+`addr_` fuses in most positions but not in all: there the last bit may differ, and very rarely a code.)
 """
 
 import torch
@@ -12,22 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_config import check_offsets
+
 BLOCK = 128  # most inputs of a block
 OUTPUTS = 32  # of a program: one for each thread of a warp
-# Four warps share the inputs, 32 a thread. With one warp, which no sum would have to leave, ptxas spills for sm_120.
+# Four warps share the inputs, 32 per thread. With one warp no sum would cross warps, but ptxas spills for sm_120.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit
 def _rounded(x):
-    """The nearest whole number, halves to even, for |x| < 2**21; larger ones are cut down, still far from any code."""
+    """The nearest integer, halves to even, for |x| < 2**21; larger ones are clamped, still far from any code."""
     away: tl.constexpr = 12582912.0  # 1.5 * 2**23 leaves no bits for a fraction
     return (tl.minimum(tl.maximum(x, -2097152.0), 2097152.0) + away) - away
 
 
 @triton.jit
 def _grid(low, high, LEVELS: tl.constexpr, SYM: tl.constexpr):
-    """Scales and zeros of groups that reach from low <= 0 to high >= 0, as the solver's min_max_grid has them."""
+    """Scales and zero points of groups with the range low <= 0 to high >= 0, computed as in min_max_grid."""
     levels = tl.full(low.shape, LEVELS, tl.float32)
     span = tl.maximum(-low, high) * 2 if SYM else high - low
     scale = tl.math.div_rn(span, levels)
@@ -43,8 +45,8 @@ def _grid(low, high, LEVELS: tl.constexpr, SYM: tl.constexpr):
 @triton.jit(do_not_specialize=["inputs", "own"])
 def gptq_block(weight, factor, codes, errors, scales, zeros, inputs, N, stride, own, GROUP: tl.constexpr,
                LEVELS: tl.constexpr, SYM: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr):
-    """Codes and errors of a block; tensors as in `solve_block`. GROUP = 0: scales and zeros are given, and `own` values
-    lie between one input's and the next one's."""
+    """Codes and errors of a block; tensors as in `solve_block`. With GROUP = 0 scales and zeros are read, and the rows
+    of consecutive inputs are `own` values apart."""
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, BLOCK)
     live = n < N
@@ -73,21 +75,22 @@ def gptq_block(weight, factor, codes, errors, scales, zeros, inputs, N, stride, 
 
 def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Tensor, zeros: Tensor, *, group: int,
                 bits: int, sym: bool) -> None:
-    """Round the inputs of one block, each making up for those before it; the solver's own is the same in torch.
+    """Round the inputs of one block in order, each compensating the errors of those before it.
 
     Args:
-        W: (B, N) float32, contiguous: the block's weights, inputs first, B <= 128. Left as they are.
+        W: (B, N) float32, contiguous: the block's weights, inputs first, B <= 128. Not changed.
         Hinv: (B, B) float32: the block's part of the factor, zero below its diagonal.
         codes: (B, N) uint8, contiguous. Written.
-        Err: (B, N) float32, contiguous: what each input leaves to those behind the block. Written.
+        Err: (B, N) float32, contiguous: the error of each input that later blocks compensate. Written.
         scales, zeros: (B / group, N) float32, contiguous. Written; a scale that float16 cannot hold comes out
-            infinite, and the codes behind it are then worthless. Where `group` is 0, they are read: (B, N), each
-            input's own, or (1, N) for all.
-        group: inputs a group, 32, 64 or 128; 0 where the grids are known already.
-        bits: bits a code.
+            infinite, and the codes after it are then worthless. With `group` 0 they are read: (B, N), one row per
+            input, or (1, N) for all inputs.
+        group: inputs per group, 32, 64 or 128; 0 if scales and zeros are given.
+        bits: bits per code.
         sym: as for min_max_grid.
     """
     inputs, outputs = W.shape
+    check_offsets(W=W.numel())
     factor, own = Hinv.contiguous(), outputs if len(scales) > 1 else 0
     with torch.cuda.device_of(W):
         gptq_block[(triton.cdiv(outputs, OUTPUTS),)](
@@ -98,7 +101,7 @@ def solve_block(W: Tensor, Hinv: Tensor, codes: Tensor, Err: Tensor, scales: Ten
 @triton.jit(do_not_specialize=["inputs"])
 def descent_block(codes, residual, scales, zeros, hessian, diagonal, inputs, N, stride, LEVELS: tl.constexpr,
                   BLOCK: tl.constexpr, OUTPUTS: tl.constexpr):
-    """Codes behind one sweep; tensors as in `descend`."""
+    """Codes after one sweep; tensors as in `descend`."""
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, BLOCK)
     live = n < N
@@ -117,14 +120,15 @@ def descent_block(codes, residual, scales, zeros, hessian, diagonal, inputs, N, 
 
 def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: Tensor, diagonal: Tensor,
             bits: int) -> None:
-    """One sweep of coordinate descent over at most 128 inputs of a group; arguments as of `refine.descend`.
+    """One sweep of coordinate descent over at most 128 inputs of a group; arguments as in `refine.descend`.
 
     Args:
         code: (g, N) float32, contiguous, g <= 128. Changed.
-        residual: (g, N) float32, contiguous. Left as it is.
+        residual: (g, N) float32, contiguous. Not changed.
         block: (g, g) float32, symmetric.
     """
     inputs, outputs = code.shape
+    check_offsets(code=code.numel())
     block = block if block.stride(1) == 1 else block.contiguous()
     with torch.cuda.device_of(code):
         descent_block[(triton.cdiv(outputs, OUTPUTS),)](

@@ -1,12 +1,13 @@
-"""Matrix products on NVIDIA's GPUs by the Triton kernels: whether they serve, and the plan carried out.
+"""Matrix products on NVIDIA's GPUs by the Triton kernels: whether they can serve, and the launches of a plan.
 
-This file imports torch only; Triton and the kernels are imported when the first product is asked for.
+This file imports torch only; Triton and the kernels are imported by the first product.
 """
 
 import os
 import shutil
 import sysconfig
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,13 +16,25 @@ from torch import Tensor
 
 from .layout import RUN_LENGTHS, is_mostly_padding
 from .tensor_checks import check_tensors
-from .triton_config import REGISTERS, ROW_BUCKETS, LaunchPlan, MatmulProblem, TileConfig, launch_plan, row_bucket
+from .triton_config import (
+    ROW_BUCKETS,
+    LaunchPlan,
+    MatmulProblem,
+    TileConfig,
+    check_offsets,
+    launch_options,
+    launch_plan,
+    row_bucket,
+)
 from .triton_layout import COLUMNS, SlicedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
-MIN_CAPABILITY = 80  # compute capability: older tensor cores are not used by Triton
-SCRATCH = 64 << 20  # bytes of expanded weight at a time
-INTERPRETER = (80, 8)  # compute capability and multiprocessors that plans are made for where Triton is interpreted
+MIN_CAPABILITY = 80  # compute capability: Triton does not use older tensor cores
+MIN_TRITON = (3, 5)  # of torch 2.9; with 3.4 products of up to 8 rows do not compile
+CHECKED_TRITON = (3, 9)  # the newest version with which all kernels were compiled; newer ones are not refused
+L2_CACHE = 48 << 20  # bytes, where the device does not tell
+INTERPRETER = (80, 8)  # compute capability and multiprocessors that plans are made for in Triton's interpreter
+OPTIONS = {"enable_fp_fusion": True}  # of the kernels without a config; Triton's default differs between versions
 
 
 def unsupported_reason(g_idx: Tensor, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,11 +52,14 @@ def unsupported_reason(g_idx: Tensor, device: torch.device, dtype: torch.dtype) 
 
 @lru_cache(maxsize=16)
 def unavailable_reason(device: torch.device) -> str | None:
-    """What Triton lacks on this machine; None where it is complete."""
+    """What Triton lacks on this machine, or None if it is complete."""
     if torch.version.hip is not None:
         return "the Triton kernels have only been built for NVIDIA's GPUs"
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    if (found := triton_version()) is not None and found < MIN_TRITON:
+        return (f"triton {version('triton')} is too old: the kernels need {supported_triton()}. PyTorch 2.9 and newer "
+                "install it (pip install -U torch)")
     if c_compiler() is None:
         return "triton needs a C compiler to build its launcher: install gcc, or name one in CC"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
@@ -56,14 +72,29 @@ def unavailable_reason(device: torch.device) -> str | None:
     return f"the Triton kernels need compute capability 8.0 or newer, not {arch / 10}"
 
 
+def supported_triton() -> str:
+    """The versions of Triton that the kernels support, for messages."""
+    oldest, newest = (".".join(map(str, numbers)) for numbers in (MIN_TRITON, CHECKED_TRITON))
+    return f"{oldest} or newer (compiled with {oldest} to {newest})"
+
+
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor version of Triton; None where its package states none."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
 def c_compiler() -> str | None:
-    """The C compiler that Triton would take; None where there is none."""
+    """The C compiler that Triton would use, or None."""
     found = (shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name)
     return next((path for path in found if path), None)
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on tensors of the CPU: for tests."""
+    """Whether Triton interprets its kernels on CPU tensors, which tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -74,6 +105,13 @@ def device_properties(device: torch.device) -> tuple[int, int]:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+@lru_cache(maxsize=16)
+def scratch_bytes(device: torch.device) -> int:
+    """Bytes of expanded weight at a time: a third of the L2 cache, so that cuBLAS finds it and its rows of x there."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return (getattr(properties, "L2_cache_size", 0) or L2_CACHE) // 3
 
 
 def plan_for(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> LaunchPlan:
@@ -91,14 +129,14 @@ def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None,
                  plan: LaunchPlan | None = None) -> Tensor:
     """x (..., K) times the weight (K, N), plus bias (N,): (..., N) in x's dtype. Has no gradient.
 
-    The same x gives the same y, to the bit. Another number of rows may be summed in another order. In float32 the
-    weight is expanded, whatever is planned.
+    The same x gives the same y, to the bit. A different number of rows may be summed in a different order. In float32
+    the weight is always expanded.
 
     Args:
         x: float16, bfloat16 or float32, on the weight's device.
         plan: kernel and tile to use; by default those of `plan_for`.
     Raises:
-        ValueError: tensors that do not fit together.
+        ValueError: tensors that do not fit together, or that 32-bit offsets cannot address.
     """
     _check(x, weight, bias)
     rows = x.detach().reshape(-1, weight.in_features)
@@ -116,40 +154,48 @@ def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None,
 
 
 def warm_up(weight: SlicedWeight, dtype: torch.dtype, bias: Tensor | None = None, rows: int = ROW_BUCKETS[-1]) -> None:
-    """Compile every kernel that products of up to `rows` rows with this weight, or one of its shape, will take."""
+    """Compile every kernel for products of up to `rows` rows with this weight, or with another of its shape."""
     for most in ROW_BUCKETS[: ROW_BUCKETS.index(row_bucket(rows)) + 1]:
         x = torch.zeros(most, weight.in_features, dtype=dtype, device=weight.words.device)
         quant_matmul(x, weight, bias)
 
 
 def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: str, config: TileConfig) -> Tensor:
-    """rows (M, K') by the skinny kernel or the one for many rows."""
+    """rows (M, K') times the weight by the kernel for few rows or the one for many."""
+    config = config._replace(SPLIT_K=min(config.SPLIT_K, weight.words.shape[0]))  # no part of K is empty
+    m, n, parts = rows.shape[0], weight.out_features, config.SPLIT_K
+    offsets = {"the packed weight": weight.words.numel()}
+    if kernel == "skinny":  # the other kernel addresses activations and results with 64 bits
+        offsets |= {"x": rows.numel(), "the result": parts * m * n}
+    elif parts > 1:
+        offsets["the workspace of a split K"] = parts * m * n
+    check_offsets(**offsets)
     from .triton_gemm import gemm_kernel
     from .triton_reduce import reduce_kernel
     from .triton_skinny import skinny_kernel
 
-    config = config._replace(SPLIT_K=min(config.SPLIT_K, weight.words.shape[0]))  # no part of K is empty
-    m, n, parts = rows.shape[0], weight.out_features, config.SPLIT_K
     y = rows.new_empty(m, n)
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=y.device)
     tiles_m, tiles_n = -(-m // config.BM), -(-n // config.BN)
     arguments = (rows, weight.words, weight.scales, weight.zeros, bias, out, m, n, weight.places)
-    constants = _constants(weight) | config._asdict() | {
-        "BK": max(min(config.BK, weight.block), weight.block // 2), "HAS_BIAS": bias is not None,
-        "enable_fp_fusion": True}
+    constants = _constants(weight) | {
+        "BM": config.BM, "BN": config.BN, "BK": max(min(config.BK, weight.block), weight.block // 2), "SPLIT_K": parts,
+        "HAS_BIAS": bias is not None}
+    options = launch_options(kernel, config, weight.bits, weight.run, device_properties(rows.device)[0])
     if kernel == "skinny":
-        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants, maxnreg=REGISTERS.get(config.BM))
+        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants, **options)
     else:
-        gemm_kernel[tiles_n * tiles_m, parts](*arguments, **constants, SWIZZLE=8)
+        gemm_kernel[tiles_n * tiles_m, parts](*arguments, **constants, **options, SWIZZLE=8)
     if parts > 1:
-        reduce_kernel[(-(-m * n // 256),)](out, bias, y, m, n, HAS_BIAS=bias is not None, SPLIT_K=parts, WIDTH=256)
+        reduce_kernel[(-(-m * n // 256),)](out, bias, y, m, n, HAS_BIAS=bias is not None, SPLIT_K=parts, WIDTH=256,
+                                           **OPTIONS)
     return y
 
 
 def _expand(rows: Tensor, weight: SlicedWeight, bias: Tensor | None) -> Tensor:
-    """rows (M, K') times the weight, expanded some outputs at a time into one scratch; cuBLAS multiplies."""
+    """rows (M, K') times the weight by cuBLAS; the weight is expanded some outputs at a time into one scratch."""
     n, k = weight.out_features, weight.places
-    step = max(COLUMNS, SCRATCH // (k * rows.itemsize) // COLUMNS * COLUMNS)
+    step = max(COLUMNS, scratch_bytes(rows.device) // (k * rows.itemsize) // COLUMNS * COLUMNS)
     scratch = rows.new_empty(min(step, weight.words.shape[1]), k)
     y = rows.new_empty(rows.shape[0], n)
     for start in range(0, n, step):
@@ -164,30 +210,34 @@ def _expand(rows: Tensor, weight: SlicedWeight, bias: Tensor | None) -> Tensor:
 
 
 def dequantize(weight: SlicedWeight, start: int, out: Tensor) -> None:
-    """Fill out (outputs, K') with the weight of outputs start, start + 1, ..., their inputs at their places.
+    """Write the weight of outputs start, start + 1, ... to out (outputs, K'), with inputs at their places.
 
     Args:
         start: a multiple of 128.
-        out: float16, bfloat16 or float32, contiguous; its first axis a multiple of 128. What lies beyond the weight's
-            last padded output is left as it is.
+        out: float16, bfloat16 or float32, contiguous; its first axis a multiple of 128. Rows after the weight's last
+            padded output are not written.
+    Raises:
+        ValueError: a weight that 32-bit offsets cannot address.
     """
+    check_offsets(**{"the packed weight": weight.words.numel()})
     from .triton_dequant import dequant_kernel
 
     columns = min(out.shape[0], weight.words.shape[1] - start)
     dequant_kernel[columns // 64, weight.words.shape[0]](
         weight.words, weight.scales, weight.zeros, out, start, weight.out_features, weight.places,
-        **_constants(weight), BN=64)
+        **_constants(weight), BN=64, **OPTIONS)
 
 
 def _arrange(rows: Tensor, weight: SlicedWeight) -> Tensor:
-    """Activations (M, K) at the places of the weight (M, K'), zeros in padding; themselves where they are there."""
+    """Activations (M, K) in the order of the weight's places (M, K'), with zeros in padding."""
     if weight.order is None:
         return rows
     from .triton_reduce import arrange_kernel
 
     arranged = rows.new_empty(rows.shape[0], weight.places)
     arrange_kernel[rows.shape[0], -(-weight.places // 1024)](
-        rows, weight.order, arranged, rows.shape[0], weight.in_features, weight.places, WIDTH=1024)
+        rows, weight.order, arranged, rows.shape[0], weight.in_features, weight.places, WIDTH=1024,
+        **OPTIONS)
     return arranged
 
 
@@ -197,7 +247,7 @@ def _constants(weight: SlicedWeight) -> dict[str, int | bool]:
 
 
 def _check(x: Tensor, weight: SlicedWeight, bias: Tensor | None) -> None:
-    """What the kernels take for granted of the tensors that a caller brings."""
+    """Refuse tensors that the kernels would read past or misread."""
     device = weight.words.device
     check_tensors((*x.shape[:-1], weight.in_features), *DTYPES, torch.float32, device=device, contiguous=False, x=x)
     if bias is not None:
@@ -219,7 +269,7 @@ def _(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, order: Ten
 
 
 def op(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None) -> Tensor:
-    """`quant_matmul` as an operation that torch.compile can put into its graphs; costs some microseconds more."""
+    """`quant_matmul` as an operation that torch.compile can capture; a call takes some microseconds longer."""
     w = weight
     result: Tensor = _op(x, w.words, w.scales, w.zeros, w.order, bias, w.in_features, w.out_features, w.run, w.bits,
                          w.zero)

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_the_state_dict_is_what_stands_on_disk(bits):
     state = layer.state_dict()
     assert set(state) == {*words, "bias"}
     assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in words.items())
-    with pytest.raises(UsageError, match="laid out for cpu"):
+    with pytest.raises(UsageError):
         layer.to("meta")
 
 
@@ -151,17 +152,109 @@ def test_bucket(rows, most):
     assert triton_config.row_bucket(rows) == most
 
 
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
+PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+@pytest.mark.parametrize("arch", PROCESSORS)
 @pytest.mark.parametrize("rows", ROW_BUCKETS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(4096, 4096), (11008, 4096), (4096, 11008), (250880, 4096), (8, 128)])
-def test_the_rule_fills_the_device(arch, rows, outputs, inputs):
-    kernel, config = triton_config.default_plan(MatmulProblem(rows, outputs, inputs, 4, 128, "float16"), arch, 108)
-    assert kernel == ("skinny" if rows <= 64 else "expand" if rows >= 1024 and arch in (80, 90) else "gemm")
+def test_rule_fills_waves_of_the_device(arch, rows, outputs, inputs):
+    """The chosen split takes as few waves as K has to be read in, and leaves no part shorter than a pipeline."""
+    problem = MatmulProblem(rows, outputs, inputs, 4, 128, "float16")
+    kernel, config = triton_config.default_plan(problem, arch, PROCESSORS[arch])
+    assert kernel == ("skinny" if rows <= 64 else "expand" if rows >= 1024 and arch in (80, 90, 100) else "gemm")
     if config is None:
         return
+    parts, blocks = config.SPLIT_K, inputs // 128
+    assert parts == 1 or blocks // parts >= triton_config.MIN_BLOCKS
     tiles = -(-rows // config.BM) * -(-outputs // config.BN)
-    blocks = inputs // 128
-    assert tiles * config.SPLIT_K >= 2 * 108 or config.SPLIT_K == 16 or blocks < 8 * config.SPLIT_K
+    together = PROCESSORS[arch] * triton_config.programs_per_multiprocessor(kernel, config, problem, arch)
+
+    def time(parts):
+        """In blocks of K, one wave after another."""
+        return -(-tiles * parts // together) * -(-blocks // parts)
+
+    possible = [parts for parts in triton_config.SPLITS if parts == 1 or blocks // parts >= triton_config.MIN_BLOCKS]
+    assert time(parts) <= 1.5 * min(map(time, possible)) + 4
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "parts"), [(11008, 4096, 6), (12288, 4096, 4), (4096, 4096, 8),
+                                                          (4096, 11008, 16), (250880, 4096, 1)])
+def test_splits_of_few_rows_on_an_h100(outputs, inputs, parts):
+    """8 programs a multiprocessor, 1056 at a time: 172 tiles in 6 parts are one wave of 1032, in 8 parts two."""
+    problem = MatmulProblem(8, outputs, inputs, 4, 128, "float16")
+    assert triton_config.default_plan(problem, 90, 132).config == TileConfig(8, 64, 128, parts, 2, 4)
+
+
+@pytest.mark.parametrize("arch", PROCESSORS)
+@pytest.mark.parametrize(("bits", "run"), [(4, 128), (4, 32), (8, 128), (8, 32)])
+def test_few_rows_take_two_warps(arch, bits, run):
+    for rows in (8, 16):
+        problem = MatmulProblem(rows, 4096, 4096, bits, run, "float16")
+        assert triton_config.default_plan(problem, arch, PROCESSORS[arch]).config.num_warps == 2
+
+
+@pytest.mark.parametrize(("arch", "programs"), [(80, 3), (89, 2), (90, 3)])
+def test_several_programs_share_a_multiprocessor_with_64_rows(arch, programs):
+    problem = MatmulProblem(64, 4096, 4096, 4, 128, "float16")
+    kernel, config = triton_config.default_plan(problem, arch, PROCESSORS[arch])
+    assert (config.num_warps, triton_config.max_registers(kernel, config, 4, 128, arch)) == (4, 168)
+    assert triton_config.programs_per_multiprocessor(kernel, config, problem, arch) == programs
+
+
+def test_two_programs_of_many_rows_share_a_multiprocessor_of_an_h100():
+    for bits in (4, 8):
+        problem = MatmulProblem(512, 4096, 4096, bits, 128, "float16")
+        kernel, config = triton_config.default_plan(problem, 90, 132)
+        assert triton_config.launch_options(kernel, config, bits, 128, 90)["maxnreg"] == 128
+        assert triton_config.programs_per_multiprocessor(kernel, config, problem, 90) == 2
+
+
+def weight_on_meta(blocks, columns):
+    """A weight of 4 bits without values."""
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return triton_layout.SlicedWeight(
+        empty(blocks, columns, 32, dtype=torch.int16), empty(blocks, columns, dtype=torch.float16), None, None,
+        empty(0, dtype=torch.int32), 128 * blocks, columns, 128, 4, 8, 4, blocks, 0)
+
+
+@pytest.mark.parametrize(("blocks", "columns", "rows", "plan"), [
+    (2**13, 2**13, 1, LaunchPlan("skinny", TileConfig(8, 64, 128, 1, 2, 4))),  # 2**31 words
+    (2**13, 2**13, 65, LaunchPlan("gemm", TileConfig(64, 64, 128, 1, 8, 3))),
+    (2**13, 2**13, 65, LaunchPlan("expand", None)),
+    (2**9, 2**14, 2**15, LaunchPlan("skinny", TileConfig(64, 64, 128, 1, 4, 3))),  # 2**31 activations
+    (32, 2**14, 2**13, LaunchPlan("skinny", TileConfig(64, 64, 128, 16, 4, 3))),  # 16 x 2**27 sums of parts
+    (32, 2**14, 2**13, LaunchPlan("gemm", TileConfig(64, 64, 128, 16, 8, 3))),
+])
+def test_tensors_beyond_32_bit_offsets_are_refused(blocks, columns, rows, plan):
+    weight = weight_on_meta(blocks, columns)
+    x = torch.empty(rows, weight.in_features, dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match="elements"):
+        triton_matmul.quant_matmul(x, weight, None, plan)
+
+
+def test_offsets_up_to_the_limit_are_accepted():
+    triton_config.check_offsets(words=triton_config.MAX_ELEMENTS)
+    with pytest.raises(ValueError, match="words"):
+        triton_config.check_offsets(words=triton_config.MAX_ELEMENTS + 1)
+
+
+@pytest.mark.parametrize(("l2_cache", "expected"), [(50 << 20, (50 << 20) // 3), (0, (48 << 20) // 3)])
+def test_scratch_is_a_third_of_the_l2_cache(l2_cache, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=l2_cache))
+    assert triton_matmul.scratch_bytes.__wrapped__(CUDA) == expected
+
+
+@pytest.mark.parametrize(("installed", "supported"), [("3.4.0", False), ("3.5.1", True), ("3.6.0+git", True),
+                                                      ("3.10.0", True), ("2.3.1", False)])
+def test_triton_before_3_5_is_refused(installed, supported, monkeypatch):
+    monkeypatch.setattr(triton_matmul, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_matmul, "version", lambda name: installed)
+    monkeypatch.setattr(triton_matmul, "c_compiler", lambda: None)
+    reason = triton_matmul.unavailable_reason.__wrapped__(CUDA)
+    assert (installed in reason) is not supported
 
 
 def test_a_table_goes_before_the_rule(tmp_path, monkeypatch):

@@ -1,8 +1,12 @@
-"""What Triton makes of the kernels for GPUs that are not here: they compile, nothing spills, loops are short.
+"""Machine code of the kernels, compiled for GPUs that need not be present: nothing spills, and loops are short.
 
-All of them take minutes and are marked slow; benchmarks/results/triton_aot.json is their record.
+The fast tests compile a part of the jobs. benchmarks/results/triton_aot.json records more of them, for every supported
+version of Triton.
 """
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,16 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import aot  # noqa: E402
 import aot_jobs  # noqa: E402
 import machine_code  # noqa: E402
-from aot_jobs import EACH, SAME, Job  # noqa: E402
+from aot_jobs import SAME, Job  # noqa: E402
 
 from gptq_belle.kernels.triton_config import TileConfig  # noqa: E402
 
-GEFORCE, HOPPER = 86, 90  # one with HMMA, one with HGMMA: the others go without saying in the fast tests
+GEFORCE, HOPPER = 86, 90  # one with HMMA, one with HGMMA
+FAST = (80, GEFORCE, HOPPER)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """Compiled now, not found from before; once for all tests of a run."""
+def _empty_cache(tmp_path_factory, monkeypatch):
+    """Triton's cache is empty when the tests start, and shared by them."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
@@ -39,45 +44,53 @@ def label(job):
     return "-".join(str(value).replace(" ", "") for value in job if value is not None)
 
 
-USUAL = [job for arch in aot_jobs.PROCESSORS for job in aot_jobs.usual(arch)
-         if job.config is None or job.config.SPLIT_K == 2]
+USUAL = [job for arch in FAST for job in aot_jobs.usual(arch) if job.config is None or job.config.SPLIT_K == 2]
+OTHER_FORMATS = [job for arch in (GEFORCE, HOPPER) for job in aot_jobs.covering(arch)[len(aot_jobs.usual(arch)) :]
+                 if job.config is None or job.config.BM in (8, 64, 128)]
 
 
 @pytest.mark.parametrize("job", USUAL, ids=label)
-def test_the_usual_checkpoint(job):
+def test_usual_checkpoint(job):
     check(job)
 
 
-def variants(arch):
-    """For one config of each kernel, what else a checkpoint may be."""
-    by_kernel = {kernel: config for kernel, config in sorted(aot_jobs.configs(arch))}
-    for kernel, config in by_kernel.items():
-        yield from (Job(arch, kernel, bits, dtype, run, zero, config) for bits, dtype, run, zero in (
-            (4, "bfloat16", 128, SAME), (4, "float16", 32, EACH), (8, "float16", 64, EACH), (8, "bfloat16", 32, EACH)))
-    yield Job(arch, "dequant", 4, "float16", 64, EACH)
-    yield Job(arch, "dequant", 8, "bfloat16", 32, SAME)
-    yield Job(arch, "reduce")
-    yield Job(arch, "arrange")
-    yield Job(arch, "gptq", 4, run=64, zero=EACH)
-    yield Job(arch, "gptq", 4, run=0, zero=SAME)
-
-
-@pytest.mark.parametrize("job", [job for arch in (GEFORCE, HOPPER) for job in variants(arch)], ids=label)
-def test_other_checkpoints(job):
+@pytest.mark.parametrize("job", OTHER_FORMATS, ids=label)
+def test_other_formats(job):
     check(job)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot_jobs.PROCESSORS)
-def test_everything(arch):
-    for job in dict.fromkeys(aot_jobs.jobs(arch)):
+def test_all_jobs(arch):
+    for job in aot_jobs.every(arch):
         check(job)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("version", aot.VERSIONS)
+def test_every_supported_version_of_triton(version, tmp_path):
+    """Each in a separate environment, which is installed unless GPTQ_BELLE_TRITON_ENVIRONMENTS holds it."""
+    folder = Path(os.environ.get("GPTQ_BELLE_TRITON_ENVIRONMENTS", tmp_path))
+    try:
+        aot.environment(version, folder)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"triton {version} cannot be installed here")
+    command = [sys.executable, aot.__file__, "--jobs", "usual", "--triton", version]
+    run = subprocess.run([*command, "--environments", folder, "--out", tmp_path / "record.json"], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    tables = json.loads((tmp_path / "record.json").read_text())["tables"]
+    assert list(tables) == [version]
+    assert set(tables[version]) == {f"sm_{arch}" for arch in aot_jobs.PROCESSORS}
+
+
 def test_matrix_instructions_are_those_of_the_part():
-    job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, TileConfig(16, 64, 128, 2, 4, 4))
-    assert check(job).loop["HMMA"]
-    assert check(job._replace(arch=HOPPER)).loop["HGMMA"]
+    """Two warps multiply with HMMA on every part, four with WGMMA on 9.0."""
+    few = Job(HOPPER, "skinny", 4, "float16", 128, SAME, TileConfig(8, 64, 128, 2, 2, 4))
+    assert check(few).loop["HMMA"]
+    many = few._replace(config=TileConfig(64, 64, 128, 2, 4, 3))
+    assert check(many).loop["HGMMA"]
+    assert check(many._replace(arch=GEFORCE)).loop["HMMA"]
 
 
 # The tool itself: each limit is missed by something.

@@ -109,6 +109,7 @@ def gpu() -> dict[str, Any]:
     return {
         "kernel": "triton" if reason is None else "dequantize+matmul" if present else None,
         "why_not": reason,
+        "supported_triton": triton_matmul.supported_triton(),
         "tables": [str(path) for path in tuning_files(triton_matmul.device_properties(device)[0])] if present else [],
     }
 

@@ -22,6 +22,7 @@ from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import (
     KERNELS,
     MAX_SKINNY_ROWS,
+    SPLITS,
     LaunchPlan,
     MatmulProblem,
     TileConfig,
@@ -31,10 +32,10 @@ from gptq_belle.kernels.triton_layout import SlicedWeight
 
 SHIPPED = Path(triton_config.__file__).parent / "tuning"
 VARIED = {  # values by name, in the order in which they are varied
-    "SPLIT_K": (1, 2, 4, 8, 16),
+    "SPLIT_K": SPLITS,
     "num_stages": (2, 3, 4, 5, 6),
-    "BN": (64, 128),
-    "num_warps": (4, 8),
+    "BN": (32, 64, 128),
+    "num_warps": (1, 2, 4, 8),
     "BK": (64, 128),
     "BM": (64, 128),  # only of the kernel for many rows; otherwise it is the row bucket
 }

@@ -39,6 +39,7 @@ def show(found: dict[str, Any]) -> None:
         *([] if found["devices"] else [("GPU", "no CUDA device, or a torch without CUDA")]),
         ("CPU kernels", cpu_kernels_line(found["native"])),
         ("GPU kernels", gpu_kernels_line(found["gpu"])),
+        ("Triton needed", found["gpu"]["supported_triton"]),
         ("C compiler", found["compiler"] or "none: Triton cannot build its launcher"),
     ], text=2)
     console.print_line()
