@@ -210,9 +210,9 @@ def test_model_card_shows_table_and_picture(belle, models, inputs, tmp_path):
 
 
 def test_overlapping_text_is_rejected(belle, models, tmp_path):
-    from gptq_belle.quantization.calibration import read_documents
+    from gptq_belle.quantization.calibration_documents import read_documents
 
-    turns = [document for document in read_documents("builtin") if not isinstance(document, str)]
+    turns = [document for document in read_documents("builtin").documents if not isinstance(document, str)]
     rows = [{"class": "a", "question": turn.question, "std_answer": turn.answer} for turn, *_ in turns]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code, _, err = belle("report", models[1], models[2], "--test", tmp_path / "test.jsonl", "--out", tmp_path / "out")

@@ -4,6 +4,7 @@ The text is split into windows. Every token but the first is scored exactly once
 lengths and tokenizers are comparable.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import render_conversation
-from gptq_belle.quantization.calibration import read_documents
+from gptq_belle.quantization.calibration import first_token_ids
+from gptq_belle.quantization.calibration_documents import read_documents
 from gptq_belle.quantization.calibration_keys import Document
 
+LOGGER = logging.getLogger("gptq_belle")
 CHUNK = 64  # positions scored at a time: with BLOOM's 250,880 tokens, 64 rows of float64 are 128 MB
 LogitsFunction = Callable[[Tensor], Tensor]  # (B, T) token ids -> (B, T, V) float32
 
@@ -144,7 +147,7 @@ def standard_error(values: Tensor) -> float:
 
 def encode(tokenizer: Any, text: str, limit: int | None = None) -> Tensor:
     """Token ids (L,) int64 of a text without special tokens; at most `limit`."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, _ = first_token_ids(tokenizer, text, len(text) if limit is None else limit)
     return torch.tensor(ids[:limit], dtype=torch.int64)
 
 
@@ -161,10 +164,10 @@ def check_finite(logits: Tensor) -> Tensor:
 
 
 def read_text(path: str | Path, style: str, eos: str) -> str:
-    """Read a text file, or a JSON Lines file in any form that calibration accepts; chats are rendered as prompts.
+    """Read a file in any form that calibration accepts (`read_documents`); chats are rendered as prompts.
 
     Args:
-        path: UTF-8 text, .json or .jsonl.
+        path: the file.
         style: prompt style of chat rows.
         eos: end-of-sequence token, appended to every answer.
     Raises:
@@ -174,10 +177,13 @@ def read_text(path: str | Path, style: str, eos: str) -> str:
 
 
 def read_text_documents(path: str | Path) -> list[Document]:
-    """The documents of `read_text`; raises the same errors."""
+    """The documents of `read_text`; raises the same errors, and logs what is not used of the file."""
     if not Path(path).is_file():
         raise InputError(f"text file {path} does not exist", "Give a UTF-8 text or JSONL file.")
-    return list(read_documents(path))
+    documents, notes = read_documents(path)
+    for note in notes:
+        LOGGER.warning(note)
+    return list(documents)
 
 
 def join_documents(documents: Iterable[Document], style: str, eos: str) -> str:

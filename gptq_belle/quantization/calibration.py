@@ -1,31 +1,25 @@
-"""Read calibration text and pack it into rows of tokens: no padding, eos between documents, chats in BELLE's prompt.
-
-Accepted files: plain UTF-8 text (one document), JSON Lines, or a JSON array. A JSON row is one of
-
-    {"text": ...}                                    plain text
-    {"instruction": ..., "input": ..., "output": ...}   Alpaca; input may be missing or empty
-    {"input": ..., "target": ...}                    BELLE's train_*.json
-    {"question": ..., "std_answer": ...}             BELLE's evaluation set
-    {"conversations": [{"from": "human", "value": ...}, {"from": "assistant", "value": ...}, ...]}
-"""
+"""Pack calibration documents into rows of tokens: no padding, eos between documents, chats in the model's prompt."""
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.prompts.styles import Turn, render_conversation
+from gptq_belle.prompts.styles import render_conversation
+from gptq_belle.quantization.calibration_documents import BUILTIN, Documents, read_documents, without_repeats
 from gptq_belle.quantization.calibration_keys import document_keys
+from gptq_belle.quantization.calibration_messages import Document
 
-BUILTIN, TOKEN_IDS = "builtin", "token ids"
+TOKEN_IDS = "token ids"
+FIRST_PIECE = 1 << 16  # characters of a document that are tokenized first; twice as many where they are too few
+CUT_TOKENS = 64  # tokens before the end of a piece that may differ from those of the whole text
+FEWEST_DISTINCT, MOST_DISTINCT = 8, 64  # bounds on the number of distinct tokens that are asked for
 TOKENS_PER_INPUT = 4  # below 4 K tokens a K x K Hessian says more about the sample than about the model
 
 
@@ -34,8 +28,8 @@ class Calibration:
     """Calibration data and its size.
 
     Attributes:
-        source: a file (see above), "builtin" for the text that comes with the package, or token ids (rows, T) int64,
-            which are used unchanged.
+        source: a file (see `read_documents`), "builtin" for the text that comes with the package, or token ids
+            (rows, T) int64, which are used unchanged.
         rows: maximum number of rows; short text gives fewer.
         seq_len: tokens per row; text that is shorter gives one shorter row.
         seed: random seed for the order of documents.
@@ -56,7 +50,7 @@ class Calibration:
             raise UsageError(f"{self.rows} rows of {self.seq_len} tokens cannot be calibrated on",
                              "Both must be at least 1.")
 
-    def describe(self, tokens: Tensor, documents: Iterable[str | list[Turn]] = ()) -> dict[str, Any]:
+    def describe(self, tokens: Tensor, documents: Iterable[Document] = ()) -> dict[str, Any]:
         """The report's description of calibration rows: source, sizes, seed, SHA-256 of the ids, keys of the documents.
 
         Args:
@@ -71,35 +65,49 @@ class Calibration:
                 "seen": document_keys(documents)}
 
 
+class CalibrationRows(NamedTuple):
+    """Calibration data of a job.
+
+    Attributes:
+        tokens: ids (rows, T) int64 without padding.
+        documents: what they were taken from; none for token ids.
+        notes: remarks on the source for the user.
+    """
+
+    tokens: Tensor
+    documents: list[Document]
+    notes: list[str]
+
+
 def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, context: int | None = None) -> Tensor:
-    """The rows of `calibration_rows`, without the documents."""
-    return calibration_rows(calibration, tokenizer, style, context)[0]
+    """The tokens of `calibration_rows`."""
+    return calibration_rows(calibration, tokenizer, style, context).tokens
 
 
 def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
-                     context: int | None = None) -> tuple[Tensor, list[str | list[Turn]]]:
-    """Read, shuffle, tokenize and pack calibration documents.
+                     context: int | None = None) -> CalibrationRows:
+    """Read, shuffle, tokenize and pack calibration documents; repeated ones count once, except for the built-in rows.
 
     Args:
         calibration: the source and its size.
         tokenizer: a transformers tokenizer with an eos token.
         style: prompt style of the chat rows, a key of `gptq_belle.prompts.styles.STYLES`.
         context: maximum number of tokens per row for the model; None without a limit.
-    Returns:
-        Token ids (rows, T) int64 without padding, and the documents that they were taken from.
     Raises:
-        InputError: the file is missing, empty, not UTF-8, or has a row of unknown form; the line is named.
+        InputError: as `read_documents`.
     """
     rows, seq_len = calibration.rows, min(calibration.seq_len, context or calibration.seq_len)
     if isinstance(calibration.source, Tensor):
-        return calibration.source[:rows, :seq_len].to("cpu", torch.int64).contiguous(), []
-    documents = read_documents(calibration.source)
+        return CalibrationRows(calibration.source[:rows, :seq_len].to("cpu", torch.int64).contiguous(), [], [])
+    documents, notes = _distinct_documents(calibration.source)
     random.Random(calibration.seed).shuffle(documents)
     stream: list[int] = []
-    used = 0
+    used: list[Document] = []
     for document in documents:
-        used += 1
-        stream += tokenizer(_text(document, style, tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+        text = _text(document, style, tokenizer.eos_token)
+        ids, read = first_token_ids(tokenizer, text, rows * seq_len - len(stream))
+        stream += ids
+        used.append(document[:read] if isinstance(document, str) else document)
         if len(stream) >= rows * seq_len:
             break
     if not stream:
@@ -107,7 +115,55 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
                          "Give a file with text, or --calibration builtin.")
     length = min(seq_len, len(stream))
     count = min(rows, len(stream) // length)
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length), documents[:used]
+    return CalibrationRows(torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length), used, notes)
+
+
+def _distinct_documents(source: str | Path) -> Documents:
+    """The documents of a source; repeated ones are left out, except for the built-in rows, whose order is fixed."""
+    found, notes = read_documents(source)
+    documents = found if source == BUILTIN else without_repeats(found)
+    if repeated := len(found) - len(documents):
+        notes = [*notes, f"{Path(source).name}: {repeated} of {len(found)} rows are skipped, because they repeat an "
+                         "earlier one"]
+    return Documents(documents, notes)
+
+
+def first_token_ids(tokenizer: Any, text: str, count: int) -> tuple[list[int], int]:
+    """Tokenize the beginning of a text, without special tokens.
+
+    A longer and longer beginning is tokenized until there are enough tokens, so that the time does not depend on the
+    length of the text. The tokens are those of the whole text.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the text.
+        count: number of tokens that are needed; a short text gives fewer, and a text may give more.
+    Returns:
+        The token ids, and the number of characters that were tokenized.
+    """
+    size = max(FIRST_PIECE, 2 * count)
+    while size < len(text):
+        ids: list[int] = tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= count + CUT_TOKENS:
+            return ids[:-CUT_TOKENS], size
+        size *= 2
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], len(text)
+
+
+def _text(document: Document, style: str, eos: str) -> str:
+    return document + eos if isinstance(document, str) else render_conversation(document, style, eos)
+
+
+def check_distinct(tokens: Tensor) -> None:
+    """Refuse calibration rows (rows, T) of nearly the same tokens, whose Hessian has hardly any directions.
+
+    Raises:
+        InputError: fewer distinct tokens than 1 in 64, within 8 to 64.
+    """
+    found, needed = len(tokens.unique()), max(FEWEST_DISTINCT, min(MOST_DISTINCT, tokens.numel() // 64))
+    if found < needed:
+        raise InputError(f"the calibration data has {found} distinct tokens among {tokens.numel()}, and needs {needed}",
+                         "Give text of the kind that the model will be used for, or --calibration builtin.")
 
 
 def check_enough(tokens: Tensor, features: int, name: str) -> None:
@@ -126,95 +182,3 @@ def check_enough(tokens: Tensor, features: int, name: str) -> None:
             f"{count} calibration tokens are too few: {name} has {features} inputs and needs "
             f"{TOKENS_PER_INPUT * features}",
             "Give more text or more --rows, or use --allow-short.")
-
-
-def read_documents(source: str | Path) -> list[str | list[Turn]]:
-    """The documents of a calibration file: plain text, or the turns of a chat.
-
-    Raises:
-        InputError: as `calibration_tokens`.
-    """
-    path = Path(str(files("gptq_belle") / "data" / "builtin.jsonl")) if source == BUILTIN else Path(source)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "Give a UTF-8 text or JSONL file.") from error
-    documents = list(_documents(path, text))
-    if not documents:
-        raise InputError(f"{path} is empty", "Give a file with text.")
-    return documents
-
-
-def _documents(path: Path, text: str) -> Iterator[str | list[Turn]]:
-    if path.suffix not in (".json", ".jsonl"):
-        if text.strip():
-            yield text
-        return
-    for where, row in _json_rows(path, text):
-        document = _document(row)
-        if document is None:
-            raise InputError(f"{path}, {where}: a row of unknown form",
-                             "A row has text, instruction/output, input/target, question/std_answer or conversations.")
-        yield document
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Location and value of every row of a JSON array or of JSON Lines."""
-    try:
-        if text.lstrip().startswith("["):
-            yield from ((f"row {i}", row) for i, row in enumerate(json.loads(text), 1))
-            return
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}", "Correct the file, or use JSON Lines.") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number} is not valid JSON: {error}", "Correct or delete it.") from error
-
-
-def _document(row: Any) -> str | list[Turn] | None:
-    """The document in a row; None for a row of unknown form."""
-    if not isinstance(row, dict):
-        return None
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row.get("conversations"), list):
-        return _conversation(row["conversations"])
-    question, answer = _pair(row)
-    if not isinstance(question, str) or not isinstance(answer, str):
-        return None
-    return [Turn(_bare(question), answer)]
-
-
-def _pair(row: dict[str, Any]) -> tuple[Any, Any]:
-    if isinstance(row.get("instruction"), str):
-        return _joined(row["instruction"], row.get("input")), row.get("output")
-    if "target" in row:
-        return row.get("input"), row["target"]
-    return row.get("question"), row.get("std_answer")
-
-
-def _bare(question: str) -> str:
-    """The question without BELLE's prompt, which its first releases include in `input`; `render` adds it again."""
-    return question.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
-
-
-def _joined(instruction: str, given: Any) -> str:
-    return f"{instruction}\n{given}" if isinstance(given, str) and given else instruction
-
-
-def _conversation(messages: list[Any]) -> list[Turn] | None:
-    """Turns of (human, assistant) values, without an unanswered last question; None for a malformed list."""
-    values = [m["value"] for m in messages if isinstance(m, dict) and isinstance(m.get("value"), str)]
-    if len(values) != len(messages):
-        return None
-    return [Turn(q, a) for q, a in zip(values[::2], values[1::2], strict=False)] or None
-
-
-def _text(document: str | list[Turn], style: str, eos: str) -> str:
-    return document + eos if isinstance(document, str) else render_conversation(document, style, eos)

@@ -19,10 +19,11 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import detect_style, set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_enough
+from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_distinct, check_enough
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import FULL
 from gptq_belle.quantization.overrides import resolve_overrides
+from gptq_belle.quantization.report import LOGGER
 from gptq_belle.quantization.stage_hessians import held_out_rows
 
 
@@ -62,6 +63,7 @@ class QuantizationJob:
         tokens: calibration rows (rows, T) int64; None for rtn.
         calibration: their description in the report (`Calibration.describe`).
         ignored: names of the source's tensors that the model does not need; they are not written.
+        notes: remarks on the calibration data, for the report.
     """
 
     stream: BlockStream
@@ -70,6 +72,7 @@ class QuantizationJob:
     tokens: Tensor | None = None
     calibration: dict[str, Any] | None = None
     ignored: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def held_out(self) -> int:
@@ -111,8 +114,11 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     if config.method == "rtn":
         return QuantizationJob(stream, config, tokenizer, ignored=ignored)
     style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
-    tokens, used = calibration_rows(calibration, tokenizer, style, stream.context)
+    tokens, used, notes = calibration_rows(calibration, tokenizer, style, stream.context)
+    check_distinct(tokens)
     if not calibration.allow_short:
         widest = max(stream.linear_shapes, key=lambda name: stream.linear_shapes[name].in_features)
         check_enough(tokens, stream.linear_shapes[widest].in_features, widest)
-    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used), ignored)
+    for note in notes:
+        LOGGER.warning(note)
+    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used), ignored, notes)

@@ -1,0 +1,124 @@
+"""Read the rows of a data file: JSON Lines, a JSON array or Parquet, recognised by content; else plain text."""
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptq_belle.errors import InputError
+from gptq_belle.quantization.calibration_text import decode_text, read_bytes
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
+TEXT_SUFFIXES = (".txt", ".text", ".md", "")
+TABLE_SUFFIXES = (".csv", ".tsv")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz")
+SPACE = re.compile("[ \t\n\r\ufeff]*")  # files that were concatenated have byte order marks inside
+OBJECT_START = re.compile(r"""\s*(\[\s*)?\{\s*["']""")
+COLUMNS = frozenset(("text", "instruction", "input", "output", "target", "question", "answer", "std_answer", "prompt",
+                     "response", "completion", "query", "system", "history", "messages", "conversations"))
+
+
+class DataRow(NamedTuple):
+    """A row, and where it is in its file, such as "line 7"; plain text is one row that is a string."""
+
+    where: str
+    value: Any
+
+
+class DataFile(NamedTuple):
+    """The rows of a file, and remarks on how it was read."""
+
+    rows: list[DataRow]
+    notes: list[str]
+
+
+def read_data_file(path: Path) -> DataFile:
+    """Read all rows of a file.
+
+    Raises:
+        InputError: the file cannot be read, is neither text nor Parquet, is a table, or holds invalid JSON.
+    """
+    data = read_bytes(path)
+    if data.startswith(b"PAR1") and data.endswith(b"PAR1"):
+        return DataFile(_parquet_rows(path, data), [])
+    text = decode_text(path, data)
+    suffix = next((end for end in map(str.lower, reversed(path.suffixes)) if end not in COMPRESSED_SUFFIXES), "")
+    if suffix in JSON_SUFFIXES or OBJECT_START.match(text):
+        return DataFile(list(_json_rows(path, text)), [])
+    if suffix in TABLE_SUFFIXES or _has_table_header(text):
+        raise InputError(f"{path} is a table of columns (CSV or TSV), which is not read",
+                         "Convert its rows to JSON Lines, or give a .txt file without a header for plain text.")
+    if text.lstrip().startswith("[") and (rows := _array_rows(path, text)):
+        return DataFile(rows, [])
+    notes = [] if suffix in TEXT_SUFFIXES else [f"{path.name} is read as plain text, as one document"]
+    return DataFile([DataRow("the text", text)] if text.strip() else [], notes)
+
+
+def _json_rows(path: Path, text: str) -> Iterator[DataRow]:
+    """The rows of a JSON array, or the values that follow one another: JSON Lines, or objects over several lines."""
+    for number, (line, value, is_last) in enumerate(_json_values(path, text)):
+        if number == 0 and is_last and isinstance(value, list) and not _is_conversation(value):
+            yield from (DataRow(f"row {place}", row) for place, row in enumerate(value, 1))
+        else:
+            yield DataRow(f"line {line}", value)
+
+
+def _is_conversation(values: list[Any]) -> bool:
+    """Whether a list is one conversation, and not a list of rows."""
+    return bool(values) and all(isinstance(value, dict) and not {"role", "from"}.isdisjoint(value) for value in values)
+
+
+def _json_values(path: Path, text: str) -> Iterator[tuple[int, Any, bool]]:
+    """The first line of each JSON value, the value, and whether it is the last."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    place = _skip_space(text, 0)
+    while place < len(text):
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except RecursionError as error:
+            raise InputError(f"{path}, line {line} is nested too deeply", "Correct or delete it.") from error
+        except ValueError as error:
+            raise InputError(f"{path}, line {line} is not valid JSON: {error}",
+                             'Correct or delete it; a row of plain text is {"text": "..."}.') from error
+        place = _skip_space(text, end)
+        yield line, value, place == len(text)
+
+
+def _skip_space(text: str, place: int) -> int:
+    match = SPACE.match(text, place)
+    return match.end() if match else place
+
+
+def _array_rows(path: Path, text: str) -> list[DataRow]:
+    """The rows of a JSON array of texts or conversations; none if the text is not one: it may start with a footnote."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{path}, line 1 is nested too deeply", "Correct or delete it.") from error
+    except ValueError:
+        return []
+    usable = all(isinstance(row, str | list | dict) for row in found)
+    return [DataRow(f"row {place}", row) for place, row in enumerate(found, 1)] if usable else []
+
+
+def _has_table_header(text: str) -> bool:
+    """Whether the first line holds nothing but names of columns."""
+    names = [name.strip(" \"'").lower() for name in re.split("[,;\t]", text.lstrip().partition("\n")[0][:400])]
+    return len(names) > 1 and COLUMNS.issuperset(names)
+
+
+def _parquet_rows(path: Path, data: bytes) -> list[DataRow]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path} is a Parquet file, and pyarrow, which reads it, is not installed",
+                         "Install it with pip install pyarrow, or convert the file to JSON Lines.") from error
+    try:
+        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path} is a damaged Parquet file: {error}", "Fetch it again.") from error
+    return [DataRow(f"row {place}", row) for place, row in enumerate(rows, 1)]
