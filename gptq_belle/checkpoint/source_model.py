@@ -14,6 +14,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.models.architectures import LM_HEAD
+from gptq_belle.models.decoder_config import read_decoder_config
 from gptq_belle.models.dimensions import dimensions, linear_shapes
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -77,8 +78,8 @@ class SourceModel:
 
     @property
     def context(self) -> int | None:
-        """Maximum number of tokens; None for ALiBi, which has no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """Limit on the number of tokens that the configuration states; None if it states none."""
+        return read_decoder_config(self.reader.config).context
 
     def float16(self, name: str, tensor: Tensor) -> Tensor:
         """Check and round values of the tensor `name` to float16, as in the output.
