@@ -91,3 +91,14 @@ def test_irregularities_of_the_published_belle_file_are_read(tmp_path):
     assert read_questions(path) == [BelleQuestion("closed_qa", "一\u2028二", "a"), BelleQuestion("open_qa", "q", ""),
                                BelleQuestion("brainstorming", "q", ""), BelleQuestion("open_qa", "q", "")]
     assert normalize_class("closed\xa0QA") == normalize_class("closed_qa") == "closed_qa"
+
+
+def test_questions_of_an_array_are_read_and_invalid_text_is_rejected(tmp_path):
+    row = {"class": "a", "question": "b", "std_answer": "x"}
+    path = tmp_path / "test.txt"
+    path.write_text(json.dumps([row, row]))
+    assert read_questions(path) == [BelleQuestion("a", "b", "x")] * 2
+    for text, cause in ((json.dumps([row, row | {"question": "\ud83d"}]), "row 2"), ("[" * 100_000, "line 1")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=naming(path, cause)):
+            read_questions(path)

@@ -1,8 +1,7 @@
 """BELLE's evaluation set (`eval belle`): test questions by class, answered in the model's prompt style and scored."""
 
-import json
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,8 @@ from gptq_belle.evaluation.belle_answers import (
     prompt_ids,
     reference_ids,
 )
+from gptq_belle.quantization.calibration_files import read_data_file
+from gptq_belle.quantization.calibration_messages import is_encodable
 
 FIELDS = ("class", "question", "std_answer")
 COLUMNS = ("class", "questions", "exact, %", "F1, %", "ROUGE-L, %", "NLL per token", "tokens as base, %",
@@ -128,22 +129,22 @@ def normalize_class(name: str) -> str:
 
 
 def read_questions(path: str | Path, per_class: int | None = None) -> list[BelleQuestion]:
-    """Read a JSON Lines file with class, question and std_answer, the format of BELLE's evaluation set.
+    """Read a file of JSON rows with class, question and std_answer, the format of BELLE's evaluation set.
 
     Args:
         path: the file. Other fields are ignored; std_answer may be empty, null or missing.
         per_class: use only the first `per_class` questions of each class.
     Raises:
-        InputError: the file does not exist or is empty, or a line is not valid; the message names the line.
+        InputError: as `read_data_file`; the file is empty, or a row is not valid; the message names it.
     """
     path = Path(path)
     questions: list[BelleQuestion] = []
     seen: dict[str, int] = {}
-    for number, value in read_json_lines(path):
+    for where, value in read_data_file(path).rows:
         question = _question(value)
         if question is None:
-            raise InputError(f"{path}, line {number} is not a JSON object with {', '.join(FIELDS)} as texts",
-                             "Correct or remove that line.")
+            raise InputError(f"{path}, {where} is not a JSON object with {', '.join(FIELDS)} as valid texts",
+                             "Correct or remove that row.")
         seen[question.cls] = seen.get(question.cls, 0) + 1
         if per_class is None or seen[question.cls] <= per_class:
             questions.append(question)
@@ -152,33 +153,12 @@ def read_questions(path: str | Path, per_class: int | None = None) -> list[Belle
     return questions
 
 
-def read_json_lines(path: Path) -> Iterable[tuple[int, Any]]:
-    """(line number, value) of each line of a JSON Lines file; the value is None if the line is not JSON.
-
-    Raises:
-        InputError: the file does not exist or is not UTF-8.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "Convert it, e.g. with iconv.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "Give a JSON Lines file.") from error
-    # not splitlines(), which also splits at U+2028 and similar characters inside of texts
-    return ((number, _parse(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def _question(value: Any) -> BelleQuestion | None:
     if not isinstance(value, dict):
         return None
     cls, question, answer = (value.get(field) for field in FIELDS)
     if not isinstance(cls, str) or not isinstance(question, str) or not isinstance(answer, str | None):
+        return None
+    if not is_encodable(cls + question + (answer or "")):
         return None
     return BelleQuestion(normalize_class(cls), question, answer if answer and answer.strip() else "")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.belle_set import BelleQuestion, normalize_class, read_json_lines
+from gptq_belle.evaluation.belle_set import BelleQuestion, normalize_class
+from gptq_belle.quantization.calibration_files import read_data_file
 
 OPEN_CLASSES = ("generation", "brainstorming", "rewrite")  # judged without the reference answer
 JUDGE = "gpt-3.5-turbo"
@@ -31,10 +32,10 @@ def read_instructions(path: str | Path) -> dict[str, JudgeInstruction]:
         InputError: the file does not exist, or a line is not valid.
     """
     found: dict[str, JudgeInstruction] = {}
-    for number, value in read_json_lines(Path(path)):
+    for where, value in read_data_file(Path(path)).rows:
         cls, prompt = (value.get("class"), value.get("prompt")) if isinstance(value, dict) else (None, None)
         if not isinstance(cls, str) or not isinstance(prompt, str):
-            raise InputError(f"{path}, line {number} is not a JSON object with class and prompt as texts",
+            raise InputError(f"{path}, {where} is not a JSON object with class and prompt as texts",
                              "Give eval/eval_prompt.json of the BELLE project.")
         found[normalize_class(cls)] = JudgeInstruction(cls, prompt)
     return found
