@@ -132,7 +132,7 @@ def quantize_checkpoint(
 
 
 def _new_report(source: str | Path, job: QuantizationJob, lora: str | Path | None) -> Report:
-    report = Report(str(source), job.config, job.calibration, versions={
+    report = Report(str(source), job.config, job.calibration, notes=list(job.notes), versions={
         "gptq_belle": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version()})
     if job.ignored:
