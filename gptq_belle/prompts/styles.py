@@ -115,7 +115,7 @@ def chat_template(style: str, *, bos: bool = False) -> str:
     )
 
 
-def detect_style(config: Mapping[str, Any], template: str | None = None) -> str:
+def detect_style(config: Mapping[str, Any], template: str | Mapping[str, str] | None = None) -> str:
     """Detect the prompt style of a model: by ``prompt_style`` of config.json, else by a chat template that
     `chat_template` generated, else by model_type and vocabulary size.
 
@@ -129,6 +129,8 @@ def detect_style(config: Mapping[str, Any], template: str | None = None) -> str:
                              f"It must be one of {', '.join(STYLES)}.")
         return str(hint)
     generated = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
+    if isinstance(template, Mapping):  # named templates
+        template = template.get("default")
     default = "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
         config.get("model_type")).prompt_style
     return generated.get(template or "") or default
