@@ -2,7 +2,11 @@
 
 import errno
 
-_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator")
+# Parts of messages for lack of memory: of torch and of CUDA libraries that could not allocate a workspace,
+# which they also do when a handle is created.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "DefaultCPUAllocator",
+              "CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "`cublasCreate(handle)`",
+              "`cusolverDnCreate(handle)`")
 
 
 class GptqBelleError(Exception):
@@ -71,7 +75,7 @@ def as_user_error(error: BaseException) -> GptqBelleError:
         return error
     if isinstance(error, OSError) and (known := from_os_error(error)):
         return known
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return HardwareError(f"out of memory: {_first_line(error) or 'an allocation failed'}",
                              "Close other programs, or choose fewer bits, fewer calibration rows or a shorter context.")
     text = f"unexpected {type(error).__name__}: {_first_line(error)}"
@@ -79,8 +83,11 @@ def as_user_error(error: BaseException) -> GptqBelleError:
     return GptqBelleError(text, remedy)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name and text: torch is not imported here, and its CPU allocator raises a bare RuntimeError.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a CPU or a GPU.
+
+    By name and text: torch is not imported here, and its CPU allocator and the CUDA libraries raise a RuntimeError.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

@@ -32,7 +32,7 @@ def card(monkeypatch):
 
 @pytest.mark.usefixtures("card")
 def test_doctor_reports_a_complete_installation():
-    found = doctor.gpu()
+    found = doctor.gpu(torch.device("cuda", 0))
     assert (found["kernel"], found["why_not"], found["tables"]) == ("triton", None, [])
     assert command.gpu_kernels_line(found) == "triton; tiles by rule (see gptq-belle tune)"
     found["tables"] = ["a/sm_86.json"]
@@ -44,7 +44,7 @@ def test_doctor_reports_a_complete_installation():
 @pytest.mark.usefixtures("card")
 def test_doctor_reports_missing_parts(name, value, reason, monkeypatch):
     monkeypatch.setattr(triton_matmul, name, value)
-    found = doctor.gpu()
+    found = doctor.gpu(torch.device("cuda", 0))
     assert found["kernel"] == "dequantize+matmul"
     assert reason in command.gpu_kernels_line(found)
     assert command.gpu_kernels_line(found).endswith("weights are dequantized for cuBLAS instead")
@@ -52,12 +52,12 @@ def test_doctor_reports_missing_parts(name, value, reason, monkeypatch):
 
 def test_gpu_below_the_minimum_capability_is_reported(card):
     card.major, card.minor = 7, 5
-    assert "compute capability 8.0 or newer, not 7.5" in command.gpu_kernels_line(doctor.gpu())
+    assert "compute capability 8.0 or newer, not 7.5" in command.gpu_kernels_line(doctor.gpu(torch.device("cuda", 0)))
 
 
 def test_missing_gpu_is_reported(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = doctor.gpu()
+    found = doctor.gpu(torch.device("cuda", 0))
     assert (found["kernel"], found["why_not"], found["tables"]) == (None, "PyTorch sees no CUDA device", [])
     assert command.gpu_kernels_line(found) == "not Triton: PyTorch sees no CUDA device"
 
@@ -96,7 +96,7 @@ def test_nan_and_exceptions_fail_the_self_test(monkeypatch):
         return x.new_full((len(x), weight.out_features), torch.nan)
 
     monkeypatch.setattr(cpu_matmul, "quant_matmul", broken)
-    checks = [check for check in self_test(["cpu"]) if check.kernel.startswith("native")]
+    checks = [check for check in self_test([torch.device("cpu")]) if check.kernel.startswith("native")]
     assert checks
     assert not any(check.passed for check in checks)
     assert {check.why_not for check in checks if check.kernel == "native portable"} == {"no such thing"}

@@ -191,7 +191,8 @@ def test_prompt_and_answer_beyond_the_context_are_refused_before_generation(mode
 def test_context_can_be_filled_completely(model, monkeypatch):
     script = Scripted(model, monkeypatch, [50] * 9)
     model.generate([5] * 250)
-    assert 9 - len(script.ids) == -(-250 // PREFILL_CHUNK) + 5  # six tokens of room; every piece of the prompt says one
+    # There is room for six tokens, and every chunk of the prompt consumes one of the script.
+    assert 9 - len(script.ids) == -(-250 // PREFILL_CHUNK["cpu"]) + 5
 
 
 @pytest.mark.parametrize(("ids", "named"), [

@@ -170,21 +170,27 @@ def test_changed_source_file_is_refused_and_named(tiny_bloom, tmp_path):
     assert quantize(source, tmp_path / "out", resume=False).resumed == []
 
 
-def out_of_memory_above(rows, monkeypatch):
+CUDA_ERRORS = [torch.OutOfMemoryError("CUDA out of memory"),
+               RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+               RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`")]
+
+
+def out_of_memory_above(rows, monkeypatch, error=CUDA_ERRORS[0]):
     plain = BlockStream._run
 
     def run(self, block, states):
         if len(states) > rows and self.device.type == "cpu" and not getattr(self, "on_cpu", False):
-            raise torch.OutOfMemoryError
+            raise error
         return plain(self, block, states)
 
     monkeypatch.setattr(BlockStream, "_run", run)
 
 
-def test_out_of_memory_halves_the_batch(tiny_model, tmp_path, monkeypatch):
-    quantize(tiny_model, tmp_path / "whole")
-    out_of_memory_above(9, monkeypatch)
-    report = quantize(tiny_model, tmp_path / "out")
+@pytest.mark.parametrize("error", CUDA_ERRORS, ids=["torch", "cublas", "cusolver"])
+def test_out_of_memory_halves_the_batch(tiny_bloom, tmp_path, monkeypatch, error):
+    quantize(tiny_bloom, tmp_path / "whole")
+    out_of_memory_above(9, monkeypatch, error)
+    report = quantize(tiny_bloom, tmp_path / "out")
     assert report.notes == ["block 0: out of memory on cpu with 32 rows at a time",
                             "block 0: out of memory on cpu with 16 rows at a time"]
     whole = json.loads((tmp_path / "whole" / "quantization_report.json").read_text())
@@ -204,6 +210,12 @@ def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu(tiny_bloom, tmp_path, mo
     report = quantize(tiny_bloom, tmp_path / "out")
     assert [note.split(":")[0] for note in report.notes] == ["block 0"] * 6 + ["block 1"]
     assert report.readback_error == 0
+
+
+def test_other_errors_of_a_block_are_not_retried(tiny_bloom, tmp_path, monkeypatch):
+    out_of_memory_above(9, monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError):
+        quantize(tiny_bloom, tmp_path / "out")
 
 
 def test_out_of_memory_on_the_cpu_too_is_an_error(tiny_bloom, tmp_path, monkeypatch):

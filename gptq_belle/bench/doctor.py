@@ -32,8 +32,10 @@ def examine(device: str = "auto") -> dict[str, Any]:
     Raises:
         UsageError, HardwareError: there is no such device.
     """
-    every = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    kinds = every if device == "auto" else [resolve_device(device).type]
+    tested = [resolve_device(device)] if device != "auto" else [torch.device("cpu")]
+    if device == "auto" and torch.cuda.is_available():
+        tested.append(torch.device("cuda", 0))
+    gpu_device = next((each for each in tested if each.type == "cuda"), torch.device("cuda", 0))
     return {
         "versions": {"gptq_belle": __version__, "python": platform.python_version()} | package_versions(),
         "system": platform.platform(),
@@ -42,9 +44,9 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "devices": devices(),
         "compiler": c_compiler(),
         "native": native(),
-        "gpu": gpu(),
-        "kernels": [row for device in kinds for row in kernel_choices(torch.device(device))],
-        "self_test": [check._asdict() | {"passed": check.passed} for check in self_test(kinds)],
+        "gpu": gpu(gpu_device),
+        "kernels": [row for each in tested for row in kernel_choices(each)],
+        "self_test": [check._asdict() | {"passed": check.passed} for check in self_test(tested)],
     }
 
 
@@ -101,9 +103,8 @@ def native() -> dict[str, Any]:
     return {"isa": None, "usable": [], "why_not": found}
 
 
-def gpu() -> dict[str, Any]:
-    """The kernel of packed weights on the first GPU, why it is not Triton's, and the tuning tables."""
-    device = torch.device("cuda", 0)
+def gpu(device: torch.device) -> dict[str, Any]:
+    """The kernel of packed weights on a GPU, why it is not Triton's, and the tuning tables."""
     reason = triton_matmul.unavailable_reason(device)
     present = torch.cuda.is_available()
     return {

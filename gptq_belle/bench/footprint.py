@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gptq_belle.common.devices import resolve_device
 from gptq_belle.common.memory import PeakMemory, anonymous_bytes, release_unused
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError
 
@@ -69,7 +70,8 @@ def measure(path: str, device: str, precision: str | None, head_bits: int | None
     from gptq_belle.engine.model import load
 
     release_unused()
-    with PeakMemory() as peak:
+    target = resolve_device(device)
+    with PeakMemory(device=target if target.type == "cuda" else None) as peak:
         start_time = time.perf_counter()
         model = load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
         load_seconds = time.perf_counter() - start_time

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gptq_belle.bench.kernel_tuning import describe_problem, device_timer, table_entry, tune, write_table
-from gptq_belle.common.devices import resolve_device
+from gptq_belle.common.devices import current_device, resolve_device
 from gptq_belle.engine.hf_model import hf_model
 from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import HardwareError, InputError, UsageError
@@ -49,8 +49,14 @@ def tune_model(path: Path, *, device: str = "auto", rows: Sequence[int] = (), ou
     buckets = buckets_of(rows)
     where = resolve_device(device)
     require_gpu(where)
+    with current_device(where):
+        return _tune_on(where, path, buckets, out, progress)
+
+
+def _tune_on(where: torch.device, path: Path, buckets: Sequence[int], out: Path | None,
+             progress: Callable[[str], None]) -> dict[str, Any]:
     progress(f"loading {path}")
-    model = hf_model(path, device=device)
+    model = hf_model(path, device=str(where))
     weights = [module.prepared for module in model.modules() if isinstance(module, QuantLinear)]
     found = group_by_problem([weight for weight in weights if isinstance(weight, SlicedWeight)], buckets, model.dtype)
     if not found:

@@ -37,12 +37,13 @@ class KernelCheck(NamedTuple):
         return self.why_not is None and self.error <= self.allowed
 
 
-def self_test(kinds: Sequence[str]) -> list[KernelCheck]:
-    """Run every kernel of "cpu" or "cuda" on small random weights: asymmetric zero points, scales of both signs."""
+def self_test(devices: Sequence[torch.device]) -> list[KernelCheck]:
+    """Run every kernel of some devices on small random weights: asymmetric zero points, scales of both signs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, several threads take thirty times as long
     try:
-        return [check for kind in kinds for check in (_check_cpu() if kind == "cpu" else _check_cuda())]
+        checks = (_check_cpu() if device.type == "cpu" else _check_cuda(device) for device in devices)
+        return [check for each in checks for check in each]
     finally:
         torch.set_num_threads(threads)
 
@@ -60,8 +61,7 @@ def _check_cpu() -> Iterator[KernelCheck]:
             yield _check(name, f"{bits} bit", packed, bits, FLOAT, partial(_torch_matmul, words, multiply))
 
 
-def _check_cuda() -> Iterator[KernelCheck]:
-    device = torch.device("cuda", 0)
+def _check_cuda(device: torch.device) -> Iterator[KernelCheck]:
     kernel = "triton" if triton_matmul.unavailable_reason(device) is None else "dequantize+matmul"
     for bits in (4, 8, 3, 2):
         packed = _random_weight(bits)

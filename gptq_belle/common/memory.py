@@ -91,11 +91,15 @@ class PeakMemory:
     Attributes:
         bytes: highest sample so far, in bytes; None if the system has no /proc. Readable inside the context.
         start: value on entry, in bytes; None if the system has no /proc.
-        cuda_bytes: peak of torch's allocations on the current CUDA device, in bytes; None if CUDA is not in use.
+        cuda_bytes: peak of torch's allocations on `device`, in bytes; None if CUDA is not in use.
+
+    Args:
+        interval: seconds between two samples.
+        device: a CUDA device; None for the current one.
     """
 
-    def __init__(self, interval: float = INTERVAL) -> None:
-        self.interval = interval
+    def __init__(self, interval: float = INTERVAL, device: Any = None) -> None:
+        self.interval, self.device = interval, device
         self.start: int | None = None
         self.bytes: int | None = None
         self._stop = threading.Event()
@@ -103,7 +107,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         if (cuda := _cuda()) is not None:
-            cuda.reset_peak_memory_stats()
+            cuda.reset_peak_memory_stats(self.device)
         self.start = self.bytes = anonymous_bytes()
         self._stop.clear()
         if self.start is not None:
@@ -123,7 +127,7 @@ class PeakMemory:
     @property
     def cuda_bytes(self) -> int | None:
         cuda = _cuda()
-        return int(cuda.max_memory_allocated()) if cuda is not None else None
+        return int(cuda.max_memory_allocated(self.device)) if cuda is not None else None
 
     def _sample(self) -> None:
         while not self._stop.wait(self.interval):

@@ -1,8 +1,9 @@
 """Attention of one forward pass: over whole sequences, over a chunk of a prompt, or over one new token per sequence.
 
-A decoder calls `attention(block, query, key, value)` and does not know which of them it is. The queries of a prompt are
-processed in blocks that begin at multiples of QUERY_BLOCK, and each block sees exactly the keys up to its end: the
-result for a token does not depend on how a prompt was chunked, on other sequences of the batch, or on cache capacity.
+A decoder calls `attention(block, query, key, value)` and does not know which of them it is. On a CPU the queries of a
+prompt are processed in blocks that begin at multiples of QUERY_BLOCK, and each block sees exactly the keys up to its
+end: the result for a token does not depend on how a prompt was chunked, on other sequences of the batch, or on cache
+capacity. On a GPU one call processes all queries of a chunk.
 """
 
 from collections.abc import Sequence
@@ -109,6 +110,38 @@ class CausalAttention:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
+class FusedCausalAttention:
+    """`CausalAttention` on a GPU: one call for all queries and heads.
+
+    Results may differ in the last bits from those of other chunks of the same prompt. The biases of ALiBi take heads *
+    queries * keys numbers, once for all blocks: 268 MB in float16 for 2,048 tokens of BELLE-7B.
+    """
+
+    def __init__(self, config: AttentionConfig, start: int, stop: int, device: torch.device,
+                 dtype: torch.dtype) -> None:
+        self.config = config
+        self.is_causal = config.slopes is None and start == 0
+        self.mask: Tensor | None = None
+        if not self.is_causal and (bias := config.bias(start, stop, device, dtype)) is not None:
+            # Without ALiBi all heads share the rows of the first one.
+            heads = 1 if config.slopes is None else config.heads
+            self.mask = bias.view(-1, stop - start, stop)[:heads][None]
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, first: int = 0) -> Tensor:
+        """query (T, heads, head_dim); keys, values (kv_heads, stop, head_dim) of all heads: (T, heads * head_dim)."""
+        found = scaled_dot_product_attention(
+            query.transpose(0, 1)[None], keys[None], values[None], self.mask, is_causal=self.is_causal,
+            enable_gqa=self.config.heads != self.config.kv_heads)
+        return found[0].transpose(0, 1).flatten(1)
+
+
+def causal_attention(config: AttentionConfig, start: int, stop: int, device: torch.device,
+                     dtype: torch.dtype) -> CausalAttention | FusedCausalAttention:
+    """Causal attention as suits the device."""
+    kind = CausalAttention if device.type == "cpu" else FusedCausalAttention
+    return kind(config, start, stop, device, dtype)
+
+
 class UncachedAttention:
     """Attention over `rows` sequences of `length` tokens without a cache; activations are ordered by sequence."""
 
@@ -116,7 +149,7 @@ class UncachedAttention:
                  dtype: torch.dtype) -> None:
         self.rows = rows
         self.rotation = config.rotation(torch.arange(length, device=device).repeat(rows), dtype)
-        self.causal = CausalAttention(config, 0, length, device, dtype)
+        self.causal = causal_attention(config, 0, length, device, dtype)
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = apply_rotary(query, self.rotation), apply_rotary(key, self.rotation)
@@ -132,14 +165,15 @@ class PrefillAttention:
         self.config, self.cache = config, cache
         self.slot, self.start, self.stop = slot, start, start + length
         self.rotation = config.rotation(torch.arange(start, self.stop, device=cache.device), dtype)
-        self.causal = CausalAttention(config, start, self.stop, cache.device, dtype)
+        self.causal = causal_attention(config, start, self.stop, cache.device, dtype)
+        self.pass_heads = KV_HEADS_PER_PASS if cache.device.type == "cpu" else config.kv_heads
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.cache.write(block, self.slot, self.start, apply_rotary(key, self.rotation), value)
         query, kv_heads = apply_rotary(query, self.rotation), self.config.kv_heads
         group, outputs = self.config.heads // kv_heads, []
-        for first in range(0, kv_heads, KV_HEADS_PER_PASS):
-            last = min(first + KV_HEADS_PER_PASS, kv_heads)
+        for first in range(0, kv_heads, self.pass_heads):
+            last = min(first + self.pass_heads, kv_heads)
             keys, values = self.cache.read(block, self.slot, self.stop, query.dtype, slice(first, last))
             outputs.append(self.causal(query[:, group * first : group * last], keys, values, first))
         return torch.cat(outputs, 1)
@@ -153,7 +187,7 @@ class DecodeAttention:
         self.cache, self.slots, self.lengths = cache, slots, lengths
         self.slot_ids, self.positions = (torch.tensor(list(n), device=cache.device) for n in (slots, lengths))
         self.rotation = config.rotation(self.positions, dtype)
-        self.causal = [CausalAttention(config, n, n + 1, cache.device, dtype) for n in lengths]
+        self.causal = [causal_attention(config, n, n + 1, cache.device, dtype) for n in lengths]
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = apply_rotary(query, self.rotation)

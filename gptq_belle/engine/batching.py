@@ -17,7 +17,7 @@ from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, no
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
 from gptq_belle.engine.sampling import Sampler, SamplingParams, sample_tokens
 from gptq_belle.errors import GptqBelleError, UsageError
-from gptq_belle.models.sizes import PREFILL_CHUNK, QUERY_BLOCK
+from gptq_belle.models.sizes import QUERY_BLOCK
 
 CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
 
@@ -177,7 +177,7 @@ class Engine:
     def _prefill(self, slot: _Slot) -> list[Event]:
         assert slot.request is not None
         start = len(slot.cached)
-        chunk = slot.request.ids[start : start + PREFILL_CHUNK]
+        chunk = slot.request.ids[start : start + self.model.prefill_chunk]
         ids = torch.tensor(chunk, device=self.model.device)
         logits = self.model.prefill_slot(ids, self.cache, self._slots.index(slot), start)
         slot.cached += chunk

@@ -62,6 +62,11 @@ class LogitsModel:
         """Number of token ids."""
         return self.decoder_config.dimensions.vocab_size
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens per forward pass on the model's device."""
+        return PREFILL_CHUNK["cpu" if self.device.type == "cpu" else "cuda"]
+
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) float32 of token ids (B, T) int64, without a cache. Shorter rows may be padded at the end
@@ -155,9 +160,9 @@ class LogitsModel:
 
     @torch.inference_mode()
     def prefill_slot(self, ids: Tensor, cache: KVCache, slot: int, start: int = 0) -> Tensor:
-        """Logits (1, V) float32 after prefilling ids (T,) of a slot with `start` cached tokens, in PREFILL_CHUNKs."""
-        for at in range(0, len(ids), PREFILL_CHUNK):
-            chunk = ids[at : at + PREFILL_CHUNK]
+        """Logits (1, V) float32 after prefilling ids (T,) of a slot with `start` cached tokens, chunk by chunk."""
+        for at in range(0, len(ids), self.prefill_chunk):
+            chunk = ids[at : at + self.prefill_chunk]
             attention = PrefillAttention(self.decoder.attention_config, cache, slot, start + at, len(chunk), self.dtype)
             hidden = self.decoder.run_blocks(self.decoder.embed(chunk), attention)
         return self.decoder.logits(hidden[-1:]).float()

@@ -18,9 +18,9 @@ GROUP_SIZE = 128  # default of quantize, and the group size of a packed head
 
 # The engine's buffers. Measured on BELLE-7B: chunks of 256 tokens take 38 MB more than 192 and are not faster, and
 # converting 8 heads of the cache at a time takes 13 MB more than 4.
-PREFILL_CHUNK = 192  # prompt tokens per forward pass
-QUERY_BLOCK = 64  # queries whose attention scores are in memory at a time
-KV_HEADS_PER_PASS = 4  # heads of the cache that are converted to the dtype of activations at a time
+PREFILL_CHUNK = {"cpu": 192, "cuda": 2048}  # prompt tokens per forward pass; a GPU reads the weights once per chunk
+QUERY_BLOCK = 64  # queries whose attention scores are in memory at a time on a CPU
+KV_HEADS_PER_PASS = 4  # heads of the cache that are converted to the dtype of activations at a time on a CPU
 
 CACHE_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "int8": 1, "float32": 4}
 ACTIVATION_BYTES = {"cpu": 4, "cuda": 2}  # float32 on a CPU, float16 on a GPU
@@ -166,16 +166,18 @@ def workspace_bytes(d: Dimensions, settings: MemorySettings, context: int, batch
     """Activations of both halves of a block with R = min(PREFILL_CHUNK, T) rows, and twice the logits of B rows.
 
     Both halves are added up because the C heap keeps what the first one freed; the sum is what was measured.
-    Attention: input, norm, query-key-value and output of R rows; keys and values of KV_HEADS_PER_PASS heads of one
-    sequence; with ALiBi, biases of heads * min(QUERY_BLOCK, R) * T. Feed-forward: input, norm, output and INNER_COPIES
-    of the intermediate size.
+    Attention: input, norm, query-key-value and output of R rows; keys and values of the heads of one pass of one
+    sequence; with ALiBi, biases of heads * queries * T. On a CPU a pass has KV_HEADS_PER_PASS heads and QUERY_BLOCK
+    queries, on a GPU all heads and R queries. Feed-forward: input, norm, output and INNER_COPIES of the intermediate
+    size.
     """
-    bloom = d.model_type == "bloom"
-    rows = max(min(PREFILL_CHUNK, context), batch)
-    kv_width, pass_width = d.num_kv_heads * d.head_dim, min(KV_HEADS_PER_PASS, d.num_kv_heads) * d.head_dim
-    qkv_width = d.num_heads * d.head_dim + 2 * kv_width
-    biases = d.num_heads * min(QUERY_BLOCK, rows) * context if bloom else 0
-    attention = rows * (3 * d.hidden_size + 2 * qkv_width) + 2 * pass_width * context + biases
+    bloom, on_cpu = d.model_type == "bloom", settings.device == "cpu"
+    rows = max(min(PREFILL_CHUNK[settings.device], context), batch)
+    pass_heads = min(KV_HEADS_PER_PASS, d.num_kv_heads) if on_cpu else d.num_kv_heads
+    queries = min(QUERY_BLOCK, rows) if on_cpu else rows
+    qkv_width = (d.num_heads + 2 * d.num_kv_heads) * d.head_dim
+    biases = d.num_heads * queries * context if bloom else 0
+    attention = rows * (3 * d.hidden_size + 2 * qkv_width) + 2 * pass_heads * d.head_dim * context + biases
     mlp = rows * (3 * d.hidden_size + INNER_COPIES["bloom" if bloom else "llama"] * d.intermediate_size)
     return ACTIVATION_BYTES[settings.device] * (attention + mlp) + 2 * 4 * batch * d.vocab_size
 

@@ -11,7 +11,7 @@ from gptq_belle.checkpoint.empty_model import assign
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.common.files import FileChecksum
 from gptq_belle.common.memory import PeakMemory, trim_heap
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, is_out_of_memory
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
@@ -48,14 +48,16 @@ class BlockQuantizer:
             OutOfMemoryError: memory runs out on the CPU too.
         """
         notes: list[str] = []
-        device, failure = self.stream.device, torch.OutOfMemoryError()
+        device, failure = self.stream.device, RuntimeError()
         for description in self._fallbacks(activations):
             self.clock.restart()
             started = time.perf_counter()
             try:
                 record, files, tensors = self._attempt(index, activations, verification)
                 break
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 failure = error.with_traceback(None)  # its frames hold the tensors to be freed
                 notes.append(f"block {index}: out of memory {description}")
                 self.progress.phase(notes[-1])
