@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from gptq_belle.checkpoint.packed_reader import check_packed_linear, read_quantization
-from gptq_belle.checkpoint.reader import CheckpointReader, needs_conversion, read_json, weight_files
+from gptq_belle.checkpoint.reader import CheckpointReader, read_json, unconverted_checkpoint_error, weight_files
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.quantize_config import BITS, Quantization
 from gptq_belle.formats.zero_points import V1
@@ -47,8 +47,8 @@ def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
         InputError: weights or config.json are missing or damaged.
         UsageError: the directory contains several .pt files.
     """
-    if path.suffix == ".enc" and (early := needs_conversion(path)):
-        raise early
+    if path.suffix == ".enc" and (error := unconverted_checkpoint_error(path)):
+        raise error
     if path.is_file():
         weights, kind = [path], DIRECTORY if _states_quantization(path) else STATE_DICT
     elif states := sorted(path.glob("*.pt")):

@@ -43,9 +43,9 @@ class CheckpointReader:
     def __init__(self, path: str | Path, weights: Sequence[Path] | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise needs_conversion(self.path) or InputError(f"{self.path} is not a model directory",
-                                                   "Give a folder with config.json.")
-        if not (self.path / "config.json").exists() and (hint := needs_conversion(self.path)):
+            raise unconverted_checkpoint_error(self.path) or InputError(
+                f"{self.path} is not a model directory", "Give a folder with config.json.")
+        if not (self.path / "config.json").exists() and (hint := unconverted_checkpoint_error(self.path)):
             raise hint
         self.config = read_json(self.path / "config.json")
         self.arch: Architecture = architecture(self.config.get("model_type"))
@@ -181,7 +181,7 @@ def weight_files(path: Path) -> list[Path]:
             return [path / kind]
     found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if len(found) != 1:
-        raise (None if found else needs_conversion(path)) or InputError(
+        raise (None if found else unconverted_checkpoint_error(path)) or InputError(
             f"{path} contains {len(found)} weight files and no index",
             "Expected model.safetensors, shards with model.safetensors.index.json, or pytorch_model.bin.")
     return found
@@ -221,7 +221,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
     return read_json(path / "config.json" if path.is_dir() else path)
 
 
-def needs_conversion(path: Path) -> InputError | None:
+def unconverted_checkpoint_error(path: Path) -> InputError | None:
     """Build the error for an encrypted or legacy checkpoint, which must be converted first; None for other paths.
 
     Args:
