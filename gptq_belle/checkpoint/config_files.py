@@ -13,7 +13,7 @@ from gptq_belle.models.decoder_config import token_ids
 
 
 def write_metadata_files(writer: CheckpointWriter, source: CheckpointReader, quantization: dict[str, Any],
-                      tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
+                         tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
     """Write all files of a quantized directory except weights and report: configuration, tokenizer and model card.
 
     Args:

@@ -79,8 +79,8 @@ def summary_rows(found: ConversionReport) -> list[tuple[str, str]]:
         ("source", f"{found.kind}, {found.bytes_read / 1e6:,.2f} MB"),
         ("model", f"{found.architecture}, {found.linears} packed linears, {head} lm_head"),
         ("weights", f"{found.bits} bits, group size {group}, {symmetric}{order}{mixed}"),
-        ("format", f"{found.written_format}" + ("" if found.read_format == found.written_format
-                                              else f", was {found.read_format}")),
+        ("format", found.written_format + ("" if found.read_format == found.written_format
+                                           else f", was {found.read_format}")),
         ("written", f"{found.bytes_written / 1e6:,.2f} MB in {found.seconds:.1f} s"),
         ("verified", f"every weight within {found.deviation:.1e} of the largest of its linear" if found.deviation
          else "every weight identical"),
@@ -127,7 +127,7 @@ def largest_deviation(old: CheckpointReader, files: Path, quantization: Quantiza
     blocks = [name[len(old.arch.blocks) + 1 :].split(".")[0] for name in linears]
     for place, (name, linear) in enumerate(linears.items()):
         expected, found = (read_packed_linear(reader, settings, name, linear.in_features, linear.out_features)
-                        for reader, settings in ((old, quantization), (new, new_quantization)))
+                           for reader, settings in ((old, quantization), (new, new_quantization)))
         worst = max(worst, _deviation(name, expected, found, quantization.checkpoint_format, repair))
         if place + 1 == len(linears) or blocks[place + 1] != blocks[place]:
             progress(int(blocks[place]) + 1)

@@ -103,7 +103,7 @@ def encrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
 
 @contextmanager
 def _run_tasks(tasks: list[FileTask], out: Path, work: Callable[[FileTask, Callable[[int], None]], Outcome],
-             progress: Progress) -> Iterator[Iterator[Outcome]]:
+               progress: Progress) -> Iterator[Iterator[Outcome]]:
     """Run tasks in threads and yield their results, small files first: the smallest one reveals a wrong key.
 
     Leaving the context stops the threads at their next chunk.

@@ -24,8 +24,8 @@ ROOT = "base_model.model."  # prefix of every tensor name
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base model, too
 UNSUPPORTED_KEYS = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication",
-          "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config",
-          "monteclora_config", "kasa_config")
+                    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+                    "velora_config", "monteclora_config", "kasa_config")
 NEEDS_FOLDER = "Give the folder that peft saved."
 MERGE_FIRST = "Merge the adapter with peft (merge_and_unload), save the model, and quantize that."
 

@@ -56,7 +56,7 @@ def read_quantization(reader: CheckpointReader) -> Quantization | None:
 
 
 def check_packed_linear(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
-                 out_features: int) -> Quantization:
+                        out_features: int) -> Quantization:
     """Check one packed linear against the configuration by the headers of the files.
 
     Args:
@@ -107,7 +107,7 @@ def linear_quantization(reader: CheckpointReader, quantization: Quantization | N
 
 
 def read_packed_linear(reader: CheckpointReader, quantization: Quantization | None, name: str, in_features: int,
-                out_features: int, read: Callable[[str], Tensor] | None = None) -> CanonicalWeight:
+                       out_features: int, read: Callable[[str], Tensor] | None = None) -> CanonicalWeight:
     """Load one packed linear, without its bias, in the layout of the file.
 
     Args:
@@ -141,7 +141,7 @@ def canonical_weight(tensors: Mapping[str, Tensor], quantization: Quantization, 
         g_idx = torch.arange(in_features, device=qweight.device) // quantization.group_size
     try:
         return checked_weight(qweight, tensors["qzeros"], tensors["scales"], g_idx, quantization.bits,
-                         quantization.zero_offset)
+                              quantization.zero_offset)
     except ValueError as error:
         raise InputError(f"{where}: {error}", "The file is damaged, or not in the GPTQ format.") from error
 

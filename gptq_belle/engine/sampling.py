@@ -134,7 +134,7 @@ def sample_tokens(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     random_rows = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     for rows in [random_rows] if logits.is_cuda and random_rows else [[row] for row in random_rows]:
         tokens[rows] = sample_inverse_cdf(logits[rows], [samplers[row].params for row in rows],
-                             [samplers[row].random.random() for row in rows])
+                                          [samplers[row].random.random() for row in rows])
     found: list[int] = tokens.tolist()
     for sampler, token in zip(samplers, found, strict=True):
         sampler.remember(token)

@@ -71,11 +71,11 @@ BELLE_MODELS = (
     BelleModel("BELLE-7B-1M", "belle-7b", FULL, "27", ON_BLOOM),
     BelleModel("BELLE-7B-2M", "belle-7b", FULL, "27", ON_BLOOM),
     BelleModel("BELLE-7B-gptq", "belle-7b", STATES, "6.9 (4 bit), 9.7 (8 bit)", ON_BLOOM,
-           (*_pt("bloom7b-2m"), *_pt("bloom7b-0.2m"))),
+               (*_pt("bloom7b-2m"), *_pt("bloom7b-0.2m"))),
     BelleModel("BELLE-LLaMA-7B-0.6M-enc", "llama-7b", ENCRYPTED, None, ON_LLAMA),
     BelleModel("BELLE-LLaMA-7B-2M-enc", "llama-7b", ENCRYPTED, "26", ON_LLAMA),
     BelleModel("BELLE-LLaMA-7B-2M-gptq-enc", "llama-7b", ENCRYPTED_STATES, "3.8 (4 bit), 6.8 (8 bit)", ON_LLAMA,
-           _pt("llama7b-2m")),
+               _pt("llama7b-2m")),
     BelleModel("BELLE-LLaMA-13B-2M-enc", "llama-13b", ENCRYPTED, None, ON_LLAMA),
 )
 
