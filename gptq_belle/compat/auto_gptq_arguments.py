@@ -19,19 +19,13 @@ from gptq_belle.quantization.config import QuantConfig
 
 Example = Mapping[str, Sequence[int] | Tensor]  # input_ids and, where there is padding, attention_mask
 CONFIG_FILE = "quantize_config.json"
-KERNELS = ("use_triton", "use_tritonv2", "use_cuda_fp16", "warmup_triton", "autotune_warmup_after_quantized",
-           "inject_fused_attention", "inject_fused_mlp", "disable_exllama", "disable_exllamav2", "use_marlin",
-           "use_qigen")
-LOADING = ("max_memory", "low_cpu_mem_usage", "use_safetensors", "trainable", "cache_examples_on_gpu", "batch_size",
-           "offload_folder", "offload_buffers", "use_cache", "strict", "safetensors_metadata")
-HUB = ("cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "use_auth_token", "token",
-       "_raise_exceptions_for_missing_entries", "_commit_hash")
-REASONS = {  # why an argument has no effect
-    **dict.fromkeys(KERNELS, "the kernel is chosen for the machine, see gptq-belle doctor"),
-    **dict.fromkeys(LOADING, "memory, batches and file types are managed without it"),
-    **dict.fromkeys(HUB, "the hub is configured by its environment variables"),
-    "trust_remote_code": "code that comes with a model is never run",
-}
+IGNORED = frozenset((  # kernels, loading, the hub
+    "use_triton", "use_tritonv2", "use_cuda_fp16", "warmup_triton", "autotune_warmup_after_quantized",
+    "inject_fused_attention", "inject_fused_mlp", "disable_exllama", "disable_exllamav2", "use_marlin", "use_qigen",
+    "max_memory", "low_cpu_mem_usage", "use_safetensors", "trainable", "cache_examples_on_gpu", "batch_size",
+    "offload_folder", "offload_buffers", "use_cache", "strict", "safetensors_metadata", "trust_remote_code",
+    "cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "use_auth_token", "token",
+    "_raise_exceptions_for_missing_entries", "_commit_hash"))
 SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -42,13 +36,13 @@ def check_arguments(call: str, given: Mapping[str, Any]) -> None:
         UsageError: an argument that is unknown or not supported.
     """
     for name, value in given.items():
-        if name not in REASONS and value is not None:
+        if name not in IGNORED and value is not None:
             raise UsageError(f"{call}: the argument {name}={value!r} is not supported",
                              "Omit it; gptq_belle's own interface is described in its README.")
-    ignored = [name for name, value in given.items() if name in REASONS and value not in (None, False)]
+    ignored = [name for name, value in given.items() if name in IGNORED and value not in (None, False)]
     if ignored:
-        reasons = "; ".join(f"{name}: {REASONS[name]}" for name in ignored)
-        warnings.warn(f"{call} ignores arguments ({reasons})", stacklevel=3)
+        warnings.warn(f"{call} ignores {', '.join(ignored)}: kernels, memory and batches are chosen automatically, the "
+                      "hub is configured by environment variables, and code of a model is never run", stacklevel=3)
 
 
 def device_name(device: str | int | torch.device | None, device_map: str | Mapping[str, Any] | None) -> str:
