@@ -35,10 +35,10 @@ class WithoutReuse(AttentionOutputs):
 @pytest.mark.parametrize("preset", ["fast", "best"])
 def test_output_is_identical_without_attention_reuse(tiny_model, tmp_path, monkeypatch, preset):
     config = QuantConfig(group_size=32, preset=preset)
-    for name in ("kept", "anew"):
+    for name in ("kept", "without"):
         quantize_checkpoint(tiny_model, tmp_path / name, config, calibration=CALIBRATION)
         monkeypatch.setattr(activations, "AttentionOutputs", WithoutReuse)
-    assert job_output(tmp_path / "kept") == job_output(tmp_path / "anew")
+    assert job_output(tmp_path / "kept") == job_output(tmp_path / "without")
 
 
 def hessian(stream, block, stage, rows):

@@ -106,7 +106,7 @@ def test_mixed_checkpoint_has_the_reported_error(tiny_model, tmp_path, settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for name, linear in model.named_modules():
         if f"{name}.qweight" in reader:
-            linear.weight.data = expanded(reader, name, stated)
+            linear.weight.data = dequantized(reader, name, stated)
     ids = torch.arange(4, 36)[None]
     with torch.no_grad():
         wanted = model(ids).logits
@@ -114,8 +114,8 @@ def test_mixed_checkpoint_has_the_reported_error(tiny_model, tmp_path, settings)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-def expanded(reader, name, stated):
-    """(N, K) float32 from the words of one linear, whose bits follow from its tensors' shapes alone."""
+def dequantized(reader, name, stated):
+    """Dequantized weight (N, K) float32 of one linear, with its number of bits taken from the shapes of its tensors."""
     words, zeros, scales, g_idx = (reader.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx"))
     bits = len(words) * 32 // len(g_idx)
     codes, zeros = unpacked(words, bits).t(), unpacked(zeros.t().contiguous(), bits)
@@ -124,7 +124,7 @@ def expanded(reader, name, stated):
 
 
 def unpacked(words, bits):
-    """Codes of words (R, N) along R, bit by bit, so that those of 3 bits that straddle words come out too."""
+    """Unpack codes from words (R, N) along R, bit by bit, because codes of 3 bits can cross words."""
     stream = (words[:, None] >> torch.arange(32)[None, :, None] & 1).reshape(-1, bits, words.shape[1])
     return (stream << torch.arange(bits)[None, :, None]).sum(1) if words.shape[1] else stream
 
