@@ -24,7 +24,7 @@ import triton
 from aot_jobs import JOBS, PROCESSORS, SAME, Job, compiled, inputs_of_step
 from machine_code import MachineCode
 
-from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB
+from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB, TENSOR_CORES
 
 COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "registers", "spilled",
            "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
@@ -53,7 +53,7 @@ def problems(job: Job, code: MachineCode) -> list[str]:
         found.append(f"registers spill: {code.stack} bytes of stack, {code.local} local")
     if code.shared > SHARED_MEMORY_KIB[job.arch] * 1024:
         found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_MEMORY_KIB[job.arch]} KiB")
-    if job.config is None:
+    if job.config is None or job.arch < TENSOR_CORES:
         return found
     if not code.matrix_instructions:
         return [*found, "no matrix instructions in a loop"]

@@ -13,6 +13,7 @@ from machine_code import MachineCode
 from gptq_belle.kernels import triton_gptq
 from gptq_belle.kernels.triton_config import (
     ROW_BUCKETS,
+    TENSOR_CORES,
     LaunchPlan,
     MatmulProblem,
     TileConfig,
@@ -26,7 +27,8 @@ from gptq_belle.kernels.triton_layout import block_inputs
 from gptq_belle.kernels.triton_reduce import arrange_kernel, reduce_kernel
 from gptq_belle.kernels.triton_skinny import skinny_kernel
 
-PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}  # of A100, 3090, 4090, H100, B200, 5090
+# Multiprocessors of T4, A100, 3090, 4090, H100, B200 and 5090.
+PROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 SHAPES = [(4096, 4096), (4096, 12288), (4096, 16384), (16384, 4096), (4096, 11008), (11008, 4096), (5120, 5120),
           (5120, 13824), (13824, 5120)]  # inputs, outputs: BELLE-7B, LLaMA-7B and 13B
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
@@ -59,7 +61,7 @@ class Kernel(NamedTuple):
 def _weight(job: Job) -> dict[str, Any]:
     bits, run = job.bits or 4, job.run or 128
     return {"BITS": bits, "RUN": run, "BLOCK": block_inputs(bits, run),
-            "ZERO": 2 ** (bits - 1) if job.zero == SAME else -1, "ASM": True}
+            "ZERO": 2 ** (bits - 1) if job.zero == SAME else -1, "ASM": job.arch >= TENSOR_CORES}
 
 
 def _tile(job: Job) -> dict[str, Any]:

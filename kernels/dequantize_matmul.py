@@ -1,6 +1,7 @@
 """The fallback on CUDA: the weight is expanded some outputs at a time, and cuBLAS multiplies each part.
 
-It serves GPUs below compute capability 8.0, activations in float32, and machines without Triton or a C compiler.
+It serves activations in float32, GPUs below compute capability 7.5, bfloat16 below 8.0, and machines without Triton or
+a C compiler.
 """
 
 import torch

@@ -23,10 +23,11 @@ MAX_SKINNY_ROWS = 64
 KERNELS = ("skinny", "gemm", "expand")
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # numbers of programs among which the rule divides K
 MIN_BLOCKS = 4  # of K for each of those programs, so that its pipeline fills
+TENSOR_CORES = 80  # the lowest compute capability whose tensor cores Triton uses
 WGMMA = (90, 100, 103)  # compute capabilities whose matrix instructions are shared by four warps
 REGISTERS = 65536  # of a multiprocessor
 SHARED_MEMORY_KIB = {  # per program, by compute capability; a multiprocessor has 1 KiB more
-    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+    75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 MAX_ELEMENTS = 2**31 - 2**12  # that 32-bit offsets address, with room for the masked end of a tile
 
 
@@ -81,6 +82,8 @@ def default_plan(problem: MatmulProblem, arch: int, processors: int) -> LaunchPl
     Expanding the weight costs 2.5 to 5 bytes of traffic per value, which many rows share. Where tensor cores are fast
     compared with the memory (8.0, 9.0, 10.0), unpacking before them would hold them up: there it pays from 1024 rows.
     """
+    if arch < TENSOR_CORES and problem.rows > 16:
+        return LaunchPlan("expand", None)  # cuBLAS uses the tensor cores
     if problem.rows <= MAX_SKINNY_ROWS:
         return _with_split("skinny", skinny_config(problem, arch), problem, arch, processors)
     if problem.rows >= 1024 and arch in (80, 90, 100, 103):
@@ -98,6 +101,8 @@ def skinny_config(problem: MatmulProblem, arch: int) -> TileConfig:
     matrix instructions on 9.0: with four warps some versions of Triton choose WGMMA, which takes 3.1.
     """
     plain = _is_plain(problem.bits, problem.run)
+    if arch < TENSOR_CORES:  # multiply-adds, whose operands take more registers; nothing is copied asynchronously
+        return TileConfig(problem.rows, 64, 128 if plain and problem.rows == 8 else 64, 1, 2, 2)
     if problem.rows <= 16:
         return TileConfig(problem.rows, 64, 128, 1, 2, 4)
     if problem.rows <= 32:
@@ -152,6 +157,8 @@ def max_registers(kernel: str, config: TileConfig, bits: int, run: int, arch: in
     Left to itself, ptxas aims at some number of programs per multiprocessor, at the cost of up to 9 % more instructions
     in the loop, and sometimes of spills. Groups of 32 and 64 need more registers for their scales.
     """
+    if arch < TENSOR_CORES:
+        return 255
     if kernel == "gemm":
         return 128 if arch == 90 else None  # two programs a multiprocessor
     plain = _is_plain(bits, run)

@@ -18,6 +18,7 @@ from .layout import RUN_LENGTHS, is_mostly_padding
 from .tensor_checks import check_tensors
 from .triton_config import (
     ROW_BUCKETS,
+    TENSOR_CORES,
     LaunchPlan,
     MatmulProblem,
     TileConfig,
@@ -29,10 +30,11 @@ from .triton_config import (
 from .triton_layout import COLUMNS, SlicedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
-MIN_CAPABILITY = 80  # compute capability: Triton does not use older tensor cores
+MIN_CAPABILITY = 75  # compute capability; below 8.0 Triton does not use tensor cores
 MIN_TRITON = (3, 5)  # of torch 2.9; with 3.4 products of up to 8 rows do not compile
 CHECKED_TRITON = (3, 9)  # the newest version with which all kernels were compiled; newer ones are not refused
 L2_CACHE = 48 << 20  # bytes, where the device does not tell
+MIN_SCRATCH = 8 << 20  # bytes: 1024 outputs of 4096 inputs; fewer would leave multiprocessors idle in cuBLAS
 INTERPRETER = (80, 8)  # compute capability and multiprocessors that plans are made for in Triton's interpreter
 OPTIONS = {"enable_fp_fusion": True}  # of the kernels without a config; Triton's default differs between versions
 
@@ -45,6 +47,8 @@ def unsupported_reason(g_idx: Tensor, device: torch.device, dtype: torch.dtype) 
         return f"the Triton kernels take float16 and bfloat16, not {dtype}"
     if missing := unavailable_reason(device):
         return missing
+    if dtype == torch.bfloat16 and device_properties(device)[0] < TENSOR_CORES:
+        return f"the Triton kernels take bfloat16 from compute capability {TENSOR_CORES / 10} on"
     if is_mostly_padding(g_idx):
         return f"the Triton kernels take groups that fill runs of {RUN_LENGTHS[-1]} inputs"
     return None
@@ -69,7 +73,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     arch, _ = device_properties(device)
     if arch >= MIN_CAPABILITY:
         return None
-    return f"the Triton kernels need compute capability 8.0 or newer, not {arch / 10}"
+    return f"the Triton kernels need compute capability {MIN_CAPABILITY / 10} or newer, not {arch / 10}"
 
 
 def supported_triton() -> str:
@@ -111,7 +115,7 @@ def device_properties(device: torch.device) -> tuple[int, int]:
 def scratch_bytes(device: torch.device) -> int:
     """Bytes of expanded weight at a time: a third of the L2 cache, so that cuBLAS finds it and its rows of x there."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return (getattr(properties, "L2_cache_size", 0) or L2_CACHE) // 3
+    return max(MIN_SCRATCH, (getattr(properties, "L2_cache_size", 0) or L2_CACHE) // 3)
 
 
 def plan_for(weight: SlicedWeight, rows: int, dtype: torch.dtype) -> LaunchPlan:
@@ -242,8 +246,8 @@ def _arrange(rows: Tensor, weight: SlicedWeight) -> Tensor:
 
 
 def _constants(weight: SlicedWeight) -> dict[str, int | bool]:
-    return {"BITS": weight.bits, "RUN": weight.run, "BLOCK": weight.block, "ZERO": weight.zero,
-            "ASM": not is_interpreted()}
+    has_assembly = not is_interpreted() and device_properties(weight.words.device)[0] >= TENSOR_CORES
+    return {"BITS": weight.bits, "RUN": weight.run, "BLOCK": weight.block, "ZERO": weight.zero, "ASM": has_assembly}
 
 
 def _check(x: Tensor, weight: SlicedWeight, bias: Tensor | None) -> None:

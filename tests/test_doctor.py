@@ -51,8 +51,8 @@ def test_doctor_reports_missing_parts(name, value, reason, monkeypatch):
 
 
 def test_gpu_below_the_minimum_capability_is_reported(card):
-    card.major, card.minor = 7, 5
-    assert "compute capability 8.0 or newer, not 7.5" in command.gpu_kernels_line(doctor.gpu(torch.device("cuda", 0)))
+    card.major, card.minor = 7, 0
+    assert "compute capability 7.5 or newer, not 7.0" in command.gpu_kernels_line(doctor.gpu(torch.device("cuda", 0)))
 
 
 def test_missing_gpu_is_reported(card, monkeypatch):

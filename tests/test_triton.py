@@ -124,6 +124,7 @@ def test_the_state_dict_is_what_stands_on_disk(bits):
 def a_gpu(monkeypatch):
     """As on a machine with an H100 and everything installed."""
     monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (90, 132))
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -150,6 +151,19 @@ def test_what_is_missing_is_said(monkeypatch, missing, reason):
 @pytest.mark.parametrize(("rows", "most"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (2048, 2048), (10**6, 2048)])
 def test_bucket(rows, most):
     assert triton_config.row_bucket(rows) == most
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_bfloat16_needs_tensor_cores(monkeypatch):
+    monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (75, 40))
+    assert triton_matmul.unsupported_reason(IN_ORDER, CUDA, torch.float16) is None
+    assert triton_matmul.unsupported_reason(IN_ORDER, CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(8, "skinny"), (16, "skinny"), (32, "expand"), (2048, "expand")])
+def test_more_than_16_rows_are_left_to_cublas_without_tensor_cores_in_triton(rows, kernel):
+    problem = MatmulProblem(rows, 4096, 4096, 4, 128, "float16")
+    assert triton_config.default_plan(problem, 75, 40).kernel == kernel
 
 
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -241,8 +255,9 @@ def test_offsets_up_to_the_limit_are_accepted():
         triton_config.check_offsets(words=triton_config.MAX_ELEMENTS + 1)
 
 
-@pytest.mark.parametrize(("l2_cache", "expected"), [(50 << 20, (50 << 20) // 3), (0, (48 << 20) // 3)])
-def test_scratch_is_a_third_of_the_l2_cache(l2_cache, expected, monkeypatch):
+@pytest.mark.parametrize(("l2_cache", "expected"), [(50 << 20, (50 << 20) // 3), (0, 16 << 20),
+                                                     (6 << 20, 8 << 20)])
+def test_scratch_is_a_third_of_the_l2_cache_and_at_least_8_mib(l2_cache, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=l2_cache))
     assert triton_matmul.scratch_bytes.__wrapped__(CUDA) == expected
 
