@@ -5,7 +5,8 @@ from pathlib import Path
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.calibration_keys import Document, overlapping_rows
+from gptq_belle.quantization.calibration_keys import overlapping_rows
+from gptq_belle.quantization.calibration_messages import Document
 from gptq_belle.quantization.report import REPORT
 
 SHOWN = 5  # row numbers in the message

@@ -18,7 +18,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import render_conversation
 from gptq_belle.quantization.calibration import first_token_ids
 from gptq_belle.quantization.calibration_documents import read_documents
-from gptq_belle.quantization.calibration_keys import Document
+from gptq_belle.quantization.calibration_messages import Document
 
 LOGGER = logging.getLogger("gptq_belle")
 CHUNK = 64  # positions scored at a time: with BLOOM's 250,880 tokens, 64 rows of float64 are 128 MB

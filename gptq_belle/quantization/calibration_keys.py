@@ -10,13 +10,13 @@ import base64
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy
 
 from gptq_belle.prompts.styles import Turn
+from gptq_belle.quantization.calibration_messages import Document
 
-Document = str | Sequence[Turn]
 KEY_BYTES = 5
 SHORT_QUESTION = 8  # characters; a shorter question is identified together with its answer
 SHORT_SENTENCE = 12  # characters; shorter ones are headings and phrases that many texts share
