@@ -56,7 +56,7 @@ def measure(architecture: str, budget: str, seeds: int) -> dict[str, dict[str, A
     """Average bits, size and KL of every variant of one model; prints each when it is measured."""
     source = TINY / architecture
     base = load(source)
-    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
+    text = read_text(TINY / "data" / "heldout.jsonl", base.chat_format())
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in variants(source, budget, seeds):

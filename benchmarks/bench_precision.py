@@ -64,7 +64,7 @@ def expanded(path: Path) -> LogitsFunction:
 def measure(source: Path, bits: int) -> dict[str, Any]:
     """KL, top-1 agreement and perplexity of one model quantized to `bits`."""
     base = load(source, device="cpu")
-    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
+    text = read_text(TINY / "data" / "heldout.jsonl", base.chat_format())
 
     def kl(one: LogitsFunction, other: LogitsFunction) -> dict[str, float]:
         found = divergence(one, other, base.tokenizer, text, length=WINDOW, limit=LIMIT)

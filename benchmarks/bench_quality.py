@@ -48,7 +48,7 @@ def weight_bytes(path: Path) -> int:
 
 def measure(base: Model, model: Model, rows: list[BelleQuestion]) -> dict[str, Any]:
     """Metrics of one variant; KL is relative to `base`."""
-    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
+    text = read_text(TINY / "data" / "heldout.jsonl", base.chat_format())
     figures = divergence(base.logits, model.logits, base.tokenizer, text, length=WINDOW, limit=TOKENS)
     scores = evaluate(model, rows, limit=ANSWER, batch=BATCH)
     return {

@@ -24,7 +24,7 @@ class Scripted:
     """A substitute for a model that answers from a list and records its prompts."""
 
     def __init__(self, model, answers, context=None, pause=None):
-        self.tokenizer, self.prompt_style, self.path = model.tokenizer, "bloom", model.path
+        self.tokenizer, self.chat_format, self.path = model.tokenizer, model.chat_format, model.path
         self.answers, self.context, self.pause, self.prompts, self.rooms = iter(answers), context, pause, [], []
 
     def tokens(self, ids, count, params):
@@ -104,7 +104,7 @@ def test_next_question_of_the_model_is_not_shown(model):
 
 
 def test_prompt_style_option_is_resolved(model):
-    assert conversation_with(model).name == "bloom"
+    assert conversation_with(model).format.name == "bloom"
     with pytest.raises(UsageError, match="alpaca"):
         Conversation(model, "alpaca", SamplingParams())
 

@@ -17,7 +17,7 @@ def kl(request, tmp_path_factory):
     """A function from (bits, method) to the mean KL of one demo model to full precision."""
     source = TINY / request.param
     base = gptq_belle.load(source)
-    text = read_text(TINY / "data" / "heldout.jsonl", base.prompt_style, base.tokenizer.eos_token)
+    text = read_text(TINY / "data" / "heldout.jsonl", base.chat_format())
 
     def measure(bits, method):
         out = tmp_path_factory.mktemp("trained") / "out"

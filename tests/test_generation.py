@@ -138,6 +138,17 @@ def test_eos_of_the_tokenizer_ends_the_answer(tiny_llama, tmp_path, monkeypatch)
     assert script.ids == [50]
 
 
+def test_end_of_message_token_of_the_chat_template_ends_the_answer(tiny_llama, tmp_path, monkeypatch):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    (path / "chat_template.jinja").write_text(
+        "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<pad>\n{% endfor %}[assistant]")
+    model = gptq_belle.load(path, device="cpu")
+    script = Scripted(model, monkeypatch, [*load_tokenizer(path).encode("好"), 3, 50])
+    assert model.generate("你好", prompt_style="auto", max_new_tokens=9) == "好"
+    assert script.ids == [50]
+    assert model.tokenizer.decode(script.prompts[0]) == "[user]你好<pad>\n[assistant]"
+
+
 def test_eos_can_be_ignored(model, monkeypatch):
     script = Scripted(model, monkeypatch, [2, *model.tokenizer.encode("好"), 2, 2])
     assert model.generate("你好", max_new_tokens=len(script.ids), ignore_eos=True) == "好"

@@ -5,11 +5,12 @@ import statistics
 
 import pytest
 import torch
-from conftest import naming
+from conftest import naming, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.evaluation.perplexity import encode, perplexity, read_text, split_windows, summarize_losses
+from gptq_belle.prompts.conversation import ChatFormat
 
 TEXT = "The quick brown fox 北京是中国的首都,有三千多年的历史。 jumps over the lazy dog. 一加一等于二。" * 3
 
@@ -87,12 +88,13 @@ def test_unusable_windows_and_nan_logits_are_rejected(reference):
 
 
 def test_text_and_chat_files(tmp_path):
+    chat = ChatFormat(tiny_tokenizer(), "bloom")
     plain, chats = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text("一些文字", encoding="utf-8")
     chats.write_text('{"question": "一加一?", "std_answer": "二"}\n{"text": "rest"}\n', encoding="utf-8")
-    assert read_text(plain, "bloom", "</s>") == "一些文字"
-    assert read_text(chats, "bloom", "</s>") == "Human: 一加一?\n\nAssistant:二</s>rest"
+    assert read_text(plain, chat) == "一些文字"
+    assert read_text(chats, chat) == "Human: 一加一?\n\nAssistant:二</s>rest"
     plain.write_bytes(b"\xff\xfe\xfa")
     for path in (plain, tmp_path / "absent"):
         with pytest.raises(InputError, match=naming(path)):
-            read_text(path, "bloom", "</s>")
+            read_text(path, chat)

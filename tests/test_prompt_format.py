@@ -62,17 +62,34 @@ def test_selected_style_is_used_for_calibration(tiny_llama, tmp_path):
     assert len(hashes) == 2
 
 
-def test_disagreeing_chat_template_is_shown(tiny_llama, tmp_path):
+def test_chat_template_is_used_and_shown(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     assert read_prompt_format(path).chat_template is None
     assert ("chat template", "none") in summary_rows(read_prompt_format(path))
     (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     found = read_prompt_format(path)
-    assert not found.agrees
+    assert (found.style, found.text, found.agrees) == ("template", "你好!", True)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"prompt_style": "llama"}))
+    found = read_prompt_format(path)
+    assert (found.style, found.agrees) == ("llama", False)
     assert "'你好!'" in dict(summary_rows(found)).values()
-    (path / "chat_template.jinja").write_text("{{ nonsense() }}")
-    with pytest.raises(InputError, match=naming(path)):
-        read_prompt_format(path)
+
+
+@pytest.mark.parametrize("template", ["{{ nonsense() }}", "{% if %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+                                      "{{ raise_exception('no') }}"])
+def test_unusable_chat_template_is_refused_unless_a_style_is_chosen(tiny_llama, tmp_path, template):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    (path / "chat_template.jinja").write_text(template)
+    for action in (read_prompt_format, lambda path: load(path, device="cpu").generate("a", prompt_style="auto"),
+                   lambda path: quantize_checkpoint(path, tmp_path / "out", QuantConfig(method="rtn"))):
+        with pytest.raises(InputError):
+            action(path)
+    assert inspect(path).problems
+    assert not (tmp_path / "out").exists()
+    assert isinstance(load(path, device="cpu").generate("a", prompt_style="llama", max_new_tokens=1), str)
+    quantize_checkpoint(path, tmp_path / "out", QuantConfig(method="rtn"), prompt_style="llama")
+    check(tmp_path / "out", "llama")
 
 
 def test_unknown_style_is_refused(tiny_llama, tmp_path):

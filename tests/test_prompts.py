@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import ARCHITECTURES
+from gptq_belle.prompts.conversation import turns_from_messages
 from gptq_belle.prompts.stop_strings import IncrementalDecoder, StopStrings, TextStream
 from gptq_belle.prompts.styles import (
     STYLES,
@@ -15,7 +16,6 @@ from gptq_belle.prompts.styles import (
     detect_style,
     get_style,
     render_conversation,
-    turns_from_messages,
 )
 
 few = settings(max_examples=100, deadline=None)
@@ -74,12 +74,12 @@ def test_chat_template_equals_render_conversation(style, bos, messages):
 
 
 def test_messages_become_turns():
-    assert turns_from_messages(MESSAGES) == [Turn("Be brief.\n" + MESSAGES[1]["content"], " ok\n"), Turn("你好")]
+    assert turns_from_messages(MESSAGES) == [Turn(MESSAGES[1]["content"], " ok\n", "Be brief."), Turn("你好")]
 
 
 @pytest.mark.parametrize("messages", [
     [{"role": "assistant", "content": "a"}],
-    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [{"role": "user", "content": "q"}, {"role": "system", "content": "s"}],
     [{"role": "tool", "content": "t"}],
     [{"content": "t"}],
 ])
@@ -91,7 +91,7 @@ def test_messages_out_of_order_are_refused(messages):
 def test_style_detection():
     assert detect_style({"model_type": "bloom"}) == "bloom"
     assert detect_style({"model_type": "llama"}) == "llama"
-    assert detect_style({"model_type": "llama"}, "{{ somebody else's }}") == "llama"
+    assert detect_style({"model_type": "llama"}, "{{ somebody else's }}") == "template"
     for style in STYLES:
         assert detect_style({"model_type": "llama"}, chat_template(style)) == style
         assert detect_style({"model_type": "bloom", "prompt_style": style}, chat_template("llama")) == style

@@ -1,6 +1,7 @@
 """The HTTP API of a running server, by raw HTTP."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -185,6 +186,38 @@ def test_metrics_tokens_models_and_templates(client, model):
     tokens = client.post("/tokenize", json={"prompt": prompt}).json()
     assert tokens["tokens"] == model.tokenizer(prompt)["input_ids"]
     assert client.post("/tokenize", json={"messages": QUESTION}).json()["tokens"] == tokens["tokens"]
+
+
+def test_roles_of_clients_are_taken_merged_or_refused(client):
+    def prompt(*messages):
+        return client.post("/apply-template", json={"messages": list(messages)})
+
+    user, empty = QUESTION[0], {"role": "assistant", "content": None}
+    assert prompt(user, {"role": "user", "content": "再见"}).json()["prompt"] == "Human: 你好\n再见\n\nAssistant:"
+    assert prompt({"role": "developer", "content": "简短。"}, user).json()["prompt"] == (
+        "Human: 简短。\n你好\n\nAssistant:")
+    assert prompt(user, empty, user).json() == prompt(user, {"role": "assistant", "tool_calls": []}, user).json()
+    parts = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
+    assert prompt({"role": "user", "content": parts}).json() == prompt(user).json()
+    for messages in ([{"role": "tool", "content": "2"}, user], [{"role": "critic", "content": "2"}, user],
+                     [user, empty], [empty, user], [user, empty | {"tool_calls": [{"id": "1"}]}, user]):
+        refused = prompt(*messages)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+
+
+def test_own_chat_template_is_served_and_its_refusals_are_400(tiny_llama, tmp_path):
+    path = shutil.copytree(tiny_llama, tmp_path / "model")
+    (path / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if message['content'] == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+        "[{{ message['role'] }}]{{ message['content'] }}<pad>{% endfor %}[assistant]")
+    with serving(path, tmp_path / "log") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        asked = client.post("/apply-template", json={"messages": QUESTION}).json()
+        assert asked["prompt"] == "[user]你好<pad>[assistant]"
+        tokens = client.post("/tokenize", json={"messages": QUESTION}).json()["tokens"]
+        assert chat(client).json()["usage"]["prompt_tokens"] == len(tokens)
+        refused = chat(client, messages=[{"role": "user", "content": "x"}])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+        assert "no x" in refused.json()["error"]["message"]
 
 
 def test_only_page_and_health_are_public(tiny_bloom, tmp_path):

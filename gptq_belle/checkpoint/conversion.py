@@ -43,6 +43,7 @@ from gptq_belle.formats.zero_points import (
     repair_wrapped_zeros,
     unpack_zeros,
 )
+from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.prompts.styles import set_prompt_style
 
 Progress = Callable[[int, int], None]
@@ -102,6 +103,7 @@ def convert(source: str | Path, out: str | Path, *, base: str | Path | None = No
     config = checkpoint.reader.config
     set_prompt_style(config, prompt_style)
     tokenizer = load_tokenizer(checkpoint.folder)
+    chat_format(config, tokenizer)  # refuses a chat template that cannot be used
     with CheckpointWriter(out) as writer:
         _write_tensors_outside_blocks(conversion, writer)
         for index in range(blocks):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
-from gptq_belle.errors import InputError
-from gptq_belle.prompts.styles import Turn, detect_style, get_style, render_conversation
+from gptq_belle.prompts.conversation import ChatFormat, chat_format
+from gptq_belle.prompts.styles import TEMPLATE, default_template
 
 QUESTION = "你好"
 
@@ -16,16 +16,18 @@ class PromptFormat:
     """Prompt format of a model directory.
 
     Attributes:
-        style: a key of `prompts.styles.STYLES`, used by `generate`.
+        style: how `generate` asks: a key of `prompts.styles.STYLES`, or "template" for the chat template.
         text: the prompt of an example question, including special tokens.
         stops: strings that end an answer.
-        chat_template: chat template of the directory, for other programs; None if it has none.
+        stop_tokens: tokens that end an answer.
+        chat_template: chat template of the directory; None if it has none.
         templated: the example question rendered by that template; None if there is none.
     """
 
     style: str
     text: str
     stops: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
     chat_template: str | None
     templated: str | None
 
@@ -43,26 +45,21 @@ def read_prompt_format(path: str | Path) -> PromptFormat:
     """
     reader = CheckpointReader(path)
     tokenizer = load_tokenizer(reader.path)
-    template = getattr(tokenizer, "chat_template", None)
-    name = detect_style(reader.config, template)
-    style = get_style(name)
-    asked = render_conversation([Turn(QUESTION)], name, tokenizer.eos_token)
-    ids = tokenizer(asked, add_special_tokens=style.special_tokens)["input_ids"]
-    templated = None
-    if template:
-        try:
-            templated = str(tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False,
-                                                          add_generation_prompt=True))
-        except Exception as error:  # a template is a program, which jinja runs in a sandbox
-            raise InputError(f"{path}: the chat template cannot be rendered: {str(error)[:200]}",
-                             "Choose another: gptq-belle convert SRC OUT --prompt-style bloom.") from error
-    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return PromptFormat(name, text, style.stops, template, templated)
+    template, chat = default_template(tokenizer.chat_template), chat_format(reader.config, tokenizer)
+    prompt = chat.question(QUESTION)
+    text = str(tokenizer.decode(prompt.ids, clean_up_tokenization_spaces=False))
+    templated = text if chat.name == TEMPLATE else None
+    if template is not None and templated is None:
+        templated = ChatFormat(tokenizer, TEMPLATE).question(QUESTION).text
+    stop_tokens = tokenizer.convert_ids_to_tokens(sorted({tokenizer.eos_token_id, *chat.stop_ids}))
+    return PromptFormat(chat.name, text, chat.stops, tuple(stop_tokens), template, templated)
 
 
 def summary_rows(found: PromptFormat) -> list[tuple[str, str]]:
     """Format a prompt format as (name, value) pairs."""
-    rows = [("prompt style", found.style), ("prompt", repr(found.text)), ("stop string", repr(found.stops[-1]))]
+    rows = [("prompt style", found.style), ("prompt", repr(found.text)),
+            ("stop string", repr(found.stops[-1]) if found.stops else "none"),
+            ("stop tokens", ", ".join(found.stop_tokens))]
     if found.chat_template is None:
         return [*rows, ("chat template", "none")]
     if not found.agrees:

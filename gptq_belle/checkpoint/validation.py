@@ -21,6 +21,7 @@ from gptq_belle.formats.zero_points import V1
 from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD, architecture
 from gptq_belle.models.decoder_config import read_decoder_config
 from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes, outer_shapes, vector_shapes
+from gptq_belle.prompts.conversation import chat_format
 
 MAX_PER_KIND = 5  # problems of one kind that `inspect` names; the others are counted
 INCOMPLETE = "A shard is missing, or config.json belongs to another model: fetch the directory again."
@@ -56,7 +57,7 @@ def list_problems(reader: CheckpointReader, quantization: Quantization | None) -
     except InputError as error:
         return [error.cause]
     kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization), _generation_problems(reader.path),
-             _value_problems(reader, d, quantization), _tokenizer_problems(reader.path, d.vocab_size),
+             _value_problems(reader, d, quantization), _tokenizer_problems(reader, d.vocab_size),
              size_problems(linear_shapes(d)) if quantization is None else iter(()))
     return [text for kind in kinds for text in _shortened(kind)]
 
@@ -217,9 +218,10 @@ def _values(stated: Quantization, reader: CheckpointReader, name: str) -> Iterat
             f"; they would be under format {other}, so the file is probably labelled wrongly" if off_by_one else "")
 
 
-def _tokenizer_problems(path: Path, vocab_size: int) -> Iterator[InputError]:
+def _tokenizer_problems(reader: CheckpointReader, vocab_size: int) -> Iterator[InputError]:
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(reader.path)
+        chat_format(reader.config, tokenizer)
     except GptqBelleError as error:
         yield InputError(error.cause, error.remedy)
         return

@@ -15,8 +15,9 @@ from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
+from gptq_belle.prompts.conversation import messages_from_turns
 from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, get_style, render_conversation
+from gptq_belle.prompts.styles import Turn
 
 HELP = "/reset clears the conversation, /exit or Ctrl-D exits, Ctrl-C stops an answer, /help shows this text."
 ANSWER_ROOM = 128  # tokens reserved for an answer: older turns are dropped until they are free
@@ -49,8 +50,7 @@ class Conversation:
 
     def __init__(self, model: Model, style: str, params: SamplingParams) -> None:
         self.model, self.params = model, params
-        self.name = model.prompt_style if style == "auto" else style
-        self.style = get_style(self.name)
+        self.format = model.chat_format(style)
         self.turns: list[Turn] = []
         self.tokens = 0
 
@@ -63,7 +63,7 @@ class Conversation:
         ids, room = self._prompt(question)
         tokenizer = self.model.tokenizer
         text = TextStream(lambda new: str(tokenizer.decode(
-            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.style.stops)
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.format.stops)
         answer, self.tokens = "", 0
         try:
             for token in self.model.tokens(ids, room, self.params):
@@ -82,12 +82,11 @@ class Conversation:
 
     def _prompt(self, question: str) -> tuple[list[int], int]:
         """Token ids of the turns and the question, and the answer's token limit; old turns are dropped to make room."""
-        tokenizer, context = self.model.tokenizer, self.model.context
+        context = self.model.context
         limit = self.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         enough = min(limit, ANSWER_ROOM)
         while True:
-            text = render_conversation([*self.turns, Turn(question)], self.name, tokenizer.eos_token)
-            ids: list[int] = tokenizer(text, add_special_tokens=self.style.special_tokens)["input_ids"]
+            ids = self.format.prompt(messages_from_turns([*self.turns, Turn(question)])).ids
             room = limit if context is None else min(limit, context - len(ids))
             if room >= enough or not self.turns:
                 break
@@ -112,7 +111,7 @@ def chat_loop(conversation: Conversation, answers: TextIO, questions: TextIO | N
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        console.note(f"{conversation.model.path}, prompt style {conversation.name}. {HELP}")
+        console.note(f"{conversation.model.path}, prompt style {conversation.format.name}. {HELP}")
     turns: list[ChatTurn] = []
     while True:
         try:

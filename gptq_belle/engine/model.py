@@ -27,8 +27,9 @@ from gptq_belle.engine.sampling import SamplingOptions, SamplingParams, sampling
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
+from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.prompts.stop_strings import TextStream
-from gptq_belle.prompts.styles import Turn, detect_style, get_style, render_conversation
+from gptq_belle.prompts.styles import detect_style
 
 DEFAULT_CAPACITY = 2048  # tokens of the cache for a single prompt, unless the context is shorter
 MAX_BATCH = 8  # prompts of a list that are generated at a time
@@ -87,9 +88,27 @@ class Model(LogitsModel):
         return found
 
     @cached_property
+    def _chat_formats(self) -> dict[str, ChatFormat]:
+        return {}
+
+    @cached_property
     def prompt_style(self) -> str:
-        """Prompt style of the model: a key of `prompts.styles.STYLES`."""
-        return detect_style(self.config, getattr(self.tokenizer, "chat_template", None))
+        """Prompt style of the model: a key of `prompts.styles.STYLES`, or "template" for its own chat template."""
+        return detect_style(self.config, self.tokenizer.chat_template)
+
+    def chat_format(self, prompt_style: str = "auto") -> ChatFormat:
+        """How conversations become prompts. Tokens that end answers in this format end them from now on.
+
+        Args:
+            prompt_style: "auto" for the model's own, or a key of `prompts.styles.STYLES`.
+        Raises:
+            UsageError, InputError: see `prompts.conversation.ChatFormat`.
+        """
+        name = self.prompt_style if prompt_style == "auto" else prompt_style
+        if name not in self._chat_formats:
+            self._chat_formats[name] = ChatFormat(self.tokenizer, name)
+            self.eos_ids |= self._chat_formats[name].stop_ids
+        return self._chat_formats[name]
 
     def __repr__(self) -> str:
         kind, context = self.config.get("model_type"), self.context
@@ -136,8 +155,8 @@ class Model(LogitsModel):
         Args:
             prompt: text, or token ids (T,), used without changes.
             params: sampling parameters; None for greedy decoding.
-            prompt_style: None continues the text; "auto" or a key of `prompts.styles.STYLES` wraps it as a question
-                and ends the answer before the model generates the next question.
+            prompt_style: None continues the text; "auto" (the model's chat template or style) or a key of
+                `prompts.styles.STYLES` wraps it as a question and ends the answer before the next question.
             options: fields of `SamplingParams` that replace those of `params`.
         Raises:
             UsageError: an unknown or invalid option, an empty prompt, or one that exceeds the context; raised before
@@ -209,10 +228,8 @@ class Model(LogitsModel):
                                  "Give text, token ids (T,), or for `generate` a list of these.") from error
         if prompt_style is None:
             return self.tokenizer(prompt)["input_ids"], ()
-        name = self.prompt_style if prompt_style == "auto" else prompt_style
-        style = get_style(name)
-        text = render_conversation([Turn(prompt)], name, self.tokenizer.eos_token)
-        return self.tokenizer(text, add_special_tokens=style.special_tokens)["input_ids"], style.stops
+        prepared = self.chat_format(prompt_style).question(prompt)
+        return prepared.ids, prepared.stops
 
 
 def _checked(events: list[Event]) -> list[Event]:

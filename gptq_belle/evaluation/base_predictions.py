@@ -31,7 +31,7 @@ from gptq_belle.evaluation.perplexity import (
     read_text_documents,
     split_windows,
 )
-from gptq_belle.prompts.styles import detect_style
+from gptq_belle.prompts.conversation import chat_format
 
 LOGITS, KEY = "logits.npy", "about.json"
 ModelLoader = Callable[[Path], Model]
@@ -178,8 +178,7 @@ def read_text_for(path: Path, text: Path, *, allow_overlap: bool = False) -> tup
     if not allow_overlap:
         refuse_overlap([path], text, documents)
     tokenizer = load_tokenizer(path)
-    style = detect_style(CheckpointReader(path).config, getattr(tokenizer, "chat_template", None))
-    return tokenizer, join_documents(documents, style, tokenizer.eos_token)
+    return tokenizer, join_documents(documents, chat_format(CheckpointReader(path).config, tokenizer))
 
 
 def windows_for(base: Path, tokenizer: Any, text: str, length: int, stride: int | None,

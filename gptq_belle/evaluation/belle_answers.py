@@ -12,7 +12,6 @@ from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.evaluation.perplexity import check_finite, negative_log_likelihood
 from gptq_belle.prompts.stop_strings import StopStrings
-from gptq_belle.prompts.styles import Turn, get_style, render_conversation
 
 LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
 MAX_ROWS = 64  # given answers per forward pass
@@ -38,7 +37,7 @@ def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: 
     """The greedy answers to questions, in their order; arguments as for `belle_set.evaluate`. Raises InputError if
     logits are not finite."""
     prompts, params = prompt_ids(model, questions, style), SamplingParams(limit)
-    stops = get_style(_style_name(model, style)).stops
+    stops = model.chat_format(style).stops
     if not prompts:
         return []
     width = max(map(len, prompts))
@@ -60,9 +59,8 @@ def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: 
 
 def prompt_ids(model: Model, questions: Sequence[str], style: str = "auto") -> list[list[int]]:
     """Token ids of questions in the model's prompt style."""
-    name, tokenizer = _style_name(model, style), model.tokenizer
-    texts = [render_conversation([Turn(question)], name, tokenizer.eos_token) for question in questions]
-    return [tokenizer(text, add_special_tokens=get_style(name).special_tokens)["input_ids"] for text in texts]
+    chat = model.chat_format(style)
+    return [chat.question(question).ids for question in questions]
 
 
 def reference_ids(model: Model, answers: Sequence[str]) -> list[list[int]]:
@@ -107,10 +105,6 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Rows padded on the right with token 0, which a causal model's earlier positions do not see."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-
-
-def _style_name(model: Model, style: str) -> str:
-    return model.prompt_style if style == "auto" else style
 
 
 def _cut_at_stops(text: str, stops: Sequence[str]) -> str:

@@ -74,7 +74,7 @@ def compare(paths: Mapping[str, Path], questions: Sequence[BelleQuestion], text:
     """
     models = {name: load(path, device=device, precision="exact") for name, path in paths.items()}
     base = next(iter(models.values()))
-    held_out = read_text(text, base.prompt_style, base.tokenizer.eos_token)
+    held_out = read_text(text, base.chat_format())
     progress("decode speed")
     exact = _decode_speeds(list(models.values()))
     fast = _decode_speeds([load(path, device=device, precision="fast") for path in paths.values()])

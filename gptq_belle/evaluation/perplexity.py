@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.prompts.styles import render_conversation
+from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.quantization.calibration import first_token_ids
 from gptq_belle.quantization.calibration_documents import read_documents
 from gptq_belle.quantization.calibration_messages import Document
@@ -163,17 +163,16 @@ def check_finite(logits: Tensor) -> Tensor:
     return logits
 
 
-def read_text(path: str | Path, style: str, eos: str) -> str:
+def read_text(path: str | Path, chat: ChatFormat) -> str:
     """Read a file in any form that calibration accepts (`read_documents`); chats are rendered as prompts.
 
     Args:
         path: the file.
-        style: prompt style of chat rows.
-        eos: end-of-sequence token, appended to every answer.
+        chat: how chat rows are rendered.
     Raises:
         InputError: the file does not exist, is empty or not UTF-8, or contains a row in an unknown form.
     """
-    return join_documents(read_text_documents(path), style, eos)
+    return join_documents(read_text_documents(path), chat)
 
 
 def read_text_documents(path: str | Path) -> list[Document]:
@@ -186,9 +185,9 @@ def read_text_documents(path: str | Path) -> list[Document]:
     return list(documents)
 
 
-def join_documents(documents: Iterable[Document], style: str, eos: str) -> str:
-    """Concatenate documents; chats are rendered as prompts, each answer followed by `eos`."""
-    return "".join(text if isinstance(text, str) else render_conversation(text, style, eos) for text in documents)
+def join_documents(documents: Iterable[Document], chat: ChatFormat) -> str:
+    """Concatenate documents; chats are rendered with their answers."""
+    return "".join(text if isinstance(text, str) else chat.render_turns(text) for text in documents)
 
 
 def exp_or_inf(value: float) -> float:

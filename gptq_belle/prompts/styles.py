@@ -1,16 +1,17 @@
-"""BELLE's prompt styles, and their chat templates.
+"""BELLE's prompt styles, their chat templates, and which style a model uses.
 
 The models were tuned on one of three styles. Answers end with eos. If a model generates the next question instead,
 ``Human:`` is used as a stop string.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import architecture
 
+TEMPLATE = "template"  # the name of no style: the chat template of the model's tokenizer
 EXTENDED_VOCABULARY = 79458  # vocabulary size of BELLE-LLaMA-EXT-7B and -13B, which were tuned on style "newline"
 
 
@@ -39,10 +40,11 @@ STYLES = {
 
 
 class Turn(NamedTuple):
-    """A question and its answer; None if the model has to generate the answer."""
+    """A question and its answer; None if the model has to generate the answer. `system` is an instruction before it."""
 
     question: str
     answer: str | None = None
+    system: str = ""
 
 
 def get_style(name: str) -> PromptStyle:
@@ -57,37 +59,19 @@ def get_style(name: str) -> PromptStyle:
 
 
 def render_conversation(turns: Iterable[Turn], style: str, eos: str) -> str:
-    """Render a conversation as text, without BOS; each answer is followed by eos.
+    """Render a conversation in one of BELLE's styles, without BOS; each answer is followed by eos.
 
     Raises:
         UsageError: unknown style.
     """
     frame = get_style(style)
-    answers = ((turn, "" if turn.answer is None else turn.answer + eos) for turn in turns)
-    return "".join(frame.before + turn.question + frame.after + answer for turn, answer in answers)
 
+    def text(turn: Turn) -> str:
+        system = turn.system + "\n" if turn.system else ""
+        answer = "" if turn.answer is None else turn.answer + eos
+        return frame.before + system + turn.question + frame.after + answer
 
-def turns_from_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """Convert messages ``{"role": ..., "content": ...}`` to turns; a system message is added to the next question.
-
-    Raises:
-        UsageError: an unknown role, or an answer without a question.
-    """
-    turns: list[Turn] = []
-    system = ""
-    for message in messages:
-        role, content = message.get("role"), str(message.get("content", ""))
-        if role == "system":
-            system += content + "\n"
-        elif role == "user":
-            turns.append(Turn(system + content))
-            system = ""
-        elif role == "assistant" and turns and turns[-1].answer is None:
-            turns[-1] = Turn(turns[-1].question, content)
-        else:
-            raise UsageError(f"a message with role {role!r} is not allowed here",
-                             "Alternate user and assistant; system messages come before a question.")
-    return turns
+    return "".join(map(text, turns))
 
 
 def chat_template(style: str, *, bos: bool = False) -> str:
@@ -116,11 +100,16 @@ def chat_template(style: str, *, bos: bool = False) -> str:
 
 
 def detect_style(config: Mapping[str, Any], template: str | Mapping[str, str] | None = None) -> str:
-    """Detect the prompt style of a model: by ``prompt_style`` of config.json, else by a chat template that
-    `chat_template` generated, else by model_type and vocabulary size.
+    """Detect how a model is asked: by ``prompt_style`` of config.json, else by its chat template, else by model_type
+    and vocabulary size.
 
+    Args:
+        config: config.json.
+        template: the tokenizer's chat template, or several by name.
+    Returns:
+        A key of STYLES, also for a template that `chat_template` generated; "template" for any other template.
     Raises:
-        InputError: unknown style or architecture.
+        InputError: unknown style or architecture, or several templates without a default one.
     """
     hint = config.get("prompt_style")
     if hint is not None:
@@ -128,12 +117,29 @@ def detect_style(config: Mapping[str, Any], template: str | Mapping[str, str] | 
             raise InputError(f"config.json's prompt_style {hint!r} is not known",
                              f"It must be one of {', '.join(STYLES)}.")
         return str(hint)
-    generated = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
-    if isinstance(template, Mapping):  # named templates
-        template = template.get("default")
-    default = "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
+    text = default_template(template)
+    if text is not None:
+        generated = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
+        return generated.get(text, TEMPLATE)
+    return "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
         config.get("model_type")).prompt_style
-    return generated.get(template or "") or default
+
+
+def default_template(template: str | Mapping[str, str] | None) -> str | None:
+    """The chat template of a conversation without tools; None if there is none.
+
+    Raises:
+        InputError: there are several by name, and none is called "default".
+    """
+    if not isinstance(template, Mapping):
+        return template or None
+    if len(template) == 1:
+        return next(iter(template.values())) or None
+    if template and "default" not in template:
+        raise InputError(f"none of the chat templates {', '.join(map(repr, template))} is called 'default'",
+                         "Name one of them 'default', or choose a prompt style: --prompt-style "
+                         f"{', '.join(STYLES)}.")
+    return template.get("default") or None
 
 
 def set_prompt_style(config: dict[str, Any], name: str | None) -> None:

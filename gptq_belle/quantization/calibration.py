@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.prompts.styles import render_conversation
+from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.quantization.calibration_documents import BUILTIN, Documents, read_documents, without_repeats
 from gptq_belle.quantization.calibration_keys import document_keys
 from gptq_belle.quantization.calibration_messages import Document
@@ -91,7 +91,7 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
     Args:
         calibration: the source and its size.
         tokenizer: a transformers tokenizer with an eos token.
-        style: prompt style of the chat rows, a key of `gptq_belle.prompts.styles.STYLES`.
+        style: prompt style of the chat rows, the name of a `gptq_belle.prompts.conversation.ChatFormat`.
         context: maximum number of tokens per row for the model; None without a limit.
     Raises:
         InputError: as `read_documents`.
@@ -103,8 +103,9 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
     random.Random(calibration.seed).shuffle(documents)
     stream: list[int] = []
     used: list[Document] = []
+    chat = ChatFormat(tokenizer, style)
     for document in documents:
-        text = _text(document, style, tokenizer.eos_token)
+        text = document + tokenizer.eos_token if isinstance(document, str) else chat.render_turns(document)
         ids, read = first_token_ids(tokenizer, text, rows * seq_len - len(stream))
         stream += ids
         used.append(document[:read] if isinstance(document, str) else document)
@@ -148,10 +149,6 @@ def first_token_ids(tokenizer: Any, text: str, count: int) -> tuple[list[int], i
             return ids[:-CUT_TOKENS], size
         size *= 2
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], len(text)
-
-
-def _text(document: Document, style: str, eos: str) -> str:
-    return document + eos if isinstance(document, str) else render_conversation(document, style, eos)
 
 
 def check_distinct(tokens: Tensor) -> None:

@@ -15,7 +15,8 @@ and, besides conversations and pairs, `system` (a text) and `history` (earlier p
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptq_belle.prompts.styles import Turn, turns_from_messages
+from gptq_belle.prompts.conversation import turns_from_messages
+from gptq_belle.prompts.styles import Turn
 
 Document = str | list[Turn]
 Message = dict[str, str]

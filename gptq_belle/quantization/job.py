@@ -16,7 +16,8 @@ from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer
 from gptq_belle.checkpoint.validation import check_model, size_problems
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.prompts.styles import detect_style, set_prompt_style
+from gptq_belle.prompts.conversation import chat_format
+from gptq_belle.prompts.styles import set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_distinct, check_enough
@@ -110,10 +111,10 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     config = resolve_overrides(config, stream.arch, stream.count)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
+    style = chat_format(reader.config, tokenizer).name
     copied_files(reader.path)  # refuses what could not be written at the end
     if config.method == "rtn":
         return QuantizationJob(stream, config, tokenizer, ignored=ignored)
-    style = detect_style(reader.config, getattr(tokenizer, "chat_template", None))
     tokens, used, notes = calibration_rows(calibration, tokenizer, style, stream.context)
     check_distinct(tokens)
     if not calibration.allow_short:

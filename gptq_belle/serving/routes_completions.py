@@ -28,10 +28,10 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     service = loaded_service(request)
-    ids = service.chat_ids(body.messages)
+    ids, prompt_stops = service.prompt(body.messages)[1:]
     limit = body.max_completion_tokens or body.max_tokens
     service.check(ids, limit, "messages")
-    stops = (*service.chat_stops, *body.stops)
+    stops = (*prompt_stops, *body.stops)
     choices = service.choices([ids], body, limit, body.logprob_count, stops)
 
     def logprobs(piece: TextDelta) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     service = loaded_service(request)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt: give either prompt or messages", "prompt", "invalid_value")
-    ids = (service.chat_ids(body.messages) if body.messages is not None
+    ids = (service.prompt(body.messages).ids if body.messages is not None
            else service.encode(str(body.prompt), body.add_special_tokens))
     return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
 
@@ -60,7 +60,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
     """The prompt text of a conversation."""
-    return {"prompt": loaded_service(request).chat_text(body.messages)}
+    return {"prompt": loaded_service(request).prompt(body.messages).text}
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -4,7 +4,7 @@ Unknown fields are ignored; an invalid value is rejected with the name of the fi
 here: error messages and /openapi.json quote them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -93,15 +93,16 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One message of a conversation."""
+    """One message of a conversation; see `prompts.conversation.merge_messages` for its roles."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Text
+    content: Text | list[TextPart] | None = None
 
     @property
-    def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def fields(self) -> dict[str, Any]:
+        """Role, content as one string, and the fields that this schema does not know."""
+        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
 class ChatRequest(SamplingRequest):

@@ -9,7 +9,8 @@ from fastapi import Request
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
-from gptq_belle.prompts.styles import get_style, render_conversation, turns_from_messages
+from gptq_belle.errors import UsageError
+from gptq_belle.prompts.conversation import Prompt
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
@@ -50,33 +51,22 @@ class Service:
     def __init__(self, model: Model, name: str, limits: Limits, metrics: Metrics, prompt_style: str = "auto") -> None:
         self.model, self.name = model, name
         self.tokenizer = model.tokenizer
-        self.style = model.prompt_style if prompt_style == "auto" else prompt_style
+        self.chat = model.chat_format(prompt_style)
         self.engine = Engine(model, limits.slots, limits.context)
         self.context = self.engine.capacity
         self.created = int(time.time())
         self.scheduler = Scheduler(self.engine, limits.waiting, metrics)
 
-    def chat_text(self, messages: Sequence[Message]) -> str:
-        """Render a conversation as the prompt for the next answer.
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt for the next answer of a conversation.
 
         Raises:
-            UsageError: the roles are not in a valid order.
-            ApiError: 400 if the last message is not from the user.
+            ApiError: 400 if the prompt format cannot express the messages, or the last one is not from the user.
         """
-        if messages[-1].role != "user":
-            raise ApiError(400, f"messages: the role of the last one must be user, not {messages[-1].role}", "messages",
-                           "invalid_value")
-        turns = turns_from_messages([{"role": message.role, "content": message.text} for message in messages])
-        return render_conversation(turns, self.style, str(self.tokenizer.eos_token))
-
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenize the prompt of a conversation."""
-        return self.encode(self.chat_text(messages), get_style(self.style).special_tokens)
-
-    @property
-    def chat_stops(self) -> tuple[str, ...]:
-        """Stop strings of the prompt style."""
-        return get_style(self.style).stops
+        try:
+            return self.chat.prompt([message.fields for message in messages])
+        except UsageError as error:
+            raise ApiError(400, f"messages: {' '.join(str(error).split())}", "messages", "invalid_value") from error
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Tokenize a text."""

@@ -1,0 +1,225 @@
+"""From the messages of a conversation to a model's prompt, for calibration, the command line, the API and the page.
+
+A model is asked in the wording that it was trained with: by the chat template of its tokenizer, rendered in jinja2's
+sandbox as transformers does, else by one of BELLE's prompt styles.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from gptq_belle.errors import InputError, UsageError
+from gptq_belle.prompts.styles import (
+    STYLES,
+    TEMPLATE,
+    Turn,
+    default_template,
+    detect_style,
+    get_style,
+    render_conversation,
+)
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+CALLS = ("tool_calls", "function_call")  # keys of a message that no prompt of this program expresses
+OTHER_STYLE = f"Choose a prompt style instead: --prompt-style {', '.join(STYLES)}."
+QUESTION, ANSWER, NEXT_QUESTION = "question-0", "answer-1", "question-2"  # to find what a template puts between them
+Message = Mapping[str, Any]
+
+
+class Prompt(NamedTuple):
+    """A prompt for the answer to the last message of a conversation.
+
+    Attributes:
+        text: the prompt; special tokens that the tokenizer adds are not in it.
+        ids: token ids, including special tokens.
+        stops: strings that end the answer.
+    """
+
+    text: str
+    ids: list[int]
+    stops: tuple[str, ...]
+
+
+class ChatFormat:
+    """How conversations with a model become prompts.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        name: a key of `prompts.styles.STYLES`, or "template" for the chat template of the tokenizer.
+    Raises:
+        UsageError: the name is unknown, or there is no chat template.
+        InputError: the chat template cannot be rendered for a single question.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self._template = default_template(tokenizer.chat_template) if name == TEMPLATE else None
+        if self._template is None:
+            self._style = get_style(name)
+            return
+        try:
+            self.render([{"role": "user", "content": QUESTION}])
+        except UsageError as error:
+            raise InputError(error.cause, OTHER_STYLE) from error
+
+    @property
+    def special_tokens(self) -> bool:
+        """Whether the tokenizer's special tokens precede a prompt; a template writes them itself."""
+        return self._template is None and self._style.special_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        return self._style.stops if self._template is None else self._template_stops[0]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer besides the model's eos."""
+        return frozenset() if self._template is None else self._template_stops[1]
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt for an answer to the last message.
+
+        Raises:
+            UsageError: the last message is not the user's, or see `render`.
+        """
+        found = merge_messages(messages)
+        if not found or found[-1]["role"] != "user":
+            role = found[-1]["role"] if found else "none"
+            raise UsageError(f"the last message must have the role 'user', not {role!r}",
+                             "End the messages with a question.")
+        text = self.render(found)
+        return Prompt(text, self.encode(text), self.stops)
+
+    def question(self, text: str) -> Prompt:
+        """The prompt for a single question."""
+        return self.prompt([{"role": "user", "content": text}])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation."""
+        return list(self.tokenizer(text, add_special_tokens=self.special_tokens)["input_ids"])
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, open for an answer if the last message is the user's.
+
+        Raises:
+            UsageError: the messages cannot be expressed: a role or their order.
+        """
+        found = merge_messages(messages)
+        if self._template is None:
+            return render_conversation(turns_from_messages(found), self.name, self.tokenizer.eos_token)
+        return self._rendered_template(found, bool(found) and found[-1]["role"] == "user")
+
+    def render_turns(self, turns: Iterable[Turn]) -> str:
+        """The same for turns of question and answer."""
+        return self.render(messages_from_turns(turns))
+
+    def _rendered_template(self, messages: list[dict[str, str]], is_open: bool) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False,
+                                                          add_generation_prompt=is_open))
+        except Exception as error:  # a template is a program, which jinja2 runs in a sandbox; it can raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UsageError(f"the model's chat template does not accept the messages: {reason}",
+                             "Change their roles or order, or choose a prompt style: --prompt-style "
+                             f"{', '.join(STYLES)}.") from error
+
+    @cached_property
+    def _template_stops(self) -> tuple[tuple[str, ...], frozenset[int]]:
+        """What the template writes after an answer: a special token, or the start of the next question."""
+        after = self._after_answer().strip()
+        added = sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
+        first = next((index for token, index in added if after.startswith(token)), None)
+        if first is not None:
+            return (), frozenset({first})
+        text = after[: min((after.find(token) for token, _ in added if token in after), default=len(after))].strip()
+        return ((text,) if len(text) > 1 else ()), frozenset()
+
+    def _after_answer(self) -> str:
+        conversation = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER},
+                        {"role": "user", "content": NEXT_QUESTION}]
+        try:
+            text = self._rendered_template(conversation, False)
+        except UsageError:  # a template for a single question
+            return ""
+        start, end = text.find(ANSWER), text.find(NEXT_QUESTION)
+        return text[start + len(ANSWER) : end] if 0 <= start < end else ""
+
+
+def chat_format(config: Mapping[str, Any], tokenizer: Any, prompt_style: str = "auto") -> ChatFormat:
+    """The chat format of a model.
+
+    Args:
+        config: its config.json.
+        tokenizer: its tokenizer.
+        prompt_style: "auto", or as `ChatFormat`.
+    Raises:
+        UsageError, InputError: as `ChatFormat` and `detect_style`.
+    """
+    name = detect_style(config, tokenizer.chat_template) if prompt_style == "auto" else prompt_style
+    return ChatFormat(tokenizer, name)
+
+
+def merge_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages with a role of system, user and assistant and a text; consecutive ones of a role become one.
+
+    ``developer`` is another name for system, and no content is an empty text.
+
+    Raises:
+        UsageError: a message has another role, holds a call of a tool, or its content is not text.
+    """
+    found: list[dict[str, str]] = []
+    for message in messages:
+        stated, content = message.get("role"), message.get("content")
+        role = ROLES.get(str(stated))
+        if role is None:
+            raise UsageError(f"a message with the role {str(stated)[:40]!r} cannot be expressed in a prompt",
+                             f"Roles are {', '.join(ROLES)}.")
+        if call := next((key for key in CALLS if message.get(key)), None):
+            raise UsageError(f"a message holds {call}, which cannot be expressed in a prompt",
+                             "Remove the message: tools are not supported.")
+        if not isinstance(content, str | None):
+            raise UsageError("the content of a message is not text", "Give a string.")
+        if found and found[-1]["role"] == role:
+            found[-1]["content"] = "\n".join(filter(None, (found[-1]["content"], content)))
+        else:
+            found.append({"role": role, "content": content or ""})
+    return found
+
+
+def turns_from_messages(messages: Sequence[Message]) -> list[Turn]:
+    """Convert messages to turns of question and answer, as BELLE's styles express them.
+
+    Raises:
+        UsageError: see `merge_messages`; an answer without a question, or a system message without one.
+    """
+    turns: list[Turn] = []
+    system: list[str] = []
+    for message in merge_messages(messages):
+        role, content = message["role"], message["content"]
+        if role == "system":
+            system.append(content)
+        elif role == "user":
+            turns.append(Turn(content, system="\n".join(system)))
+            system = []
+        elif turns and turns[-1].answer is None:
+            turns[-1] = turns[-1]._replace(answer=content)
+        else:
+            raise UsageError("an assistant message without a question before it cannot be expressed in BELLE's prompts",
+                             "Alternate user and assistant; system messages come before a question.")
+    if system:
+        raise UsageError("a system message without a question after it cannot be expressed in BELLE's prompts",
+                         "Put system messages before a question.")
+    return turns
+
+
+def messages_from_turns(turns: Iterable[Turn]) -> list[dict[str, str]]:
+    """Convert turns to messages; a turn without an answer is open."""
+    found: list[dict[str, str]] = []
+    for turn in turns:
+        if turn.system:
+            found.append({"role": "system", "content": turn.system})
+        found.append({"role": "user", "content": turn.question})
+        if turn.answer is not None:
+            found.append({"role": "assistant", "content": turn.answer})
+    return found
