@@ -58,6 +58,9 @@ def from_os_error(error: OSError) -> GptqBelleError | None:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return HardwareError(f"{where}the disk is full", "Free some space, or choose an output on another disk.")
+        case errno.EFBIG:
+            return HardwareError(f"{where}the file is larger than its limit",
+                                 "Raise the limit (ulimit -f), or choose a file system that holds larger files.")
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return HardwareError(f"{where}permission denied", "Choose a path that you may read and write.")
         case errno.ENOMEM:
@@ -66,6 +69,11 @@ def from_os_error(error: OSError) -> GptqBelleError | None:
             return HardwareError(f"{where}too many open files", "Close other programs, or raise the limit (ulimit -n).")
         case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
             return InputError(f"{where}{str(error.strerror).lower()}", "Check the path.")
+        case errno.ELOOP | errno.ENAMETOOLONG | errno.EEXIST | errno.ENOTEMPTY:
+            return InputError(f"{where}{str(error.strerror).lower()}", "Check the path and the links in it.")
+        case errno.EIO | errno.ESTALE | errno.ETIMEDOUT | errno.ENODEV | errno.ENXIO:
+            return HardwareError(f"{where}{str(error.strerror).lower()}",
+                                 "Check the disk or network share, or choose another one.")
     return None
 
 

@@ -11,6 +11,7 @@ from gptq_belle.cli import (
     convert,
     demo,
     doctor,
+    environment,
     evaluate,
     generate,
     inspect,
@@ -22,7 +23,7 @@ from gptq_belle.cli import (
     tune,
 )
 
-app = typer.Typer(name="gptq-belle", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+app = typer.Typer(name="gptq-belle", no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode="rich")
 app.add_typer(evaluate.app, name="eval",
               help="Measure quality: perplexity, KL divergence from the base, answers to test questions.")
@@ -39,6 +40,8 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+def root(context: typer.Context,
+         version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
                                                help="Show the version and exit.")] = False) -> None:
     """Quantize BELLE models to 2, 3, 4 or 8 bits with GPTQ, and run them on a CPU or one GPU."""
+    environment.require_stdout(context.invoked_subcommand)

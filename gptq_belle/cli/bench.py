@@ -37,10 +37,12 @@ def bench(
         return
     if not paths:
         raise UsageError("bench needs a model", "Name one or more directories, or --table belle.")
+    options.import_engine()
     from gptq_belle.bench import throughput, throughput_plot
     from gptq_belle.bench.workload import Workload
     from gptq_belle.cli import bench_output
 
+    options.check_engine_options(device, precision, head_bits, cache)
     bench_output.check_format(output)
     if plot is not None:
         throughput_plot.check_plot(plot)

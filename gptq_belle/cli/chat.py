@@ -2,7 +2,7 @@
 
 import sys
 
-from gptq_belle.cli import console, options
+from gptq_belle.cli import console, environment, options
 
 
 def chat(
@@ -22,6 +22,9 @@ def chat(
     verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model over several turns. With --json, answers are streamed to stderr and all turns go to stdout."""
+    environment.require_stdin()
+    options.check_chat_style(prompt_style)
+    options.check_engine_options(device, precision, head_bits, cache, prompt_style)
     from gptq_belle.cli.conversation import Conversation, chat_loop
     from gptq_belle.engine.sampling import SamplingParams
 

@@ -7,6 +7,7 @@ lines without line breaks.
 import dataclasses
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gptq_belle.cli import environment
 from gptq_belle.errors import as_user_error
 
 INTERRUPTED = 130
@@ -123,10 +125,12 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
         app: the typer app.
         args: the command line without the program's name; None uses the command line of the process.
     """
+    environment.prepare_process() if args is None else environment.ignore_invalid_widths()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # print \u4f60 on a latin-1 terminal instead of failing
     try:
+        environment.check_arguments(sys.argv[1:] if args is None else args)
         app(args) if args is not None else app()
         code: int | str | None = 0
     except SystemExit as error:
@@ -137,7 +141,17 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
         code = report(error)
     if code == INTERRUPTED:
         note("Interrupted.", style=None)
-    sys.exit(code)
+    sys.exit(_flush_results() or code)
+
+
+def _flush_results() -> int:
+    """Write what is buffered for stdout, and return an exit code: 0 if that succeeds."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it exits
+        return 1 if isinstance(error, BrokenPipeError) else report(error)
+    return 0
 
 
 def report(error: BaseException) -> int:

@@ -8,13 +8,15 @@ import time
 from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import TextIO
 
 from gptq_belle.cli import console
+from gptq_belle.common.text import count, is_unicode
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
-from gptq_belle.errors import UsageError
+from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import messages_from_turns
 from gptq_belle.prompts.stop_strings import TextStream
 from gptq_belle.prompts.styles import Turn
@@ -106,18 +108,29 @@ def chat_loop(conversation: Conversation, answers: TextIO, questions: TextIO | N
         questions: one question per line; None reads stdin, with a prompt if it is a terminal.
     Returns:
         All turns.
+    Raises:
+        InputError: a piped line is not UTF-8 (or not in the encoding of the locale).
     """
+    if questions is None and isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `_refuse_encoding` reports such lines
     interactive = questions is None and sys.stdin.isatty()
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
         console.note(f"{conversation.model.path}, prompt style {conversation.format.name}. {HELP}")
     turns: list[ChatTurn] = []
+    number = 0
     while True:
         try:
             line = _next_line(interactive, questions or sys.stdin)
             if line is None or line.strip() in ("/exit", "/quit"):
                 return turns
+            number += 1
+            if not is_unicode(line):
+                _refuse_encoding(line, number, interactive)
+                continue
+            if number == 1:
+                line = line.removeprefix("\ufeff")  # byte order mark of some editors
             _handle_line(conversation, line.strip(), answers, turns)
         except KeyboardInterrupt:  # while typing, or just after an answer
             if not interactive:
@@ -137,6 +150,16 @@ def _handle_line(conversation: Conversation, line: str, answers: TextIO, turns: 
         console.note(f"Unknown command {line.split()[0]}. {HELP}")
     elif line:
         turns.append(_answer(conversation, line, answers))
+
+
+def _refuse_encoding(line: str, number: int, interactive: bool) -> None:
+    """Report a line that is not UTF-8: a note if a person can type it again, else an error."""
+    shown = line.strip().encode("utf-8", "surrogateescape")[:40]
+    error = InputError(f"line {number} of the input is not {sys.stdin.encoding.upper()}: {shown!r}",
+                       "Convert it to UTF-8, for example with `iconv -f GBK -t UTF-8`.")
+    if not interactive:
+        raise error
+    console.note(str(error), style=None)
 
 
 def _next_line(interactive: bool, questions: TextIO) -> str | None:
@@ -167,6 +190,6 @@ def _answer(conversation: Conversation, question: str, answers: TextIO) -> ChatT
     turn.seconds, turn.tokens = time.perf_counter() - start, conversation.tokens
     answers.write("\n")
     answers.flush()
-    speed = f"{turn.tokens} tokens, {turn.tokens / max(turn.seconds, 1e-9):.1f} tokens/s"
+    speed = f"{count(turn.tokens, 'token')}, {turn.tokens / max(turn.seconds, 1e-9):.1f} tokens/s"
     console.note(f"[stopped; {speed}]" if turn.stopped else f"[{speed}]")
     return turn

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 Text = Annotated[Path, typer.Option(help="UTF-8 text, or JSONL rows in any form that calibration accepts.")]
-Stride = Annotated[int | None, typer.Option(help="Scored tokens per window. Default: all of them.",
+Stride = Annotated[int | None, typer.Option(help="Scored tokens per window. Default: all of them.", min=1,
                                             show_default=False)]
 Gate = Annotated[list[str] | None, typer.Option(
     "--gate", help="Exit with code 5 if it is missed: a metric of --json, then <, <=, > or >=, then a number. "
@@ -33,18 +33,22 @@ def ppl(
     gate: Gate = None,
     allow_overlap: options.AllowOverlap = False,
     precision: options.Precision = None,
+    head_bits: options.HeadBits = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Perplexity on a text: per token, UTF-8 byte and character. Gates: ppl, per_byte ..., as in --gate 'ppl<12'."""
+    options.check_engine_options(device, precision, head_bits)
     from gptq_belle.evaluation import perplexity
     from gptq_belle.evaluation import quality_gates as gates
     from gptq_belle.evaluation.base_predictions import read_text_for
 
     wanted = [gates.parse_gate(one, gates.metric_names(perplexity.Perplexity)) for one in gate or []]
+    perplexity.check_windows(window, stride)
+    path = options.local(path)
     _, words = read_text_for(path, text, allow_overlap=allow_overlap)
-    model = options.load_model(path, device, precision)
+    model = options.load_model(path, device, precision, head_bits)
     with console.progress_bar("windows") as progress:
         found = perplexity.perplexity(model.logits, model.tokenizer, words, length=window, stride=stride, limit=limit,
                                       progress=progress)
@@ -58,8 +62,7 @@ def ppl(
 @app.command()
 def kl(
     path: options.ModelPath,
-    base: Annotated[Path, typer.Option(callback=options.local,
-                                       help="The full-precision model that PATH was quantized from.")],
+    base: Annotated[Path, typer.Option(help="The full-precision model that PATH was quantized from.")],
     text: Text,
     window: options.WindowTokens = 512,
     stride: Stride = None,
@@ -79,11 +82,15 @@ def kl(
 
     Gates: kl, kl_max, same_top, ppl, kl_99% ..., as in --gate 'kl<0.05'.
     """
+    options.check_engine_options(device, precision, head_bits)
     from gptq_belle.evaluation import base_predictions, kl_statistics
     from gptq_belle.evaluation import quality_gates as gates
     from gptq_belle.evaluation.kl_divergence import compare_with_predictions
+    from gptq_belle.evaluation.perplexity import check_windows
 
     wanted = [gates.parse_gate(one, gates.metric_names(kl_statistics.Divergence)) for one in gate or []]
+    check_windows(window, stride)
+    path, base = options.local(path), options.local(base)
     tokenizer, words = base_predictions.read_text_for(path, text, allow_overlap=allow_overlap)
     split = base_predictions.windows_for(base, tokenizer, words, window, stride, limit)
     with base_predictions.open_predictions(base, split, lambda place: options.load_model(place, device, precision),
@@ -105,7 +112,7 @@ def belle(
     path: options.ModelPath,
     test: Annotated[Path, typer.Option(help=options.TEST_HELP)],
     base: Annotated[Path | None, typer.Option(
-        callback=options.optional_local, show_default=False,
+        show_default=False,
         help="The full-precision model that PATH was quantized from: measure agreement with its greedy answers.",
         )] = None,
     per_class: options.PerClass = None,
@@ -120,6 +127,7 @@ def belle(
     gate: Gate = None,
     allow_overlap: options.AllowOverlap = False,
     precision: options.Precision = None,
+    head_bits: options.HeadBits = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -129,6 +137,8 @@ def belle(
     Gates: exact, f1, rouge_l, nll, agreement, identical, of all questions or of one class, as in --gate 'exact>85' or
     --gate 'f1.math>50'.
     """
+    options.check_chat_style(prompt_style)
+    options.check_engine_options(device, precision, head_bits)
     from gptq_belle.evaluation import belle_set as test_set
     from gptq_belle.evaluation import judge_requests as judging
     from gptq_belle.evaluation import quality_gates as gates
@@ -139,10 +149,11 @@ def belle(
     rows = test_set.read_questions(test, per_class)
     wanted = [gates.parse_gate(one, gates.belle_metric_names(row.cls for row in rows)) for one in gate or []]
     instructions = judging.read_instructions(judge_prompts) if judge_prompts else {}
+    path, base = options.local(path), options.optional_local(base)
     if not allow_overlap:
         _refuse_overlap(path, test, rows)
     asked = _ask_base(base, rows, max_tokens, batch, prompt_style, precision, device) if base else None
-    model = options.load_model(path, device, precision)
+    model = options.load_model(path, device, precision, head_bits)
     with console.progress_bar("answers") as progress:
         found = test_set.evaluate(model, rows, limit=max_tokens, batch=batch, style=prompt_style, base=asked,
                                   progress=progress)

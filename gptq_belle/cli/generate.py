@@ -27,11 +27,14 @@ def generate(
     verbose: options.Verbose = False,
 ) -> None:
     """Answer one prompt and stream the answer to stdout."""
+    options.check_engine_options(device, precision, head_bits, cache, prompt_style)
+    from gptq_belle.engine.sampling import SamplingParams
+
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     model = options.load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     start, answer = time.perf_counter(), ""
-    for piece in model.stream(prompt, prompt_style=style, max_new_tokens=max_tokens, temperature=temperature,
-                              top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed):
+    for piece in model.stream(prompt, params, prompt_style=style):
         answer += piece
         if not as_json:
             sys.stdout.write(piece)

@@ -14,6 +14,7 @@ def inspect(path: options.ModelPath,
     """Show a model directory's bits, groups, sizes and prompt style; exit code 4 if it has problems."""
     from gptq_belle.checkpoint import inspection, prompt_format
 
+    path = options.local(path)
     if prompt:
         shown = prompt_format.read_prompt_format(path)
         if as_json:

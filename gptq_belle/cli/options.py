@@ -39,7 +39,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=console.set_v
 
 # how a model is loaded
 ModelPath = Annotated[Path, typer.Argument(
-    metavar="PATH", callback=local, help="Model directory, quantized or not; a hub id; or a name listed by `models`.")]
+    metavar="PATH", help="Model directory, quantized or not; a hub id; or a name listed by `models`.")]
 Precision = Annotated[str | None, typer.Option(
     help="exact: float32, with 16-bit activations for packed weights on a CPU. fast: 8-bit activations on a CPU, "
          "float16 on a GPU. Default: exact on a CPU, fast on a GPU.")]
@@ -65,14 +65,48 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, r
 Seed = Annotated[int | None, typer.Option(help="Random seed for sampling. Default: a new one.", show_default=False)]
 
 # evaluation
-WindowTokens = Annotated[int, typer.Option("--window", help="Tokens per window.")]
-TextLimit = Annotated[int | None, typer.Option("--limit", help="Use only the first N tokens of the text.",
+WindowTokens = Annotated[int, typer.Option("--window", help="Tokens per window.", min=2)]
+TextLimit = Annotated[int | None, typer.Option("--limit", help="Use only the first N tokens of the text.", min=2,
                                                show_default=False)]
 TEST_HELP = "JSONL rows with class, question and std_answer."
 PerClass = Annotated[int | None, typer.Option(help="Use only the first N questions of each class.", min=1)]
 AnswerTokens = Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens per answer.", min=1)]
 QuestionBatch = Annotated[int, typer.Option("--batch", help="Number of questions answered at a time.", min=1)]
 AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Accept text that the model was calibrated on.")]
+
+
+def check_chat_style(style: str) -> None:
+    """Raise UsageError for a prompt style that cannot express a conversation."""
+    if style != "auto":
+        from gptq_belle.prompts.styles import get_style
+
+        get_style(style)
+
+
+def import_engine() -> None:
+    """Import PyTorch and transformers, which takes seconds, with a progress line on stderr."""
+    with console.show_step("importing PyTorch"):
+        import gptq_belle.engine.model  # noqa: F401
+
+
+def check_engine_options(device: str, precision: str | None = None, head_bits: int | None = None,
+                         cache: str = "float16", prompt_style: str = "auto") -> None:
+    """Check the options of a run before its model is looked for.
+
+    Raises:
+        UsageError: a value that is not allowed.
+        HardwareError: this machine has no such device.
+    """
+    if prompt_style != "none":
+        check_chat_style(prompt_style)
+    import_engine()
+    from gptq_belle.common.devices import resolve_device, resolve_precision
+    from gptq_belle.engine.kv_cache import check_cache_dtype
+    from gptq_belle.engine.lm_head import check_head_bits
+
+    resolve_precision(precision, resolve_device(device))
+    check_head_bits(head_bits)
+    check_cache_dtype(cache)
 
 
 def load_model(path: Path, device: str, precision: str | None, head_bits: int | None = None,

@@ -26,10 +26,10 @@ def plan(
     from gptq_belle.bench.plan import plan as planned
     from gptq_belle.checkpoint.reader import read_config
     from gptq_belle.cli import plan_output
-    from gptq_belle.common.memory import parse_bytes
+    from gptq_belle.common.memory import parse_memory
 
     kind = plan_output.device_kind(device)
-    budget = parse_bytes(memory)
+    budget = parse_memory(memory)
     rows = planned(read_config(model), budget, context=context, batch=batch, cache=cache, group_size=group_size,
                    device=kind)
     found = plan_output.PlanResult(str(model), budget, context, batch, rows)

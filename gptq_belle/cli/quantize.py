@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gptq_belle.cli import console, options
+from gptq_belle.common.text import count
 from gptq_belle.errors import UsageError
-from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.overrides import parse_override
 
 if TYPE_CHECKING:
+    from gptq_belle.cli.progress import ConsoleProgress
     from gptq_belle.quantization.job import QuantizationJob
     from gptq_belle.quantization.report import Report
 
@@ -56,7 +56,8 @@ Memory = Annotated[str | None, typer.Option(
 PackedHeadOnly = Annotated[bool, typer.Option(
     "--packed-head-only", help="Store the LM head (of BLOOM the embedding too) only packed in --head-bits: a smaller "
     "file that only gptq-belle reads.")]
-PackedHeadBits = Annotated[int, typer.Option(help="Bits of the packed head with --packed-head-only: 8 or 4.")]
+PackedHeadBits = Annotated[int | None, typer.Option(
+    help="Bits of the packed head with --packed-head-only: 8 or 4. Default: 8.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk without writing anything.")]
 Resume = Annotated[bool, typer.Option(
     "--resume/--restart", help="Resume an interrupted job of the same source and settings from OUT.partial, or start "
@@ -69,29 +70,37 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
              auto_bits: AutoBits = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,
              seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
              memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
-             packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = 8, dry_run: DryRun = False,
+             packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = None, dry_run: DryRun = False,
              resume: Resume = True, device: options.Device = "auto", as_json: options.Json = False,
              verbose: options.Verbose = False) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
 
     Finished blocks are kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command resumes there.
     """
+    if head_bits is not None and not packed_head_only:
+        raise UsageError(f"--head-bits {head_bits} has no effect without --packed-head-only",
+                         "Add --packed-head-only, or give --head-bits to generate, chat or serve, which quantize the "
+                         "lm_head while they load it.")
+    with console.show_step("importing PyTorch"):
+        from gptq_belle.quantization.config import QuantConfig
+        from gptq_belle.quantization.overrides import parse_override
+
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
                          preset=preset, without=tuple(filter(None, without.split(","))),
                          positive_scales=positive_scales, overrides=tuple(map(parse_override, override or ())),
-                         head_bits=head_bits if packed_head_only else 16, auto_bits=auto_bits)
+                         head_bits=(head_bits or 8) if packed_head_only else 16, auto_bits=auto_bits)
     from gptq_belle.cli.progress import ConsoleProgress
-    from gptq_belle.common.memory import parse_bytes
+    from gptq_belle.common.memory import parse_memory
     from gptq_belle.quantization.calibration import Calibration
     from gptq_belle.quantization.job import prepare_job
     from gptq_belle.quantization.pipeline import quantize_checkpoint
 
     data = Calibration(calibration, rows, seq_len, seed, allow_short)
-    limit, style = None if memory is None else parse_bytes(memory), options.style_or_none(prompt_style)
+    limit, style = None if memory is None else parse_memory(memory), options.style_or_none(prompt_style)
     if dry_run:
         _print_estimate(prepare_job(model, config, data, device, lora, style), limit, as_json)
         return
-    with resumable(out), ConsoleProgress(console.err()) as progress:
+    with ConsoleProgress(console.err()) as progress, resumable(out, progress):
         report = quantize_checkpoint(model, out, config, calibration=data, device=device, progress=progress,
                                      resume=resume, memory=limit, lora=lora, prompt_style=style)
     if as_json:
@@ -137,7 +146,8 @@ def _print_estimate(job: "QuantizationJob", limit: int | None, as_json: bool) ->
         console.print_json(found)
         return
     where = "on disk" if found.spilled else "in memory"
-    console.print_line(f"{found.blocks} blocks, {found.linears} linears, {found.tokens:,} calibration tokens")
+    console.print_line(f"{count(found.blocks, 'block')}, {count(found.linears, 'linear')}, "
+                       f"{count(found.tokens, 'calibration token')}")
     console.print_line(f"time    {found.seconds:,.0f} s on this machine")
     console.print_line(f"memory  {found.memory / 2**20:,.0f} MiB at the peak, activations {where}")
     console.print_line(f"disk    {found.disk / 1e6:,.1f} MB at the peak, of which {found.output / 1e6:,.1f} MB are the "
@@ -147,8 +157,12 @@ def _print_estimate(job: "QuantizationJob", limit: int | None, as_json: bool) ->
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """A context in which SIGTERM acts like Ctrl-C; after an interruption it prints the command that resumes the job."""
+def resumable(out: Path, progress: "ConsoleProgress") -> Iterator[None]:
+    """A context in which SIGTERM acts like Ctrl-C; after an interruption it prints the command that resumes the job.
+
+    Before the job has opened its journal, finished blocks in OUT.partial may be those of a job with other settings,
+    which this command would not resume.
+    """
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
@@ -162,7 +176,9 @@ def resumable(out: Path) -> Iterator[None]:
         from gptq_belle.quantization.journal import finished_blocks
 
         if finished := finished_blocks(partial_directory(out.absolute())):
-            console.note(f"{finished} finished blocks are kept. Resume with: {_this_command()}", style=None)
+            kept = f"{count(finished, 'finished block')} {'is' if finished == 1 else 'are'} kept"
+            console.note(f"{kept}. Resume with: {_this_command()}" if progress.blocks else
+                         f"{kept} of an earlier job. The command of that job resumes it.", style=None)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 """The command `serve`."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -32,12 +33,17 @@ def serve(
     verbose: options.Verbose = False,
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
+    options.check_chat_style(prompt_style)
+    options.check_engine_options(device, precision, head_bits, cache, prompt_style)
     from gptq_belle.serving.server import serve
     from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
 
     limits = Limits(slots=max_batch, waiting=max_queue, context=max_len)
-    config = ServiceConfig(options.local(path), limits, prompt_style, device, precision, head_bits, cache)
+    config = ServiceConfig(path, limits, prompt_style, device, precision, head_bits, cache)
     listen = ListenConfig(host, port, api_key or None, allow_unauthenticated)
+    listen.check()
+    listen.check_port()
+    config = replace(config, path=options.local(path))
     notice = partial(console.note, style=None)
     if ray:
         from gptq_belle.serving.ray_replicas import serve_replicas

@@ -23,7 +23,7 @@ def tune(
     from gptq_belle.bench.model_tuning import tune_model
 
     with console.show_steps() as progress:
-        found = tune_model(path, device=device, rows=rows or (), out=out, progress=progress)
+        found = tune_model(options.local(path), device=device, rows=rows or (), out=out, progress=progress)
     if as_json:
         console.print_json(found)
     else:

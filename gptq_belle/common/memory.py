@@ -17,6 +17,7 @@ from gptq_belle.errors import UsageError
 
 _STATUS = Path("/proc/self/status")
 M_MMAP_THRESHOLD = -3  # parameter of mallopt(3)
+MIN_MEMORY = 1 << 20  # bytes; a smaller limit of memory is a number without its unit
 INTERVAL = 0.015  # seconds between samples; one sample takes about 30 microseconds
 
 
@@ -83,6 +84,21 @@ def parse_bytes(text: str) -> int:
     number, unit, binary, suffix = found.groups()
     base = 1000 if suffix and not binary else 1024
     return int(float(number) * base ** (" KMGT".index(unit.upper()) if unit else 0))
+
+
+def parse_memory(text: str) -> int:
+    """Parse a size of memory; see `parse_bytes`.
+
+    Raises:
+        UsageError: the text is not a size, or below MIN_MEMORY: a bare number is bytes, where GB are usually meant.
+    """
+    size = parse_bytes(text)
+    if size < MIN_MEMORY:
+        number = text.strip().rstrip("Bb").strip()
+        suggestion = f"{number}GB" if number.isdecimal() and 0 < int(number) < 10_000 else "8GB"
+        raise UsageError(f"{text!r} is a size of {size:,} bytes, which is too little memory for any model",
+                         f"Give a unit, such as {suggestion}.")
+    return size
 
 
 class PeakMemory:

@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from gptq_belle.common.text import count
 from gptq_belle.evaluation.perplexity import exp_or_inf, standard_error
 
 KL_QUANTILES = (0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01)
@@ -141,7 +142,7 @@ def format_divergence(f: Divergence) -> Sequence[tuple[str, str]]:
         ("Minimum Δp", f"{100 * f.probability_min:.3f} %"),
         ("RMS Δp", f"{100 * f.probability_rms:.3f} ± {100 * f.probability_rms_error:.3f} %"),
         ("Same top p", f"{100 * f.same_top:.3f} ± {100 * f.same_top_error:.3f} %"),
-        ("tokens", f"{f.tokens} in {f.windows} windows"),
+        ("tokens", f"{f.tokens} in {count(f.windows, 'window')}"),
     ]
 
 

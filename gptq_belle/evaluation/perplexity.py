@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptq_belle.common.text import count
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.quantization.calibration import first_token_ids
@@ -66,10 +67,7 @@ def split_windows(ids: Tensor, length: int, stride: int | None = None) -> Iterat
         UsageError: a length below 2, or a stride outside 1 .. length - 1.
         InputError: fewer than two tokens.
     """
-    step = length - 1 if stride is None else stride
-    if length < 2 or not 1 <= step < length:
-        raise UsageError(f"a window of {length} tokens with stride {step} is not allowed",
-                         "Choose a window of at least 2 tokens and a stride from 1 to the window less 1.")
+    step = check_windows(length, stride)
     if len(ids) < 2:
         raise InputError(f"the text has {len(ids)} tokens", "Perplexity needs at least 2; give a longer text.")
     end = min(length, len(ids))
@@ -77,6 +75,15 @@ def split_windows(ids: Tensor, length: int, stride: int | None = None) -> Iterat
     while end < len(ids):
         start, end = end, min(end + step, len(ids))
         yield TextWindow(ids[max(0, end - length) : end], end - start)
+
+
+def check_windows(length: int, stride: int | None) -> int:
+    """The stride of windows, length - 1 by default; raises UsageError as `split_windows`."""
+    step = length - 1 if stride is None else stride
+    if length < 2 or not 1 <= step < length:
+        raise UsageError(f"a window of {length} tokens with stride {step} is not allowed",
+                         "Choose a window of at least 2 tokens and a stride from 1 to the window less 1.")
+    return step
 
 
 def scored_rows(logits: Tensor, window: TextWindow) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,7 +143,7 @@ def format_perplexity(found: Perplexity) -> list[tuple[str, str]]:
         ("perplexity", f"{found.perplexity:.4f} ± {found.standard_error:.4f}"),
         ("per byte", f"{found.per_byte:.4f}"),
         ("per character", f"{found.per_character:.4f}"),
-        ("tokens", f"{found.tokens} in {found.windows} windows"),
+        ("tokens", f"{found.tokens} in {count(found.windows, 'window')}"),
     ]
 
 

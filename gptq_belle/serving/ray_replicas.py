@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gptq_belle.common.text import count
 from gptq_belle.errors import HardwareError
 from gptq_belle.serving.server import SHUTDOWN_TIMEOUT
 from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
@@ -60,7 +61,7 @@ def serve_replicas(config: ServiceConfig, listen: ListenConfig, replicas: int,
         url = address(listen.host, port)
         if on_ready is not None:
             on_ready({"url": url, "model": config.name, "slots": replicas * config.limits.slots, "replicas": replicas})
-        notice(f"Listening on {url}; {replicas} replicas of {config.name} are ready.")
+        notice(f"Listening on {url} with {count(replicas, 'replica')} of {config.name}.")
         stopped.wait()
         serve.delete(NAME)
     finally:
@@ -134,7 +135,7 @@ def _free_port(listen: ListenConfig) -> int:
         with socket.create_server((listen.host.strip("[]"), listen.port), family=family) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise listen.unavailable() from error
+        raise listen.unavailable(error) from error
 
 
 def _stop_on_signals(stopped: threading.Event, interrupted: threading.Event) -> None:

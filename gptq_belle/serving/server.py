@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gptq_belle.common.text import count
 from gptq_belle.errors import HardwareError
 
 try:
@@ -67,13 +68,14 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
         GptqBelleError: the model cannot be loaded.
     """
     listen.check()
+    sockets = listen.open()  # before the model is loaded: a busy port is not worth the wait
 
     def load(state: AppState) -> Service:
         service = config.service(state.metrics)
         if on_ready is not None:
             on_ready({"url": server.url, "model": service.name, "slots": config.limits.slots,
                       "context": service.context})
-        notice(f"{service.name} is ready: {config.limits.slots} requests at a time, "
+        notice(f"{service.name} is ready: {count(config.limits.slots, 'request')} at a time, "
                f"contexts of {service.context} tokens.")
         return service
 
@@ -84,9 +86,12 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
     server = _Server(server_config)
     server.notice = notice
     try:
-        server.run()
+        server.run(sockets)
     except SystemExit as error:
-        raise listen.unavailable() from error
+        raise listen.unavailable(error) from error
+    finally:
+        for one in sockets:
+            one.close()
     if server.failure is not None:
         raise server.failure
     if server.interrupted:

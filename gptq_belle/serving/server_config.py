@@ -1,8 +1,12 @@
 """Configuration of a server: the model and its limits, the address and access."""
 
+import errno
 import ipaddress
+import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.model import load
@@ -10,6 +14,8 @@ from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.models.decoder_config import read_decoder_config
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.service import Limits, Service
+
+BACKLOG = 2048  # connections that wait to be accepted, as in uvicorn
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +91,52 @@ class ListenConfig:
             raise UsageError(f"without an API key, everybody who can reach {self.host} could use this model",
                              "Give --api-key, or --allow-unauthenticated.")
 
-    def unavailable(self) -> HardwareError:
+    def open(self) -> list[socket.socket]:
+        """Listen on the address: one socket per IP address of the host, all on the same port.
+
+        Raises:
+            HardwareError: the address is not available.
+        """
+        opened: list[socket.socket] = []
+        try:
+            for family, *_, where in _resolved(self.host.strip("[]"), self.port):
+                port = opened[0].getsockname()[1] if opened else self.port
+                opened.append(_listening_socket(family, (where[0], port, *where[2:])))
+        except OSError as error:
+            if not opened or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # such as no IPv6
+                for one in opened:
+                    one.close()
+                raise self.unavailable(error) from error
+        return opened
+
+    def check_port(self) -> None:
+        """Check that the address is available; raises HardwareError as `open`."""
+        for one in self.open():
+            one.close()
+
+    def unavailable(self, error: BaseException) -> HardwareError:
         """Build the error for an address that is not available."""
-        return HardwareError(f"cannot listen on {self.host}:{self.port}", "Choose another --port or --host.")
+        reason = f": {error.strerror.lower()}" if isinstance(error, OSError) and error.strerror else ""
+        return HardwareError(f"cannot listen on {self.host}:{self.port}{reason}", "Choose another --port or --host.")
+
+
+def _resolved(host: str, port: int) -> list[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+
+
+def _listening_socket(family: int, where: tuple[Any, ...]) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # on Windows it would let two servers share the port
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(where)
+        one.listen(BACKLOG)
+    except OSError:
+        one.close()
+        raise
+    return one
 
 
 def is_loopback(host: str) -> bool:
