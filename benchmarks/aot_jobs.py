@@ -143,7 +143,7 @@ def every(arch: int) -> list[Job]:
     """All jobs for one architecture."""
     formats = [(*variant, zero) for variant in VARIANTS for zero in (SAME, EACH)]
     found = [*usual(arch), *(job for format_ in formats for job in _one_split(arch, *format_)),
-             *(job for case, plan in tuned_plans(arch).items() for job in _tuned(arch, case, plan)),
+             *(job for problem, plan in tuned_plans(arch).items() for job in _tuned(arch, problem, plan)),
              *(Job(arch, "dequant", *format_) for format_ in formats), Job(arch, "reduce"), Job(arch, "arrange"),
              *(Job(arch, "gptq", 4, run=group, zero=zero) for group in (32, 64, 128, 0) for zero in (SAME, EACH))]
     return list(dict.fromkeys(found))
@@ -159,10 +159,11 @@ def _one_split(arch: int, bits: int, dtype: str, run: int, zero: str) -> list[Jo
     return [Job(arch, kernel, bits, dtype, run, zero, config) for (kernel, _), config in whole.items()]
 
 
-def _tuned(arch: int, case: MatmulProblem, plan: LaunchPlan) -> Iterator[Job]:
+def _tuned(arch: int, problem: MatmulProblem, plan: LaunchPlan) -> Iterator[Job]:
     if plan.config is not None:
         config = split_in_two(plan.config)
-        yield from (Job(arch, plan.kernel, case.bits, case.dtype, case.run, zero, config) for zero in (SAME, EACH))
+        yield from (Job(arch, plan.kernel, problem.bits, problem.dtype, problem.run, zero, config)
+                    for zero in (SAME, EACH))
 
 
 def compiled(job: Job) -> MachineCode:

@@ -1,6 +1,6 @@
-"""The Triton kernel of GPTQ's inner loop, interpreted: to the bit what NumPy computes, code for code what torch does.
+"""The Triton kernels of quantization, interpreted: equal to NumPy to the bit, and to the codes of torch.
 
-`test_triton_gptq.py` runs this file in a process of its own: TRITON_INTERPRET has to be set before Triton is imported.
+`test_triton_gptq.py` runs this file in a separate process: TRITON_INTERPRET has to be set before Triton is imported.
 """
 
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def test_grids_of_each_input():
 
 
 def oracle_solver(W, Hinv, codes, Err, scales, zeros, *, group, bits, sym):
-    """`block_oracle` in the place of a solver of blocks."""
+    """`block_oracle` with the interface of `solve_block`."""
     found = block_oracle(W, Hinv, group, bits, sym, scales[0] if group else scales, zeros[0] if group else zeros)
     for tensor, values in zip((codes, Err, scales, zeros), found, strict=True):
         tensor.copy_(values)
@@ -92,7 +92,7 @@ def test_scales_too_large_for_float16(monkeypatch):
 
 
 def test_rounding():
-    """Ties go to even, and what is far beyond every code ends at the last one."""
+    """Ties are rounded to even, and values far beyond every code to the last code."""
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 0.49999997, 126.49999, 4194303.5, 3e9, -3e9, 3e38, -3e38]])
     zero = torch.full((12,), 128.0)
     codes, *_ = solved(solve_block, weight, torch.ones(1, 1), 0, 8, True, torch.ones(12), zero)

@@ -93,7 +93,7 @@ def test_matrix_instructions_are_those_of_the_part():
     assert check(many._replace(arch=GEFORCE)).loop["HMMA"]
 
 
-# The tool itself: each limit is missed by something.
+# The checks themselves: each limit is exceeded by something.
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def broken(warps, BN, BM=16):
     return aot.problems(Job(GEFORCE, "skinny", 4, "float16", 128, SAME, config), code)
 
 
-def test_limits_can_be_missed():
+def test_exceeded_limits_are_found():
     found = " ".join(broken(4, 64))
     assert "integer-to-float conversions" in found
     assert "no asynchronous 16-byte copies" in found
@@ -122,7 +122,7 @@ def test_limits_can_be_missed():
     assert "registers spill" in " ".join(broken(1, 256, 64))
 
 
-def test_other_limits():
+def test_shared_memory_and_missing_matrix_instructions_are_found():
     job = Job(GEFORCE, "skinny", 4, "float16", 128, SAME, TileConfig(8, 64, 128, 1, 4, 4))
     code = machine_code.MachineCode(50, 0, 0, 100 * 1024, machine_code.Counter({"LDGSTS.128": 1}), 0)
     assert aot.problems(job, code) == ["102400 bytes of shared memory, the limit is 99 KiB",
@@ -144,7 +144,7 @@ SASS = """
 """
 
 
-def test_reading_machine_code():
+def test_machine_code_is_parsed():
     code = machine_code.instructions(SASS)
     assert " ".join(one.kind for one in code) == "MOV BRA LDGSTS.128 LDGSTS.64 HMMA HGMMA BRA I2FP BRA BRA"
     loop = machine_code.main_loop(code)

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from test_triton import has_working_interpreter
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not has_working_interpreter(), reason="needs triton 3.9 or newer")
 
 
 def run_on_guarded_memory(kernel):

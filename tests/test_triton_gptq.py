@@ -1,4 +1,4 @@
-"""The Triton kernel of GPTQ's inner loop: when it serves, and code for code what the solver in torch does."""
+"""The Triton kernels of quantization: when they are used, and their equality with NumPy and the solver in torch."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_in_the_interpreter():
+def test_kernels_in_the_interpreter():
     run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "gptq_interpreted.py"],
                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True,
                          text=True)
@@ -58,7 +58,7 @@ def block_oracle(weight, factor, group, bits, sym, scale, zero):
 
 
 def solved(solve_block, weight, factor, group, bits, sym, scale, zero):
-    """The same from a solver in torch or Triton; scale and zero are (N,), or (inputs, N) for each input its own."""
+    """The same from a solver in torch or Triton; scale and zero are (N,), or (inputs, N) with one row per input."""
     inputs, outputs = weight.shape
     scales = weight.new_full((inputs // group if group else len(torch.atleast_2d(scale)), outputs), torch.nan)
     zeros = torch.full_like(scales, torch.nan)
@@ -70,7 +70,7 @@ def solved(solve_block, weight, factor, group, bits, sym, scale, zero):
 
 
 def check_block(solve_block, weight, factor, group, bits, sym, device="cpu"):
-    """To the bit what NumPy finds; but for ties, also the codes that the solver in torch finds."""
+    """Equal to NumPy to the bit; except for ties, codes also equal those of the solver in torch."""
     scale, zero = solver.min_max_grid(1.2 * weight, bits, sym)  # of a larger group, where `group` is 0
     found = solved(solve_block, weight.to(device), factor.to(device), group, bits, sym, scale, zero)
     oracle = block_oracle(weight, factor, group, bits, sym, scale, zero)
@@ -82,7 +82,7 @@ def check_block(solve_block, weight, factor, group, bits, sym, device="cpu"):
 
 
 def mixed_grids(weight, bits):
-    """Scales and zeros (inputs, N): of static groups, solved in an order that is not theirs; half of them negative."""
+    """Scales and zeros (inputs, N) of static groups whose inputs are solved in another order; half are negative."""
     inputs, outputs = weight.shape
     scale, zero = solver.min_max_grid(weight, bits, True)
     shares = torch.linspace(0.5, 1.2, 4)[torch.arange(inputs) * 7 % 4, None]
@@ -91,7 +91,7 @@ def mixed_grids(weight, bits):
 
 
 def check_mixed_grids(solve_block, device="cpu"):
-    """Per-input grids: to the bit what NumPy finds."""
+    """With one grid per input: equal to NumPy to the bit."""
     for bits, (inputs, outputs) in zip(BITS, ((128, 33), (96, 7), (77, 32), (128, 20)), strict=True):
         weight, factor = block(inputs, outputs, seed=bits)
         grids = mixed_grids(weight, bits)
@@ -137,7 +137,7 @@ def descend_oracle(code, scale, zero, residual, block, diagonal, bits):
 
 
 def check_descent(descend, bits, shapes, device="cpu"):
-    """To the bit what NumPy finds."""
+    """Equal to NumPy to the bit."""
     for inputs, outputs in shapes:
         for seed in range(2):
             given = descent(inputs, outputs, bits, seed)
@@ -165,7 +165,7 @@ def edges(inputs, outputs):
     ("cuda", torch.float32, None, "triton_gptq"), ("cuda", torch.float64, None, None),
     ("cuda", torch.float32, "no compiler", None), ("cpu", torch.float32, None, "cpu_solver"),
     ("cpu", torch.float64, None, None)])
-def test_when_a_kernel_serves(device, dtype, lacking, kernel, monkeypatch):
+def test_when_the_kernels_are_used(device, dtype, lacking, kernel, monkeypatch):
     pytest.importorskip("triton")
     if kernel == "cpu_solver" and isinstance(load_library(), str):
         pytest.skip(load_library())
@@ -203,7 +203,7 @@ def test_descent_on_a_device(bits):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("act_order", [False, True])
-def test_a_layer_on_a_device(act_order):
+def test_layer_on_a_device(act_order):
     """Factor and products after a block are rounded differently there, so some codes differ; the error hardly."""
     weight, hessian = (t.float() for t in problem(256, 512, seed=3))
     config = QuantConfig(preset="fast", group_size=64, act_order=act_order)

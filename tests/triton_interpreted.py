@@ -42,7 +42,7 @@ def laid_out(words, bits, zero_offset=1):
 
 @st.composite
 def weights(draw):
-    """Words of any kind, with the arguments of `checked_weight` that belong to them."""
+    """Words of any format, with the arguments of `checked_weight` that belong to them."""
     bits = draw(st.sampled_from([2, 3, 4, 8]))
     group_size = draw(st.sampled_from([32, 64, 128, -1]))
     inputs = 32 * draw(st.integers(1, 12))
@@ -59,7 +59,7 @@ def weights(draw):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(weight=weights(), plan=st.sampled_from(PLANS), rows=st.integers(1, 130), dtype=st.sampled_from(DTYPES),
        with_bias=st.booleans())
-def test_every_kernel_is_the_formula(weight, plan, rows, dtype, with_bias):
+def test_every_kernel_equals_the_formula(weight, plan, rows, dtype, with_bias):
     words, bits, zero_offset = weight
     prepared = laid_out(words, bits, zero_offset)
     x = torch.randn(rows, prepared.in_features).to(dtype)
@@ -72,7 +72,7 @@ def test_every_kernel_is_the_formula(weight, plan, rows, dtype, with_bias):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(weight=weights())
-def test_the_layout_gives_back_what_it_was_made_from(weight):
+def test_unpacked_layout_equals_the_checkpoint(weight):
     words, bits, zero_offset = weight
     codes, zeros, scales = triton_layout.unpack_weight(laid_out(words, bits, zero_offset))
     assert torch.equal(codes.int(), reference.unpack(words["qweight"], bits))
@@ -82,7 +82,7 @@ def test_the_layout_gives_back_what_it_was_made_from(weight):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_expanding_is_the_reference_to_the_bit(bits, dtype):
+def test_expanded_weight_equals_the_reference_exactly(bits, dtype):
     words = random_words(bits, 256, 160, 64)
     out = torch.empty(128, 256, dtype=dtype)
     triton_matmul.dequantize(laid_out(words, bits), 128, out)
@@ -90,7 +90,7 @@ def test_expanding_is_the_reference_to_the_bit(bits, dtype):
     assert torch.equal(out[:32], expected[:, 128:].t())
 
 
-def test_expanding_by_parts_of_the_outputs(monkeypatch):
+def test_expanding_in_parts_of_the_outputs(monkeypatch):
     words = random_words(4, 128, 320, 32)
     x, bias = torch.randn(3, 128).half(), torch.randn(320)
     whole = triton_matmul.quant_matmul(x, laid_out(words, 4), bias, LaunchPlan("expand", None))
@@ -99,14 +99,14 @@ def test_expanding_by_parts_of_the_outputs(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 33, 64, 65, 130])
-def test_what_is_planned_is_right(rows):
+def test_planned_products_equal_the_formula(rows):
     words = random_words(4, 256, 72, 128)
     x = torch.randn(2, rows, 256).half()
     y = triton_matmul.quant_matmul(x, laid_out(words, 4))
     assert relative_error(y, linear(x.double(), formula(**words, bits=4, v1=True))) < ERRORS[torch.float16]
 
 
-def test_float32_is_served_too():
+def test_float32_activations():
     words = random_words(4, 96, 72, 32, act_order=True)
     x = torch.randn(3, 96)
     y = triton_matmul.quant_matmul(x, laid_out(words, 4))
@@ -115,7 +115,7 @@ def test_float32_is_served_too():
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(weight=weights(), dtype=st.sampled_from([*DTYPES, torch.float32]))
-def test_the_gradient_to_the_activations(weight, dtype):
+def test_gradient_of_the_activations(weight, dtype):
     words, bits, zero_offset = weight
     exact = formula(**words, bits=bits, v1=zero_offset == 1)
     grad = torch.randn(2, 3, exact.shape[0]).to(dtype)
@@ -128,7 +128,7 @@ def test_the_gradient_to_the_activations(weight, dtype):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_that_half_precision_could_not_hold(bits, dtype):
+def test_sums_beyond_the_range_of_float16(bits, dtype):
     """Products of one run up to 128 * 255 * 200: sums in float16 would be infinite."""
     words = random_words(bits, 128, 32, 128)
     words["qweight"].fill_(-1)
@@ -142,7 +142,7 @@ def test_sums_that_half_precision_could_not_hold(bits, dtype):
 
 @pytest.mark.parametrize("plan", [LaunchPlan("skinny", SKINNY[0]), LaunchPlan("skinny", SKINNY[1]),
                                   LaunchPlan("gemm", GEMM[0])])
-def test_a_row_that_is_not_finite_stays_alone(plan):
+def test_nan_in_one_row_does_not_affect_others(plan):
     words = random_words(4, 160, 32, 32)
     x = torch.randn(3, 160).half()
     clean = triton_matmul.quant_matmul(x, laid_out(words, 4), None, plan)
@@ -152,7 +152,7 @@ def test_a_row_that_is_not_finite_stays_alone(plan):
     assert y[1].isnan().all()
 
 
-def test_rows_that_are_not_contiguous_and_none_at_all():
+def test_strided_rows_and_no_rows():
     words = random_words(4, 128, 32, 32)
     wide = torch.randn(4, 256).half()
     prepared = laid_out(words, 4)
@@ -161,7 +161,7 @@ def test_rows_that_are_not_contiguous_and_none_at_all():
     assert triton_matmul.quant_matmul(wide[:0, :128], prepared).shape == (0, 32)
 
 
-def test_the_operation_of_torch_is_the_function():
+def test_torch_operation_equals_the_function():
     words = random_words(4, 128, 32, 32, act_order=True)
     prepared, x, bias = laid_out(words, 4), torch.randn(3, 128).half(), torch.randn(32)
     assert torch.equal(triton_matmul.op(x, prepared, bias), triton_matmul.quant_matmul(x, prepared, bias))
@@ -170,7 +170,7 @@ def test_the_operation_of_torch_is_the_function():
                                               w.out_features, w.run, w.bits, w.zero))
 
 
-def test_a_compiled_graph_holds_it_whole():
+def test_compiled_graph_captures_the_operation():
     prepared, x = laid_out(random_words(4, 128, 32, 32), 4), torch.randn(3, 128).half()
     compiled = torch.compile(lambda x: triton_matmul.op(x, prepared) + 1, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), triton_matmul.quant_matmul(x, prepared) + 1)
@@ -182,7 +182,7 @@ def test_a_compiled_graph_holds_it_whole():
     ({"x": torch.zeros(2, 128, device="meta").half()}, "meta"),
     ({"bias": torch.zeros(31)}, "bias"),
 ])
-def test_what_does_not_fit_is_refused(change, named):
+def test_mismatched_tensors_are_refused(change, named):
     arguments = {"x": torch.zeros(2, 128).half(), "weight": laid_out(random_words(4, 128, 32, 32), 4)} | change
     with pytest.raises(ValueError, match=naming(named)):
         triton_matmul.quant_matmul(**arguments)

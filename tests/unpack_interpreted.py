@@ -1,6 +1,6 @@
-"""Unpacking, over all words there are: the assembly, executed by NumPy, and its twin in pure Triton, interpreted.
+"""Unpacking of all possible words: the assembly, executed by NumPy, and the version in pure Triton, interpreted.
 
-`test_triton_unpack.py` runs this file in a process of its own: TRITON_INTERPRET has to be set before Triton's import.
+`test_triton_unpack.py` runs this file in a separate process: TRITON_INTERPRET has to be set before Triton's import.
 """
 
 import bfloat16_interpreter
@@ -36,7 +36,7 @@ def unpacked(words, zero, bits, dtype, asm):
 
 
 def expected(words, zero, bits):
-    """code - zero by plain arithmetic on whole numbers, one row a slice."""
+    """code - zero in integer arithmetic, one row per slice."""
     unsigned = words.to(torch.int64) % WORDS
     return torch.stack([unsigned // 2 ** (bits * place) % 2**bits - zero for place in range(16 // bits)])
 
@@ -45,15 +45,15 @@ def expected(words, zero, bits):
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_word(bits, dtype, asm):
-    """In both halves of a register: words stand in an order in which no neighbours are related."""
+    """In both halves of a register, in random order."""
     words = torch.randperm(WORDS, generator=torch.Generator().manual_seed(bits)).to(torch.int16)
     for order in (words, words.view(-1, 2).flip(1).reshape(-1)):
         for zero in ZEROS[bits]:
             assert torch.equal(unpacked(order, zero, bits, dtype, asm).long(), expected(order, zero, bits)), zero
 
 
-def test_a_wrong_constant_is_noticed(monkeypatch):
-    """The executor does run the text: one bit of a mask, and a result is wrong."""
+def test_wrong_constant_is_noticed(monkeypatch):
+    """The executor runs the text of the assembly: one wrong bit of a mask gives a wrong result."""
     from gptq_belle.kernels import triton_unpack
 
     broken = tl.constexpr(triton_unpack.UNPACK4_FLOAT16.value.replace("0x00f000f0", "0x00f000e0", 1))
@@ -62,6 +62,6 @@ def test_a_wrong_constant_is_noticed(monkeypatch):
     assert not torch.equal(unpacked(words, 8, 4, torch.float16, True).long(), expected(words, 8, 4))
 
 
-def test_what_is_not_ptx_is_refused():
+def test_invalid_ptx_is_refused():
     with pytest.raises(KeyError):
         ptx_executor.execute("{ mul.f16x2 $0, $1, $1; }", 1, [torch.zeros(1).numpy().view("uint32")])
