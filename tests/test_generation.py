@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from conftest import naming, packed_checkpoint
@@ -234,3 +235,48 @@ def test_model_without_tokenizer_takes_token_ids_only(tiny_model, tmp_path):
     assert model.decode(logits.argmax(-1), cache).shape == (2, 384)
     with pytest.raises(InputError, match="tokenizer"):
         model.generate("text")
+
+
+def test_batches_are_never_flattened(model):
+    rows = [[5, 300, 17], [42, 8, 250]]
+    alone = [model.generate(row, max_new_tokens=4) for row in rows]
+    for batch in (torch.tensor(rows), torch.tensor(rows, dtype=torch.int32), numpy.array(rows), rows, tuple(rows),
+                  [torch.tensor(row) for row in rows], [numpy.array(rows[0]), tuple(rows[1])]):
+        assert model.generate(batch, max_new_tokens=4) == alone
+    for row in (torch.tensor(rows[0]), numpy.array(rows[0]), tuple(rows[0]), list(torch.tensor(rows[0]))):
+        assert model.generate(row, max_new_tokens=4) == alone[0]
+    assert model.generate(torch.tensor(rows[:1]), max_new_tokens=4) == alone[:1]
+
+
+WRONG_PROMPTS = [None, 5, 2.5, b"text", {"input_ids": [5]}, {5, 6}, iter([5]), [5, None], [5.0, 6.0], [True, False],
+                 [5, "text"], ["text", None], [[5], [[6]]], [[[5]]], torch.tensor([5.0]), torch.tensor([True]),
+                 torch.tensor(5), torch.ones(1, 1, 2, dtype=torch.int64), numpy.array([0.5]), numpy.array([[True]]),
+                 [384], [-1], [2**70], [[5], [384]], torch.tensor([[5, 384]]), [], [[]], [[5], []], "\udcc4\udce3",
+                 ["good", "\ud83d"]]
+
+
+@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=repr)
+def test_wrong_prompts_are_refused(model, prompt):
+    with pytest.raises(UsageError):
+        model.generate(prompt, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("prompt", [["one", "two"], IDS, IDS[:1], [[5], [6]]], ids=repr)
+def test_stream_refuses_several_prompts(model, prompt):
+    with pytest.raises(UsageError):
+        model.stream(prompt)
+
+
+@pytest.mark.parametrize("ids", [[[5, 6]], torch.tensor([[0.5]]), torch.tensor([[True, False]])], ids=repr)
+def test_logits_refuse_other_types(model, ids):
+    with pytest.raises(UsageError):
+        model.logits(ids)
+
+
+@pytest.mark.parametrize("option", [
+    {"temperature": "hot"}, {"temperature": None}, {"top_k": 2.5}, {"top_k": None}, {"max_new_tokens": 2.0},
+    {"max_new_tokens": True}, {"seed": "1"}, {"stop": "text"}, {"stop": (5,)}, {"stop": None}, {"top_p": [1]},
+], ids=repr)
+def test_sampling_options_of_another_type_are_refused(model, option):
+    with pytest.raises(UsageError, match=naming(*option)):
+        model.generate("text", **option)

@@ -11,6 +11,7 @@ from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.finite_check import explain_nonfinite, nonfinite_rows
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.llama import Llama
+from gptq_belle.engine.prompt_arguments import is_integer_dtype
 from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
@@ -189,8 +190,11 @@ class LogitsModel:
         """Validate token ids.
 
         Raises:
-            UsageError: not a matrix (B, T), empty, longer than the context, or outside the vocabulary.
+            UsageError: not a matrix (B, T) of integers, empty, longer than the context, or outside the vocabulary.
         """
+        if not isinstance(input_ids, Tensor) or not is_integer_dtype(input_ids.dtype):
+            kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise UsageError(f"token ids are {kind}, not a tensor of integers", "Give an int64 tensor (rows, tokens).")
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise UsageError(f"token ids of shape {tuple(input_ids.shape)} cannot be run", "Give (rows, tokens).")
         if self.context is not None and input_ids.shape[1] > self.context:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from operator import index
 from pathlib import Path
 from typing import Unpack, cast, overload
 
@@ -23,9 +22,9 @@ from gptq_belle.engine.kv_cache import check_cache_dtype
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import LogitsModel
+from gptq_belle.engine.prompt_arguments import check_prompt, split_prompts
 from gptq_belle.engine.sampling import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.weight_loader import WeightLoader
-from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.prompts.stop_strings import TextStream
@@ -143,7 +142,7 @@ class Model(LogitsModel):
             UsageError, InputError: see `stream`; raised for any of the prompts before generation starts.
             HardwareError: not enough memory for the KV cache of several prompts.
         """
-        prompts = _several(prompt)
+        prompts = split_prompts(prompt)
         if prompts is not None:
             return self._generate_batch(prompts, prompt_style, sampling_params(params, **options))
         return "".join(self.stream(cast(Prompt, prompt), params, prompt_style=prompt_style, **options))
@@ -220,12 +219,9 @@ class Model(LogitsModel):
 
     def _encode(self, prompt: Prompt, prompt_style: str | None) -> tuple[list[int], Sequence[str]]:
         """Token ids of a prompt, and the stop strings of its style."""
+        prompt = check_prompt(prompt, self.vocabulary_size)
         if not isinstance(prompt, str):
-            try:
-                return [index(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)], ()
-            except TypeError as error:
-                raise UsageError("a prompt is neither text nor a sequence of token ids",
-                                 "Give text, token ids (T,), or for `generate` a list of these.") from error
+            return prompt, ()
         if prompt_style is None:
             return self.tokenizer(prompt)["input_ids"], ()
         prepared = self.chat_format(prompt_style).question(prompt)
@@ -238,14 +234,6 @@ def _checked(events: list[Event]) -> list[Event]:
         if event.error is not None:
             raise event.error
     return events
-
-
-def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt] | None:
-    """The prompts if there are several; None for a single prompt."""
-    if isinstance(prompt, Tensor):
-        return list(prompt) if prompt.dim() == 2 else None
-    several = not isinstance(prompt, str) and any(isinstance(item, str | Sequence | Tensor) for item in prompt)
-    return cast(Sequence[Prompt], prompt) if several else None
 
 
 def _generation_eos(reader: CheckpointReader) -> frozenset[int]:

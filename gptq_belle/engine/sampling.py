@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TypedDict, Unpack
 
 import torch
@@ -50,6 +51,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, allowed, good in (
             ("max_new_tokens", "1 or more", self.max_new_tokens is None or self.max_new_tokens >= 1),
             ("temperature", "0 or more", 0 <= self.temperature < math.inf),
@@ -62,8 +64,20 @@ class SamplingParams:
         ):
             if not good:
                 raise UsageError(f"{name} {getattr(self, name)} is not allowed", f"It must be {allowed}.")
-        if isinstance(self.stop, str):
-            raise UsageError(f"stop {self.stop!r} is one string", "Give a tuple of strings.")
+
+
+def _check_types(params: SamplingParams) -> None:
+    """Raise UsageError for a value of another type; bool is not a number here."""
+    for names, kind, noun in ((("max_new_tokens", "top_k", "seed", "logprobs"), Integral, "an integer"),
+                              (("temperature", "top_p", "min_p", "repetition_penalty"), Real, "a number")):
+        for name in names:
+            value = getattr(params, name)
+            optional = value is None and name in ("max_new_tokens", "seed", "logprobs")
+            if not optional and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise UsageError(f"{name} {value!r} is of type {type(value).__name__}", f"It must be {noun}.")
+    if isinstance(params.stop, str) or not isinstance(params.stop, Sequence) or not all(
+            isinstance(text, str) for text in params.stop):
+        raise UsageError(f"stop {params.stop!r} is not a tuple of strings", "Give a tuple of strings.")
 
 
 class SamplingOptions(TypedDict, total=False):
