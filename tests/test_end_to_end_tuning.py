@@ -15,12 +15,12 @@ from gptq_belle import Calibration, QuantConfig, load, quantize_checkpoint
 from gptq_belle.cli.progress import ConsoleProgress
 from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.quantization.config import PRESETS
+from gptq_belle.quantization.cost_estimate import estimate
 from gptq_belle.quantization.end_to_end import tuning
 from gptq_belle.quantization.end_to_end.student import RelativeChanges, Student, TrainableLinear
 from gptq_belle.quantization.end_to_end.tuning import Tuner, TuningResult, accumulate_gradients, summed_kl
 from gptq_belle.quantization.end_to_end.tuning_checkpoint import TuningCheckpoint
 from gptq_belle.quantization.end_to_end.tuning_rows import TuningRows, split_rows
-from gptq_belle.quantization.estimate import estimate
 from gptq_belle.quantization.job import prepare_job
 
 CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)

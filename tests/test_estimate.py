@@ -18,7 +18,7 @@ from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.quantization.activations import Activations
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.estimate import estimate
+from gptq_belle.quantization.cost_estimate import estimate
 from gptq_belle.quantization.job import prepare_job
 from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill
 from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -116,7 +116,7 @@ def test_time_is_estimated_from_one_block(tiny_model):
 
 def test_linears_of_one_size_are_solved_once_and_counted_each(tiny_model, monkeypatch):
     """What is counted and was not spent must not be missing from the time of the rows."""
-    monkeypatch.setattr("gptq_belle.quantization.estimate._seconds_of_solving", lambda *_: 100.0)
+    monkeypatch.setattr("gptq_belle.quantization.cost_estimate._seconds_of_solving", lambda *_: 100.0)
     job = prepare_job(tiny_model, QuantConfig(group_size=32), CALIBRATION, "cpu")
     stages = job.stream.count * len(job.stream.arch.stages)
     assert 100 * stages < estimate(job).seconds < 101 * stages

@@ -20,7 +20,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import ARCHITECTURES
 from gptq_belle.quantization.config import Override
-from gptq_belle.quantization.estimate import estimate
+from gptq_belle.quantization.cost_estimate import estimate
 from gptq_belle.quantization.job import prepare_job
 from gptq_belle.quantization.overrides import parse_override, resolve_overrides
 

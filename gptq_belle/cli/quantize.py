@@ -136,7 +136,7 @@ def _print_estimate(job: "QuantizationJob", limit: int | None, as_json: bool) ->
     """Estimate and print time, memory and disk of a job."""
     from gptq_belle.common.memory import lower_mmap_threshold
     from gptq_belle.quantization.auto_bits import describe_estimate
-    from gptq_belle.quantization.estimate import estimate
+    from gptq_belle.quantization.cost_estimate import estimate
 
     auto = describe_estimate(job)
     with console.show_step("measuring one block"):

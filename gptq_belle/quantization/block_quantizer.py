@@ -15,10 +15,10 @@ from gptq_belle.errors import InputError, is_out_of_memory
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
+from gptq_belle.quantization.candidate_selection import ChosenSolution, best_solution
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import BlockRecord, Journal
 from gptq_belle.quantization.report import JobProgress, LinearReport
-from gptq_belle.quantization.solution_choice import ChosenSolution, best_solution
 from gptq_belle.quantization.solver import HessianFactor, factorize, round_to_nearest
 from gptq_belle.quantization.stage_hessians import OriginalWeights, StageHessians, accumulate_hessians
 from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification

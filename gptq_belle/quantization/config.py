@@ -26,9 +26,9 @@ class Techniques:
         static_order: quantize inputs in order of decreasing activation, in static groups (`solver.candidate_weights`).
         sweeps: number of sweeps of scale refit and coordinate descent after GPTQ (`refine.refine`).
         alpha: how far targets move towards the full-precision model's outputs, 0 .. 1
-            (`solution_choice.full_precision_target`).
+            (`candidate_selection.full_precision_target`).
         held_out_every: one in this many calibration rows is held out of the Hessians and decides between solutions
-            (`solution_choice.best_solution`); 0 for none.
+            (`candidate_selection.best_solution`); 0 for none.
         tuning_steps: maximum number of steps of end-to-end tuning after the last block (`end_to_end`).
     """
 

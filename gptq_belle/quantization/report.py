@@ -25,7 +25,7 @@ class LinearReport:
         seconds: time to quantize it.
         inputs, outputs: K and N.
         bits: bits per weight; 16 for a linear kept in float16, whose rounding is then the error.
-        won: the chosen candidate (see `solution_choice.ChosenSolution`); "" for rtn.
+        won: the chosen candidate (see `candidate_selection.ChosenSolution`); "" for rtn.
         held_out: error of each candidate on held-out rows; empty without held-out rows.
     """
 

@@ -6,8 +6,8 @@ import torch
 from test_solver import problem
 
 from gptq_belle.formats.gptq_weight import dequantize
+from gptq_belle.quantization.candidate_selection import best_solution, full_precision_target
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.solution_choice import best_solution, full_precision_target
 from gptq_belle.quantization.solver import factorize
 from gptq_belle.quantization.stage_hessians import StageHessians
 

@@ -10,12 +10,12 @@ import torch
 
 from gptq_belle.formats.gptq_weight import dequantize, pack
 from gptq_belle.quantization.activations import InMemoryActivations
+from gptq_belle.quantization.candidate_selection import best_solution
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning, tuning_seconds
 from gptq_belle.quantization.end_to_end.tuning_rows import tuning_scratch_bytes
 from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill, output_bytes
-from gptq_belle.quantization.solution_choice import best_solution
 from gptq_belle.quantization.solver import factorize, round_to_nearest
 from gptq_belle.quantization.stage_hessians import OriginalWeights, StageHessians, accumulate_hessians
 
