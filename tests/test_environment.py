@@ -154,10 +154,16 @@ SAMPLING = [("--temperature", "-1"), ("--top-p", "2"), ("--top-k", "-3"), ("--re
                                                                             ("--stride", "0"), ("--limit", "-5")]),
     *(("eval belle", wrong) for wrong in [*OPTIONS, SAMPLING[-1]]),
     *(("bench", wrong) for wrong in [*OPTIONS, ("--cache", "float8")]),
+    *(("quantize", wrong) for wrong in [OPTIONS[0], SAMPLING[-1], ("--memory", "8"), ("--bits", "5")]),
+    *(("convert", wrong) for wrong in [SAMPLING[-1], ("--format", "zip")]),
+    *(("report", wrong) for wrong in OPTIONS[:2]),
+    *(("plan", wrong) for wrong in [("--cache", "float8"), ("--batch", "0"), ("--context", "0"),
+                                    ("--group-size", "0")]),
 ])
 def test_wrong_options_are_refused_before_a_model_is_looked_for(belle, tmp_path, command, wrong):
     needed = {"generate": ("--prompt", "x"), "eval ppl": ("--text", "none"), "eval belle": ("--test", "none"),
-              "eval kl": ("--text", "none", "--base", "none")}.get(command, ())
+              "eval kl": ("--text", "none", "--base", "none"), "plan": ("--memory", "8GB"),
+              "quantize": (tmp_path / "out",), "convert": (tmp_path / "out",)}.get(command, ())
     code, _, err = belle(*command.split(), "no-such-folder/with/a-model", *needed, *wrong)
     assert code == 2
     assert "no-such-folder" not in err
@@ -167,6 +173,12 @@ def test_head_bits_without_effect_are_refused(belle, tmp_path):
     code, _, err = belle("quantize", "none", tmp_path / "out", "--head-bits", "4")
     assert code == 2
     assert "--packed-head-only" in err
+
+
+def test_options_that_a_table_does_not_use_are_refused(belle):
+    code, _, err = belle("bench", "--table", "belle", "--head-bits", "8")
+    assert code == 2
+    assert "--head-bits" in err
 
 
 @pytest.mark.parametrize("text", ["8", "16", "0", "1023KB", "8B"])

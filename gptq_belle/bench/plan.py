@@ -39,6 +39,20 @@ class PlanRow:
     longest_context: int
 
 
+def check_workload(context: int | None, batch: int, cache: str, group_size: int) -> None:
+    """Check what does not depend on the model.
+
+    Raises:
+        UsageError: a number below 1, or an unknown cache.
+    """
+    group = None if group_size == -1 else group_size
+    for name, value in (("context", context), ("batch", batch), ("group size", group)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value} is not allowed", "It must be 1 or more.")
+    if cache not in CACHE_ITEM_BYTES:
+        raise UsageError(f"cache {cache!r} is not known", f"Choose one of {', '.join(CACHE_ITEM_BYTES)}.")
+
+
 def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, batch: int = 1,
          cache: str = "float16", group_size: int = GROUP_SIZE, device: str = "cpu",
          bits: Sequence[int] = PLANNED_BITS, head_bits: Sequence[int] = PLANNED_BITS) -> list[PlanRow]:
@@ -57,11 +71,11 @@ def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, 
     d = dimensions(config)
     limit = d.context or DEFAULT_CONTEXT
     context = limit if context is None else context
-    if not 1 <= context <= limit or batch < 1:
+    check_workload(context, batch, cache, group_size)
+    if context > limit:
         raise UsageError(f"{batch} x {context} tokens cannot be planned", f"The model takes 1 to {limit} tokens.")
-    if cache not in CACHE_ITEM_BYTES or device not in ACTIVATION_BYTES:
-        raise UsageError(f"a cache in {cache} on {device} is not known",
-                         f"Choose one of {', '.join(CACHE_ITEM_BYTES)}, and one of {', '.join(ACTIVATION_BYTES)}.")
+    if device not in ACTIVATION_BYTES:
+        raise UsageError(f"device {device!r} is not known", f"Choose one of {', '.join(ACTIVATION_BYTES)}.")
     stated = config.get("quantization_config")
     if isinstance(stated, dict) and stated.get("bits") in BITS:
         bits, group_size = (stated["bits"],), int(stated.get("group_size", group_size))

@@ -33,16 +33,17 @@ def bench(
 ) -> None:
     """Measure speed and memory of models side by side, and show what limits the speed."""
     if table is not None:
+        _refuse_unused({"--precision": precision, "--head-bits": head_bits, "--batch": batch, "--plot": plot,
+                        "--cache": cache if cache != "float16" else None})
         _compare_with_published(table, paths or [], prompt, device, as_json)
         return
     if not paths:
         raise UsageError("bench needs a model", "Name one or more directories, or --table belle.")
-    options.import_engine()
+    options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.bench import throughput, throughput_plot
     from gptq_belle.bench.workload import Workload
     from gptq_belle.cli import bench_output
 
-    options.check_engine_options(device, precision, head_bits, cache)
     bench_output.check_format(output)
     if plot is not None:
         throughput_plot.check_plot(plot)
@@ -56,6 +57,13 @@ def bench(
     if plot is not None:
         throughput_plot.plot(found, plot)
         console.note(f"The picture is {plot}.")
+
+
+def _refuse_unused(values: dict[str, object]) -> None:
+    """Raise UsageError for options that --table does not use."""
+    for name, value in values.items():
+        if value is not None:
+            raise UsageError(f"{name} has no effect with --table", f"Omit {name}, or measure without --table.")
 
 
 def _compare_with_published(table: str, paths: list[Path], prompt: int | None, device: str, as_json: bool) -> None:

@@ -42,7 +42,7 @@ def convert(
                                            "contains one, or an AutoGPTQ or GPTQModel directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory; it appears only when complete.")],
     base: Annotated[Path | None, typer.Option(
-        callback=options.optional_local, show_default=False,
+        show_default=False,
         help="Directory with config.json and tokenizer, if they are not beside the weights.")] = None,
     checkpoint_format: Annotated[str | None, typer.Option(
         "--format", help="Checkpoint format: gptq (zero points stored minus one) or gptq_v2. Default: gptq for "
@@ -58,13 +58,14 @@ def convert(
 
     Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
+    options.check_chat_style(prompt_style)
     from gptq_belle.checkpoint import conversion, conversion_report
     from gptq_belle.checkpoint.hub import CONVERTIBLE, is_model_name, resolve_model_path
 
     if is_model_name(source):
         source = resolve_model_path(source, CONVERTIBLE)
     with console.progress_bar("converting") as progress:
-        found = conversion.convert(source, out, base=base, checkpoint_format=checkpoint_format,
+        found = conversion.convert(source, out, base=options.optional_local(base), checkpoint_format=checkpoint_format,
                                    repair_zeros=repair_zeros, prompt_style=options.style_or_none(prompt_style),
                                    progress=progress)
     if as_json:

@@ -1,5 +1,6 @@
 """Options that several commands share, each defined once, and the loading of a model from them."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,6 +86,8 @@ def check_chat_style(style: str) -> None:
 
 def import_engine() -> None:
     """Import PyTorch and transformers, which takes seconds, with a progress line on stderr."""
+    if "torch" in sys.modules:
+        return
     with console.show_step("importing PyTorch"):
         import gptq_belle.engine.model  # noqa: F401
 

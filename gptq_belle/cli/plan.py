@@ -23,6 +23,7 @@ def plan(
     verbose: options.Verbose = False,
 ) -> None:
     """Show at which bits, lm_head bits and context a model fits into a memory budget. Reads config.json only."""
+    from gptq_belle.bench.plan import check_workload
     from gptq_belle.bench.plan import plan as planned
     from gptq_belle.checkpoint.reader import read_config
     from gptq_belle.cli import plan_output
@@ -30,6 +31,7 @@ def plan(
 
     kind = plan_output.device_kind(device)
     budget = parse_memory(memory)
+    check_workload(context, batch, cache, group_size)
     rows = planned(read_config(model), budget, context=context, batch=batch, cache=cache, group_size=group_size,
                    device=kind)
     found = plan_output.PlanResult(str(model), budget, context, batch, rows)

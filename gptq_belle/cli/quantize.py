@@ -81,10 +81,13 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
         raise UsageError(f"--head-bits {head_bits} has no effect without --packed-head-only",
                          "Add --packed-head-only, or give --head-bits to generate, chat or serve, which quantize the "
                          "lm_head while they load it.")
-    with console.show_step("importing PyTorch"):
-        from gptq_belle.quantization.config import QuantConfig
-        from gptq_belle.quantization.overrides import parse_override
+    options.check_chat_style(prompt_style)
+    options.import_engine()
+    from gptq_belle.common.devices import resolve_device
+    from gptq_belle.quantization.config import QuantConfig
+    from gptq_belle.quantization.overrides import parse_override
 
+    resolve_device(device)
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
                          preset=preset, without=tuple(filter(None, without.split(","))),
                          positive_scales=positive_scales, overrides=tuple(map(parse_override, override or ())),

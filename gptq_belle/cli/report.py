@@ -35,6 +35,7 @@ def report(
     Evaluations that are already in the folder and still valid are not run again.
     """
     check_matplotlib()
+    options.check_engine_options(device, precision)
     from gptq_belle.evaluation.report import PAGE, write_report
     from gptq_belle.evaluation.report_results import EvaluationOptions, ReportEvaluator
 
