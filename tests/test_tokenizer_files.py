@@ -186,3 +186,31 @@ def test_damaged_sentencepiece_model_is_refused(model, content):
     (model / "tokenizer.model").write_bytes(content)
     with pytest.raises(InputError, match=r"tokenizer\.model"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize("eos", ["2", "</s>", [2, "3"], True])
+def test_eos_that_is_no_token_id_is_refused_by_the_file_that_states_it(tiny_llama, tmp_path, eos):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    edit(model / "generation_config.json", eos_token_id=eos)
+    for action in (lambda: load(model, device="cpu"),
+                   lambda: quantize_checkpoint(model, tmp_path / "out", QuantConfig(method="rtn"))):
+        with pytest.raises(InputError, match=r"generation_config\.json"):
+            action()
+    assert inspect(model).problems
+    assert not (tmp_path / "out").exists()
+
+
+def test_added_tokens_keep_their_ids(model):
+    pieces = train(model / "tokenizer.model")
+    (model / "added_tokens.json").write_text(json.dumps({"[PAD]": pieces.get_piece_size()}))
+    edit(model / "tokenizer_config.json", pad_token="[PAD]")
+    out = quantized(model)
+    for reader in (load_tokenizer(model), load_tokenizer(out), AutoTokenizer.from_pretrained(out)):
+        assert reader("[PAD]", add_special_tokens=False)["input_ids"] == [pieces.get_piece_size()]
+
+
+def test_tokenizer_of_a_larger_model_is_refused(tiny_llama, tmp_path):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    edit(model / "config.json", vocab_size=200)
+    with pytest.raises(InputError, match="200"):
+        load_tokenizer(model)

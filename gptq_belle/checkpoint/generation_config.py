@@ -35,7 +35,10 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
         InputError: transformers does not accept a value, or a token id is not an integer.
     """
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token_ids(stated, key)
+        try:
+            token_ids(stated, key)
+        except InputError as error:
+            raise InputError(f"{path}: {error.cause}", "Correct the value, or remove the file.") from error
     for key in NUMBERS:
         if type(stated.get(key)) not in (int, float, type(None)):
             raise InputError(f"{path}: {key} {str(stated[key])[:40]!r} is not a number", CORRECT_IT)

@@ -54,7 +54,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         with TemporaryDirectory(prefix="gptq-belle-") as folder:
             tokenizer = _load(path, Path(folder), stated)
         tokenizer.name_or_path = str(path)
-        _set_eos(tokenizer, path)
+        config = _read_optional(path / CONFIG)
+        _set_eos(tokenizer, path, config)
+        _check_vocabulary(tokenizer, path, config.get("vocab_size"))
         _set_added_tokens(tokenizer, path, stated)
     except (KeyboardInterrupt, SystemExit, GptqBelleError):
         raise
@@ -150,23 +152,35 @@ def _check_template(template: Any, path: Path) -> None:
                          "Correct it, or remove it to use BELLE's prompts.")
 
 
-def _set_eos(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Take an eos token that the tokenizer does not state from config.json, and check that the model has it.
+def _set_eos(tokenizer: PreTrainedTokenizerBase, path: Path, config: dict[str, Any]) -> None:
+    """Take an eos token that the tokenizer does not state from config.json.
 
     Raises:
-        InputError: there is no eos token, or the model's vocabulary does not include it.
+        InputError: there is no eos token.
     """
-    config = _read_optional(path / CONFIG)
-    if tokenizer.eos_token is None:
-        ids = [token for token in sorted(token_ids(config, "eos_token_id")) if 0 <= token < len(tokenizer)]
-        names = [token for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
-        if "<s>" in names and "</s>" in tokenizer.get_vocab():  # LLaMA's first conversions state wrong ids
-            names = ["</s>"]
-        if not names:
-            raise InputError(f"{path}: the tokenizer has no eos token", f"State eos_token in {TOKENIZER_CONFIG}.")
-        tokenizer.eos_token = names[0]
-    size = config.get("vocab_size")
-    if isinstance(size, int) and tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= size:
+    if tokenizer.eos_token is not None:
+        return
+    ids = [token for token in sorted(token_ids(config, "eos_token_id")) if 0 <= token < len(tokenizer)]
+    names = [token for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
+    if "<s>" in names and "</s>" in tokenizer.get_vocab():  # LLaMA's first conversions state wrong ids
+        names = ["</s>"]
+    if not names:
+        raise InputError(f"{path}: the tokenizer has no eos token", f"State eos_token in {TOKENIZER_CONFIG}.")
+    tokenizer.eos_token = names[0]
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: Path, size: Any) -> None:
+    """Refuse a tokenizer of another model. An added token such as [PAD] may be outside of the model's vocabulary.
+
+    Raises:
+        InputError: a token or eos is not among the `size` tokens of the model.
+    """
+    if not isinstance(size, int):
+        return
+    if tokenizer.vocab_size > size:
+        raise InputError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {size}",
+                         "Copy the tokenizer's files of this model into the folder.")
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= size:
         raise InputError(f"{path}: the eos token {tokenizer.eos_token!r} is not among the {size} tokens of the model",
                          f"Correct eos_token in {TOKENIZER_CONFIG}.")
 
@@ -242,7 +256,7 @@ def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: d
         config |= {"add_bos_token": bool(tokenizer.add_bos_token), "add_eos_token": False}
     if isinstance(tokenizer.chat_template, dict):
         config["chat_template"] = [{"name": name, "template": text} for name, text in tokenizer.chat_template.items()]
-    if "prompt_style" in model or tokenizer.chat_template is None:
+    if "prompt_style" in model or not tokenizer.chat_template:
         adds_bos = bool(tokenizer("")["input_ids"])  # the result of a template is tokenized without special tokens
         config["chat_template"] = chat_template(detect_style(model), bos=adds_bos)
     return config

@@ -57,7 +57,7 @@ def list_problems(reader: CheckpointReader, quantization: Quantization | None) -
     except InputError as error:
         return [error.cause]
     kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization), _generation_problems(reader.path),
-             _value_problems(reader, d, quantization), _tokenizer_problems(reader, d.vocab_size),
+             _value_problems(reader, d, quantization), _tokenizer_problems(reader),
              size_problems(linear_shapes(d)) if quantization is None else iter(()))
     return [text for kind in kinds for text in _shortened(kind)]
 
@@ -218,15 +218,11 @@ def _values(stated: Quantization, reader: CheckpointReader, name: str) -> Iterat
             f"; they would be under format {other}, so the file is probably labelled wrongly" if off_by_one else "")
 
 
-def _tokenizer_problems(reader: CheckpointReader, vocab_size: int) -> Iterator[InputError]:
+def _tokenizer_problems(reader: CheckpointReader) -> Iterator[InputError]:
     try:
-        tokenizer = load_tokenizer(reader.path)
-        chat_format(reader.config, tokenizer)
+        chat_format(reader.config, load_tokenizer(reader.path))
     except GptqBelleError as error:
         yield InputError(error.cause, error.remedy)
-        return
-    if len(tokenizer) > vocab_size:
-        yield InputError(f"the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}", "")
 
 
 def _shortened(problems: Iterator[InputError]) -> list[str]:

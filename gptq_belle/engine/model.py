@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gptq_belle.checkpoint.generation_config import GENERATION, repaired_generation_config
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
@@ -237,5 +238,7 @@ def _checked(events: list[Event]) -> list[Event]:
 
 
 def _generation_eos(reader: CheckpointReader) -> frozenset[int]:
-    path = reader.path / "generation_config.json"
-    return token_ids(read_json(path), "eos_token_id") if path.is_file() else frozenset()
+    path = reader.path / GENERATION
+    if not path.is_file():
+        return frozenset()
+    return token_ids(repaired_generation_config(read_json(path), path), "eos_token_id")
