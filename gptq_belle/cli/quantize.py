@@ -42,7 +42,7 @@ AutoBits = Annotated[str | None, typer.Option(
     "--auto-bits", metavar="BUDGET", show_default=False, help="Choose 4 or 8 bits for each stage of each block by its "
     "measured loss in 4 bits, within average bits per weight (4.5) or a file size (3.2GB). Linears that an --override "
     "matches keep its settings.")]
-CalibrationSource = Annotated[str, typer.Option(help="Calibration data: a text or JSONL file, or builtin.")]
+CalibrationSource = Annotated[str, typer.Option(help="Calibration data: builtin, or a text, JSON or Parquet file.")]
 Rows = Annotated[int, typer.Option(help="Maximum number of calibration rows.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per calibration row.")]
 AllowShort = Annotated[bool, typer.Option(
