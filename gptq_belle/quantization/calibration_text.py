@@ -113,7 +113,10 @@ def _utf16(data: bytes) -> str | None:
 
 
 def _legacy(data: bytes) -> str | None:
-    """The name of a Chinese encoding in which most characters are common ones; else None."""
+    """The name of a Chinese encoding in which most characters are common ones; else None, as for damaged UTF-8."""
+    wide_bytes, kept = len(data.translate(None, bytes(range(128)))), len(data.decode("utf-8", "ignore").encode())
+    if len(data) - kept < 0.25 * wide_bytes:
+        return None
     shares = {}
     for codec, name, first, last in LEGACY:
         wide = [char.encode(codec)[0] for char in data.decode(codec, errors="ignore")[:SAMPLE]
