@@ -61,6 +61,7 @@ def test_prompt_is_that_of_transformers(template, messages):
 
 @pytest.mark.parametrize(("template", "stops", "ids"), [
     (CHATML, (), {PAD}), (LLAMA2, (), {2}), (PLAIN, ("### Instruction:",), set()),
+    (CHATML.replace("<pad>", "<|im_end|>"), ("<|im_end|>",), set()),  # not a token of this tokenizer
     ("{{ messages[-1]['content'] }}", (), set()),  # for a single question
 ])
 def test_answers_end_where_the_template_ends_them(template, stops, ids):

@@ -53,11 +53,14 @@ GroupSize = Annotated[int, typer.Option(
 
 # prompts and sampling
 PromptStyle = Annotated[str, typer.Option(
-    "--prompt-style", help="Prompt format: auto, bloom, llama, newline, or none to continue the text.")]
-ChatStyle = Annotated[str, typer.Option("--prompt-style", help="Prompt format: auto, bloom, llama or newline.")]
+    "--prompt-style", help="Prompt format: auto (the checkpoint's chat template, else its style), bloom, llama, "
+    "newline, or none to continue the text.")]
+ChatStyle = Annotated[str, typer.Option(
+    "--prompt-style", help="Prompt format: auto (the checkpoint's chat template, else its style), bloom, llama or "
+    "newline.")]
 WrittenStyle = Annotated[str, typer.Option(
     "--prompt-style", help="Chat template to write: bloom, llama or newline; auto keeps the source's, or uses the "
-    "architecture's default.")]
+    "architecture's default. Chats of the calibration data are rendered alike.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of new tokens. Default: up to 512.", min=1)]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature. 0 means greedy decoding.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling: the most likely tokens with this total probability.")]

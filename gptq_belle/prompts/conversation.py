@@ -126,13 +126,14 @@ class ChatFormat:
 
     @cached_property
     def _template_stops(self) -> tuple[tuple[str, ...], frozenset[int]]:
-        """What the template writes after an answer: a special token, or the start of the next question."""
+        """What the template writes after an answer: a special token, or else the first line of text."""
         after = self._after_answer().strip()
         added = sorted(self.tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
         first = next((index for token, index in added if after.startswith(token)), None)
         if first is not None:
             return (), frozenset({first})
-        text = after[: min((after.find(token) for token, _ in added if token in after), default=len(after))].strip()
+        text = after[: min((after.find(token) for token, _ in added if token in after), default=len(after))]
+        text = text.partition("\n")[0].strip()
         return ((text,) if len(text) > 1 else ()), frozenset()
 
     def _after_answer(self) -> str:
