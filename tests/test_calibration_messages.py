@@ -20,8 +20,8 @@ def read(tmp_path, *rows):
 
 
 @pytest.mark.parametrize(("row", "turns"), [
-    ({"conversations": [{"from": "system", "value": "系统"}, HUMAN, GPT]}, [Turn("系统\n问", "答")]),
-    ({"messages": [{"role": "developer", "content": "系统"}, USER, ASSISTANT]}, [Turn("系统\n问", "答")]),
+    ({"conversations": [{"from": "system", "value": "系统"}, HUMAN, GPT]}, [Turn("问", "答", "系统")]),
+    ({"messages": [{"role": "developer", "content": "系统"}, USER, ASSISTANT]}, [Turn("问", "答", "系统")]),
     ({"messages": [USER, ASSISTANT]}, [Turn("问", "答")]), ({"conversations": [USER, ASSISTANT]}, [Turn("问", "答")]),
     ({"messages": [HUMAN, GPT]}, [Turn("问", "答")]), ([USER, ASSISTANT], [Turn("问", "答")]),
     ({"conversation": [{"human": "问", "assistant": "答"}] * 2}, [Turn("问", "答")] * 2),
@@ -29,10 +29,10 @@ def read(tmp_path, *rows):
     ({"messages": [USER, {"role": "assistant", "content": None}, USER, ASSISTANT]}, [Turn("问\n问", "答")]),
     ({"messages": [USER, {"role": "system", "content": "系统"}, ASSISTANT]}, [Turn("问\n系统", "答")]),
     ({"messages": [USER | {"content": [{"type": "text", "text": "问"}]}, ASSISTANT]}, [Turn("问", "答")]),
-    ({"system": "系统", "conversations": [HUMAN, GPT]}, [Turn("系统\n问", "答")]),
-    (PAIR | {"system_prompt": "系统"}, [Turn("系统\n问", "答")]),
+    ({"system": "系统", "conversations": [HUMAN, GPT]}, [Turn("问", "答", "系统")]),
+    (PAIR | {"system_prompt": "系统"}, [Turn("问", "答", "系统")]),
     (PAIR | {"history": [["前", "后"]]}, [Turn("前", "后"), Turn("问", "答")]),
-    (PAIR | {"history": [USER, ASSISTANT], "system": "系统"}, [Turn("系统\n问", "答"), Turn("问", "答")]),
+    (PAIR | {"history": [USER, ASSISTANT], "system": "系统"}, [Turn("问", "答", "系统"), Turn("问", "答")]),
     ({"prompt": "问", "response": "答", "history": []}, [Turn("问", "答")]),
 ])
 def test_turns_are_paired_by_role(tmp_path, row, turns):

@@ -29,7 +29,9 @@ USUAL = re.compile("[\t\n\r -~\u3000-\u303f\u4e00-\u9fff\uff00-\uffee]")  # ASCI
 BOM = b"\xef\xbb\xbf"
 BYTE_ORDER_MARKS = ((b"\xff\xfe\0\0", "UTF-32LE"), (b"\0\0\xfe\xff", "UTF-32BE"), (b"\xff\xfe", "UTF-16LE"),
                     (b"\xfe\xff", "UTF-16BE"))
-LEGACY = (("gb18030", "GB18030", 0xB0, 0xD7), ("big5", "BIG5", 0xA4, 0xC6))  # first bytes of their common characters
+# Codec, iconv's name, and for common characters the range of the first byte and the least second byte.
+LEGACY = (("gb18030", "GB18030", 0xB0, 0xD7, 0xA1), ("big5", "BIG5", 0xA4, 0xC6, 0x40))
+FEWEST_WIDE = 4  # one damaged byte and the letter after it are a Chinese character too
 
 
 def read_bytes(path: Path) -> bytes:
@@ -118,13 +120,14 @@ def _legacy(data: bytes) -> str | None:
     if len(data) - kept < 0.25 * wide_bytes:
         return None
     shares = {}
-    for codec, name, first, last in LEGACY:
-        wide = [char.encode(codec)[0] for char in data.decode(codec, errors="ignore")[:SAMPLE]
+    for codec, name, first, last, second in LEGACY:
+        wide = [char.encode(codec) for char in data.decode(codec, errors="ignore")[:SAMPLE]
                 if "\u4e00" <= char <= "\u9fff"]
         try:
             data.decode(codec)
         except UnicodeDecodeError:
             continue
-        shares[name] = sum(first <= byte <= last for byte in wide) / len(wide) if wide else 0.0
+        common = sum(first <= pair[0] <= last and pair[1] >= second for pair in wide)
+        shares[name] = common / max(FEWEST_WIDE, len(wide))
     best = max(shares, key=lambda name: shares[name], default=None)
     return best if best and shares[best] > 0.6 else None
