@@ -70,7 +70,7 @@ def test_unusual_names_of_plain_text_are_reported(tmp_path):
     ("unmarked.txt", CHINESE.encode("utf-16-be"), ("line 1", "iconv -f UTF-16BE")),
     ("ascii.txt", ("hello world\n" * 9).encode("utf-16-le"), ("line 1", "iconv -f UTF-16LE")),
     ("marked32.txt", CHINESE.encode("utf-32"), ("line 1", "iconv -f UTF-32LE")),
-    ("latin.txt", b"one\ntwo caf\xe9", ("line 2", "iconv")),
+    ("latin.txt", b"one\ntwo caf\xe9", ("line 2", "Windows-1252")),
     ("cut.txt", CHINESE.encode() + b"\xe4\xbd\n", ("line 10", "byte")),
     ("half.jsonl", LINE + b'{"text": "a\\ud83d"}\n', ("line 2", "surrogate")),
     ("half.txt", LINE * 2 + b'{"instruction": "\\ude00", "output": "a"}', ("line 3", "surrogate")),

@@ -106,8 +106,11 @@ def _refusal(path: Path, data: bytes, kind: str | None, place: int) -> InputErro
 
 
 def _utf16(data: bytes) -> str | None:
-    """The name of UTF-16 without a byte order mark, if the bytes are ASCII or Chinese text in it; else None."""
-    for name in ("UTF-16LE", "UTF-16BE"):
+    """The name of UTF-16 without a byte order mark, if the bytes are ASCII or Chinese text in it; else None.
+
+    Pairs of Latin letters look like Chinese characters. A line break in UTF-16 has a zero byte, and Latin-1 has none.
+    """
+    for name in ("UTF-16LE", "UTF-16BE") if b"\0" in data else ():
         text = data[: 2 * (min(len(data), SAMPLE) // 2)].decode(name, errors="replace")
         if text and len(USUAL.findall(text)) > 0.9 * len(text):
             return name
