@@ -7,8 +7,10 @@ here: error messages and /openapi.json quote them.
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.prompts.conversation import ROLES
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -85,6 +87,13 @@ class SamplingRequest(_Body):
             ignore_eos=bool(self.ignore_eos))
 
 
+def _known_role(role: str) -> str:
+    if role not in ROLES:
+        raise PydanticCustomError("role", "a prompt cannot express this role; the roles are {roles}",
+                                  {"roles": ", ".join(map(repr, ROLES))})
+    return role
+
+
 class TextPart(_Body):
     """Text part of a message; images and audio are not supported."""
 
@@ -95,7 +104,7 @@ class TextPart(_Body):
 class Message(_Body):
     """One message of a conversation; see `prompts.conversation.merge_messages` for its roles."""
 
-    role: Text
+    role: Annotated[Text, AfterValidator(_known_role), Field(json_schema_extra={"enum": [*ROLES]})]
     content: Text | list[TextPart] | None = None
 
     @property
