@@ -255,7 +255,7 @@ WRONG_PROMPTS = [None, 5, 2.5, b"text", {"input_ids": [5]}, {5, 6}, iter([5]), [
                  ["good", "\ud83d"]]
 
 
-@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=repr)
+@pytest.mark.parametrize("prompt", WRONG_PROMPTS, ids=lambda prompt: repr(prompt).partition(" object at ")[0])
 def test_wrong_prompts_are_refused(model, prompt):
     with pytest.raises(UsageError):
         model.generate(prompt, max_new_tokens=2)
