@@ -72,7 +72,7 @@ def test_shared_prefixes_are_not_prefilled_again(model, monkeypatch):
     read, lengths = model.prefill_slot, []
     monkeypatch.setattr(model, "prefill_slot", lambda ids, *where: lengths.append(len(ids)) or read(ids, *where))
     ids, params = torch.randint(4, 384, (150,)).tolist(), SamplingParams(max_new_tokens=5, ignore_eos=True)
-    engine = Engine(model, 2)
+    engine = Engine(model, 3)
     first = engine.submit(ids, params)
     finish(engine)
     turns = [ids + first.answer + [9, 9, 9], ids[:100], [7] * 30, ids]
@@ -82,6 +82,76 @@ def test_shared_prefixes_are_not_prefilled_again(model, monkeypatch):
         finish(engine)
         assert (request.reused, sum(lengths)) == (reused, len(turn) - reused)
         assert request.answer == alone(model, turn, params)
+
+
+def test_long_prompt_is_read_before_younger_ones_in_lower_slots(model, monkeypatch):
+    monkeypatch.setattr(type(model), "prefill_chunk", 32)
+    engine, params = Engine(model, 3), SamplingParams(max_new_tokens=1, ignore_eos=True)
+    holders = [engine.submit([5 + i] * 3, SamplingParams(max_new_tokens=50, ignore_eos=True)) for i in range(2)]
+    while not all(holder.answer for holder in holders):
+        engine.step()
+    long = engine.submit(prompts(1, 2)[0] * 200, params)
+    engine.step()
+    for holder in holders:
+        engine.cancel(holder)
+    younger = []
+    for step in range(6):  # 200 tokens are 7 chunks
+        younger.append(engine.submit([20 + step] * 40, params))
+        engine.step()
+    assert len(long.answer) == 1
+    assert not any(request.answer for request in younger)
+    finish(engine)
+    assert all(len(request.answer) == 1 for request in younger)
+
+
+def test_prompts_are_read_in_the_order_of_their_submission(model, monkeypatch):
+    monkeypatch.setattr(type(model), "prefill_chunk", 32)
+    engine, params = Engine(model, 3), SamplingParams(max_new_tokens=1, ignore_eos=True)
+    requests = [engine.submit([9 + number] * length, params) for number, length in enumerate((30, 100, 70, 5, 90, 10))]
+    ended = []
+    while not engine.idle:
+        ended += [event.request for event in engine.step()]
+    assert ended == requests
+
+
+def answered(engine, ids, tokens=1):
+    request = engine.submit(ids, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+    finish(engine)
+    return request
+
+
+@pytest.mark.parametrize("shared", [0, 64], ids=["different beginnings", "same first block"])
+@pytest.mark.parametrize("stale", [70, 200])
+def test_alternating_chats_find_their_earlier_turns_beside_unused_prompts(model, shared, stale):
+    engine, generator = Engine(model, 4), random.Random(3)
+
+    def text(count):
+        return [generator.randrange(4, 384) for _ in range(count)]
+
+    for _ in range(3):
+        answered(engine, text(stale))
+    beginning = text(shared)
+    chats, reused = [beginning + text(130 - shared) for _ in range(2)], []
+    for _ in range(3):
+        for number, ids in enumerate(chats):
+            reused.append(answered(engine, ids, tokens=9).reused)
+            chats[number] = ids + text(10)
+    assert reused == [0, shared, 128, 128, 128, 128]
+
+
+def test_prompt_too_short_to_be_reused_evicts_no_chat(model):
+    engine, chat = Engine(model, 2), prompts(1, 2)[0] * 130
+    answered(engine, chat)
+    for token in range(30, 34):
+        assert answered(engine, [token] * 20).reused == 0
+    assert answered(engine, [*chat, 8, 8]).reused == 128
+
+
+def test_edited_last_turn_keeps_the_earlier_version(model):
+    engine, chat = Engine(model, 2), [7] * 64 + [8] * 100
+    answered(engine, chat)
+    assert answered(engine, chat[:64] + [9] * 100).reused == 64
+    assert answered(engine, [*chat, 5]).reused == 128
 
 
 def test_cancelled_request_frees_its_slot(model):

@@ -1,8 +1,9 @@
 """Continuous batching: requests share one KV cache, one slot each, and every step advances all of them.
 
-A step prefills one chunk of one prompt, then decodes one token for every request whose prompt is complete. A free slot
-keeps its contents: a request whose prompt begins with the same tokens (the earlier turns of a chat) reuses them. On a
-CPU every request gets the same bits as it would get alone.
+A step prefills one chunk of the oldest incomplete prompt, then decodes one token for every request whose prompt is
+complete. A free slot keeps its contents: a request whose prompt begins with the same tokens (the earlier turns of a
+chat) reuses them. New prompts take the slot that was not used for the longest time. On a CPU every request gets the
+same bits as it would get alone.
 """
 
 from collections import deque
@@ -71,11 +72,15 @@ class _Slot:
         prefilled: how many of them come from prefill. Those of an answer were computed one by one, which rounds
             differently, so they are not reused.
         checked: how many of them are known to fit the range of the cache.
+        admitted: number of requests that were admitted before this one; orders the prompts by age.
+        last_used: number of the last step that ran the slot's request or reused its contents.
     """
 
     cached: list[int] = field(default_factory=list)
     prefilled: int = 0
     checked: int = 0
+    admitted: int = 0
+    last_used: int = 0
     request: Request | None = None
     sampler: Sampler | None = None
 
@@ -99,6 +104,7 @@ class Engine:
         self.cache = model.new_cache(slots, self.capacity)
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
+        self._steps = self._admitted = 0
 
     @property
     def idle(self) -> bool:
@@ -143,19 +149,22 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Prefill a chunk of the first incomplete prompt, then decode one token for every complete one.
+        """Prefill a chunk of the oldest incomplete prompt, then decode one token for every complete one.
 
         Returns:
             new tokens and ends of requests; empty if only a part of a prompt was prefilled. A request whose logits or
             cached keys are not finite ends with an error that names the layer.
         """
+        self._steps += 1
         self._admit()
         events: list[Event] = []
         active = [slot for slot in self._slots if slot.request is not None]
+        for slot in active:
+            slot.last_used = self._steps
         incomplete = [slot for slot in active if slot.request and len(slot.cached) < len(slot.request.ids)]
         decoding = [slot for slot in active if slot not in incomplete]
         if incomplete:
-            events += self._prefill(incomplete[0])
+            events += self._prefill(min(incomplete, key=lambda slot: slot.admitted))
         if decoding:
             events += self._decode(decoding)
         return events
@@ -164,14 +173,17 @@ class Engine:
         """Assign free slots to waiting requests, and reuse prompt prefixes that any slot has in the cache."""
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
-            source = max(self._slots, key=lambda slot: _reusable(slot, request))
-            slot, reusable = min(free, key=lambda slot: len(slot.cached)), _reusable(source, request)
-            if source in free and len(source.cached) - reusable <= len(slot.cached):
-                slot = source  # fewer cached tokens are lost there
-            elif reusable:
-                self.cache.copy(self._slots.index(source), self._slots.index(slot), reusable)
+            source = max(self._slots, key=lambda slot: (_reusable(slot, request), slot.last_used))
+            reusable, slot = _reusable(source, request), min(free, key=_eviction_order)
+            if reusable:
+                source.last_used = self._steps
+                if source in free and _continues(source, request):
+                    slot = source  # nothing that another request could reuse is lost there
+                if slot is not source:
+                    self.cache.copy(self._slots.index(source), self._slots.index(slot), reusable)
             slot.cached, slot.prefilled, request.reused = request.ids[:reusable], reusable, reusable
-            slot.checked = reusable
+            slot.checked, slot.admitted = reusable, self._admitted
+            self._admitted += 1
             slot.request, slot.sampler = request, Sampler(request.params, request.ids, self.model.device)
 
     def _prefill(self, slot: _Slot) -> list[Event]:
@@ -279,3 +291,14 @@ def _reusable(slot: _Slot, request: Request) -> int:
     most = min(slot.prefilled, len(request.ids) - 1)
     same = next((i for i in range(most) if slot.cached[i] != request.ids[i]), most)
     return same // QUERY_BLOCK * QUERY_BLOCK
+
+
+def _continues(slot: _Slot, request: Request) -> bool:
+    """Whether the prompt begins with all that can be reused of a slot, as the next turn of a chat does."""
+    whole = slot.prefilled // QUERY_BLOCK * QUERY_BLOCK
+    return slot.cached[:whole] == request.ids[:whole]
+
+
+def _eviction_order(slot: _Slot) -> tuple[bool, int]:
+    """Sort key of free slots: those without anything to reuse first, then the least recently used."""
+    return slot.prefilled >= QUERY_BLOCK, slot.last_used
