@@ -17,6 +17,7 @@ from gptq_belle.serving.completion_choice import (
     offsets,
     text_logprobs,
 )
+from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, check_fields
 from gptq_belle.serving.responses import collect, envelope, event_stream, usage
 from gptq_belle.serving.schemas import ChatRequest, CompletionRequest
 from gptq_belle.serving.service import Service, loaded_service
@@ -27,6 +28,9 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
+    check_fields(body.model_extra, CHAT)
+    if body.stream_options is not None:
+        check_fields(body.stream_options.model_extra, STREAM_OPTIONS, "stream_options.")
     service = loaded_service(request)
     ids, prompt_stops = service.prompt(body.messages)[1:]
     limit = body.max_completion_tokens or body.max_tokens
@@ -70,6 +74,9 @@ class _Prompt:
 @router.post("/v1/completions")
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
+    check_fields(body.model_extra, COMPLETION)
+    if body.stream_options is not None:
+        check_fields(body.stream_options.model_extra, STREAM_OPTIONS, "stream_options.")
     service = loaded_service(request)
     wanted = 16 if body.max_tokens is None else body.max_tokens
     if wanted == 0 and (not body.echo or body.stream):

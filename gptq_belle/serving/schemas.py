@@ -1,7 +1,7 @@
 """Request bodies of OpenAI's API, with additional fields of vLLM and llama.cpp.
 
-Unknown fields are ignored; an invalid value is rejected with the name of the field. Allowed ranges are defined only
-here: error messages and /openapi.json quote them.
+Other fields are checked by the tables of `request_fields`; an invalid value is rejected with the name of the field.
+Allowed ranges are defined only here: error messages and /openapi.json quote them.
 """
 
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ def _check_encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_encodable)]
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Stop = Annotated[Text, Field(max_length=256, description="an empty string stops nothing")]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -61,8 +61,9 @@ class SamplingRequest(_Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        """The stop strings that are not empty."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in given if stop)
 
     @property
     def choices(self) -> int:

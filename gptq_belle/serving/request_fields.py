@@ -1,0 +1,159 @@
+"""Parameters of OpenAI's API, vLLM and llama.cpp that this server does not implement.
+
+Every parameter is in one place only. Implemented ones are fields of the schemas. The others are in these tables: a
+parameter that cannot change an answer is accepted with every value, all others only with the values that mean "off".
+Everything else is rejected with the name of the parameter, so that no client takes an ignored option for an effective
+one. Null is accepted for every name.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from gptq_belle.serving.api_errors import ApiError
+
+
+class Unsupported(NamedTuple):
+    """A parameter that is accepted only with values that have no effect.
+
+    Attributes:
+        neutral: these values.
+        remedy: what the client can do instead.
+    """
+
+    neutral: tuple[Any, ...] = ()
+    remedy: str = "Remove it from the request"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value has no effect; true and 1 are different in JSON, 1 and 1.0 are not."""
+        return value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool)
+                                    for each in self.neutral)
+
+
+Table = Mapping[str, Unsupported | None]  # None: accepted with every value
+
+
+def _without_effect(*names: str) -> Table:
+    return dict.fromkeys(names)
+
+
+def _off(neutral: Iterable[Any], *names: str, remedy: str = "Remove it from the request") -> Table:
+    return dict.fromkeys(names, Unsupported(tuple(neutral), remedy))
+
+
+_PENALTY = "Use repetition_penalty"
+_FREE_TEXT = "Answers cannot be constrained: describe the format in the prompt and check the answer"
+_NO_TOOLS = "This server does not call tools: describe them in the prompt"
+_STOP = "Use stop"
+_COMMON: Table = {
+    # Bookkeeping, and caching or speed only
+    **_without_effect("user", "metadata", "store", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
+                      "safety_identifier", "cache_prompt", "n_cache_reuse", "prediction", "backend_sampling"),
+    # These have an effect only with another parameter, which is rejected
+    **_without_effect("parallel_tool_calls", "dynatemp_exponent", "mirostat_tau", "mirostat_eta", "xtc_threshold",
+                      "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
+                      "adaptive_decay", "repeat_last_n", "guided_decoding_backend", "guided_whitespace_pattern",
+                      "grammar_lazy", "grammar_triggers", "preserved_tokens"),
+    # No model of this server has reasoning, and special tokens are never shown
+    **_without_effect("include_reasoning", "reasoning_format", "reasoning_in_content", "spaces_between_special_tokens"),
+    # Sampling
+    **_off([0], "presence_penalty", "frequency_penalty", "dry_multiplier", remedy=_PENALTY),
+    **_off([1, 0], "repeat_penalty", remedy=_PENALTY),
+    **_off([1], "typical_p", "typ_p", "length_penalty"),
+    **_off([0], "mirostat", "dynatemp_range", "xtc_probability", "min_keep", "min_tokens", "n_keep", "n_discard",
+           "n_indent", "thinking_token_budget"),
+    **_off([-1], "top_n_sigma", "adaptive_target"),
+    **_off([-1, 0], "t_max_predict_ms"),
+    **_off([{}, [], False], "logit_bias"),
+    **_off([[]], "samplers", "bad_words", "allowed_token_ids", "logits_processors"),
+    **_off([""], "sampler_seq"),
+    **_off([False], "use_beam_search"),
+    **_off([0, 1], "best_of", remedy="Use n, and choose among the answers"),
+    **_off([1], "n_cmpl", remedy="Use n"),
+    **_off([[]], "stop_token_ids", remedy=_STOP),
+    **_off([""], "stop_sequence", remedy=_STOP),
+    **_off([False], "include_stop_str_in_output"),
+    **_off([True], "skip_special_tokens"),
+    **_off([], "n_predict", "max_new_tokens", "max_length", remedy="Use max_tokens"),
+    # Constrained answers
+    **_off([{"type": "text"}, {}], "response_format", remedy=_FREE_TEXT),
+    **_off([{}, "", []], "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
+           "structured_outputs", "structural_tag", remedy=_FREE_TEXT),
+    # Form of the response
+    **_off([0], "n_probs", remedy="Use logprobs"),
+    **_off([False], "return_tokens_as_token_ids", "return_token_ids", "return_tokens", "timings_per_token",
+           "return_progress", "post_sampling_probs", "verbose", "__verbose"),
+    **_off([[]], "response_fields"),
+    **_off([], "prompt_logprobs", remedy="Use echo and logprobs with /v1/completions"),
+    **_off([""], "request_id"),
+    # The prompt and the model
+    **_off([], "truncate_prompt_tokens", remedy="Shorten the prompt"),
+    **_off([{}, []], "mm_processor_kwargs", "image_data", "multimodal_data", remedy="Only text is supported"),
+    **_off([[]], "lora", remedy="Merge the adapter into the model before quantization"),
+    **_off([-1], "id_slot"),
+    **_off([0], "priority", "sse_ping_interval"),
+    **_off(["auto", "default"], "service_tier"),
+    **_off(["", {}], "cache_salt", "kv_transfer_params", "vllm_xargs", "repetition_detection", "moderation"),
+}
+_TEMPLATE: Table = {
+    **_off([True], "add_generation_prompt", remedy="The prompt always ends where the answer begins"),
+    **_off([False], "continue_final_message", "prefill_assistant", remedy="Use /v1/completions with the prompt text"),
+    **_off([""], "chat_template", remedy="Put the template into chat_template.jinja of the model directory"),
+    **_off([{}], "chat_template_kwargs"),
+    **_off([[]], "documents", remedy="Put the documents into a message"),
+    **_off([[]], "tools", "functions", remedy=_NO_TOOLS),
+    **_off(["none", "auto"], "tool_choice", "function_call", remedy=_NO_TOOLS),
+}
+CHAT: Table = {
+    **_COMMON, **_TEMPLATE,
+    **_off([""], "prompt", "suffix", remedy="Use /v1/completions"),
+    **_off([False], "echo", remedy="Use /v1/completions"),
+    **_off([-1], "n_predict", remedy="Use max_tokens"),
+    **_off([False], "add_special_tokens", remedy="The prompt style of the model adds them"),
+    **_off([["text"], []], "modalities", remedy="Only text is supported"),
+    **_off([{}], "audio", remedy="Only text is supported"),
+    **_off(["none"], "reasoning_effort", remedy="The models of this server do not reason before the answer"),
+    **_off([0, -1], "reasoning_budget_tokens", "thinking_budget_tokens"),
+    **_off([False], "thinking_forced_open", "enable_thinking", "parse_tool_calls"),
+    **_off(["medium"], "verbosity", remedy="Describe the length in the prompt"),
+    **_off([], "web_search_options", remedy="This server does not search the web"),
+}
+COMPLETION: Table = {
+    **_COMMON,
+    **_off(["", []], "suffix", "input_prefix", "input_suffix", "input_extra",
+           remedy="Text cannot be inserted: put everything before the answer into prompt"),
+    **_off([[]], "messages", "tools", remedy="Use /v1/chat/completions"),
+    **_off([0], "top_logprobs", remedy="Use logprobs with the number of tokens"),
+    **_off([], "max_completion_tokens", remedy="Use max_tokens"),
+    **_off([""], "prompt_embeds", remedy="Use prompt"),
+    **_off([True], "add_special_tokens", remedy="Use /tokenize, and token ids as the prompt"),
+}
+STREAM_OPTIONS: Table = {
+    **_without_effect("include_obfuscation"),
+    **_off([False], "continuous_usage_stats", remedy="Use include_usage: the last event has the usage"),
+}
+
+
+def check_fields(extra: Mapping[str, Any] | None, table: Table, path: str = "") -> None:
+    """Reject parameters that would have an effect elsewhere, and unknown ones.
+
+    Args:
+        extra: the parameters of a request that are not in its schema.
+        table: those that are known.
+        path: name of the object that contains them, with a dot.
+    Raises:
+        ApiError: 400 with the name of the first such parameter.
+    """
+    for name, value in (extra or {}).items():
+        field = path + _printable(name)
+        if value is not None and name not in table:
+            raise ApiError(400, f"{field}: this server does not know this field. Remove it from the request.", field,
+                           "unknown_parameter")
+        entry = table.get(name)
+        if entry is not None and not entry.accepts(value):
+            raise ApiError(400, f"{field}: this server does not support this field, and it is not ignored. "
+                           f"{entry.remedy}.", field, "unsupported_parameter")
+
+
+def _printable(name: str) -> str:
+    """A field name for a message: of limited length, and encodable."""
+    return name[:100].encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,98 @@
+"""Request fields that the server does not implement, models and numbers of answers that it does not serve."""
+
+import json
+
+import httpx
+import pytest
+from server_process import serving
+
+from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, check_fields
+from gptq_belle.serving.schemas import ChatRequest, CompletionRequest, StreamOptions
+
+CHAT_PATH, COMPLETION_PATH = "/v1/chat/completions", "/v1/completions"
+BODIES = {CHAT_PATH: {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 1},
+          COMPLETION_PATH: {"prompt": "春风", "max_tokens": 1}}
+TOOL = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama, tmp_path_factory):
+    with serving(tiny_llama, tmp_path_factory.mktemp("log") / "log", "--max-batch", "2", "--max-queue", "6") as running:
+        yield running
+
+
+def post(server, path, **fields):
+    return httpx.post(server.url + path, json=BODIES[path] | fields, timeout=60)
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+@pytest.mark.parametrize(("path", "name", "value"), [
+    (CHAT_PATH, "presence_penalty", 2), (CHAT_PATH, "frequency_penalty", -0.5), (CHAT_PATH, "presence_penalty", "x"),
+    (CHAT_PATH, "presence_penalty", False), (CHAT_PATH, "logit_bias", {"5": 100}),
+    (CHAT_PATH, "response_format", {"type": "json_object"}),
+    (CHAT_PATH, "response_format", {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}),
+    (CHAT_PATH, "tools", TOOL), (CHAT_PATH, "tool_choice", "required"), (CHAT_PATH, "functions", [{"name": "f"}]),
+    (CHAT_PATH, "stop_token_ids", [7]), (CHAT_PATH, "min_tokens", 1), (CHAT_PATH, "guided_json", SCHEMA),
+    (CHAT_PATH, "guided_choice", ["甲", "乙"]), (CHAT_PATH, "guided_regex", "[0-9]"),
+    (CHAT_PATH, "structured_outputs", {"regex": "[0-9]"}), (CHAT_PATH, "grammar", 'root ::= "甲"'),
+    (CHAT_PATH, "json_schema", SCHEMA), (CHAT_PATH, "bad_words", ["京"]), (CHAT_PATH, "mirostat", 2),
+    (CHAT_PATH, "xtc_probability", 1.0), (CHAT_PATH, "dry_multiplier", 5.0), (CHAT_PATH, "repeat_penalty", 1.3),
+    (CHAT_PATH, "n_predict", 4), (CHAT_PATH, "modalities", ["text", "audio"]), (CHAT_PATH, "reasoning_effort", "high"),
+    (CHAT_PATH, "continue_final_message", True), (CHAT_PATH, "chat_template_kwargs", {"enable_thinking": False}),
+    (CHAT_PATH, "skip_special_tokens", False), (CHAT_PATH, "prompt_logprobs", 0), (CHAT_PATH, "echo", True),
+    (COMPLETION_PATH, "best_of", 3), (COMPLETION_PATH, "suffix", "。"), (COMPLETION_PATH, "n_predict", -1),
+    (COMPLETION_PATH, "max_completion_tokens", 3), (COMPLETION_PATH, "top_logprobs", 2),
+    (COMPLETION_PATH, "allowed_token_ids", [5]), (COMPLETION_PATH, "use_beam_search", True),
+    (CHAT_PATH, "temprature", 0.1), (COMPLETION_PATH, "options", {"seed": 1})])
+def test_field_without_an_implementation_is_refused_by_name(server, path, name, value):
+    error = error_of(post(server, path, **{name: value}), 400)
+    assert error["param"] == name
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize(("path", "fields"), [
+    (CHAT_PATH, {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "auto",
+                 "response_format": {"type": "text"}, "min_tokens": 0, "stop_token_ids": [], "best_of": 1,
+                 "n_predict": -1, "modalities": ["text"], "service_tier": "auto"}),
+    (CHAT_PATH, {"user": "somebody", "metadata": {"run": "1"}, "store": False, "parallel_tool_calls": True,
+                 "prompt_cache_key": "k", "cache_prompt": True}),
+    (CHAT_PATH, {"grammar": "", "guided_json": None, "repeat_penalty": 1.0, "repeat_last_n": 64, "mirostat": 0,
+                 "mirostat_tau": 5.0, "typical_p": 1.0, "dry_multiplier": 0.0, "dry_base": 1.75, "something": None}),
+    (CHAT_PATH, {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}),
+    (COMPLETION_PATH, {"best_of": 1, "suffix": None, "logit_bias": None, "user": "somebody", "top_logprobs": 0})])
+def test_neutral_values_and_fields_that_change_no_answer_are_accepted(server, path, fields):
+    assert post(server, path, **fields).status_code == 200
+
+
+def test_unsupported_stream_option_is_refused_by_name(server):
+    error = error_of(post(server, CHAT_PATH, stream=True, stream_options={"continuous_usage_stats": True}), 400)
+    assert error["param"] == "stream_options.continuous_usage_stats"
+
+
+@pytest.mark.parametrize(("table", "schema"), [
+    (CHAT, ChatRequest), (COMPLETION, CompletionRequest), (STREAM_OPTIONS, StreamOptions)])
+def test_no_implemented_field_is_in_the_table(table, schema):
+    assert not table.keys() & schema.model_fields.keys()
+
+
+def test_every_parameter_of_the_openai_client_is_known():
+    pytest.importorskip("openai", reason="pip install openai")
+    from openai.types import chat, completion_create_params
+
+    for params, table, schema in ((chat.completion_create_params, CHAT, ChatRequest),
+                                  (completion_create_params, COMPLETION, CompletionRequest)):
+        names = params.CompletionCreateParamsBase.__annotations__.keys()
+        assert len(names) > 15
+        assert names <= table.keys() | schema.model_fields.keys()
+
+
+def test_name_that_cannot_be_encoded_is_refused():
+    with pytest.raises(ApiError) as refused:
+        check_fields({"\ud800": 1}, CHAT)
+    json.dumps(refused.value.body, ensure_ascii=False).encode()
