@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,9 +57,10 @@ class Served:
 
 
 @contextmanager
-def serving(path: Path, log: Path, *options: str, ready: bool = True) -> Iterator[Served]:
+def serving(path: Path, log: Path, *options: str, ready: bool = True,
+            program: Sequence[str] = ("-m", "gptq_belle.cli")) -> Iterator[Served]:
     """Run `gptq-belle serve path --port 0 options`, and stop it on exit."""
-    command = [sys.executable, "-m", "gptq_belle.cli", "serve", str(path), "--port", "0", "--device", "cpu", *options]
+    command = [sys.executable, *program, "serve", str(path), "--port", "0", "--device", "cpu", *options]
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     try:

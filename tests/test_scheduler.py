@@ -1,6 +1,7 @@
 """Scheduler, tested with an engine without a model whose steps the tests release one by one."""
 
 import asyncio
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from gptq_belle.serving.scheduler import Scheduler
 
 LIMIT = 20.0  # seconds until a test that waits for something fails
 REFUSED_ID = -1  # the fake engine refuses a prompt that holds it
+FATAL_ID = -2  # it ends its thread at a prompt that holds it
 
 
 class FakeEngine:
@@ -26,6 +28,7 @@ class FakeEngine:
         submitted: prompts, in the order of their submission.
         cancelled: requests, in the order of their cancellation.
         failure: what the next step raises.
+        result: what the next step returns instead of its events.
         threads: those that called this object.
     """
 
@@ -34,7 +37,8 @@ class FakeEngine:
         self.running: list[Request] = []
         self.submitted: list[list[int]] = []
         self.cancelled: list[Request] = []
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
+        self.result: list | None = None
         self.threads: set[threading.Thread] = set()
         self.in_step = threading.Event()
         self._permits = threading.Semaphore(0)
@@ -50,6 +54,8 @@ class FakeEngine:
         self.threads.add(threading.current_thread())
         if REFUSED_ID in ids:
             raise UsageError(f"token id {REFUSED_ID} is not in the vocabulary")
+        if FATAL_ID in ids:
+            raise SystemExit(3)
         assert len(self.running) < self.slots, "more requests than slots"
         request = Request(list(ids), params, params.max_new_tokens)
         self.running.append(request)
@@ -71,6 +77,8 @@ class FakeEngine:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
+        if self.result is not None:
+            return self.result
         return [self._advance(request) for request in list(self.running)]
 
     def _advance(self, request):
@@ -323,7 +331,7 @@ def test_cancelling_a_finished_request_changes_nothing():
         asyncio.run(client(scheduler, engine, metrics))
 
 
-def test_step_that_raises_fails_all_running_requests_and_serves_the_waiting_ones():
+def test_step_that_raises_fails_all_running_requests_and_serves_the_waiting_ones(caplog):
     async def client(scheduler, engine, metrics):
         failure = engine.failure = RuntimeError("step failed")
         [first] = await start(scheduler, engine, prompt(10))
@@ -335,8 +343,11 @@ def test_step_that_raises_fails_all_running_requests_and_serves_the_waiting_ones
         [waiting] = scheduler.submit([prompt(30, tokens=1)])
         engine.failure = failure
         engine.allow(1)
-        assert await items(first, 1) == [(0, failure)]
-        assert await items(second, 1) == [(0, failure)]
+        for answer in (first, second):
+            [(index, error)] = await items(answer, 1)
+            assert (index, error.status, error.__cause__) == (0, 500, failure)
+        [record] = caplog.records  # one, although two clients are told
+        assert record.exc_info[1] is failure
         assert [request.ids for request in engine.cancelled] == [[10], [20]]
         assert ended(metrics, "failed") == 2
         engine.allow(1)
@@ -476,3 +487,99 @@ def test_gauges_show_running_and_waiting_requests_and_nothing_when_idle():
 
     with scheduling(2, 1) as (scheduler, engine, metrics):
         asyncio.run(client(scheduler, engine, metrics))
+
+
+def kill_by_exit(engine):
+    engine.failure = SystemExit(3)
+
+
+def kill_by_interrupt(engine):
+    engine.failure = KeyboardInterrupt()
+
+
+def kill_by_garbage(engine):
+    engine.result = [object()]
+
+
+def kill_by_an_event_of_an_unknown_request(engine):
+    known = engine.running[0]
+    engine.result = [Event(known, None, "stop"), Event(Request([1], SamplingParams(), 1), 5, None)]
+
+
+@pytest.mark.parametrize("kill", [kill_by_exit, kill_by_interrupt, kill_by_garbage,
+                                  kill_by_an_event_of_an_unknown_request])
+def test_end_of_the_thread_is_told_to_running_waiting_and_new_requests_and_calls(kill, caplog):
+    async def client(scheduler, engine, metrics):
+        told = threading.Event()
+        scheduler.on_failure = lambda error: told.set()
+        running = await start(scheduler, engine, prompt(10), prompt(20))
+        [waiting] = scheduler.submit([prompt(30)])
+        call = asyncio.ensure_future(scheduler.call(lambda: 5))
+        await asyncio.sleep(0)
+        kill(engine)
+        engine.allow(1)
+        found = await items(running[0], 2) + await items(waiting, 1)
+        assert [index for index, _ in found] in ([0, 1, 0], [1, 0, 0])
+        assert {error.status for _, error in found} == {503}
+        with pytest.raises(ApiError) as refused:
+            await asyncio.wait_for(call, LIMIT)
+        assert refused.value.status == 503
+        with pytest.raises(ApiError) as refused:
+            scheduler.submit([prompt(40)])
+        assert refused.value.status == 503
+        with pytest.raises(ApiError):
+            await asyncio.wait_for(scheduler.call(lambda: 5), LIMIT)
+        assert await asyncio.to_thread(told.wait, LIMIT)
+        assert (scheduler.running, scheduler.waiting) == (0, 0)
+        assert ended(metrics, "failed") == 3
+        [record] = caplog.records
+        assert record.exc_info[1] is scheduler.failure
+
+    with scheduling(2, 1) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_end_of_the_thread_while_requests_start_is_told_to_all_of_them():
+    async def client(scheduler):
+        answers = scheduler.submit([prompt(10), prompt(FATAL_ID), prompt(30)])
+        found = await items(answers[0], 3)
+        assert sorted(index for index, _ in found) == [0, 1, 2]
+        assert all(isinstance(error, ApiError) for _, error in found)
+
+    with scheduling(3, 0) as (scheduler, _, _):
+        asyncio.run(client(scheduler))
+
+
+def test_call_that_ends_the_thread_is_told_as_are_the_calls_after_it():
+    async def client(scheduler, engine):
+        await start(scheduler, engine, prompt(10))
+        calls = [asyncio.ensure_future(scheduler.call(function)) for function in (lambda: 4, sys.exit, lambda: 5)]
+        await asyncio.sleep(0)
+        engine.allow(1)
+        found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), LIMIT)
+        assert found[0] == 4
+        assert [error.status for error in found[1:]] == [503, 503]
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_request_that_ended_is_not_told_of_a_later_end_of_the_thread():
+    async def client(scheduler, engine):
+        engine.allow(1)
+        [ended] = scheduler.submit([prompt(10, 1)])
+        await items(ended, 2)
+        [cancelled, last] = await start(scheduler, engine, prompt(20), prompt(30))
+        cancelled.cancel()
+        engine.allow(1)
+        await items(last, 2)  # the tokens of the step that was running
+        await until(engine.in_step.is_set)
+        kill_by_exit(engine)
+        engine.allow(1)
+        [(index, error)] = await items(last, 1)
+        assert (index, error.status) == (1, 503)
+        assert ended.arrived.empty()
+        assert last.arrived.empty()
+
+    with scheduling(2, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))

@@ -270,6 +270,37 @@ def test_sigterm_finishes_running_requests(tiny_bloom, tmp_path):
         assert server.process.wait(30) == 0
 
 
+FAULTY_STEP = """
+from gptq_belle.cli import main
+from gptq_belle.engine.batching import Engine
+def step(self):
+    {fault}
+Engine.step = step
+main()
+"""
+
+
+def test_failed_step_is_logged_once_and_ends_its_stream_with_an_error(tiny_bloom, tmp_path):
+    program = ("-c", FAULTY_STEP.format(fault="raise RuntimeError('an injected fault')"))
+    with serving(tiny_bloom, tmp_path / "log", program=program) as server:
+        for number, stream in enumerate((True, False), start=1):
+            response = httpx.post(f"{server.url}/v1/chat/completions", timeout=60,
+                                  json={"messages": QUESTION, "stream": stream})
+            assert "error" in json.loads(response.text.strip().split("\n")[-1].removeprefix("data: "))
+            assert server.log.count("RuntimeError: an injected fault") == number
+            assert server.log.count("Traceback") == number
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("fault", ["raise SystemExit(0)", "return [object()]"])
+def test_server_whose_engine_stops_answers_503_and_exits_with_an_error(tiny_bloom, tmp_path, fault):
+    with serving(tiny_bloom, tmp_path / "log", program=("-c", FAULTY_STEP.format(fault=fault))) as server:
+        assert httpx.post(f"{server.url}/v1/chat/completions", timeout=60,
+                          json={"messages": QUESTION}).status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert server.process.wait(30) == 1
+
+
 @pytest.mark.parametrize(("options", "code", "words"), [
     (("--host", "0.0.0.0"), 2, "--allow-unauthenticated"),
     (("--max-len", "1"), 2, "max-len"),

@@ -1,5 +1,6 @@
 """Errors in the format of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}``."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from gptq_belle.errors import GptqBelleError, HardwareError, UsageError, as_user_error
 
+LOGGER = logging.getLogger("gptq_belle")
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 MAX_QUOTED = 200  # characters of an invalid value that are quoted in the message
@@ -52,6 +54,14 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(known, HardwareError):
         return ApiError(503, known.cause, code="out_of_memory", headers={"Retry-After": "5"})
     return ApiError(500, known.cause if isinstance(error, GptqBelleError) else "internal error")
+
+
+def logged(message: str, error: Exception) -> ApiError:
+    """Log an error with its traceback, and convert it to the response for all clients that it concerns."""
+    LOGGER.error(message, exc_info=error)
+    response = from_exception(error)
+    response.__cause__ = error
+    return response
 
 
 def install(app: FastAPI) -> None:

@@ -15,7 +15,7 @@ from gptq_belle.serving.service import AppState, Limits, Service
 
 ERROR_RESPONSES = {"400": "A field has an invalid value; the message names it.", "401": "No valid API key.",
                    "413": "The body is too large.", "429": "The queue is full, or too many requests are open.",
-                   "503": "The model is being loaded, or the server is stopping."}
+                   "503": "The model is being loaded, the server is stopping, or the engine has stopped."}
 
 
 def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: str | None = None,

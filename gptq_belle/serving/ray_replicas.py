@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from gptq_belle.common.text import count
 from gptq_belle.errors import HardwareError
-from gptq_belle.serving.server import SHUTDOWN_TIMEOUT
+from gptq_belle.serving.server import FAILURE_DELAY, SHUTDOWN_TIMEOUT
 from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
+from gptq_belle.serving.service import AppState, Service
 
 try:
     import ray
@@ -98,14 +100,24 @@ def _application(config: ServiceConfig, listen: ListenConfig, replicas: int,
     def build() -> Any:
         from gptq_belle.serving.app import create_app
 
-        return create_app(lambda state: config.service(state.metrics), config.limits, api_key=listen.api_key,
-                          local_only=listen.local, load_first=True)
+        return create_app(load, config.limits, api_key=listen.api_key, local_only=listen.local, load_first=True)
+
+    def load(state: AppState) -> Service:
+        service = config.service(state.metrics)
+        service.scheduler.on_failure = _end_replica
+        return service
 
     deployment: Any = serve.deployment(
         serve.ingress(build)(), name="replica", num_replicas=replicas, ray_actor_options=options,
         max_ongoing_requests=config.limits.slots + config.limits.waiting, health_check_period_s=HEALTH_CHECK_PERIOD,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT, max_constructor_retry_count=1)
     return deployment.bind()
+
+
+def _end_replica(error: BaseException) -> None:
+    """End this process once its clients have read their errors: Ray starts a new replica."""
+    time.sleep(FAILURE_DELAY)
+    os._exit(1)
 
 
 def _resources_per_replica(config: ServiceConfig, replicas: int) -> dict[str, Any]:

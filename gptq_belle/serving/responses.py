@@ -12,7 +12,8 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gptq_belle.serving.api_errors import ApiError, from_exception
+from gptq_belle.errors import GptqBelleError
+from gptq_belle.serving.api_errors import ApiError, from_exception, logged
 from gptq_belle.serving.completion_choice import CompletionChoice, TextDelta
 from gptq_belle.serving.scheduler import Item, ItemQueue
 
@@ -82,7 +83,8 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
             if (fields := final()) is not None:
                 yield _event(head | fields)
         except Exception as error:  # headers have been sent, so the error is an event
-            yield _event(from_exception(error).body)
+            known = isinstance(error, (ApiError, GptqBelleError))
+            yield _event((from_exception(error) if known else logged("A stream failed.", error)).body)
             return
         yield b"data: [DONE]\n\n"
 

@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
 from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.scheduler import engine_stopped
 from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
 from gptq_belle.serving.service import app_state, loaded_service
 
@@ -30,11 +31,13 @@ async def models(request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Status 200 if the model is loaded, else 503; with the number of requests and the memory in use."""
+    """Status 200 if requests can be answered, else 503; with the number of requests and the memory in use."""
     state = app_state(request)
     if state.service is None:
         return ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"}).response()
     scheduler = state.service.scheduler
+    if scheduler.failure is not None:
+        return engine_stopped().response()
     return JSONResponse({"status": "ok", "model": state.service.name, "running": scheduler.running,
                          "waiting": scheduler.waiting, "slots": scheduler.engine.slots,
                          "memory_bytes": anonymous_bytes()})

@@ -1,6 +1,7 @@
 """The thread that runs the engine, and the queues that deliver its tokens to the tasks of the server."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -9,9 +10,11 @@ from typing import Any
 
 from gptq_belle.engine.batching import Engine, Event, Request
 from gptq_belle.engine.sampling import SamplingParams
-from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.errors import GptqBelleError
+from gptq_belle.serving.api_errors import ApiError, logged
 from gptq_belle.serving.metrics import Metrics
 
+LOGGER = logging.getLogger("gptq_belle")
 RETRY_AFTER = "1"  # seconds; a slot becomes free when the shortest answer ends
 SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
 
@@ -44,11 +47,20 @@ class QueuedRequest:
 class Scheduler:
     """Submits prompts to the engine when slots become free, and delivers tokens.
 
+    A step that raises an exception fails the running requests only. Any other exception ends the thread: all requests
+    and calls get an error, later ones are refused, and `on_failure` is called.
+
     Args:
         engine: the engine; used by this object's thread only.
         queue_limit: maximum number of answers that wait for a slot; more are rejected with status 429.
         metrics: metrics to update.
+    Attributes:
+        failure: the exception that ended the thread, if any.
+        on_failure: called in the thread with that exception, after the clients were informed.
     """
+
+    failure: BaseException | None = None
+    on_failure: Callable[[BaseException], None] | None = None
 
     def __init__(self, engine: Engine, queue_limit: int, metrics: Metrics) -> None:
         self.engine, self.queue_limit, self.metrics = engine, queue_limit, metrics
@@ -57,6 +69,7 @@ class Scheduler:
         self._cancelled: list[QueuedRequest] = []
         self._calls: deque[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = deque()
         self._running: dict[Request, QueuedRequest] = {}  # used by the thread only
+        self._open: set[QueuedRequest] = set()  # submitted, and neither ended nor cancelled
         self._loop: asyncio.AbstractEventLoop | None = None  # event loop of the server
         self._closing = False
         self._window = time.perf_counter(), 0
@@ -67,9 +80,11 @@ class Scheduler:
         """Queue answers, all of them or none; called in the event loop of the server. They share the queue `arrived`.
 
         Raises:
-            ApiError: 429 if the queue is full, 503 if the server is stopping.
+            ApiError: 429 if the queue is full, 503 if the server is stopping or the thread has ended.
         """
         with self._changed:
+            if self.failure is not None:
+                raise engine_stopped()
             if self._closing:
                 raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
             free = self.engine.slots - len(self._running)
@@ -81,6 +96,7 @@ class Scheduler:
             self._loop, arrived = asyncio.get_running_loop(), ItemQueue()
             answers = [QueuedRequest(self, index, ids, params, arrived) for index, (ids, params) in enumerate(prompts)]
             self._waiting.extend(answers)
+            self._open.update(answers)
             self._changed.notify()
         return answers
 
@@ -91,10 +107,16 @@ class Scheduler:
             self._changed.notify()
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function that uses the model in the engine's thread, between two steps."""
+        """Run a function that uses the model in the engine's thread, between two steps.
+
+        Raises:
+            ApiError: 503 if the thread has ended.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         with self._changed:
+            if self.failure is not None:
+                raise engine_stopped()
             self._calls.append((function, loop, future))
             self._changed.notify()
         return await future
@@ -118,9 +140,16 @@ class Scheduler:
         return len(self._waiting)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # SystemExit too: without this thread no client would get an answer
+            self._stop(error)
+
+    def _serve(self) -> None:
         while self._prepare():
-            for call in self._take_calls():
-                _answer_call(*call)
+            for _ in range(len(self._calls)):
+                _answer_call(*self._calls[0])
+                self._calls.popleft()  # only now, so that `_stop` finds a call that ended the thread
             if not self._running:
                 continue
             try:
@@ -144,6 +173,7 @@ class Scheduler:
                 if answer in self._waiting:
                     self._waiting.remove(answer)
             new = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._free(cancelled)))]
+        self._open.difference_update(cancelled)
         for answer in cancelled:
             if answer.request is not None and self._running.pop(answer.request, None) is not None:
                 self.engine.cancel(answer.request)
@@ -162,15 +192,11 @@ class Scheduler:
             answer.request = self.engine.submit(answer.ids, answer.params)
         except Exception as error:
             self.metrics.requests.labels("failed").inc()
-            self._send([(answer, error)])
+            known = isinstance(error, GptqBelleError)
+            self._send([(answer, error if known else logged("The engine could not start a request.", error))])
         else:
             self._running[answer.request] = answer
             self.metrics.prompt_tokens.inc(len(answer.ids))
-
-    def _take_calls(self) -> list[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]]:
-        with self._changed:
-            calls, self._calls = list(self._calls), deque()
-        return calls
 
     def _deliver(self, events: Sequence[Event]) -> None:
         items: list[tuple[QueuedRequest, Item]] = []
@@ -182,6 +208,8 @@ class Scheduler:
                 items.append((answer, event))
             if event.finished is not None:
                 del self._running[event.request]
+                if event.error is not None:
+                    LOGGER.warning("A request failed: %s.", event.error.cause)
                 self.metrics.requests.labels("failed" if event.error else event.finished).inc()
                 items.append((answer, event.error or event.finished))
         self._send(items)
@@ -190,9 +218,28 @@ class Scheduler:
     def _fail(self, error: Exception) -> None:
         for request in self._running:
             self.engine.cancel(request)
-        self._send([(answer, error) for answer in self._running.values()])
+        response = logged("A step of the engine failed. The running requests end with an error.", error)
+        self._send([(answer, response) for answer in self._running.values()])
         self.metrics.requests.labels("failed").inc(len(self._running))
         self._running.clear()
+
+    def _stop(self, error: BaseException) -> None:
+        """Inform everyone who waits for the thread that it ends, and refuse what comes later."""
+        with self._changed:
+            self.failure = error
+            answers, calls = list(self._open), list(self._calls)
+            for waiting in (self._open, self._waiting, self._running, self._calls):
+                waiting.clear()
+        if answers:
+            self._send([(answer, engine_stopped()) for answer in answers])
+        for _, loop, future in calls:
+            _set_result(loop, future, None, engine_stopped())
+        LOGGER.critical("The engine stopped because of an error. No more requests are accepted.", exc_info=error)
+        self.metrics.requests.labels("failed").inc(len(answers))
+        for gauge in (self.metrics.waiting, self.metrics.running, self.metrics.cache, self.metrics.speed):
+            gauge.set(0)
+        if self.on_failure is not None:
+            self.on_failure(error)
 
     def _send(self, items: Sequence[tuple[QueuedRequest, Item]]) -> None:
         """Deliver all items of a step in one call: waking the event loop costs as much as sending a token."""
@@ -202,6 +249,8 @@ class Scheduler:
         except RuntimeError:  # the event loop is closed, so nobody waits
             for answer, _ in items:
                 answer.cancel()
+        else:
+            self._open.difference_update(answer for answer, item in items if not isinstance(item, Event))
 
     def _count(self, tokens: int) -> None:
         self.metrics.tokens.inc(tokens)
@@ -225,16 +274,27 @@ def _put(items: Sequence[tuple[QueuedRequest, Item]]) -> None:
 
 
 def _answer_call(function: Callable[[], Any], loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]") -> None:
-    def set_result(result: Any, error: BaseException | None) -> None:
-        if not future.cancelled():
-            future.set_result(result) if error is None else future.set_exception(error)
-
     result, error = None, None
     try:
         result = function()
     except Exception as failure:
         error = failure
+    _set_result(loop, future, result, error)
+
+
+def _set_result(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", result: Any,
+                error: Exception | None) -> None:
+    def set_result() -> None:
+        if not future.done():
+            future.set_result(result) if error is None else future.set_exception(error)
+
     try:
-        loop.call_soon_threadsafe(set_result, result, error)
+        loop.call_soon_threadsafe(set_result)
     except RuntimeError:
         return  # the event loop is closed
+
+
+def engine_stopped() -> ApiError:
+    """The error for every request after the engine's thread has ended."""
+    return ApiError(503, "The engine has stopped because of an error.", code="engine_stopped",
+                    headers={"Retry-After": "5"})

@@ -2,12 +2,13 @@
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from gptq_belle.common.text import count
-from gptq_belle.errors import HardwareError
+from gptq_belle.errors import GptqBelleError, HardwareError
 
 try:
     import uvicorn
@@ -19,6 +20,7 @@ except ImportError as error:
     raise HardwareError(f"serving needs a package that is not installed: {error.name}",
                         "Install it: pip install 'gptq-belle[serve]'") from error
 SHUTDOWN_TIMEOUT = 60  # seconds for running requests to finish after SIGTERM
+FAILURE_DELAY = 2.0  # seconds between the end of the engine and that of the process, for clients to read their errors
 
 
 class _Server(uvicorn.Server):
@@ -65,19 +67,27 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
     Raises:
         UsageError: the address is not loopback, and there is no API key.
         HardwareError: the address is not available.
-        GptqBelleError: the model cannot be loaded.
+        GptqBelleError: the model cannot be loaded, or the engine has stopped because of an error.
     """
     listen.check()
     sockets = listen.open()  # before the model is loaded: a busy port is not worth the wait
 
     def load(state: AppState) -> Service:
         service = config.service(state.metrics)
+        service.scheduler.on_failure = end
         if on_ready is not None:
             on_ready({"url": server.url, "model": service.name, "slots": config.limits.slots,
                       "context": service.context})
         notice(f"{service.name} is ready: {count(config.limits.slots, 'request')} at a time, "
                f"contexts of {service.context} tokens.")
         return service
+
+    def end(error: BaseException) -> None:  # in the engine's thread
+        time.sleep(FAILURE_DELAY)
+        stopped = GptqBelleError(f"The engine stopped because of an error: {type(error).__name__}.",
+                                 "Start the server again, and report the traceback in its log.")
+        stopped.__cause__ = error
+        server.fail(stopped)
 
     app = create_app(load, config.limits, api_key=listen.api_key, local_only=listen.local,
                      on_failure=lambda error: server.fail(error))
