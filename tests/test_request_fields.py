@@ -1,6 +1,7 @@
 """Request fields that the server does not implement, models and numbers of answers that it does not serve."""
 
 import json
+import re
 
 import httpx
 import pytest
@@ -96,3 +97,60 @@ def test_name_that_cannot_be_encoded_is_refused():
     with pytest.raises(ApiError) as refused:
         check_fields({"\ud800": 1}, CHAT)
     json.dumps(refused.value.body, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("stop", ["", [""], [], None, ["", ""]])
+def test_empty_stop_strings_stop_nothing(server, stop):
+    def answer(**fields):
+        return post(server, CHAT_PATH, max_tokens=6, temperature=0, ignore_eos=True, **fields).json()["choices"]
+
+    assert answer(stop=stop) == answer()
+
+
+INSIDES = re.compile(r"function-|functools|<function|0x[0-9a-f]{4}|validator|constrained|\[str\]|nullable|TextPart|"
+                     "extract")
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), [
+    (CHAT_PATH, {"stop": 5}, "stop"), (CHAT_PATH, {"stop": [5]}, "stop.0"), (CHAT_PATH, {"stop": {"a": 1}}, "stop"),
+    (CHAT_PATH, {"stop": ["x" * 300]}, "stop.0"), (CHAT_PATH, {"stop": ["x"] * 17}, "stop"),
+    (CHAT_PATH, {"stop": ["x", "\ud800"]}, "stop.1"), (CHAT_PATH, {"messages": "x"}, "messages"),
+    (CHAT_PATH, {"messages": ["x"]}, "messages.0"), (CHAT_PATH, {"messages": [{"content": "x"}]}, "messages.0.role"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
+    (CHAT_PATH, {"stream_options": 1}, "stream_options"),
+    (COMPLETION_PATH, {"prompt": 5}, "prompt"), (COMPLETION_PATH, {"prompt": {"a": 1}}, "prompt"),
+    (COMPLETION_PATH, {"prompt": None}, "prompt"), (COMPLETION_PATH, {"prompt": []}, "prompt"),
+    (COMPLETION_PATH, {"prompt": [None]}, "prompt.0"), (COMPLETION_PATH, {"prompt": [5, -1]}, "prompt.1"),
+    (COMPLETION_PATH, {"prompt": [[5], [5, "x"]]}, "prompt.1.1"), (COMPLETION_PATH, {"prompt": [[]]}, "prompt.0")])
+def test_wrong_type_is_refused_without_names_of_the_implementation(server, path, fields, param):
+    body = json.dumps(BODIES[path] | fields).encode("utf-8", "surrogatepass")
+    response = httpx.post(server.url + path, content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    error = error_of(response, 400)
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+    assert not INSIDES.search(response.text), response.text
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH, "/tokenize", "/apply-template"])
+@pytest.mark.parametrize("headers", [{"Content-Type": "application/x-www-form-urlencoded"}, {}, {
+    "Content-Type": "text/plain; charset=utf-8"}, {"Content-Type": "multipart/form-data; boundary=x"}])
+def test_body_with_another_content_type_is_refused(server, path, headers):
+    body = json.dumps(BODIES[CHAT_PATH] | {"prompt": "x"}).encode()
+    error = error_of(httpx.post(server.url + path, content=body, headers=headers), 415)
+    assert "application/json" in error["message"]
+
+
+def test_json_content_type_may_have_parameters(server):
+    response = httpx.post(server.url + COMPLETION_PATH, content=json.dumps(BODIES[COMPLETION_PATH]).encode(),
+                          headers={"Content-Type": "Application/JSON; charset=utf-8"}, timeout=60)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"5", b'"x"', b""])
+def test_body_that_is_no_object_is_refused(server, body):
+    response = httpx.post(server.url + CHAT_PATH, content=body, headers={"Content-Type": "application/json"})
+    error_of(response, 400)
+    assert not INSIDES.search(response.text)

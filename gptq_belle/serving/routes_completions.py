@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.api_errors import JSON_BODY, ApiError
 from gptq_belle.serving.completion_choice import (
     CompletionChoice,
     ScoredToken,
@@ -25,7 +25,7 @@ from gptq_belle.serving.service import Service, loaded_service
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", dependencies=JSON_BODY)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     check_fields(body.model_extra, CHAT)
@@ -71,7 +71,7 @@ class _Prompt:
     scored: tuple[ScoredToken | int, ...] = ()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", dependencies=JSON_BODY)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     check_fields(body.model_extra, COMPLETION)

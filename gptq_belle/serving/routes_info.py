@@ -8,7 +8,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
-from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.api_errors import JSON_BODY, ApiError
 from gptq_belle.serving.scheduler import engine_stopped
 from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
 from gptq_belle.serving.service import app_state, loaded_service
@@ -49,7 +49,7 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(app_state(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", dependencies=JSON_BODY)
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Token ids of a text or of a conversation."""
     service = loaded_service(request)
@@ -60,7 +60,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
 
 
-@router.post("/apply-template")
+@router.post("/apply-template", dependencies=JSON_BODY)
 async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
     """The prompt text of a conversation."""
     return {"prompt": loaded_service(request).prompt(body.messages).text}
