@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 import time
 
@@ -298,7 +299,10 @@ def test_server_whose_engine_stops_answers_503_and_exits_with_an_error(tiny_bloo
         assert httpx.post(f"{server.url}/v1/chat/completions", timeout=60,
                           json={"messages": QUESTION}).status_code == 503
         assert httpx.get(f"{server.url}/health").status_code == 503
-        assert server.process.wait(30) == 1
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port)) as unfinished:
+            unfinished.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            assert server.process.wait(30) == 1
 
 
 @pytest.mark.parametrize(("options", "code", "words"), [

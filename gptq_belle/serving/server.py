@@ -21,6 +21,7 @@ except ImportError as error:
                         "Install it: pip install 'gptq-belle[serve]'") from error
 SHUTDOWN_TIMEOUT = 60  # seconds for running requests to finish after SIGTERM
 FAILURE_DELAY = 2.0  # seconds between the end of the engine and that of the process, for clients to read their errors
+FAILURE_TIMEOUT = 3  # seconds for open requests to end after that
 
 
 class _Server(uvicorn.Server):
@@ -46,6 +47,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def fail(self, error: BaseException) -> None:
+        """Stop the server with an error; open requests cannot be answered, so they get little time."""
+        self.config.timeout_graceful_shutdown = FAILURE_TIMEOUT
         self.failure, self.should_exit = error, True
 
     async def startup(self, sockets: list | None = None) -> None:
