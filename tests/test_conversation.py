@@ -161,7 +161,7 @@ def test_chat_on_a_pseudo_terminal(tiny_bloom, tmp_path):
         screen.wait("hello\r\n")
         time.sleep(1)
         screen.type("\x03")
-        assert "Human:" not in screen.wait(r"\[stopped; \d+ tokens, .* tokens/s\]")
+        assert "Human:" not in screen.wait(r"\[stopped; [\d,]+ tokens, .* tokens/s\]")
         screen.type("/reset\n")
         screen.wait("cleared")
         screen.wait("> ")

@@ -26,7 +26,7 @@ from faults import (
 
 from gptq_belle.checkpoint.direct_io import FileBytes
 from gptq_belle.checkpoint.safetensors_file import TensorFile
-from gptq_belle.errors import InputError
+from gptq_belle.errors import HardwareError
 from gptq_belle.quantization.calibration import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
@@ -110,7 +110,7 @@ def test_failing_read_names_the_tensor_and_loses_one_block(uninterrupted, tmp_pa
                                    calibration=Calibration(**CALIBRATION))
 
     monkeypatch.setattr(FileBytes, "read", failing)
-    with pytest.raises(InputError, match=naming("h.2.mlp.dense_h_to_4h.weight")):
+    with pytest.raises(HardwareError, match=naming(MODELS["bloom"], "h.2.mlp.dense_h_to_4h.weight")):
         job()
     monkeypatch.undo()
     assert job().resumed == [2]

@@ -132,7 +132,7 @@ def read_error(error: OSError | EOFError, name: str, path: Path,
                damaged: Callable[[str], InputError]) -> GptqBelleError:
     """Build the error for a tensor that could not be read: from the OSError if it is a known one, else `damaged`."""
     if isinstance(error, OSError):
-        error.filename = error.filename or str(path)
+        error.filename = f"{error.filename or path}, tensor {name[:100]}"
         return from_os_error(error) or damaged(f"tensor {name[:100]}: {error.strerror}")
     return damaged(f"tensor {name[:100]}: {error}")
 
