@@ -154,3 +154,33 @@ def test_body_that_is_no_object_is_refused(server, body):
     response = httpx.post(server.url + CHAT_PATH, content=body, headers={"Content-Type": "application/json"})
     error_of(response, 400)
     assert not INSIDES.search(response.text)
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+@pytest.mark.parametrize("model", ["no-such-model", "gpt-4o", "\u6a21\u578b", "llama/../x", "x" * 5000])
+def test_model_that_is_not_served_is_refused_by_name(server, path, model):
+    error = error_of(post(server, path, model=model), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert model[:100] in error["message"]
+    assert len(error["message"]) < 1000
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, COMPLETION_PATH])
+def test_served_model_and_placeholders_of_clients_are_answered(server, path, tiny_llama):
+    for model in (tiny_llama.name, None, "", "default", "dummy"):
+        response = post(server, path, model=model)
+        assert (response.status_code, response.json()["model"]) == (200, tiny_llama.name), model
+
+
+@pytest.mark.parametrize(("path", "fields"), [
+    (COMPLETION_PATH, {"prompt": ["一"] * 200, "n": 16}), (COMPLETION_PATH, {"prompt": ["一"] * 9}),
+    (COMPLETION_PATH, {"prompt": [[5]] * 3, "n": 3, "echo": True}), (CHAT_PATH, {"n": 9}),
+    (CHAT_PATH, {"n": 16, "stream": True})])
+def test_more_answers_than_slots_and_queue_hold_are_refused_for_good(server, path, fields):
+    response = post(server, path, **fields)
+    assert error_of(response, 400)["param"] == "n"
+    assert "Retry-After" not in response.headers
+
+
+def test_as_many_answers_as_slots_and_queue_hold_are_accepted(server):
+    assert len(post(server, COMPLETION_PATH, prompt=["一"] * 4, n=2).json()["choices"]) == 8

@@ -14,7 +14,8 @@ from gptq_belle.serving.request_guard import RequestGuard
 from gptq_belle.serving.service import AppState, Limits, Service
 
 ERROR_RESPONSES = {"400": "A field has an invalid value; the message names it.", "401": "No valid API key.",
-                   "413": "The body is too large.", "415": "The body is not declared as JSON.",
+                   "404": "The model is not served.", "413": "The body is too large.",
+                   "415": "The body is not declared as JSON.",
                    "429": "The queue is full, or too many requests are open.",
                    "503": "The model is being loaded, the server is stopping, or the engine has stopped."}
 

@@ -32,6 +32,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     if body.stream_options is not None:
         check_fields(body.stream_options.model_extra, STREAM_OPTIONS, "stream_options.")
     service = loaded_service(request)
+    service.check_model(body.model)
+    service.check_count(body.choices)
     ids, prompt_stops = service.prompt(body.messages)[1:]
     limit = body.max_completion_tokens or body.max_tokens
     service.check(ids, limit, "messages")
@@ -78,10 +80,13 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     if body.stream_options is not None:
         check_fields(body.stream_options.model_extra, STREAM_OPTIONS, "stream_options.")
     service = loaded_service(request)
+    service.check_model(body.model)
     wanted = 16 if body.max_tokens is None else body.max_tokens
     if wanted == 0 and (not body.echo or body.stream):
         raise ApiError(400, "max_tokens: 0 is allowed only with echo, and without stream", "max_tokens",
                        "invalid_value")
+    if wanted:
+        service.check_count(len(body.prompts) * body.choices)
     ids = [service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     for each in ids:
         service.check(each, wanted, "prompt")

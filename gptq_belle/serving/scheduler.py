@@ -130,6 +130,11 @@ class Scheduler:
         return not self._thread.is_alive()
 
     @property
+    def capacity(self) -> int:
+        """Number of answers that can run and wait together."""
+        return self.engine.slots + self.queue_limit
+
+    @property
     def running(self) -> int:
         """Number of answers that have a slot."""
         return len(self._running)

@@ -11,11 +11,14 @@ from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.conversation import Prompt
-from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.scheduler import Scheduler
 from gptq_belle.serving.schemas import Message, SamplingRequest
+
+# Names that clients send if the user gave none; "dummy" is that of huggingface_hub
+PLACEHOLDER_MODELS = ("", "default", "dummy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,27 @@ class Service:
         self.context = self.engine.capacity
         self.created = int(time.time())
         self.scheduler = Scheduler(self.engine, limits.waiting, metrics)
+
+    def check_model(self, name: str | None) -> None:
+        """Validate the model name of a request; none and the placeholders of clients mean the model that is served.
+
+        Raises:
+            ApiError: 404 if another model is requested.
+        """
+        if name is not None and name not in (self.name, *PLACEHOLDER_MODELS):
+            raise ApiError(404, f"model: {name[:MAX_QUOTED]!r} is not served here. This server has {self.name!r}.",
+                           "model", "model_not_found")
+
+    def check_count(self, count: int) -> None:
+        """Validate the number of answers of one request.
+
+        Raises:
+            ApiError: 400 if there are more than the slots and the queue can ever hold.
+        """
+        most = self.scheduler.capacity
+        if count > most:
+            raise ApiError(400, f"n: the request is for {count} answers, and slots and queue of this server hold "
+                           f"{most}. Send fewer prompts at a time, or reduce n.", "n", "too_many_answers")
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """The prompt for the next answer of a conversation.
