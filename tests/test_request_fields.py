@@ -8,8 +8,8 @@ import pytest
 from server_process import serving
 
 from gptq_belle.serving.api_errors import ApiError
-from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, check_fields
-from gptq_belle.serving.schemas import ChatRequest, CompletionRequest, StreamOptions
+from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, TOKENIZE, check_fields
+from gptq_belle.serving.schemas import ChatRequest, CompletionRequest, StreamOptions, TokenizeRequest
 
 CHAT_PATH, COMPLETION_PATH = "/v1/chat/completions", "/v1/completions"
 BODIES = {CHAT_PATH: {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 1},
@@ -77,7 +77,8 @@ def test_unsupported_stream_option_is_refused_by_name(server):
 
 
 @pytest.mark.parametrize(("table", "schema"), [
-    (CHAT, ChatRequest), (COMPLETION, CompletionRequest), (STREAM_OPTIONS, StreamOptions)])
+    (CHAT, ChatRequest), (COMPLETION, CompletionRequest), (STREAM_OPTIONS, StreamOptions),
+    (TOKENIZE, TokenizeRequest)])
 def test_no_implemented_field_is_in_the_table(table, schema):
     assert not table.keys() & schema.model_fields.keys()
 
@@ -91,6 +92,23 @@ def test_every_parameter_of_the_openai_client_is_known():
         names = params.CompletionCreateParamsBase.__annotations__.keys()
         assert len(names) > 15
         assert names <= table.keys() | schema.model_fields.keys()
+
+
+@pytest.mark.parametrize(("path", "name", "value"), [
+    ("/tokenize", "with_pieces", True), ("/tokenize", "content", "x"), ("/tokenize", "add_generation_prompt", False),
+    ("/tokenize", "something", 1), ("/apply-template", "tools", TOOL), ("/apply-template", "chat_template", "x"),
+    ("/apply-template", "continue_final_message", True), ("/tokenize", "model", "other"),
+    ("/apply-template", "model", "other")])
+def test_field_that_would_change_a_prompt_is_refused_by_name(server, path, name, value):
+    body = {"messages": BODIES[CHAT_PATH]["messages"]}
+    assert httpx.post(server.url + path, json=body).status_code == 200
+    status = 404 if name == "model" else 400
+    assert error_of(httpx.post(server.url + path, json=body | {name: value}), status)["param"] == name
+
+
+def test_template_of_a_chat_request_with_sampling_fields(server):
+    fields = {"temperature": 0.5, "stop": ["x"], "presence_penalty": 0}
+    assert httpx.post(server.url + "/apply-template", json=BODIES[CHAT_PATH] | fields).status_code == 200
 
 
 def test_name_that_cannot_be_encoded_is_refused():

@@ -131,6 +131,13 @@ STREAM_OPTIONS: Table = {
     **_without_effect("include_obfuscation"),
     **_off([False], "continuous_usage_stats", remedy="Use include_usage: the last event has the usage"),
 }
+TOKENIZE: Table = {
+    **_TEMPLATE,
+    **_off([""], "content", remedy="Use prompt"),
+    **_off([True], "parse_special"),
+    **_off([False], "with_pieces", "return_token_strs"),
+    **_off([{}], "mm_processor_kwargs"),
+}
 
 
 def check_fields(extra: Mapping[str, Any] | None, table: Table, path: str = "") -> None:

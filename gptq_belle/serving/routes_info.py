@@ -9,8 +9,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
 from gptq_belle.serving.api_errors import JSON_BODY, ApiError
+from gptq_belle.serving.request_fields import CHAT, TOKENIZE, check_fields
 from gptq_belle.serving.scheduler import engine_stopped
-from gptq_belle.serving.schemas import TemplateRequest, TokenizeRequest
+from gptq_belle.serving.schemas import ChatRequest, TemplateRequest, TokenizeRequest
 from gptq_belle.serving.service import app_state, loaded_service
 
 router = APIRouter()
@@ -52,7 +53,9 @@ async def metrics(request: Request) -> Response:
 @router.post("/tokenize", dependencies=JSON_BODY)
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Token ids of a text or of a conversation."""
+    check_fields(body.model_extra, TOKENIZE)
     service = loaded_service(request)
+    service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt: give either prompt or messages", "prompt", "invalid_value")
     ids = (service.prompt(body.messages).ids if body.messages is not None
@@ -62,8 +65,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/apply-template", dependencies=JSON_BODY)
 async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
-    """The prompt text of a conversation."""
-    return {"prompt": loaded_service(request).prompt(body.messages).text}
+    """The prompt text of a conversation; sampling fields of a chat are accepted, since they do not change it."""
+    extra = {name: value for name, value in (body.model_extra or {}).items() if name not in ChatRequest.model_fields}
+    check_fields(extra, CHAT)
+    service = loaded_service(request)
+    service.check_model(body.model)
+    return {"prompt": service.prompt(body.messages).text}
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

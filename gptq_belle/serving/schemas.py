@@ -149,6 +149,7 @@ class CompletionRequest(SamplingRequest):
 class TokenizeRequest(_Body):
     """POST /tokenize: a text, or a conversation that is rendered in the prompt style of the model."""
 
+    model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
@@ -157,4 +158,5 @@ class TokenizeRequest(_Body):
 class TemplateRequest(_Body):
     """POST /apply-template."""
 
+    model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
