@@ -224,9 +224,10 @@ class Scheduler:
         for request in self._running:
             self.engine.cancel(request)
         response = logged("A step of the engine failed. The running requests end with an error.", error)
-        self._send([(answer, response) for answer in self._running.values()])
-        self.metrics.requests.labels("failed").inc(len(self._running))
+        answers = list(self._running.values())
         self._running.clear()
+        self.metrics.requests.labels("failed").inc(len(answers))
+        self._send([(answer, response) for answer in answers])
 
     def _stop(self, error: BaseException) -> None:
         """Inform everyone who waits for the thread that it ends, and refuse what comes later."""
@@ -235,14 +236,14 @@ class Scheduler:
             answers, calls = list(self._open), list(self._calls)
             for waiting in (self._open, self._waiting, self._running, self._calls):
                 waiting.clear()
+        self.metrics.requests.labels("failed").inc(len(answers))
+        for gauge in (self.metrics.waiting, self.metrics.running, self.metrics.cache, self.metrics.speed):
+            gauge.set(0)
         if answers:
             self._send([(answer, engine_stopped()) for answer in answers])
         for _, loop, future in calls:
             _set_result(loop, future, None, engine_stopped())
         LOGGER.critical("The engine stopped because of an error. No more requests are accepted.", exc_info=error)
-        self.metrics.requests.labels("failed").inc(len(answers))
-        for gauge in (self.metrics.waiting, self.metrics.running, self.metrics.cache, self.metrics.speed):
-            gauge.set(0)
         if self.on_failure is not None:
             self.on_failure(error)
 
