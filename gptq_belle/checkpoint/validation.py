@@ -118,7 +118,7 @@ def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputE
     for name in sorted(packed & set(reader)):
         yield InputError(f"{reader.path} holds {name} both packed and in full", "Remove one of them.")
     for name in reader:
-        if name not in expected and name not in known and not _is_ignorable(reader, d, name):
+        if name not in expected and name not in known and not _is_ignorable(reader, linears, name):
             yield _unknown_tensor(reader, d, name)
 
 
@@ -147,18 +147,18 @@ def _wrapper_prefix(reader: CheckpointReader, missing: str) -> str | None:
     return wrapped.removesuffix(missing).removesuffix(ending).removeprefix(f"{reader.arch.prefix}.") or None
 
 
-def _is_ignorable(reader: CheckpointReader, d: Dimensions, name: str) -> bool:
+def _is_ignorable(reader: CheckpointReader, linears: Mapping[str, LinearShape], name: str) -> bool:
     """Whether the model gives the same answers without a tensor: a computed buffer, or a bias of zeros."""
     if name.endswith(COMPUTED_SUFFIXES):
         return True
-    linear = _linears(d).get(name.removesuffix(".bias"))
+    linear = linears.get(name.removesuffix(".bias"))
     return (linear is not None and name.endswith(".bias") and reader.shape(name) == (linear.out_features,)
             and not bool(reader.tensor(name).any()))
 
 
 def _ignorable(reader: CheckpointReader, d: Dimensions) -> list[str]:
-    expected = _parameters(d)
-    return [name for name in reader if name not in expected and _is_ignorable(reader, d, name)]
+    expected, linears = _parameters(d), _linears(d)
+    return [name for name in reader if name not in expected and _is_ignorable(reader, linears, name)]
 
 
 def _packed_problems(reader: CheckpointReader, d: Dimensions,
@@ -168,13 +168,13 @@ def _packed_problems(reader: CheckpointReader, d: Dimensions,
         packed_lm_head_bits(reader, d.vocab_size, d.hidden_size)
     except InputError as error:
         yield error
-    packed = [name for name in _linears(d) if reader.is_packed(name)]
+    packed = {name: shape for name, shape in _linears(d).items() if reader.is_packed(name)}
     if quantization is not None and not packed:
         yield InputError(f"{reader.path}: the configuration says GPTQ, but no linear is packed",
                          "Remove quantization_config and quantize_config.json, or fetch the directory again.")
-    for name in packed:
+    for name, shape in packed.items():
         try:
-            check_packed_linear(reader, quantization, name, *_linears(d)[name])
+            check_packed_linear(reader, quantization, name, *shape)
         except InputError as error:
             yield error
 
