@@ -20,7 +20,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FULL, STATES, ENCRYPTED, ENCRYPTED_STATES = "full precision", ".pt files", "encrypted", "encrypted .pt files"
 ON_BLOOM = "research only (BELLE); BLOOM's RAIL licence"
 ON_LLAMA = "research only (BELLE); gpl-3.0 for the difference; Meta's terms for LLaMA"
-GROUP_SIZE = 128  # group size of the shown file sizes
 
 
 class BelleModel(NamedTuple):
