@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gptq_belle.cli import app, console
 from gptq_belle.formats.gptq_weight import QuantizedWeight, pack
 from gptq_belle.formats.zero_points import V1, V2
 from gptq_belle.models.architectures import architecture
@@ -48,6 +49,19 @@ def _start_alike():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def belle(capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as left:
+            console.run(app.app, [str(arg) for arg in args])
+        printed = capsys.readouterr()
+        return left.value.code or 0, printed.out, printed.err
+
+    return call
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

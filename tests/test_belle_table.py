@@ -11,7 +11,6 @@ from gptq_belle.bench import belle_table
 from gptq_belle.bench.belle_table import GIB, TABLE
 from gptq_belle.bench.footprint import Footprint
 from gptq_belle.checkpoint.reader import read_config
-from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.models.dimensions import dimensions
 from gptq_belle.models.sizes import file_bytes
@@ -68,14 +67,9 @@ def test_measured_directory_appears_in_its_rows(tmp_path, monkeypatch):
         belle_table.belle_table([directory(tmp_path / "cut", "belle-7b", 4, blocks=2)], 516, "cpu")
 
 
-def test_bench_table_command(capsys):
-    def call(*args):
-        with pytest.raises(SystemExit) as left:
-            console.run(app.app, ["bench", *args])
-        return left.value.code or 0, capsys.readouterr()
-
-    code, printed = call("--table", "belle", "--device", "cpu")
+def test_bench_table_command(belle):
+    code, out, _ = belle("bench", "--table", "belle", "--device", "cpu")
     assert code == 0
-    assert "bloom7b-2m-4bit-128g.pt" in printed.out
-    assert call("--table", "other")[0] == 2
-    assert call()[0] == 2
+    assert "bloom7b-2m-4bit-128g.pt" in out
+    assert belle("bench", "--table", "other")[0] == 2
+    assert belle("bench")[0] == 2

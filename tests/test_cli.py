@@ -9,7 +9,6 @@ import pytest
 from conftest import packed_checkpoint
 
 from gptq_belle import __version__
-from gptq_belle.cli import app, console
 
 COMMANDS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "serve", "inspect", "eval", "report", "bench",
             "plan", "models", "tune", "doctor")
@@ -27,19 +26,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def belle(capsys):
-    """Run the command line in this process and return (exit code, stdout, stderr)."""
-
-    def call(*args):
-        with pytest.raises(SystemExit) as left:
-            console.run(app.app, [str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return left.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 def process(*args):

@@ -6,7 +6,7 @@ import pytest
 
 from gptq_belle.bench.footprint import Footprint
 from gptq_belle.bench.workload import Workload
-from gptq_belle.cli import app, console, demo
+from gptq_belle.cli import demo
 from gptq_belle.evaluation import comparison
 
 ROWS = [("math", "1+1?", "2"), ("math", "2+2?", "4"), ("extract", "北京的首都?", "x"), ("code", "print", "print()")]
@@ -34,15 +34,10 @@ def examples(tiny_bloom, tiny_llama, tmp_path, monkeypatch):
     return folder
 
 
-def run(*args):
-    with pytest.raises(SystemExit) as left:
-        console.run(app.app, ["demo", *args])
-    return left.value.code or 0
-
-
-def test_both_models_in_json(examples, tmp_path, capsys):
-    assert run("--json", "--per-class", "1") == 0
-    found = json.loads(capsys.readouterr().out)["models"]
+def test_both_models_in_json(examples, tmp_path, belle):
+    code, out, _ = belle("demo", "--json", "--per-class", "1")
+    assert code == 0
+    found = json.loads(out)["models"]
     assert len(found) == 2
     for model, name in zip(found, ("bloom", "llama"), strict=True):
         full, eight, four = model["variants"]
@@ -57,10 +52,10 @@ def test_both_models_in_json(examples, tmp_path, capsys):
             assert config["quantization_config"]["bits"] == bits
 
 
-def test_one_model_in_a_table_and_again_into_the_same_folder(examples, tmp_path, capsys):
+def test_one_model_in_a_table_and_again_into_the_same_folder(examples, tmp_path, belle):
     for _ in range(2):
-        assert run("--model", "llama", "--out", str(tmp_path / "out"), "--prompt", "你是谁?") == 0
-    printed = capsys.readouterr().out
+        code, printed, _ = belle("demo", "--model", "llama", "--out", tmp_path / "out", "--prompt", "你是谁?")
+        assert code == 0
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     for name in ("size on disk, MB", "peak memory, MB", "perplexity, held-out text", "KL to full precision",
                  "same top token, %", "decode, tokens/s, float32", "math *: exact match, %", "code: character F1, %",
@@ -72,10 +67,11 @@ def test_one_model_in_a_table_and_again_into_the_same_folder(examples, tmp_path,
     assert not (tmp_path / "out" / "bloom-4bit").exists()
 
 
-def test_demo_without_the_repository_exits_3(monkeypatch, tmp_path, capsys):
+def test_demo_without_the_repository_exits_3(monkeypatch, tmp_path, belle):
     monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
-    assert run() == 3
-    assert capsys.readouterr().err.strip()
+    code, _, err = belle("demo")
+    assert code == 3
+    assert err.strip()
 
 
 def test_shipped_models_are_found():

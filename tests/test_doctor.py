@@ -8,7 +8,6 @@ import torch
 
 from gptq_belle.bench import doctor
 from gptq_belle.bench.self_test import self_test
-from gptq_belle.cli import app, console
 from gptq_belle.cli import doctor as command
 from gptq_belle.kernels import cpu_matmul, reference, triton_matmul
 from gptq_belle.kernels.native_library import load_library
@@ -62,14 +61,8 @@ def test_missing_gpu_is_reported(card, monkeypatch):
     assert command.gpu_kernels_line(found) == "not Triton: PyTorch sees no CUDA device"
 
 
-def run_doctor(capsys, *args):
-    with pytest.raises(SystemExit) as left:
-        console.run(app.app, ["doctor", "--device", "cpu", *args])
-    return left.value.code or 0, capsys.readouterr().out
-
-
-def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
-    code, out = run_doctor(capsys, "--json")
+def test_every_kernel_of_this_cpu_passes_the_self_test(belle):
+    code, out, _ = belle("doctor", "--device", "cpu", "--json")
     checks = json.loads(out)["self_test"]
     assert code == 0
     assert all(check["passed"] and check["error"] <= check["allowed"] for check in checks)
@@ -80,10 +73,10 @@ def test_every_kernel_of_this_cpu_passes_the_self_test(capsys):
     assert all(check["error"] > 0 for check in checks)  # something was computed, with less precision than float64
 
 
-def test_kernel_wrong_by_one_percent_fails_the_self_test(monkeypatch, capsys):
+def test_kernel_wrong_by_one_percent_fails_the_self_test(monkeypatch, belle):
     correct = reference.groupwise_matmul
     monkeypatch.setattr(reference, "groupwise_matmul", lambda x, weight: 1.01 * correct(x, weight))
-    code, out = run_doctor(capsys)
+    code, out, _ = belle("doctor", "--device", "cpu")
     assert code == 3
     assert any("groupwise, 4 bit" in line and "1.0e-02" in line for line in out.splitlines())
 

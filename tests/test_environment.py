@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from gptq_belle.cli import app, console, environment
+from gptq_belle.cli import console, environment
 from gptq_belle.cli.progress import ConsoleProgress
 from gptq_belle.cli.quantize import resumable
 from gptq_belle.common.memory import parse_memory
@@ -29,19 +29,6 @@ def run(*args, stdin=None, shell="", env=None):
     assert b"Traceback" not in done.stderr
     assert b"unexpected" not in done.stderr
     return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture
-def belle(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*args):
-        with pytest.raises(SystemExit) as left:
-            console.run(app.app, [str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return left.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 @pytest.mark.parametrize("width", ["0", "-1", "1", "text", "²", "99999999999999"])

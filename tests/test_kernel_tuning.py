@@ -8,7 +8,6 @@ from conftest import naming, packed_checkpoint
 
 from gptq_belle.bench import kernel_tuning
 from gptq_belle.bench import model_tuning as tuner
-from gptq_belle.cli import app, console
 from gptq_belle.cli import tune as command
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_config, triton_matmul
@@ -127,14 +126,12 @@ def test_tuning_without_gpu_or_triton_is_rejected(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_tune_command_refuses_a_cpu(capsys, tmp_path):
-    with pytest.raises(SystemExit) as left:
-        console.run(app.app, ["tune", str(tmp_path)])
-    printed = capsys.readouterr()
-    assert left.value.code == 3
-    assert printed.out == ""
-    assert printed.err.strip()
-    assert "Traceback" not in printed.err
+def test_tune_command_refuses_a_cpu(belle, tmp_path):
+    code, out, err = belle("tune", tmp_path)
+    assert code == 3
+    assert out == ""
+    assert err.strip()
+    assert "Traceback" not in err
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 
 from gptq_belle.bench import plan
 from gptq_belle.bench.plan import best_fit
-from gptq_belle.cli import app, console
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.layout import checked_weight
@@ -99,27 +98,21 @@ def test_impossible_workloads_are_refused(wrong):
         plan.plan(CONFIGS["belle-7b"], GIB, **wrong)
 
 
-def call(capsys, *args):
-    with pytest.raises(SystemExit) as left:
-        console.run(app.app, ["plan", *args, "--device", "cpu"])
-    printed = capsys.readouterr()
-    return left.value.code or 0, printed.out, printed.err
-
-
-def test_plan_command(capsys):
-    code, out, _ = call(capsys, "belle-7b", "--memory", "8.2GB")
+def test_plan_command(belle):
+    code, out, _ = belle("plan", "belle-7b", "--memory", "8.2GB", "--device", "cpu")
     assert code == 0
     assert "Fits with 8-bit weights and a head of 4 bits" in out
-    assert "choose --context" in call(capsys, "belle-7b", "--memory", "5.0GB")[1]
-    assert "Does not fit at any setting: 4-bit weights" in call(capsys, "belle-7b", "--memory", "2GiB")[1]
-    code, _, err = call(capsys, "no-such", "--memory", "8GiB")
+    assert "choose --context" in belle("plan", "belle-7b", "--memory", "5.0GB", "--device", "cpu")[1]
+    nothing_fits = belle("plan", "belle-7b", "--memory", "2GiB", "--device", "cpu")[1]
+    assert "Does not fit at any setting: 4-bit weights" in nothing_fits
+    code, _, err = belle("plan", "no-such", "--memory", "8GiB")
     assert code == 4
     assert "no-such" in err
-    assert call(capsys, "belle-7b", "--memory", "many")[0] == 2
+    assert belle("plan", "belle-7b", "--memory", "many")[0] == 2
 
 
-def test_plan_command_as_json(capsys, tiny_llama):
-    found = json.loads(call(capsys, str(tiny_llama), "--memory", "1GiB", "--json")[1])
+def test_plan_command_as_json(belle, tiny_llama):
+    found = json.loads(belle("plan", str(tiny_llama), "--memory", "1GiB", "--json", "--device", "cpu")[1])
     assert found["best"]["bits"] == 16
     row = found["rows"][0]
     parts = ("program", "blocks", "head", "cache", "workspace")

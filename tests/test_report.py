@@ -11,7 +11,6 @@ from matplotlib.image import imread
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.bench.footprint import Footprint
-from gptq_belle.cli import app, console
 from gptq_belle.evaluation import report_plots, report_results
 from gptq_belle.evaluation.report_models import read_models
 from gptq_belle.evaluation.report_results import EvaluationOptions, ModelResults
@@ -40,19 +39,6 @@ def inputs(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, TEST)), encoding="utf-8")
     return ("--text", folder / "text.txt", "--test", folder / "test.jsonl", "--window", 64, "--max-tokens", 6)
-
-
-@pytest.fixture
-def belle(capsys):
-    """Run the command line in this process and return (exit code, stdout, stderr)."""
-
-    def call(*args):
-        with pytest.raises(SystemExit) as left:
-            console.run(app.app, [str(arg) for arg in args])
-        printed = capsys.readouterr()
-        return left.value.code or 0, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture(autouse=True)
