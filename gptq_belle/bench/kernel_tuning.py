@@ -1,17 +1,18 @@
 """Search for the fastest tile sizes of the GPU kernels, and the table of results that the kernels read.
 
 The search starts from the plan of the rule, varies one number of the tile at a time and keeps what is faster. This
-tries about twenty configurations per problem instead of hundreds of combinations; each takes a second to compile.
+tries about twenty configurations per problem instead of hundreds of combinations; each takes a second to compile, so
+`search` names those that can be compiled at a time.
 """
 
 import datetime
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -42,6 +43,8 @@ VARIED = {  # values by name, in the order in which they are varied
 MARGIN = 0.98  # a plan is replaced by one that takes less than this share of its time; the rest is noise
 PASSES = 2  # over all names in VARIED
 Timer = Callable[[LaunchPlan], float]  # seconds of a product by a plan; infinite if the plan cannot run
+Result = TypeVar("Result")
+Search: TypeAlias = Generator[list[LaunchPlan], Mapping[LaunchPlan, float], Result]
 
 
 class TunedPlan(NamedTuple):
@@ -61,20 +64,27 @@ def tune(problem: MatmulProblem, arch: int, processors: int, timer: Timer) -> Tu
         arch, processors: as for `triton_config.default_plan`.
         timer: measures a plan; called once per plan.
     """
+    steps = search(problem, arch, processors)
+    wanted = next(steps)
+    while True:
+        try:
+            wanted = steps.send({plan: timer(plan) for plan in wanted})
+        except StopIteration as end:
+            found: TunedPlan = end.value
+            return found
+
+
+def search(problem: MatmulProblem, arch: int, processors: int) -> Search[TunedPlan]:
+    """The search of `tune` as a generator: it yields the plans whose times it needs next, never one twice, and receives
+    their seconds. All plans that it yields together can be compiled at a time."""
     seen: dict[LaunchPlan, float] = {}
-
-    def time(plan: LaunchPlan) -> float:
-        if plan not in seen:
-            seen[plan] = timer(plan)
-        return seen[plan]
-
     first = default_plan(problem, arch, processors)
     best = first
     for start in starting_plans(problem, first):
-        found = improve(start, time)
-        if time(found) < MARGIN * time(best):
+        found = yield from _improved(start, seen)
+        if seen[found] < MARGIN * seen[best]:
             best = found
-    return TunedPlan(problem, best, time(best), time(first), len(seen))
+    return TunedPlan(problem, best, seen[best], seen[first], len(seen))
 
 
 def starting_plans(problem: MatmulProblem, first: LaunchPlan) -> list[LaunchPlan]:
@@ -85,17 +95,26 @@ def starting_plans(problem: MatmulProblem, first: LaunchPlan) -> list[LaunchPlan
     return [first, *(plan for plan in others if plan.kernel != first.kernel)]
 
 
-def improve(plan: LaunchPlan, time: Timer) -> LaunchPlan:
+def _improved(plan: LaunchPlan, seen: dict[LaunchPlan, float]) -> Search[LaunchPlan]:
     """Vary one number at a time and keep what is faster, for PASSES or until nothing is faster."""
+    yield from _time([plan], seen)
     for _ in range(PASSES):
         before = plan
         for name in VARIED:
-            for other in variations(plan, name):
-                if time(other) < MARGIN * time(plan):
+            others = list(variations(plan, name))
+            yield from _time(others, seen)
+            for other in others:
+                if seen[other] < MARGIN * seen[plan]:
                     plan = other
         if plan == before:
             break
     return plan
+
+
+def _time(plans: Sequence[LaunchPlan], seen: dict[LaunchPlan, float]) -> Search[None]:
+    """Ask for the times of those plans that were not timed yet."""
+    if new := [plan for plan in plans if plan not in seen]:
+        seen |= yield new
 
 
 def variations(plan: LaunchPlan, name: str) -> Iterator[LaunchPlan]:
