@@ -64,10 +64,8 @@ def unavailable_reason(device: torch.device) -> str | None:
     if (found := triton_version()) is not None and found < MIN_TRITON:
         return (f"triton {version('triton')} is too old: the kernels need {supported_triton()}. PyTorch 2.9 and newer "
                 "install it (pip install -U torch)")
-    if c_compiler() is None:
-        return "triton needs a C compiler to build its launcher: install gcc, or name one in CC"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "triton needs Python.h to build its launcher: install the headers of Python (python3-dev)"
+    if (missing := missing_build_tool()) is not None and not has_built_launcher():
+        return missing
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     arch, _ = device_properties(device)
@@ -89,6 +87,25 @@ def triton_version() -> tuple[int, int] | None:
     except PackageNotFoundError:
         return None
     return int(major), int(minor)
+
+
+def missing_build_tool() -> str | None:
+    """What Triton needs to build its launcher and does not find, or None."""
+    if c_compiler() is None:
+        return "triton needs a C compiler to build its launcher: install gcc, or name one in CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "triton needs Python.h to build its launcher: install the headers of Python (python3-dev)"
+    return None
+
+
+def has_built_launcher() -> bool:
+    """Whether Triton's cache holds a launcher that was built before, here or on a machine with the same versions."""
+    try:
+        from triton.runtime import driver
+
+        return driver.active.utils is not None
+    except Exception:  # no launcher, no device, or a cache that cannot be read: a compiler is needed
+        return False
 
 
 def c_compiler() -> str | None:

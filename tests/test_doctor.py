@@ -23,6 +23,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(triton_matmul, "find_spec", lambda name: name)
     monkeypatch.setattr(triton_matmul, "c_compiler", lambda: "/usr/bin/gcc")
+    monkeypatch.setattr(triton_matmul, "has_built_launcher", lambda: False)
     monkeypatch.setattr(triton_matmul.Path, "is_file", lambda path: path.name == "Python.h")
     yield properties
     triton_matmul.unavailable_reason.cache_clear()

@@ -145,7 +145,17 @@ def test_missing_requirement_is_named(monkeypatch, missing, reason):
     if missing != "find_spec":
         monkeypatch.setattr(triton_matmul, "find_spec", lambda name: name)
     monkeypatch.setattr(triton_matmul, missing, lambda *_: None)
+    monkeypatch.setattr(triton_matmul, "has_built_launcher", lambda: False)
     assert reason in triton_matmul.unavailable_reason.__wrapped__(CUDA)
+
+
+def test_launcher_that_was_built_before_replaces_a_compiler(monkeypatch):
+    monkeypatch.setattr(triton_matmul, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_matmul, "c_compiler", lambda: None)
+    monkeypatch.setattr(triton_matmul, "has_built_launcher", lambda: False)
+    assert "C compiler" in triton_matmul.unavailable_reason.__wrapped__(CUDA)
+    monkeypatch.setattr(triton_matmul, "has_built_launcher", lambda: True)
+    assert "C compiler" not in triton_matmul.unavailable_reason.__wrapped__(CUDA)
 
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 8), (8, 8), (9, 16), (64, 64), (65, 128), (2048, 2048), (10**6, 2048)])
