@@ -17,7 +17,6 @@ from torch import Tensor
 from .layout import RUN_LENGTHS, is_mostly_padding
 from .tensor_checks import check_tensors
 from .triton_config import (
-    ROW_BUCKETS,
     TENSOR_CORES,
     LaunchPlan,
     MatmulProblem,
@@ -172,13 +171,6 @@ def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None,
         else:
             y = _multiply(rows, weight, bias, plan.kernel, plan.config)
     return y.view(*x.shape[:-1], weight.out_features)
-
-
-def warm_up(weight: SlicedWeight, dtype: torch.dtype, bias: Tensor | None = None, rows: int = ROW_BUCKETS[-1]) -> None:
-    """Compile every kernel for products of up to `rows` rows with this weight, or with another of its shape."""
-    for most in ROW_BUCKETS[: ROW_BUCKETS.index(row_bucket(rows)) + 1]:
-        x = torch.zeros(most, weight.in_features, dtype=dtype, device=weight.words.device)
-        quant_matmul(x, weight, bias)
 
 
 def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: str, config: TileConfig) -> Tensor:

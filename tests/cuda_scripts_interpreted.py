@@ -41,8 +41,8 @@ def _pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(cuda_timing, "device_seconds", wall_seconds)
     monkeypatch.setattr(cuda_timing, "operand_copies", lambda size, device, most=64: 2)
-    monkeypatch.setattr(cuda_timing, "copy_bandwidth", lambda device: spread([1e9]))
-    monkeypatch.setattr(cuda_timing, "matrix_peak", lambda device: spread([1e12]))
+    monkeypatch.setattr(bench_matmul_cuda, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench_matmul_cuda, "matrix_peak", lambda device: 1e12)
     for module in (bench_matmul_cuda, bench_solver_cuda, check_cuda, tune_cuda):
         monkeypatch.setattr(module, "require_device", lambda: CPU)
 

@@ -14,7 +14,6 @@ from gptq_belle.quantization.calibration import (
     BUILTIN,
     Calibration,
     calibration_rows,
-    calibration_tokens,
     check_distinct,
     check_enough,
     first_token_ids,
@@ -25,7 +24,7 @@ from gptq_belle.quantization.job import prepare_job
 
 def tokens(source, style="bloom", **options):
     settings = {"rows": 4, "seq_len": 16} | options
-    return calibration_tokens(Calibration(source, **settings), tiny_tokenizer(), style)
+    return calibration_rows(Calibration(source, **settings), tiny_tokenizer(), style).tokens
 
 
 def jsonl(tmp_path, *rows):

@@ -18,7 +18,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.evaluation.belle_answers import prompt_ids
 from gptq_belle.prompts.conversation import ChatFormat, merge_messages
 from gptq_belle.prompts.styles import STYLES, TEMPLATE
-from gptq_belle.quantization.calibration import Calibration, calibration_tokens
+from gptq_belle.quantization.calibration import Calibration, calibration_rows
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
@@ -88,7 +88,7 @@ def test_calibration_uses_the_template(tmp_path):
     data.write_text(json.dumps({"messages": [SYSTEM, QUESTION, ANSWER]}))
     tokenizer = chat(CHATML).tokenizer
     expected = tokenizer.apply_chat_template([SYSTEM, QUESTION, ANSWER], return_dict=False)
-    assert calibration_tokens(Calibration(data), tokenizer, TEMPLATE).tolist() == [expected]
+    assert calibration_rows(Calibration(data), tokenizer, TEMPLATE).tokens.tolist() == [expected]
 
 
 @pytest.mark.parametrize("files", [

@@ -14,7 +14,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.formats.gptq_weight import PackedWeight, unpack
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration, calibration_tokens
+from gptq_belle.quantization.calibration import Calibration, calibration_rows
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.solver import round_to_nearest
@@ -89,7 +89,7 @@ def test_every_variant_is_written_and_read_back(tiny_model, tmp_path, options):
 def test_gptq_beats_rounding_on_the_outputs_of_the_model(tiny_model, tmp_path):
     import gptq_belle
 
-    ids = calibration_tokens(Calibration(rows=16, seq_len=64, seed=7), tiny_tokenizer(), "bloom")
+    ids = calibration_rows(Calibration(rows=16, seq_len=64, seed=7), tiny_tokenizer(), "bloom").tokens
     exact = gptq_belle.load(tiny_model).logits(ids).log_softmax(-1)
     loss = {}
     for method in ("gptq", "rtn"):

@@ -1,4 +1,4 @@
-"""Timing of CUDA kernels in graphs, and the bandwidth and matrix speed that a GPU reaches."""
+"""Timing of CUDA kernels in graphs."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,8 +6,7 @@ import torch
 
 from gptq_belle.common.timers import Spread, spread
 
-MIB = 1 << 20
-DEFAULT_L2 = 64 * MIB  # if torch does not report it: the largest cache of the GPUs concerned
+DEFAULT_L2 = 64 << 20  # if torch does not report it: the largest cache of the GPUs concerned
 MIN_INTERVAL = 2e-3  # seconds between two events; the resolution of events is too coarse for shorter intervals
 Action = Callable[[], object]
 
@@ -63,19 +62,3 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, times: int) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def copy_bandwidth(device: torch.device, size: int = 512 * MIB) -> Spread:
-    """Bytes per second, read and written, of copies of `size` bytes within device memory."""
-    pairs = [(torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, device=device))
-             for _ in range(2)]
-    took = device_seconds([lambda a=a, b=b: b.copy_(a) for a, b in pairs])  # type: ignore[misc]
-    return spread([2 * size / value for value in took.values])
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype = torch.float16, side: int = 8192) -> Spread:
-    """Operations per second of cuBLAS on square matrices (side, side)."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    took = device_seconds([lambda: torch.mm(a, b, out=out)])
-    return spread([2 * side**3 / value for value in took.values])

@@ -79,11 +79,6 @@ class CalibrationRows(NamedTuple):
     notes: list[str]
 
 
-def calibration_tokens(calibration: Calibration, tokenizer: Any, style: str, context: int | None = None) -> Tensor:
-    """The tokens of `calibration_rows`."""
-    return calibration_rows(calibration, tokenizer, style, context).tokens
-
-
 def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
                      context: int | None = None) -> CalibrationRows:
     """Read, shuffle, tokenize and pack calibration documents; repeated ones count once, except for the built-in rows.
