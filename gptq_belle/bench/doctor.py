@@ -12,6 +12,7 @@ import torch
 from gptq_belle import __version__
 from gptq_belle.bench.self_test import self_test
 from gptq_belle.common.devices import PRECISIONS, resolve_device
+from gptq_belle.common.memory import available_bytes, system_memory
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.dispatch import choose_kernel
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
@@ -40,7 +41,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "versions": {"gptq_belle": __version__, "python": platform.python_version()} | package_versions(),
         "system": platform.platform(),
         "cpu": cpu(),
-        "memory": memory(),
+        "memory": {"total": system_memory("MemTotal"), "available": available_bytes()},
         "devices": devices(),
         "compiler": c_compiler(),
         "native": native(),
@@ -73,16 +74,6 @@ def cpu() -> dict[str, Any]:
         "features": [name for name in FEATURES if name in flags],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def memory() -> dict[str, int | None]:
-    """Main memory in bytes: in total, and available without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {"total": None, "available": None}
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    return {"total": sizes.get("MemTotal"), "available": sizes.get("MemAvailable")}
 
 
 def devices() -> list[dict[str, Any]]:

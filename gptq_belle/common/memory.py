@@ -58,11 +58,16 @@ def lower_mmap_threshold() -> None:
 
 def available_bytes() -> int | None:
     """Memory that can still be allocated without swapping, in bytes; None if the system has no /proc."""
+    return system_memory("MemAvailable")
+
+
+def system_memory(entry: str) -> int | None:
+    """An entry of /proc/meminfo, such as MemTotal, in bytes; None if the system has no /proc."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")), None)
 
 
 def format_bytes(count: int) -> str:
