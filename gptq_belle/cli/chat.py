@@ -24,7 +24,7 @@ def chat(
     """Chat with a model over several turns. With --json, answers are streamed to stderr and all turns go to stdout."""
     environment.require_stdin()
     options.check_chat_style(prompt_style)
-    options.check_engine_options(device, precision, head_bits, cache, prompt_style)
+    options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.cli.conversation import Conversation, chat_loop
     from gptq_belle.engine.sampling import SamplingParams
 

@@ -27,7 +27,9 @@ def generate(
     verbose: options.Verbose = False,
 ) -> None:
     """Answer one prompt and stream the answer to stdout."""
-    options.check_engine_options(device, precision, head_bits, cache, prompt_style)
+    if prompt_style != "none":
+        options.check_chat_style(prompt_style)
+    options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.engine.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)

@@ -81,9 +81,9 @@ AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Accept text
 
 def check_chat_style(style: str) -> None:
     """Raise UsageError for a prompt style that cannot express a conversation."""
-    if style != "auto":
-        from gptq_belle.prompts.styles import get_style
+    from gptq_belle.prompts.styles import get_style
 
+    if style != "auto":
         get_style(style)
 
 
@@ -96,15 +96,13 @@ def import_engine() -> None:
 
 
 def check_engine_options(device: str, precision: str | None = None, head_bits: int | None = None,
-                         cache: str = "float16", prompt_style: str = "auto") -> None:
+                         cache: str = "float16") -> None:
     """Check the options of a run before its model is looked for.
 
     Raises:
         UsageError: a value that is not allowed.
         HardwareError: this machine has no such device.
     """
-    if prompt_style != "none":
-        check_chat_style(prompt_style)
     import_engine()
     from gptq_belle.common.devices import resolve_device, resolve_precision
     from gptq_belle.engine.kv_cache import check_cache_dtype

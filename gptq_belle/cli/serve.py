@@ -34,7 +34,7 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
     options.check_chat_style(prompt_style)
-    options.check_engine_options(device, precision, head_bits, cache, prompt_style)
+    options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.serving.server import serve
     from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
 
