@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gptq_belle.common.text import markdown_table as markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "belle_tiny"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,12 +31,6 @@ def result(name: str) -> dict[str, Any]:
     """Read one measurement."""
     value: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return value
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
 
 
 def bits(first: str, nearest: str) -> str:

@@ -19,6 +19,7 @@ from gptq_belle.checkpoint.inspection import average_bits
 from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.common.devices import resolve_precision
+from gptq_belle.common.text import short_names
 from gptq_belle.common.timers import Spread, spread
 from gptq_belle.engine.model import Model, load
 from gptq_belle.errors import UsageError
@@ -84,6 +85,11 @@ class Benchmark:
     results: list[BenchResult]
     points: list[SweepPoint]
     memory: list[BatchMemory]
+
+    @property
+    def names(self) -> list[str]:
+        """Short names of the models, in the order of the results."""
+        return short_names([result.path for result in self.results])
 
 
 def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", precision: str | None = None,
@@ -170,9 +176,3 @@ def _result(model: Model, workload: Workload, times: Sequence[RunTimes], footpri
         shares=shares,
         bound=explain_bound(size, step, bandwidth, shares),
     )
-
-
-def short_names(results: Sequence[BenchResult]) -> list[str]:
-    """Names of the models: their folders' names if these are unique, else their paths."""
-    names = [result.path.resolve().name for result in results]
-    return names if len(set(names)) == len(names) else [str(result.path) for result in results]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptq_belle.bench.doctor import machine_summary
-from gptq_belle.bench.throughput import MB, Benchmark, short_names
+from gptq_belle.bench.throughput import MB, Benchmark
 from gptq_belle.common.timers import Spread
 from gptq_belle.errors import HardwareError, UsageError
 
@@ -37,7 +37,7 @@ def plot(benchmark: Benchmark, path: Path) -> None:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    found, names = batch_series(benchmark), short_names(benchmark.results)
+    found, names = batch_series(benchmark), benchmark.names
     figure = Figure(figsize=(11, 1.8 + 0.3 * len(names) * (1 + len(found))), layout="constrained")
     prefill, decode, memory = figure.subplots(1, 3)
     _bars(prefill, names, found, [one.prefill for one in found])

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from gptq_belle.bench.doctor import machine_summary
-from gptq_belle.bench.throughput import MB, Benchmark, BenchResult, short_names
+from gptq_belle.bench.throughput import MB, Benchmark, BenchResult
 from gptq_belle.cli import console
+from gptq_belle.common.text import markdown_table
 from gptq_belle.common.timers import Spread
 from gptq_belle.errors import UsageError
 
@@ -71,7 +72,7 @@ def _show_table(benchmark: Benchmark) -> None:
     ]
     if all(result.footprint.cuda_bytes is None for result in results):
         rows = [row for row in rows if not row[0].startswith("GPU")]
-    columns = ["", *short_names(results)]
+    columns = ["", *benchmark.names]
     cells = [[name, *(cell(result) for result in results)] for name, cell in rows]
     first = results[0]
     title = (f"prompt {work.prompt}, {work.tokens} new tokens, batch {work.batch}, {first.dtype} {first.precision}: "
@@ -82,7 +83,7 @@ def _show_table(benchmark: Benchmark) -> None:
         _print(f"prompt {work.prompt} and {work.tokens} new tokens after each depth",
                *sweep_cells(benchmark))
         console.print_line()
-    for name, result in zip(short_names(results), results, strict=True):
+    for name, result in zip(benchmark.names, results, strict=True):
         console.print_line(f"{name} is limited by {result.bound}.")
     console.print_line(f"Read bandwidth of the memory: {benchmark.bandwidth.median / 1e9:.1f} GB/s. Peak memory is "
                        "relative to the process before loading.")
@@ -91,7 +92,7 @@ def _show_table(benchmark: Benchmark) -> None:
 
 def sweep_cells(benchmark: Benchmark) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the speeds: one row per batch and depth, two columns per model."""
-    names = short_names(benchmark.results)
+    names = benchmark.names
     paths = [result.path for result in benchmark.results]
     found = {(point.path, point.batch, point.depth): point for point in benchmark.points}
     settings = dict.fromkeys((point.batch, point.depth) for point in benchmark.points)
@@ -109,7 +110,7 @@ def _print(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -
         console.print_table(title, columns, cells)
     else:
         console.print_line(f"{title}\n")
-        console.print_line(markdown(columns, cells))
+        console.print_line(markdown_table(columns, cells))
 
 
 def with_range(values: Spread, factor: float = 1.0) -> str:
@@ -122,12 +123,6 @@ def with_range(values: Spread, factor: float = 1.0) -> str:
 def megabytes(size: int | None) -> str:
     """Bytes as text in MB."""
     return "unknown" if size is None else f"{size / MB:,.1f}"
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, rule, *rows))
 
 
 def _spread(name: str, values: Spread) -> dict[str, float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptq_belle.common.text import is_unicode
 from gptq_belle.engine.model import Model
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.answer_metrics import (
@@ -25,7 +26,6 @@ from gptq_belle.evaluation.belle_answers import (
     reference_ids,
 )
 from gptq_belle.quantization.calibration_files import read_data_file
-from gptq_belle.quantization.calibration_messages import is_encodable
 
 FIELDS = ("class", "question", "std_answer")
 COLUMNS = ("class", "questions", "exact, %", "F1, %", "ROUGE-L, %", "NLL per token", "tokens as base, %",
@@ -159,6 +159,6 @@ def _question(value: Any) -> BelleQuestion | None:
     cls, question, answer = (value.get(field) for field in FIELDS)
     if not isinstance(cls, str) or not isinstance(question, str) or not isinstance(answer, str | None):
         return None
-    if not is_encodable(cls + question + (answer or "")):
+    if not is_unicode(cls + question + (answer or "")):
         return None
     return BelleQuestion(normalize_class(cls), question, answer if answer and answer.strip() else "")

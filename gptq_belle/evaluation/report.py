@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.model_card import with_results
+from gptq_belle.common.text import markdown_table
 from gptq_belle.evaluation.kl_statistics import Divergence, format_divergence
 from gptq_belle.evaluation.report_models import ReportModel, quantization_settings, read_models, unknown_tables
 from gptq_belle.evaluation.report_plots import draw
@@ -68,9 +69,9 @@ def card_section(models: Sequence[ReportModel], pictures: Mapping[str, Path], ca
     """The section of a model card: a table of the available results, and a picture."""
     rows = [summary(model, None) for model in models]
     names = [name for name in CARD_COLUMNS if any(row[name] != DASH for row in rows)]
-    table = [[CARD_COLUMNS[name] for name in names], ["---", *["---:"] * (len(names) - 1)],
-             *([row[name].replace("|", r"\|") for name in names] for row in rows)]
-    lines = ["## Quality", "", *("| " + " | ".join(row) + " |" for row in table), ""]
+    table = markdown_table([CARD_COLUMNS[name] for name in names],
+                           [[row[name].replace("|", r"\|") for name in names] for row in rows])
+    lines = ["## Quality", "", table, ""]
     picture = next((pictures[name] for name in CARD_PICTURES if name in pictures), None)
     if picture is not None:
         lines += [f"![{picture.stem}]({picture.relative_to(card).as_posix()})", ""]

@@ -1,7 +1,7 @@
 """The models of a report: checkpoint, quantization record, and results of the evaluations."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from gptq_belle.checkpoint.inspection import Inspection, inspect
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.common.files import file_checksum
+from gptq_belle.common.text import short_names
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.report_results import ModelResults
 from gptq_belle.quantization.report import REPORT, format_tuning
@@ -73,9 +74,8 @@ def read_models(results: Mapping[Path, ModelResults], base: Path | None) -> list
     Raises:
         InputError: a model directory has problems.
     """
-    labels = _labels(list(results))
     return [_read_model(label, path, path == base, results[path])
-            for label, path in zip(labels, results, strict=True)]
+            for label, path in zip(short_names(list(results)), results, strict=True)]
 
 
 def _read_model(label: str, path: Path, full: bool, results: ModelResults) -> ReportModel:
@@ -85,11 +85,6 @@ def _read_model(label: str, path: Path, full: bool, results: ModelResults) -> Re
     record = read_json(path / REPORT) if (path / REPORT).is_file() else {}
     hashes = {} if full else {file.name: file_checksum(file).sha256 for file in CheckpointReader(path).files}
     return ReportModel(label, path, full, found, record, hashes, results)
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def quantization_settings(model: ReportModel) -> dict[str, str]:

@@ -15,6 +15,7 @@ and, besides conversations and pairs, `system` (a text) and `history` (earlier p
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from gptq_belle.common.text import is_unicode
 from gptq_belle.prompts.conversation import turns_from_messages
 from gptq_belle.prompts.styles import Turn
 
@@ -46,15 +47,6 @@ class RowContent(NamedTuple):
     document: Document | None
     unused: list[str]
     cut: int = 0
-
-
-def is_encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8. JSON can express half of a surrogate pair, which no tokenizer accepts."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def row_content(row: Any) -> RowContent:
@@ -179,7 +171,7 @@ def _kind(value: Any) -> str:
 
 
 def _encodable(text: str) -> str:
-    if not is_encodable(text):
+    if not is_unicode(text):
         raise RowError("a text holds half of a surrogate pair, such as \\ud83d, which is no character",
                        "Write the row again from its source, or delete it.")
     return text
