@@ -101,7 +101,7 @@ def write_rows(source: Path, rows: int, seq_len: int, path: Path) -> None:
     from gptq_belle.checkpoint.reader import CheckpointReader
     from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
     from gptq_belle.prompts.styles import detect_style
-    from gptq_belle.quantization.calibration import calibration_rows
+    from gptq_belle.quantization.calibration.rows import calibration_rows
 
     style = detect_style(CheckpointReader(source).config)
     tokens = calibration_rows(Calibration(rows=rows, seq_len=seq_len), load_tokenizer(source), style).tokens

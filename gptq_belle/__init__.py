@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from gptq_belle.engine.model import Model, load
     from gptq_belle.engine.sampling import SamplingParams
     from gptq_belle.errors import GateError, GptqBelleError, HardwareError, InputError, UsageError
-    from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.calibration.rows import Calibration
     from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Calibration": "gptq_belle.quantization.calibration",
+    "Calibration": "gptq_belle.quantization.calibration.rows",
     "Model": "gptq_belle.engine.model",
     "QuantConfig": "gptq_belle.quantization.config",
     "SamplingParams": "gptq_belle.engine.sampling",

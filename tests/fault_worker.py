@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from gptq_belle.errors import as_user_error
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 

@@ -11,7 +11,7 @@ from gptq_belle.quantization import activations
 from gptq_belle.quantization.activations import InMemoryActivations
 from gptq_belle.quantization.attention_outputs import AttentionOutputs
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.stage_hessians import accumulate_hessians

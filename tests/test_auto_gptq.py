@@ -18,7 +18,7 @@ from gptq_belle import QuantConfig, hf_model, quantize_checkpoint
 from gptq_belle.compat.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig, exllama_set_max_input_length
 from gptq_belle.compat.auto_gptq_arguments import device_name, token_rows
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)

@@ -10,7 +10,8 @@ from conftest import naming, tiny_tokenizer
 from gptq_belle import QuantConfig, quantize_checkpoint
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration import (
+from gptq_belle.quantization.calibration.documents import read_documents
+from gptq_belle.quantization.calibration.rows import (
     BUILTIN,
     Calibration,
     calibration_rows,
@@ -18,7 +19,6 @@ from gptq_belle.quantization.calibration import (
     check_enough,
     first_token_ids,
 )
-from gptq_belle.quantization.calibration_documents import read_documents
 from gptq_belle.quantization.job import prepare_job
 
 

@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration_keys import KEY_BYTES, document_keys, overlapping_rows
+from gptq_belle.quantization.calibration.overlap import KEY_BYTES, document_keys, overlapping_rows
 
 CHAT = [Turn("把下面的句子翻译成英文：我爱北京。", "I love Beijing."), Turn("再举一个这样的例子吧", "好的。")]
 TEXT = "人工智能正在改变我们的生活和工作。\n标题\nThe quick brown fox jumps over the lazy dog. And again it does so!"

@@ -7,8 +7,8 @@ from conftest import naming
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.errors import InputError
-from gptq_belle.evaluation.calibration_overlap import recorded_keys, refuse_overlap
 from gptq_belle.prompts.styles import Turn
+from gptq_belle.quantization.calibration.overlap import recorded_keys, refuse_overlap
 
 QUESTIONS = [f"请写一句关于第{number}个城市的话。" for number in range(12)]
 

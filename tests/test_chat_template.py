@@ -18,7 +18,7 @@ from gptq_belle.errors import InputError, UsageError
 from gptq_belle.evaluation.belle_answers import prompt_ids
 from gptq_belle.prompts.conversation import ChatFormat, merge_messages
 from gptq_belle.prompts.styles import STYLES, TEMPLATE
-from gptq_belle.quantization.calibration import Calibration, calibration_rows
+from gptq_belle.quantization.calibration.rows import Calibration, calibration_rows
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 

@@ -222,7 +222,7 @@ def test_eval_belle_with_a_base_and_a_judge(belle, tiny_llama, tmp_path):
 def test_text_that_was_calibrated_on_is_refused(belle, packed, text, tmp_path):
     import shutil
 
-    from gptq_belle.quantization.calibration_keys import document_keys
+    from gptq_belle.quantization.calibration.overlap import document_keys
 
     path = tmp_path / "calibrated"
     shutil.copytree(packed, path)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_belle.common.memory import parse_bytes
 from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.quantization.activations import Activations
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.cost_estimate import estimate
 from gptq_belle.quantization.job import prepare_job

@@ -27,7 +27,7 @@ from faults import (
 from gptq_belle.checkpoint.direct_io import FileBytes
 from gptq_belle.checkpoint.safetensors_file import TensorFile
 from gptq_belle.errors import HardwareError
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 

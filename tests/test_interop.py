@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from gptq_belle import QuantConfig, __version__, hf_model, quantize_checkpoint
 from gptq_belle.bench.doctor import machine_summary
 from gptq_belle.checkpoint.conversion import convert
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 
 sys.path.insert(0, str(Path(__file__).parent / "interop"))
 from environments import carry_out, python_of  # noqa: E402

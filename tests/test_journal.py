@@ -17,7 +17,7 @@ from gptq_belle.errors import UsageError
 from gptq_belle.quantization.activations import Activations
 from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import BlockRecord, Journal, finished_blocks
 from gptq_belle.quantization.pipeline import quantize_checkpoint

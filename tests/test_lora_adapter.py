@@ -15,7 +15,7 @@ from gptq_belle import QuantConfig, hf_model, quantize_checkpoint
 from gptq_belle.checkpoint.lora_adapter import AdaptedReader, Adapter, open_source
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
     "The following (alpha|rank)_pattern keys", "Converting a tensor with requires_grad", ".is_gradient_checkpointing")]

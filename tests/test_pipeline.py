@@ -14,7 +14,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import GptqBelleError, InputError, UsageError
 from gptq_belle.formats.gptq_weight import PackedWeight, unpack
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration, calibration_rows
+from gptq_belle.quantization.calibration.rows import Calibration, calibration_rows
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 from gptq_belle.quantization.solver import round_to_nearest

@@ -50,7 +50,7 @@ def test_convert_replaces_an_existing_template(tiny_llama, tmp_path, style):
 
 
 def test_selected_style_is_used_for_calibration(tiny_llama, tmp_path):
-    from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.calibration.rows import Calibration
 
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"instruction": "你好" * 9, "output": "好" * 9}) for _ in range(60)))

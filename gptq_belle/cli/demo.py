@@ -84,7 +84,7 @@ def quantize_and_compare(source: Path, data: Path, out: Path, *, prompt: str | N
 
 
 def _quantize(source: Path, out: Path, bits: int, device: str) -> None:
-    from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.calibration.rows import Calibration
     from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.pipeline import quantize_checkpoint
     from gptq_belle.quantization.report import NoProgress

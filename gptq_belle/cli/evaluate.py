@@ -174,8 +174,8 @@ def _check_gates(gates: "Sequence[QualityGate]", metrics: Mapping[str, float]) -
 
 
 def _refuse_overlap(path: Path, test: Path, rows: "list[BelleQuestion]") -> None:
-    from gptq_belle.evaluation.calibration_overlap import refuse_overlap
     from gptq_belle.prompts.styles import Turn
+    from gptq_belle.quantization.calibration.overlap import refuse_overlap
 
     refuse_overlap([path], test, [[Turn(row.question, row.std_answer)] for row in rows])
 

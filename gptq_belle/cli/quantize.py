@@ -94,7 +94,7 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
                          head_bits=(head_bits or 8) if packed_head_only else 16, auto_bits=auto_bits)
     from gptq_belle.cli.progress import ConsoleProgress
     from gptq_belle.common.memory import parse_memory
-    from gptq_belle.quantization.calibration import Calibration
+    from gptq_belle.quantization.calibration.rows import Calibration
     from gptq_belle.quantization.job import prepare_job
     from gptq_belle.quantization.pipeline import quantize_checkpoint
 

@@ -14,7 +14,7 @@ from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.packed_reader import raw_quantization_config, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 
 Example = Mapping[str, Sequence[int] | Tensor]  # input_ids and, where there is padding, attention_mask

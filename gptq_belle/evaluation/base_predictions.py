@@ -21,7 +21,6 @@ from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.common.files import write_json_atomically
 from gptq_belle.engine.model import Model
 from gptq_belle.errors import HardwareError, InputError, UsageError
-from gptq_belle.evaluation.calibration_overlap import refuse_overlap
 from gptq_belle.evaluation.perplexity import (
     LogitsFunction,
     TextWindow,
@@ -32,6 +31,7 @@ from gptq_belle.evaluation.perplexity import (
     split_windows,
 )
 from gptq_belle.prompts.conversation import chat_format
+from gptq_belle.quantization.calibration.overlap import refuse_overlap
 
 LOGITS, KEY = "logits.npy", "about.json"
 ModelLoader = Callable[[Path], Model]

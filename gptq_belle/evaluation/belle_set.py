@@ -25,7 +25,7 @@ from gptq_belle.evaluation.belle_answers import (
     prompt_ids,
     reference_ids,
 )
-from gptq_belle.quantization.calibration_files import read_data_file
+from gptq_belle.quantization.calibration.data_files import read_data_file
 
 FIELDS = ("class", "question", "std_answer")
 COLUMNS = ("class", "questions", "exact, %", "F1, %", "ROUGE-L, %", "NLL per token", "tokens as base, %",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.belle_set import BelleQuestion, normalize_class
-from gptq_belle.quantization.calibration_files import read_data_file
+from gptq_belle.quantization.calibration.data_files import read_data_file
 
 OPEN_CLASSES = ("generation", "brainstorming", "rewrite")  # judged without the reference answer
 JUDGE = "gpt-3.5-turbo"

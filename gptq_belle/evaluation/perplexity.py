@@ -17,9 +17,9 @@ from torch import Tensor
 from gptq_belle.common.text import count
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import ChatFormat
-from gptq_belle.quantization.calibration import first_token_ids
-from gptq_belle.quantization.calibration_documents import read_documents
-from gptq_belle.quantization.calibration_messages import Document
+from gptq_belle.quantization.calibration.documents import read_documents
+from gptq_belle.quantization.calibration.messages import Document
+from gptq_belle.quantization.calibration.rows import first_token_ids
 
 LOGGER = logging.getLogger("gptq_belle")
 CHUNK = 64  # positions scored at a time: with BLOOM's 250,880 tokens, 64 rows of float64 are 128 MB

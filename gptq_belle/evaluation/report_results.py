@@ -25,12 +25,12 @@ from gptq_belle.evaluation.base_predictions import (
 )
 from gptq_belle.evaluation.belle_answers import GreedyAnswer, answer_questions
 from gptq_belle.evaluation.belle_set import BelleQuestion, read_questions, score_answers
-from gptq_belle.evaluation.calibration_overlap import refuse_overlap
 from gptq_belle.evaluation.kl_divergence import compare_with_predictions
 from gptq_belle.evaluation.kl_statistics import summarize_divergence
 from gptq_belle.evaluation.perplexity import perplexity, summarize_losses
 from gptq_belle.evaluation.result_cache import ResultCache
 from gptq_belle.prompts.styles import Turn
+from gptq_belle.quantization.calibration.overlap import refuse_overlap
 
 KL_EDGES = numpy.array([0.0, *numpy.logspace(-9, 2, 56)])  # of the histogram: five bins per decade, one for the rest
 

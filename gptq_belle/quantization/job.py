@@ -20,7 +20,7 @@ from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.prompts.styles import set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration, calibration_rows, check_distinct, check_enough
+from gptq_belle.quantization.calibration.rows import Calibration, calibration_rows, check_distinct, check_enough
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import FULL
 from gptq_belle.quantization.overrides import resolve_overrides

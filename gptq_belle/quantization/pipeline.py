@@ -22,7 +22,7 @@ from gptq_belle.quantization.activations import ActivationPair
 from gptq_belle.quantization.auto_bits import check_budget, choose_bits
 from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
-from gptq_belle.quantization.calibration import Calibration
+from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.end_to_end.tune_model import tune_model
 from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.calibration_text import decode_text, read_bytes
+from gptq_belle.quantization.calibration.text_files import decode_text, read_bytes
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
 TEXT_SUFFIXES = (".txt", ".text", ".md", "")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptq_belle.errors import InputError
-from gptq_belle.quantization.calibration_files import read_data_file
-from gptq_belle.quantization.calibration_messages import Document, RowError, row_content
+from gptq_belle.quantization.calibration.data_files import read_data_file
+from gptq_belle.quantization.calibration.messages import Document, RowError, row_content
 
 BUILTIN = "builtin"
 SHOWN = 8  # names of unused fields in a remark
@@ -23,7 +23,7 @@ class Documents(NamedTuple):
 def read_documents(source: str | Path) -> Documents:
     """Read a file: plain text (one document), JSON Lines, a JSON array or Parquet; gzip, bzip2 and xz are unpacked.
 
-    Rows in the forms of `calibration_messages` become documents. Rows without text are left out and counted.
+    Rows in the forms of `messages` become documents. Rows without text are left out and counted.
 
     Raises:
         InputError: the file is missing, empty, neither UTF-8 text nor Parquet, or has an unusable row; it is named.

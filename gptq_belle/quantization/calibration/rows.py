@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import ChatFormat
-from gptq_belle.quantization.calibration_documents import BUILTIN, Documents, read_documents, without_repeats
-from gptq_belle.quantization.calibration_keys import document_keys
-from gptq_belle.quantization.calibration_messages import Document
+from gptq_belle.quantization.calibration.documents import BUILTIN, Documents, read_documents, without_repeats
+from gptq_belle.quantization.calibration.messages import Document
+from gptq_belle.quantization.calibration.overlap import document_keys
 
 TOKEN_IDS = "token ids"
 FIRST_PIECE = 1 << 16  # characters of a document that are tokenized first; twice as many where they are too few
@@ -55,7 +55,7 @@ class Calibration:
 
         Args:
             tokens: the rows (rows, T).
-            documents: the documents that they were taken from (see `calibration_keys.document_keys`).
+            documents: the documents that they were taken from (see `overlap.document_keys`).
         """
         count, length = tokens.shape
         source = TOKEN_IDS if isinstance(self.source, Tensor) else BUILTIN if self.source == BUILTIN else Path(

@@ -1,5 +1,6 @@
-"""Keys of the calibration documents, in a few kilobytes, by which an evaluation detects text that was calibrated on.
+"""Refusal of evaluation text that a checkpoint was calibrated on, which would make the results too good.
 
+The report of a job records keys of its calibration documents in a few kilobytes, and evaluations compare with them.
 A chat is identified by its questions and plain text by its sentences, each by 40 bits of a SHA-256. Two different texts
 share a key with probability 10^-12; comparing a thousand rows with three thousand gives a false match in one of 350,000
 cases. A follow-up question such as "And on Tuesday?" is identified together with its answer. Spaces, case, full and
@@ -10,14 +11,19 @@ import base64
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy
 
+from gptq_belle.checkpoint.reader import read_json
+from gptq_belle.errors import InputError
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration_messages import Document
+from gptq_belle.quantization.calibration.messages import Document
+from gptq_belle.quantization.report import REPORT
 
 KEY_BYTES = 5
+SHOWN = 5  # row numbers in the message of `refuse_overlap`
 SHORT_QUESTION = 8  # characters; a shorter question is identified together with its answer
 SHORT_SENTENCE = 12  # characters; shorter ones are headings and phrases that many texts share
 SENTENCE = re.compile(r"[。！？!?\n]+|\.\s")
@@ -47,6 +53,40 @@ def overlapping_rows(seen: str, documents: Iterable[Document]) -> tuple[list[int
     known = {bytes(key) for key in numpy.frombuffer(data, numpy.uint8).reshape(-1, KEY_BYTES)}
     rows = [row for document in documents for row in _rows(document)]
     return [number for number, row in enumerate(rows, 1) if not known.isdisjoint(row)], len(rows)
+
+
+def refuse_overlap(paths: Iterable[str | Path], text: str | Path, documents: Sequence[Document]) -> None:
+    """Compare a text with the recorded calibration data of checkpoints; those without a record are accepted.
+
+    Args:
+        paths: model directories.
+        text: source of the documents, for the message.
+        documents: chats and plain texts (see `overlapping_rows`).
+    Raises:
+        InputError: a checkpoint was calibrated on some of the text; names the number of rows and the first of them.
+    """
+    for path in paths:
+        seen = recorded_keys(Path(path))
+        if seen is None:
+            continue
+        try:
+            rows, total = overlapping_rows(seen, documents)
+        except ValueError as error:
+            raise InputError(f"{Path(path) / REPORT}: calibration.seen is damaged: {error}",
+                             "Fetch the file again, or use --allow-overlap.") from error
+        if rows:
+            first = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+            raise InputError(f"{len(rows)} of {total} rows of {text} were calibrated on in {path}: row {first}",
+                             "Remove those rows, or use --allow-overlap.")
+
+
+def recorded_keys(path: Path) -> str | None:
+    """The keys of the calibration data of a quantized directory; None if none are recorded."""
+    if not (path / REPORT).is_file():
+        return None
+    calibration = read_json(path / REPORT).get("calibration")
+    seen = calibration.get("seen") if isinstance(calibration, dict) else None
+    return seen if isinstance(seen, str) else None
 
 
 def _rows(document: Document) -> Iterator[list[bytes]]:
