@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gptq_belle.compat.transformers_quantizer import patch_transformers
     from gptq_belle.engine.hf_model import hf_model
     from gptq_belle.engine.model import Model, load
-    from gptq_belle.engine.sampling import SamplingParams
+    from gptq_belle.engine.sampling_params import SamplingParams
     from gptq_belle.errors import GateError, GptqBelleError, HardwareError, InputError, UsageError
     from gptq_belle.quantization.calibration.rows import Calibration
     from gptq_belle.quantization.config import QuantConfig
@@ -22,7 +22,7 @@ _MODULES = {
     "Calibration": "gptq_belle.quantization.calibration.rows",
     "Model": "gptq_belle.engine.model",
     "QuantConfig": "gptq_belle.quantization.config",
-    "SamplingParams": "gptq_belle.engine.sampling",
+    "SamplingParams": "gptq_belle.engine.sampling_params",
     "hf_model": "gptq_belle.engine.hf_model",
     "load": "gptq_belle.engine.model",
     "patch_transformers": "gptq_belle.compat.transformers_quantizer",

@@ -8,7 +8,7 @@ from conftest import naming, packed_checkpoint
 
 from gptq_belle import load
 from gptq_belle.engine.batching import Engine
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import HardwareError, UsageError
 
 KINDS = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 6},
@@ -178,6 +178,42 @@ def test_events_report_every_token_and_the_finish_reason(model):
         mine = [event for event in events if event.request is request]
         assert [event.token for event in mine] == request.answer
         assert [event.finished for event in mine] == [None, None, None, "length"]
+
+
+def test_same_prompt_is_read_once_and_a_shared_prefix_too(model):
+    read, prefill = [], model.prefill_slot
+    model.prefill_slot = lambda ids, *place: read.append(len(ids)) or prefill(ids, *place)
+    long, params = prompts(1)[0] * 200, [SamplingParams(max_new_tokens=5, temperature=1.0, seed=s) for s in range(6)]
+    same, begun = long[:150], [*long[:130], 7]
+    engine = Engine(model, 5)
+    requests = [engine.submit(ids, each) for ids, each in zip([same, same, begun, same], params, strict=False)]
+    finish(engine)
+    assert sum(read) == len(same) + len(begun) - 128  # whole blocks of queries are shared
+    assert [request.reused for request in requests] == [0, 150, 128, 150]
+    del model.prefill_slot
+    assert [request.answer for request in requests] == [
+        alone(model, request.ids, each) for request, each in zip(requests, params, strict=False)]
+    later = engine.submit(same, params[4])
+    finish(engine)
+    assert (later.reused, later.answer) == (128, alone(model, same, params[4]))
+
+
+def test_stop_tokens_end_a_request_but_not_before_its_minimum(model):
+    ids, free = prompts(1)[0], {"max_new_tokens": 20, "ignore_eos": True}
+    answer = alone(model, ids, SamplingParams(**free))
+    engine, end = Engine(model, 2), answer[3]
+    stopped = engine.submit(ids, SamplingParams(**free, stop_token_ids=(end,)))
+    longer = engine.submit(ids, SamplingParams(**free, stop_token_ids=(end,), min_tokens=12))
+    finish(engine)
+    assert (stopped.answer, stopped.end, stopped.finished) == (answer[: answer.index(end)], end, "stop")
+    assert end not in longer.answer[:12]
+    assert len(longer.answer) >= 12
+
+
+@pytest.mark.parametrize("option", [{"logit_bias": {384: 1.0}}, {"stop_token_ids": (5, 384)}])
+def test_token_ids_of_options_beyond_the_vocabulary_are_refused(model, option):
+    with pytest.raises(UsageError, match=naming(*option, 384)):
+        Engine(model, 1).submit([5], SamplingParams(**option))
 
 
 def test_eos_ends_a_request(model):

@@ -13,7 +13,7 @@ from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.cli.conversation import Conversation
 from gptq_belle.engine.model import load
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.evaluation.belle_answers import prompt_ids
 from gptq_belle.prompts.conversation import ChatFormat, merge_messages

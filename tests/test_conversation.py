@@ -15,7 +15,7 @@ import pytest
 
 from gptq_belle import load
 from gptq_belle.cli.conversation import Conversation, chat_loop
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.styles import Turn
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import gptq_belle
 from gptq_belle.engine.batching import CACHE_CHECK_INTERVAL, Engine
 from gptq_belle.engine.finite_check import nonfinite_rows
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import InputError
 from gptq_belle.serving.api_errors import from_exception
 from gptq_belle.serving.metrics import Metrics

@@ -8,7 +8,7 @@ from conftest import packed_checkpoint
 
 import gptq_belle
 from gptq_belle import errors
-from gptq_belle.engine.sampling import SamplingOptions
+from gptq_belle.engine.sampling_params import SamplingOptions
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from server_process import serving
 
+import gptq_belle
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, TOKENIZE, check_fields
 from gptq_belle.serving.schemas import ChatRequest, CompletionRequest, StreamOptions, TokenizeRequest
@@ -34,18 +35,21 @@ def error_of(response, status):
 
 
 @pytest.mark.parametrize(("path", "name", "value"), [
-    (CHAT_PATH, "presence_penalty", 2), (CHAT_PATH, "frequency_penalty", -0.5), (CHAT_PATH, "presence_penalty", "x"),
-    (CHAT_PATH, "presence_penalty", False), (CHAT_PATH, "logit_bias", {"5": 100}),
+    (CHAT_PATH, "presence_penalty", 2.1), (CHAT_PATH, "frequency_penalty", -3), (CHAT_PATH, "presence_penalty", "x"),
+    (CHAT_PATH, "presence_penalty", False), (CHAT_PATH, "logit_bias", {"384": 100}),
+    (CHAT_PATH, "logit_bias", [[5, 1]]),
+    (CHAT_PATH, "max_tokens", 0), (CHAT_PATH, "max_tokens", -1), (CHAT_PATH, "max_tokens", 1.5),
+    (COMPLETION_PATH, "max_tokens", 0), (COMPLETION_PATH, "max_tokens", -1), (COMPLETION_PATH, "stop_token_ids", [384]),
     (CHAT_PATH, "response_format", {"type": "json_object"}),
     (CHAT_PATH, "response_format", {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}),
     (CHAT_PATH, "tools", TOOL), (CHAT_PATH, "tool_choice", "required"), (CHAT_PATH, "functions", [{"name": "f"}]),
-    (CHAT_PATH, "stop_token_ids", [7]), (CHAT_PATH, "min_tokens", 1), (CHAT_PATH, "guided_json", SCHEMA),
+    (CHAT_PATH, "min_tokens", 2), (CHAT_PATH, "guided_json", SCHEMA), (CHAT_PATH, "add_generation_prompt", False),
     (CHAT_PATH, "guided_choice", ["甲", "乙"]), (CHAT_PATH, "guided_regex", "[0-9]"),
     (CHAT_PATH, "structured_outputs", {"regex": "[0-9]"}), (CHAT_PATH, "grammar", 'root ::= "甲"'),
     (CHAT_PATH, "json_schema", SCHEMA), (CHAT_PATH, "bad_words", ["京"]), (CHAT_PATH, "mirostat", 2),
     (CHAT_PATH, "xtc_probability", 1.0), (CHAT_PATH, "dry_multiplier", 5.0), (CHAT_PATH, "repeat_penalty", 1.3),
     (CHAT_PATH, "n_predict", 4), (CHAT_PATH, "modalities", ["text", "audio"]), (CHAT_PATH, "reasoning_effort", "high"),
-    (CHAT_PATH, "continue_final_message", True), (CHAT_PATH, "chat_template_kwargs", {"enable_thinking": False}),
+    (COMPLETION_PATH, "continue_final_message", True), (CHAT_PATH, "chat_template_kwargs", {"enable_thinking": False}),
     (CHAT_PATH, "skip_special_tokens", False), (CHAT_PATH, "prompt_logprobs", 0), (CHAT_PATH, "echo", True),
     (COMPLETION_PATH, "best_of", 3), (COMPLETION_PATH, "suffix", "。"), (COMPLETION_PATH, "n_predict", -1),
     (COMPLETION_PATH, "max_completion_tokens", 3), (COMPLETION_PATH, "top_logprobs", 2),
@@ -60,7 +64,8 @@ def test_field_without_an_implementation_is_refused_by_name(server, path, name, 
 @pytest.mark.parametrize(("path", "fields"), [
     (CHAT_PATH, {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "auto",
                  "response_format": {"type": "text"}, "min_tokens": 0, "stop_token_ids": [], "best_of": 1,
-                 "n_predict": -1, "modalities": ["text"], "service_tier": "auto"}),
+                 "n_predict": -1, "max_tokens": 1.0, "add_generation_prompt": True,
+                 "modalities": ["text"], "service_tier": "auto"}),
     (CHAT_PATH, {"user": "somebody", "metadata": {"run": "1"}, "store": False, "parallel_tool_calls": True,
                  "prompt_cache_key": "k", "cache_prompt": True}),
     (CHAT_PATH, {"grammar": "", "guided_json": None, "repeat_penalty": 1.0, "repeat_last_n": 64, "mirostat": 0,
@@ -69,6 +74,55 @@ def test_field_without_an_implementation_is_refused_by_name(server, path, name, 
     (COMPLETION_PATH, {"best_of": 1, "suffix": None, "logit_bias": None, "user": "somebody", "top_logprobs": 0})])
 def test_neutral_values_and_fields_that_change_no_answer_are_accepted(server, path, fields):
     assert post(server, path, **fields).status_code == 200
+
+
+def chosen(server, **fields):
+    response = post(server, CHAT_PATH, **{"max_tokens": 24, "temperature": 0, "ignore_eos": True} | fields)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def test_penalties_bias_and_lengths_equal_the_model(server, tiny_llama):
+    model = gptq_belle.load(tiny_llama, device="cpu")
+    for fields in ({"presence_penalty": 2}, {"frequency_penalty": 0.5}, {"logit_bias": {"70": 50.0, "71": 49.0}},
+                   {"min_tokens": 9, "ignore_eos": False}, {"stop_token_ids": [70], "logit_bias": {"70": 100}}):
+        options = dict(fields)
+        if "logit_bias" in options:
+            options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+        expected = model.generate("你好", prompt_style="auto", max_new_tokens=24,
+                                  **{"ignore_eos": True} | options)
+        assert chosen(server, **fields)["message"]["content"] == expected, fields
+    assert chosen(server, presence_penalty=2)["message"] != chosen(server)["message"]
+
+
+def test_stop_strings_within_the_minimum_are_ignored(server):
+    text = chosen(server)["message"]["content"]
+    assert chosen(server, stop=text[2:4])["message"]["content"] == text[:2]
+    longer = chosen(server, stop=text[2:4], min_tokens=20)["message"]["content"]
+    assert longer.startswith(text[:4])
+
+
+def test_final_message_of_the_assistant_is_continued(server, tiny_llama):
+    model, begun = gptq_belle.load(tiny_llama, device="cpu"), {"role": "assistant", "content": "北京是"}
+    messages = [*BODIES[CHAT_PATH]["messages"], begun]
+    prompt = httpx.post(server.url + "/apply-template", json={"messages": messages, "continue_final_message": True})
+    assert prompt.json()["prompt"] == "Human: 你好 \n\nAssistant: 北京是"
+    options = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    assert chosen(server, **options)["message"]["content"] == model.generate(
+        prompt.json()["prompt"], max_new_tokens=24, ignore_eos=True)
+    empty = {"messages": [*messages[:1], begun | {"content": ""}], "continue_final_message": True}
+    assert chosen(server, **empty) == chosen(server)
+    for refused, param in ((options | {"add_generation_prompt": True}, "continue_final_message"),
+                           ({"continue_final_message": True}, "messages")):
+        assert error_of(post(server, CHAT_PATH, **refused), 400)["param"] == param
+
+
+def test_cached_prompt_tokens_are_counted_once_per_prompt(server):
+    question = {"messages": [{"role": "user", "content": "春" * 60}]}
+    first, second = (post(server, CHAT_PATH, **question, n=2).json()["usage"] for _ in range(2))
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    cached = second["prompt_tokens_details"]["cached_tokens"]
+    assert 64 <= cached < second["prompt_tokens"] == first["prompt_tokens"]
 
 
 def test_unsupported_stream_option_is_refused_by_name(server):
@@ -97,7 +151,7 @@ def test_every_parameter_of_the_openai_client_is_known():
 @pytest.mark.parametrize(("path", "name", "value"), [
     ("/tokenize", "with_pieces", True), ("/tokenize", "content", "x"), ("/tokenize", "add_generation_prompt", False),
     ("/tokenize", "something", 1), ("/apply-template", "tools", TOOL), ("/apply-template", "chat_template", "x"),
-    ("/apply-template", "continue_final_message", True), ("/tokenize", "model", "other"),
+    ("/apply-template", "add_generation_prompt", False), ("/tokenize", "model", "other"),
     ("/apply-template", "model", "other")])
 def test_field_that_would_change_a_prompt_is_refused_by_name(server, path, name, value):
     body = {"messages": BODIES[CHAT_PATH]["messages"]}
@@ -138,7 +192,10 @@ INSIDES = re.compile(r"function-|functools|<function|0x[0-9a-f]{4}|validator|con
     (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
     (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
     (CHAT_PATH, {"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0"),
-    (CHAT_PATH, {"stream_options": 1}, "stream_options"),
+    (CHAT_PATH, {"stream_options": 1}, "stream_options"), (CHAT_PATH, {"logit_bias": {"x": 1}}, "logit_bias.x"),
+    (CHAT_PATH, {"logit_bias": {"5": 101}}, "logit_bias.5"), (CHAT_PATH, {"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": "x", "prefix": True}]}, "messages.0.prefix"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": "x", "nmae": "y"}]}, "messages.0.nmae"),
     (COMPLETION_PATH, {"prompt": 5}, "prompt"), (COMPLETION_PATH, {"prompt": {"a": 1}}, "prompt"),
     (COMPLETION_PATH, {"prompt": None}, "prompt"), (COMPLETION_PATH, {"prompt": []}, "prompt"),
     (COMPLETION_PATH, {"prompt": [None]}, "prompt.0"), (COMPLETION_PATH, {"prompt": [5, -1]}, "prompt.1"),
@@ -188,6 +245,26 @@ def test_served_model_and_placeholders_of_clients_are_answered(server, path, tin
     for model in (tiny_llama.name, None, "", "default", "dummy"):
         response = post(server, path, model=model)
         assert (response.status_code, response.json()["model"]) == (200, tiny_llama.name), model
+
+
+def test_models_are_found_by_their_served_names(tiny_llama, tmp_path):
+    names = ("--served-model-name", "belle/7b", "--served-model-name", "belle")
+    with serving(tiny_llama, tmp_path / "log", *names) as server:
+        models = httpx.get(server.url + "/v1/models").json()["data"]
+        assert [model["id"] for model in models] == ["belle/7b", "belle"]
+        assert [httpx.get(f"{server.url}/v1/models/{model['id']}").json() for model in models] == models
+        for model in ("belle/7b", "belle", None):
+            assert post(server, CHAT_PATH, model=model).json()["model"] == "belle/7b"
+        assert error_of(post(server, CHAT_PATH, model=tiny_llama.name), 404)["code"] == "model_not_found"
+        for name in ("other", "default", "belle/"):
+            assert error_of(httpx.get(f"{server.url}/v1/models/{name}"), 404)["param"] == "model"
+
+
+def test_tokens_become_text_again(server):
+    ids = httpx.post(server.url + "/tokenize", json={"prompt": "春风</s>"}).json()["tokens"]
+    assert httpx.post(server.url + "/detokenize", json={"tokens": ids}).json() == {"prompt": "春风</s>"}
+    assert httpx.post(server.url + "/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    assert error_of(httpx.post(server.url + "/detokenize", json={"tokens": [384]}), 400)["param"] == "tokens"
 
 
 @pytest.mark.parametrize(("path", "fields"), [

@@ -7,14 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_belle.engine.sampling import (
-    Sampler,
-    SamplingParams,
-    apply_repetition_penalty,
-    filter_logits,
-    sample_inverse_cdf,
-    sample_tokens,
-)
+from gptq_belle.engine.logit_rules import apply_repetition_penalty
+from gptq_belle.engine.sampling import Sampler, filter_logits, sample_inverse_cdf, sample_tokens
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -74,6 +69,43 @@ def test_greedy_decoding_with_repetition_penalty_avoids_repeats():
     assert [sampler(logits) for _ in range(4)] == [0, 1, 3, 2]
 
 
+def expected_logits(params, prompt, answer, ends, logits):
+    """Logits by the definitions of OpenAI's API (presence, frequency, bias) and of vLLM (their order, min_tokens)."""
+    values = logits.double().tolist()
+    for token in range(len(values)):
+        values[token] += (params.logit_bias or {}).get(token, 0)
+        if len(answer) < params.min_tokens and token in ends:
+            values[token] = -math.inf
+        if token in prompt or token in answer:
+            factor = params.repetition_penalty
+            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+        values[token] -= params.frequency_penalty * answer.count(token)
+        values[token] -= params.presence_penalty * (token in answer)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [
+    {"presence_penalty": 1.5}, {"frequency_penalty": -0.7}, {"presence_penalty": -2.0, "frequency_penalty": 2.0},
+    {"logit_bias": {3: 100.0, 0: -4.5}}, {"min_tokens": 6},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {1: 2.0, 7: -100.0}, "min_tokens": 4,
+     "repetition_penalty": 1.3}])
+def test_logits_are_changed_as_defined(options):
+    params, prompt, ends, answer = SamplingParams(**options), [2, 5, 5], [4, 6], []
+    sampler = Sampler(params, prompt, CPU, ends)
+    for step in range(9):
+        logits = 3 * torch.randn(8)
+        kept = logits.clone()
+        expected = expected_logits(params, prompt, answer, ends, logits)
+        assert torch.allclose(sampler.rules.apply(logits).double(), expected, rtol=1e-6, atol=1e-5)
+        answer.append(sampler(logits))
+        assert answer[-1] == expected.argmax(), step
+        assert torch.equal(logits, kept)
+
+
+def test_answer_that_can_only_end_ends_before_its_minimum():
+    assert Sampler(SamplingParams(min_tokens=5), [], CPU, range(4))(LOGITS) == 0
+
+
 def test_same_seed_gives_the_same_tokens():
     def draw(seed):
         sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [], CPU)
@@ -99,8 +131,9 @@ def test_inverse_cdf_selects_the_token_of_a_number(number, token):
 
 def test_rows_are_sampled_independently():
     rows = [SamplingParams(), SamplingParams(temperature=0.7, seed=1), SamplingParams(repetition_penalty=1.5),
+            SamplingParams(temperature=0.9, presence_penalty=1.0, logit_bias={4: 3.0}, seed=4),
             SamplingParams(temperature=1.3, top_k=5, top_p=0.8, min_p=0.1, repetition_penalty=1.2, seed=2)]
-    logits = torch.randn(6, 4, 50)
+    logits = torch.randn(6, 5, 50)
     together, alone = ([Sampler(params, [1, 2, 3], CPU) for params in rows] for _ in range(2))
     for step in logits:
         expected = [sampler(row) for sampler, row in zip(alone, step.clone(), strict=True)]
@@ -124,7 +157,9 @@ def test_global_random_generator_is_not_used():
     ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
     ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1),
     ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan), ("seed", -1),
-    ("seed", 2**63), ("stop", "Human:"),
+    ("seed", 2**63), ("stop", "Human:"), ("presence_penalty", 2.1), ("frequency_penalty", math.nan),
+    ("logit_bias", {5: 101}), ("logit_bias", {"5": 1}), ("logit_bias", {5: math.nan}), ("logit_bias", [5]),
+    ("min_tokens", -1), ("min_tokens", 1.5), ("stop_token_ids", "5"), ("stop_token_ids", (True,)),
 ])
 def test_values_out_of_range_are_refused(option, value):
     with pytest.raises(UsageError, match=option) as caught:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from gptq_belle.engine.batching import Event, Request
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.metrics import Metrics

@@ -51,7 +51,8 @@ def test_chat_answer_equals_the_model(client, model, tiny_bloom):
     assert choice["finish_reason"] == "length"
     assert body["model"] == tiny_bloom.name
     read = len(model.tokenizer("Human: 你好\n\nAssistant:")["input_ids"])
-    assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12}
+    assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12,
+                             "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_stream_has_the_same_text_and_the_usage(client):
@@ -200,9 +201,10 @@ def test_roles_of_clients_are_taken_merged_or_refused(client):
         refused = prompt({"role": role, "content": "2"}, user)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages.0.role")
         assert role in refused.json()["error"]["message"]
-    for messages in ([user, empty], [empty, user], [user, empty | {"tool_calls": [{"id": "1"}]}, user]):
+    for messages, param in (([user, empty], "messages"), ([empty, user], "messages"),
+                            ([user, empty | {"tool_calls": [{"id": "1"}]}, user], "messages.1.tool_calls")):
         refused = prompt(*messages)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_own_chat_template_is_served_and_its_refusals_are_400(tiny_llama, tmp_path):

@@ -13,6 +13,9 @@ def chat(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     repetition_penalty: options.Penalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    min_tokens: options.MinTokens = 0,
     seed: options.Seed = None,
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
@@ -26,9 +29,11 @@ def chat(
     options.check_chat_style(prompt_style)
     options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.cli.conversation import Conversation, chat_loop
-    from gptq_belle.engine.sampling import SamplingParams
+    from gptq_belle.engine.sampling_params import SamplingParams
 
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
+                            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+                            min_tokens=min_tokens)
     conversation = Conversation(options.load_model(path, device, precision, head_bits, cache), prompt_style, params)
     turns = chat_loop(conversation, sys.stderr if as_json else sys.stdout)
     if as_json:

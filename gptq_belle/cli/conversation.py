@@ -15,7 +15,7 @@ from gptq_belle.cli import console
 from gptq_belle.common.text import count, is_unicode
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.engine.model import Model
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import messages_from_turns
 from gptq_belle.prompts.stop_strings import TextStream
@@ -65,7 +65,8 @@ class Conversation:
         ids, room = self._prompt(question)
         tokenizer = self.model.tokenizer
         text = TextStream(lambda new: str(tokenizer.decode(
-            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.format.stops)
+            new, skip_special_tokens=True, clean_up_tokenization_spaces=False)), self.format.stops,
+            self.params.min_tokens)
         answer, self.tokens = "", 0
         try:
             for token in self.model.tokens(ids, room, self.params):

@@ -18,6 +18,9 @@ def generate(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     repetition_penalty: options.Penalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    min_tokens: options.MinTokens = 0,
     seed: options.Seed = None,
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
@@ -30,9 +33,11 @@ def generate(
     if prompt_style != "none":
         options.check_chat_style(prompt_style)
     options.check_engine_options(device, precision, head_bits, cache)
-    from gptq_belle.engine.sampling import SamplingParams
+    from gptq_belle.engine.sampling_params import SamplingParams
 
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
+                            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+                            min_tokens=min_tokens)
     model = options.load_model(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     start, answer = time.perf_counter(), ""

@@ -66,6 +66,11 @@ Temperature = Annotated[float, typer.Option(help="Sampling temperature. 0 means 
 TopP = Annotated[float, typer.Option(help="Nucleus sampling: the most likely tokens with this total probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens (0 disables the limit).")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, repeated tokens become less likely.")]
+PresencePenalty = Annotated[float, typer.Option(
+    help="Subtracted from the logits of tokens that the answer already contains, from -2 to 2.")]
+FrequencyPenalty = Annotated[float, typer.Option(
+    help="The same, multiplied by how often the answer contains the token.")]
+MinTokens = Annotated[int, typer.Option(help="Minimum number of new tokens.", min=0)]
 Seed = Annotated[int | None, typer.Option(help="Random seed for sampling. Default: a new one.", show_default=False)]
 
 # evaluation

@@ -13,6 +13,9 @@ def serve(
     path: options.ModelPath,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[list[str] | None, typer.Option(
+        help="Model name for clients, repeatable; responses contain the first. Default: the name of the directory.",
+        show_default=False)] = None,
     api_key: Annotated[str | None, typer.Option(envvar="GPTQ_BELLE_API_KEY", show_default=False,
                                                 help="API key that clients must send.")] = None,
     allow_unauthenticated: Annotated[bool, typer.Option(
@@ -39,7 +42,8 @@ def serve(
     from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
 
     limits = Limits(slots=max_batch, waiting=max_queue, context=max_len)
-    config = ServiceConfig(path, limits, prompt_style, device, precision, head_bits, cache)
+    config = ServiceConfig(path, limits, prompt_style, device, precision, head_bits, cache,
+                           tuple(filter(None, served_model_name or ())))
     listen = ListenConfig(host, port, api_key or None, allow_unauthenticated)
     listen.check()
     listen.check_port()

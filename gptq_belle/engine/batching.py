@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, nonfinite_cache_block, nonfinite_rows
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
-from gptq_belle.engine.sampling import Sampler, SamplingParams, sample_tokens
+from gptq_belle.engine.sampling import Sampler, sample_tokens
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.models.sizes import QUERY_BLOCK
 
@@ -31,15 +32,17 @@ class Request:
         ids: token ids of the prompt.
         params: sampling parameters.
         max_new_tokens: limit of the answer's length.
-        answer: token ids so far, without eos.
-        end: the eos token that ended it, if any.
-        finished: finish reason: "stop" (eos), "length", "cancelled" or "error"; None while it is running.
+        ends: tokens that end the answer: the model's eos and `SamplingParams.stop_token_ids`.
+        answer: token ids so far, without the one of `ends`.
+        end: the token of `ends` that ended it, if any.
+        finished: finish reason: "stop" (a token of `ends`), "length", "cancelled" or "error"; None while it is running.
         reused: number of prompt tokens taken from the cache.
     """
 
     ids: list[int]
     params: SamplingParams
     max_new_tokens: int
+    ends: frozenset[int] = frozenset()
     answer: list[int] = field(default_factory=list)
     end: int | None = None
     finished: str | None = None
@@ -129,11 +132,14 @@ class Engine:
             ids: token ids of the prompt.
             params: without `max_new_tokens`, the answer is limited by the capacity and DEFAULT_MAX_NEW_TOKENS.
         Raises:
-            UsageError: no ids, ids outside the vocabulary, or a prompt and answer that exceed the capacity.
+            UsageError: no ids, ids outside the vocabulary, also in `params`, or a prompt and answer that exceed the
+                capacity.
         """
         self.model.check_ids(torch.tensor([list(ids)], dtype=torch.int64))
+        params.check_vocabulary(self.model.vocabulary_size)
         limit = new_token_limit(len(ids), params.max_new_tokens, self.capacity)
-        request = Request(list(ids), params, limit)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
+        request = Request(list(ids), params, limit, ends)
         self._waiting.append(request)
         return request
 
@@ -170,32 +176,48 @@ class Engine:
         return events
 
     def _admit(self) -> None:
-        """Assign free slots to waiting requests, and reuse prompt prefixes that any slot has in the cache."""
+        """Assign free slots to waiting requests. A slot that the prompt continues is taken as it is."""
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
             source = max(self._slots, key=lambda slot: (_reusable(slot, request), slot.last_used))
             reusable, slot = _reusable(source, request), min(free, key=_eviction_order)
-            if reusable:
-                source.last_used = self._steps
-                if source in free and _continues(source, request):
-                    slot = source  # nothing that another request could reuse is lost there
-                if slot is not source:
-                    self.cache.copy(self._slots.index(source), self._slots.index(slot), reusable)
-            slot.cached, slot.prefilled, request.reused = request.ids[:reusable], reusable, reusable
-            slot.checked, slot.admitted = reusable, self._admitted
+            if reusable and source in free and _continues(source, request):
+                slot = source  # nothing that another request could reuse is lost there
+            slot.request = request
+            slot.sampler = Sampler(request.params, request.ids, self.model.device, request.ends)
+            slot.admitted, slot.cached = self._admitted, []
             self._admitted += 1
-            slot.request, slot.sampler = request, Sampler(request.params, request.ids, self.model.device)
+            self._reuse(source, slot, reusable)
+
+    def _reuse(self, source: _Slot, slot: _Slot, count: int) -> None:
+        """Take the first `count` tokens of a slot's prompt from the cache of `source`, which can be the slot itself."""
+        assert slot.request is not None
+        if source is not slot and count:
+            self.cache.copy(self._slots.index(source), self._slots.index(slot), count)
+            source.last_used = self._steps
+        slot.cached = slot.request.ids[:count]
+        slot.prefilled = slot.checked = slot.request.reused = count
 
     def _prefill(self, slot: _Slot) -> list[Event]:
-        assert slot.request is not None
+        """Prefill the next chunk. A prompt that has not begun first takes what older ones have in common with it."""
+        request = slot.request
+        assert request is not None
+        if len(slot.cached) == request.reused:
+            source = max(self._slots, key=lambda other: _reusable(other, request))
+            if (reusable := _reusable(source, request)) > len(slot.cached):
+                self._reuse(source, slot, reusable)
         start = len(slot.cached)
-        chunk = slot.request.ids[start : start + self.model.prefill_chunk]
+        chunk = request.ids[start : start + self.model.prefill_chunk]
         ids = torch.tensor(chunk, device=self.model.device)
         logits = self.model.prefill_slot(ids, self.cache, self._slots.index(slot), start)
         slot.cached += chunk
         slot.prefilled = len(slot.cached)
-        if len(slot.cached) == len(slot.request.ids):
-            return self._sample([slot], logits)
+        if len(slot.cached) == len(request.ids):
+            same = [other for other in self._slots if other is not slot and other.request is not None
+                    and len(other.cached) < len(other.request.ids) and other.request.ids == request.ids]
+            for other in same:  # other answers to the same prompt
+                self._reuse(slot, other, len(request.ids))
+            return self._sample([slot, *same], logits.expand(1 + len(same), -1))
         error = self._cache_error(slot)
         return [] if error is None else [self._fail(slot, error)]
 
@@ -252,7 +274,7 @@ class Engine:
         """Add a sampled token to the slot's answer, or end it."""
         request = slot.request
         assert request is not None
-        if token in self.model.eos_ids and not request.params.ignore_eos:
+        if token in request.ends:
             request.end, request.finished, slot.request = token, "stop", None
             return Event(request, None, "stop")
         request.answer.append(token)

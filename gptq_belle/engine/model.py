@@ -24,7 +24,7 @@ from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import LogitsModel
 from gptq_belle.engine.prompt_arguments import check_prompt, split_prompts
-from gptq_belle.engine.sampling import SamplingOptions, SamplingParams, sampling_params
+from gptq_belle.engine.sampling_params import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.conversation import ChatFormat
@@ -166,16 +166,19 @@ class Model(LogitsModel):
         """
         params = sampling_params(params, **options)
         ids, stops = self._encode(prompt, prompt_style)
+        params.check_vocabulary(self.vocabulary_size)
         room = new_token_limit(len(ids), params.max_new_tokens, self.context)
-        return self._text(self.tokens(ids, room, params), (*params.stop, *stops))
+        return self._text(self.tokens(ids, room, params), self._text_stream((*params.stop, *stops), params.min_tokens))
 
     def _generate_batch(self, prompts: Sequence[Prompt], prompt_style: str | None, params: SamplingParams) -> list[str]:
         encoded = [self._encode(prompt, prompt_style) for prompt in prompts]
         rooms = [new_token_limit(len(ids), params.max_new_tokens, self.context) for ids, _ in encoded]
         capacity = max(len(ids) + room for (ids, _), room in zip(encoded, rooms, strict=True))
         engine = Engine(self, min(len(prompts), MAX_BATCH), capacity)
-        streams = {engine.submit(ids, replace(params, max_new_tokens=room)): self._text_stream((*params.stop, *stops))
-                   for (ids, stops), room in zip(encoded, rooms, strict=True)}
+        streams = {}
+        for (ids, stops), room in zip(encoded, rooms, strict=True):
+            streams[engine.submit(ids, _limited(params, room))] = self._text_stream((*params.stop, *stops),
+                                                                                    params.min_tokens)
         answers = dict.fromkeys(streams, "")
         while not engine.idle:
             for request, token, *_ in _checked(engine.step()):
@@ -186,10 +189,14 @@ class Model(LogitsModel):
         return [answer + streams[request].finish() for request, answer in answers.items()]
 
     def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
-        """Generate up to `count` tokens after `ids`; stops before eos unless `params.ignore_eos`. A prefix that an
-        earlier call prefilled is reused. Raises InputError if logits are not finite."""
+        """Generate up to `count` tokens after `ids`; stops before `params.stop_token_ids`, and before eos unless
+        `params.ignore_eos`. A prefix that an earlier call prefilled is reused.
+
+        Raises:
+            InputError: logits are not finite.
+        """
         engine = self._engine(len(ids) + count)
-        request = engine.submit(ids, replace(params, max_new_tokens=count))
+        request = engine.submit(ids, _limited(params, count))
         try:
             while request.finished is None:
                 yield from (event.token for event in _checked(engine.step()) if event.token is not None)
@@ -203,13 +210,12 @@ class Model(LogitsModel):
             self._single = Engine(self, 1, max(length, min(self.context or DEFAULT_CAPACITY, DEFAULT_CAPACITY)))
         return self._single
 
-    def _text_stream(self, stops: Sequence[str]) -> TextStream:
+    def _text_stream(self, stops: Sequence[str], min_tokens: int) -> TextStream:
         tokenizer = self.tokenizer
         return TextStream(lambda ids: str(tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)), stops)
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)), stops, min_tokens)
 
-    def _text(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
-        text = self._text_stream(stops)
+    def _text(self, tokens: Iterator[int], text: TextStream) -> Iterator[str]:
         for token in tokens:
             if piece := text.feed([token]):
                 yield piece
@@ -227,6 +233,11 @@ class Model(LogitsModel):
             return self.tokenizer(prompt)["input_ids"], ()
         prepared = self.chat_format(prompt_style).question(prompt)
         return prepared.ids, prepared.stops
+
+
+def _limited(params: SamplingParams, room: int) -> SamplingParams:
+    """The parameters of an answer for which there is room for `room` tokens."""
+    return replace(params, max_new_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
 def _checked(events: list[Event]) -> list[Event]:

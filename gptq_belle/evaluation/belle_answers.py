@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.evaluation.perplexity import check_finite, negative_log_likelihood
 from gptq_belle.prompts.stop_strings import StopStrings

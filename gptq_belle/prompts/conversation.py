@@ -77,18 +77,24 @@ class ChatFormat:
         """Tokens that end an answer besides the model's eos."""
         return frozenset() if self._template is None else self._template_stops[1]
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt for an answer to the last message.
+    def prompt(self, messages: Sequence[Message], continue_final: bool = False) -> Prompt:
+        """The prompt for an answer to the last message, or for the rest of it.
 
+        Args:
+            messages: the conversation.
+            continue_final: the last message is the beginning of the answer (vLLM's ``continue_final_message``).
         Raises:
-            UsageError: the last message is not the user's, or see `render`.
+            UsageError: the last message is not the user's, or with `continue_final` the assistant's, or see `render`.
         """
         found = merge_messages(messages)
-        if not found or found[-1]["role"] != "user":
-            role = found[-1]["role"] if found else "none"
-            raise UsageError(f"the last message must have the role 'user', not {role!r}",
+        needed, role = "assistant" if continue_final else "user", found[-1]["role"] if found else "none"
+        if role != needed:
+            raise UsageError(f"the last message must have the role {needed!r}, not {role!r}",
+                             "End the messages with the beginning of the answer." if continue_final else
                              "End the messages with a question.")
-        text = self.render(found)
+        if continue_final and not found[-1]["content"]:
+            return self.prompt(found[:-1])
+        text = self._render_open_answer(found) if continue_final else self.render(found)
         return Prompt(text, self.encode(text), self.stops)
 
     def question(self, text: str) -> Prompt:
@@ -108,16 +114,23 @@ class ChatFormat:
         found = merge_messages(messages)
         if self._template is None:
             return render_conversation(turns_from_messages(found), self.name, self.tokenizer.eos_token)
-        return self._rendered_template(found, bool(found) and found[-1]["role"] == "user")
+        return self._rendered_template(found, add_generation_prompt=bool(found) and found[-1]["role"] == "user")
+
+    def _render_open_answer(self, messages: list[dict[str, str]]) -> str:
+        """The text of a conversation up to the end of its last message, without what follows an answer."""
+        if self._template is None:
+            text = render_conversation(turns_from_messages(messages), self.name, self.tokenizer.eos_token)
+            return text.removesuffix(self.tokenizer.eos_token)
+        return self._rendered_template(messages, continue_final_message=True)
 
     def render_turns(self, turns: Iterable[Turn]) -> str:
         """The same for turns of question and answer."""
         return self.render(messages_from_turns(turns))
 
-    def _rendered_template(self, messages: list[dict[str, str]], is_open: bool) -> str:
+    def _rendered_template(self, messages: list[dict[str, str]], **options: bool) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False,
-                                                          add_generation_prompt=is_open))
+                                                          **options))
         except Exception as error:  # a template is a program, which jinja2 runs in a sandbox; it can raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UsageError(f"the model's chat template does not accept the messages: {reason}",
@@ -140,7 +153,7 @@ class ChatFormat:
         conversation = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER},
                         {"role": "user", "content": NEXT_QUESTION}]
         try:
-            text = self._rendered_template(conversation, False)
+            text = self._rendered_template(conversation)
         except UsageError:  # a template for a single question
             return ""
         start, end = text.find(ANSWER), text.find(NEXT_QUESTION)

@@ -53,10 +53,10 @@ class StopStrings:
         self._held = ""
         self.stopped = False
 
-    def feed(self, text: str) -> str:
-        """Add text and return the part that can be shown."""
-        if self.stopped:
-            return ""
+    def feed(self, text: str, check: bool = True) -> str:
+        """Add text and return the part that can be shown; without `check`, all of it."""
+        if self.stopped or not check:
+            return "" if self.stopped else text
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
@@ -78,11 +78,18 @@ class StopStrings:
 
 
 class TextStream:
-    """Converts streamed tokens to text that can be shown: `IncrementalDecoder` followed by `StopStrings`."""
+    """Converts streamed tokens to text that can be shown: `IncrementalDecoder` followed by `StopStrings`.
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Iterable[str] = ()) -> None:
+    Args:
+        decode: see `IncrementalDecoder`.
+        stops: see `StopStrings`.
+        min_tokens: number of tokens at the start whose text is not searched for stop strings, as in vLLM.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Iterable[str] = (), min_tokens: int = 0) -> None:
         self._decoder = IncrementalDecoder(decode)
         self._stops = StopStrings(stops)
+        self._unchecked = min_tokens
 
     @property
     def stopped(self) -> bool:
@@ -91,7 +98,11 @@ class TextStream:
 
     def feed(self, ids: Iterable[int]) -> str:
         """Add tokens and return the text that can be shown."""
-        return self._stops.feed(self._decoder.feed(ids))
+        text = ""
+        for token in ids:
+            text += self._stops.feed(self._decoder.feed([token]), check=self._unchecked <= 0)
+            self._unchecked -= 1
+        return text
 
     def finish(self) -> str:
         """Return the remaining text after the last token."""

@@ -49,6 +49,7 @@ class CompletionChoice:
         answer: the queued request.
         tokenizer: tokenizer of the model.
         stops: stop strings; they are not shown.
+        min_tokens: number of tokens at the start whose text is not searched for stop strings.
 
     Attributes:
         index: number of the choice in the response.
@@ -56,8 +57,9 @@ class CompletionChoice:
         reason: "stop" or "length" when the answer has ended, else None.
     """
 
-    def __init__(self, answer: QueuedRequest, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
-        self.answer, self.tokenizer, self.index = answer, tokenizer, answer.index
+    def __init__(self, answer: QueuedRequest, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str],
+                 min_tokens: int = 0) -> None:
+        self.answer, self.tokenizer, self.index, self._min_tokens = answer, tokenizer, answer.index, min_tokens
         self.count = 0
         self.reason: str | None = None
         self._decoder = IncrementalDecoder(lambda ids: decode(tokenizer, ids))
@@ -91,7 +93,7 @@ class CompletionChoice:
             self._pending.append(ScoredToken(TokenLogprob(token, event.logprob), self._decoded, likely))
         text = self._decoder.feed([token])
         self._decoded += len(text)
-        return self._release(self._stops.feed(text), last=False)
+        return self._release(self._stops.feed(text, check=self.count > self._min_tokens), last=False)
 
     def _release(self, text: str, last: bool) -> TextDelta:
         """Return text with the tokens whose text starts in it; tokens of a stop string are never returned."""

@@ -62,8 +62,9 @@ def serve_replicas(config: ServiceConfig, listen: ListenConfig, replicas: int,
         _stop_on_signals(stopped, interrupted)
         url = address(listen.host, port)
         if on_ready is not None:
-            on_ready({"url": url, "model": config.name, "slots": replicas * config.limits.slots, "replicas": replicas})
-        notice(f"Listening on {url} with {count(replicas, 'replica')} of {config.name}.")
+            on_ready({"url": url, "model": config.names[0], "slots": replicas * config.limits.slots,
+                      "replicas": replicas})
+        notice(f"Listening on {url} with {count(replicas, 'replica')} of {config.names[0]}.")
         stopped.wait()
         serve.delete(NAME)
     finally:

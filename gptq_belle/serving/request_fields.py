@@ -9,6 +9,8 @@ one. Null is accepted for every name.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from gptq_belle.serving.api_errors import ApiError
 
 
@@ -40,10 +42,8 @@ def _off(neutral: Iterable[Any], *names: str, remedy: str = "Remove it from the 
     return dict.fromkeys(names, Unsupported(tuple(neutral), remedy))
 
 
-_PENALTY = "Use repetition_penalty"
 _FREE_TEXT = "Answers cannot be constrained: describe the format in the prompt and check the answer"
 _NO_TOOLS = "This server does not call tools: describe them in the prompt"
-_STOP = "Use stop"
 _COMMON: Table = {
     # Bookkeeping, and caching or speed only
     **_without_effect("user", "metadata", "store", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
@@ -56,21 +56,19 @@ _COMMON: Table = {
     # No model of this server has reasoning, and special tokens are never shown
     **_without_effect("include_reasoning", "reasoning_format", "reasoning_in_content", "spaces_between_special_tokens"),
     # Sampling
-    **_off([0], "presence_penalty", "frequency_penalty", "dry_multiplier", remedy=_PENALTY),
-    **_off([1, 0], "repeat_penalty", remedy=_PENALTY),
+    **_off([0], "dry_multiplier", remedy="Use frequency_penalty"),
+    **_off([1, 0], "repeat_penalty", remedy="Use repetition_penalty"),
     **_off([1], "typical_p", "typ_p", "length_penalty"),
-    **_off([0], "mirostat", "dynatemp_range", "xtc_probability", "min_keep", "min_tokens", "n_keep", "n_discard",
+    **_off([0], "mirostat", "dynatemp_range", "xtc_probability", "min_keep", "n_keep", "n_discard",
            "n_indent", "thinking_token_budget"),
     **_off([-1], "top_n_sigma", "adaptive_target"),
     **_off([-1, 0], "t_max_predict_ms"),
-    **_off([{}, [], False], "logit_bias"),
-    **_off([[]], "samplers", "bad_words", "allowed_token_ids", "logits_processors"),
+    **_off([[]], "samplers", "bad_words", "allowed_token_ids", "logits_processors", "logprob_token_ids"),
     **_off([""], "sampler_seq"),
-    **_off([False], "use_beam_search"),
+    **_off([False], "use_beam_search", "watermarking"),
     **_off([0, 1], "best_of", remedy="Use n, and choose among the answers"),
     **_off([1], "n_cmpl", remedy="Use n"),
-    **_off([[]], "stop_token_ids", remedy=_STOP),
-    **_off([""], "stop_sequence", remedy=_STOP),
+    **_off([""], "stop_sequence", remedy="Use stop"),
     **_off([False], "include_stop_str_in_output"),
     **_off([True], "skip_special_tokens"),
     **_off([], "n_predict", "max_new_tokens", "max_length", remedy="Use max_tokens"),
@@ -81,22 +79,25 @@ _COMMON: Table = {
     # Form of the response
     **_off([0], "n_probs", remedy="Use logprobs"),
     **_off([False], "return_tokens_as_token_ids", "return_token_ids", "return_tokens", "timings_per_token",
-           "return_progress", "post_sampling_probs", "verbose", "__verbose"),
+           "return_progress", "post_sampling_probs", "verbose", "__verbose", "return_prompt_text"),
     **_off([[]], "response_fields"),
     **_off([], "prompt_logprobs", remedy="Use echo and logprobs with /v1/completions"),
     **_off([""], "request_id"),
     # The prompt and the model
     **_off([], "truncate_prompt_tokens", remedy="Shorten the prompt"),
-    **_off([{}, []], "mm_processor_kwargs", "image_data", "multimodal_data", remedy="Only text is supported"),
+    **_without_effect("truncation_side", "session_id"),
+    **_off([{}, []], "mm_processor_kwargs", "media_io_kwargs", "image_data", "multimodal_data",
+           remedy="Only text is supported"),
     **_off([[]], "lora", remedy="Merge the adapter into the model before quantization"),
     **_off([-1], "id_slot"),
     **_off([0], "priority", "sse_ping_interval"),
     **_off(["auto", "default"], "service_tier"),
-    **_off(["", {}], "cache_salt", "kv_transfer_params", "vllm_xargs", "repetition_detection", "moderation"),
+    **_off([1], "stream_interval"),
+    **_off(["", {}], "cache_salt", "kv_transfer_params", "ec_transfer_params", "vllm_xargs", "repetition_detection",
+           "moderation"),
 }
 _TEMPLATE: Table = {
-    **_off([True], "add_generation_prompt", remedy="The prompt always ends where the answer begins"),
-    **_off([False], "continue_final_message", "prefill_assistant", remedy="Use /v1/completions with the prompt text"),
+    **_off([False], "prefill_assistant", remedy="Use continue_final_message"),
     **_off([""], "chat_template", remedy="Put the template into chat_template.jinja of the model directory"),
     **_off([{}], "chat_template_kwargs"),
     **_off([[]], "documents", remedy="Put the documents into a message"),
@@ -122,11 +123,23 @@ COMPLETION: Table = {
     **_off(["", []], "suffix", "input_prefix", "input_suffix", "input_extra",
            remedy="Text cannot be inserted: put everything before the answer into prompt"),
     **_off([[]], "messages", "tools", remedy="Use /v1/chat/completions"),
+    **_off([True], "add_generation_prompt", remedy="Use /v1/chat/completions"),
+    **_off([False], "continue_final_message", remedy="Use /v1/chat/completions"),
     **_off([0], "top_logprobs", remedy="Use logprobs with the number of tokens"),
     **_off([], "max_completion_tokens", remedy="Use max_tokens"),
     **_off([""], "prompt_embeds", remedy="Use prompt"),
     **_off([True], "add_special_tokens", remedy="Use /tokenize, and token ids as the prompt"),
 }
+MESSAGE: Table = {
+    # Not part of a prompt of these models
+    **_without_effect("name", "refusal", "annotations", "tool_call_id", "reasoning", "reasoning_content",
+                      "reasoning_details", "cache_control", "id"),
+    **_off([[], {}], "tool_calls", "function_call", remedy=_NO_TOOLS),
+    **_off([{}], "audio", remedy="Only text is supported"),
+    **_off([False], "prefix", "partial", remedy="Use continue_final_message"),
+}
+TEXT_PART: Table = {**_without_effect("cache_control", "annotations"), **_off([False], "prompt_cache_breakpoint")}
+DETOKENIZE: Table = {**_off([False], "skip_special_tokens"), **_off([True], "spaces_between_special_tokens")}
 STREAM_OPTIONS: Table = {
     **_without_effect("include_obfuscation"),
     **_off([False], "continuous_usage_stats", remedy="Use include_usage: the last event has the usage"),
@@ -159,6 +172,20 @@ def check_fields(extra: Mapping[str, Any] | None, table: Table, path: str = "") 
         if entry is not None and not entry.accepts(value):
             raise ApiError(400, f"{field}: this server does not support this field, and it is not ignored. "
                            f"{entry.remedy}.", field, "unsupported_parameter")
+
+
+def check_nested_fields(body: BaseModel) -> None:
+    """The same for the objects in a request: stream options, messages and their parts.
+
+    Raises:
+        ApiError: 400 with the path of the first such parameter.
+    """
+    if (options := getattr(body, "stream_options", None)) is not None:
+        check_fields(options.model_extra, STREAM_OPTIONS, "stream_options.")
+    for place, message in enumerate(getattr(body, "messages", None) or ()):
+        check_fields(message.model_extra, MESSAGE, f"messages.{place}.")
+        for part, each in enumerate(message.content if isinstance(message.content, list) else ()):
+            check_fields(each.model_extra, TEXT_PART, f"messages.{place}.content.{part}.")
 
 
 def _printable(name: str) -> str:

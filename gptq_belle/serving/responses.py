@@ -30,10 +30,18 @@ def envelope(kind: str, model: str) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(prompt_tokens: int, choices: Sequence[CompletionChoice]) -> dict[str, int]:
-    """Count prompt and generated tokens."""
+def usage(prompt_tokens: int, choices: Sequence[CompletionChoice], per_prompt: int = 1) -> dict[str, Any]:
+    """Count prompt tokens, those of them that were taken from the cache, and generated tokens.
+
+    Args:
+        prompt_tokens: number of tokens of all prompts, each counted once.
+        choices: all answers.
+        per_prompt: number of answers to each prompt; the first one tells how much of it was in the cache.
+    """
     generated = sum(choice.count for choice in choices)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated}
+    cached = sum(choice.answer.reused for choice in choices[::per_prompt])
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 async def collect(request: Request, choices: Sequence[CompletionChoice]) -> list[TextDelta]:

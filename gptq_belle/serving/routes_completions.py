@@ -17,7 +17,7 @@ from gptq_belle.serving.completion_choice import (
     offsets,
     text_logprobs,
 )
-from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, check_fields
+from gptq_belle.serving.request_fields import CHAT, COMPLETION, check_fields, check_nested_fields
 from gptq_belle.serving.responses import collect, envelope, event_stream, usage
 from gptq_belle.serving.schemas import ChatRequest, CompletionRequest
 from gptq_belle.serving.service import Service, loaded_service
@@ -29,12 +29,11 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the last message of a conversation."""
     check_fields(body.model_extra, CHAT)
-    if body.stream_options is not None:
-        check_fields(body.stream_options.model_extra, STREAM_OPTIONS, "stream_options.")
+    check_nested_fields(body)
     service = loaded_service(request)
     service.check_model(body.model)
     service.check_count(body.choices)
-    ids, prompt_stops = service.prompt(body.messages)[1:]
+    ids, prompt_stops = service.prompt(body.messages, body)[1:]
     limit = body.max_completion_tokens or body.max_tokens
     service.check(ids, limit, "messages")
     stops = (*prompt_stops, *body.stops)
@@ -48,7 +47,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
     if body.stream:
         def final() -> dict[str, Any] | None:
-            return {"choices": [], "usage": usage(len(ids), choices)} if body.include_usage else None
+            return {"choices": [], "usage": usage(len(ids), choices, body.choices)} if body.include_usage else None
 
         return event_stream(
             request, choices, envelope("chat.completion.chunk", service.name),
@@ -61,7 +60,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     entries = [entry(choice, "message", {"role": "assistant", "content": piece.text, "refusal": None}, piece)
                for choice, piece in zip(choices, pieces, strict=True)]
     return JSONResponse(envelope("chat.completion", service.name) | {"choices": entries,
-                                                                     "usage": usage(len(ids), choices)})
+                                                                     "usage": usage(len(ids), choices, body.choices)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +76,7 @@ class _Prompt:
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     check_fields(body.model_extra, COMPLETION)
-    if body.stream_options is not None:
-        check_fields(body.stream_options.model_extra, STREAM_OPTIONS, "stream_options.")
+    check_nested_fields(body)
     service = loaded_service(request)
     service.check_model(body.model)
     wanted = 16 if body.max_tokens is None else body.max_tokens
@@ -103,7 +101,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
 
     if body.stream:
         def final() -> dict[str, Any] | None:
-            return {"choices": [], "usage": usage(read, choices)} if body.include_usage else None
+            return {"choices": [], "usage": usage(read, choices, body.choices)} if body.include_usage else None
 
         def entry(choice: CompletionChoice, prompt: _Prompt, piece: TextDelta,
                   reason: str | None = None) -> dict[str, Any]:
@@ -119,7 +117,8 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     pieces = await collect(request, choices)
     entries = [_entry(service, body, prompt_of(choice), choice.index, piece, choice.reason)
                for choice, piece in zip(choices, pieces, strict=True)]
-    return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, choices)})
+    return JSONResponse(envelope("text_completion", service.name) | {
+        "choices": entries, "usage": usage(read, choices, body.choices)})
 
 
 def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: int, piece: TextDelta,

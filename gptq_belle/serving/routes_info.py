@@ -9,10 +9,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
 from gptq_belle.serving.api_errors import JSON_BODY, ApiError
-from gptq_belle.serving.request_fields import CHAT, TOKENIZE, check_fields
+from gptq_belle.serving.request_fields import CHAT, DETOKENIZE, TOKENIZE, check_fields, check_nested_fields
 from gptq_belle.serving.scheduler import engine_stopped
-from gptq_belle.serving.schemas import ChatRequest, TemplateRequest, TokenizeRequest
-from gptq_belle.serving.service import app_state, loaded_service
+from gptq_belle.serving.schemas import ChatRequest, DetokenizeRequest, TemplateRequest, TokenizeRequest
+from gptq_belle.serving.service import Service, app_state, loaded_service
 
 router = APIRouter()
 # The page shows model output as text only; if that failed, this policy still blocks all other scripts and styles.
@@ -24,10 +24,23 @@ STATIC = {"chat.css": "text/css"} | dict.fromkeys(SCRIPTS, "text/javascript")
 
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The one model that is served."""
+    """The one model that is served, by each of its names."""
     service = loaded_service(request)
-    return {"object": "list", "data": [{"id": service.name, "object": "model", "created": service.created,
-                                        "owned_by": "gptq_belle", "max_model_len": service.context}]}
+    return {"object": "list", "data": [_model(service, name) for name in service.names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """The model of this name."""
+    service = loaded_service(request)
+    if name not in service.names:
+        raise service.unknown_model(name)
+    return _model(service, name)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "gptq_belle",
+            "root": service.name, "max_model_len": service.context}
 
 
 @router.get("/health")
@@ -54,13 +67,24 @@ async def metrics(request: Request) -> Response:
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Token ids of a text or of a conversation."""
     check_fields(body.model_extra, TOKENIZE)
+    check_nested_fields(body)
     service = loaded_service(request)
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt: give either prompt or messages", "prompt", "invalid_value")
-    ids = (service.prompt(body.messages).ids if body.messages is not None
+    ids = (service.prompt(body.messages, body).ids if body.messages is not None
            else service.encode(str(body.prompt), body.add_special_tokens))
     return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+
+
+@router.post("/detokenize", dependencies=JSON_BODY)
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+    """The text of token ids, with special tokens, as in vLLM."""
+    check_fields(body.model_extra, DETOKENIZE)
+    service = loaded_service(request)
+    service.check_model(body.model)
+    service.check_ids(body.tokens, "tokens")
+    return {"prompt": str(service.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False))}
 
 
 @router.post("/apply-template", dependencies=JSON_BODY)
@@ -68,9 +92,10 @@ async def apply_template(body: TemplateRequest, request: Request) -> dict[str, s
     """The prompt text of a conversation; sampling fields of a chat are accepted, since they do not change it."""
     extra = {name: value for name, value in (body.model_extra or {}).items() if name not in ChatRequest.model_fields}
     check_fields(extra, CHAT)
+    check_nested_fields(body)
     service = loaded_service(request)
     service.check_model(body.model)
-    return {"prompt": service.prompt(body.messages).text}
+    return {"prompt": service.prompt(body.messages, body).text}
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

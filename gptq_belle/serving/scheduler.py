@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptq_belle.engine.batching import Engine, Event, Request
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.serving.api_errors import ApiError, logged
 from gptq_belle.serving.metrics import Metrics
@@ -38,6 +38,11 @@ class QueuedRequest:
         self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
         self.start = time.perf_counter()
         self.request: Request | None = None
+
+    @property
+    def reused(self) -> int:
+        """Number of prompt tokens taken from the cache; 0 until the request has a slot."""
+        return 0 if self.request is None else self.request.reused
 
     def cancel(self) -> None:
         """Stop generating; the slot is free after the current step."""

@@ -6,10 +6,10 @@ Allowed ranges are defined only here: error messages and /openapi.json quote the
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import MAX_BIAS, MAX_PENALTY, SamplingParams
 from gptq_belle.prompts.conversation import ROLES
 
 MAX_CHOICES = 16
@@ -27,10 +27,20 @@ def _check_encodable(text: str) -> str:
     return text
 
 
+def _integral(value: Any) -> Any:
+    """Accept 100.0 as 100, as vLLM does: JSON does not distinguish them."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
 Text = Annotated[str, AfterValidator(_check_encodable)]
 Stop = Annotated[Text, Field(max_length=256, description="an empty string stops nothing")]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenId = Annotated[Integer, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY, allow_inf_nan=False)]
 
 
 class _Body(BaseModel):
@@ -44,16 +54,22 @@ class StreamOptions(_Body):
 
 
 class SamplingRequest(_Body):
-    """Sampling and streaming options of a request, see `engine.sampling.SamplingParams`."""
+    """Sampling and streaming options of a request, see `engine.sampling_params.SamplingParams`."""
 
     model: str | None = None
     temperature: float | None = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(0, ge=-1, le=1 << 31, description="0 and -1 disable the limit")
+    top_k: Integer | None = Field(0, ge=-1, le=1 << 31, description="0 and -1 disable the limit")
     min_p: float | None = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     repetition_penalty: float | None = Field(1.0, gt=0, le=100, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = Field(
+        None, description="by token id")
+    min_tokens: Integer | None = Field(0, ge=0, le=MAX_TOKENS)
+    stop_token_ids: list[TokenId] | None = None
+    seed: Integer | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    n: Integer | None = Field(1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = False
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
@@ -84,6 +100,9 @@ class SamplingRequest(_Body):
             max_new_tokens=max_tokens, temperature=or_default(self.temperature, 1.0),
             top_k=max(self.top_k or 0, 0), top_p=or_default(self.top_p, 1.0), min_p=or_default(self.min_p, 0.0),
             repetition_penalty=or_default(self.repetition_penalty, 1.0),
+            presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
+            min_tokens=self.min_tokens or 0, stop_token_ids=tuple(self.stop_token_ids or ()),
             seed=None if self.seed is None else (self.seed + choice) % (1 << 63), logprobs=logprobs,
             ignore_eos=bool(self.ignore_eos))
 
@@ -115,14 +134,26 @@ class Message(_Body):
         return {**(self.model_extra or {}), "role": self.role, "content": text}
 
 
-class ChatRequest(SamplingRequest):
+class TemplateOptions(_Body):
+    """How a conversation ends, as in vLLM.
+
+    Attributes:
+        continue_final_message: the last message is the beginning of the answer.
+        add_generation_prompt: whether the prompt ends where the answer begins; the opposite of the other.
+    """
+
+    continue_final_message: bool | None = False
+    add_generation_prompt: bool | None = None
+
+
+class ChatRequest(SamplingRequest, TemplateOptions):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_tokens: Integer | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @property
     def logprob_count(self) -> int | None:
@@ -135,8 +166,8 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | TokenIds | Annotated[
         list[TokenIds], Field(min_length=1, max_length=256)]
-    max_tokens: int | None = Field(16, ge=0, le=MAX_TOKENS)
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: Integer | None = Field(16, ge=0, le=MAX_TOKENS)
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = False
 
     @property
@@ -146,7 +177,7 @@ class CompletionRequest(SamplingRequest):
         return list(self.prompt) if several else [self.prompt]  # type: ignore[list-item, arg-type]
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(TemplateOptions):
     """POST /tokenize: a text, or a conversation that is rendered in the prompt style of the model."""
 
     model: str | None = None
@@ -155,8 +186,15 @@ class TokenizeRequest(_Body):
     add_special_tokens: bool = True
 
 
-class TemplateRequest(_Body):
+class TemplateRequest(TemplateOptions):
     """POST /apply-template."""
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]

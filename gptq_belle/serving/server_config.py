@@ -27,6 +27,7 @@ class ServiceConfig:
         limits: limits of requests.
         prompt_style: prompt style of chats; "auto" for that of the model.
         device, precision, head_bits, cache: see `engine.model.load`.
+        served_names: model names for clients; default: the name of the directory.
     """
 
     path: Path
@@ -36,11 +37,12 @@ class ServiceConfig:
     precision: str | None = None
     head_bits: int | None = None
     cache: str = "float16"
+    served_names: tuple[str, ...] = ()
 
     @property
-    def name(self) -> str:
-        """Model name for clients: the name of the directory."""
-        return self.path.resolve().name
+    def names(self) -> tuple[str, ...]:
+        """Model names for clients."""
+        return self.served_names or (self.path.resolve().name,)
 
     def check(self) -> None:
         """Validate the model directory without reading weights.
@@ -58,7 +60,7 @@ class ServiceConfig:
         """
         model = load(self.path, device=self.device, precision=self.precision, head_bits=self.head_bits,
                      cache=self.cache)
-        return Service(model, self.name, self.limits, metrics, self.prompt_style)
+        return Service(model, self.names, self.limits, metrics, self.prompt_style)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,14 @@ from fastapi import Request
 
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.conversation import Prompt
 from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.scheduler import Scheduler
-from gptq_belle.serving.schemas import Message, SamplingRequest
+from gptq_belle.serving.schemas import Message, SamplingRequest, TemplateOptions
 
 # Names that clients send if the user gave none; "dummy" is that of huggingface_hub
 PLACEHOLDER_MODELS = ("", "default", "dummy")
@@ -45,14 +45,15 @@ class Service:
 
     Args:
         model: the loaded model.
-        name: model name for clients.
+        names: model names for clients; responses contain the first.
         limits: limits of the server.
         metrics: metrics of the server.
         prompt_style: prompt style of chats; "auto" for that of the model.
     """
 
-    def __init__(self, model: Model, name: str, limits: Limits, metrics: Metrics, prompt_style: str = "auto") -> None:
-        self.model, self.name = model, name
+    def __init__(self, model: Model, names: Sequence[str], limits: Limits, metrics: Metrics,
+                 prompt_style: str = "auto") -> None:
+        self.model, self.names, self.name = model, names, names[0]
         self.tokenizer = model.tokenizer
         self.chat = model.chat_format(prompt_style)
         self.engine = Engine(model, limits.slots, limits.context)
@@ -66,9 +67,13 @@ class Service:
         Raises:
             ApiError: 404 if another model is requested.
         """
-        if name is not None and name not in (self.name, *PLACEHOLDER_MODELS):
-            raise ApiError(404, f"model: {name[:MAX_QUOTED]!r} is not served here. This server has {self.name!r}.",
-                           "model", "model_not_found")
+        if name is not None and name not in (*self.names, *PLACEHOLDER_MODELS):
+            raise self.unknown_model(name)
+
+    def unknown_model(self, name: str) -> ApiError:
+        """The error for the name of a model that is not served."""
+        return ApiError(404, f"model: {name[:MAX_QUOTED]!r} is not served here. This server has "
+                        f"{', '.join(map(repr, self.names))}.", "model", "model_not_found")
 
     def check_count(self, count: int) -> None:
         """Validate the number of answers of one request.
@@ -81,14 +86,22 @@ class Service:
             raise ApiError(400, f"n: the request is for {count} answers, and slots and queue of this server hold "
                            f"{most}. Send fewer prompts at a time, or reduce n.", "n", "too_many_answers")
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt for the next answer of a conversation.
+    def prompt(self, messages: Sequence[Message], options: TemplateOptions) -> Prompt:
+        """The prompt for the next answer of a conversation, or for the rest of one.
 
         Raises:
-            ApiError: 400 if the prompt format cannot express the messages, or the last one is not from the user.
+            ApiError: 400 if the prompt format cannot express the messages or the options, or the last message is not
+                from the user (with ``continue_final_message`` the assistant).
         """
+        continue_final, add_prompt = bool(options.continue_final_message), options.add_generation_prompt
+        if continue_final and add_prompt:
+            raise ApiError(400, "continue_final_message: add_generation_prompt must be false with this field",
+                           "continue_final_message", "invalid_value")
+        if not continue_final and add_prompt is False:
+            raise ApiError(400, "add_generation_prompt: false is allowed only with continue_final_message",
+                           "add_generation_prompt", "unsupported_parameter")
         try:
-            return self.chat.prompt([message.fields for message in messages])
+            return self.chat.prompt([message.fields for message in messages], continue_final)
         except UsageError as error:
             raise ApiError(400, f"messages: {' '.join(str(error).split())}", "messages", "invalid_value") from error
 
@@ -106,28 +119,39 @@ class Service:
         Raises:
             ApiError: 400 if the prompt is empty, has ids outside the vocabulary, or exceeds the context.
         """
-        vocabulary = self.model.vocabulary_size
         if not ids:
             raise ApiError(400, f"{param}: the prompt has no tokens", param, "invalid_value")
-        if max(ids) >= vocabulary:
-            raise ApiError(400, f"{param}: token id {max(ids)} is not in the vocabulary of {vocabulary}", param,
-                           "invalid_value")
+        self.check_ids(ids, param)
         need = len(ids) + (1 if wanted is None else wanted)
         if self.context is not None and need > self.context:
             asked = "an answer" if wanted is None else f"{wanted} tokens to generate"
             raise ApiError(400, f"{param}: the prompt has {len(ids)} tokens and with {asked} exceeds the context of "
                            f"{self.context} tokens", param, "context_length_exceeded")
 
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Check that token ids are in the vocabulary; raises ApiError 400 with the name of the field."""
+        vocabulary = self.model.vocabulary_size
+        if (largest := max(ids, default=0)) >= vocabulary:
+            raise ApiError(400, f"{param}: token id {largest} is not in the vocabulary of {vocabulary}", param,
+                           "invalid_value")
+
     def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, max_tokens: int | None,
                 logprobs: int | None, stops: Sequence[str]) -> list[CompletionChoice]:
         """Submit `body.choices` answers for each prompt, in order.
 
         Raises:
-            ApiError: see `Scheduler.submit`.
+            ApiError: 400 if `min_tokens` exceeds the maximum, or a token id is not in the vocabulary; see
+                `Scheduler.submit`.
         """
+        if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+            raise ApiError(400, f"min_tokens: {body.min_tokens} is more than the maximum of {max_tokens} tokens",
+                           "min_tokens", "invalid_value")
+        self.check_ids([int(token) for token in body.logit_bias or ()], "logit_bias")
+        self.check_ids(body.stop_token_ids or (), "stop_token_ids")
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
             (ids, body.params(number, max_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
-        return [CompletionChoice(answer, self.tokenizer, stops) for answer in self.scheduler.submit(wanted)]
+        return [CompletionChoice(answer, self.tokenizer, stops, body.min_tokens or 0)
+                for answer in self.scheduler.submit(wanted)]
 
 
 @dataclass(slots=True)

@@ -1,0 +1,74 @@
+"""Changes of logits before sampling: penalties, logit bias, and the minimum length of an answer."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from gptq_belle.engine.sampling_params import SamplingParams
+
+# Bounds of temperature and repetition penalty: beyond these, float32 overflows and logits become NaN.
+MIN_FACTOR, MAX_FACTOR = 1e-10, 1e10
+
+
+class LogitRules:
+    """The changes that one answer asks for, and the tokens that occurred before.
+
+    Args:
+        params: sampling parameters.
+        prompt: token ids of the prompt.
+        ends: tokens that end the answer.
+        device: device of the logits.
+    Attributes:
+        active: whether logits are changed at all.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Iterable[int], ends: Iterable[int],
+                 device: torch.device) -> None:
+        self._params, self._device = params, device
+        self._seen = self._ids(sorted(set(prompt)))
+        self._answer: Counter[int] = Counter()
+        self._ends = self._ids(sorted(set(ends)))
+        bias = params.logit_bias or {}
+        self._bias = self._ids(list(bias)), torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+        self.active = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+                           or bias or params.min_tokens)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Change logits (V,) float32 of the next token, in vLLM's order: bias, minimum length, penalties."""
+        params = self._params
+        if len(self._bias[0]):
+            logits = logits.index_add(0, *self._bias)
+        if self._answer.total() < params.min_tokens:
+            logits = exclude(logits, self._ends)
+        if params.repetition_penalty != 1:
+            logits = apply_repetition_penalty(logits, self._seen, params.repetition_penalty)
+        if self._answer and (params.presence_penalty or params.frequency_penalty):
+            ids, counts = self._ids(list(self._answer)), torch.tensor(list(self._answer.values()), device=self._device)
+            logits = logits.index_add(0, ids, -params.presence_penalty - params.frequency_penalty * counts.float())
+        return logits
+
+    def remember(self, token: int) -> None:
+        """Count `token` as a token of the answer."""
+        if not self.active:
+            return
+        self._answer[token] += 1
+        if self._params.repetition_penalty != 1:
+            self._seen = torch.cat((self._seen, self._ids([token]))).unique()
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self._device)
+
+
+def exclude(logits: Tensor, ids: Tensor) -> Tensor:
+    """Logits (V,) without the token ids (n,); unchanged if no other token is left."""
+    left = logits.index_fill(0, ids, -math.inf)
+    return left if bool(left.isfinite().any()) else logits
+
+
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the token ids `seen` (n,) less likely in logits (V,)."""
+    values, penalty = logits[seen], min(max(penalty, MIN_FACTOR), MAX_FACTOR)
+    return logits.scatter(0, seen, torch.where(values > 0, values / penalty, values * penalty))
