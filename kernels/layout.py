@@ -133,10 +133,9 @@ def restore_input_order(columns: Tensor, order: Tensor | None, in_features: int)
     """Columns (n, G * run) in the order of `SortedGroups`, as (n, K) in the order of the inputs, without padding."""
     if order is None:
         return columns[:, :in_features]
-    filled = order >= 0
-    restored = columns.new_empty(columns.shape[0], in_features)
-    restored[:, order[filled].long()] = columns[:, filled]
-    return restored
+    restored = columns.new_empty(columns.shape[0], in_features + 1)  # padding goes to the last column
+    restored[:, order.where(order >= 0, in_features).long()] = columns  # selecting by a mask would wait for a GPU
+    return restored[:, :in_features]
 
 
 def padded_length(g_idx: Tensor, run: int) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import CanonicalWeight, SortedGroups, sort_by_group
+from .layout import CanonicalWeight, SortedGroups, restore_input_order, sort_by_group
 from .reference import unpack
 
 COLUMNS = 128  # N is padded to multiples of it, so that no load of words or scales needs a mask
@@ -106,23 +106,14 @@ def lookup_rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
     codes = unpack_slices(weight.words[:, ids], weight.bits).float().view(-1, weight.run, len(ids))
     zeros = weight.zero if weight.zeros is None else weight.zeros[:, ids].float()[:, None]
     values = ((codes - zeros) * weight.scales[:, ids].float()[:, None]).flatten(0, 1).t()
-    if weight.order is None:
-        return values[:, : weight.in_features].contiguous()
-    filled = weight.order >= 0
-    found = values.new_empty(len(ids), weight.in_features)
-    found[:, weight.order[filled].long()] = values[:, filled]
-    return found
+    return restore_input_order(values, weight.order, weight.in_features).contiguous()
 
 
 def unpack_weight(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `prepare`: codes (K, N) uint8, true zeros (groups, N) int32 and scales (groups, N)."""
     runs, outputs = sort_by_group(weight.g_idx, BLOCK), weight.out_features
     places = unpack_slices(weight.words[:, :outputs], weight.bits)
-    codes = places[: weight.in_features]
-    if weight.order is not None:
-        filled = weight.order >= 0
-        codes = torch.empty_like(codes)
-        codes[weight.order[filled].long()] = places[filled]
+    codes = restore_input_order(places.t(), weight.order, weight.in_features).t()
 
     def table(values: Tensor) -> Tensor:
         whole = values.new_zeros(weight.checkpoint_groups, outputs)  # a group without inputs keeps zeros
