@@ -3,7 +3,7 @@
 The kernels are in `cpu_matmul.py`, `triton_matmul.py`, `dequantize_matmul.py` and `reference.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,12 @@ from . import (
     reference,
     triton_layout,
     triton_matmul,
+    triton_warm_up,
 )
 from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight, checked_weight, longest_run
 from .triton_layout import SlicedWeight
+from .triton_warm_up import Progress
 
 PreparedWeight = CanonicalWeight | CpuWeight | SlicedWeight
 
@@ -123,6 +125,14 @@ def bind_weight(weight: PreparedWeight, bias: Tensor | None = None) -> Callable[
         return y if addend is None else y.add_(addend)
 
     return product
+
+
+def warm_up(products: Iterable[tuple[PreparedWeight, Tensor | None, int]], dtype: torch.dtype,
+            progress: Progress | None = None) -> None:
+    """Compile the kernels of products (weight, bias, most rows) that are compiled at run time; see `triton_warm_up`."""
+    found = (triton_warm_up.Product(weight, bias, rows) for weight, bias, rows in products
+             if isinstance(weight, SlicedWeight))
+    triton_warm_up.warm_up(found, dtype, progress)
 
 
 class _Differentiable(torch.autograd.Function):

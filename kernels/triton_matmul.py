@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .triton_config import (
     launch_plan,
     row_bucket,
 )
+from .triton_launch import Launch
 from .triton_layout import COLUMNS, SlicedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -165,16 +167,27 @@ def quant_matmul(x: Tensor, weight: SlicedWeight, bias: Tensor | None = None,
     if plan is None:
         plan = plan_for(weight, rows.shape[0], x.dtype)
     with torch.cuda.device_of(x):
-        rows = _arrange(rows.contiguous(), weight)
+        rows, y = rows.contiguous(), rows.new_empty(rows.shape[0], weight.out_features)
+        if weight.order is not None:
+            given, rows = rows, rows.new_empty(rows.shape[0], weight.places)
+            arrange_launch(given, weight, rows)()
         if plan.config is None or x.dtype not in DTYPES:
-            y = _expand(rows, weight, bias)
+            _expand(rows, weight, bias, y)
         else:
-            y = _multiply(rows, weight, bias, plan.kernel, plan.config)
+            for launch in product_launches(rows, weight, bias, y, plan.kernel, plan.config):
+                launch()
     return y.view(*x.shape[:-1], weight.out_features)
 
 
-def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: str, config: TileConfig) -> Tensor:
-    """rows (M, K') times the weight by the kernel for few rows or the one for many."""
+def product_launches(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, y: Tensor, kernel: str,
+                      config: TileConfig) -> list[Launch]:
+    """The launches of rows (M, K'), inputs at their places, times the weight to y (M, N).
+
+    Args:
+        kernel: "skinny" or "gemm", for few rows or for many.
+    Raises:
+        ValueError: tensors that 32-bit offsets cannot address.
+    """
     config = config._replace(SPLIT_K=min(config.SPLIT_K, weight.words.shape[0]))  # no part of K is empty
     m, n, parts = rows.shape[0], weight.out_features, config.SPLIT_K
     offsets = {"the packed weight": weight.words.numel()}
@@ -187,30 +200,31 @@ def _multiply(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, kernel: s
     from .triton_reduce import reduce_kernel
     from .triton_skinny import skinny_kernel
 
-    y = rows.new_empty(m, n)
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=y.device)
     tiles_m, tiles_n = -(-m // config.BM), -(-n // config.BN)
-    arguments = (rows, weight.words, weight.scales, weight.zeros, bias, out, m, n, weight.places)
-    constants = _constants(weight) | {
+    arguments = {"x": rows, "words": weight.words, "scales": weight.scales, "zeros": weight.zeros, "bias": bias,
+                 "out": out, "M": m, "N": n, "K": weight.places}
+    constants: dict[str, Any] = weight_constants(weight) | {
         "BM": config.BM, "BN": config.BN, "BK": max(min(config.BK, weight.block), weight.block // 2), "SPLIT_K": parts,
         "HAS_BIAS": bias is not None}
-    options = launch_options(kernel, config, weight.bits, weight.run, device_properties(rows.device)[0])
+    constants |= launch_options(kernel, config, weight.bits, weight.run, device_properties(rows.device)[0])
     if kernel == "skinny":
-        skinny_kernel[tiles_n, tiles_m, parts](*arguments, **constants, **options)
+        launches = [Launch(skinny_kernel, (tiles_n, tiles_m, parts), arguments, constants)]
     else:
-        gemm_kernel[tiles_n * tiles_m, parts](*arguments, **constants, **options, SWIZZLE=8)
+        launches = [Launch(gemm_kernel, (tiles_n * tiles_m, parts), arguments, constants | {"SWIZZLE": 8})]
     if parts > 1:
-        reduce_kernel[(-(-m * n // 256),)](out, bias, y, m, n, HAS_BIAS=bias is not None, SPLIT_K=parts, WIDTH=256,
-                                           **OPTIONS)
-    return y
+        launches.append(Launch(reduce_kernel, (-(-m * n // 256),), {
+            "parts": out, "bias": bias, "out": y, "M": m, "N": n},
+            {"HAS_BIAS": bias is not None, "SPLIT_K": parts, "WIDTH": 256} | OPTIONS))
+    return launches
 
 
-def _expand(rows: Tensor, weight: SlicedWeight, bias: Tensor | None) -> Tensor:
-    """rows (M, K') times the weight by cuBLAS; the weight is expanded some outputs at a time into one scratch."""
+def _expand(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, y: Tensor) -> None:
+    """rows (M, K') times the weight to y (M, N) by cuBLAS; the weight is expanded some outputs at a time into one
+    scratch."""
     n, k = weight.out_features, weight.places
     step = max(COLUMNS, scratch_bytes(rows.device) // (k * rows.itemsize) // COLUMNS * COLUMNS)
     scratch = rows.new_empty(min(step, weight.words.shape[1]), k)
-    y = rows.new_empty(rows.shape[0], n)
     for start in range(0, n, step):
         part = scratch[: min(step, n - start)]
         dequantize(weight, start, scratch)
@@ -219,7 +233,6 @@ def _expand(rows: Tensor, weight: SlicedWeight, bias: Tensor | None) -> Tensor:
             torch.mm(rows, part.t(), out=y[:, start:stop])
         else:
             torch.addmm(bias[start:stop].to(rows.dtype), rows, part.t(), out=y[:, start:stop])
-    return y
 
 
 def dequantize(weight: SlicedWeight, start: int, out: Tensor) -> None:
@@ -232,29 +245,32 @@ def dequantize(weight: SlicedWeight, start: int, out: Tensor) -> None:
     Raises:
         ValueError: a weight that 32-bit offsets cannot address.
     """
+    dequant_launch(weight, start, out)()
+
+
+def dequant_launch(weight: SlicedWeight, start: int, out: Tensor) -> Launch:
+    """The launch of `dequantize`."""
     check_offsets(**{"the packed weight": weight.words.numel()})
     from .triton_dequant import dequant_kernel
 
     columns = min(out.shape[0], weight.words.shape[1] - start)
-    dequant_kernel[columns // 64, weight.words.shape[0]](
-        weight.words, weight.scales, weight.zeros, out, start, weight.out_features, weight.places,
-        **_constants(weight), BN=64, **OPTIONS)
+    arguments = {"words": weight.words, "scales": weight.scales, "zeros": weight.zeros, "out": out, "start": start,
+                 "N": weight.out_features, "K": weight.places}
+    return Launch(dequant_kernel, (columns // 64, weight.words.shape[0]), arguments,
+                  weight_constants(weight) | {"BN": 64} | OPTIONS)
 
 
-def _arrange(rows: Tensor, weight: SlicedWeight) -> Tensor:
-    """Activations (M, K) in the order of the weight's places (M, K'), with zeros in padding."""
-    if weight.order is None:
-        return rows
+def arrange_launch(rows: Tensor, weight: SlicedWeight, arranged: Tensor) -> Launch:
+    """Copy activations (M, K) to arranged (M, K') in the order of the weight's places, with zeros in padding."""
     from .triton_reduce import arrange_kernel
 
-    arranged = rows.new_empty(rows.shape[0], weight.places)
-    arrange_kernel[rows.shape[0], -(-weight.places // 1024)](
-        rows, weight.order, arranged, rows.shape[0], weight.in_features, weight.places, WIDTH=1024,
-        **OPTIONS)
-    return arranged
+    arguments = {"x": rows, "order": weight.order, "out": arranged, "M": rows.shape[0], "inputs": weight.in_features,
+                 "places": weight.places}
+    return Launch(arrange_kernel, (rows.shape[0], -(-weight.places // 1024)), arguments, {"WIDTH": 1024} | OPTIONS)
 
 
-def _constants(weight: SlicedWeight) -> dict[str, int | bool]:
+def weight_constants(weight: SlicedWeight) -> dict[str, int | bool]:
+    """The constexpr arguments of all kernels that read a weight."""
     has_assembly = not is_interpreted() and device_properties(weight.words.device)[0] >= TENSOR_CORES
     return {"BITS": weight.bits, "RUN": weight.run, "BLOCK": weight.block, "ZERO": weight.zero, "ASM": has_assembly}
 

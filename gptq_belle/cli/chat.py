@@ -34,7 +34,7 @@ def chat(
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)
-    conversation = Conversation(options.load_model(path, device, precision, head_bits, cache), prompt_style, params)
+    conversation = Conversation(options.load_generator(path, device, precision, head_bits, cache), prompt_style, params)
     turns = chat_loop(conversation, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": turns})

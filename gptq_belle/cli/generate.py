@@ -38,7 +38,7 @@ def generate(
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)
-    model = options.load_model(path, device, precision, head_bits, cache)
+    model = options.load_generator(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     start, answer = time.perf_counter(), ""
     for piece in model.stream(prompt, params, prompt_style=style):

@@ -125,3 +125,12 @@ def load_model(path: Path, device: str, precision: str | None, head_bits: int | 
         from gptq_belle.engine.model import load
 
         return load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
+
+
+def load_generator(path: Path, device: str, precision: str | None, head_bits: int | None, cache: str) -> "Model":
+    """`load_model` for generating text: on a GPU, the kernels are compiled too, with a progress bar on stderr."""
+    model = load_model(path, device, precision, head_bits, cache)
+    if model.device.type != "cpu":
+        with console.progress_bar("compiling GPU kernels") as progress:
+            model.warm_up(1, model.prefill_chunk, progress)
+    return model

@@ -89,7 +89,7 @@ class _Slot:
 
 
 class Engine:
-    """Runs requests on one model with continuous batching.
+    """Runs requests on one model with continuous batching. On a GPU, creating it compiles the kernels of its steps.
 
     Args:
         model: from `gptq_belle.load`.
@@ -105,6 +105,7 @@ class Engine:
         self.model, self.slots = model, slots
         self.capacity = min(capacity or model.context or 2048, model.context or 1 << 30)
         self.cache = model.new_cache(slots, self.capacity)
+        model.warm_up(slots, self.capacity)
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._steps = self._admitted = 0

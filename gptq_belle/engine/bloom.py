@@ -27,6 +27,7 @@ class _BloomBlock:
         self.out = linear("self_attention.dense", width, width)
         self.mlp_norm = _norm(weights, f"{name}.post_attention_layernorm", width, eps)
         self.up, self.down = linear("mlp.dense_h_to_4h", width, inner), linear("mlp.dense_4h_to_h", inner, width)
+        self.linears = self.qkv, self.out, self.up, self.down
         self.heads, self.head_dim, self.normed = d.num_heads, d.head_dim, config.normed_residual
 
     def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:

@@ -23,7 +23,7 @@ class PackedLinear:
     """x (..., K) times a packed weight, plus bias and optional `residual` (..., N): (..., N)."""
 
     def __init__(self, weight: PreparedWeight, bias: Tensor | None) -> None:
-        self.weight, self._product = weight, bind_weight(weight, bias)
+        self.weight, self.bias, self._product = weight, bias, bind_weight(weight, bias)
         self.native = isinstance(weight, CpuWeight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -61,6 +61,12 @@ class ConcatenatedLinear:
 
 
 LinearOperator = PackedLinear | DenseLinear | ConcatenatedLinear
+
+
+def packed_linears(operator: LinearOperator) -> list[PackedLinear]:
+    """The products with packed weights of an operator."""
+    parts = operator.parts if isinstance(operator, ConcatenatedLinear) else [operator]
+    return [part for part in parts if isinstance(part, PackedLinear)]
 
 
 class QuantLinear(nn.Linear):

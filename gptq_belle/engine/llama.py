@@ -29,6 +29,7 @@ class _LlamaBlock:
         self.mlp_norm = RmsNorm(weights.tensor(f"{name}.post_attention_layernorm.weight", width), config.eps)
         self.gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
         self.down = linear(named("mlp.down_proj"), inner, width)
+        self.linears = self.qkv, self.out, self.gate_up, self.down
         self.head_dim = head_dim
 
     def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:

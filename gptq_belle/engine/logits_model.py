@@ -1,6 +1,6 @@
 """Token ids in, logits out: whole sequences without a cache, prefill and decode steps with one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from gptq_belle.engine.attention import DecodeAttention, NativeDecodeAttention, 
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.finite_check import explain_nonfinite, nonfinite_rows
 from gptq_belle.engine.kv_cache import KVCache
+from gptq_belle.engine.linear import packed_linears
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.prompt_arguments import is_integer_dtype
 from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
+from gptq_belle.kernels import dispatch
 from gptq_belle.models.decoder_config import DecoderConfig
 from gptq_belle.models.sizes import PREFILL_CHUNK
 
@@ -67,6 +69,22 @@ class LogitsModel:
     def prefill_chunk(self) -> int:
         """Prompt tokens per forward pass on the model's device."""
         return PREFILL_CHUNK["cpu" if self.device.type == "cpu" else "cuda"]
+
+    def warm_up(self, slots: int, capacity: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the GPU kernels of prefill and decode, several at a time; on a CPU, nothing is compiled.
+
+        Args:
+            slots: most sequences of a decode step.
+            capacity: most tokens of a prompt.
+            progress: called with the numbers of finished kernels and of all.
+        """
+        if self.device.type == "cpu":
+            return
+        rows = max(slots, min(self.prefill_chunk, capacity))
+        operators = [*((linear, rows) for block in self.decoder.blocks for linear in block.linears),
+                     (self.decoder.head, slots)]  # prefill computes logits of one token
+        dispatch.warm_up(((part.weight, part.bias, most) for operator, most in operators
+                          for part in packed_linears(operator)), self.dtype, progress)
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
     sockets = listen.open()  # before the model is loaded: a busy port is not worth the wait
 
     def load(state: AppState) -> Service:
-        service = config.service(state.metrics)
+        service = config.service(state.metrics, notice)
         service.scheduler.on_failure = end
         if on_ready is not None:
             on_ready({"url": server.url, "model": service.name, "slots": config.limits.slots,

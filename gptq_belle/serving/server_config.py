@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,19 @@ class ServiceConfig:
         """
         read_decoder_config(CheckpointReader(self.path).config)
 
-    def service(self, metrics: Metrics) -> Service:
+    def service(self, metrics: Metrics, notice: Callable[[str], None] = lambda text: None) -> Service:
         """Load the model and create its service.
 
+        Args:
+            metrics: metrics of the server.
+            notice: called with a message before GPU kernels are compiled.
         Raises:
             GptqBelleError: the model cannot be loaded.
         """
         model = load(self.path, device=self.device, precision=self.precision, head_bits=self.head_bits,
                      cache=self.cache)
+        if model.device.type != "cpu":
+            notice("Compiling the GPU kernels.")
         return Service(model, self.names, self.limits, metrics, self.prompt_style)
 
 
