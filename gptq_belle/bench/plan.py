@@ -93,6 +93,31 @@ def best_fit(rows: Sequence[PlanRow]) -> PlanRow | None:
     return max(fitting, key=lambda row: (row.settings.bits, row.settings.head_bits), default=None)
 
 
+def recommendation(rows: Sequence[PlanRow], memory: int) -> str:
+    """The recommended setting in one line; if none fits, the closest one."""
+    chosen, (unit, name) = best_fit(rows), size_unit(rows)
+    if chosen is not None:
+        return (f"Fits with {_settings_text(chosen)}: {chosen.use.total / unit:.2f} {name} of {memory / unit:.2f}. "
+                "Of what fits, this has the most bits.")
+    longest = max(rows, key=lambda row: row.longest_context)
+    if longest.longest_context:
+        return (f"Does not fit. With {_settings_text(longest)}, {longest.longest_context:,} tokens of context fit: "
+                "choose --context.")
+    least = min(rows, key=lambda row: row.use.total)
+    return f"Does not fit at any setting: {_settings_text(least)} take {least.use.total / unit:.2f} {name}."
+
+
+def size_unit(rows: Sequence[PlanRow]) -> tuple[float, str]:
+    """GB and its name, or MB where sizes in GB would be shown as 0.00."""
+    return (1e9, "GB") if max(row.use.total for row in rows) >= 1e9 else (1e6, "MB")
+
+
+def _settings_text(row: PlanRow) -> str:
+    bits, head = row.settings.bits, row.settings.head_bits
+    return (("weights that are not packed" if bits == UNPACKED else f"{bits}-bit weights") + " and "
+            + ("a head that is not packed" if head == UNPACKED else f"a head of {head} bits"))
+
+
 def longest_context(d: Dimensions, settings: MemorySettings, memory: int, batch: int, limit: int) -> int:
     """The largest context up to `limit` that fits into `memory` bytes, by binary search; 0 if none does."""
     low, high = 0, limit

@@ -71,13 +71,13 @@ def _compare_with_published(table: str, paths: list[Path], prompt: int | None, d
     if table != "belle":
         raise UsageError(f"table {table!r} is not known", "Choose belle.")
     from gptq_belle.bench import belle_table
-    from gptq_belle.cli import plan_output
+    from gptq_belle.cli.plan import device_kind
 
     context = (prompt or 512) + 4
     with console.show_steps() as progress:
-        rows = belle_table.belle_table(paths, context, plan_output.device_kind(device), progress)
+        rows = belle_table.belle_table(paths, context, device_kind(device), progress)
     if as_json:
         console.print_json([{"published": row, "ours": ours} for row, ours in rows])
     else:
-        title = f"GiB, as BELLE published; ours with {context} tokens of context on a {plan_output.device_kind(device)}"
+        title = f"GiB, as BELLE published; ours with {context} tokens of context on a {device_kind(device)}"
         console.print_table(title, *belle_table.cells(rows), text=1)

@@ -1,11 +1,18 @@
-"""The command `plan`."""
+"""The command `plan`: a table that compares settings with a memory budget, and a recommendation."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptq_belle.cli import console, options
+from gptq_belle.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptq_belle.bench.plan import PlanRow
+
+GIB = 2**30
 
 
 def plan(
@@ -23,19 +30,56 @@ def plan(
     verbose: options.Verbose = False,
 ) -> None:
     """Show at which bits, lm_head bits and context a model fits into a memory budget. Reads config.json only."""
-    from gptq_belle.bench.plan import check_workload
+    from gptq_belle.bench.plan import best_fit, check_workload, recommendation, size_unit
     from gptq_belle.bench.plan import plan as planned
     from gptq_belle.checkpoint.reader import read_config
-    from gptq_belle.cli import plan_output
     from gptq_belle.common.memory import parse_memory
 
-    kind = plan_output.device_kind(device)
+    kind = device_kind(device)
     budget = parse_memory(memory)
     check_workload(context, batch, cache, group_size)
     rows = planned(read_config(model), budget, context=context, batch=batch, cache=cache, group_size=group_size,
                    device=kind)
-    found = plan_output.PlanResult(str(model), budget, context, batch, rows)
     if as_json:
-        console.print_json(plan_output.plain(found))
-    else:
-        plan_output.show(found)
+        chosen = best_fit(rows)
+        console.print_json({"model": model, "memory": budget, "context": context, "batch": batch,
+                            "best": None if chosen is None else chosen.settings, "rows": [_flat(row) for row in rows]})
+        return
+    settings, (unit, name) = rows[0].settings, size_unit(rows)
+    asked = "the whole context" if context is None else f"{context:,} tokens of context"
+    title = (f"{model} on a {'GPU' if kind == 'cuda' else 'CPU'}: {asked}, batch {batch}, cache in {cache}, groups of "
+             f"{settings.group_size}; computed {name}")
+    columns = ["bits", "head", "blocks", "embedding, head", "cache", "workspace", "program", "total",
+               f"in {budget / GIB:.2f} GiB", "longest context"]
+    console.print_table(title, columns, [_cells(row, unit) for row in rows], text=0)
+    console.print_line()
+    console.print_line(recommendation(rows, budget))
+
+
+def device_kind(name: str) -> str:
+    """"cpu" or "cuda" of --device; the device planned for need not be in this machine, but "auto" looks for one.
+
+    Raises:
+        UsageError: something else.
+    """
+    if name == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if (kind := name.partition(":")[0]) not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not known", "Choose auto, cpu or cuda:0.")
+    return kind
+
+
+def _cells(row: "PlanRow", unit: float) -> list[str]:
+    n = row.use
+    sizes = (n.blocks, n.head, n.cache, n.workspace, n.program, n.total)
+    return [str(row.settings.bits), str(row.settings.head_bits), *(f"{size / unit:.2f}" for size in sizes),
+            "yes" if row.fits else "no", f"{row.longest_context:,}" if row.longest_context else "none"]
+
+
+def _flat(row: "PlanRow") -> dict[str, Any]:
+    """JSON-ready values; sizes in bytes."""
+    sizes = asdict(row.use) | {"total": row.use.total}
+    return {**asdict(row.settings), **{f"{name}_bytes": size for name, size in sizes.items()}, "fits": row.fits,
+            "longest_context": row.longest_context}
