@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptq_belle
 from gptq_belle import QuantConfig, hf_model, load, quantize_checkpoint
-from gptq_belle.checkpoint.generation_config import repaired_generation_config
+from gptq_belle.checkpoint.config_files import repaired_generation_config
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.errors import InputError
 

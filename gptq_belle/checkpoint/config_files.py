@@ -1,31 +1,20 @@
-"""Write the configuration files of a quantized model directory."""
+"""The configuration files of a model directory: config.json and quantize_config.json are written, and
+generation_config.json is read, checked, and repaired where transformers refuses to save it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from gptq_belle.checkpoint.model_card import model_card
-from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.checkpoint.tokenizer_files import copy_tokenizer
+from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
+from gptq_belle.errors import InputError
 from gptq_belle.models.decoder_config import token_ids
 
-
-def write_metadata_files(writer: CheckpointWriter, source: CheckpointReader, quantization: dict[str, Any],
-                         tokenizer: PreTrainedTokenizerBase, *, tied: bool) -> None:
-    """Write all files of a quantized directory except weights and report: configuration, tokenizer and model card.
-
-    Args:
-        writer: the output directory.
-        source: the full-precision model.
-        quantization: the quantization_config.
-        tokenizer: tokenizer of the source.
-        tied: whether the lm_head is the embedding.
-    """
-    write_configuration(writer, source.config, quantization, tied=tied)
-    copy_tokenizer(writer, source.path, tokenizer, source.config)
-    writer.write_text("README.md", model_card(source, quantization, tied=tied))
+GENERATION = "generation_config.json"
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens")
+CORRECT_IT = "Correct the value, or remove the file."
 
 
 def write_configuration(writer: CheckpointWriter, config: dict[str, Any], quantization: dict[str, Any], *,
@@ -64,3 +53,43 @@ def corrected_token_ids(config: Mapping[str, Any], tokenizer: PreTrainedTokenize
     if any(token < 0 for token in token_ids(config, "pad_token_id")):
         changed["pad_token_id"] = tokenizer.pad_token_id
     return changed
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation configuration of a directory; None if it has none.
+
+    Raises:
+        InputError: the file is not a JSON object, or holds a value that transformers does not accept.
+    """
+    path = folder / GENERATION
+    return GenerationConfig.from_dict(repaired_generation_config(read_json(path), path)) if path.is_file() else None
+
+
+def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a generation_config.json that transformers reads and saves.
+
+    Two mistakes of published models are corrected, because transformers reads such a file but refuses to save it:
+    sampling options without ``do_sample``, which is set, and a negative ``pad_token_id``, which is removed.
+
+    Raises:
+        InputError: transformers does not accept a value, or a token id is not an integer.
+    """
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        try:
+            token_ids(stated, key)
+        except InputError as error:
+            raise InputError(f"{path}: {error.cause}", CORRECT_IT) from error
+    for key in NUMBERS:
+        if type(stated.get(key)) not in (int, float, type(None)):
+            raise InputError(f"{path}: {key} {str(stated[key])[:40]!r} is not a number", CORRECT_IT)
+    reason = ""
+    if any(token < 0 for token in token_ids(stated, "pad_token_id")):
+        stated = {key: value for key, value in stated.items() if key != "pad_token_id"}
+    for content in (dict(stated), {**stated, "do_sample": True}):
+        try:
+            GenerationConfig.from_dict(dict(content)).validate(strict=True)
+        except (TypeError, ValueError, AttributeError) as error:
+            reason = reason or " ".join(str(error).split())[:200]
+        else:
+            return content
+    raise InputError(f"{path} is not understood: {reason}", CORRECT_IT)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.config_files import corrected_token_ids, write_configuration
+from gptq_belle.checkpoint.config_files import GENERATION, corrected_token_ids, write_configuration
 from gptq_belle.checkpoint.conversion_report import ConversionReport, largest_deviation
-from gptq_belle.checkpoint.generation_config import GENERATION
 from gptq_belle.checkpoint.inspection import inspect
 from gptq_belle.checkpoint.model_card import converted_card
 from gptq_belle.checkpoint.packed_reader import linear_quantization, raw_quantization_config, read_packed_linear

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gptq_belle.checkpoint.generation_config import GENERATION, repaired_generation_config
+from gptq_belle.checkpoint.config_files import GENERATION, repaired_generation_config
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.sentencepiece_model import convert_sentencepiece
 from gptq_belle.checkpoint.writer import CheckpointWriter

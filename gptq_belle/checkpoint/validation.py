@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gptq_belle.checkpoint.generation_config import read_generation_config
+from gptq_belle.checkpoint.config_files import read_generation_config
 from gptq_belle.checkpoint.packed_reader import PARTS, check_packed_linear, packed_lm_head_bits
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from gptq_belle.checkpoint.config_files import read_generation_config
 from gptq_belle.checkpoint.empty_model import assign, empty_model
-from gptq_belle.checkpoint.generation_config import read_generation_config
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.packed_reader import raw_quantization_config
 from gptq_belle.checkpoint.reader import CheckpointReader

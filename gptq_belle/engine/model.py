@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gptq_belle.checkpoint.generation_config import GENERATION, repaired_generation_config
+from gptq_belle.checkpoint.config_files import GENERATION, repaired_generation_config
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer

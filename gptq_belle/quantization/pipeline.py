@@ -11,7 +11,9 @@ import transformers
 from torch import Tensor
 
 from gptq_belle import __version__
-from gptq_belle.checkpoint.config_files import write_metadata_files
+from gptq_belle.checkpoint.config_files import write_configuration
+from gptq_belle.checkpoint.model_card import model_card
+from gptq_belle.checkpoint.tokenizer_files import copy_tokenizer
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output_directory
 from gptq_belle.common.devices import threads
 from gptq_belle.common.memory import PeakMemory, lower_mmap_threshold
@@ -184,10 +186,12 @@ def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Jo
 
 
 def _merge_parts(job: QuantizationJob, writer: CheckpointWriter, progress: JobProgress) -> None:
-    """Write the configuration and the tokenizer, and merge the parts into the weight files."""
+    """Write the configuration, the tokenizer and the model card, and merge the parts into the weight files."""
     progress.phase("writing")
-    stream = job.stream
-    write_metadata_files(writer, stream.reader, job.config.to_dict(), job.tokenizer, tied=stream.tied())
+    source, settings, tied = job.stream.reader, job.config.to_dict(), job.stream.tied()
+    write_configuration(writer, source.config, settings, tied=tied)
+    copy_tokenizer(writer, source.path, job.tokenizer, source.config)
+    writer.write_text("README.md", model_card(source, settings, tied=tied))
     writer.merge()
 
 
