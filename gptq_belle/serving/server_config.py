@@ -2,7 +2,6 @@
 
 import errno
 import ipaddress
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,7 +108,7 @@ class ListenConfig:
         try:
             for family, *_, where in _resolved(self.host.strip("[]"), self.port):
                 port = opened[0].getsockname()[1] if opened else self.port
-                opened.append(_listening_socket(family, (where[0], port, *where[2:])))
+                opened.append(socket.create_server((where[0], port, *where[2:]), family=family, backlog=BACKLOG))
         except OSError as error:
             if not opened or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # such as no IPv6
                 for one in opened:
@@ -124,27 +123,13 @@ class ListenConfig:
 
     def unavailable(self, error: BaseException) -> HardwareError:
         """Build the error for an address that is not available."""
-        reason = f": {error.strerror.lower()}" if isinstance(error, OSError) and error.strerror else ""
+        system = error.strerror if isinstance(error, OSError) else None  # after it, create_server states the address
+        reason = f": {system.partition(' (')[0].lower()}" if system else ""
         return HardwareError(f"cannot listen on {self.host}:{self.port}{reason}", "Choose another --port or --host.")
 
 
 def _resolved(host: str, port: int) -> list[Any]:
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-
-
-def _listening_socket(family: int, where: tuple[Any, ...]) -> socket.socket:
-    one = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":  # on Windows it would let two servers share the port
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(where)
-        one.listen(BACKLOG)
-    except OSError:
-        one.close()
-        raise
-    return one
 
 
 def is_loopback(host: str) -> bool:
