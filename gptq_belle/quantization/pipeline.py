@@ -26,7 +26,7 @@ from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.tune_model import tune_model
+from gptq_belle.quantization.end_to_end.tuning import tune_model
 from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning
 from gptq_belle.quantization.fingerprint import environment, environment_differences, fingerprint
 from gptq_belle.quantization.job import QuantizationJob, prepare_job
