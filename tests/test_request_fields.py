@@ -77,7 +77,8 @@ def test_neutral_values_and_fields_that_change_no_answer_are_accepted(server, pa
 
 
 def chosen(server, **fields):
-    response = post(server, CHAT_PATH, **{"max_tokens": 24, "temperature": 0, "ignore_eos": True} | fields)
+    greedy = {"max_tokens": 24, "temperature": 0, "repetition_penalty": 1, "ignore_eos": True}
+    response = post(server, CHAT_PATH, **greedy | fields)
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]
 

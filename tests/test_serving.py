@@ -5,12 +5,14 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 from server_process import serving
 
 from gptq_belle import load
+from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING
 
 QUESTION = [{"role": "user", "content": "你好"}]
 
@@ -69,8 +71,8 @@ def test_stream_has_the_same_text_and_the_usage(client):
 def test_choices_have_different_seeds(client, model):
     body = chat(client, n=3, seed=5, temperature=1.0).json()
     texts = [choice["message"]["content"] for choice in body["choices"]]
-    alone = [model.generate("你好", prompt_style="auto", max_new_tokens=12, temperature=1.0, seed=5 + i)
-             for i in range(3)]
+    alone = [model.generate("你好", replace(DEFAULT_SAMPLING, temperature=1.0, max_new_tokens=12, seed=5 + i),
+                            prompt_style="auto") for i in range(3)]
     assert texts == alone
     assert len(set(texts)) > 1
 

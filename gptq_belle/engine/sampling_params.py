@@ -116,6 +116,11 @@ def _is_number(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+# What `generate`, `chat`, the server and the chat page use if nothing else is given: the settings of the model cards
+# of BELLE (huggingface.co/BelleGroup/BELLE-7B-2M). The default of the class is greedy decoding.
+DEFAULT_SAMPLING = SamplingParams(temperature=0.35, top_k=30, top_p=0.85, repetition_penalty=1.2)
+
+
 class SamplingOptions(TypedDict, total=False):
     """The fields of `SamplingParams` as keyword arguments."""
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from gptq_belle import __version__
-from gptq_belle.serving import api_errors, routes_completions, routes_info
+from gptq_belle.serving import api_errors, chat_page, routes_completions, routes_info
 from gptq_belle.serving.request_guard import RequestGuard
 from gptq_belle.serving.service import AppState, Limits, Service
 
@@ -49,8 +49,9 @@ def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: 
     app = FastAPI(title="gptq_belle", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = state
     api_errors.install(app)
-    for routes in (routes_completions, routes_info):
+    for routes in (routes_completions, routes_info, chat_page):
         app.include_router(routes.router)
+    app.mount("/static", chat_page.StaticFiles(directory=chat_page.FOLDER))
     app.add_middleware(RequestGuard, api_key=api_key, max_bytes=limits.body, max_requests=limits.requests,
                        local_only=local_only and api_key is None)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -1,10 +1,9 @@
-"""Routes for models, health, metrics, tokenization, prompt templates and the chat page."""
+"""Routes for models, health, metrics, tokenization and prompt templates."""
 
-from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
@@ -15,11 +14,6 @@ from gptq_belle.serving.schemas import ChatRequest, DetokenizeRequest, TemplateR
 from gptq_belle.serving.service import Service, app_state, loaded_service
 
 router = APIRouter()
-# The page shows model output as text only; if that failed, this policy still blocks all other scripts and styles.
-PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-SCRIPTS = ("chat.js", "markdown.js", "stream.js", "words.js")
-STATIC = {"chat.css": "text/css"} | dict.fromkeys(SCRIPTS, "text/javascript")
 
 
 @router.get("/v1/models")
@@ -96,22 +90,3 @@ async def apply_template(body: TemplateRequest, request: Request) -> dict[str, s
     service = loaded_service(request)
     service.check_model(body.model)
     return {"prompt": service.prompt(body.messages, body).text}
-
-
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def page() -> HTMLResponse:
-    """The chat page."""
-    return HTMLResponse(_static("chat.html"), headers={"Content-Security-Policy": PAGE_POLICY,
-                                                       "X-Content-Type-Options": "nosniff"})
-
-
-@router.get("/static/{name}", include_in_schema=False)
-async def static(name: str) -> Response:
-    """Scripts and styles of the chat page."""
-    if name not in STATIC:
-        raise ApiError(404, f"{name} does not exist")
-    return Response(_static(name), media_type=STATIC[name], headers={"X-Content-Type-Options": "nosniff"})
-
-
-def _static(name: str) -> str:
-    return (files("gptq_belle.serving") / "static" / name).read_text("utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from gptq_belle.engine.sampling_params import MAX_BIAS, MAX_PENALTY, SamplingParams
+from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, MAX_BIAS, MAX_PENALTY, SamplingParams
 from gptq_belle.prompts.conversation import ROLES
 
 MAX_CHOICES = 16
@@ -57,11 +57,11 @@ class SamplingRequest(_Body):
     """Sampling and streaming options of a request, see `engine.sampling_params.SamplingParams`."""
 
     model: str | None = None
-    temperature: float | None = Field(1.0, ge=0, le=100, allow_inf_nan=False)
-    top_p: float | None = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: Integer | None = Field(0, ge=-1, le=1 << 31, description="0 and -1 disable the limit")
+    temperature: float | None = Field(DEFAULT_SAMPLING.temperature, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(DEFAULT_SAMPLING.top_p, gt=0, le=1, allow_inf_nan=False)
+    top_k: Integer | None = Field(DEFAULT_SAMPLING.top_k, ge=-1, le=1 << 31, description="0 and -1 disable the limit")
     min_p: float | None = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(DEFAULT_SAMPLING.repetition_penalty, gt=0, le=100, allow_inf_nan=False)
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = Field(
@@ -93,13 +93,14 @@ class SamplingRequest(_Body):
 
     def params(self, choice: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Sampling parameters of one choice: its seed is the requested one plus the number of the choice."""
-        def or_default(value: float | None, default: float) -> float:
-            return default if value is None else value
+        def value(name: str) -> Any:
+            given = getattr(self, name)
+            return getattr(DEFAULT_SAMPLING, name) if given is None else given
 
         return SamplingParams(
-            max_new_tokens=max_tokens, temperature=or_default(self.temperature, 1.0),
-            top_k=max(self.top_k or 0, 0), top_p=or_default(self.top_p, 1.0), min_p=or_default(self.min_p, 0.0),
-            repetition_penalty=or_default(self.repetition_penalty, 1.0),
+            max_new_tokens=max_tokens, temperature=value("temperature"),
+            top_k=max(value("top_k"), 0), top_p=value("top_p"), min_p=self.min_p or 0.0,
+            repetition_penalty=value("repetition_penalty"),
             presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
             min_tokens=self.min_tokens or 0, stop_token_ids=tuple(self.stop_token_ids or ()),
