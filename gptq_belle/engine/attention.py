@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.kernels import cpu_attention
 from gptq_belle.kernels.call_recorder import reject_while_recording
+from gptq_belle.models.decoder_config import DecoderConfig
 from gptq_belle.models.sizes import KV_HEADS_PER_PASS, QUERY_BLOCK
 
 
@@ -29,7 +30,8 @@ class Attention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Numbers of heads, and the encoding of positions: rotary frequencies or ALiBi slopes, both float32."""
+    """Numbers of heads, and the encoding of positions: rotary frequencies or ALiBi slopes, both float32 on the device
+    of the model."""
 
     heads: int
     kv_heads: int
@@ -41,7 +43,7 @@ class AttentionConfig:
         """Cosines and signed sines (n, 1, head_dim) for positions (n,); None without rotary embeddings."""
         if self.frequencies is None:
             return None
-        angles = positions[:, None, None].float() * self.frequencies.to(positions.device)
+        angles = positions[:, None, None].float() * self.frequencies
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -52,15 +54,22 @@ class AttentionConfig:
             (1 or kv_heads, group * queries, keys), minus infinity for keys after their query; None if no bias is
             needed.
         """
+        if self.slopes is None and stop == start + 1:
+            return None
         group, queries = self.heads // self.kv_heads, torch.arange(start, stop, device=device)
         offset = torch.arange(stop, device=device) - queries[:, None]  # (Q, S): positive for keys after the query
         if self.slopes is None:
-            if stop == start + 1:
-                return None
             table = torch.zeros(offset.shape, device=device).masked_fill_(offset > 0, -torch.inf)
             return table.repeat(group, 1)[None].to(dtype)
-        table = (self.slopes.to(device)[:, None, None] * offset).masked_fill_(offset > 0, -torch.inf)
+        table = (self.slopes[:, None, None] * offset).masked_fill_(offset > 0, -torch.inf)
         return table.view(self.kv_heads, group * len(queries), stop).to(dtype)
+
+
+def attention_config(config: DecoderConfig, device: torch.device) -> AttentionConfig:
+    """The configuration of a model's attention; its tensors are copied to the device of the model once."""
+    d = config.dimensions
+    frequencies, slopes = (None if one is None else one.to(device) for one in (config.frequencies, config.slopes))
+    return AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, frequencies, slopes)
 
 
 def apply_rotary(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -185,7 +194,7 @@ class DecodeAttention:
     def __init__(self, config: AttentionConfig, cache: KVCache, slots: Sequence[int], lengths: Sequence[int],
                  dtype: torch.dtype) -> None:
         self.cache, self.slots, self.lengths = cache, slots, lengths
-        self.slot_ids, self.positions = (torch.tensor(list(n), device=cache.device) for n in (slots, lengths))
+        self.slot_ids, self.positions = torch.tensor([list(slots), list(lengths)], device=cache.device)
         self.rotation = config.rotation(self.positions, dtype)
         self.causal = [causal_attention(config, n, n + 1, cache.device, dtype) for n in lengths]
 

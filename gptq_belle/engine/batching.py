@@ -285,8 +285,8 @@ class Engine:
             return Event(request, token, request.finished)
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(request.params.logprobs)
-        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Event(request, token, request.finished, float(logprobs[token]), top)
+        *values, own = torch.cat((best.values, logprobs[token, None])).tolist()
+        return Event(request, token, request.finished, own, list(zip(best.indices.tolist(), values, strict=True)))
 
 
 def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gptq_belle.engine.attention import Attention, AttentionConfig
+from gptq_belle.engine.attention import Attention, attention_config
 from gptq_belle.engine.linear import LinearOperator
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weight_loader import WeightLoader
@@ -56,7 +56,7 @@ class Llama:
         names = weights.block_names("model.layers", d.num_layers)
         self.blocks = [_LlamaBlock(weights, name, config) for name in names]
         self.norm = RmsNorm(weights.tensor("model.norm.weight", d.hidden_size), config.eps)
-        self.attention_config = AttentionConfig(d.num_heads, d.num_kv_heads, d.head_dim, config.frequencies, None)
+        self.attention_config = attention_config(config, weights.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) to inputs of the first block (n, width)."""

@@ -28,9 +28,10 @@ class LogitRules:
     def __init__(self, params: SamplingParams, prompt: Iterable[int], ends: Iterable[int],
                  device: torch.device) -> None:
         self._params, self._device = params, device
-        self._seen = self._ids(sorted(set(prompt)))
+        self._seen_ids = set(prompt if params.repetition_penalty != 1 else ())
+        self._seen = self._ids(sorted(self._seen_ids))  # without duplicates
         self._answer: Counter[int] = Counter()
-        self._ends = self._ids(sorted(set(ends)))
+        self._ends = self._ids(sorted(set(ends if params.min_tokens else ())))
         bias = params.logit_bias or {}
         self._bias = self._ids(list(bias)), torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
         self.active = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
@@ -46,7 +47,7 @@ class LogitRules:
         if params.repetition_penalty != 1:
             logits = apply_repetition_penalty(logits, self._seen, params.repetition_penalty)
         if self._answer and (params.presence_penalty or params.frequency_penalty):
-            ids, counts = self._ids(list(self._answer)), torch.tensor(list(self._answer.values()), device=self._device)
+            ids, counts = torch.tensor([list(self._answer), list(self._answer.values())], device=self._device)
             logits = logits.index_add(0, ids, -params.presence_penalty - params.frequency_penalty * counts.float())
         return logits
 
@@ -55,8 +56,9 @@ class LogitRules:
         if not self.active:
             return
         self._answer[token] += 1
-        if self._params.repetition_penalty != 1:
-            self._seen = torch.cat((self._seen, self._ids([token]))).unique()
+        if self._params.repetition_penalty != 1 and token not in self._seen_ids:
+            self._seen_ids.add(token)
+            self._seen = torch.cat((self._seen, self._ids([token])))
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._device)
@@ -65,7 +67,7 @@ class LogitRules:
 def exclude(logits: Tensor, ids: Tensor) -> Tensor:
     """Logits (V,) without the token ids (n,); unchanged if no other token is left."""
     left = logits.index_fill(0, ids, -math.inf)
-    return left if bool(left.isfinite().any()) else logits
+    return torch.where(left.isfinite().any(), left, logits)
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

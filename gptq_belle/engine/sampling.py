@@ -46,8 +46,9 @@ def sample_tokens(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     tokens = logits.argmax(-1)
     random_rows = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     for rows in [random_rows] if logits.is_cuda and random_rows else [[row] for row in random_rows]:
-        tokens[rows] = sample_inverse_cdf(logits[rows], [samplers[row].params for row in rows],
-                                          [samplers[row].random.random() for row in rows])
+        index = torch.tensor(rows, device=logits.device)  # CUDA copies it once; a list would be copied for each use
+        tokens[index] = sample_inverse_cdf(logits[index], [samplers[row].params for row in rows],
+                                           [samplers[row].random.random() for row in rows])
     found: list[int] = tokens.tolist()
     for sampler, token in zip(samplers, found, strict=True):
         sampler.rules.remember(token)
@@ -56,9 +57,10 @@ def sample_tokens(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
 
 def sample_inverse_cdf(logits: Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> Tensor:
     """Sample tokens (n,) from logits (n, V): invert the cumulative distribution at one number in [0, 1) per row."""
-    values, order = filter_logits(logits / _column(logits, [max(p.temperature, MIN_FACTOR) for p in params]), params)
+    temperatures, targets = _columns(logits.device, [max(p.temperature, MIN_FACTOR) for p in params], numbers)
+    values, order = filter_logits(logits / temperatures.to(logits.dtype), params)
     total = values.double().softmax(-1).cumsum(-1)
-    places = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
+    places = torch.searchsorted(total, targets * total[:, -1:], right=True)
     last = values.isfinite().sum(-1, keepdim=True) - 1
     return order.gather(-1, places.clamp_(max=last)).squeeze(-1)
 
@@ -71,15 +73,17 @@ def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Ten
     """
     values, order = logits.sort(stable=True, dim=-1, descending=True)
     width = logits.shape[-1]
-    counts = _column(values, [min(p.top_k or width, width) for p in params])
+    counts, top_p, min_p = _columns(values.device, [min(p.top_k or width, width) for p in params],
+                                    [p.top_p for p in params], [p.min_p for p in params]).to(values.dtype)
     values = values.masked_fill(torch.arange(width, device=values.device) >= counts, -math.inf)
     probabilities = values.softmax(-1)
-    enough = probabilities.cumsum(-1) - probabilities >= _column(values, [p.top_p for p in params])
-    unlikely = probabilities < _column(values, [p.min_p for p in params]) * probabilities[:, :1]
-    enough &= _column(values, [p.top_p for p in params]) < 1
+    enough = probabilities.cumsum(-1) - probabilities >= top_p
+    unlikely = probabilities < min_p * probabilities[:, :1]
+    enough &= top_p < 1
     enough[:, 0] = False  # a top_p that is 0 in float32 still keeps one token
     return values.masked_fill(enough | unlikely, -math.inf), order
 
 
-def _column(like: Tensor, numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None]
+def _columns(device: torch.device, *columns: Sequence[float]) -> Tensor:
+    """Columns of n numbers as (columns, n, 1) float64, in one copy to a GPU."""
+    return torch.tensor(columns, dtype=torch.float64, device=device)[..., None]
