@@ -67,23 +67,15 @@ def compile_launches(launches: Iterable[Launch], device: torch.device, progress:
     Raises:
         Exception: errors of Triton and ptxas propagate.
     """
-    different = list({_variant(launch): launch for launch in launches}.values())
-    if not different:
-        return
     import triton
 
     with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
         started = [launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.constants)
-                   for launch in different]
-        for done, kernel in enumerate(started, 1):
+                   for launch in launches]
+        different = {id(kernel): kernel for kernel in started}.values()  # launches with the same code share it
+        for done, kernel in enumerate(different, 1):
             if isinstance(kernel, triton.FutureKernel):
                 kernel = kernel.result()
             getattr(kernel, "run", None)  # this property builds the launcher and loads the machine code
             if progress is not None:
                 progress(done, len(different))
-
-
-def _variant(launch: Launch) -> tuple[object, ...]:
-    """What compiled code depends on; launches with the same variant share it."""
-    kinds = (value.dtype if isinstance(value, Tensor) else value for value in launch.arguments.values())
-    return launch.kernel, *kinds, *launch.constants.values()

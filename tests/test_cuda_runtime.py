@@ -1,0 +1,240 @@
+"""The CUDA path of the engine on a simulated GPU (`launch_counter`): no mixing of devices, and few copies."""
+
+import os
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import naming, packed_checkpoint, tiny_tokenizer
+from launch_counter import CUDA, GpuTensor, simulate
+from oracle_format import random_words
+from test_triton import has_working_interpreter
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import gptq_belle
+from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.kv_cache import CACHE_DTYPES
+from gptq_belle.kernels import triton_layout, triton_matmul, triton_warm_up
+from gptq_belle.kernels.layout import checked_weight
+from gptq_belle.kernels.triton_config import ROW_BUCKETS
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+TESTS = Path(__file__).parent
+IDS = torch.arange(4, 30)
+SAMPLING = [
+    {}, {"temperature": 0.7}, {"temperature": 1.1, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 3},
+    {"repetition_penalty": 1.2}, {"presence_penalty": 0.5, "frequency_penalty": 0.1, "temperature": 0.5},
+    {"logit_bias": {7: 2.0}, "min_tokens": 2, "logprobs": 3},
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The simulated GPU, in use."""
+    with simulate(monkeypatch) as found:
+        yield found
+
+
+@pytest.mark.skipif(not has_working_interpreter(), reason="needs triton 3.9 or newer")
+def test_runtime_in_the_interpreter():
+    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "runtime_interpreted.py"],
+                         cwd=TESTS, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def check_runtime(model, gpu):
+    """Prefill, decode, logits and log probabilities; one copy to the GPU per step, none to the host."""
+    _, batch = model.prefill(IDS[None].repeat(3, 1), 10)
+    with gpu.counting() as counts, torch.inference_mode():
+        model.prefill_slot(IDS.to(CUDA), batch.cache, 0)
+        logits = model.decode(torch.tensor([5, 6, 7]).to(CUDA), batch)
+    assert (logits.device, logits.dtype, logits.shape) == (CUDA, torch.float32, (3, 384))
+    assert (counts.total("to device"), counts.total("to host")) == (3, 0)  # two from `to` above
+    assert model.logits(IDS[None]).shape == (1, 26, 384)
+    assert len(model.token_logprobs(IDS.tolist(), 2)) == 25
+
+
+@pytest.mark.parametrize("cache", CACHE_DTYPES)
+def test_every_kv_cache(tiny_model, cache, tmp_path, gpu):
+    path = packed_checkpoint(tiny_model, tmp_path / "packed")
+    model = gptq_belle.load(path, device="cuda:0", cache=cache)
+    check_runtime(model, gpu)
+    kept = model.new_cache(2, 40)
+    kept.copy(0, 1, 20)
+    assert {table.dtype for table in (*kept.keys, *kept.values)} == {CACHE_DTYPES[cache]}
+
+
+@pytest.mark.parametrize("options", [
+    {"dtype": torch.bfloat16}, {"precision": "exact"}, {"head_bits": 16}, {"head_bits": 4}], ids=str)
+def test_every_dtype_and_head(tiny_model, options, tmp_path, gpu):
+    """Activations in float32 take the fallback, dequantize + matmul."""
+    path = packed_checkpoint(tiny_model, tmp_path / "packed")
+    model = gptq_belle.load(path, device="cuda:0", **options)
+    check_runtime(model, gpu)
+    assert ("kernel", "skinny_kernel") in gpu.counts or model.dtype is torch.float32
+
+
+@pytest.mark.parametrize("options", [{"act_order": True}, {"sym": False}, {"bits": 3}, {"bits": 8}, None], ids=str)
+def test_every_format_of_weights(tiny_model, options, tmp_path, gpu):
+    path = tiny_model if options is None else packed_checkpoint(tiny_model, tmp_path / "packed", **options)
+    check_runtime(gptq_belle.load(path, device="cuda:0"), gpu)
+
+
+def test_every_way_of_sampling(tiny_model, tmp_path, gpu):
+    """A batch with one request for each; the host waits for the check of logits and for tokens, and no more."""
+    model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
+    engine = Engine(model, 4, 64)
+    requests = [engine.submit([*range(4, 12 + number)], gptq_belle.SamplingParams(
+        max_new_tokens=4, ignore_eos=True, **options)) for number, options in enumerate(SAMPLING)]
+    while not engine.idle:
+        engine.step()
+    assert [(request.finished, len(request.answer)) for request in requests] == [("length", 4)] * len(SAMPLING)
+
+
+@pytest.mark.parametrize(("options", "to_device", "to_host"), [
+    ({}, 2, 2),  # tokens, and slots with positions; whether logits are finite, and tokens
+    ({"temperature": 0.7, "top_p": 0.9}, 5, 2),  # rows, and two tables of parameters
+    ({"logprobs": 3}, 2, 4),
+    ({"repetition_penalty": 1.2}, 3, 2)])
+def test_copies_per_token(tiny_model, options, to_device, to_host, tmp_path, gpu):
+    model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
+    engine = Engine(model, 1, 64)
+    engine.submit(range(4, 20), gptq_belle.SamplingParams(max_new_tokens=5, ignore_eos=True, **options))
+    engine.step()
+    engine.step()
+    with gpu.counting() as counts:
+        engine.step()
+    assert counts.total("to device") <= to_device
+    assert counts.total("to host") == to_host
+
+
+# For one decoded token of one sequence, in each block and outside them. K is split in every linear, as in BELLE's.
+BLOCK = {"bloom": {"operation": 8, "kernel": 8, "to device": 0, "to host": 0},
+         "llama": {"operation": 15, "kernel": 8, "to device": 0, "to host": 0}}
+REST = {"bloom": {"operation": 23, "kernel": 2, "to device": 2, "to host": 0},
+        "llama": {"operation": 13, "kernel": 0, "to device": 2, "to host": 0}}
+
+
+@pytest.fixture(scope="module")
+def wide_models(tmp_path_factory):
+    """Packed models of two blocks with 1024 wide streams, by type."""
+    bloom = BloomConfig(vocab_size=384, hidden_size=1024, n_layer=2, n_head=8)
+    llama = LlamaConfig(vocab_size=384, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2,
+                        num_attention_heads=8, tie_word_embeddings=False)
+    folder, found = tmp_path_factory.mktemp("wide"), {}
+    for model in (BloomForCausalLM(bloom), LlamaForCausalLM(llama)):
+        name = model.config.model_type
+        model.half().save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+        found[name] = packed_checkpoint(folder / name, folder / f"{name}-packed", group_size=128)
+    return found
+
+
+@pytest.mark.parametrize("kind", BLOCK)
+def test_launches_per_token(kind, wide_models, gpu):
+    model = gptq_belle.load(wide_models[kind], device="cuda:0")
+    _, batch = model.prefill(IDS[None], 10)
+    blocks, totals = model.decoder.blocks, []
+    for count in (1, 2):
+        model.decoder.blocks = blocks[:count]
+        with gpu.counting() as counts:
+            model.decode(torch.tensor([5]), batch)
+        totals.append(counts.totals())
+    first, both = totals
+    block = {name: both[name] - number for name, number in first.items()}
+    rest = {name: number - block[name] for name, number in first.items()}
+    assert (block, rest) == (BLOCK[kind], REST[kind])
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}], ids=str)
+def test_all_launches_are_compiled_before(tiny_model, options, tmp_path, gpu):
+    """And nothing else is, over every number of rows."""
+    path = packed_checkpoint(tiny_model, tmp_path / "packed", **options)
+    model, finished = gptq_belle.load(path, device="cuda:0"), []
+    model.warm_up(16, 2048, lambda done, total: finished.append((done, total)))
+    assert finished[-1] == (len(finished), len(gpu.compiled)) == (len(gpu.compiled),) * 2
+    with torch.inference_mode():
+        cache = model.new_cache(16, ROW_BUCKETS[-1])
+        for rows in (1, *ROW_BUCKETS):
+            model.prefill_slot(torch.full((rows,), 5).to(CUDA), cache, 0)
+        for rows in range(1, 17):
+            model.decode_slots(torch.full((rows,), 5).to(CUDA), cache, range(rows), [20] * rows)
+    assert gpu.launched == gpu.compiled.keys()
+
+
+def test_engine_compiles_what_it_launches(tiny_model, tmp_path, gpu):
+    model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
+    assert not gpu.compiled
+    model.generate([range(4, 20), range(4, 150)], max_new_tokens=2)
+    assert gpu.launched
+    assert gpu.launched <= gpu.compiled.keys()
+
+
+def test_warm_up_compiles_in_threads(monkeypatch, tmp_path):
+    """What Triton compiles then is what later launches find, and nothing is launched."""
+    calls, code = [], SimpleNamespace(load_binary=lambda *_: ("module", "function", 32, 0, 1024),
+                                      get_device_properties=lambda device: {"max_shared_mem": 227 << 10})
+    pretended = SimpleNamespace(
+        get_current_device=lambda: 1 << 20, get_current_stream=lambda device: 0, utils=code,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=lambda source, metadata: lambda *arguments: calls.append(source.name))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (90, 132))
+    monkeypatch.setattr(driver, "_active", pretended)
+    weight = triton_layout.prepare(checked_weight(**random_words(4, 1024, 64, 128), bits=4, zero_offset=1))
+    seen = []
+    triton_warm_up.warm_up([triton_warm_up.Product(weight, None, 16)] * 2, torch.float16,
+                           lambda done, total: seen.append((done, total, threading.active_count())))
+    assert [done for done, *_ in seen] == [*range(1, seen[0][1] + 1)]
+    assert max(threads for *_, threads in seen) > threading.active_count()
+    assert not calls
+    files = sorted(tmp_path.rglob("*.cubin"))
+    for rows in (1, 8, 9, 16):
+        triton_matmul.quant_matmul(torch.ones(rows, 1024).half(), weight)
+    assert calls == ["skinny_kernel", "reduce_kernel"] * 4
+    assert sorted(tmp_path.rglob("*.cubin")) == files
+
+
+# The simulation itself.
+
+
+def test_tensors_of_two_devices_are_not_mixed(gpu):
+    own, host = torch.ones(3, device=CUDA), torch.ones(3)
+    assert isinstance(own, GpuTensor)
+    for mixed in (lambda: own + host, lambda: torch.cat((host, own)), lambda: own[torch.tensor([1])],
+                  lambda: own[[1, 2]], lambda: torch.add(host, host, out=own)):
+        with pytest.raises(RuntimeError, match="device"):
+            mixed()
+    assert (own + torch.tensor(2.0)).tolist() == [3, 3, 3]  # one number is an argument of the kernel
+
+
+def test_operations_and_copies_are_counted(gpu):
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=CUDA)
+    with gpu.counting() as counts:
+        y = x.t()[1:].reshape(-1).add_(1)  # the first three are views
+        assert float(y.sum()) == 8
+        x[:, 0] = 0
+        x.copy_(torch.ones(2, 2))
+        assert isinstance(x.cpu() + 1, torch.Tensor)
+        x[x > 0]
+        x.nonzero()
+    assert counts.totals() == {"operation": 4, "kernel": 0, "to device": 1, "to host": 4}
+    assert gpu.counts["to device", "copy_"] == 1
+
+
+def test_tensor_of_the_cpu_is_no_argument_of_a_kernel(gpu):
+    from gptq_belle.kernels.triton_reduce import reduce_kernel
+
+    with pytest.raises(RuntimeError, match=naming("bias")):
+        reduce_kernel[1,](torch.ones(2, 1, 4, device=CUDA), torch.ones(4), torch.ones(1, 4, device=CUDA), 1, 4,
+                          HAS_BIAS=True, SPLIT_K=2, WIDTH=256)
