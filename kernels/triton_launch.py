@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 
 class Launch(NamedTuple):
     """A kernel with everything that it is launched with."""
@@ -14,3 +16,10 @@ class Launch(NamedTuple):
     def __call__(self) -> None:
         """Launch the kernel."""
         self.kernel[self.grid](**self.arguments, **self.constants)
+
+
+class Workspace(NamedTuple):
+    """Memory that launches which follow one another on a stream share."""
+
+    sums: Tensor  # 1-D float32, contents undefined between launches
+    tickets: Tensor  # 1-D int32, all 0 between launches
