@@ -3,6 +3,9 @@
 The packed format is decoded here independently of the code that writes it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -47,11 +50,24 @@ def lookup_rows(weight: CanonicalWeight, ids: Tensor) -> Tensor:
 def quant_matmul(x: Tensor, weight: CanonicalWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the dequantized weight (K, N), plus bias (N,), in x's dtype.
 
-    Arithmetic is in float32 (float64 if x is), and rounded once at the end.
+    Arithmetic is in float32 (float64 if x is), never in TF32, and rounded once at the end.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
-    return linear(x.to(dtype), dequantize(weight, dtype).t(), bias).to(x.dtype)
+    with full_float32() if x.is_cuda else nullcontext():
+        return linear(x.to(dtype), dequantize(weight, dtype).t(), bias).to(x.dtype)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices on CUDA without TF32, whose 11 bits would hide the errors of what is compared."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def groupwise_matmul(x: Tensor, weight: CanonicalWeight, bias: Tensor | None = None) -> Tensor:

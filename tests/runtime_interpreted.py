@@ -7,9 +7,10 @@ import bfloat16_interpreter
 import pytest
 import torch
 from conftest import packed_checkpoint
-from launch_counter import simulate
+from launch_counter import CUDA, simulate
 
 import gptq_belle
+from gptq_belle.bench.self_test import self_test
 from gptq_belle.engine.batching import Engine
 
 bfloat16_interpreter.teach()
@@ -37,6 +38,14 @@ def test_logits(kind, dtype, cache, allowed, request, tmp_path, monkeypatch):
     logits, batch = model.prefill(IDS[None], 2)
     expected = torch.cat((logits, model.decode(torch.tensor([7]), batch)))
     assert ((found - expected).norm(dim=1) / expected.norm(dim=1) < allowed).all()
+
+
+def test_self_test(monkeypatch):
+    with simulate(monkeypatch) as gpu:
+        checks = self_test([CUDA])
+    assert [check for check in checks if not check.passed] == []
+    assert {check.kernel for check in checks} == {"triton"}
+    assert gpu.counts.total("kernel") == 12
 
 
 def answers(model):

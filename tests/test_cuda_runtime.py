@@ -19,7 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 import gptq_belle
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.kv_cache import CACHE_DTYPES
-from gptq_belle.kernels import triton_layout, triton_matmul, triton_warm_up
+from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
 from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS
 
@@ -203,6 +203,26 @@ def test_warm_up_compiles_in_threads(monkeypatch, tmp_path):
         triton_matmul.quant_matmul(torch.ones(rows, 1024).half(), weight)
     assert calls == ["skinny_kernel", "reduce_kernel"] * 4
     assert sorted(tmp_path.rglob("*.cubin")) == files
+
+
+@pytest.fixture(params=["none", "tf32"])
+def precision(request):
+    """The user's setting of float32 products on CUDA."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, request.param
+    yield request.param
+    settings.fp32_precision = before
+
+
+def test_reference_on_a_gpu_is_not_computed_in_tf32(precision, gpu, monkeypatch):
+    settings, product, seen = torch.backends.cuda.matmul, reference.linear, []
+    monkeypatch.setattr(reference, "linear", lambda *args: seen.append(settings.fp32_precision) or product(*args))
+    words = {name: tensor.to(CUDA) for name, tensor in random_words(4, 64, 32, 32).items()}
+    reference.quant_matmul(torch.ones(1, 64, device=CUDA), checked_weight(**words, bits=4, zero_offset=1))
+    assert (seen, settings.fp32_precision) == (["ieee"], precision)
+    with pytest.raises(ZeroDivisionError), reference.full_float32():
+        raise ZeroDivisionError
+    assert settings.fp32_precision == precision
 
 
 # The simulation itself.

@@ -65,7 +65,7 @@ def _check_cuda(device: torch.device) -> Iterator[KernelCheck]:
     kernel = "triton" if triton_matmul.unavailable_reason(device) is None else "dequantize+matmul"
     for bits in (4, 8, 3, 2):
         packed = _random_weight(bits)
-        for dtype, allowed in ((torch.float16, HALF), (torch.float32, 1e-3)):  # TF32 may be enabled
+        for dtype, allowed in ((torch.float16, HALF), (torch.float32, FLOAT)):
             yield _check(kernel, f"{bits} bit {str(dtype).removeprefix('torch.')}", packed, bits, allowed,
                          partial(_dispatched_matmul, packed, bits, device, dtype))
 
@@ -81,7 +81,12 @@ def _torch_matmul(words: CanonicalWeight, multiply: Callable[[Tensor, CanonicalW
 
 def _dispatched_matmul(packed: PackedWeight, bits: int, device: torch.device, dtype: torch.dtype) -> Matmul:
     weight = dispatch.prepare_tensors(*packed, bits, 0, device=device, dtype=dtype)
-    return lambda x: dispatch.quant_matmul(x.to(device, dtype), weight).cpu()
+
+    def multiply(x: Tensor) -> Tensor:
+        with reference.full_float32():
+            return dispatch.quant_matmul(x.to(device, dtype), weight).cpu()
+
+    return multiply
 
 
 def _random_weight(bits: int) -> PackedWeight:
