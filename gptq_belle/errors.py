@@ -103,3 +103,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's exception in one line of at most 200 characters.
+
+    "Unexpected" is what this program calls its own faults (see `as_user_error`).
+    """
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return text.replace("unexpected", "unknown").replace("Unexpected", "Unknown")

@@ -1,6 +1,7 @@
 """The configuration files of a model directory: config.json and quantize_config.json are written, and
 generation_config.json is read, checked, and repaired where transformers refuses to save it."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.writer import CheckpointWriter
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, one_line
 from gptq_belle.models.decoder_config import token_ids
 
 GENERATION = "generation_config.json"
-NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens")
+NUMBERS = {  # lowest and highest values with which transformers generates; 0 disables top_k and, greedy, temperature
+    "temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1),
+    "repetition_penalty": (1e-9, math.inf), "max_length": (1, math.inf), "max_new_tokens": (1, math.inf),
+    "min_length": (0, math.inf), "min_new_tokens": (0, math.inf), "num_beams": (1, math.inf),
+    "num_return_sequences": (1, math.inf), "no_repeat_ngram_size": (0, math.inf)}
 CORRECT_IT = "Correct the value, or remove the file."
 
 
@@ -79,9 +84,12 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
             token_ids(stated, key)
         except InputError as error:
             raise InputError(f"{path}: {error.cause}", CORRECT_IT) from error
-    for key in NUMBERS:
-        if type(stated.get(key)) not in (int, float, type(None)):
-            raise InputError(f"{path}: {key} {str(stated[key])[:40]!r} is not a number", CORRECT_IT)
+    for key, (lowest, highest) in NUMBERS.items():
+        value = stated.get(key)
+        if value is not None and (type(value) not in (int, float) or not lowest <= value <= highest):
+            raise InputError(f"{path}: {key} {str(value)[:40]!r} is not from {lowest} to {highest}", CORRECT_IT)
+    if not isinstance(stated.get("do_sample"), bool | None):
+        raise InputError(f"{path}: do_sample {str(stated['do_sample'])[:40]!r} is not true or false", CORRECT_IT)
     reason = ""
     if any(token < 0 for token in token_ids(stated, "pad_token_id")):
         stated = {key: value for key, value in stated.items() if key != "pad_token_id"}
@@ -89,7 +97,7 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
         try:
             GenerationConfig.from_dict(dict(content)).validate(strict=True)
         except (TypeError, ValueError, AttributeError) as error:
-            reason = reason or " ".join(str(error).split())[:200]
+            reason = reason or one_line(error)
         else:
             return content
     raise InputError(f"{path} is not understood: {reason}", CORRECT_IT)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, one_line
 from gptq_belle.models.dimensions import LARGEST
 
 DROPOUTS = ("attention_dropout", "hidden_dropout")
@@ -33,9 +33,8 @@ def empty_model(path: Path) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # the code of a model raises anything for values of a wrong type
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"no model can be built from {path / 'config.json'}: {reason}",
-                         "It is damaged, or needs a newer version of transformers.") from error
+        raise InputError(f"no model can be built from {path / 'config.json'}: {one_line(error)}",
+                         "Correct the value, or install a newer version of transformers.") from error
     _rebuild_computed_buffers(model, config)
     return model.eval().requires_grad_(False)
 

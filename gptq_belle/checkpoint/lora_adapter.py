@@ -6,7 +6,7 @@ for rank-stabilized adapters. Adapters that change more than this are rejected. 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,13 @@ class AdaptedReader(CheckpointReader):
         """Read one tensor on the CPU, in the dtype of the file, or in float32 if it is merged."""
         weight = super().tensor(name, allocator)
         return self.adapter.merged(self._changed[name], weight) if name in self._changed else weight
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Read one tensor in chunks of rows; a merged one whole."""
+        if name in self._changed:
+            yield self.tensor(name)
+        else:
+            yield from super().chunks(name)
 
     @property
     def files(self) -> list[Path]:

@@ -75,7 +75,7 @@ def _states_quantization(file: Path) -> bool:
     config = file.parent / "config.json"
     return file.suffix in (".safetensors", ".bin") and (
         (file.parent / "quantize_config.json").is_file()
-        or (config.is_file() and "quantization_config" in read_json(config)))
+        or (config.is_file() and read_json(config).get("quantization_config") is not None))
 
 
 def packed_linears(reader: CheckpointReader, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

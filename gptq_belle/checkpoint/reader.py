@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -14,7 +15,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, DAMAGED, TensorFile
 from gptq_belle.common.files import reject_lfs_pointer
-from gptq_belle.errors import InputError, from_os_error
+from gptq_belle.errors import InputError, from_os_error, one_line
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 from gptq_belle.models.architectures import LM_HEAD, Architecture, architecture
 from gptq_belle.models.belle_catalogue import CONFIGS, find_belle_model
@@ -51,6 +52,10 @@ class CheckpointReader:
         self.arch: Architecture = architecture(self.config.get("model_type"))
         self._shards = {file: _open(file) for file in weights or weight_files(self.path)}
         listed = [(name, file) for file, shard in self._shards.items() for name in shard.names()]
+        if twice := next((name for name, count in Counter(name for name, _ in listed).items() if count > 1), None):
+            files = " and ".join(file.name for name, file in listed if name == twice)
+            raise InputError(f"{self.path} holds the tensor {twice} twice: in {files}",
+                             "Shards of two checkpoints are mixed: fetch the directory again.")
         bare = not any(name.startswith(self.arch.prefix + ".") for name, _ in listed)
         self._where = {self._with_prefix(name) if bare else name: (file, name) for name, file in listed}
 
@@ -162,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise from_os_error(error) or InputError(f"{path} cannot be read: {error.strerror}", DAMAGED) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}", DAMAGED) from error
+        raise InputError(f"{path} cannot be read as JSON: {one_line(error)}", DAMAGED) from error
     if not isinstance(value, dict):
         raise InputError(f"{path} does not contain a JSON object", DAMAGED)
     return value

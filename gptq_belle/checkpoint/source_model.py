@@ -30,8 +30,6 @@ class SourceModel:
         blocks: the list of decoder blocks.
         count: number of blocks.
         linear_shapes: (K, N) of the linears of a block, by their path inside it.
-    Raises:
-        InputError: the blocks have more than one kind of attention.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
@@ -40,9 +38,6 @@ class SourceModel:
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
         self.linear_shapes = linear_shapes(dimensions(reader.config))
-        if len(set(getattr(self.model.config, "layer_types", None) or ["full_attention"])) > 1:
-            raise InputError("this model mixes kinds of attention between its blocks",
-                             "Only models whose blocks all use the same attention can be quantized or converted.")
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.modules_before[0]}.weight").shape)
 
     def embeddings_and_norms(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Validate a model directory before any work: what its configuration and its tensors must be for every command.
 
-`quantize`, `convert`, `load` and `serve` raise the first problem that `inspect` lists. Everything here reads headers
-and small tensors only.
+`quantize`, `convert`, `load` and `serve` raise the first problem that `inspect` lists. `check_model` reads headers and
+small tensors only; `list_problems` and `quantize` read every value once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
-from gptq_belle.checkpoint.config_files import read_generation_config
+from gptq_belle.checkpoint.config_files import GENERATION, read_generation_config
+from gptq_belle.checkpoint.empty_model import empty_model
 from gptq_belle.checkpoint.packed_reader import PARTS, check_packed_linear, packed_lm_head_bits
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.source_model import FLOATS
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.checkpoint.weight_values import packed_value_problems, weight_value_problems
 from gptq_belle.errors import GptqBelleError, InputError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
-from gptq_belle.formats.packing import unpack_rows
 from gptq_belle.formats.quantize_config import Quantization
-from gptq_belle.formats.zero_points import V1
 from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD, architecture
-from gptq_belle.models.decoder_config import read_decoder_config
+from gptq_belle.models.decoder_config import check_token_ids, read_decoder_config
 from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes, outer_shapes, vector_shapes
 from gptq_belle.prompts.conversation import chat_format
 
@@ -39,9 +40,9 @@ def check_model(reader: CheckpointReader, quantization: Quantization | None) -> 
     Raises:
         InputError: the first problem. The tensor or key is named.
     """
-    d = read_decoder_config(reader.config).dimensions
+    d = _checked_dimensions(reader)
     for problem in (*_tensor_problems(reader, d), *_packed_problems(reader, d, quantization),
-                    *_generation_problems(reader.path)):
+                    *_generation_problems(reader.path, d)):
         raise problem
     return _ignorable(reader, d)
 
@@ -53,13 +54,22 @@ def list_problems(reader: CheckpointReader, quantization: Quantization | None) -
     of a full-precision model that cannot be packed.
     """
     try:
-        d = read_decoder_config(reader.config).dimensions
+        d = _checked_dimensions(reader)
     except InputError as error:
         return [error.cause]
-    kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization), _generation_problems(reader.path),
-             _value_problems(reader, d, quantization), _tokenizer_problems(reader),
+    kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization),
+             _generation_problems(reader.path, d), packed_value_problems(reader, _linears(d), quantization),
+             weight_value_problems(reader, half=quantization is None), _tokenizer_problems(reader),
              size_problems(linear_shapes(d)) if quantization is None else iter(()))
     return [text for kind in kinds for text in _shortened(kind)]
+
+
+def _checked_dimensions(reader: CheckpointReader) -> Dimensions:
+    """The sizes of a model whose configuration this program and transformers both understand."""
+    found = read_decoder_config(reader.config)
+    check_token_ids(reader.config, found.dimensions.vocab_size, f"{reader.path}: config.json's")
+    empty_model(reader.path)  # transformers checks the types of more keys; 0.1 s
+    return found.dimensions
 
 
 def is_act_ordered(reader: CheckpointReader) -> bool:
@@ -110,7 +120,7 @@ def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputE
                          "A shard is missing, or the lm_head is the embedding: then set tie_word_embeddings to true in "
                          "config.json.")
     for name, shape in expected.items():
-        if name in reader and (reader.shape(name) != shape or not reader.dtype(name).is_floating_point):
+        if name in reader and (reader.shape(name) != shape or reader.dtype(name) not in FLOATS):
             yield InputError(f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating "
                              f"point {shape}", WRONG_MODEL)
     known = {f"{name}.{part}" for name in linears for part in PARTS if part != "bias"}
@@ -179,43 +189,13 @@ def _packed_problems(reader: CheckpointReader, d: Dimensions,
             yield error
 
 
-def _generation_problems(path: Path) -> Iterator[InputError]:
-    """A generation_config.json that transformers cannot read."""
+def _generation_problems(path: Path, d: Dimensions) -> Iterator[InputError]:
+    """A generation_config.json that transformers cannot read, or whose eos the model cannot generate."""
     try:
-        read_generation_config(path)
+        if (found := read_generation_config(path)) is not None:
+            check_token_ids(found.to_dict(), d.vocab_size, f"{path / GENERATION}:")
     except InputError as error:
         yield error
-
-
-def _value_problems(reader: CheckpointReader, d: Dimensions, quantization: Quantization | None) -> Iterator[InputError]:
-    """Problems in the values of the small tensors of packed linears."""
-    for name, shape in _linears(d).items():
-        if not reader.is_packed(name):
-            continue
-        try:
-            stated = check_packed_linear(reader, quantization, name, *shape)
-        except InputError:
-            continue  # `_packed_problems` names it
-        yield from (InputError(text, "") for text in _values(stated, reader, name))
-
-
-def _values(stated: Quantization, reader: CheckpointReader, name: str) -> Iterator[str]:
-    scales = reader.tensor(f"{name}.scales")
-    if not torch.isfinite(scales).all():
-        yield f"{name}: scales hold NaN or infinity"
-    if f"{name}.g_idx" in reader:
-        g_idx = reader.tensor(f"{name}.g_idx")
-        if len(g_idx) == 0 or int(g_idx.min()) < 0 or int(g_idx.max()) >= len(scales):
-            yield f"{name}: g_idx names groups outside of 0..{len(scales) - 1}"
-    elif stated.desc_act:
-        yield f"{name}: the configuration says act-order, but there is no g_idx"
-    zeros = unpack_rows(reader.tensor(f"{name}.qzeros").t(), stated.bits).int() + stated.zero_offset
-    middle = 1 << (stated.bits - 1)
-    if stated.sym and bool((zeros != middle).any()):
-        other = "gptq_v2" if stated.checkpoint_format == V1 else "gptq (v1)"
-        off_by_one = bool((zeros == middle + (1 if stated.checkpoint_format == V1 else -1)).all())
-        yield f"{name}: zero points are not the {middle} of symmetric weights" + (
-            f"; they would be under format {other}, so the file is probably labelled wrongly" if off_by_one else "")
 
 
 def _tokenizer_problems(reader: CheckpointReader) -> Iterator[InputError]:

@@ -26,7 +26,8 @@ def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
     stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(stated, dict):
         raise InputError(f"config.json's rope_parameters {str(stated)[:40]!r} are not a JSON object", "It is damaged.")
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = next((value for value in stated.values() if isinstance(value, dict)),  # one for each kind of attention
+                stated.get("rope_type", stated.get("type", "default")))
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise InputError(f"rope_type {str(kind)[:40]!r} is not supported", f"It must be one of {', '.join(SCALINGS)}.")
     rotary_share = stated.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -68,6 +69,7 @@ def _number(stated: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}  # within the window both give the same result
 ACTIVATIONS = {"bloom": ("gelu",), "llama": ("silu",)}
 DAMAGED = "config.json is damaged, or the model is of a kind that is not supported."
 LIMITS = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
@@ -109,6 +111,9 @@ def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     _check_dimensions(figures, config)
     bloom = figures.model_type == "bloom"
     window = None if bloom else _window(config)
+    if unknown := set(_layer_types(config)) - ATTENTION_KINDS:
+        raise InputError(f"layer_types of config.json holds {str(min(unknown, key=str))[:40]!r}",
+                         f"It must be {' or '.join(sorted(ATTENTION_KINDS))}.")
     limits = [limit for limit in (figures.context, window) if limit is not None]
     return DecoderConfig(
         dimensions=figures,
@@ -142,6 +147,17 @@ def token_ids(config: Mapping[str, Any], key: str) -> frozenset[int]:
     return frozenset(found)
 
 
+def check_token_ids(config: Mapping[str, Any], vocabulary: int, where: str) -> None:
+    """Refuse eos tokens that the model cannot generate: its answers would not end there.
+
+    Raises:
+        InputError: an id of eos_token_id is outside of the vocabulary.
+    """
+    if wrong := [token for token in token_ids(config, "eos_token_id") if not 0 <= token < vocabulary]:
+        raise InputError(f"{where} eos_token_id {wrong[0]} is not among the {vocabulary} tokens of the model",
+                         "Correct eos_token_id, or remove it: the tokenizer's eos token is used as well.")
+
+
 def _check_dimensions(d: Dimensions, config: Mapping[str, Any]) -> None:
     for name, key in LIMITS.items():
         if not 1 <= getattr(d, name) <= LARGEST[key]:
@@ -155,6 +171,11 @@ def _check_dimensions(d: Dimensions, config: Mapping[str, Any]) -> None:
     found = config.get("hidden_act", ACTIVATIONS[kind][0])
     if found not in ACTIVATIONS[kind]:
         raise InputError(f"hidden_act {str(found)[:40]!r} is not supported", f"It must be {ACTIVATIONS[kind][0]}.")
+
+
+def _layer_types(config: Mapping[str, Any]) -> list[Any]:
+    value = config.get("layer_types") or []
+    return value if isinstance(value, list) and all(isinstance(kind, str) for kind in value) else [str(value)]
 
 
 def _window(config: Mapping[str, Any]) -> int | None:

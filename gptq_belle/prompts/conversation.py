@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import InputError, UsageError, one_line
 from gptq_belle.prompts.styles import (
     STYLES,
     TEMPLATE,
@@ -48,7 +48,7 @@ class ChatFormat:
         name: a key of `prompts.styles.STYLES`, or "template" for the chat template of the tokenizer.
     Raises:
         UsageError: the name is unknown, or there is no chat template.
-        InputError: the chat template cannot be rendered for a single question.
+        InputError: the chat template cannot be rendered for a single question, or leaves it out.
     """
 
     def __init__(self, tokenizer: Any, name: str) -> None:
@@ -58,9 +58,11 @@ class ChatFormat:
             self._style = get_style(name)
             return
         try:
-            self.render([{"role": "user", "content": QUESTION}])
+            text = self.render([{"role": "user", "content": QUESTION}])
         except UsageError as error:
             raise InputError(error.cause, OTHER_STYLE) from error
+        if QUESTION not in text:
+            raise InputError("the model's chat template leaves out the user's message", OTHER_STYLE)
 
     @property
     def special_tokens(self) -> bool:
@@ -132,8 +134,7 @@ class ChatFormat:
             return str(self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False,
                                                           **options))
         except Exception as error:  # a template is a program, which jinja2 runs in a sandbox; it can raise anything
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UsageError(f"the model's chat template does not accept the messages: {reason}",
+            raise UsageError(f"the model's chat template does not accept the messages: {one_line(error)}",
                              "Change their roles or order, or choose a prompt style: --prompt-style "
                              f"{', '.join(STYLES)}.") from error
 

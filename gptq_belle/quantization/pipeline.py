@@ -14,6 +14,7 @@ from gptq_belle import __version__
 from gptq_belle.checkpoint.config_files import write_configuration
 from gptq_belle.checkpoint.model_card import model_card
 from gptq_belle.checkpoint.tokenizer_files import copy_tokenizer
+from gptq_belle.checkpoint.weight_values import check_values
 from gptq_belle.checkpoint.writer import CheckpointWriter, check_output_directory
 from gptq_belle.common.devices import threads
 from gptq_belle.common.memory import PeakMemory, lower_mmap_threshold
@@ -32,6 +33,7 @@ from gptq_belle.quantization.fingerprint import environment, environment_differe
 from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import must_spill
+from gptq_belle.quantization.output_check import check_metadata, check_output
 from gptq_belle.quantization.report import JobProgress, NoProgress, Report
 from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification, verification_tokens
 
@@ -115,7 +117,12 @@ def quantize_checkpoint(
     spill = must_spill(job, memory)
     report = _new_report(source, job, lora)
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
+        _write_metadata(job, writer)  # before the work, because it can fail: it is written again with the final bits
+        check_metadata(writer.files, job.tokenizer)
         journal = _journal(writer, job, report, progress, restart=not resume)
+        if not journal.records:
+            progress.phase("checking the values of the weights")
+            check_values(job.stream.reader)
         with threads(journal.environment["threads"]):
             job, report.choice = choose_bits(job, journal, progress)
             report.settings = job.config
@@ -125,8 +132,11 @@ def quantize_checkpoint(
             expected = journal.tensors(VERIFIED_BLOCK)
             if job.config.techniques.tuning_steps:
                 report.tuning, expected = tune_model(job, writer, journal, verification, progress)
-            _merge_parts(job, writer, progress)
+            progress.phase("writing")
+            _write_metadata(job, writer)
+            writer.merge()
             progress.phase("verifying the written file")
+            check_output(writer.files)
             report.readback_error = verification.compare(writer.files, job.stream, expected)
         _complete(report, journal, writer, peak, time.perf_counter() - started)
         writer.publish()
@@ -185,14 +195,12 @@ def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Jo
     return verification
 
 
-def _merge_parts(job: QuantizationJob, writer: CheckpointWriter, progress: JobProgress) -> None:
-    """Write the configuration, the tokenizer and the model card, and merge the parts into the weight files."""
-    progress.phase("writing")
+def _write_metadata(job: QuantizationJob, writer: CheckpointWriter) -> None:
+    """Write the configuration, the tokenizer and the model card."""
     source, settings, tied = job.stream.reader, job.config.to_dict(), job.stream.tied()
     write_configuration(writer, source.config, settings, tied=tied)
     copy_tokenizer(writer, source.path, job.tokenizer, source.config)
     writer.write_text("README.md", model_card(source, settings, tied=tied))
-    writer.merge()
 
 
 def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: PeakMemory, seconds: float) -> None:

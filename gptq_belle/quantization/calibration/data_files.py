@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, one_line
 from gptq_belle.quantization.calibration.text_files import decode_text, read_bytes
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
@@ -81,7 +81,7 @@ def _json_values(path: Path, text: str) -> Iterator[tuple[int, Any, bool]]:
         except RecursionError as error:
             raise InputError(f"{path}, line {line} is nested too deeply", "Correct or delete it.") from error
         except ValueError as error:
-            raise InputError(f"{path}, line {line} is not valid JSON: {error}",
+            raise InputError(f"{path}, line {line} is not valid JSON: {one_line(error)}",
                              'Correct or delete it; a row of plain text is {"text": "..."}.') from error
         place = _skip_space(text, end)
         yield line, value, place == len(text)
