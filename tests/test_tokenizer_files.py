@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import SENTENCES, VOCABULARY
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import AutoTokenizer
 
 from gptq_belle.checkpoint.inspection import inspect
@@ -66,8 +67,6 @@ def test_converted_sentencepiece_model_gives_its_ids(tmp_path, options):
 
 
 def test_merges_follow_scores_and_not_ids(tmp_path):
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
     train(path := tmp_path / "tokenizer.model")
     extended = proto.ModelProto()
     extended.ParseFromString(path.read_bytes())
@@ -78,6 +77,28 @@ def test_merges_follow_scores_and_not_ids(tmp_path):
     path.write_bytes(extended.SerializeToString())
     expected = SentencePieceProcessor(str(path)).encode("请介绍一下")
     assert convert_sentencepiece(path).tokenizer.encode("请介绍一下").ids == expected
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_pieces_of_equal_score_are_merged_as_by_sentencepiece(model, legacy):
+    """Vocabularies that were extended without scores, as Chinese-LLaMA's, cannot be written as a tokenizer.json."""
+    train(path := model / "tokenizer.model")
+    extended = proto.ModelProto()
+    extended.ParseFromString(path.read_bytes())
+    for piece, text in zip(extended.pieces[-2:], ("绍一", "介绍"), strict=True):  # the leftmost has the larger id
+        piece.piece, piece.score = text, 1.0
+    path.write_bytes(extended.SerializeToString())
+    edit(model / "tokenizer_config.json", legacy=legacy)
+    texts = [*TEXTS[:2], *SENTENCES, "", "<0x0A>", "龘😀龘 a", "".join(SENTENCES) * 40]
+    expected = [[BOS, *SentencePieceProcessor(str(path)).encode(text)] for text in texts]
+    fast = convert_sentencepiece(path, legacy=legacy).tokenizer
+    assert [[BOS, *fast.encode(text).ids] for text in texts] != expected
+    out = quantized(model)
+    for reader in (load_tokenizer(model), load_tokenizer(out)):
+        assert reader(texts, verbose=False)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(out)(SENTENCES[0])["input_ids"][0] == BOS
+    notes = json.loads((out / "quantization_report.json").read_text())["notes"]
+    assert any("tokenizer.model" in note for note in notes)
 
 
 @pytest.mark.parametrize("config", [

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from gptq_belle.checkpoint.sentencepiece_ties import SentencePieceSegmenter, has_equal_scores
 from gptq_belle.errors import InputError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
@@ -23,10 +24,12 @@ class SentencePieceTokenizer(NamedTuple):
     Attributes:
         tokenizer: the fast tokenizer; it adds no special tokens.
         special_tokens: names of unk, bos and eos by their keys in tokenizer_config.json; those that the model has.
+        exact: a pre-tokenizer without which the ids differ; None where none is needed. It cannot be written to a file.
     """
 
     tokenizer: Tokenizer
     special_tokens: dict[str, str]
+    exact: Any
 
 
 def convert_sentencepiece(path: Path, *, legacy: bool = True, add_prefix_space: bool = True) -> SentencePieceTokenizer:
@@ -61,7 +64,11 @@ def convert_sentencepiece(path: Path, *, legacy: bool = True, add_prefix_space: 
     kinds = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
     tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=kinds[piece.type])
                           for piece in model.pieces if piece.type in kinds])
-    return SentencePieceTokenizer(tokenizer, _special_tokens(model))
+    exact = None
+    if model.trainer_spec.model_type == BPE and has_equal_scores(model):
+        cutter = pre_tokenizers.PreTokenizer.custom(SentencePieceSegmenter(model))
+        exact = cutter if legacy else pre_tokenizers.Sequence([tokenizer.pre_tokenizer, cutter])
+    return SentencePieceTokenizer(tokenizer, _special_tokens(model), exact)
 
 
 def _model(model: Any, path: Path) -> Any:
@@ -74,7 +81,7 @@ def _model(model: Any, path: Path) -> Any:
             raise InputError(f"{path} holds a piece twice", "Fetch the file again.")
         unknown = next((piece.piece for piece in model.pieces if piece.type == UNKNOWN), None)
         return models.BPE(vocabulary, _merges(model, vocabulary), unk_token=unknown, fuse_unk=True,
-                          byte_fallback=spec.byte_fallback)
+                          byte_fallback=spec.byte_fallback, ignore_merges=has_equal_scores(model))
     raise InputError(f"{path} is a SentencePiece model that is neither BPE nor unigram",
                      "Save the tokenizer as tokenizer.json with the program that the model was trained with.")
 
@@ -82,8 +89,7 @@ def _model(model: Any, path: Path) -> Any:
 def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Pairs of pieces that form another piece, in the order in which SentencePiece merges them: by score.
 
-    Among pieces of the same score, which extended vocabularies may have, SentencePiece merges the leftmost first. A
-    fast tokenizer cannot; here the smaller id goes first, as in the fast tokenizers of transformers 4.
+    Where pieces share a score, `sentencepiece_ties` gives the order.
     """
     mergeable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)}
     merges = []

@@ -18,7 +18,7 @@ from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.sentencepiece_model import convert_sentencepiece
 from gptq_belle.checkpoint.writer import CheckpointWriter
 from gptq_belle.common.files import reject_lfs_pointer
-from gptq_belle.errors import GptqBelleError, InputError
+from gptq_belle.errors import GptqBelleError, InputError, one_line
 from gptq_belle.models.decoder_config import token_ids
 from gptq_belle.prompts.styles import chat_template, detect_style
 
@@ -26,6 +26,7 @@ CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "config.json", "tokenizer_config.
 TEMPLATE, NAMED_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER, SENTENCEPIECE, VOCABULARY, MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
 FAST_CLASS = "PreTrainedTokenizerFast"  # the name in transformers 4; 5 accepts it, too
+EXACT, INEXACT_JSON = "cut_by_sentencepiece", "inexact_json"  # our key of tokenizer_config.json; an attribute
 NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into the folder; convert also takes "
                 "their folder as --base DIR.")
 DAMAGED = "Fetch the tokenizer's files again."
@@ -52,31 +53,38 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     stated = _stated_config(path)
     try:
         with TemporaryDirectory(prefix="gptq-belle-") as folder:
-            tokenizer = _load(path, Path(folder), stated)
+            tokenizer, exact = _load(path, Path(folder), stated)
         tokenizer.name_or_path = str(path)
         config = _read_optional(path / CONFIG)
         _set_eos(tokenizer, path, config)
         _check_vocabulary(tokenizer, path, config.get("vocab_size"))
         _set_added_tokens(tokenizer, path, stated)
+        if exact is not None:
+            setattr(tokenizer, INEXACT_JSON, tokenizer.backend_tokenizer.to_str())
+            tokenizer.backend_tokenizer.pre_tokenizer = exact
     except (KeyboardInterrupt, SystemExit, GptqBelleError):
         raise
     except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(folder, str(path))
+        reason = one_line(error).replace(folder, str(path))
         raise InputError(f"the tokenizer of {path} cannot be loaded: {reason}", NO_TOKENIZER) from error
     return tokenizer
 
 
-def _load(path: Path, folder: Path, stated: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer through `folder`, which gets its files with corrected settings."""
-    config = dict(stated)
+def _load(path: Path, folder: Path, stated: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Load the tokenizer through `folder`, which gets its files with corrected settings.
+
+    Returns:
+        The tokenizer, and `SentencePieceTokenizer.exact`.
+    """
+    config, exact = dict(stated), None
     linked = ["added_tokens.json", TEMPLATE, NAMED_TEMPLATES]
-    if (path / TOKENIZER).is_file():
+    if (path / TOKENIZER).is_file() and not (stated.get(EXACT) and (path / SENTENCEPIECE).is_file()):
         linked.append(TOKENIZER)
     elif (path / SENTENCEPIECE).is_file():
         converted = convert_sentencepiece(path / SENTENCEPIECE, legacy=config.get("legacy") is not False,
                                           add_prefix_space=config.get("add_prefix_space") is not False)
         (folder / TOKENIZER).write_text(converted.tokenizer.to_str(), encoding="utf-8")
-        config = converted.special_tokens | config
+        config, exact = converted.special_tokens | config, converted.exact
     elif (path / VOCABULARY).is_file():
         linked += [VOCABULARY, MERGES, CONFIG]
     elif "auto_map" in _read_optional(path / TOKENIZER_CONFIG):
@@ -88,8 +96,8 @@ def _load(path: Path, folder: Path, stated: dict[str, Any]) -> PreTrainedTokeniz
             (folder / name).symlink_to((path / name).resolve())
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     if VOCABULARY not in linked:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return _load_by_class(path, folder, stated.get("tokenizer_class"))
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), exact
+    return _load_by_class(path, folder, stated.get("tokenizer_class")), exact
 
 
 def _load_by_class(path: Path, folder: Path, name: Any) -> PreTrainedTokenizerBase:
@@ -194,7 +202,7 @@ def _set_added_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, stated: di
     ids = tokenizer("a")["input_ids"]
     begins, ends = (ids[:1] == [tokenizer.bos_token_id]), ids[-1:] == [tokenizer.eos_token_id]
     bos = begins
-    if "llama" in str(stated.get("tokenizer_class")).lower() or not (path / TOKENIZER).is_file():
+    if "llama" in str(stated.get("tokenizer_class")).lower() or stated.get(EXACT) or not (path / TOKENIZER).is_file():
         default = begins if (path / VOCABULARY).is_file() else True
         bos = tokenizer.bos_token is not None and bool(stated.get("add_bos_token", default))
     if ends or bos != begins:
@@ -217,7 +225,8 @@ def copy_tokenizer(writer: CheckpointWriter, folder: Path, tokenizer: PreTrained
         elif file.parent == folder and not (file.name == TEMPLATE and ("prompt_style" in config or named)):
             (writer.files / file.name).write_bytes(file.read_bytes())
     if not _reads_alike(folder / TOKENIZER, tokenizer):
-        writer.write_text(TOKENIZER, tokenizer.backend_tokenizer.to_str())  # readers then do not need sentencepiece
+        text = getattr(tokenizer, INEXACT_JSON, None) or tokenizer.backend_tokenizer.to_str()
+        writer.write_text(TOKENIZER, text)  # readers then do not need sentencepiece
     writer.write_json(TOKENIZER_CONFIG, _tokenizer_config(folder, tokenizer, config))
 
 
@@ -226,6 +235,11 @@ def _reads_alike(file: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return True
     return file.is_file() and Tokenizer.from_file(str(file)).encode("a").ids == tokenizer("a")["input_ids"]
+
+
+def needs_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether SentencePiece itself has to cut the text: any tokenizer.json gives other ids for some texts."""
+    return hasattr(tokenizer, INEXACT_JSON)
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -250,9 +264,11 @@ def _tokenizer_config(folder: Path, tokenizer: PreTrainedTokenizerBase, model: d
     config = _stated_config(folder)
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         config["tokenizer_class"] = FAST_CLASS  # reads tokenizer.json without changes in transformers 4 and 5
+    if needs_sentencepiece(tokenizer):
+        config[EXACT] = True
     config |= {key: token for key in SPECIAL_TOKENS[:3]
                if config.get(key) is None and (token := getattr(tokenizer, key)) is not None}
-    if config.get("add_eos_token") or not (folder / TOKENIZER).is_file():
+    if config.get("add_eos_token") or needs_sentencepiece(tokenizer) or not (folder / TOKENIZER).is_file():
         config |= {"add_bos_token": bool(tokenizer.add_bos_token), "add_eos_token": False}
     if isinstance(tokenizer.chat_template, dict):
         config["chat_template"] = [{"name": name, "template": text} for name, text in tokenizer.chat_template.items()]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gptq_belle.checkpoint.hub import resolve_model_path
 from gptq_belle.checkpoint.lora_adapter import open_source
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer
+from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer, needs_sentencepiece
 from gptq_belle.checkpoint.validation import check_model, size_problems
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.errors import InputError, UsageError
@@ -27,10 +27,13 @@ from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.report import LOGGER
 from gptq_belle.quantization.stage_hessians import held_out_rows
 
+EXACT_NOTE = ("pieces of tokenizer.model share a score, which no tokenizer.json can express: gptq_belle cuts text as "
+              "SentencePiece does, programs that read tokenizer.json get other token ids for some texts")
+
 
 def check_source(reader: CheckpointReader) -> None:
     """Raise InputError for a model that is already quantized."""
-    if "quantization_config" in reader.config or reader.packed_linear_names:
+    if reader.config.get("quantization_config") is not None or reader.packed_linear_names:
         raise InputError(f"{reader.path} is already quantized", "Give the full-precision model.")
 
 
@@ -113,8 +116,11 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     tokenizer = load_tokenizer(reader.path)
     style = chat_format(reader.config, tokenizer).name
     copied_files(reader.path)  # refuses what could not be written at the end
+    remarks = [EXACT_NOTE] if needs_sentencepiece(tokenizer) else []
+    for note in remarks:
+        LOGGER.warning(note)
     if config.method == "rtn":
-        return QuantizationJob(stream, config, tokenizer, ignored=ignored)
+        return QuantizationJob(stream, config, tokenizer, ignored=ignored, notes=remarks)
     tokens, used, notes = calibration_rows(calibration, tokenizer, style, stream.context)
     check_distinct(tokens)
     if not calibration.allow_short:
@@ -122,4 +128,5 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
         check_enough(tokens, stream.linear_shapes[widest].in_features, widest)
     for note in notes:
         LOGGER.warning(note)
-    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used), ignored, notes)
+    return QuantizationJob(stream, config, tokenizer, tokens, calibration.describe(tokens, used), ignored,
+                           [*remarks, *notes])
