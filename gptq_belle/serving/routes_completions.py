@@ -33,7 +33,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service = loaded_service(request)
     service.check_model(body.model)
     service.check_count(body.choices)
-    ids, prompt_stops = service.prompt(body.messages, body)[1:]
+    ids, prompt_stops = (await service.prompt(body.messages, body))[1:]
     limit = body.max_completion_tokens or body.max_tokens
     service.check(ids, limit, "messages")
     stops = (*prompt_stops, *body.stops)
@@ -85,7 +85,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
                        "invalid_value")
     if wanted:
         service.check_count(len(body.prompts) * body.choices)
-    ids = [service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    ids = [await service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     for each in ids:
         service.check(each, wanted, "prompt")
     prompts = [await _echo(service, each, body) if body.echo else _Prompt(each) for each in ids]

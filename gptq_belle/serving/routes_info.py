@@ -66,8 +66,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt: give either prompt or messages", "prompt", "invalid_value")
-    ids = (service.prompt(body.messages, body).ids if body.messages is not None
-           else service.encode(str(body.prompt), body.add_special_tokens))
+    ids = ((await service.prompt(body.messages, body)).ids if body.messages is not None
+           else await service.encode(str(body.prompt), body.add_special_tokens))
     return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
 
 
@@ -89,4 +89,4 @@ async def apply_template(body: TemplateRequest, request: Request) -> dict[str, s
     check_nested_fields(body)
     service = loaded_service(request)
     service.check_model(body.model)
-    return {"prompt": service.prompt(body.messages, body).text}
+    return {"prompt": (await service.prompt(body.messages, body)).text}

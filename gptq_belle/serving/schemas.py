@@ -1,7 +1,8 @@
 """Request bodies of OpenAI's API, with additional fields of vLLM and llama.cpp.
 
 Other fields are checked by the tables of `request_fields`; an invalid value is rejected with the name of the field.
-Allowed ranges are defined only here: error messages and /openapi.json quote them.
+Allowed ranges are defined only here: error messages and /openapi.json quote them. Validation runs in the event loop:
+lists have a limit of length and end at the first invalid element, because a list of 2 million of them took 115 s.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,8 +15,12 @@ from gptq_belle.prompts.conversation import ROLES
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MAX_PROMPTS = 256
+MAX_BIASES = 1024
+MAX_MESSAGES = 4096  # and parts of their contents
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1 << 20  # more than every context; the limit of the model is checked with the prompt
+FAIL_FAST = Field(fail_fast=True)
 
 
 def _check_encodable(text: str) -> str:
@@ -32,11 +37,23 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise PydanticCustomError("too_many", "there should be at most {most} elements, not {count}",
+                                  {"most": most, "count": count})
+
+
+def _few_biases(biases: Any) -> Any:
+    if isinstance(biases, dict):
+        _check_count(len(biases), MAX_BIASES)
+    return biases
+
+
 Integer = Annotated[int, BeforeValidator(_integral)]
 Text = Annotated[str, AfterValidator(_check_encodable)]
 Stop = Annotated[Text, Field(max_length=256, description="an empty string stops nothing")]
-TokenId = Annotated[Integer, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], FAIL_FAST, Field(min_length=1)]
 
 
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
@@ -64,14 +81,14 @@ class SamplingRequest(_Body):
     repetition_penalty: float | None = Field(DEFAULT_SAMPLING.repetition_penalty, gt=0, le=100, allow_inf_nan=False)
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = Field(
-        None, description="by token id")
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], BeforeValidator(_few_biases),
+                          Field(max_length=MAX_BIASES)] | None = Field(None, description="by token id")
     min_tokens: Integer | None = Field(0, ge=0, le=MAX_TOKENS)
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], FAIL_FAST] | None = None
     seed: Integer | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     n: Integer | None = Field(1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = False
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], FAIL_FAST, Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -126,13 +143,26 @@ class Message(_Body):
     """One message of a conversation; see `prompts.conversation.merge_messages` for its roles."""
 
     role: Annotated[Text, AfterValidator(_known_role), Field(json_schema_extra={"enum": [*ROLES]})]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], FAIL_FAST] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """Role, content as one string, and the fields that this schema does not know."""
         text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
         return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+def _few_parts(messages: Any) -> Any:
+    """Limit the number of messages and of their parts together, before they are validated."""
+    if isinstance(messages, list):
+        parts = sum(len(content) for message in messages
+                    if isinstance(message, dict) and isinstance(content := message.get("content"), list))
+        _check_count(len(messages) + parts, MAX_MESSAGES)
+    return messages
+
+
+Messages = Annotated[list[Message], FAIL_FAST, BeforeValidator(_few_parts),
+                     Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class TemplateOptions(_Body):
@@ -150,7 +180,7 @@ class TemplateOptions(_Body):
 class ChatRequest(SamplingRequest, TemplateOptions):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Integer | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: Integer | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = False
@@ -165,8 +195,8 @@ class ChatRequest(SamplingRequest, TemplateOptions):
 class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | TokenIds | Annotated[
-        list[TokenIds], Field(min_length=1, max_length=256)]
+    prompt: (Text | Annotated[list[Text], FAIL_FAST, Field(min_length=1, max_length=MAX_PROMPTS)] | TokenIds
+             | Annotated[list[TokenIds], FAIL_FAST, Field(min_length=1, max_length=MAX_PROMPTS)])
     max_tokens: Integer | None = Field(16, ge=0, le=MAX_TOKENS)
     logprobs: Integer | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = False
@@ -183,7 +213,7 @@ class TokenizeRequest(TemplateOptions):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
@@ -191,11 +221,11 @@ class TemplateRequest(TemplateOptions):
     """POST /apply-template."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
 
 
 class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FAIL_FAST]

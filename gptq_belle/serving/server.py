@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from gptq_belle.common.text import count
@@ -14,6 +15,7 @@ try:
     import uvicorn
 
     from gptq_belle.serving.app import create_app
+    from gptq_belle.serving.connections import Connections, GuardedProtocol, available_connections
     from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
     from gptq_belle.serving.service import AppState, Service
 except ImportError as error:
@@ -94,8 +96,11 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
 
     app = create_app(load, config.limits, api_key=listen.api_key, local_only=listen.local,
                      on_failure=lambda error: server.fail(error))
+    connections = Connections(available_connections())
+    protocol: Any = partial(GuardedProtocol, connections)
     server_config = uvicorn.Config(app, host=listen.host, port=listen.port, log_level=logging.WARNING, lifespan="on",
-                                   timeout_graceful_shutdown=SHUTDOWN_TIMEOUT, access_log=False, server_header=False)
+                                   timeout_graceful_shutdown=SHUTDOWN_TIMEOUT, access_log=False, server_header=False,
+                                   http=protocol, ws="none", timeout_keep_alive=connections.keep_alive)
     server = _Server(server_config)
     server.notice = notice
     try:

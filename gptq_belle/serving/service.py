@@ -1,5 +1,6 @@
 """The loaded model and its scheduler, shared by all routes; state of the application."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Service:
         self.chat = model.chat_format(prompt_style)
         self.engine = Engine(model, limits.slots, limits.context)
         self.context = self.engine.capacity
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # at least its number of characters
         self.created = int(time.time())
         self.scheduler = Scheduler(self.engine, limits.waiting, metrics)
 
@@ -86,12 +88,12 @@ class Service:
             raise ApiError(400, f"n: the request is for {count} answers, and slots and queue of this server hold "
                            f"{most}. Send fewer prompts at a time, or reduce n.", "n", "too_many_answers")
 
-    def prompt(self, messages: Sequence[Message], options: TemplateOptions) -> Prompt:
+    async def prompt(self, messages: Sequence[Message], options: TemplateOptions) -> Prompt:
         """The prompt for the next answer of a conversation, or for the rest of one.
 
         Raises:
-            ApiError: 400 if the prompt format cannot express the messages or the options, or the last message is not
-                from the user (with ``continue_final_message`` the assistant).
+            ApiError: 400 if the prompt format cannot express the messages or the options, the last message is not
+                from the user (with ``continue_final_message`` the assistant), or see `check_text`.
         """
         continue_final, add_prompt = bool(options.continue_final_message), options.add_generation_prompt
         if continue_final and add_prompt:
@@ -100,14 +102,35 @@ class Service:
         if not continue_final and add_prompt is False:
             raise ApiError(400, "add_generation_prompt: false is allowed only with continue_final_message",
                            "add_generation_prompt", "unsupported_parameter")
+        fields = [message.fields for message in messages]
+        self.check_text(sum(len(each["content"] or "") for each in fields), "messages")
         try:
-            return self.chat.prompt([message.fields for message in messages], continue_final)
+            return await asyncio.to_thread(self.chat.prompt, fields, continue_final)
         except UsageError as error:
             raise ApiError(400, f"messages: {' '.join(str(error).split())}", "messages", "invalid_value") from error
 
-    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """Tokenize a text."""
-        return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+    async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Tokenize a text in a thread: the tokenizer releases Python's lock.
+
+        Raises:
+            ApiError: see `check_text`.
+        """
+        self.check_text(len(text), "prompt")
+        found = await asyncio.to_thread(self.tokenizer, text, add_special_tokens=special_tokens)
+        return list(found["input_ids"])
+
+    def check_text(self, length: int, param: str) -> None:
+        """Refuse a text before it is tokenized if it has more characters than the longest tokens of a context have.
+
+        Args:
+            length: number of characters.
+            param: name of the field for error messages.
+        Raises:
+            ApiError: 400 with the limit.
+        """
+        if self.context is not None and length > (most := self.context * self._longest_token):
+            raise ApiError(400, f"{param}: a text of {length} characters is longer than {most}, the most that "
+                           f"{self.context} tokens can have", param, "context_length_exceeded")
 
     def check(self, ids: Sequence[int], wanted: int | None, param: str) -> None:
         """Validate a prompt.
