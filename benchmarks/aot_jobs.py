@@ -26,6 +26,7 @@ from gptq_belle.kernels.triton_gemm import gemm_kernel
 from gptq_belle.kernels.triton_layout import block_inputs
 from gptq_belle.kernels.triton_reduce import arrange_kernel, reduce_kernel
 from gptq_belle.kernels.triton_skinny import skinny_kernel
+from gptq_belle.kernels.triton_skinny_launch import ACTIVATIONS
 
 # Multiprocessors of T4, A100, 3090, 4090, H100, B200 and 5090.
 PROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -35,6 +36,19 @@ DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 RUNS = (128, 64, 32)
 SAME, EACH = "one", "each"  # zero point
 VARIANTS = list(itertools.product((4, 8), DTYPES, RUNS))
+
+
+MIN_PDL = 90  # compute capability that has programmatic dependent launch
+# What the products of a decode step do besides multiplying: types of the tensors that they have, "*x" is that of x.
+EPILOGUES: dict[str, dict[str, str]] = {
+    "qkv": {"bias": "*fp32", "moments": "*fp32", "gamma_product": "*fp32"},
+    "gelu": {"bias": "*fp32", "moments": "*fp32", "gamma_product": "*fp32", "out_places": "*i32"},
+    "silu_mul": {"moments": "*fp32", "out_places": "*i32"},
+    "stream": {"bias": "*fp32", "residual": "*x", "next_gamma": "*fp32", "next_places": "*i32", "next_x": "*x",
+               "next_moments": "*fp32"},
+}
+OPTIONAL = ("zeros", "sums", "tickets", "bias", "residual", "out_places", "moments", "gamma_product", "next_gamma",
+            "next_places", "next_x", "next_moments")
 
 
 class Job(NamedTuple):
@@ -47,6 +61,7 @@ class Job(NamedTuple):
     run: int | None = None
     zero: str | None = None
     config: TileConfig | None = None
+    epilogue: str | None = None  # a key of EPILOGUES; None: the sums alone
 
 
 class Kernel(NamedTuple):
@@ -66,15 +81,40 @@ def _weight(job: Job) -> dict[str, Any]:
 
 def _tile(job: Job) -> dict[str, Any]:
     assert job.config is not None
-    return _weight(job) | {"HAS_BIAS": False, "BM": job.config.BM, "BN": job.config.BN, "BK": inputs_of_step(job),
-                           "SPLIT_K": job.config.SPLIT_K}
+    return _weight(job) | {"BM": job.config.BM, "BN": job.config.BN, "BK": job.config.step(_weight(job)["BLOCK"])}
+
+
+def _gemm(job: Job) -> dict[str, Any]:
+    assert job.config is not None
+    return _tile(job) | {"HAS_BIAS": False, "SPLIT_K": job.config.SPLIT_K, "SWIZZLE": 8}
+
+
+def _skinny(job: Job) -> dict[str, Any]:
+    """Constants of the kernel for few rows; tensors that the job does not have are None."""
+    assert job.config is not None
+    activation = job.epilogue if job.epilogue in ACTIVATIONS else "none"
+    absent = {name: None for name in OPTIONAL if name not in _skinny_types(job)}
+    return _tile(job) | absent | {
+        "ACTIVATION": activation, "WIDTH": 4096, "TILE": 32, "K_WARPS": job.config.K_WARPS,
+        "SPLIT": job.config.SPLIT_K > 1, "PDL": job.epilogue is not None and job.arch >= MIN_PDL}
 
 
 def inputs_of_step(job: Job) -> int:
-    """BK as the launcher chooses it: at most one block of the layout, at least half a block."""
+    """Inputs that a program processes at a time."""
     assert job.config is not None
-    block = _weight(job)["BLOCK"]
-    return max(min(job.config.BK, block), block // 2)
+    return job.config.step(_weight(job)["BLOCK"]) * job.config.K_WARPS
+
+
+def _skinny_types(job: Job) -> dict[str, str]:
+    assert job.config is not None
+    x = f"*{DTYPES[job.dtype or 'float16']}"
+    types = {"x": x, "words": "*i16", "scales": "*fp16", "out": x, "eps": "fp32", "M": "i32", "N": "i32", "K": "i32",
+             "out_row": "i32", "next_row": "i32"}
+    if job.zero == EACH:
+        types["zeros"] = "*fp16"
+    if job.config.SPLIT_K > 1:
+        types |= {"sums": "*fp32", "tickets": "*i32"}
+    return types | {name: kind.replace("*x", x) for name, kind in EPILOGUES.get(job.epilogue or "", {}).items()}
 
 
 def _product(job: Job) -> dict[str, str]:
@@ -96,8 +136,8 @@ GPTQ = {"weight": "*fp32", "factor": "*fp32", "codes": "*u8", "errors": "*fp32",
 DESCENT = {"codes": "*fp32", "residual": "*fp32", "scales": "*fp32", "zeros": "*fp32", "hessian": "*fp32",
            "diagonal": "*fp32", "inputs": "i32", "N": "i32", "stride": "i32"}
 KERNELS = {
-    "skinny": Kernel(skinny_kernel, _product, _tile),
-    "gemm": Kernel(gemm_kernel, _product, lambda job: _tile(job) | {"SWIZZLE": 8}),
+    "skinny": Kernel(skinny_kernel, _skinny_types, _skinny),
+    "gemm": Kernel(gemm_kernel, _product, _gemm),
     "dequant": Kernel(dequant_kernel, _dequant, lambda job: _weight(job) | {"BN": 64}),
     "reduce": Kernel(reduce_kernel, lambda job: REDUCE, lambda job: {"HAS_BIAS": True, "SPLIT_K": 4, "WIDTH": 256}),
     "arrange": Kernel(arrange_kernel, lambda job: ARRANGE, lambda job: {"WIDTH": 1024}),
@@ -117,6 +157,12 @@ def configs(arch: int, bits: int = 4, dtype: str = "float16", run: int = 128) ->
     return {(plan.kernel, split_in_two(plan.config)) for plan in plans if plan.config is not None}
 
 
+def decode_steps(products: list[Job]) -> list[Job]:
+    """The products of a decode step of up to 8 rows with everything that is folded into them."""
+    return [job._replace(epilogue=epilogue) for job in products for epilogue in EPILOGUES
+            if job.kernel == "skinny" and job.config is not None and job.config.BM == 8 and job.arch >= TENSOR_CORES]
+
+
 def split_in_two(config: TileConfig) -> TileConfig:
     """The same configuration with its split of K replaced by a split in two."""
     return config._replace(SPLIT_K=min(config.SPLIT_K, 2))
@@ -124,7 +170,8 @@ def split_in_two(config: TileConfig) -> TileConfig:
 
 def usual(arch: int) -> list[Job]:
     """Jobs for most checkpoints (4 bits, float16, one zero point) and for the solver."""
-    return [*(Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))),
+    products = [Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))]
+    return [*products, *decode_steps(products),
             Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME),
             Job(arch, "descent", 4)]
 

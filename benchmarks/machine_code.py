@@ -71,10 +71,11 @@ def compile_kernel(kernel: Any, types: Mapping[str, str], constants: Mapping[str
         Exception: errors of Triton and ptxas propagate.
     """
     names = list(inspect.signature(kernel.fn).parameters)
-    specialized = [i for i, parameter in enumerate(kernel.params) if not parameter.do_not_specialize]
+    specialized = [i for i, parameter in enumerate(kernel.params)
+                   if not parameter.do_not_specialize and types.get(names[i]) not in (None, "fp32")]
     source = ASTSource(
         fn=kernel, signature={name: types.get(name, "constexpr") for name in names}, constexprs=dict(constants),
-        attrs={(i,): [["tt.divisibility", 16]] for i in specialized if names[i] in types})
+        attrs={(i,): [["tt.divisibility", 16]] for i in specialized})
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=dict(options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -5,7 +5,8 @@ GPTQ_BELLE_TUNING names, which takes precedence:
 
     {"entries": [{"rows": 16, "outputs": 4096, "inputs": 4096, "bits": 4, "run": 128, "dtype": "float16",
                   "kernel": "skinny",
-                  "config": {"BM": 16, "BN": 64, "BK": 128, "SPLIT_K": 4, "num_warps": 2, "num_stages": 4}}]}
+                  "config": {"BM": 16, "BN": 64, "BK": 128, "SPLIT_K": 4, "num_warps": 2, "num_stages": 4,
+                             "K_WARPS": 1}}]}
 
 The number of rows is rounded up to one of ROW_BUCKETS, so that at most one kernel per bucket is compiled for a weight,
 and all of them can be compiled before the first request. Nothing is measured at run time: the same input gives the same
@@ -21,13 +22,20 @@ from typing import Any, NamedTuple
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # upper limits of rows of x; the last one is open
 MAX_SKINNY_ROWS = 64
 KERNELS = ("skinny", "gemm", "expand")
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # numbers of programs among which the rule divides K
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)  # numbers of programs among which the rule divides K
 MIN_BLOCKS = 4  # of K for each of those programs, so that its pipeline fills
 TENSOR_CORES = 80  # the lowest compute capability whose tensor cores Triton uses
 WGMMA = (90, 100, 103)  # compute capabilities whose matrix instructions are shared by four warps
 REGISTERS = 65536  # of a multiprocessor
 SHARED_MEMORY_KIB = {  # per program, by compute capability; a multiprocessor has 1 KiB more
     75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+# What a multiprocessor needs in flight to use its share of the memory bandwidth, by compute capability: KiB of weights
+# (bandwidth times latency), and warps (instructions per weight, of which a warp issues one in four cycles). Calculated
+# for A100, H200 and B200; other GPUs have less bandwidth per multiprocessor.
+IN_FLIGHT = {80: (11, 6), 90: (26, 9), 100: (39, 14), 103: (39, 14)}
+IN_FLIGHT_OTHERS = (5, 2)
+TICKET_COST = 5  # of a split K, in blocks of 64 outputs: 1.2 microseconds on an H200, calculated
+LOST_SHARE = 0.15  # of the last wave, where programs do not all run at once
 MAX_ELEMENTS = 2**31 - 2**12  # that 32-bit offsets address, with room for the masked end of a tile
 
 
@@ -40,6 +48,11 @@ class TileConfig(NamedTuple):
     SPLIT_K: int  # programs that share the inputs of one tile
     num_warps: int
     num_stages: int  # steps in flight at a time
+    K_WARPS: int = 1  # blocks of inputs that different warps of the kernel for few rows process at a time
+
+    def step(self, block: int) -> int:
+        """BK for a layout with blocks of `block` inputs."""
+        return max(min(self.BK, block), block // 2)
 
 
 class LaunchPlan(NamedTuple):
@@ -85,17 +98,53 @@ def default_plan(problem: MatmulProblem, arch: int, processors: int) -> LaunchPl
     if arch < TENSOR_CORES and problem.rows > 16:
         return LaunchPlan("expand", None)  # cuBLAS uses the tensor cores
     if problem.rows <= MAX_SKINNY_ROWS:
-        return _with_split("skinny", skinny_config(problem, arch), problem, arch, processors)
+        return LaunchPlan("skinny", skinny_config(problem, arch, processors))
     if problem.rows >= 1024 and arch in (80, 90, 100, 103):
         return LaunchPlan("expand", None)
     # A step of 64 inputs where memory is small, and for 8 bits, which would spill with two programs a multiprocessor.
     short = SHARED_MEMORY_KIB.get(arch, 99) < 128 or (arch in WGMMA and problem.bits == 8)
     rows = 64 if arch in (100, 103) else 128  # Triton 3.8 compiles 128 rows to an empty kernel for 10.0
-    return _with_split("gemm", TileConfig(rows, 128, 64 if short else 128, 1, 8, 3), problem, arch, processors)
+    config = TileConfig(rows, 128, 64 if short else 128, 1, 8, 3)
+    programs = processors * programs_per_multiprocessor("gemm", config, problem, arch)
+    return LaunchPlan("gemm", config._replace(SPLIT_K=split_k(problem, config, programs)))
 
 
-def skinny_config(problem: MatmulProblem, arch: int) -> TileConfig:
-    """The tile for few rows, with K not yet split.
+def skinny_config(problem: MatmulProblem, arch: int, processors: int) -> TileConfig:
+    """The tile for few rows and the split of K with the lowest calculated time.
+
+    K is shared by warps of a program where the outputs alone fill the device evenly, otherwise by several programs.
+    """
+    tiles = [skinny_tile(problem, arch)]
+    if arch >= TENSOR_CORES and problem.rows == 8:
+        tiles += [TileConfig(8, 32, 128, 1, 4, 4, 4), TileConfig(8, 32, 128, 1, 8, 3, 8)]
+    steps = problem.inputs // 128
+    found = [tile._replace(SPLIT_K=parts) for tile in tiles for parts in SPLITS
+             if parts == 1 or steps >= parts * max(MIN_BLOCKS, 2 * tile.K_WARPS)]
+    return min(found, key=lambda config: skinny_cost(problem, config, arch, processors))
+
+
+def skinny_cost(problem: MatmulProblem, config: TileConfig, arch: int, processors: int) -> float:
+    """The time of a product of few rows, in blocks of 64 x 128 weights that each multiprocessor reads.
+
+    The multiprocessor with most programs decides, unless there are more programs than run at a time. It uses its share
+    of the memory bandwidth if enough bytes and warps are in flight (IN_FLIGHT).
+    """
+    programs = -(-problem.rows // config.BM) * -(-problem.outputs // config.BN) * config.SPLIT_K
+    resident = programs_per_multiprocessor("skinny", config, problem, arch)
+    turns = -(-problem.inputs // (128 * config.K_WARPS * config.SPLIT_K))
+    own = turns * config.K_WARPS * config.BN / 64  # blocks of a program
+    if programs <= resident * processors:
+        blocks, together = own * -(-programs // processors), min(resident, programs / processors)
+    else:
+        blocks, together = own * (programs / processors + LOST_SHARE * resident), resident
+    kib, warps = IN_FLIGHT.get(arch, IN_FLIGHT_OTHERS)
+    own_kib = (config.num_stages - 1) * config.K_WARPS * config.BN * 128 * problem.bits / 8 / 1024
+    slowdown = max(1.0, kib / (together * own_kib), warps / (together * config.num_warps))
+    return blocks * slowdown + (TICKET_COST if config.SPLIT_K > 1 else 0)
+
+
+def skinny_tile(problem: MatmulProblem, arch: int) -> TileConfig:
+    """The tile for few rows whose warps process the same inputs.
 
     Up to 16 rows two warps take 1.9 instead of 2.3 instructions per weight. They also leave the compiler no choice of
     matrix instructions on 9.0: with four warps some versions of Triton choose WGMMA, which takes 3.1.
@@ -111,13 +160,8 @@ def skinny_config(problem: MatmulProblem, arch: int) -> TileConfig:
     return TileConfig(64, 64, 128 if long else 64, 1, 4, 3)
 
 
-def _with_split(kernel: str, config: TileConfig, problem: MatmulProblem, arch: int, processors: int) -> LaunchPlan:
-    programs = processors * programs_per_multiprocessor(kernel, config, problem, arch)
-    return LaunchPlan(kernel, config._replace(SPLIT_K=split_k(problem, config, programs)))
-
-
 def split_k(problem: MatmulProblem, config: TileConfig, programs: int) -> int:
-    """The number of programs among which K is split: one of SPLITS that fills whole waves of the device.
+    """The number of programs among which K is split for many rows: one of SPLITS that fills whole waves of the device.
 
     The time of a wave is counted in blocks of K: those of one program, and two more to fill its pipeline and to write
     its sums. The launch that adds the sums is counted as two blocks.
@@ -137,7 +181,8 @@ def split_k(problem: MatmulProblem, config: TileConfig, programs: int) -> int:
 def programs_per_multiprocessor(kernel: str, config: TileConfig, problem: MatmulProblem, arch: int) -> int:
     """How many programs of a kernel run on a multiprocessor at a time, by its registers and shared memory."""
     registers = max_registers(kernel, config, problem.bits, problem.run, arch) or (128 if config.BK == 64 else 168)
-    weight, x = config.BN * config.BK * problem.bits // 8, config.BM * config.BK * 2
+    inputs = config.BK * config.K_WARPS
+    weight, x = config.BN * inputs * problem.bits // 8, config.BM * inputs * 2
     copies = config.num_stages - 1
     # WGMMA reads x from shared memory after the next copy was started.
     own = copies * weight + (copies + 1 if arch in WGMMA and config.num_warps >= 4 else copies) * x

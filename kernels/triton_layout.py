@@ -18,6 +18,7 @@ COLUMNS = 128  # N is padded to multiples of it, so that no load of words or sca
 CONTAINERS = {2: 4, 3: 4, 4: 4, 8: 8}  # bits of a code in memory, by bits of the checkpoint
 WORD = 16  # bits
 BLOCK = 128  # inputs of a block; 64 where codes of 8 bits have a scale for every 32 inputs
+GATES = 8  # neighbouring gates, followed by the values that they multiply: a thread of the kernel holds both
 CHUNK = 1 << 24  # codes unpacked at a time, 64 MiB
 
 
@@ -107,6 +108,39 @@ def lookup_rows(weight: SlicedWeight, ids: Tensor) -> Tensor:
     zeros = weight.zero if weight.zeros is None else weight.zeros[:, ids].float()[:, None]
     values = ((codes - zeros) * weight.scales[:, ids].float()[:, None]).flatten(0, 1).t()
     return restore_input_order(values, weight.order, weight.in_features).contiguous()
+
+
+def input_places(weight: SlicedWeight) -> Tensor | None:
+    """The place of each input (K,) int32; None if inputs are in order."""
+    if weight.order is None:
+        return None
+    filled = weight.order >= 0
+    places = weight.order.new_empty(weight.in_features)
+    places[weight.order[filled].long()] = torch.arange(len(filled), dtype=torch.int32, device=filled.device)[filled]
+    return places
+
+
+def interleave_gates(weight: SlicedWeight) -> SlicedWeight:
+    """The weight of (gates | values), N / 2 outputs each, with outputs in the order that a gated product takes.
+
+    Raises:
+        ValueError: N is not a multiple of 2 * GATES.
+    """
+    n = weight.out_features
+    if n % (2 * GATES):
+        raise ValueError(f"{n} outputs are not pairs of {GATES} gates and {GATES} values")
+    order = gate_order(n, weight.words.device)
+    rest = torch.arange(n, weight.words.shape[1], device=order.device)
+    columns = torch.cat((order, rest))
+    return weight._replace(
+        words=weight.words.index_select(1, columns), scales=weight.scales.index_select(1, columns),
+        zeros=None if weight.zeros is None else weight.zeros.index_select(1, columns))
+
+
+def gate_order(outputs: int, device: torch.device) -> Tensor:
+    """The outputs of (gates | values) in the order that a gated product takes: 8 gates, their values, 8 gates, ..."""
+    half = torch.arange(outputs // 2, device=device).view(-1, GATES)
+    return torch.stack((half, half + outputs // 2), 1).flatten()
 
 
 def unpack_weight(weight: SlicedWeight) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,29 +188,34 @@ def product_launches(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, y:
         ValueError: tensors that 32-bit offsets cannot address.
     """
     config = config._replace(SPLIT_K=min(config.SPLIT_K, weight.words.shape[0]))  # no part of K is empty
+    if kernel == "gemm":
+        return _gemm_launches(rows, weight, bias, y, config)
+    check_offsets(**{"the packed weight": weight.words.numel(), "x": rows.numel(),
+                     "the result": config.SPLIT_K * y.numel()})
+    from .triton_skinny_launch import new_workspace, skinny_launch
+
+    return [skinny_launch(rows, weight, y, config, new_workspace(y, config), bias=bias)]
+
+
+def _gemm_launches(rows: Tensor, weight: SlicedWeight, bias: Tensor | None, y: Tensor,
+                   config: TileConfig) -> list[Launch]:
     m, n, parts = rows.shape[0], weight.out_features, config.SPLIT_K
-    offsets = {"the packed weight": weight.words.numel()}
-    if kernel == "skinny":  # the other kernel addresses activations and results with 64 bits
-        offsets |= {"x": rows.numel(), "the result": parts * m * n}
-    elif parts > 1:
+    offsets = {"the packed weight": weight.words.numel()}  # activations and results are addressed with 64 bits
+    if parts > 1:
         offsets["the workspace of a split K"] = parts * m * n
     check_offsets(**offsets)
     from .triton_gemm import gemm_kernel
     from .triton_reduce import reduce_kernel
-    from .triton_skinny import skinny_kernel
 
     out = y if parts == 1 else torch.empty(parts, m, n, dtype=torch.float32, device=y.device)
-    tiles_m, tiles_n = -(-m // config.BM), -(-n // config.BN)
+    tiles = -(-m // config.BM) * -(-n // config.BN)
     arguments = {"x": rows, "words": weight.words, "scales": weight.scales, "zeros": weight.zeros, "bias": bias,
                  "out": out, "M": m, "N": n, "K": weight.places}
-    constants: dict[str, Any] = weight_constants(weight) | {
-        "BM": config.BM, "BN": config.BN, "BK": max(min(config.BK, weight.block), weight.block // 2), "SPLIT_K": parts,
-        "HAS_BIAS": bias is not None}
-    constants |= launch_options(kernel, config, weight.bits, weight.run, device_properties(rows.device)[0])
-    if kernel == "skinny":
-        launches = [Launch(skinny_kernel, (tiles_n, tiles_m, parts), arguments, constants)]
-    else:
-        launches = [Launch(gemm_kernel, (tiles_n * tiles_m, parts), arguments, constants | {"SWIZZLE": 8})]
+    constants = weight_constants(weight) | {
+        "BM": config.BM, "BN": config.BN, "BK": config.step(weight.block), "SPLIT_K": parts,
+        "HAS_BIAS": bias is not None, "SWIZZLE": 8}
+    options = launch_options("gemm", config, weight.bits, weight.run, device_properties(rows.device)[0])
+    launches = [Launch(gemm_kernel, (tiles, parts), arguments, constants | options)]
     if parts > 1:
         launches.append(Launch(reduce_kernel, (-(-m * n // 256),), {
             "parts": out, "bias": bias, "out": y, "M": m, "N": n},

@@ -19,12 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptq_belle.bench.kernel_tuning import VARIED
 from gptq_belle.kernels import triton_gptq, triton_matmul
 from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
+from gptq_belle.kernels.triton_launch import Workspace
 from gptq_belle.kernels.triton_layout import SlicedWeight, block_inputs
+from gptq_belle.kernels.triton_norm import FoldedNorm, NextNorm
+from gptq_belle.kernels.triton_skinny_launch import skinny_launch, skinny_workspace
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 UNINITIALIZED = 0xFF  # in every byte: NaN in each floating dtype, -1 in integers
 FORMATS = list(itertools.product((4, 8), (32, 64, 128), ("one", "each")))  # bits of a code, run, zero points
-SPLITS = (*VARIED["SPLIT_K"], 5, 7)  # those of the rule and the tuner, and others that a table may name
+SPLITS = (*VARIED["SPLIT_K"], 9)  # those of the rule and the tuner, and another one that a table may name
 OUTPUTS = 72  # end inside a tile, and not at the end of the 128 padded outputs
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -84,16 +87,46 @@ def multiply(plan, rows, bits, run, zero, blocks, before, missing=0, dtype=torch
 
 def skinny():
     """The kernel for few rows: every split with every format, every number of rows, every tile."""
-    for number, (parts, (bits, run, zero)) in enumerate(itertools.product(SPLITS, FORMATS)):
+    for number, (parts, (bits, run, zero)) in enumerate(itertools.product(SPLITS[:7], FORMATS)):
         plan = LaunchPlan("skinny", TileConfig(8, 64, 128, parts, 4, 4))
         yield multiply, plan, 1 + number % 8, bits, run, zero, 5, number % 7 == 0
-    for parts in SPLITS:
+    for parts in SPLITS[::2]:
         yield multiply, LaunchPlan("skinny", TileConfig(8, 128, 64, parts, 4, 4)), 3, 4, 128, "each", 17, False
+        yield multiply, LaunchPlan("skinny", TileConfig(8, 32, 128, parts, 4, 4, 4)), 3, 8, 64, "each", 6, parts == 3
     tiles = itertools.cycle(itertools.product((32, 64, 128), (64, 128)))
     for rows, (bn, bk) in zip(range(1, 65), tiles, strict=False):
         rows_of_tile = next(bm for bm in (8, 16, 32, 64) if rows <= bm)
         plan = LaunchPlan("skinny", TileConfig(rows_of_tile, bn, bk, 2, 4, 4)) if rows % 3 else None
         yield multiply, plan, rows, *FORMATS[rows % len(FORMATS)], 3, rows % 5 == 0
+
+
+def folded(bits, run, activation, rows, config, before):
+    """A product with a norm before it, an activation or residual, and a norm after it; everything is guarded."""
+    weight = random_weight(bits, run, "each", 5, before, 80)
+
+    def tensor(*shape, dtype=torch.float32):
+        return guarded(torch.rand(shape).to(dtype), before)
+
+    norm = FoldedNorm(tensor(2, 3, rows), None if activation == "silu_mul" else tensor(80), 1e-5, 80, 32)
+    outputs = 40 if activation == "silu_mul" else 80
+    places = guarded(torch.randperm(outputs).int(), before)
+    out, following = tensor(rows, outputs, dtype=torch.float16), None
+    if activation == "none":
+        following = NextNorm(tensor(80), places, tensor(rows, 80, dtype=torch.float16),
+                             tensor(2, -(-80 // config.BN), rows))
+    sums, tickets = skinny_workspace(rows, 80, config)
+    workspace = Workspace(tensor(sums), guarded(torch.zeros(tickets, dtype=torch.int32), before)) if sums else None
+    skinny_launch(tensor(rows, weight.places, dtype=torch.float16), weight, out, config, workspace, bias=tensor(80),
+                  residual=out if activation == "none" else None, activation=activation, places=places, norm=norm,
+                  next_norm=following)()
+    assert not out.isnan().any(), "uninitialized memory was read"
+
+
+def epilogue():
+    """The kernel for few rows with all that a decode step folds into it."""
+    configs = (TileConfig(8, 64, 128, 3, 2, 4), TileConfig(8, 32, 128, 1, 4, 4, 4), TileConfig(8, 32, 128, 2, 4, 4, 2))
+    for before, activation, config in itertools.product((False, True), ("none", "gelu", "silu_mul"), configs):
+        yield folded, 8 if before else 4, 32, activation, 3, config, before
 
 
 def gemm():
@@ -108,8 +141,8 @@ def gemm():
 
 def reduce():
     """The sum over the parts of a split K, with a bias and without."""
-    for rows, parts in itertools.product((1, 2), SPLITS):
-        yield multiply, LaunchPlan("skinny", TileConfig(8, 64, 128, parts, 4, 4)), rows, 8, 32, "one", 16, rows == 2
+    for rows, parts in itertools.product((1, 2), SPLITS[::3]):
+        yield multiply, LaunchPlan("gemm", TileConfig(64, 64, 128, parts, 8, 3)), rows, 8, 32, "one", 16, rows == 2
 
 
 def place(rows, missing, before):
@@ -184,8 +217,9 @@ def overrun(before):
     print(ctypes.c_float.from_address(tensor.data_ptr() + (-4 if before else tensor.nbytes)))
 
 
-CASES = {"skinny": skinny, "gemm": gemm, "reduce": reduce, "arrange": arrange, "dequant": dequant, "gptq": gptq,
-         "descent": descent, "overrun_after": lambda: [(overrun, False)], "overrun_before": lambda: [(overrun, True)]}
+CASES = {"skinny": skinny, "epilogue": epilogue, "gemm": gemm, "reduce": reduce, "arrange": arrange,
+         "dequant": dequant, "gptq": gptq, "descent": descent,
+         "overrun_after": lambda: [(overrun, False)], "overrun_before": lambda: [(overrun, True)]}
 
 if __name__ == "__main__":
     faulthandler.enable()

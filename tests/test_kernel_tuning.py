@@ -15,7 +15,7 @@ from gptq_belle.kernels.triton_config import LaunchPlan, MatmulProblem, TileConf
 
 PROBLEM = MatmulProblem(16, 4096, 4096, 4, 128, "float16")
 MANY = PROBLEM._replace(rows=512)
-BEST = {"SPLIT_K": 4, "num_stages": 5, "BN": 128, "num_warps": 8, "BK": 64, "BM": 64}
+BEST = {"SPLIT_K": 4, "num_stages": 5, "BN": 128, "num_warps": 8, "BK": 64, "BM": 64, "K_WARPS": 1}
 
 
 def distance(plan):

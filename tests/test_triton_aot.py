@@ -44,7 +44,8 @@ def label(job):
     return "-".join(str(value).replace(" ", "") for value in job if value is not None)
 
 
-USUAL = [job for arch in FAST for job in aot_jobs.usual(arch) if job.config is None or job.config.SPLIT_K == 2]
+USUAL = [job for arch in FAST for job in aot_jobs.usual(arch)
+         if job.config is None or (job.config.SPLIT_K == 2 and (arch == HOPPER or not job.epilogue))]
 OTHER_FORMATS = [job for arch in (GEFORCE, HOPPER) for job in aot_jobs.covering(arch)[len(aot_jobs.usual(arch)) :]
                  if job.config is None or job.config.BM in (8, 64, 128)]
 

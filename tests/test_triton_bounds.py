@@ -17,7 +17,7 @@ def run_on_guarded_memory(kernel):
                           env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True)
 
 
-@pytest.mark.parametrize("kernel", ["skinny", "gemm", "reduce", "arrange", "dequant", "gptq", "descent"])
+@pytest.mark.parametrize("kernel", ["skinny", "epilogue", "gemm", "reduce", "arrange", "dequant", "gptq", "descent"])
 def test_kernel_stays_within_its_tensors(kernel):
     run = run_on_guarded_memory(kernel)
     assert run.returncode == 0, run.stdout[-300:] + run.stderr[-6000:]

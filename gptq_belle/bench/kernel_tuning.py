@@ -37,6 +37,7 @@ VARIED = {  # values by name, in the order in which they are varied
     "num_stages": (2, 3, 4, 5, 6),
     "BN": (32, 64, 128),
     "num_warps": (1, 2, 4, 8),
+    "K_WARPS": (1, 2, 4, 8),  # only of the kernel for few rows
     "BK": (64, 128),
     "BM": (64, 128),  # only of the kernel for many rows; otherwise it is the row bucket
 }
@@ -119,11 +120,12 @@ def _time(plans: Sequence[LaunchPlan], seen: dict[LaunchPlan, float]) -> Search[
 
 def variations(plan: LaunchPlan, name: str) -> Iterator[LaunchPlan]:
     """The plan with each other value of one number of its configuration."""
-    if plan.config is None or (name == "BM" and plan.kernel == "skinny"):
+    if plan.config is None or (name, plan.kernel) in (("BM", "skinny"), ("K_WARPS", "gemm")):
         return
     for value in VARIED[name]:
         if value != getattr(plan.config, name):
-            yield plan._replace(config=plan.config._replace(**{name: value}))
+            config = plan.config._replace(**{name: value})
+            yield plan._replace(config=config._replace(num_warps=max(config.num_warps, config.K_WARPS)))
 
 
 def table_entry(result: TunedPlan) -> dict[str, Any]:
