@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import naming
 
+from gptq_belle.checkpoint import decryption
 from gptq_belle.checkpoint.decryption import decrypt, encrypt
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Key
@@ -53,12 +54,18 @@ def key_file(tmp_path, content: bytes):
     return path
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 10 bytes."""
+    monkeypatch.setattr(decryption, "CHUNK_BYTES", 10)
+
+
 @pytest.mark.parametrize("key_bytes", [1, 7, 10, 20, 23, 30])
 @pytest.mark.parametrize("plain_bytes", [0, 1, 9, 10, 11, 23, 30, 31, 57, 100])
-def test_keystream_equals_the_reference_implementation(tmp_path, plain_bytes, key_bytes):
+def test_keystream_equals_the_reference_implementation(tmp_path, small_chunks, plain_bytes, key_bytes):
     plain, key = noise(plain_bytes), noise(key_bytes, 1)
     publish(tmp_path / "enc", "data.bin", plain, key, 10)
-    (found,) = decrypt(tmp_path / "enc", tmp_path / "out", key_file(tmp_path, key), chunk_bytes=10)
+    (found,) = decrypt(tmp_path / "enc", tmp_path / "out", key_file(tmp_path, key))
     assert (tmp_path / "out" / "data.bin").read_bytes() == plain
     assert found == ("data.bin", plain_bytes, hashlib.md5(plain).hexdigest(), hashlib.sha256(plain).hexdigest(),
                      "decrypted")
@@ -90,7 +97,7 @@ FILES = {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"PK\3\
 
 
 @pytest.fixture
-def published(tmp_path):
+def published(tmp_path, small_chunks):
     """A downloaded directory: three encrypted files, a plain README and hidden files."""
     for name, plain in FILES.items():
         publish(tmp_path / "enc", name, plain, noise(53, 1), 10)
@@ -102,7 +109,7 @@ def published(tmp_path):
 
 
 def run(tmp_path, **options):
-    return decrypt(tmp_path / "enc", tmp_path / "out", tmp_path / "consolidated.00.pth", chunk_bytes=10, **options)
+    return decrypt(tmp_path / "enc", tmp_path / "out", tmp_path / "consolidated.00.pth", **options)
 
 
 def written(tmp_path):
@@ -121,7 +128,7 @@ def test_directory_is_decrypted(published):
 def test_directory_round_trip(published):
     run(published)
     key = published / "consolidated.00.pth"
-    names = {row.name for row in encrypt(published / "out", published / "again", key, chunk_bytes=10)}
+    names = {row.name for row in encrypt(published / "out", published / "again", key)}
     assert names == {path.name for path in (published / "enc").iterdir() if not path.name.startswith(".")}
     for path in (published / "enc").glob("*.enc"):
         assert (published / "again" / path.name).read_bytes() == path.read_bytes()
@@ -146,7 +153,7 @@ def test_single_truncated_file_is_refused(published):
     (path,) = (published / "enc").glob("pytorch_model*")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match=naming(path.name)):
-        decrypt(path, published / "out", published / "consolidated.00.pth", chunk_bytes=10)
+        decrypt(path, published / "out", published / "consolidated.00.pth")
     path.write_bytes(path.read_bytes()[:31])
     with pytest.raises(InputError, match=naming(path, 31)):
         run(published)

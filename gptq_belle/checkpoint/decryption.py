@@ -33,7 +33,7 @@ MAX_NAMES = 3  # file names in an error message
 FOLDER = "Give the folder of the download, or one of its files."
 
 
-def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
+def decrypt(source: str | Path, out: str | Path, key: str | Path, *,
             progress: Progress = lambda done, total: None) -> list[FileResult]:
     """Decrypt a directory or one file; files that are not encrypted are copied.
 
@@ -44,7 +44,6 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
         out: output directory; other files in it are not changed.
         key: Meta's ``consolidated.00.pth`` of LLaMA-7B, version 1, which BELLE used for its 13B models as well
             (github.com/LianjiaTech/BELLE, issues 368 and 398).
-        chunk_bytes: chunk size; sizes other than 10 MiB are for tests.
         progress: progress callback, called with processed and total bytes.
     Returns:
         The files of the output, sorted by name.
@@ -53,7 +52,7 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
             header, or nothing is encrypted.
         UsageError: `out` is `source`, or another process writes to `out`.
     """
-    source, out, key_file = Path(source), Path(out), Key(Path(key), chunk_bytes)
+    source, out, key_file = Path(source), Path(out), Key(Path(key), CHUNK_BYTES)
     tasks = [file_task(path, out) for path in _files(source, out)]
     if all(task.sha256 is None for task in tasks):
         raise InputError(f"{source} contains no .enc files", FOLDER)
@@ -83,13 +82,13 @@ def decrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes
     return sorted(done)
 
 
-def encrypt(source: str | Path, out: str | Path, key: str | Path, *, chunk_bytes: int = CHUNK_BYTES,
+def encrypt(source: str | Path, out: str | Path, key: str | Path, *,
             progress: Progress = lambda done, total: None) -> list[FileResult]:
     """Encrypt a directory or one file, for publishing a fine-tuned LLaMA; only Markdown files are copied.
 
     Arguments and exceptions are those of `decrypt`.
     """
-    source, out, key_file = Path(source), Path(out), Key(Path(key), chunk_bytes)
+    source, out, key_file = Path(source), Path(out), Key(Path(key), CHUNK_BYTES)
     tasks = [FileTask(path, out / path.name, None, path.stat().st_size) for path in _files(source, out)]
     if encrypted := [task.source.name for task in tasks if task.source.suffix == ".enc"]:
         raise InputError(f"{encrypted[0]} is already encrypted", "Remove the .enc files from the source.")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from gptq_belle.common.files import UNFINISHED_SUFFIX, fsync, reject_lfs_pointer
 from gptq_belle.errors import InputError
-from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Digests, Key, read_chunk, write_all, xor_file
+from gptq_belle.formats.xor_cipher import CHUNK_BYTES, Digests, Key, read_chunk, xor_file
 
 HEADER = 32  # bytes of the SHA-256
 NAMED = re.compile(r"(?P<plain>.+)\.(?P<sha256>[0-9a-fA-F]{64})\.enc")
@@ -107,10 +107,10 @@ def decrypt_file(task: FileTask, key: Key, progress: Progress) -> FileResult:
 def copy_file(task: FileTask, progress: Progress) -> FileResult:
     """Copy one file without changes."""
     partial, found = unfinished_path(task.out), Digests()
-    with task.source.open("rb", buffering=0) as source, partial.open("wb", buffering=0) as out:
+    with task.source.open("rb") as source, partial.open("wb") as out:
         while len(data := read_chunk(source, CHUNK_BYTES)):
             found.update(data)
-            write_all(out, data)
+            out.write(data.data)
             progress(len(data))
     _publish(partial, task.out)
     return _result(task, found, "copied")
@@ -119,7 +119,7 @@ def copy_file(task: FileTask, progress: Progress) -> FileResult:
 def encrypt_file(task: FileTask, key: Key, progress: Progress) -> FileResult:
     """Encrypt one file; its name contains the checksum, which is known only at the end."""
     partial, plain = unfinished_path(task.out), Digests()
-    with task.source.open("rb", buffering=0) as source, partial.open("wb", buffering=0) as out:
+    with task.source.open("rb") as source, partial.open("wb") as out:
         out.seek(HEADER)
         xor_file(source, out, key, plain, encrypting=True, progress=progress)
         out.seek(0)
@@ -132,7 +132,7 @@ def encrypt_file(task: FileTask, key: Key, progress: Progress) -> FileResult:
 def _decrypted(task: FileTask, partial: Path, key: Key, progress: Progress) -> FileResult:
     """Decrypt the chunks of one file that `partial` does not have yet; remove it if the checksum is wrong."""
     plain = Digests()
-    with task.source.open("rb", buffering=0) as source, partial.open("ab+", buffering=0) as out:
+    with task.source.open("rb") as source, partial.open("ab+") as out:
         chunks = min(out.tell(), task.size) // key.chunk_bytes
         out.truncate(chunks * key.chunk_bytes)
         out.seek(0)
@@ -142,7 +142,7 @@ def _decrypted(task: FileTask, partial: Path, key: Key, progress: Progress) -> F
         source.seek(HEADER + chunks * key.chunk_bytes)
         xor_file(source, out, key, plain, first=chunks, progress=progress)
         out.seek(0)
-        head = out.read(8) or b""
+        head = out.read(8)
     if plain.sha256.digest() != task.sha256:
         partial.unlink()
         known = FIRST_BYTES.get(task.out.suffix)

@@ -7,9 +7,9 @@ and the next data chunk is XORed with the first chunk of the key again. So the s
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import RawIOBase
+from io import BufferedRandom, BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Key:
 
     Args:
         path: Meta's ``consolidated.00.pth``.
-        chunk_bytes: chunk size; sizes other than 10 MiB are for tests.
+        chunk_bytes: size of a chunk of key and data.
 
     Raises:
         InputError: the file is missing, empty, or a git-lfs pointer.
@@ -49,7 +49,7 @@ class Key:
         """
         begin = index % -(-self.size // self.chunk_bytes) * self.chunk_bytes
         count = min(self.chunk_bytes, self.size - begin, len(data))
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             file.seek(begin)
             key = read_chunk(file, count)
         if len(key) < count:
@@ -71,33 +71,30 @@ class Digests:
         self.sha256.update(data.data)
 
     @classmethod
-    def of(cls, path: Path, skip: int = 0) -> Self:
-        """Digests of a file from byte `skip` on."""
+    def of(cls, path: Path) -> Self:
+        """Digests of a file."""
         found = cls()
-        with path.open("rb", buffering=0) as file:
-            file.seek(skip)
+        with path.open("rb") as file:
             while len(data := read_chunk(file, CHUNK_BYTES)):
                 found.update(data)
         return found
 
 
-def read_chunk(file: RawIOBase, count: int) -> Bytes:
+def read_chunk(file: BufferedReader | BufferedRandom, count: int) -> Bytes:
     """Read `count` bytes, fewer only at the end of the file."""
     data = np.empty(count, np.uint8)
-    filled = 0
-    while filled < count and (read := file.readinto(data[filled:].data)):
-        filled += read
-    return data[:filled]
+    return data[: file.readinto(data.data)]
 
 
-def xor_file(source: RawIOBase, out: RawIOBase, key: Key, plain: Digests, *, first: int = 0, encrypting: bool = False,
+def xor_file(source: BufferedReader, out: BufferedWriter | BufferedRandom, key: Key, plain: Digests, *,
+             first: int = 0, encrypting: bool = False,
              progress: Callable[[int], None] = lambda count: None) -> None:
     """XOR a file with the key stream, from its current position to its end.
 
     While one chunk is read and XORed, threads hash and write the previous one: MD5 alone takes 1.5 s per GB.
 
     Args:
-        source, out: unbuffered files, positioned at the start of a chunk.
+        source, out: files, positioned at the start of a chunk.
         key: the key.
         plain: updated with the plain data: the output, or the input with `encrypting`.
         first: number of the first chunk.
@@ -105,22 +102,15 @@ def xor_file(source: RawIOBase, out: RawIOBase, key: Key, plain: Digests, *, fir
         progress: progress callback, called with the bytes of each chunk.
     """
     with ThreadPoolExecutor(3) as pool:
-        tasks: list[Future[None]] = []
+        tasks: list[Future[Any]] = []
         while len(data := read_chunk(source, key.chunk_bytes)):
             hashed = data.copy() if encrypting else data
             key.apply(first, data)
             for task in tasks:
                 task.result()
             tasks = [pool.submit(plain.md5.update, hashed.data), pool.submit(plain.sha256.update, hashed.data),
-                     pool.submit(write_all, out, data)]
+                     pool.submit(out.write, data.data)]
             progress(len(data))
             first += 1
         for task in tasks:
             task.result()
-
-
-def write_all(out: RawIOBase, data: Bytes) -> None:
-    """Write all data to an unbuffered file."""
-    view = data.data
-    while view:
-        view = view[out.write(view) or 0:]
