@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from gptq_belle.bench import footprint
 from gptq_belle.bench.bandwidth import read_bandwidth
-from gptq_belle.bench.batch_sweep import SweepPoint, check_context, sweep
 from gptq_belle.bench.footprint import Footprint
 from gptq_belle.bench.step_shares import StepShares, explain_bound, measure_step_shares
-from gptq_belle.bench.workload import RunTimes, Workload, run_in_turns, with_prompt_length
+from gptq_belle.bench.workload import RunTimes, SweepPoint, Workload, run_in_turns, sweep, with_prompt_length
 from gptq_belle.checkpoint.inspection import average_bits
 from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
@@ -113,13 +112,11 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     for path in paths:
         progress(f"loading {path}")
         models.append(load(path, device=device, precision=precision, head_bits=head_bits, cache=cache))
-    workload = with_prompt_length(workload, models)
-    check_context(models, depths, workload.prompt or 1, workload.tokens)
+    workload = with_prompt_length(workload, models, max(depths))
     times = run_in_turns(models, workload, progress)
     points: list[SweepPoint] = []
     if batches or tuple(depths) != (0,):
-        points = sweep(models, (workload.batch, *batches), depths, workload.prompt or 1, workload.tokens,
-                       workload.repeats, progress)
+        points = sweep(models, workload, (workload.batch, *batches), depths, progress)
     progress("measuring the read bandwidth")
     bandwidth = read_bandwidth(models[0].device)
     results, memory = [], []
