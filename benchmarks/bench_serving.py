@@ -23,10 +23,10 @@ PROMPT = "写一首关于春天的诗"
 
 
 @contextmanager
-def server(path: str, slots: int) -> Iterator[str]:
+def server(path: str | Path, slots: int, device: str = "cpu") -> Iterator[str]:
     """Start a server on a free port and yield its address."""
-    command = [sys.executable, "-m", "gptq_belle.cli", "serve", path, "--port", "0", "--device", "cpu", "--json",
-               "--max-batch", str(slots)]
+    command = [sys.executable, "-m", "gptq_belle.cli", "serve", str(path), "--port", "0", "--device", device,
+               "--json", "--max-batch", str(slots)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         output = ""

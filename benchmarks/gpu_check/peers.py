@@ -1,19 +1,24 @@
 """4-bit products of other projects on a GPU: torch, and gemlite and GPTQModel if they are installed.
 
 Each factory takes codes (K, N) uint8 and scales (K / 128, N) float16, with 8 as the zero point of all, and returns a
-function of x (M, K). Results are compared with ours before the timing, so a changed interface is recorded as an
-incorrect result or as an error.
+function of x (M, K). Results are compared with the reference before the timing, so a changed interface shows as a wrong
+result or an exception.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cuda_common import GROUP
 from torch import Tensor
 
+from gpu_check.weights import GROUP
+
 Matmul = Callable[[Tensor], Tensor]
+CUBLAS = "cuBLAS float16"
+GEMLITE_CONFIGS = {80: "a100", 86: "a6000", 89: "4090", 90: "h100", 120: "5090"}  # by compute capability
 
 
 class Peer(NamedTuple):
@@ -22,6 +27,7 @@ class Peer(NamedTuple):
     make: Callable[[Tensor, Tensor], Matmul]
     dtype: torch.dtype  # dtype of the activations
     bits: float  # bits per weight, including scales
+    package: str | None = None  # None: torch
 
 
 def cublas(codes: Tensor, scales: Tensor) -> Matmul:
@@ -31,24 +37,41 @@ def cublas(codes: Tensor, scales: Tensor) -> Matmul:
 
 
 def torch_int4(codes: Tensor, scales: Tensor) -> Matmul:
-    """torch's int4 op (tinygemm) in bfloat16; the first of two codes is in the upper half of a byte."""
-    across = codes.t()
-    packed = torch.ops.aten._convert_weight_to_int4pack((across[:, ::2] << 4 | across[:, 1::2]).contiguous(), 8)
+    """torch's int4 operation (tinygemm) in bfloat16."""
+    packed = torch.ops.aten._convert_weight_to_int4pack(nibbles(codes), 8)
     table = torch.stack([scales.bfloat16(), torch.zeros_like(scales, dtype=torch.bfloat16)], -1).contiguous()
     product: Matmul = lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, table)  # noqa: E731
     return product
 
 
+def nibbles(codes: Tensor) -> Tensor:
+    """Codes (K, N) as bytes (N, K / 2); the first of two codes is in the upper half of a byte."""
+    across = codes.t()
+    return (across[:, ::2] << 4 | across[:, 1::2]).contiguous()
+
+
 def gemlite(codes: Tensor, scales: Tensor) -> Matmul:
-    """gemlite's Triton kernels with their default autotuning."""
-    core = import_module("gemlite.core")
+    """gemlite's Triton kernels in their fastest mode: symmetric, with the tuned configurations that it ships."""
+    core = _tuned_gemlite()
     inputs, outputs = codes.shape
     linear = core.GemLiteLinear(4, group_size=GROUP, in_features=inputs, out_features=outputs,
                                 input_dtype=core.DType.FP16, output_dtype=core.DType.FP16)
-    flat = scales.t().reshape(-1, 1).contiguous()
-    linear.pack(codes.t().contiguous(), flat, torch.full_like(flat, 8), None)
+    linear.pack(codes.t().contiguous(), scales.t().reshape(-1, 1).contiguous(), 8, None)  # an integer: one zero point
     product: Matmul = linear
     return product
+
+
+@lru_cache(maxsize=1)
+def _tuned_gemlite() -> Any:
+    """gemlite's module with a table of configurations. It finds one by the name of the GPU; for other names that of a
+    GPU with the same compute capability is loaded."""
+    core = import_module("gemlite.core")
+    if core.get_default_cache_config() is None:
+        major, minor = torch.cuda.get_device_capability()
+        name = GEMLITE_CONFIGS.get(10 * major + minor)
+        if name is not None:
+            core.GemLiteLinear.load_config(str(Path(str(core.__file__)).parent / "configs" / f"{name}.json"))
+    return core
 
 
 def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor], Matmul]:
@@ -62,7 +85,9 @@ def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor],
         groups = inputs // GROUP
         shifts = torch.arange(0, 32, 4, device=codes.device)
         linear.qweight.data = (codes.view(-1, 8, outputs).long() << shifts[:, None]).sum(1).to(torch.int32)
-        linear.qzeros.data = torch.full((groups, outputs // 8), 0x77777777, dtype=torch.int32, device=codes.device)
+        zero = 8 if getattr(kind, "REQUIRES_FORMAT_V2", False) else 7  # version 1 stores zero points minus one
+        nibbles_of_zero = torch.tensor(zero * 0x11111111).to(torch.int32)  # 0x88888888 wraps to a negative number
+        linear.qzeros.data = nibbles_of_zero.repeat(groups, outputs // 8).to(codes.device)
         linear.scales.data = scales.contiguous()
         linear.g_idx.data = torch.arange(inputs, dtype=torch.int32, device=codes.device) // GROUP
         linear.post_init()
@@ -73,10 +98,11 @@ def gptqmodel(module: str, names: tuple[str, ...]) -> Callable[[Tensor, Tensor],
 
 
 PACKED = 4 + 16 / GROUP
+MARLIN, TRITON = ("MarlinLinear", "MarlinQuantLinear"), ("TritonV2Linear", "TritonV2QuantLinear")
 PEERS = {
-    "cuBLAS float16": Peer(cublas, torch.float16, 16),
+    CUBLAS: Peer(cublas, torch.float16, 16),
     "torch int4": Peer(torch_int4, torch.bfloat16, 4 + 32 / GROUP),
-    "gemlite": Peer(gemlite, torch.float16, PACKED),
-    "GPTQModel Marlin": Peer(gptqmodel("marlin", ("MarlinLinear", "MarlinQuantLinear")), torch.float16, PACKED),
-    "GPTQModel Triton": Peer(gptqmodel("tritonv2", ("TritonV2Linear", "TritonV2QuantLinear")), torch.float16, PACKED),
+    "gemlite": Peer(gemlite, torch.float16, PACKED, "gemlite"),
+    "GPTQModel Marlin": Peer(gptqmodel("marlin", MARLIN), torch.float16, PACKED, "gptqmodel"),
+    "GPTQModel Triton": Peer(gptqmodel("tritonv2", TRITON), torch.float16, PACKED, "gptqmodel"),
 }
