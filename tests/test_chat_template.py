@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import datetime
 
 import pytest
 from conftest import tiny_tokenizer
@@ -48,6 +49,32 @@ def model(tiny_llama, tmp_path):
     path = shutil.copytree(tiny_llama, tmp_path / "model")
     (path / "chat_template.jinja").write_text(CHATML)
     return path
+
+
+def test_calibration_does_not_depend_on_the_day(tmp_path, monkeypatch):
+    """The calibration tokens are part of a job's fingerprint: it would not resume on another day."""
+    class Clock(datetime):
+        day_of_test = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 5, cls.day_of_test)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    tokenizer = chat("{{ strftime_now('%d %b %Y') }}\n" + CHATML).tokenizer
+    found, questions = [], []
+    for Clock.day_of_test in (1, 2):
+        found.append(calibration_rows(Calibration(rows=1, seq_len=64), tokenizer, TEMPLATE).tokens.tolist())
+        questions.append(ChatFormat(tokenizer, TEMPLATE).question("你好").text.split("\n")[0])
+    assert questions == ["01 May 2031", "02 May 2031"]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("template", ["hello", "{{ % }}", "{% for message in messages %}"])
+def test_templates_that_cannot_ask_are_refused(template):
+    with pytest.raises(InputError) as caught:
+        chat(template)
+    assert "unexpected" not in str(caught.value)  # the word for faults of this program
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, PLAIN])

@@ -5,6 +5,7 @@ sandbox as transformers does, else by one of BELLE's prompt styles.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 CALLS = ("tool_calls", "function_call")  # keys of a message that no prompt of this program expresses
 OTHER_STYLE = f"Choose a prompt style instead: --prompt-style {', '.join(STYLES)}."
 QUESTION, ANSWER, NEXT_QUESTION = "question-0", "answer-1", "question-2"  # to find what a template puts between them
+DATE_CODES = (*"YymbBdejaAHIpMSFDxXc", "-m", "-d")  # of strftime
 Message = Mapping[str, Any]
 
 
@@ -46,14 +48,17 @@ class ChatFormat:
     Args:
         tokenizer: a transformers tokenizer.
         name: a key of `prompts.styles.STYLES`, or "template" for the chat template of the tokenizer.
+        today: the date for templates that print one; default: the day of the call.
     Raises:
         UsageError: the name is unknown, or there is no chat template.
         InputError: the chat template cannot be rendered for a single question, or leaves it out.
     """
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
+    def __init__(self, tokenizer: Any, name: str, today: date | None = None) -> None:
         self.tokenizer, self.name = tokenizer, name
         self._template = default_template(tokenizer.chat_template) if name == TEMPLATE else None
+        if self._template is not None and today is not None:
+            self._template = _stopped_clock(today) + self._template
         if self._template is None:
             self._style = get_style(name)
             return
@@ -159,6 +164,12 @@ class ChatFormat:
             return ""
         start, end = text.find(ANSWER), text.find(NEXT_QUESTION)
         return text[start + len(ANSWER) : end] if 0 <= start < end else ""
+
+
+def _stopped_clock(today: date) -> str:
+    """A jinja macro that takes the place of transformers' `strftime_now`: functions cannot be passed to a template."""
+    codes = "".join(f"|replace('%{code}', '{today.strftime('%' + code)}')" for code in DATE_CODES)
+    return "{% macro strftime_now(format) %}{{ format" + codes + " }}{% endmacro %}"
 
 
 def chat_format(config: Mapping[str, Any], tokenizer: Any, prompt_style: str = "auto") -> ChatFormat:

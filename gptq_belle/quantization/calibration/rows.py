@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from gptq_belle.quantization.calibration.messages import Document
 from gptq_belle.quantization.calibration.overlap import document_keys
 
 TOKEN_IDS = "token ids"
+CALIBRATION_DATE = date(2024, 1, 1)  # in templates that print the date: a job must resume on another day
 FIRST_PIECE = 1 << 16  # characters of a document that are tokenized first; twice as many where they are too few
 CUT_TOKENS = 64  # tokens before the end of a piece that may differ from those of the whole text
 FEWEST_DISTINCT, MOST_DISTINCT = 8, 64  # bounds on the number of distinct tokens that are asked for
@@ -98,7 +100,7 @@ def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
     random.Random(calibration.seed).shuffle(documents)
     stream: list[int] = []
     used: list[Document] = []
-    chat = ChatFormat(tokenizer, style)
+    chat = ChatFormat(tokenizer, style, CALIBRATION_DATE)
     for document in documents:
         text = document + tokenizer.eos_token if isinstance(document, str) else chat.render_turns(document)
         ids, read = first_token_ids(tokenizer, text, rows * seq_len - len(stream))
