@@ -11,6 +11,7 @@ from conftest import naming
 
 from gptq_belle.errors import InputError
 from gptq_belle.prompts.styles import Turn
+from gptq_belle.quantization.calibration.data_files import read_data_file
 from gptq_belle.quantization.calibration.documents import read_documents
 
 ROW = {"instruction": "天空为什么是蓝色的？", "output": "因为空气散射蓝光。"}
@@ -36,10 +37,21 @@ def documents(tmp_path, name, content):
     ("array.txt", ARRAY), ("array.jsonl", ARRAY), ("array.JSON", b"\xef\xbb\xbf" + ARRAY), ("lines.json", LINE * 2),
     ("joined.jsonl", (b"\xef\xbb\xbf" + LINE) * 2), ("windows.txt", LINE.replace(b"\n", b"\r\n") * 2),
     ("indented.json", json.dumps(ROW, indent=2).encode() * 2),
+    ("wrapped.json", json.dumps({"data": [ROW, ROW]}).encode()),
+    ("wrapped.jsonl", json.dumps({"version": "1", "n": 2, "splits": [], "rows": [ROW, ROW]}, indent=1).encode()),
+    ("wrapped.txt", json.dumps({"conversations": [ROW, ROW]}).encode()),
     ("rows.jsonl.gz", zipped(LINE * 2)), ("rows.jsonl", zipped(ARRAY)), ("rows.bz2", bz2.compress(ARRAY)),
     ("rows.txt.xz", lzma.compress(LINE * 2))])
 def test_rows_are_recognised_by_content(tmp_path, name, content):
     assert documents(tmp_path, name, content) == ([DOCUMENT, DOCUMENT], [])
+
+
+@pytest.mark.parametrize("row", [
+    ROW | {"history": [["a", "b"]]}, {"messages": [{"role": "user", "content": "a"}]},
+    {"conversation": [{"human": "a", "assistant": "b"}], "tags": [], "id": "1"}, {"text": "a", "labels": [1]}])
+def test_file_of_one_row_is_not_taken_for_a_wrapper(tmp_path, row):
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    assert [value for _, value in read_data_file(tmp_path / "row.json").rows] == [row]
 
 
 @pytest.mark.parametrize("text", ["78×3=？", "请计算：97×4", "Write École.", "Calculate 45×6."])

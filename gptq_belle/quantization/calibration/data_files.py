@@ -59,15 +59,27 @@ def read_data_file(path: Path) -> DataFile:
 def _json_rows(path: Path, text: str) -> Iterator[DataRow]:
     """The rows of a JSON array, or the values that follow one another: JSON Lines, or objects over several lines."""
     for number, (line, value, is_last) in enumerate(_json_values(path, text)):
-        if number == 0 and is_last and isinstance(value, list) and not _is_conversation(value):
-            yield from (DataRow(f"row {place}", row) for place, row in enumerate(value, 1))
+        rows = _wrapped_rows(value) if number == 0 and is_last else None
+        if rows is not None:
+            yield from (DataRow(f"row {place}", row) for place, row in enumerate(rows, 1))
         else:
             yield DataRow(f"line {line}", value)
 
 
+def _wrapped_rows(value: Any) -> list[Any] | None:
+    """The rows of an array, or of an object with one list of rows, such as {"data": [...]}; None for a row."""
+    if isinstance(value, list):
+        return None if _is_conversation(value) else value
+    if not isinstance(value, dict) or any(isinstance(value.get(name), str) for name in COLUMNS):
+        return None
+    lists = [item for item in value.values() if isinstance(item, list) and item and not _is_conversation(item)]
+    return lists[0] if len(lists) == 1 else None
+
+
 def _is_conversation(values: list[Any]) -> bool:
     """Whether a list is one conversation, and not a list of rows."""
-    return bool(values) and all(isinstance(value, dict) and not {"role", "from"}.isdisjoint(value) for value in values)
+    return bool(values) and all(isinstance(value, dict) and not {"role", "from", "human"}.isdisjoint(value)
+                                for value in values)
 
 
 def _json_values(path: Path, text: str) -> Iterator[tuple[int, Any, bool]]:

@@ -4,14 +4,17 @@ A row is a text, a list of messages, or an object with one of
 
     text                                   plain text
     conversations, conversation, messages  messages {"from": ..., "value": ...} or {"role": ..., "content": ...}
-    instruction, input, output             Alpaca; input may be missing or empty
-    input, target                          BELLE's train_*.json
+    instruction, input, output             Alpaca and BELLE's train_*.json; input may be missing or empty
+    instruction, instances                 BELLE's zh_seed_tasks.json: a list of objects with input and output
+    input, target                          BELLE's first train_*.json
     question, std_answer                   BELLE's evaluation set
     another pair of PAIRS
 
-and, besides conversations and pairs, `system` (a text) and `history` (earlier pairs or messages).
+and, besides conversations and pairs, `system` (a text) and `history` (earlier pairs or messages). A question that is
+itself a dialogue, "Human: ... Assistant: ... Human: ... Assistant:" in BELLE's multiturn_chat_0.8M.json, becomes turns.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ PAIRS = (("input", "target"), ("question", "std_answer"), ("question", "answer")
          ("query", "response"), ("prompt", "response"), ("prompt", "completion"), ("prompt", "output"))
 ROLES = {**dict.fromkeys(("user", "human"), "user"), **dict.fromkeys(("system", "developer"), "system"),
          **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard"), "assistant")}
+SPEAKER = re.compile(r"\n\s*(Human|Assistant)\s*[:：]")
 CALLS = ("tool_calls", "function_call")
 FORMS = "A row has text, messages or conversations, instruction/output, input/target or question/std_answer."
 
@@ -77,6 +81,10 @@ def _unused(row: Mapping[str, Any], *used: str) -> list[str]:
 def _pair(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
     """The messages of a question and its answer in two or three fields, and the fields' names."""
     used: tuple[str, ...] | None
+    if isinstance(row.get("instances"), list) and isinstance(row.get("instruction"), str):
+        examples = [example if isinstance(example, dict) else {} for example in row["instances"]]
+        found = [_pair({"instruction": row["instruction"], "output": None} | example)[0] for example in examples]
+        return [message for messages in found for message in messages], ("instruction", "instances")
     pairs = (("instruction", "output"), *PAIRS)
     used = next((pair for pair in pairs if row.get(pair[0]) is not None and pair[1] in row), None)
     if used is None:
@@ -85,13 +93,16 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[Message], tuple[str, ...]]:
     if used[0] == "instruction":
         given = _text(row.get("input"), "input")
         question, used = f"{question}\n{given}" if given else question, (*used, "input")
-    return [{"role": "user", "content": _bare(question)},
-            {"role": "assistant", "content": _text(row[used[1]], used[1])}], used
+    return [*_dialogue(question), {"role": "assistant", "content": _text(row[used[1]], used[1])}], used
 
 
-def _bare(question: str) -> str:
-    """The question without BELLE's prompt, which its first releases include in `input`; rendering adds it again."""
-    return question.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
+def _dialogue(question: str) -> list[Message]:
+    """The messages of a question. Some of BELLE's files write its prompt around it, which rendering adds again."""
+    _, *parts = SPEAKER.split(f"\n{question.strip()}")
+    if not parts or not question.lstrip().startswith("Human"):
+        return [{"role": "user", "content": question.strip()}]
+    return [{"role": ROLES[name.lower()], "content": text.strip()}
+            for name, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _history(turns: Any) -> list[Message]:
