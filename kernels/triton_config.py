@@ -26,6 +26,8 @@ SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)  # numbers of programs among w
 MIN_BLOCKS = 4  # of K for each of those programs, so that its pipeline fills
 TENSOR_CORES = 80  # the lowest compute capability whose tensor cores Triton uses
 WGMMA = (90, 100, 103)  # compute capabilities whose matrix instructions are shared by four warps
+# Those for which Triton before 3.9 compiles a tile of 128 x 128 to an empty kernel (seen with 3.5.1, 3.6, 3.7.1, 3.8).
+EMPTY_SQUARE_TILE = (100, 103, 110)
 REGISTERS = 65536  # of a multiprocessor
 SHARED_MEMORY_KIB = {  # per program, by compute capability; a multiprocessor has 1 KiB more
     75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
@@ -53,6 +55,10 @@ class TileConfig(NamedTuple):
     def step(self, block: int) -> int:
         """BK for a layout with blocks of `block` inputs."""
         return max(min(self.BK, block), block // 2)
+
+
+class UnsupportedTileError(ValueError):
+    """A tile that Triton does not compile for a GPU."""
 
 
 class LaunchPlan(NamedTuple):
@@ -103,7 +109,7 @@ def default_plan(problem: MatmulProblem, arch: int, processors: int) -> LaunchPl
         return LaunchPlan("expand", None)
     # A step of 64 inputs where memory is small, and for 8 bits, which would spill with two programs a multiprocessor.
     short = SHARED_MEMORY_KIB.get(arch, 99) < 128 or (arch in WGMMA and problem.bits == 8)
-    rows = 64 if arch in (100, 103) else 128  # Triton 3.8 compiles 128 rows to an empty kernel for 10.0
+    rows = 64 if arch in EMPTY_SQUARE_TILE else 128
     config = TileConfig(rows, 128, 64 if short else 128, 1, 8, 3)
     programs = processors * programs_per_multiprocessor("gemm", config, problem, arch)
     return LaunchPlan("gemm", config._replace(SPLIT_K=split_k(problem, config, programs)))
@@ -191,7 +197,14 @@ def programs_per_multiprocessor(kernel: str, config: TileConfig, problem: Matmul
 
 
 def launch_options(kernel: str, config: TileConfig, bits: int, run: int, arch: int) -> dict[str, Any]:
-    """How Triton compiles one of the matmul kernels."""
+    """How Triton compiles one of the matmul kernels.
+
+    Raises:
+        UnsupportedTileError: Triton does not compile this tile for this compute capability.
+    """
+    if kernel == "gemm" and arch in EMPTY_SQUARE_TILE and config.BM == config.BN == 128:
+        raise UnsupportedTileError(f"Triton compiles tiles of 128 x 128 to empty kernels for compute capability "
+                                   f"{arch / 10}. Use 64 rows or 64 outputs per tile.")
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
             "maxnreg": max_registers(kernel, config, bits, run, arch)}
 
@@ -246,7 +259,9 @@ def tuned_plans(arch: int) -> dict[MatmulProblem, LaunchPlan]:
                 if kernel not in KERNELS:
                     raise ValueError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
                 problem = MatmulProblem(**{name: entry[name] for name in MatmulProblem._fields})
-                found[problem] = LaunchPlan(kernel, None if config is None else TileConfig(**config))
+                found[problem] = plan = LaunchPlan(kernel, None if config is None else TileConfig(**config))
+                if plan.config is not None:
+                    launch_options(kernel, plan.config, problem.bits, problem.run, arch)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a table of tuned kernels: {error!r}") from error
     return found

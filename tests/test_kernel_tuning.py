@@ -1,6 +1,8 @@
 """Tuning without a GPU: the search on synthetic times, the table that it writes, and rejected input."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import naming, packed_checkpoint
 from gptq_belle.bench import kernel_tuning
 from gptq_belle.bench import model_tuning as tuner
 from gptq_belle.cli import tune as command
+from gptq_belle.common.timers import spread
 from gptq_belle.errors import GptqBelleError, HardwareError, InputError, UsageError
 from gptq_belle.kernels import triton_config, triton_matmul
 from gptq_belle.kernels.triton_config import LaunchPlan, MatmulProblem, TileConfig, default_plan
@@ -163,6 +166,20 @@ def test_every_problem_of_a_model_is_tuned(tiny_llama, tmp_path, own_tables, cap
 def test_model_without_packed_linears_is_rejected(tiny_llama, own_tables):
     with pytest.raises(InputError, match=naming(tiny_llama)):
         tuner.tune_model(tiny_llama, device="cpu", out=own_tables, progress=lambda text: None)
+
+
+def test_tile_that_is_not_compiled_takes_infinite_time(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernel_tuning, "rotated_weights", list)
+    monkeypatch.setattr(triton_matmul, "quant_matmul", lambda x, weight, plan: options(plan) and torch.ones(2, 4))
+
+    def options(plan):
+        return plan.config is None or triton_config.launch_options(plan.kernel, plan.config, 4, 128, 100)
+
+    monkeypatch.setattr(kernel_tuning.cuda_timing, "device_seconds", lambda actions: spread([len(actions)]))
+    timer = kernel_tuning.device_timer(MANY, [SimpleNamespace(in_features=4, words=torch.ones(1))])
+    first = TileConfig(64, 128, 64, 1, 8, 3)
+    assert [timer(LaunchPlan("gemm", first._replace(BM=rows))) for rows in (64, 128)] == [1, math.inf]
 
 
 @pytest.mark.gpu

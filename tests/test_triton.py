@@ -243,6 +243,26 @@ def test_two_programs_of_many_rows_share_a_multiprocessor_of_an_h100():
         assert triton_config.programs_per_multiprocessor(kernel, config, problem, 90) == 2
 
 
+@pytest.mark.parametrize("arch", triton_config.EMPTY_SQUARE_TILE)
+def test_tile_that_is_compiled_to_an_empty_kernel_is_refused(arch, tmp_path, monkeypatch):
+    square = TileConfig(128, 128, 64, 1, 8, 3)
+    with pytest.raises(triton_config.UnsupportedTileError):
+        triton_config.launch_options("gemm", square, 4, 128, arch)
+    entry = PROBLEM._asdict() | {"kernel": "gemm", "config": square._asdict()}
+    (tmp_path / f"sm_{arch}.json").write_text(json.dumps({"entries": [entry]}), encoding="utf-8")
+    monkeypatch.setenv("GPTQ_BELLE_TUNING", str(tmp_path))
+    with pytest.raises(ValueError, match=f"sm_{arch}.json"):
+        triton_config.tuned_plans.__wrapped__(arch)
+
+
+@pytest.mark.parametrize("arch", triton_config.SHARED_MEMORY_KIB)
+@pytest.mark.parametrize(("bits", "run"), [(4, 128), (4, 32), (8, 128), (8, 32)])
+def test_rule_chooses_tiles_that_are_compiled(arch, bits, run):
+    for rows in ROW_BUCKETS:
+        kernel, config = triton_config.default_plan(MatmulProblem(rows, 4096, 4096, bits, run, "float16"), arch, 132)
+        assert kernel == "expand" or triton_config.launch_options(kernel, config, bits, run, arch)
+
+
 def weight_on_meta(blocks, columns):
     """A weight of 4 bits without values."""
     def empty(*shape, dtype):

@@ -26,7 +26,7 @@ MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}
 # Relative error in the Frobenius norm: rounding of the result, the weight and (bfloat16) the scales, each at most
 # 2**-12 or 2**-9 on average, with a margin of one more; float32 expands the weight exactly.
 AGREEMENT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
-TOO_LARGE = ("OutOfResources", "PTXASError")  # exceptions of a configuration that exceeds this GPU
+TOO_LARGE = ("OutOfResources", "PTXASError", "UnsupportedTileError")  # a configuration that this GPU does not run
 
 
 class WrongProduct(Exception):

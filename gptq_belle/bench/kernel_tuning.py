@@ -27,6 +27,7 @@ from gptq_belle.kernels.triton_config import (
     LaunchPlan,
     MatmulProblem,
     TileConfig,
+    UnsupportedTileError,
     default_plan,
 )
 from gptq_belle.kernels.triton_layout import SlicedWeight
@@ -208,7 +209,7 @@ def device_timer(problem: MatmulProblem, weights: Sequence[SlicedWeight]) -> Tim
                                      "Please report it, with the output of `gptq-belle doctor --json`.")
             actions = [lambda weight=weight: triton_matmul.quant_matmul(x, weight, plan=plan) for weight in turns]
             return cuda_timing.device_seconds(actions).median
-        except (OutOfResources, PTXASError):  # more shared memory or registers than this GPU has
+        except (OutOfResources, PTXASError, UnsupportedTileError):  # more shared memory or registers than this GPU has
             return float("inf")
 
     return time
