@@ -199,7 +199,7 @@ def _specialized(value: Any) -> object:
 
 def simulate(monkeypatch: Any) -> SimulatedGpu:
     """A simulated H100 that takes the place of torch.cuda and of Triton's launcher until the test ends."""
-    from gptq_belle.kernels import triton_matmul
+    from gptq_belle.kernels import triton_matmul, triton_skinny_launch
 
     gpu = SimulatedGpu(float("nan") if triton_matmul.is_interpreted() else 0.0)
     if triton_matmul.is_interpreted():
@@ -221,9 +221,11 @@ def simulate(monkeypatch: Any) -> SimulatedGpu:
     for name, value in {
         "is_available": lambda: True, "device_count": lambda: 1, "_lazy_init": lambda: None,
         "device": lambda device: nullcontext(), "device_of": lambda tensor: nullcontext(),
-        "get_device_properties": lambda device: H100,
+        "get_device_properties": lambda device: H100, "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(triton_skinny_launch, "_tickets", {})
     monkeypatch.setattr(triton_matmul, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (90, 132))
     return gpu
