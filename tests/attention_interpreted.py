@@ -1,6 +1,6 @@
 """The decode attention in Triton's interpreter, compared with float64 arithmetic on what the cache holds.
 
-`test_triton_attention.py` runs this file in a separate process: TRITON_INTERPRET has to be set before Triton is
+`test_triton_decode.py` runs this file in a separate process: TRITON_INTERPRET has to be set before Triton is
 imported.
 """
 

@@ -12,14 +12,21 @@ from test_triton import has_working_interpreter
 pytestmark = pytest.mark.skipif(not has_working_interpreter(), reason="needs triton 3.9 or newer")
 
 
-def run_on_guarded_memory(kernel):
-    return subprocess.run([sys.executable, "guard_pages.py", kernel], cwd=Path(__file__).parent, text=True,
+def run_on_guarded_memory(kernel, script="guard_pages.py"):
+    return subprocess.run([sys.executable, script, kernel], cwd=Path(__file__).parent, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True)
 
 
 @pytest.mark.parametrize("kernel", ["skinny", "epilogue", "gemm", "reduce", "arrange", "dequant", "gptq", "descent"])
 def test_kernel_stays_within_its_tensors(kernel):
     run = run_on_guarded_memory(kernel)
+    assert run.returncode == 0, run.stdout[-300:] + run.stderr[-6000:]
+    assert run.stdout
+
+
+@pytest.mark.parametrize("kernel", ["attention", "embedding", "head"])
+def test_kernel_of_the_decode_step_stays_within_its_tensors(kernel):
+    run = run_on_guarded_memory(kernel, "guard_decode_pages.py")
     assert run.returncode == 0, run.stdout[-300:] + run.stderr[-6000:]
     assert run.stdout
 
