@@ -53,6 +53,8 @@ def problems(job: Job, code: MachineCode) -> list[str]:
         found.append(f"registers spill: {code.stack} bytes of stack, {code.local} local")
     if code.shared > SHARED_MEMORY_KIB[job.arch] * 1024:
         found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_MEMORY_KIB[job.arch]} KiB")
+    if job.kernel.startswith(("attention", "head")) and not code.loop["LDGSTS.128"]:
+        found.append("no asynchronous 16-byte copies")
     if job.config is None or job.arch < TENSOR_CORES:
         return found
     if not code.matrix_instructions:

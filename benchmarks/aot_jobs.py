@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import aot_decode
 import machine_code
 from machine_code import MachineCode
 
@@ -55,7 +56,7 @@ class Job(NamedTuple):
     """One kernel with all its constants for one architecture; fields that do not apply to the kernel are None."""
 
     arch: int
-    kernel: str  # a key of KERNELS
+    kernel: str  # a key of KERNELS or of aot_decode.DECODE_KERNELS
     bits: int | None = None
     dtype: str | None = None
     run: int | None = None
@@ -171,7 +172,7 @@ def split_in_two(config: TileConfig) -> TileConfig:
 def usual(arch: int) -> list[Job]:
     """Jobs for most checkpoints (4 bits, float16, one zero point) and for the solver."""
     products = [Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))]
-    return [*products, *decode_steps(products),
+    return [*products, *decode_steps(products), *(job for job in decode(arch) if job.kernel in aot_decode.USUAL),
             Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME),
             Job(arch, "descent", 4)]
 
@@ -186,17 +187,22 @@ def covering(arch: int) -> list[Job]:
             Job(arch, "gptq", 4, run=64, zero=EACH), Job(arch, "gptq", 4, run=0, zero=SAME)]
 
 
+def decode(arch: int) -> list[Job]:
+    """The kernels of a decode step that are not products; they need 16-bit tensor cores."""
+    return [Job(arch, name) for name in aot_decode.DECODE_KERNELS if arch >= TENSOR_CORES]
+
+
 def every(arch: int) -> list[Job]:
     """All jobs for one architecture."""
     formats = [(*variant, zero) for variant in VARIANTS for zero in (SAME, EACH)]
-    found = [*usual(arch), *(job for format_ in formats for job in _one_split(arch, *format_)),
+    found = [*usual(arch), *decode(arch), *(job for format_ in formats for job in _one_split(arch, *format_)),
              *(job for problem, plan in tuned_plans(arch).items() for job in _tuned(arch, problem, plan)),
              *(Job(arch, "dequant", *format_) for format_ in formats), Job(arch, "reduce"), Job(arch, "arrange"),
              *(Job(arch, "gptq", 4, run=group, zero=zero) for group in (32, 64, 128, 0) for zero in (SAME, EACH))]
     return list(dict.fromkeys(found))
 
 
-JOBS = {"usual": usual, "covering": covering, "all": every}
+JOBS = {"usual": usual, "covering": covering, "decode": decode, "all": every}
 
 
 def _one_split(arch: int, bits: int, dtype: str, run: int, zero: str) -> list[Job]:
@@ -215,6 +221,8 @@ def _tuned(arch: int, problem: MatmulProblem, plan: LaunchPlan) -> Iterator[Job]
 
 def compiled(job: Job) -> MachineCode:
     """Compile a job; errors of Triton and ptxas propagate."""
+    if job.kernel in aot_decode.DECODE_KERNELS:
+        return machine_code.compile_kernel(*aot_decode.decode_kernel(job.kernel, job.arch))
     kernel = KERNELS[job.kernel]
     options = dict(kernel.options)
     if job.config is not None:
