@@ -1,5 +1,6 @@
 """chat on a pseudo-terminal and with piped lines."""
 
+import copy
 import io
 import json
 import os
@@ -14,9 +15,11 @@ import time
 import pytest
 
 from gptq_belle import load
-from gptq_belle.cli.conversation import Conversation, chat_loop
+from gptq_belle.cli.chat_loop import Chat, chat_loop
+from gptq_belle.cli.conversation import Conversation
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
+from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.prompts.styles import Turn
 
 
@@ -67,7 +70,7 @@ def test_reset_exit_and_unknown_commands(model, capsys):
     assert scripted.prompts[1] == "Human: two\n\nAssistant:"
     shown = capsys.readouterr().err
     assert "/nonsense" in shown
-    assert shown.count("/help") >= 2  # after the unknown command and on demand
+    assert shown.count("/help") >= 2  # in the list of commands, after the unknown one and on demand
 
 
 def test_interrupt_stops_the_answer_and_keeps_its_text(model, capsys):
@@ -84,6 +87,7 @@ def test_question_beyond_the_context_is_rejected_and_dropped(model, capsys):
     turns, shown = run(conversation, "字" * 100, "b")
     assert shown == "x\n"
     assert conversation.turns == [Turn("b", "x")]
+    assert [turn.question for turn in turns] == ["b"]
     assert "40" in capsys.readouterr().err
 
 
@@ -115,15 +119,70 @@ def test_a_real_model_runs_several_turns(model):
     assert "Human:" not in shown
 
 
+def test_lines_between_quotes_are_one_message(model):
+    scripted = Scripted(model, ["a", "b", "c"])
+    turns, _ = run(conversation_with(scripted), '"""', "一", "", "二", '"""', '"""三"""', '"""四', "五")
+    assert [turn.question for turn in turns] == ["一\n\n二", "三", "四\n五"]
+
+
+def test_saved_conversation_is_loaded_with_its_system_prompt(model, tmp_path, capsys):
+    file, other = tmp_path / "chat.json", tmp_path / "notes.json"
+    other.write_text("[]")
+    run(conversation_with(Scripted(model, ["好", "的"])), "/system 用一个字回答", "一", "二", f"/save {file}",
+        f"/save {other}", f"/save {file}")
+    assert other.read_text() == "[]"
+    scripted = Scripted(model, ["c"])
+    run(conversation_with(scripted), f"/load {tmp_path / 'none'}", f"/load {other}", f"/load {file}", "三")
+    assert scripted.prompts[0].replace("</s>", "|") == (
+        "Human: 用一个字回答\n一\n\nAssistant:好|Human: 二\n\nAssistant:的|Human: 三\n\nAssistant:")
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "none") in shown
+    assert shown.count(str(other)) == 2
+
+
+def test_regenerated_answer_replaces_the_last_one(model):
+    conversation = conversation_with(Scripted(model, ["a", "b", "c"]))
+    turns, shown = run(conversation, "/regen", "一", "二", "/regen")
+    assert shown == "a\nb\nc\n"
+    assert conversation.turns == [Turn("一", "a"), Turn("二", "c")]
+
+
+def test_interrupted_regeneration_keeps_the_old_answer(model):
+    scripted = Scripted(model, ["a"])
+    conversation = conversation_with(scripted)
+    run(conversation, "一")
+    scripted.answers, scripted.pause = iter(["b"]), 0
+    run(conversation, "/regen")
+    assert conversation.turns == [Turn("一", "a")]
+
+
+def test_template_that_ignores_the_system_prompt_refuses_it(model, capsys):
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}<{{ m['content'] }}>{% endfor %}"
+    scripted = Scripted(model, ["a"])
+    scripted.tokenizer, scripted.chat_format = tokenizer, lambda style: ChatFormat(tokenizer, "template")
+    conversation = conversation_with(scripted)
+    run(conversation, "/system 简短", "一")
+    assert conversation.system == ""
+    assert "template" in capsys.readouterr().err
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(model):
+    for interactive, expected in ((True, "\ufffd[31mred\tx\n"), (False, "\x1b[31mred\tx\n")):
+        out = io.StringIO()
+        Chat(conversation_with(Scripted(model, ["\x1b[31mred\tx"])), out, interactive).handle("一")
+        assert out.getvalue() == expected
+
+
 class Keyboard:
     """The command line on a pseudo-terminal."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, **more):
         self.master, slave = pty.openpty()
         self.seen = ""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gptq_belle.cli", *map(str, args)], stdin=slave, stdout=slave, stderr=slave,
-            env=os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            env=os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1"} | more, start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
         os.close(slave)
 
@@ -154,11 +213,12 @@ def test_chat_on_a_pseudo_terminal(tiny_bloom, tmp_path):
     endless = shutil.copytree(tiny_bloom, tmp_path / "endless")  # with 256 tokens the answer would end too early
     config = json.loads((endless / "config.json").read_text())
     (endless / "config.json").write_text(json.dumps(config | {"seq_length": 10**6}))
-    screen = Keyboard("chat", endless, "--max-tokens", 10**5, "--device", "cpu")
+    screen = Keyboard("chat", endless, "--max-tokens", 10**5, "--device", "cpu",
+                      XDG_STATE_HOME=str(tmp_path))
     try:
-        assert "/reset" in screen.wait("> ")
+        assert "/help" in screen.wait("> ")
         screen.type("hello\n")
-        screen.wait("hello\r\n")
+        screen.wait("hello\r+\n")
         time.sleep(1)
         screen.type("\x03")
         assert "Human:" not in screen.wait(r"\[stopped; [\d,]+ tokens, .* tokens/s\]")

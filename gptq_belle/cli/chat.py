@@ -3,16 +3,17 @@
 import sys
 
 from gptq_belle.cli import console, environment, options
+from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, SamplingParams
 
 
 def chat(
     path: options.ModelPath,
     prompt_style: options.ChatStyle = "auto",
     max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    repetition_penalty: options.Penalty = 1.0,
+    temperature: options.Temperature = DEFAULT_SAMPLING.temperature,
+    top_p: options.TopP = DEFAULT_SAMPLING.top_p,
+    top_k: options.TopK = DEFAULT_SAMPLING.top_k,
+    repetition_penalty: options.Penalty = DEFAULT_SAMPLING.repetition_penalty,
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
     min_tokens: options.MinTokens = 0,
@@ -27,13 +28,12 @@ def chat(
     """Chat with a model over several turns. With --json, answers are streamed to stderr and all turns go to stdout."""
     environment.require_stdin()
     options.check_chat_style(prompt_style)
-    options.check_engine_options(device, precision, head_bits, cache)
-    from gptq_belle.cli.conversation import Conversation, chat_loop
-    from gptq_belle.engine.sampling_params import SamplingParams
-
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)
+    options.check_engine_options(device, precision, head_bits, cache)
+    from gptq_belle.cli.chat_loop import chat_loop
+    from gptq_belle.cli.conversation import Conversation
     conversation = Conversation(options.load_generator(path, device, precision, head_bits, cache), prompt_style, params)
     turns = chat_loop(conversation, sys.stderr if as_json else sys.stdout)
     if as_json:

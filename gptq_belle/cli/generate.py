@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gptq_belle.cli import console, options
+from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, SamplingParams
 
 
 def generate(
@@ -14,10 +15,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The question, or the text to continue with --prompt-style none.")],
     prompt_style: options.PromptStyle = "auto",
     max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    repetition_penalty: options.Penalty = 1.0,
+    temperature: options.Temperature = DEFAULT_SAMPLING.temperature,
+    top_p: options.TopP = DEFAULT_SAMPLING.top_p,
+    top_k: options.TopK = DEFAULT_SAMPLING.top_k,
+    repetition_penalty: options.Penalty = DEFAULT_SAMPLING.repetition_penalty,
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
     min_tokens: options.MinTokens = 0,
@@ -32,12 +33,10 @@ def generate(
     """Answer one prompt and stream the answer to stdout."""
     if prompt_style != "none":
         options.check_chat_style(prompt_style)
-    options.check_engine_options(device, precision, head_bits, cache)
-    from gptq_belle.engine.sampling_params import SamplingParams
-
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)
+    options.check_engine_options(device, precision, head_bits, cache)
     model = options.load_generator(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style
     start, answer = time.perf_counter(), ""
