@@ -38,7 +38,6 @@ def read(tmp_path, *rows):
     (PAIR | {"instruction": "问 Human: 谁？\nHuman: 我"}, [Turn("问 Human: 谁？\nHuman: 我", "答")]),
     ({"instruction": "问", "instances": [{"input": "", "output": "答"}, {"input": "一", "output": "二"}]},
      [Turn("问", "答"), Turn("问\n一", "二")]),
-    ({"question": "问", "class": "open qa", "std_answer": "答"}, [Turn("问", "答")]),
     ({"prompt": "问", "response": "答", "history": []}, [Turn("问", "答")]),
 ])
 def test_turns_are_paired_by_role(tmp_path, row, turns):
