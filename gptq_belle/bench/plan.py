@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from gptq_belle.bench.gpus import Gpu
+from gptq_belle.bench.step_time import StepTime, has_step_time, step_time
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import BITS
 from gptq_belle.models.dimensions import Dimensions, dimensions
@@ -31,12 +33,14 @@ class PlanRow:
         use: its memory with the requested context and batch.
         fits: whether that is within the budget.
         longest_context: the most tokens of context that fit, up to the model's limit; 0 if none do.
+        step: calculated time of a decode step with a full context; None without a GPU, or if it is not modelled.
     """
 
     settings: MemorySettings
     use: MemoryUse
     fits: bool
     longest_context: int
+    step: StepTime | None = None
 
 
 def check_workload(context: int | None, batch: int, cache: str, group_size: int) -> None:
@@ -55,7 +59,8 @@ def check_workload(context: int | None, batch: int, cache: str, group_size: int)
 
 def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, batch: int = 1,
          cache: str = "float16", group_size: int = GROUP_SIZE, device: str = "cpu",
-         bits: Sequence[int] = PLANNED_BITS, head_bits: Sequence[int] = PLANNED_BITS) -> list[PlanRow]:
+         bits: Sequence[int] = PLANNED_BITS, head_bits: Sequence[int] = PLANNED_BITS,
+         gpu: Gpu | None = None) -> list[PlanRow]:
     """Compare every combination of bits and head bits with a memory budget.
 
     Args:
@@ -64,6 +69,7 @@ def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, 
         context: tokens of prompt and answer; by default the model's limit, or 2,048 if it states none.
         batch: number of sequences answered at a time.
         cache, group_size, device, bits, head_bits: as in `MemorySettings`.
+        gpu: GPU whose decode speed is calculated.
     Raises:
         InputError: the configuration lacks a value.
         UsageError: a context beyond the model's limit, or an unknown cache or device.
@@ -83,7 +89,8 @@ def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, 
     for settings in (MemorySettings(b, h, group_size, cache, device) for b, h in product(bits, head_bits)):
         use = memory_use(d, settings, context, batch)
         longest = longest_context(d, settings, memory, batch, limit)
-        rows.append(PlanRow(settings, use, use.total <= memory, longest))
+        step = step_time(d, settings, gpu, batch, context) if gpu and has_step_time(settings, batch) else None
+        rows.append(PlanRow(settings, use, use.total <= memory, longest, step))
     return rows
 
 

@@ -12,7 +12,9 @@ from typing import NamedTuple
 from gptq_belle.bench import footprint
 from gptq_belle.bench.bandwidth import read_bandwidth
 from gptq_belle.bench.footprint import Footprint
+from gptq_belle.bench.gpus import Gpu, this_gpu
 from gptq_belle.bench.step_shares import StepShares, explain_bound, measure_step_shares
+from gptq_belle.bench.step_time import StepTime, has_step_time, step_time
 from gptq_belle.bench.workload import RunTimes, SweepPoint, Workload, run_in_turns, sweep, with_prompt_length
 from gptq_belle.checkpoint.inspection import average_bits
 from gptq_belle.checkpoint.packed_reader import read_quantization
@@ -20,8 +22,11 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.common.devices import resolve_precision
 from gptq_belle.common.text import short_names
 from gptq_belle.common.timers import Spread, spread
+from gptq_belle.engine.linear import PackedLinear
 from gptq_belle.engine.model import Model, load
 from gptq_belle.errors import UsageError
+from gptq_belle.formats.quantize_config import BITS
+from gptq_belle.models.sizes import UNPACKED, MemorySettings
 
 MB = 1e6
 
@@ -42,6 +47,8 @@ class BenchResult:
         achieved: weight_bytes divided by the median time of a step, in bytes per second.
         shares: shares of that time by the parts of the model.
         bound: one line about what limits the decode speed.
+        modelled: tokens per second of the time model (bench/step_time.py) at the measured copy bandwidth, to compare
+            with `decode`; None on a CPU and for models that it does not cover.
     """
 
     path: Path
@@ -57,6 +64,7 @@ class BenchResult:
     achieved: float
     shares: StepShares
     bound: str
+    modelled: float | None = None
 
 
 class BatchMemory(NamedTuple):
@@ -119,6 +127,7 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
         points = sweep(models, workload, (workload.batch, *batches), depths, progress)
     progress("measuring the read bandwidth")
     bandwidth = read_bandwidth(models[0].device)
+    gpu = this_gpu(models[0].device, bandwidth.median) if models[0].device.type == "cuda" else None
     results, memory = [], []
     for model, of_model in zip(models, times, strict=True):
         progress(f"memory and load time of {model.path}, in a new process")
@@ -126,7 +135,7 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
             model.path, device=device, precision=precision, head_bits=head_bits, cache=cache,
             prompt=(workload.prompt or 1) + max(depths), batch=batch) for batch in (workload.batch, *batches)}
         memory += [BatchMemory(model.path, batch, found.peak_bytes) for batch, found in footprints.items()]
-        results.append(_result(model, workload, of_model, footprints[workload.batch], bandwidth.median, precision))
+        results.append(_result(model, workload, of_model, footprints[workload.batch], bandwidth.median, precision, gpu))
     return Benchmark(workload, bandwidth, results, points, memory)
 
 
@@ -142,6 +151,23 @@ def parse_depths(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
+def modelled_step(model: Model, gpu: Gpu, batch: int, length: int) -> StepTime | None:
+    """The calculated decode step of a loaded model; None if the time model does not cover it.
+
+    Args:
+        batch, length: number of sequences, and tokens of each in the KV cache.
+    """
+    bits, head = _bits(model), model.decoder.head
+    if bits not in BITS:
+        return None
+    settings = MemorySettings(
+        bits=int(bits), head_bits=head.weight.bits if isinstance(head, PackedLinear) else UNPACKED,
+        group_size=model.config["quantization_config"]["group_size"], cache=model.cache_kind, device="cuda")
+    if not has_step_time(settings, batch):
+        return None
+    return step_time(model.decoder_config.dimensions, settings, gpu, batch, length)
+
+
 def _bits(model: Model) -> float | None:
     stated = model.config.get("quantization_config")
     if not isinstance(stated, dict) or not stated.get("dynamic"):
@@ -152,12 +178,14 @@ def _bits(model: Model) -> float | None:
 
 
 def _result(model: Model, workload: Workload, times: Sequence[RunTimes], footprint: Footprint,
-            bandwidth: float, precision: str | None) -> BenchResult:
+            bandwidth: float, precision: str | None, gpu: Gpu | None) -> BenchResult:
     prompt_tokens = workload.batch * (workload.prompt or 1)
     decode = spread([workload.batch * workload.tokens / t.decode for t in times])
     step = workload.batch / decode.median
     size = model.step_bytes
     shares = measure_step_shares(model, workload.batch, workload.prompt or 1, step)
+    length = (workload.prompt or 1) + workload.tokens // 2
+    modelled = modelled_step(model, gpu, workload.batch, length) if gpu else None
     return BenchResult(
         path=model.path,
         bits=_bits(model),
@@ -172,4 +200,5 @@ def _result(model: Model, workload: Workload, times: Sequence[RunTimes], footpri
         achieved=size / step,
         shares=shares,
         bound=explain_bound(size, step, bandwidth, shares),
+        modelled=None if modelled is None else modelled.tokens_per_second,
     )

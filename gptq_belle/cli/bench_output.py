@@ -51,7 +51,7 @@ def csv_rows(benchmark: Benchmark) -> list[dict[str, Any]]:
         **{f"{name}_share": share for name, share in r.shares._asdict().items()},
         "peak_bytes": r.footprint.peak_bytes, "process_peak_bytes": r.footprint.process_bytes,
         "cuda_peak_bytes": r.footprint.cuda_bytes, "weight_bytes": r.weight_bytes, "achieved_Bps": r.achieved,
-        "machine_Bps": benchmark.bandwidth.median, "bound": r.bound,
+        "machine_Bps": benchmark.bandwidth.median, "bound": r.bound, "modelled_tps": r.modelled,
     } for r in benchmark.results]
 
 
@@ -63,6 +63,7 @@ def _show_table(benchmark: Benchmark) -> None:
         ("prefill, tokens/s", lambda r: with_range(r.prefill)),
         ("first token, ms", lambda r: with_range(r.first_token, 1000)),
         ("decode, tokens/s", lambda r: with_range(r.decode)),
+        ("decode by the time model, tokens/s", lambda r: "none" if r.modelled is None else f"{r.modelled:,.0f}"),
         ("peak memory, MB", lambda r: megabytes(r.footprint.peak_bytes)),
         ("GPU memory, MB", lambda r: megabytes(r.footprint.cuda_bytes)),
         ("weights per step, MB", lambda r: megabytes(r.weight_bytes)),
@@ -71,7 +72,7 @@ def _show_table(benchmark: Benchmark) -> None:
         ("linears / attention / head / rest, %", lambda r: " / ".join(f"{100 * share:.0f}" for share in r.shares)),
     ]
     if all(result.footprint.cuda_bytes is None for result in results):
-        rows = [row for row in rows if not row[0].startswith("GPU")]
+        rows = [row for row in rows if row[0] not in ("GPU memory, MB", "decode by the time model, tokens/s")]
     columns = ["", *benchmark.names]
     cells = [[name, *(cell(result) for result in results)] for name, cell in rows]
     first = results[0]

@@ -11,6 +11,7 @@ from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
     from gptq_belle.bench.plan import PlanRow
+    from gptq_belle.bench.step_time import StepTime
 
 GIB = 2**30
 
@@ -26,20 +27,25 @@ def plan(
     cache: options.Cache = "float16",
     group_size: options.GroupSize = 128,
     device: options.Device = "auto",
+    gpu: Annotated[str | None, typer.Option(
+        help="GPU to plan for: H200, H100, A100, 4090, 3090 or 3060. Adds decode speeds, which are calculated, not "
+        "measured.", show_default=False)] = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Show at which bits, lm_head bits and context a model fits into a memory budget. Reads config.json only."""
+    from gptq_belle.bench.gpus import gpu_named
     from gptq_belle.bench.plan import best_fit, check_workload, recommendation, size_unit
     from gptq_belle.bench.plan import plan as planned
     from gptq_belle.checkpoint.reader import read_config
     from gptq_belle.common.memory import parse_memory
 
-    kind = device_kind(device)
+    planned_gpu = None if gpu is None else gpu_named(gpu)
+    kind = device_kind(device) if planned_gpu is None else "cuda"
     budget = parse_memory(memory)
     check_workload(context, batch, cache, group_size)
     rows = planned(read_config(model), budget, context=context, batch=batch, cache=cache, group_size=group_size,
-                   device=kind)
+                   device=kind, gpu=planned_gpu)
     if as_json:
         chosen = best_fit(rows)
         console.print_json({"model": model, "memory": budget, "context": context, "batch": batch,
@@ -51,9 +57,14 @@ def plan(
              f"{settings.group_size}; computed {name}")
     columns = ["bits", "head", "blocks", "embedding, head", "cache", "workspace", "program", "total",
                f"in {budget / GIB:.2f} GiB", "longest context"]
-    console.print_table(title, columns, [_cells(row, unit) for row in rows], text=0)
+    if planned_gpu is not None:
+        columns += [f"tokens/s, {planned_gpu.name}", "memory limit"]
+    console.print_table(title, columns, [_cells(row, unit, planned_gpu is not None) for row in rows], text=0)
     console.print_line()
     console.print_line(recommendation(rows, budget))
+    if planned_gpu is not None:
+        console.print_line("Speeds are calculated for a decode step with a full context, not measured. At the memory "
+                           "limit, weights and cache are read at the speed of a copy.")
 
 
 def device_kind(name: str) -> str:
@@ -71,15 +82,25 @@ def device_kind(name: str) -> str:
     return kind
 
 
-def _cells(row: "PlanRow", unit: float) -> list[str]:
-    n = row.use
+def _cells(row: "PlanRow", unit: float, with_speeds: bool) -> list[str]:
+    n, step = row.use, row.step
     sizes = (n.blocks, n.head, n.cache, n.workspace, n.program, n.total)
+    speeds = ["", ""] if step is None else [f"{step.tokens_per_second:,.0f} ({100 * step.share:.0f} %)",
+                                            f"{step.limit_tokens_per_second:,.0f}"]
     return [str(row.settings.bits), str(row.settings.head_bits), *(f"{size / unit:.2f}" for size in sizes),
-            "yes" if row.fits else "no", f"{row.longest_context:,}" if row.longest_context else "none"]
+            "yes" if row.fits else "no", f"{row.longest_context:,}" if row.longest_context else "none",
+            *(speeds if with_speeds else [])]
 
 
 def _flat(row: "PlanRow") -> dict[str, Any]:
     """JSON-ready values; sizes in bytes."""
     sizes = asdict(row.use) | {"total": row.use.total}
     return {**asdict(row.settings), **{f"{name}_bytes": size for name, size in sizes.items()}, "fits": row.fits,
-            "longest_context": row.longest_context}
+            "longest_context": row.longest_context, "step": None if row.step is None else _flat_step(row.step)}
+
+
+def _flat_step(step: "StepTime") -> dict[str, Any]:
+    """JSON-ready values of the calculated step; times in seconds."""
+    return {"gpu": step.gpu.name, "tokens_per_second": step.tokens_per_second, "share_of_limit": step.share,
+            "limit_tokens_per_second": step.limit_tokens_per_second, "launches": step.launches, "bytes": step.bytes,
+            "seconds": step.seconds, "parts": [part._asdict() for part in step.parts]}
