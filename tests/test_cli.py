@@ -54,6 +54,7 @@ def test_convert_and_decrypt(belle, packed, tmp_path):
     code, out, _ = belle("convert", tmp_path / "dec", tmp_path / "v2", "--format", "gptq_v2", "--json")
     assert code == 0
     assert json.loads(out)["written_format"] == "gptq_v2"
+    assert belle("convert", tmp_path / "dec", tmp_path / "v2")[0] == 2  # exists
     code, out, err = belle("convert", tmp_path / "v2", tmp_path / "v1")
     assert code == 0
     assert "was gptq_v2" in out

@@ -50,6 +50,18 @@ def test_json_is_alone_on_stdout(run, tiny_bloom, tmp_path):
     assert json.loads(out)["settings"]["bits"] == 8
 
 
+def test_finished_output_is_replaced_only_with_overwrite(run, tiny_bloom, tmp_path):
+    out = tmp_path / "out"
+    assert run(tiny_bloom, out, *SHORT, "--method", "rtn")[0] == 0
+    written = (out / "model.safetensors").read_bytes()
+    code, _, err = run(tiny_bloom, out, *SHORT, "--method", "rtn", "--bits", "8")
+    assert code == 2
+    assert str(out) in err
+    assert (out / "model.safetensors").read_bytes() == written
+    assert run(tiny_bloom, out, *SHORT, "--method", "rtn", "--bits", "8", "--overwrite")[0] == 0
+    assert json.loads((out / "quantize_config.json").read_text())["bits"] == 8
+
+
 def test_quantize_runs_by_path(tiny_bloom, tmp_path):
     """The tests of signals run it as a module."""
     command = [sys.executable, str(ROOT / "gptq_belle" / "quantize.py"), str(tiny_bloom), str(tmp_path / "out")]

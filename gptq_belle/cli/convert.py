@@ -50,6 +50,7 @@ def convert(
     repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Restore zero points of 0 that old packers "
                                                "wrapped around.")] = False,
     prompt_style: options.WrittenStyle = "auto",
+    overwrite: options.Overwrite = False,
     device: options.UnusedDevice = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -59,6 +60,7 @@ def convert(
     Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
     options.check_chat_style(prompt_style)
+    options.check_output(out, overwrite)
     from gptq_belle.checkpoint import conversion, conversion_report
     from gptq_belle.checkpoint.hub import CONVERTIBLE, is_model_name, resolve_model_path
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptq_belle.cli import console
+from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
     from gptq_belle.engine.model import Model
@@ -37,6 +38,9 @@ Device = Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda o
 UnusedDevice = Annotated[str, typer.Option("--device", hidden=True)]  # accepted by commands that run on no device
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=console.set_verbose,
                                        help="Print the traceback of an error too.")]
+
+# of commands that write a model
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a finished model.")]
 
 # how a model is loaded
 ModelPath = Annotated[Path, typer.Argument(
@@ -82,6 +86,13 @@ PerClass = Annotated[int | None, typer.Option(help="Use only the first N questio
 AnswerTokens = Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens per answer.", min=1)]
 QuestionBatch = Annotated[int, typer.Option("--batch", help="Number of questions answered at a time.", min=1)]
 AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Accept text that the model was calibrated on.")]
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise UsageError for an output directory with a finished model, which cost a job of hours."""
+    if not overwrite and (out / "quantize_config.json").is_file():
+        raise UsageError(f"{out} exists and holds a quantized model",
+                         "Choose another output, or add --overwrite to replace it when the new one is finished.")
 
 
 def check_chat_style(style: str) -> None:

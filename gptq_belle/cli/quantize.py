@@ -71,8 +71,8 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
              seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
              memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
              packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = None, dry_run: DryRun = False,
-             resume: Resume = True, device: options.Device = "auto", as_json: options.Json = False,
-             verbose: options.Verbose = False) -> None:
+             resume: Resume = True, overwrite: options.Overwrite = False, device: options.Device = "auto",
+             as_json: options.Json = False, verbose: options.Verbose = False) -> None:
     """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
 
     Finished blocks are kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command resumes there.
@@ -82,6 +82,8 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
                          "Add --packed-head-only, or give --head-bits to generate, chat or serve, which quantize the "
                          "lm_head while they load it.")
     options.check_chat_style(prompt_style)
+    if not dry_run:
+        options.check_output(out, overwrite)
     options.import_engine()
     from gptq_belle.common.devices import resolve_device
     from gptq_belle.quantization.config import QuantConfig
