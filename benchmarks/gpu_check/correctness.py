@@ -1,7 +1,8 @@
 """Every GPU kernel in every configuration of the tuning search against the float32 reference, on the device.
 
 First every format (bits, runs, zero points, activation order, dtypes) with the plans selected for it, then every
-variation of every plan on the usual formats, and the solver's kernels against the same steps in torch.
+variation of every plan on the usual formats, what a decode step launches besides, and the solver's kernels against the
+same steps in torch.
 """
 
 import itertools
@@ -16,9 +17,10 @@ from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, default_plan
 from gptq_belle.quantization import refine
+from gpu_check import decode_checks
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
-from gpu_check.setting import Setting
+from gpu_check.setting import Setting, WrongProduct
 from gpu_check.weights import product_case
 
 FORMAT_ROWS = (1, 11, 33, 64, 129, 1030)
@@ -27,10 +29,6 @@ MOST_ROWS = {"skinny": 64, "gemm": 300, "expand": 300}
 # 2**-12 or 2**-9 on average, with a margin of one more; float32 expands the weight exactly.
 AGREEMENT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 TOO_LARGE = ("OutOfResources", "PTXASError", "UnsupportedTileError")  # a configuration that this GPU does not run
-
-
-class WrongProduct(Exception):
-    """A product disagrees with the reference."""
 
 
 class ProductCheck(NamedTuple):
@@ -86,8 +84,8 @@ def steps(setting: Setting, arch: int, processors: int) -> list[Step]:
     products = [Step(str(one), partial(check_product, setting, one)) for one in checks(setting, arch, processors)]
     solvers = [Step(f"solver, {'symmetric' if sym else 'asymmetric'}, groups of {group}",
                     partial(check_solver, setting, group, sym)) for group in (128, 64, 32, -1) for sym in (True, False)]
-    return [*products, *solvers[:: 7 if setting.toy else 1], Step("solver, coordinate descent",
-                                                                 partial(check_descent, setting))]
+    return [*products, *decode_checks.steps(setting, arch, processors), *solvers[:: 7 if setting.toy else 1],
+            Step("solver, coordinate descent", partial(check_descent, setting))]
 
 
 def cases(setting: Setting, arch: int, processors: int) -> list[Case]:
@@ -98,7 +96,7 @@ def cases(setting: Setting, arch: int, processors: int) -> list[Case]:
                       str(one.dtype).removeprefix("torch.")),
         one.plan, zero=zero_point(one.bits) if one.sym else -1, ordered=not one.act_order, bias=one.bias)
         for one in checks(setting, arch, processors)]
-    return [*products, *solver_cases()]
+    return [*products, *decode_checks.cases(setting, arch, processors), *solver_cases()]
 
 
 def solver_cases() -> list[Case]:
@@ -156,10 +154,7 @@ def check_product(setting: Setting, product: ProductCheck) -> dict[str, Any]:
     if not torch.equal(y, again):
         raise WrongProduct("two runs differ")
     exact = reference.quant_matmul(x.float(), weight, bias)
-    error = float((y.float() - exact).norm() / exact.norm())
-    if not error < AGREEMENT[product.dtype]:
-        raise WrongProduct(f"relative error {error:.2e}, {AGREEMENT[product.dtype]:.0e} is allowed")
-    return {"error": error}
+    return decode_checks.accepted(decode_checks.relative_error(y, exact), AGREEMENT[product.dtype])
 
 
 def check_solver(setting: Setting, group: int, sym: bool) -> dict[str, Any]:

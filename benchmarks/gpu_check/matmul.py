@@ -17,7 +17,7 @@ from gptq_belle.kernels.triton_config import MatmulProblem
 from gpu_check.kernel_recording import Case
 from gpu_check.peers import CUBLAS, PEERS, Matmul, Peer
 from gpu_check.plan import Step
-from gpu_check.setting import Setting, Shape, installed
+from gpu_check.setting import Setting, Shape, WrongProduct, installed
 from gpu_check.weights import codes_of, expanded, product_case, random_weight
 
 AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative error (Frobenius norm) to float32
@@ -31,10 +31,6 @@ GOALS = (  # name, rows, metric, minimum; over every shape except APART
     ("M = 2048: speed of cuBLAS", (2048,), "times_cublas", 0.9),
 )
 APART, APART_GOAL = (4096, 16384), 0.5
-
-
-class WrongProduct(Exception):
-    """A variant computes another product."""
 
 
 def steps(setting: Setting, variants: Sequence[str], left_out: dict[str, str]) -> list[Step]:

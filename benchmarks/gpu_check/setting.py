@@ -19,6 +19,10 @@ PACKAGES = ("triton", "gemlite", "gptqmodel", "transformers")
 COMMAND = 20.0  # seconds that nvidia-smi may take
 
 
+class WrongProduct(Exception):
+    """A kernel disagrees with the reference."""
+
+
 class Sizes(NamedTuple):
     """What is measured, and how large."""
 
