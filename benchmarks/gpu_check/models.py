@@ -187,11 +187,17 @@ def _model(setting: Setting, path: Path, cache: str) -> "Model":
 
 
 def peak_memory(setting: Setting, path: Path, cache: str) -> dict[str, Any]:
-    """Load time and memory after the longest prompt, in a new process."""
+    """Load time and memory after the longest prompt, in a new process, and the memory that `plan` calculates."""
     from gptq_belle.bench import footprint
+    from gptq_belle.checkpoint.reader import read_config
+    from gptq_belle.models.dimensions import dimensions
+    from gptq_belle.models.sizes import MemorySettings, memory_use
 
-    return asdict(footprint.measure_in_new_process(path, device=str(setting.device), cache=cache,
-                                                   prompt=max(setting.sizes.prompts)))
+    prompt = max(setting.sizes.prompts)
+    found = footprint.measure_in_new_process(path, device=str(setting.device), cache=cache, prompt=prompt)
+    settings = MemorySettings(4, 8, cache=cache, device=setting.device.type)
+    planned = memory_use(dimensions(read_config(path)), settings, prompt + footprint.STEPS, 1)
+    return asdict(found) | {"planned_bytes": planned.model}
 
 
 def write_block(setting: Setting, scratch: Path) -> dict[str, Any]:

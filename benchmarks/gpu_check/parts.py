@@ -84,7 +84,10 @@ def run_matmul(run: Run) -> None:
     run.steps([*matmul.steps(run.setting, matmul.FIRST, run.record.left_out), *solver.steps(run.setting),
                *matmul.steps(run.setting, matmul.OTHERS, run.record.left_out)])
     rows = matmul.table(run.record.results, *limits) if len(limits) == 2 else []
-    run.extra |= {"goals": [*matmul.goals(rows), solver.goal(run.record.results)], "table": rows}
+    goals = [*matmul.goals(rows), solver.goal(run.record.results)]
+    run.extra |= {"goals": goals, "table": rows}
+    for goal in goals:
+        print(f"{goal['goal']}: at least {goal['least']}, worst {goal['worst']}", flush=True)
 
 
 def run_tuning(run: Run) -> None:
