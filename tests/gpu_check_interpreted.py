@@ -6,7 +6,18 @@
 import bfloat16_interpreter
 import pytest
 import torch
-from gpu_check import correctness, decode_checks, matmul, peers, setting, solver, tuning
+from gpu_check import (
+    attention_checks,
+    correctness,
+    folded_checks,
+    matmul,
+    peers,
+    setting,
+    solver,
+    solver_checks,
+    tuning,
+)
+from gpu_check.agreement import WrongProduct
 from gpu_check.correctness import ProductCheck
 
 from gptq_belle.bench import cuda_timing, kernel_tuning
@@ -46,7 +57,7 @@ def test_right_product(check):
 
 @pytest.mark.usefixtures("wrong_by_one_percent")
 def test_wrong_product():
-    with pytest.raises(setting.WrongProduct):
+    with pytest.raises(WrongProduct):
         correctness.check_product(TOY, CHECKS[0])
 
 
@@ -63,30 +74,30 @@ def test_configuration_that_exceeds_the_gpu(monkeypatch):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_folded_norms_and_activations(gated, monkeypatch):
-    one = decode_checks.Block(gated, torch.float16, TileConfig(8, 32, 128, 2, 4, 4), False)
-    assert 0 < decode_checks.check_block(SMALL, one)["error"] < 4e-3
-    run = decode_checks.run_block(SMALL, one, SMALL.device)
+    one = folded_checks.Block(gated, torch.float16, TileConfig(8, 32, 128, 2, 4, 4), False)
+    assert 0 < folded_checks.check_block(SMALL, one)["error"] < 4e-3
+    run = folded_checks.run_block(SMALL, one, SMALL.device)
     run["hidden"] *= 1.02
-    monkeypatch.setattr(decode_checks, "run_block", lambda *args: run)
-    with pytest.raises(setting.WrongProduct):
-        decode_checks.check_block(SMALL, one)
+    monkeypatch.setattr(folded_checks, "run_block", lambda *args: run)
+    with pytest.raises(WrongProduct):
+        folded_checks.check_block(SMALL, one)
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 @pytest.mark.parametrize("bloom", [False, True])
 def test_decode_attention(bloom, kind, monkeypatch):
-    one = decode_checks.Attention(2, 2, 64, bloom, kind, torch.float16, (3, -1, 20), False)
-    assert 0 < decode_checks.check_attention(SMALL, one)["error"] < 1e-3
-    run = decode_checks.run_attention(one, SMALL.device)
+    one = attention_checks.Attention(2, 2, 64, bloom, kind, torch.float16, (3, -1, 20), False)
+    assert 0 < attention_checks.check_attention(SMALL, one)["error"] < 1e-3
+    run = attention_checks.run_attention(one, SMALL.device)
     run["out"][2] *= 1.01
-    monkeypatch.setattr(decode_checks, "run_attention", lambda *args: run)
-    with pytest.raises(setting.WrongProduct):
-        decode_checks.check_attention(SMALL, one)
+    monkeypatch.setattr(attention_checks, "run_attention", lambda *args: run)
+    with pytest.raises(WrongProduct):
+        attention_checks.check_attention(SMALL, one)
 
 
 @pytest.mark.parametrize(("group", "sym"), [(128, True), (-1, False)])
 def test_right_solver(group, sym):
-    assert correctness.check_solver(SMALL, group, sym)["equal_codes"] > 0.9995
+    assert solver_checks.check_solver(SMALL, group, sym)["equal_codes"] > 0.9995
 
 
 def test_wrong_solver(monkeypatch):
@@ -97,15 +108,15 @@ def test_wrong_solver(monkeypatch):
         codes[0] ^= 1
 
     monkeypatch.setattr(triton_gptq, "solve_block", careless)
-    with pytest.raises(setting.WrongProduct):
-        correctness.check_solver(SMALL, 128, True)
+    with pytest.raises(WrongProduct):
+        solver_checks.check_solver(SMALL, 128, True)
 
 
 def test_descent(monkeypatch):
-    assert correctness.check_descent(SMALL)["equal_codes"] > 0.9995
+    assert solver_checks.check_descent(SMALL)["equal_codes"] > 0.9995
     monkeypatch.setattr(triton_gptq, "descend", lambda code, *others: code.zero_())
-    with pytest.raises(setting.WrongProduct):
-        correctness.check_descent(SMALL)
+    with pytest.raises(WrongProduct):
+        solver_checks.check_descent(SMALL)
 
 
 def test_solver_is_timed_with_and_without_the_kernel():
@@ -123,7 +134,7 @@ def test_variants_of_a_product():
 def test_wrong_variant(monkeypatch):
     wrong = peers.Peer(lambda codes, scales: lambda x: x[:, : codes.shape[1]], torch.float16, 4)
     monkeypatch.setitem(matmul.PEERS, peers.CUBLAS, wrong)
-    with pytest.raises(setting.WrongProduct):
+    with pytest.raises(WrongProduct):
         matmul.measure(TOY, (128, 128), peers.CUBLAS)
 
 

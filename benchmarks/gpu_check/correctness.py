@@ -16,11 +16,11 @@ from gptq_belle.bench.kernel_tuning import VARIED, starting_plans, variations
 from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, default_plan
-from gptq_belle.quantization import refine
-from gpu_check import decode_checks
+from gpu_check import attention_checks, folded_checks, solver_checks
+from gpu_check.agreement import WrongProduct, accepted, relative_error
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
-from gpu_check.setting import Setting, WrongProduct
+from gpu_check.setting import Setting
 from gpu_check.weights import product_case
 
 FORMAT_ROWS = (1, 11, 33, 64, 129, 1030)
@@ -81,11 +81,9 @@ def checks(setting: Setting, arch: int, processors: int) -> list[ProductCheck]:
 
 def steps(setting: Setting, arch: int, processors: int) -> list[Step]:
     """All checks as steps, products first."""
-    products = [Step(str(one), partial(check_product, setting, one)) for one in checks(setting, arch, processors)]
-    solvers = [Step(f"solver, {'symmetric' if sym else 'asymmetric'}, groups of {group}",
-                    partial(check_solver, setting, group, sym)) for group in (128, 64, 32, -1) for sym in (True, False)]
-    return [*products, *decode_checks.steps(setting, arch, processors), *solvers[:: 7 if setting.toy else 1],
-            Step("solver, coordinate descent", partial(check_descent, setting))]
+    return [*(Step(str(one), partial(check_product, setting, one)) for one in checks(setting, arch, processors)),
+            *folded_checks.steps(setting, arch, processors), *attention_checks.steps(setting, arch),
+            *solver_checks.steps(setting)]
 
 
 def cases(setting: Setting, arch: int, processors: int) -> list[Case]:
@@ -96,12 +94,8 @@ def cases(setting: Setting, arch: int, processors: int) -> list[Case]:
                       str(one.dtype).removeprefix("torch.")),
         one.plan, zero=zero_point(one.bits) if one.sym else -1, ordered=not one.act_order, bias=one.bias)
         for one in checks(setting, arch, processors)]
-    return [*products, *decode_checks.cases(setting, arch, processors), *solver_cases()]
-
-
-def solver_cases() -> list[Case]:
-    """The solver's kernels in the formats of `steps`."""
-    return [partial(_solve_block, group, sym) for group in (128, 64, 32, 0) for sym in (True, False)] + [_descend]
+    return [*products, *folded_checks.cases(setting, arch, processors), *attention_checks.cases(setting, arch),
+            *solver_checks.cases()]
 
 
 def zero_point(bits: int) -> int:
@@ -154,67 +148,4 @@ def check_product(setting: Setting, product: ProductCheck) -> dict[str, Any]:
     if not torch.equal(y, again):
         raise WrongProduct("two runs differ")
     exact = reference.quant_matmul(x.float(), weight, bias)
-    return decode_checks.accepted(decode_checks.relative_error(y, exact), AGREEMENT[product.dtype])
-
-
-def check_solver(setting: Setting, group: int, sym: bool) -> dict[str, Any]:
-    """Compare the solver's kernel with the solver in torch on the same device.
-
-    Raises:
-        WrongProduct: more than one code in 2,000 differs; torch fuses some operations, which moves codes at the border
-            of two values.
-    """
-    from gpu_check.solver import solve
-
-    inputs, outputs = setting.sizes.checked
-    ours, torchs = (solve(setting, inputs, outputs, by_kernel, group, sym) for by_kernel in (True, False))
-    same = float((ours[0] == torchs[0]).float().mean())
-    if same < 0.9995:
-        raise WrongProduct(f"{100 * (1 - same):.3f} % of the codes differ")
-    return {"equal_codes": same}
-
-
-def check_descent(setting: Setting) -> dict[str, Any]:
-    """Compare a sweep of coordinate descent with the same steps in torch on the CPU.
-
-    Raises:
-        WrongProduct: more than one code in 2,000 differs.
-    """
-    from gptq_belle.kernels import triton_gptq
-
-    generator = torch.Generator().manual_seed(0)
-    inputs, outputs, bits = 128, setting.sizes.checked[1], 4
-    code = torch.randint(-8, 8, (inputs, outputs), generator=generator).float()
-    scale = torch.rand(outputs, generator=generator) + 0.5
-    zero = torch.full((outputs,), 8.0)
-    root = torch.randn(inputs, inputs, generator=generator)
-    block = root @ root.t() / inputs + torch.eye(inputs)
-    residual = block @ torch.randn(inputs, outputs, generator=generator)
-    diagonal = block.diagonal().contiguous()
-    expected = code.clone()
-    refine._descend(expected, scale, zero, residual.clone(), block, diagonal, bits)
-    code, scale, zero, residual, block, diagonal = (
-        one.to(setting.device) for one in (code, scale, zero, residual, block, diagonal))
-    triton_gptq.descend(code, scale, zero, residual, block, diagonal, bits)
-    same = float((code.cpu() == expected).float().mean())
-    if same < 0.9995:
-        raise WrongProduct(f"{100 * (1 - same):.3f} % of the codes differ")
-    return {"equal_codes": same}
-
-
-def _solve_block(group: int, sym: bool, device: torch.device) -> None:
-    from gptq_belle.kernels import triton_gptq
-
-    W, Err = (torch.empty(128, 128, device=device) for _ in range(2))
-    codes = torch.empty(128, 128, dtype=torch.uint8, device=device)
-    scales, zeros = (torch.empty(128 // group if group else 128, 128, device=device) for _ in range(2))
-    triton_gptq.solve_block(W, torch.empty(128, 128, device=device), codes, Err, scales, zeros, group=group, bits=4,
-                            sym=sym)
-
-
-def _descend(device: torch.device) -> None:
-    from gptq_belle.kernels import triton_gptq
-
-    code, residual, block = (torch.empty(128, 128, device=device) for _ in range(3))
-    scale, zero, diagonal = (torch.empty(128, device=device) for _ in range(3))
-    triton_gptq.descend(code, scale, zero, residual, block, diagonal, 4)
+    return accepted(relative_error(y, exact), AGREEMENT[product.dtype])

@@ -6,6 +6,7 @@ under the key in Triton's cache that a launch on the device looks for. A process
 """
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ def pretend(arch: int, processors: int) -> None:
     """Let Triton and the product find a GPU of this compute capability (90 for 9.0) and number of multiprocessors."""
     os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined
     torch.set_num_threads(1)
+    logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)  # which reports launchers that cannot be loaded
     from triton.runtime import driver
 
     from gptq_belle.kernels import triton_matmul

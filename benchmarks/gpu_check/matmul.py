@@ -14,10 +14,11 @@ from torch import Tensor
 from gptq_belle.bench import cuda_timing
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.triton_config import MatmulProblem
+from gpu_check.agreement import WrongProduct
 from gpu_check.kernel_recording import Case
 from gpu_check.peers import CUBLAS, PEERS, Matmul, Peer
 from gpu_check.plan import Step
-from gpu_check.setting import Setting, Shape, WrongProduct, installed
+from gpu_check.setting import Setting, Shape, installed
 from gpu_check.weights import codes_of, expanded, product_case, random_weight
 
 AGREEMENT = {torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative error (Frobenius norm) to float32

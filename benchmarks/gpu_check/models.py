@@ -1,14 +1,9 @@
-"""Whole models on the device: the demo models through quantize, generate and serve, the speed and memory of BELLE-7B's
-shape with random weights, and one block of it quantized.
+"""Speed and memory of BELLE-7B's shape with random weights on the device, and one block of it quantized.
 
 The engine is imported by the steps that use it: processes that only compile then start several seconds earlier.
 """
 
-import json
 import shutil
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -19,27 +14,20 @@ import torch
 
 from gptq_belle.common.timers import seconds, spread
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, MatmulProblem
-from gpu_check.correctness import solver_cases
+from gpu_check import solver_checks
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
-from gpu_check.setting import BLOCK_SHAPES, Setting
+from gpu_check.setting import BLOCK_SHAPES, ROOT, Setting
 from gpu_check.weights import product_case
 
 if TYPE_CHECKING:
     from gptq_belle.engine.model import Model
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = {name: ROOT / "examples" / "belle_tiny" / name for name in ("bloom", "llama")}
-QUESTIONS = 4  # of the test set, from different classes
-ANSWER = 48  # tokens
+TOKENIZER = "examples/belle_tiny/bloom"
 HEAD = (4096, 250880)  # of BELLE-7B, held in 8 bits
 CACHES = ("float16", "int8")
 BATCHES = (1, 8)
 REPEATS = 3
-
-
-class DifferentAnswer(Exception):
-    """The device answers a prompt differently from the CPU."""
 
 
 def steps(setting: Setting, scratch: Path) -> list[Step]:
@@ -48,10 +36,6 @@ def steps(setting: Setting, scratch: Path) -> list[Step]:
     Args:
         scratch: an empty folder with room for 12 GB.
     """
-    demos = [step for name in DEMO for step in (
-        Step(f"{name} demo: quantize", partial(quantize_demo, setting, name, scratch), 120),
-        Step(f"{name} demo: generate", partial(generate_demo, setting, name, scratch), 90),
-        Step(f"{name} demo: serve", partial(serve_demo, setting, name, scratch), 90))]
     large = scratch / "large"
     speeds = [Step(f"{batch} x {prompt} tokens, {cache} cache",
                    partial(speed, setting, large, cache, batch, prompt), 90)
@@ -61,14 +45,14 @@ def steps(setting: Setting, scratch: Path) -> list[Step]:
     block = [Step("write a block", partial(write_block, setting, scratch), 120),
              *(Step(f"quantize a block, preset {preset}", partial(quantize_block, setting, scratch, preset), 120)
                for preset in ("fast", "best"))]
-    return [*demos, Step("write the large model", partial(write_large, setting, large), 150), *speeds, *memory, *block]
+    return [Step("write the large model", partial(write_large, setting, large), 150), *speeds, *memory, *block]
 
 
 def cases(setting: Setting) -> list[Case]:
     """The kernels of BELLE-7B's shape in every bucket of rows, and of the solver, for compilation."""
     if setting.toy:
         return []
-    return [*_products(), *solver_cases()]
+    return [*_products(), *solver_checks.cases()]
 
 
 def _products() -> Iterator[Case]:
@@ -77,82 +61,6 @@ def _products() -> Iterator[Case]:
             yield product_case(MatmulProblem(rows, outputs, inputs, 4, 128, "float16"), bias=True)
         if rows <= BATCHES[-1]:
             yield product_case(MatmulProblem(rows, HEAD[1], HEAD[0], 8, 128, "float16"))
-
-
-def quantize_demo(setting: Setting, name: str, scratch: Path) -> dict[str, Any]:
-    """Quantize a demo model on the device with the command line.
-
-    Raises:
-        RuntimeError: the command failed.
-    """
-    rows, length = (16, 256) if setting.toy else (128, 512)
-    run = subprocess.run(
-        [sys.executable, "-m", "gptq_belle.cli", "quantize", DEMO[name], scratch / name, "--preset", "fast", "--rows",
-         str(rows), "--seq-len", str(length), "--allow-short", "--device", str(setting.device), "--json"],
-        cwd=ROOT, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"exit code {run.returncode}: {run.stderr.strip()[-500:]}")
-    report: dict[str, Any] = json.loads((scratch / name / "quantization_report.json").read_text(encoding="utf-8"))
-    return {key: report[key] for key in ("seconds", "notes", "readback_error")}
-
-
-def generate_demo(setting: Setting, name: str, scratch: Path) -> dict[str, Any]:
-    """Answers of a quantized demo model on the device, one by one and as a batch, equal to the CPU's.
-
-    Raises:
-        DifferentAnswer: the answers differ.
-    """
-    from gptq_belle import load
-
-    expected = _cpu_answers(scratch / name)
-    model = load(scratch / name, device=str(setting.device))
-    alone = [model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER) for prompt in _questions()]
-    together = model.generate(_questions(), prompt_style="auto", max_new_tokens=ANSWER)
-    for found in (alone, together):
-        _compare(found, expected)
-    return {"answers": alone}
-
-
-def serve_demo(setting: Setting, name: str, scratch: Path) -> dict[str, Any]:
-    """Answers of a server on the device, equal to the CPU's.
-
-    Raises:
-        DifferentAnswer: the answers differ.
-    """
-    from bench_serving import server
-
-    with server(scratch / name, QUESTIONS, str(setting.device)) as url:
-        answers = [_ask(url, prompt) for prompt in _questions()]
-    _compare(answers, _cpu_answers(scratch / name))
-    return {"answers": answers}
-
-
-@lru_cache(maxsize=2)
-def _cpu_answers(path: Path) -> tuple[str, ...]:
-    from gptq_belle import load
-
-    model = load(path, device="cpu")
-    return tuple(model.generate(prompt, prompt_style="auto", max_new_tokens=ANSWER) for prompt in _questions())
-
-
-def _questions() -> list[str]:
-    lines = (DEMO["bloom"].parent / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["question"] for line in lines[:: len(lines) // QUESTIONS][:QUESTIONS]]
-
-
-def _compare(found: list[str], expected: tuple[str, ...]) -> None:
-    for prompt, ours, cpu in zip(_questions(), found, expected, strict=True):
-        if ours.strip() != cpu.strip():
-            raise DifferentAnswer(f"{prompt!r}: {ours!r} instead of {cpu!r}")
-
-
-def _ask(url: str, prompt: str) -> str:
-    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": ANSWER, "temperature": 0}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        text: str = json.load(answer)["choices"][0]["message"]["content"]
-    return text
 
 
 def write_large(setting: Setting, out: Path) -> dict[str, Any]:
@@ -206,7 +114,7 @@ def write_block(setting: Setting, scratch: Path) -> dict[str, Any]:
 
     size = make(_source(setting), scratch / "block", bits=16, layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):  # a job needs one, even for token ids
-        shutil.copy(DEMO["bloom"] / name, scratch / "block")
+        shutil.copy(ROOT / TOKENIZER / name, scratch / "block")
     return {"file_bytes": size}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_check import cache_pack, correctness, matmul, models, probe, solver, tuning
+from gpu_check import cache_pack, correctness, demo_models, matmul, models, probe, solver, solver_checks, tuning
 from gpu_check.child import Child
 from gpu_check.compilation import Compilers
 from gpu_check.kernel_recording import Case
@@ -77,7 +77,7 @@ def run_probe(run: Run) -> None:
 
 def run_matmul(run: Run) -> None:
     """The table of products, and the solver."""
-    run.compile([*matmul.cases(run.setting), *correctness.solver_cases()])
+    run.compile([*matmul.cases(run.setting), *solver_checks.cases()])
     run.steps(probe.steps(run.setting)[1:3])
     limits = [value for name in ("bandwidth of a copy", "speed of cuBLAS")
               for value in run.record.results.get(name, {}).values()]
@@ -102,7 +102,7 @@ def run_models(run: Run) -> None:
     """Whole models."""
     run.compile(models.cases(run.setting))
     with tempfile.TemporaryDirectory() as scratch:
-        run.steps(models.steps(run.setting, Path(scratch)))
+        run.steps([*demo_models.steps(run.setting, Path(scratch)), *models.steps(run.setting, Path(scratch))])
 
 
 PARTS: dict[str, Callable[[Run], None]] = {

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.triton_config import MatmulProblem
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
-from gpu_check.setting import Setting, device_details, installed
+from gpu_check.setting import ROOT, Setting, device_details, installed
 from gpu_check.weights import product_case, random_weight
 
 CALLS = 200  # launches that are timed together
 LAUNCHED = MatmulProblem(1, 128, 512, 4, 128, "float16")  # so small that a launch takes longer than the kernel
 SANITIZED = 100.0  # seconds
 TESTS = 150.0
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def steps(setting: Setting) -> list[Step]:

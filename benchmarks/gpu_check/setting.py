@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,8 @@ from gptq_belle.common.timers import Spread, spread
 
 Shape = tuple[int, int]  # in_features, out_features
 PACKAGES = ("triton", "gemlite", "gptqmodel", "transformers")
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = 20.0  # seconds that nvidia-smi may take
-
-
-class WrongProduct(Exception):
-    """A kernel disagrees with the reference."""
 
 
 class Sizes(NamedTuple):
