@@ -22,7 +22,6 @@ def read_bandwidth(device: torch.device | str = "cpu", repeats: int = 7, size: i
     operations (measured on 2 cores: 31 GB/s; a sum reaches 26 and NumPy's maximum 14).
 
     Args:
-        device: device of the buffer.
         repeats: number of timed reads, after one that is not timed.
         size: bytes of the buffer. Default: `buffer_bytes()`.
     """

@@ -55,7 +55,6 @@ def belle_table(paths: Sequence[Path], context: int, device: str,
         paths: directories of models in the table; each is measured once, in a separate process.
         context: tokens of prompt and answer for the memory figures.
         device: as for `gptq_belle.load`.
-        progress: receives a line when a measurement starts.
     Raises:
         UsageError: a directory belongs to no row.
         InputError, HardwareError: see `footprint.measure_in_new_process`.

@@ -141,9 +141,7 @@ def write_table(results: Sequence[TunedPlan], arch: int, device_name: str, folde
     """Write ``sm_ARCH.json`` for later calls of the kernels; entries of other problems in the file are kept.
 
     Args:
-        results: the results to write.
         arch: compute capability, such as 86.
-        device_name: name of the GPU.
         folder: folder of the table, created if missing. Default: the folder of the installed kernels.
     Raises:
         HardwareError: the table cannot be written.

@@ -38,7 +38,6 @@ def tune_model(path: Path, *, device: str = "auto", rows: Sequence[int] = (), ou
         device: as for `gptq_belle.load`.
         rows: numbers of activation rows (tokens per call). Default: every bucket.
         out: folder of the table. Default: the folder of the installed kernels.
-        progress: called with a description of each step when it starts.
     Returns:
         The table's path and its new entries.
     Raises:

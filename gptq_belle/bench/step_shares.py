@@ -81,7 +81,6 @@ def measure_step_shares(model: Model, batch: int, prompt: int, step: float) -> S
     """Time the parts of some decode steps after `prompt` tokens.
 
     Args:
-        model: from `gptq_belle.load`.
         batch, prompt: number of sequences, and tokens of each before the steps.
         step: seconds of a step without clocks, whose own cost is outside of the timed parts.
     """

@@ -36,10 +36,8 @@ class BenchResult:
     """Measurements of one model.
 
     Attributes:
-        path: its directory.
         bits: bits per weight of its packed weights, on average if they differ; None for a full-precision model.
         dtype, precision, device: dtype of its activations, its precision and device.
-        footprint: load time and memory.
         first_token: seconds from the prompt to the first token.
         prefill, decode: tokens per second of the whole batch.
         weight_bytes: bytes of weights in memory that one decode step reads, without the KV cache and without an
@@ -80,7 +78,6 @@ class Benchmark:
     """Measurements of all models.
 
     Attributes:
-        workload: what was timed.
         bandwidth: read bandwidth of the machine in bytes per second.
         results: one entry per model.
         points: speeds at all batch sizes and depths, if several were requested.
@@ -106,12 +103,10 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
 
     Args:
         paths: model directories, quantized or not.
-        workload: what is timed.
         device, precision, head_bits, cache: as for `gptq_belle.load`.
         batches: further batch sizes, measured at every depth.
         depths: numbers of tokens in the KV cache before the prompt; other depths than 0 are measured with the
             workload's batch size too.
-        progress: called with a description of each step when it starts.
     Raises:
         UsageError: prompt and answer do not fit into a model's context.
         InputError, HardwareError: a model cannot be loaded.

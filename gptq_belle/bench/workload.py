@@ -50,8 +50,6 @@ class SweepPoint:
     """Speeds of one model at one batch size and depth, in tokens per second of the whole batch.
 
     Attributes:
-        path: the model's directory.
-        batch: number of sequences.
         depth: tokens of each sequence in the KV cache before the prompt.
         prefill: speed of prefill, one sequence after another as in the engine.
         decode: speed of the decode steps after it.
@@ -101,9 +99,7 @@ def run_in_turns(models: Sequence[Model], workload: Workload, progress: Progress
     """Times by model and repeat. In every repeat all models run in turn, after one short run that is not timed.
 
     Args:
-        models: the loaded models.
         workload: a result of `with_prompt_length`.
-        progress: called with a description of each step when it starts.
         depth: tokens of each sequence in the KV cache before the prompt.
     """
     where = f"batch {workload.batch}, depth {depth}"

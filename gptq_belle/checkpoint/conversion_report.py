@@ -111,8 +111,6 @@ def largest_deviation(old: CheckpointReader, files: Path, quantization: Quantiza
     The output is dequantized by the reference kernel, the source by `formats.packing`: two independent decoders.
 
     Args:
-        old: the source.
-        files: the written directory.
         quantization: how the source is packed.
         linears: its packed linears by name, in order.
         repair: whether zero points of 2**bits were written as 0.

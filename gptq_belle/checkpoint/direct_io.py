@@ -54,9 +54,6 @@ class FileBytes:
         """Read (size,) uint8 into newly allocated memory.
 
         Args:
-            begin: offset in the file.
-            size: number of bytes.
-            allocator: allocates memory for a number of bytes.
             align: alignment of the result's address in bytes.
         """
         if size < LARGE or begin % align or not self._direct:

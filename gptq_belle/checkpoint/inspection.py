@@ -34,7 +34,6 @@ class Inspection:
     """Description of a model directory.
 
     Attributes:
-        path: the directory.
         architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None if not stated.
         parameters: number of parameters; a packed weight counts as the weights that it stores.
         dtypes: number of tensors by dtype in the file.

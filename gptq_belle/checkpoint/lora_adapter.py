@@ -34,7 +34,6 @@ class Adapter:
     """The directory of one adapter.
 
     Attributes:
-        path: the directory.
         files: its configuration and weight file.
         targets: names of the adapted linears in the base model.
 

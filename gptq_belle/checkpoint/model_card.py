@@ -45,9 +45,7 @@ def model_card(source: CheckpointReader, quantization: Mapping[str, Any], *, tie
     """Render the card of a model that gptq_belle quantized, including front matter.
 
     Args:
-        source: the full-precision model.
         quantization: the written quantization_config, with the settings of the job under ``meta``.
-        tied: whether the lm_head is the embedding.
     """
     settings = quantization["meta"]["settings"]
     method = {"gptq": "GPTQ", "rtn": "round to nearest"}[settings["method"]]
@@ -62,8 +60,6 @@ def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any
 
     Args:
         source: path of the converted checkpoint; its name is shown.
-        model_type: model_type of config.json.
-        quantization: the written quantization_config.
     """
     return _card(source, model_type, quantization, [quantization["bits"]], made="Converted",
                  method="GPTQ codes unchanged", report="", overrides="", readers=UNIFORM, head="float16")

@@ -60,8 +60,6 @@ def check_packed_linear(reader: CheckpointReader, quantization: Quantization | N
     """Check one packed linear against the configuration by the headers of the files.
 
     Args:
-        reader: the directory.
-        quantization: settings of the directory.
         name: full name of the linear.
         in_features, out_features: sizes according to config.json.
     Returns:
@@ -168,7 +166,6 @@ def packed_lm_head_bits(reader: CheckpointReader, vocabulary: int, width: int) -
     """Bits of the packed lm_head of a directory; None if it has none.
 
     Args:
-        reader: the directory.
         vocabulary, width: shape of the matrix according to config.json.
     Raises:
         InputError: its tensors do not match this shape.

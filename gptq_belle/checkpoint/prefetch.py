@@ -37,9 +37,7 @@ class BlockPrefetch:
     At most one block is in memory, so loading needs no more memory than the loaded model.
 
     Args:
-        reader: the directory.
         prefix: prefix of the block names: prefix.0, prefix.1, ...
-        count: number of blocks.
     """
 
     def __init__(self, reader: CheckpointReader, prefix: str, count: int) -> None:

@@ -41,7 +41,6 @@ def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
     """Open a weight file, a directory that contains one, or a GPTQ directory.
 
     Args:
-        path: the file or directory.
         base: directory with config.json and tokenizer; default: the directory of the weights.
     Raises:
         InputError: weights or config.json are missing or damaged.

@@ -83,7 +83,6 @@ class CheckpointReader:
         """Read one tensor on the CPU, in the dtype of the file.
 
         Args:
-            name: full name.
             allocator: allocates the memory of the tensor.
         Raises:
             InputError: the tensor is missing or cannot be read.
@@ -227,11 +226,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
 
 
 def unconverted_checkpoint_error(path: Path) -> InputError | None:
-    """Build the error for an encrypted or legacy checkpoint, which must be converted first; None for other paths.
-
-    Args:
-        path: a file or a folder.
-    """
+    """Build the error for an encrypted or legacy checkpoint, which must be converted first; None for other paths."""
     files = [path] if path.is_file() else sorted(path.glob("*.enc")) + sorted(path.glob("*.pt"))
     last = {file.suffix: file for file in files if file.is_file()}
     if ".enc" in last:

@@ -82,7 +82,6 @@ class TensorFile:
         """Read one tensor.
 
         Args:
-            name: name of the tensor.
             allocator: allocates memory (size,) uint8 for a number of bytes.
         Raises:
             InputError: the file ends before the tensor does.

@@ -24,11 +24,8 @@ class SourceModel:
     """A checkpoint and the empty model of its config.json, parts of which are filled while they are needed.
 
     Args:
-        reader: the checkpoint.
         device: device of the filled parameters.
     Attributes:
-        blocks: the list of decoder blocks.
-        count: number of blocks.
         linear_shapes: (K, N) of the linears of a block, by their path inside it.
     """
 
@@ -46,8 +43,7 @@ class SourceModel:
                 for name, _ in self.model.get_submodule(root).named_parameters()]
 
     def tensors_outside_blocks(self) -> list[str]:
-        """Names of the tensors outside the blocks; a tied lm_head is not among them, even if the files contain it.
-        """
+        """Names of the tensors outside the blocks; a tied lm_head is not among them, even if the files contain it."""
         return self.embeddings_and_norms() if self.tied() else [*self.embeddings_and_norms(), f"{LM_HEAD}.weight"]
 
     def tied(self) -> bool:

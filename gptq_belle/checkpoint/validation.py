@@ -33,7 +33,6 @@ def check_model(reader: CheckpointReader, quantization: Quantization | None) -> 
     """Check everything that loading, quantizing or converting a directory relies on, from headers alone.
 
     Args:
-        reader: the directory.
         quantization: how its packed linears are quantized; None if there are none.
     Returns:
         Names of the tensors that the model does not need and that may be ignored.

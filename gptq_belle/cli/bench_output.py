@@ -27,7 +27,6 @@ def show(benchmark: Benchmark, output: str) -> None:
     """Print the results on stdout.
 
     Args:
-        benchmark: the measurements.
         output: one of FORMATS; "md" is a Markdown table, drawn as a table on a terminal.
     """
     if output == "json":

@@ -122,7 +122,6 @@ def run(app: Callable[..., Any], args: Sequence[str] | None = None) -> NoReturn:
     """Run a typer app and exit with its exit code; an error is printed as one line of cause and one of remedy.
 
     Args:
-        app: the typer app.
         args: the command line without the program's name; None uses the command line of the process.
     """
     environment.prepare_process() if args is None else environment.ignore_invalid_widths()

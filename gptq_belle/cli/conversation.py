@@ -20,11 +20,8 @@ class Conversation:
     """Turns with a model; the oldest are dropped when the context is full.
 
     Args:
-        model: from `gptq_belle.load`.
         style: "auto" or a key of `prompts.styles.STYLES`.
-        params: sampling parameters.
     Attributes:
-        turns: completed turns.
         system: system prompt; empty for none.
         tokens: number of tokens of the last answer, including those of a stop string.
     Raises:

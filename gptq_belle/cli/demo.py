@@ -64,11 +64,9 @@ def quantize_and_compare(source: Path, data: Path, out: Path, *, prompt: str | N
     """Quantize one model to 8 and 4 bits and compare the three.
 
     Args:
-        source: the full-precision model.
         data: a folder with test.jsonl (class, question, std_answer) and heldout.jsonl (text).
         out: quantized models go to `<out>/<name>-8bit` and `-4bit`.
         prompt: question to answer at the end. Default: the first test question of the class translation.
-        per_class, device: values of the options.
     """
     from gptq_belle.evaluation.belle_set import read_questions
     from gptq_belle.evaluation.comparison import compare

@@ -36,9 +36,6 @@ class BaseGPTQForCausalLM:
     """A model with AutoGPTQ's methods; other attributes are those of `model`.
 
     Attributes:
-        quantize_config: the settings.
-        quantized: whether the model is quantized.
-        path: the directory of the model.
         report: report of `quantize`; None before.
     """
 

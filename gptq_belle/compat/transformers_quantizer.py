@@ -113,10 +113,8 @@ class PackedTensors(nn.Module):
     """The tensors of one packed linear under their names in the file, on meta until transformers has read them.
 
     Args:
-        reader: the directory.
         name: name of the linear in the file.
         linear: the module to replace.
-        quantization: settings of the linear.
     """
 
     def __init__(self, reader: CheckpointReader, name: str, linear: nn.Linear, quantization: Quantization) -> None:

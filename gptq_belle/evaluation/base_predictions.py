@@ -39,11 +39,7 @@ ProgressBar = Callable[[str], Any]  # from a title to a context that yields a ca
 
 
 class BasePredictions:
-    """Stored logits of a base model for the scored tokens of a text.
-
-    Attributes:
-        windows: the windows of the text.
-    """
+    """Stored logits of a base model for the scored tokens of a text."""
 
     def __init__(self, folder: Path, windows: Sequence[TextWindow]) -> None:
         self.windows = windows
@@ -62,10 +58,6 @@ def open_predictions(base: Path, windows: Sequence[TextWindow], load: ModelLoade
     """Yield the predictions of a base, which is loaded only if they are not stored yet.
 
     Args:
-        base: directory of the full-precision model.
-        windows: the windows of the text.
-        load: function that loads a model.
-        progress_bar: function that shows progress.
         keep: folder to read the predictions from, or to store them in. Default: a temporary folder.
         settings: settings of the run, such as device and precision; stored predictions are used only if theirs are
             the same.
@@ -130,9 +122,7 @@ def record_predictions(folder: Path, key: dict[str, Any], logits: LogitsFunction
 
     Args:
         folder: output folder; earlier predictions in it are replaced.
-        key: the result of `prediction_key`.
         logits: the model's function from ids (1, T) to logits (1, T, V).
-        windows: the windows of the text.
         progress: called with (windows done, number of windows).
     Raises:
         InputError: logits that are not finite.
@@ -168,7 +158,6 @@ def read_text_for(path: Path, text: Path, *, allow_overlap: bool = False) -> tup
     """The tokenizer of a model, and a text with chats in the model's prompt style.
 
     Args:
-        path: the model directory.
         text: see `perplexity.read_text`.
         allow_overlap: accept text that the model was calibrated on.
     Raises:

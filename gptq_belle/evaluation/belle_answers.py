@@ -75,7 +75,6 @@ def answer_likelihoods(model: Model, prompts: Sequence[Sequence[int]], answers: 
     """Run a model on prompts followed by given answers; tokens beyond its context are ignored.
 
     Args:
-        model: from `gptq_belle.load`.
         prompts, answers: token ids, one row each; an empty answer is not run.
         progress: called with (answers done, number of answers).
     """

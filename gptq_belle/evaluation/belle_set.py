@@ -65,8 +65,6 @@ def evaluate(model: Model, questions: Sequence[BelleQuestion], *, limit: int = 1
     """Answer all questions and score the answers.
 
     Args:
-        model: from `gptq_belle.load`.
-        questions: see `read_questions`.
         limit: maximum number of tokens per answer.
         batch: number of questions answered at a time.
         style: "auto" or a key of `prompts.styles.STYLES`.

@@ -26,7 +26,6 @@ class ComparedModel:
     """Measurements of one variant.
 
     Attributes:
-        name, path: name and directory of the variant.
         bytes: size of its weight files.
         footprint: load time and memory, measured in a new process.
         perplexity: on the held-out text.
@@ -64,11 +63,8 @@ def compare(paths: Mapping[str, Path], questions: Sequence[BelleQuestion], text:
 
     Args:
         paths: model directories by name.
-        questions: test questions.
         text: held-out text or JSONL; the first TOKENS tokens are used.
         prompt: a question for all variants.
-        device: device of the models.
-        progress: called with the name of each step when it starts.
     Raises:
         InputError, UsageError, HardwareError: a variant cannot be loaded or run, or the text cannot be read.
     """

@@ -77,7 +77,6 @@ def compare_windows(base: Callable[[int], Tensor], model: LogitsFunction, window
     Args:
         base: function from a window's number to the base's logits (scored, V) of its scored tokens.
         model: function from ids (1, T) to logits (1, T, V).
-        windows: the windows of the text.
         progress: called with (windows done, number of windows).
     """
     parts: list[TokenDivergence] = []

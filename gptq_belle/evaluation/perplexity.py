@@ -106,7 +106,6 @@ def perplexity(logits: LogitsFunction, tokenizer: Any, text: str, *, length: int
 
     Args:
         logits: a model's function from ids (1, T) to logits (1, T, V).
-        tokenizer: its transformers tokenizer.
         length, stride: as in `split_windows`.
         limit: use only the first `limit` tokens.
         progress: called with (windows done, number of windows).
@@ -173,9 +172,6 @@ def check_finite(logits: Tensor) -> Tensor:
 def read_text(path: str | Path, chat: ChatFormat) -> str:
     """Read a file in any form that calibration accepts (`read_documents`); chats are rendered as prompts.
 
-    Args:
-        path: the file.
-        chat: how chat rows are rendered.
     Raises:
         InputError: the file does not exist, is empty or not UTF-8, or contains a row in an unknown form.
     """

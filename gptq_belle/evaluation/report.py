@@ -44,7 +44,6 @@ def write_report(results: Mapping[Path, ModelResults], folder: Path, options: Ev
 
     Args:
         results: from `ReportEvaluator.run`.
-        folder: output folder.
         options: data and settings of the evaluations.
         base: the full-precision model among the results.
         card: model directory that contains the folder and whose model card shows a table and a picture.
@@ -85,7 +84,6 @@ def render_page(models: Sequence[ReportModel], pictures: Mapping[str, Path], opt
     Args:
         models: from `read_models`.
         pictures: from `report_plots.draw`; their content is embedded into the page.
-        options: data and settings of the evaluations.
         base: the full-precision model, if there is one.
     """
     environment = Environment(loader=PackageLoader("gptq_belle.evaluation"), autoescape=True, trim_blocks=True,

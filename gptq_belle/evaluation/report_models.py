@@ -32,12 +32,10 @@ class ReportModel:
 
     Attributes:
         label: short unique name.
-        path: its directory.
         full: whether it is the full-precision model.
         inspection: see `checkpoint.inspection`.
         record: its quantization_report.json; empty if there is none.
         hashes: SHA-256 of its weight files by name; empty for the full-precision model.
-        results: results of its evaluations.
     """
 
     label: str

@@ -79,10 +79,7 @@ class ReportEvaluator:
     """Evaluates the models of a report.
 
     Args:
-        options: data and settings.
         base: the full-precision model; without it there is neither KL divergence nor agreement.
-        load: function that loads a model.
-        progress_bar: function that shows progress.
         folder: the folder that stores the results.
     """
 

@@ -17,7 +17,6 @@ class ResultCache:
     """Results in FILE of a folder.
 
     Attributes:
-        folder: the folder of the report.
         entries: by evaluation and model, the result ("found") and what it depends on ("follows_from").
     """
 

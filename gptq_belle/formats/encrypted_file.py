@@ -51,7 +51,6 @@ class ChecksumMismatch(Exception):
     """A decrypted file has a wrong checksum.
 
     Attributes:
-        task: the file.
         plausible_start: whether its first bytes are those of its file type; None for an unknown type.
     """
 

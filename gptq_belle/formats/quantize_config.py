@@ -73,7 +73,6 @@ def parse_quantization(stated: Mapping[str, Any], path: Path) -> Quantization:
     is v1.
 
     Args:
-        stated: the dictionary.
         path: directory of the checkpoint, for error messages.
     Raises:
         InputError: the method is not GPTQ, or a value is missing or not supported.

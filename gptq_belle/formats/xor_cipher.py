@@ -95,9 +95,7 @@ def xor_file(source: BufferedReader, out: BufferedWriter | BufferedRandom, key: 
 
     Args:
         source, out: files, positioned at the start of a chunk.
-        key: the key.
         plain: updated with the plain data: the output, or the input with `encrypting`.
-        first: number of the first chunk.
         encrypting: whether the input is the plain data.
         progress: progress callback, called with the bytes of each chunk.
     """

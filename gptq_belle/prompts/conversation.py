@@ -46,7 +46,6 @@ class ChatFormat:
     """How conversations with a model become prompts.
 
     Args:
-        tokenizer: a transformers tokenizer.
         name: a key of `prompts.styles.STYLES`, or "template" for the chat template of the tokenizer.
         today: the date for templates that print one; default: the day of the call.
     Raises:
@@ -176,8 +175,6 @@ def chat_format(config: Mapping[str, Any], tokenizer: Any, prompt_style: str = "
     """The chat format of a model.
 
     Args:
-        config: its config.json.
-        tokenizer: its tokenizer.
         prompt_style: "auto", or as `ChatFormat`.
     Raises:
         UsageError, InputError: as `ChatFormat` and `detect_style`.

@@ -104,7 +104,6 @@ def detect_style(config: Mapping[str, Any], template: str | Mapping[str, str] | 
     and vocabulary size.
 
     Args:
-        config: config.json.
         template: the tokenizer's chat template, or several by name.
     Returns:
         A key of STYLES, also for a template that `chat_template` generated; "template" for any other template.

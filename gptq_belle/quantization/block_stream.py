@@ -105,8 +105,6 @@ class BlockStream(SourceModel):
         """The block's output (batch, T, hidden_size) on the CPU, for `states` of the same shape.
 
         Args:
-            block: the block.
-            states: (batch, T, hidden_size).
             piece_context: returns the context for each piece, see `AttentionOutputs.forward_pass`.
         """
         pieces = []

@@ -47,7 +47,6 @@ def estimate(job: QuantizationJob, limit: int | None = None) -> Estimate:
     """Estimate the cost of a job from one block.
 
     Args:
-        job: the job.
         limit: see `must_spill`.
     Raises:
         HardwareError: see `must_spill` and `tuning_estimate.check_tuning`.

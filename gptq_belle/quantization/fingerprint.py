@@ -24,8 +24,6 @@ def fingerprint(reader: CheckpointReader, config: QuantConfig,
     Every weight file is read once for its checksum, which also brings it into the page cache.
 
     Args:
-        reader: the source.
-        config: the settings.
         calibration: `Calibration.describe` of the tokens; None for rtn.
     """
     small = [reader.path / name for name in ("config.json", TOKENIZER_CONFIG, *COPIED_FILES)]

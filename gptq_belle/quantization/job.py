@@ -61,9 +61,7 @@ class QuantizationJob:
     """The validated inputs of a job.
 
     Attributes:
-        stream: the source's blocks.
         config: the settings, with resolved overrides.
-        tokenizer: the source's.
         tokens: calibration rows (rows, T) int64; None for rtn.
         calibration: their description in the report (`Calibration.describe`).
         ignored: names of the source's tensors that the model does not need; they are not written.

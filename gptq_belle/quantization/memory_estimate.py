@@ -46,7 +46,6 @@ def must_spill(job: QuantizationJob, limit: int | None) -> bool:
     """Whether activations must be stored on disk only.
 
     Args:
-        job: the job.
         limit: limit of anonymous memory in bytes; None for four fifths of the free memory.
     Raises:
         HardwareError: the job exceeds `limit` even with activations on disk.

@@ -51,10 +51,6 @@ def parse_override(text: str) -> Override:
 def resolve_overrides(config: QuantConfig, arch: Architecture, blocks: int) -> QuantConfig:
     """Validate the overrides for a model, and complete them for readers that fuse the linears of a stage.
 
-    Args:
-        config: the job's settings.
-        arch: the model's architecture.
-        blocks: number of blocks.
     Returns:
         The config with the overrides to write.
     Raises:

@@ -90,10 +90,8 @@ def quantize_checkpoint(
     Args:
         source: a Hugging Face directory or hub id, in float32, float16 or bfloat16.
         out: the directory to write; it appears only when everything in it is complete and verified.
-        config: the settings.
         calibration: calibration data; by default the built-in rows. Unused by method rtn.
         device: "auto", "cpu" or "cuda:N", where forward passes and the solver run.
-        progress: progress callbacks.
         resume: resume an earlier job of the same source and settings; otherwise start from the first block.
         memory: limit of anonymous memory in bytes, kept by storing activations on disk; by default the free memory.
         lora: directory of a LoRA adapter to merge into the source's weights, in float32.

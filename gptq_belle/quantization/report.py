@@ -45,8 +45,6 @@ class Report:
     """Content of quantization_report.json.
 
     Attributes:
-        source: the source model.
-        settings: the settings.
         calibration: description of the calibration rows (see `Calibration.describe`); None for rtn.
         choice: bit allocation with the measured losses (see `auto_bits.choose_bits`); None without a budget.
         linears: one row per linear, in the order of solving.

@@ -44,8 +44,6 @@ class BlockVerification:
         """Read the block from the written files with the engine's reader, and run it on the same tokens.
 
         Args:
-            directory: the written files.
-            stream: the source.
             tensors: result of `expected_output`.
         Returns:
             The largest difference, relative to the output's largest value.

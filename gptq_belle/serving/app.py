@@ -27,7 +27,6 @@ def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: 
 
     Args:
         load: function that loads the model; called in a thread when the server starts.
-        limits: limits of requests.
         api_key, local_only: see `RequestGuard`.
         on_failure: called with the exception if `load` fails.
         load_first: load the model before the first request is answered; the server does not start if that fails.

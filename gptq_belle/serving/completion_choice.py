@@ -48,7 +48,6 @@ class CompletionChoice:
 
     Args:
         answer: the queued request.
-        tokenizer: tokenizer of the model.
         stops: stop strings; they are not shown.
         min_tokens: number of tokens at the start whose text is not searched for stop strings.
 

@@ -72,7 +72,6 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
 
     Args:
         request: the request, to detect that the client disconnects.
-        choices: the choices of the response.
         head: common fields of all events.
         show, first, last: build the ``choices`` entry for new text, before the first and after the last text.
         final: builds the fields of the last event (usage), or None for no such event.

@@ -58,7 +58,6 @@ class Scheduler:
     Args:
         engine: the engine; used by this object's thread only.
         queue_limit: maximum number of answers that wait for a slot; more are rejected with status 429.
-        metrics: metrics to update.
     Attributes:
         failure: the exception that ended the thread, if any.
         on_failure: called in the thread with that exception, after the clients were informed.

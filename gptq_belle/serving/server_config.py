@@ -24,7 +24,6 @@ class ServiceConfig:
 
     Attributes:
         path: a model directory, quantized or full precision.
-        limits: limits of requests.
         prompt_style: prompt style of chats; "auto" for that of the model.
         device, precision, head_bits, cache: see `engine.model.load`.
         served_names: model names for clients; default: the name of the directory.
@@ -73,7 +72,6 @@ class ListenConfig:
     """Address and access of a server.
 
     Attributes:
-        host, port: the address.
         api_key: key that clients must send; None for no authentication.
         allow_unauthenticated: allow a host other than loopback without a key.
     """

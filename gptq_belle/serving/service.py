@@ -45,10 +45,7 @@ class Service:
     """A loaded model and its scheduler.
 
     Args:
-        model: the loaded model.
         names: model names for clients; responses contain the first.
-        limits: limits of the server.
-        metrics: metrics of the server.
         prompt_style: prompt style of chats; "auto" for that of the model.
     """
 
@@ -136,7 +133,6 @@ class Service:
         """Validate a prompt.
 
         Args:
-            ids: token ids of the prompt.
             wanted: number of requested tokens, or None.
             param: name of the field for error messages.
         Raises:

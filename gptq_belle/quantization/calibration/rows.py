@@ -133,8 +133,6 @@ def first_token_ids(tokenizer: Any, text: str, count: int) -> tuple[list[int], i
     length of the text. The tokens are those of the whole text.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        text: the text.
         count: number of tokens that are needed; a short text gives fewer, and a text may give more.
     Returns:
         The token ids, and the number of characters that were tokenized.
@@ -166,7 +164,6 @@ def check_enough(tokens: Tensor, features: int, name: str) -> None:
     Args:
         tokens: calibration rows (rows, T).
         features: in_features K of the widest linear.
-        name: that linear's name.
     Raises:
         InputError: fewer than 4 K tokens.
     """

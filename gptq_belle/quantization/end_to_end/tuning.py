@@ -85,12 +85,8 @@ class Tuner:
     """The training loop.
 
     Args:
-        student: the quantized model.
         head: (vocabulary, hidden_size) float32, on the student's device.
-        rows: training rows.
-        held_out: rows for validation.
         checkpoint: where progress is saved, and resumed from with a bit-identical result.
-        steps: maximum number of steps.
     """
 
     def __init__(self, student: Student, head: Tensor, rows: TuningRows, held_out: TuningRows,

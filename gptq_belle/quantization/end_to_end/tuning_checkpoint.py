@@ -26,7 +26,6 @@ class TuningCheckpoint:
     """The latest checkpoint in a folder.
 
     Args:
-        folder: the journal's folder.
         origin: identifies the inputs of tuning, JSON-ready, such as checksums; checkpoints of other inputs are ignored.
     """
 

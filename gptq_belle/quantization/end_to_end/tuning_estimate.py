@@ -48,7 +48,6 @@ def check_tuning(job: QuantizationJob, limit: int | None) -> int:
     """Refuse a job whose model does not fit into memory for tuning, before any work is done.
 
     Args:
-        job: the job.
         limit: limit of anonymous memory in bytes, by default the free memory. On a GPU its free memory counts.
     Returns:
         Peak anonymous memory of the process in bytes; 0 for tuning on a GPU, and without tuning.
@@ -76,7 +75,6 @@ def tuning_seconds(job: QuantizationJob, block: nn.Module) -> float:
     """Estimate the time of tuning from one step through one block and one step through two.
 
     Args:
-        job: the job.
         block: the first block, in full precision.
     """
     assert job.tokens is not None

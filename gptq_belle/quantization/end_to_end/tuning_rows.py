@@ -69,7 +69,6 @@ def tuning_rows(job: QuantizationJob, scratch: Path, step: Callable[[int], None]
     """Compute training rows and held-out rows with the full-precision model, one block in memory at a time.
 
     Args:
-        job: the job.
         scratch: path of a temporary file that the rows are mapped to; it is unlinked at once.
         step: progress callback, called with the index of each block when it starts.
     """
