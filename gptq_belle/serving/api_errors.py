@@ -66,6 +66,12 @@ def logged(message: str, error: Exception) -> ApiError:
     return response
 
 
+def engine_stopped() -> ApiError:
+    """The error for every request after the engine's thread has ended."""
+    return ApiError(503, "The engine has stopped because of an error.", code="engine_stopped",
+                    headers={"Retry-After": "5"})
+
+
 def install(app: FastAPI) -> None:
     """Register handlers that convert every error of the application to this format."""
     @app.exception_handler(ApiError)

@@ -1,8 +1,11 @@
 """Prometheus metrics of one server process, served at /metrics."""
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SPEED_WINDOW = 1.0  # seconds over which tokens are counted for their speed
 
 
 class Metrics:
@@ -20,3 +23,21 @@ class Metrics:
                            registry=registry)
         self.first = Histogram("gptq_belle_time_to_first_token_seconds", "Time from the request to its first token",
                                buckets=SECONDS, registry=registry)
+        self._window = time.perf_counter(), 0  # start, and tokens since then
+
+    def set_gauges(self, *, waiting: int, running: int, cache: float) -> None:
+        """Set the queue length, the batch size, and the share of the KV cache in use."""
+        self.waiting.set(waiting)
+        self.running.set(running)
+        self.cache.set(cache)
+
+    def count_tokens(self, tokens: int) -> None:
+        """Count the tokens of one step, and update their speed after each window."""
+        self.tokens.inc(tokens)
+        since, before = self._window
+        seconds = time.perf_counter() - since
+        if seconds >= SPEED_WINDOW:
+            self.speed.set((before + tokens) / seconds if seconds < 2 * SPEED_WINDOW else 0)
+            self._window = time.perf_counter(), 0
+        else:
+            self._window = since, before + tokens

@@ -7,9 +7,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gptq_belle.common.memory import anonymous_bytes
-from gptq_belle.serving.api_errors import JSON_BODY, ApiError
+from gptq_belle.serving.api_errors import JSON_BODY, ApiError, engine_stopped
 from gptq_belle.serving.request_fields import CHAT, DETOKENIZE, TOKENIZE, check_fields, check_nested_fields
-from gptq_belle.serving.scheduler import engine_stopped
 from gptq_belle.serving.schemas import ChatRequest, DetokenizeRequest, TemplateRequest, TokenizeRequest
 from gptq_belle.serving.service import Service, app_state, loaded_service
 

@@ -1,22 +1,23 @@
 """The thread that runs the engine, and the queues that deliver its tokens to the tasks of the server."""
 
 import asyncio
+import concurrent.futures
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gptq_belle.engine.batching import Engine, Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import GptqBelleError
-from gptq_belle.serving.api_errors import ApiError, logged
+from gptq_belle.serving.api_errors import ApiError, engine_stopped, logged
 from gptq_belle.serving.metrics import Metrics
 
 LOGGER = logging.getLogger("gptq_belle")
 RETRY_AFTER = "1"  # seconds; a slot becomes free when the shortest answer ends
-SPEED_WINDOW = 1.0  # seconds over which tokens are counted for /metrics
 
 Item = Event | str | BaseException  # a token, the finish reason ("stop" or "length"), or an error
 ItemQueue = asyncio.Queue[tuple[int, Item]]
@@ -71,12 +72,11 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[QueuedRequest] = deque()
         self._cancelled: list[QueuedRequest] = []
-        self._calls: deque[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._running: dict[Request, QueuedRequest] = {}  # used by the thread only
         self._open: set[QueuedRequest] = set()  # submitted, and neither ended nor cancelled
         self._loop: asyncio.AbstractEventLoop | None = None  # event loop of the server
         self._closing = False
-        self._window = time.perf_counter(), 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -116,14 +116,13 @@ class Scheduler:
         Raises:
             ApiError: 503 if the thread has ended.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._changed:
             if self.failure is not None:
                 raise engine_stopped()
-            self._calls.append((function, loop, future))
+            self._calls.append((function, future))
             self._changed.notify()
-        return await future
+        return await asyncio.wrap_future(future)
 
     def close(self, timeout: float | None = None) -> bool:
         """Reject new requests, finish the accepted ones and stop; False if that takes longer than `timeout` seconds."""
@@ -174,7 +173,7 @@ class Scheduler:
             while not (self._waiting or self._running or self._cancelled or self._calls):
                 if self._closing:
                     return False
-                self._update_gauges()
+                self._set_gauges()
                 self.metrics.speed.set(0)
                 self._changed.wait()
             cancelled, self._cancelled = self._cancelled, []
@@ -189,7 +188,7 @@ class Scheduler:
                 self.metrics.requests.labels("cancelled").inc()
         for answer in new:
             self._start(answer)
-        self._update_gauges()
+        self._set_gauges()
         return True
 
     def _free(self, cancelled: Sequence[QueuedRequest]) -> int:
@@ -222,7 +221,7 @@ class Scheduler:
                 self.metrics.requests.labels("failed" if event.error else event.finished).inc()
                 items.append((answer, event.error or event.finished))
         self._send(items)
-        self._count(sum(event.token is not None for event in events))
+        self.metrics.count_tokens(sum(event.token is not None for event in events))
 
     def _fail(self, error: Exception) -> None:
         for request in self._running:
@@ -241,12 +240,13 @@ class Scheduler:
             for waiting in (self._open, self._waiting, self._running, self._calls):
                 waiting.clear()
         self.metrics.requests.labels("failed").inc(len(answers))
-        for gauge in (self.metrics.waiting, self.metrics.running, self.metrics.cache, self.metrics.speed):
-            gauge.set(0)
+        self.metrics.set_gauges(waiting=0, running=0, cache=0)
+        self.metrics.speed.set(0)
         if answers:
             self._send([(answer, engine_stopped()) for answer in answers])
-        for _, loop, future in calls:
-            _set_result(loop, future, None, engine_stopped())
+        for _, future in calls:
+            with suppress(concurrent.futures.InvalidStateError):  # the client has left
+                future.set_exception(engine_stopped())
         LOGGER.critical("The engine stopped because of an error. No more requests are accepted.", exc_info=error)
         if self.on_failure is not None:
             self.on_failure(error)
@@ -262,20 +262,8 @@ class Scheduler:
         else:
             self._open.difference_update(answer for answer, item in items if not isinstance(item, Event))
 
-    def _count(self, tokens: int) -> None:
-        self.metrics.tokens.inc(tokens)
-        since, before = self._window
-        seconds = time.perf_counter() - since
-        if seconds >= SPEED_WINDOW:
-            self.metrics.speed.set((before + tokens) / seconds if seconds < 2 * SPEED_WINDOW else 0)
-            self._window = time.perf_counter(), 0
-        else:
-            self._window = since, before + tokens
-
-    def _update_gauges(self) -> None:
-        self.metrics.waiting.set(len(self._waiting))
-        self.metrics.running.set(len(self._running))
-        self.metrics.cache.set(self.engine.used)
+    def _set_gauges(self) -> None:
+        self.metrics.set_gauges(waiting=len(self._waiting), running=len(self._running), cache=self.engine.used)
 
 
 def _put(items: Sequence[tuple[QueuedRequest, Item]]) -> None:
@@ -283,28 +271,10 @@ def _put(items: Sequence[tuple[QueuedRequest, Item]]) -> None:
         answer.arrived.put_nowait((answer.index, item))
 
 
-def _answer_call(function: Callable[[], Any], loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]") -> None:
-    result, error = None, None
+def _answer_call(function: Callable[[], Any], future: "concurrent.futures.Future[Any]") -> None:
+    if not future.set_running_or_notify_cancel():  # the client has left
+        return
     try:
-        result = function()
-    except Exception as failure:
-        error = failure
-    _set_result(loop, future, result, error)
-
-
-def _set_result(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", result: Any,
-                error: Exception | None) -> None:
-    def set_result() -> None:
-        if not future.done():
-            future.set_result(result) if error is None else future.set_exception(error)
-
-    try:
-        loop.call_soon_threadsafe(set_result)
-    except RuntimeError:
-        return  # the event loop is closed
-
-
-def engine_stopped() -> ApiError:
-    """The error for every request after the engine's thread has ended."""
-    return ApiError(503, "The engine has stopped because of an error.", code="engine_stopped",
-                    headers={"Retry-After": "5"})
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
