@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptq_belle.common.devices import threads
 from gptq_belle.common.timers import seconds
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, unpack
 from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, reference, triton_matmul
@@ -39,13 +40,9 @@ class KernelCheck(NamedTuple):
 
 def self_test(devices: Sequence[torch.device]) -> list[KernelCheck]:
     """Run every kernel of some devices on small random weights: asymmetric zero points, scales of both signs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, several threads take thirty times as long
-    try:
+    with threads(1):  # on a busy machine, several threads take thirty times as long
         checks = (_check_cpu() if device.type == "cpu" else _check_cuda(device) for device in devices)
         return [check for each in checks for check in each]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check_cpu() -> Iterator[KernelCheck]:

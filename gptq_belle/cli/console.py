@@ -96,6 +96,12 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def print_result(value: Any, as_json: bool, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]],
+                 text: int = 2) -> None:
+    """Print the result of a command: as JSON, or as a table with the arguments of `print_table`."""
+    print_json(value) if as_json else print_table(title, columns, rows, text)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> None:
     """Print a table on stdout: drawn on a terminal, aligned plain lines elsewhere.
 

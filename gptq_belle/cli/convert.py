@@ -30,11 +30,8 @@ def decrypt(
     job = decryption.encrypt if encrypt else decryption.decrypt
     with console.progress_bar("encrypting" if encrypt else "decrypting", is_bytes=True) as progress:
         found = job(source, out, key, progress=progress)
-    if as_json:
-        console.print_json(found)
-        return
-    console.print_table(str(out), ["file", "", "MD5 of the plain file", "SHA-256", "bytes"],
-                        [(row.name, row.how, row.md5, row.sha256, f"{row.bytes:,}") for row in found], text=4)
+    console.print_result(found, as_json, str(out), ["file", "", "MD5 of the plain file", "SHA-256", "bytes"],
+                         [(row.name, row.how, row.md5, row.sha256, f"{row.bytes:,}") for row in found], text=4)
 
 
 def convert(
@@ -70,7 +67,4 @@ def convert(
         found = conversion.convert(source, out, base=options.optional_local(base), checkpoint_format=checkpoint_format,
                                    repair_zeros=repair_zeros, prompt_style=options.style_or_none(prompt_style),
                                    progress=progress)
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_table(str(out), ["", ""], conversion_report.summary_rows(found), text=2)
+    console.print_result(found, as_json, str(out), ["", ""], conversion_report.summary_rows(found))

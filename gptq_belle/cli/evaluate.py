@@ -44,7 +44,7 @@ def ppl(
     from gptq_belle.evaluation import quality_gates as gates
     from gptq_belle.evaluation.base_predictions import read_text_for
 
-    wanted = [gates.parse_gate(one, gates.metric_names(perplexity.Perplexity)) for one in gate or []]
+    wanted = gates.parse_gates(gate, gates.metric_names(perplexity.Perplexity))
     perplexity.check_windows(window, stride)
     path = options.local(path)
     _, words = read_text_for(path, text, allow_overlap=allow_overlap)
@@ -52,10 +52,7 @@ def ppl(
     with console.progress_bar("windows") as progress:
         found = perplexity.perplexity(model.logits, model.tokenizer, words, length=window, stride=stride, limit=limit,
                                       progress=progress)
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_table("", ["", ""], perplexity.format_perplexity(found), text=2)
+    console.print_result(found, as_json, "", ["", ""], perplexity.format_perplexity(found))
     _check_gates(wanted, gates.metric_values(found))
 
 
@@ -88,7 +85,7 @@ def kl(
     from gptq_belle.evaluation.kl_divergence import compare_with_predictions
     from gptq_belle.evaluation.perplexity import check_windows
 
-    wanted = [gates.parse_gate(one, gates.metric_names(kl_statistics.Divergence)) for one in gate or []]
+    wanted = gates.parse_gates(gate, gates.metric_names(kl_statistics.Divergence))
     check_windows(window, stride)
     path, base = options.local(path), options.local(base)
     tokenizer, words = base_predictions.read_text_for(path, text, allow_overlap=allow_overlap)
@@ -100,10 +97,7 @@ def kl(
         with console.progress_bar("windows") as progress:
             tokens = compare_with_predictions(predictions, model.logits, progress)
     found = kl_statistics.summarize_divergence(tokens, len(split))
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_table("", ["", ""], kl_statistics.format_divergence(found), text=2)
+    console.print_result(found, as_json, "", ["", ""], kl_statistics.format_divergence(found))
     _check_gates(wanted, gates.metric_values(found))
 
 
@@ -147,7 +141,7 @@ def belle(
         raise UsageError("--judge and --judge-prompts belong together",
                          "Give eval/eval_prompt.json of the BELLE project as --judge-prompts.")
     rows = test_set.read_questions(test, per_class)
-    wanted = [gates.parse_gate(one, gates.belle_metric_names(row.cls for row in rows)) for one in gate or []]
+    wanted = gates.parse_gates(gate, gates.belle_metric_names(row.cls for row in rows))
     instructions = judging.read_instructions(judge_prompts) if judge_prompts else {}
     path, base = options.local(path), options.optional_local(base)
     if not allow_overlap:
@@ -159,10 +153,7 @@ def belle(
                                   progress=progress)
     if judge:
         judging.write_requests(judge, judging.judge_requests(rows, found.answers, instructions))
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_table("", test_set.COLUMNS, test_set.format_scores(found))
+    console.print_result(found, as_json, "", test_set.COLUMNS, test_set.format_scores(found), text=1)
     _check_gates(wanted, gates.belle_metric_values(found))
 
 

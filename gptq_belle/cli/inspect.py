@@ -17,17 +17,11 @@ def inspect(path: options.ModelPath,
     path = options.local(path)
     if prompt:
         shown = prompt_format.read_prompt_format(path)
-        if as_json:
-            console.print_json(shown)
-        else:
-            console.print_table(str(path), ["", ""], prompt_format.summary_rows(shown), text=2)
+        console.print_result(shown, as_json, str(path), ["", ""], prompt_format.summary_rows(shown))
         return
     found = inspection.inspect(path)
-    if as_json:
-        console.print_json(found)
-    else:
-        console.print_table(str(path), ["", ""], inspection.summary_rows(found), text=2)
-        for problem in found.problems:
-            console.print_line(f"Problem: {problem}", style="bold red")
+    console.print_result(found, as_json, str(path), ["", ""], inspection.summary_rows(found))
+    for problem in found.problems if not as_json else ():
+        console.print_line(f"Problem: {problem}", style="bold red")
     if found.problems:
         raise typer.Exit(4)

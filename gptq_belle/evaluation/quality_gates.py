@@ -44,6 +44,11 @@ def parse_gate(gate: str, names: Sequence[str]) -> QualityGate:
                      f"Write it like {names[0]}<0.05, with one of {', '.join(names)}, and <, <=, > or >=.")
 
 
+def parse_gates(gates: Sequence[str] | None, names: Sequence[str]) -> list[QualityGate]:
+    """`parse_gate` for every text of an option; none for None."""
+    return [parse_gate(gate, names) for gate in gates or ()]
+
+
 def check_gates(gates: Sequence[QualityGate], values: Mapping[str, float]) -> Iterator[str]:
     """Compare metrics with gates; NaN passes no gate.
 
