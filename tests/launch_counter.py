@@ -14,7 +14,7 @@ list, which a GPU would copy, and a kernel that is given a tensor of the CPU.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -36,10 +36,12 @@ READERS = ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__flo
 
 
 class Counts(Counter[tuple[str, str]]):
-    """Numbers by kind and name: ("kernel", "skinny_kernel"), ("operation", "add_"), ("to device", "to"), ("to host",
-    "item"). Views and allocations are not counted. What makes the host wait for the GPU counts as "to host": reading a
-    value, and a shape that depends on values. Under `torch.inference_mode` an operation is what Python calls, such as
-    rms_norm; CUDA may take several kernels for it.
+    """Numbers by kind and name: ("kernel", "skinny_kernel"), ("operation", "add_"), ("graph", "replay"), ("to device",
+    "to"), ("to host", "item").
+
+    Kernels are counted when a graph is replayed, not when it is captured. Views and allocations are not counted. What
+    makes the host wait for the GPU counts as "to host": reading a value, and a shape that depends on values. Under
+    `torch.inference_mode` an operation is what Python calls, such as rms_norm; CUDA may take several kernels for it.
     """
 
     def total(self, kind: str) -> int:
@@ -48,7 +50,7 @@ class Counts(Counter[tuple[str, str]]):
 
     def totals(self) -> dict[str, int]:
         """The sums of all kinds."""
-        return {kind: self.total(kind) for kind in ("operation", "kernel", "to device", "to host")}
+        return {kind: self.total(kind) for kind in ("operation", "kernel", "graph", "to device", "to host")}
 
 
 class GpuTensor(Tensor):
@@ -97,6 +99,7 @@ class SimulatedGpu(TorchDispatchMode):
         fill: value of new floating-point memory.
         launched: variants of kernels that were launched.
         compiled: variants of kernels that were compiled before, and what the compiler returned.
+        captured: launches of the graph that is being captured; None if none is.
     """
 
     def __init__(self, fill: float) -> None:
@@ -104,6 +107,7 @@ class SimulatedGpu(TorchDispatchMode):
         self.fill, self.counts = fill, Counts()
         self.launched: set[tuple[object, ...]] = set()
         self.compiled: dict[tuple[object, ...], object] = {}
+        self.captured: list[Callable[[], None]] | None = None
 
     def __enter__(self) -> "SimulatedGpu":
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(data, device="cuda") then calls `to`
@@ -130,7 +134,7 @@ class SimulatedGpu(TorchDispatchMode):
         own = [leaf for leaf in leaves if isinstance(leaf, GpuTensor)]
         targets = [leaf.type for leaf in leaves if isinstance(leaf, torch.device)]
         if not own and "cuda" not in targets:
-            return func(*args, **kwargs)
+            return func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
         host = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, GpuTensor) and leaf.dim()]
         if host and name not in COPIES:
             raise RuntimeError(f"{name}: expected all tensors on one device, found {CUDA} and {host[0].device}")
@@ -144,6 +148,15 @@ class SimulatedGpu(TorchDispatchMode):
         if name in EMPTY and result.is_floating_point():
             result.fill_(self.fill)
         return tree_map(lambda leaf: GpuTensor(leaf, self) if isinstance(leaf, Tensor) else leaf, result)
+
+    @contextmanager
+    def capture(self, graph: "SimulatedGraph", *_: Any, **options: Any) -> Iterator[None]:
+        """`torch.cuda.graph` for launches; torch's operations are executed and not captured."""
+        self.captured = graph.launches
+        try:
+            yield
+        finally:
+            self.captured = None
 
     def _count(self, func: Any, name: str, result: Any, own: list[GpuTensor], host: list[Tensor]) -> None:
         given = {tensor.memory.untyped_storage().data_ptr() for tensor in own}
@@ -159,12 +172,13 @@ class SimulatedGpu(TorchDispatchMode):
         elif not is_view and name not in UNCOUNTED:
             self.counts["operation", name] += 1
 
-    def launch(self, kernel: Any, arguments: dict[str, Any], warmup: bool) -> object:
-        """Count the launch of a kernel, or return one object for all launches that share its code.
+    def launch(self, kernel: Any, arguments: dict[str, Any], warmup: bool, execute: Callable[[], None]) -> object:
+        """Execute a launch and count it, capture it, or return one object for all launches that share its code.
 
         Args:
             kernel: Triton's object.
             arguments: arguments and compiler options by name.
+            execute: what a launch does besides.
         Raises:
             RuntimeError: a tensor is not on the GPU.
         """
@@ -177,9 +191,28 @@ class SimulatedGpu(TorchDispatchMode):
                                      for name, value in sorted(arguments.items()))
         if warmup:
             return self.compiled.setdefault(variant, object())
-        self.launched.add(variant)
-        self.counts["kernel", kernel.__name__] += 1
+
+        def run() -> None:
+            self.launched.add(variant)
+            self.counts["kernel", kernel.__name__] += 1
+            execute()
+
+        run() if self.captured is None else self.captured.append(run)
         return None
+
+
+class SimulatedGraph:
+    """`torch.cuda.CUDAGraph` on the simulated GPU."""
+
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self.gpu = gpu
+        self.launches: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Make all launches again, on the present contents of memory."""
+        self.gpu.counts["graph", "replay"] += 1
+        for launch in self.launches:
+            launch()
 
 
 def _memory(leaf: Any) -> Any:
@@ -212,17 +245,21 @@ def simulate(monkeypatch: Any) -> SimulatedGpu:
         parameters = inspect.signature(self.fn).parameters
         options = {name: value for name, value in kwargs.items() if name not in parameters}
         bound = inspect.signature(self.fn).bind(*args, **{name: kwargs[name] for name in kwargs if name in parameters})
-        compiled = gpu.launch(self, bound.arguments | options, warmup)
-        if triton_matmul.is_interpreted() and not warmup:
-            execute(self, *tree_map(_memory, args), grid=grid, warmup=False, **tree_map(_memory, kwargs))
-        return compiled
+
+        def interpret() -> None:
+            if triton_matmul.is_interpreted():
+                execute(self, *tree_map(_memory, args), grid=grid, warmup=False, **tree_map(_memory, kwargs))
+
+        return gpu.launch(self, bound.arguments | options, warmup, interpret)
 
     monkeypatch.setattr(Kernel, "run", run)
     for name, value in {
         "is_available": lambda: True, "device_count": lambda: 1, "_lazy_init": lambda: None,
         "device": lambda device: nullcontext(), "device_of": lambda tensor: nullcontext(),
         "get_device_properties": lambda device: H100, "is_current_stream_capturing": lambda: False,
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=0), "graph": gpu.capture,
+        "CUDAGraph": lambda: SimulatedGraph(gpu),
+        "Event": lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(triton_skinny_launch, "_tickets", {})

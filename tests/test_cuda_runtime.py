@@ -117,10 +117,10 @@ def test_copies_per_token(tiny_model, options, to_device, to_host, tmp_path, gpu
 
 
 # For one decoded token of one sequence, in each block and outside them. K is split in every linear, as in BELLE's.
-BLOCK = {"bloom": {"operation": 8, "kernel": 4, "to device": 0, "to host": 0},
-         "llama": {"operation": 15, "kernel": 4, "to device": 0, "to host": 0}}
-REST = {"bloom": {"operation": 23, "kernel": 1, "to device": 2, "to host": 0},
-        "llama": {"operation": 13, "kernel": 0, "to device": 2, "to host": 0}}
+BLOCK = {"bloom": {"operation": 8, "kernel": 4, "graph": 0, "to device": 0, "to host": 0},
+         "llama": {"operation": 15, "kernel": 4, "graph": 0, "to device": 0, "to host": 0}}
+REST = {"bloom": {"operation": 23, "kernel": 1, "graph": 0, "to device": 2, "to host": 0},
+        "llama": {"operation": 13, "kernel": 0, "graph": 0, "to device": 2, "to host": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +248,20 @@ def test_operations_and_copies_are_counted(gpu):
         assert isinstance(x.cpu() + 1, torch.Tensor)
         x[x > 0]
         x.nonzero()
-    assert counts.totals() == {"operation": 4, "kernel": 0, "to device": 1, "to host": 4}
+    assert counts.totals() == {"operation": 4, "kernel": 0, "graph": 0, "to device": 1, "to host": 4}
     assert gpu.counts["to device", "copy_"] == 1
+
+
+def test_captured_launches_are_counted_when_they_are_replayed(gpu):
+    from gptq_belle.kernels.triton_reduce import reduce_kernel
+
+    graph, x = torch.cuda.CUDAGraph(), torch.ones(4, device=CUDA)
+    with torch.cuda.graph(graph):
+        reduce_kernel[1,](x, None, x, 1, 4, HAS_BIAS=False, SPLIT_K=1, WIDTH=256)
+    assert not gpu.counts.total("kernel")
+    graph.replay()
+    graph.replay()
+    assert (gpu.counts.total("kernel"), gpu.counts.total("graph")) == (2, 2)
 
 
 def test_tensor_of_the_cpu_is_no_argument_of_a_kernel(gpu):
