@@ -252,3 +252,21 @@ def test_doctor_command(belle):
     assert code == 0
     assert {row["device"] for row in found["kernels"]} == {"cpu"}
     assert {row["precision"] for row in found["kernels"]} == {"exact", "fast"}
+
+
+@pytest.mark.parametrize(("words", "unused", "used"), [
+    (("quantize", "MODEL", "OUT", "--method", "rtn", "--group-size", "32", "--rows", "3", "--calibration", "none",
+      "--preset", "fast"), ["--rows", "--calibration", "--preset"], ["--group-size"]),
+    (("quantize", "MODEL", "OUT", "--preset", "fast", "--without", "search", "--dry-run", "--rows", "2",
+      "--seq-len", "64", "--allow-short", "--group-size", "32"), ["--without"], ["--rows"]),
+    (("generate", "PACKED", "--prompt", "a", "--max-tokens", "1", "--temperature", "0", "--top-k", "3", "--seed", "1"),
+     ["--top-k", "--seed"], ["--max-tokens"]),
+    (("generate", "MODEL", "--prompt", "a", "--max-tokens", "1", "--precision", "fast"), ["--precision"], []),
+    (("generate", "PACKED", "--prompt", "a", "--max-tokens", "1", "--temperature", "1", "--top-k", "3", "--precision",
+      "fast"), [], ["--top-k", "--precision"])])
+def test_options_without_effect_are_named(belle, tiny_llama, packed, tmp_path, words, unused, used):
+    places = {"MODEL": tiny_llama, "PACKED": packed, "OUT": tmp_path / "out"}
+    code, _, err = belle(*(places.get(word, word) for word in words), "--device", "cpu")
+    assert code == 0
+    said = " ".join(line for line in err.splitlines() if "No effect" in line)
+    assert [option for option in [*unused, *used] if option in said] == unused

@@ -10,6 +10,7 @@ from gptq_belle.errors import UsageError
 
 
 def bench(
+    context: typer.Context,
     paths: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", help="Model directories.",
                                                        show_default=False)] = None,
     table: Annotated[str | None, typer.Option(
@@ -35,6 +36,7 @@ def bench(
     if table is not None:
         _refuse_unused({"--precision": precision, "--head-bits": head_bits, "--batch": batch, "--plot": plot,
                         "--cache": cache if cache != "float16" else None})
+        options.note_unused(context, "with --table", "tokens", "depth", "repeats", "output")
         _compare_with_published(table, paths or [], prompt, device, as_json)
         return
     if not paths:
@@ -45,6 +47,8 @@ def bench(
     from gptq_belle.cli import bench_output
 
     bench_output.check_format(output)
+    if as_json:
+        options.note_unused(context, "with --json", "output")
     if plot is not None:
         throughput_plot.check_plot(plot)
     first, *others = batch or [1]

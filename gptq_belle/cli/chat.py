@@ -2,11 +2,14 @@
 
 import sys
 
+import typer
+
 from gptq_belle.cli import console, environment, options
 from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, SamplingParams
 
 
 def chat(
+    context: typer.Context,
     path: options.ModelPath,
     prompt_style: options.ChatStyle = "auto",
     max_tokens: options.MaxTokens = None,
@@ -31,6 +34,7 @@ def chat(
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)
+    options.note_unused_sampling(context, temperature)
     options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.cli.chat_loop import chat_loop
     from gptq_belle.cli.conversation import Conversation

@@ -11,6 +11,7 @@ from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, SamplingParams
 
 
 def generate(
+    context: typer.Context,
     path: options.ModelPath,
     prompt: Annotated[str, typer.Option(help="The question, or the text to continue with --prompt-style none.")],
     prompt_style: options.PromptStyle = "auto",
@@ -36,6 +37,7 @@ def generate(
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)
+    options.note_unused_sampling(context, temperature)
     options.check_engine_options(device, precision, head_bits, cache)
     model = options.load_generator(path, device, precision, head_bits, cache)
     style = None if prompt_style == "none" else prompt_style

@@ -103,6 +103,26 @@ def check_chat_style(style: str) -> None:
         get_style(style)
 
 
+def note_unused(context: typer.Context, why: str, *names: str) -> None:
+    """Say which of these options were given, in one line: they have no effect.
+
+    Args:
+        context: of the command.
+        why: such as "with --method rtn".
+        names: parameters of the command.
+    """
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        console.note(f"No effect {why}: {flags}.", style=None)
+
+
+def note_unused_sampling(context: typer.Context, temperature: float) -> None:
+    """Say which sampling options were given that greedy decoding does not use."""
+    if temperature == 0:
+        note_unused(context, "at temperature 0 (greedy decoding)", "top_p", "top_k", "seed")
+
+
 def import_engine() -> None:
     """Import PyTorch and transformers, which takes seconds, with a progress line on stderr."""
     if "torch" in sys.modules:
@@ -135,7 +155,10 @@ def load_model(path: Path, device: str, precision: str | None, head_bits: int | 
     with console.show_step(f"loading {path}"):
         from gptq_belle.engine.model import load
 
-        return load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
+        model = load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
+    if precision == "fast" and model.quantization is None and model.device.type == "cpu":
+        console.note("No effect on a model that is not quantized, on a CPU: --precision fast.", style=None)
+    return model
 
 
 def load_generator(path: Path, device: str, precision: str | None, head_bits: int | None, cache: str) -> "Model":

@@ -16,6 +16,7 @@ from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
     from gptq_belle.cli.progress import ConsoleProgress
+    from gptq_belle.quantization.config import QuantConfig
     from gptq_belle.quantization.job import QuantizationJob
     from gptq_belle.quantization.report import Report
 
@@ -64,10 +65,11 @@ Resume = Annotated[bool, typer.Option(
     "again.")]
 
 
-def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupSize = 128, sym: Sym = True,
-             act_order: ActOrder = False, damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best",
-             without: Without = "", positive_scales: PositiveScales = False, override: Overrides = None,
-             auto_bits: AutoBits = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,
+def quantize(context: typer.Context, model: Source, out: Out, bits: Bits = 4,
+             group_size: options.GroupSize = 128, sym: Sym = True, act_order: ActOrder = False,
+             damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best", without: Without = "",
+             positive_scales: PositiveScales = False, override: Overrides = None, auto_bits: AutoBits = None,
+             calibration: CalibrationSource = "builtin", rows: Rows = 128,
              seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
              memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
              packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = None, dry_run: DryRun = False,
@@ -94,6 +96,7 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
                          preset=preset, without=tuple(filter(None, without.split(","))),
                          positive_scales=positive_scales, overrides=tuple(map(parse_override, override or ())),
                          head_bits=(head_bits or 8) if packed_head_only else 16, auto_bits=auto_bits)
+    _note_unused(context, config)
     from gptq_belle.cli.progress import ConsoleProgress
     from gptq_belle.common.memory import parse_memory
     from gptq_belle.quantization.calibration.rows import Calibration
@@ -112,6 +115,19 @@ def quantize(model: Source, out: Out, bits: Bits = 4, group_size: options.GroupS
         console.print_json(report.to_dict())
     else:
         _print_report(out, report)
+
+
+def _note_unused(context: typer.Context, config: "QuantConfig") -> None:
+    """Say which options have no effect on this job."""
+    from gptq_belle.quantization.config import PRESETS
+
+    if config.method == "rtn":
+        options.note_unused(context, "with --method rtn, which reads no calibration data and rounds each weight alone",
+                            "calibration", "rows", "seq_len", "allow_short", "seed", "preset", "without", "damp",
+                            "act_order", "positive_scales")
+    preset = PRESETS[config.preset]
+    if config.method != "rtn" and (unused := [name for name in config.without if preset.disable([name]) == preset]):
+        console.note(f"No effect with --preset {config.preset}: --without {','.join(unused)}.", style=None)
 
 
 def _print_report(out: Path, report: "Report") -> None:

@@ -10,6 +10,7 @@ from gptq_belle.errors import HardwareError
 
 
 def report(
+    context: typer.Context,
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Quantized models.", show_default=False)],
     base: Annotated[Path | None, typer.Option(help="The full-precision model that they were quantized from.",
                                               show_default=False)] = None,
@@ -35,6 +36,12 @@ def report(
     Evaluations that are already in the folder and still valid are not run again.
     """
     check_matplotlib()
+    if text is None:
+        options.note_unused(context, "without --text", "window", "limit")
+    if test is None:
+        options.note_unused(context, "without --test", "per_class", "max_tokens", "batch")
+    if text is None and test is None:
+        options.note_unused(context, "without --text and --test", "base", "allow_overlap", "precision")
     options.check_engine_options(device, precision)
     from gptq_belle.evaluation.report import PAGE, write_report
     from gptq_belle.evaluation.report_results import EvaluationOptions, ReportEvaluator

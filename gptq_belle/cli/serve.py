@@ -10,6 +10,7 @@ from gptq_belle.cli import console, options
 
 
 def serve(
+    context: typer.Context,
     path: options.ModelPath,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
@@ -37,6 +38,10 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
     options.check_chat_style(prompt_style)
+    if not ray:
+        options.note_unused(context, "without --ray", "replicas")
+    if api_key:
+        options.note_unused(context, "with --api-key", "allow_unauthenticated")
     options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.serving.server import serve
     from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
