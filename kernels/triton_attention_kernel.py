@@ -57,6 +57,9 @@ def attention_kernel(
     HP: tl.constexpr = triton.next_power_of_2(HALF)
     WORDS: tl.constexpr = HALF if INT8 else D  # elements of a position in `keys`
     SCALE: tl.constexpr = LOG2E / D**0.5
+    # Weights times scales of values are operands in DTYPE. This factor keeps small ones in the range of float16, and
+    # the largest scale, 65504 / 127, as well.
+    UNIT: tl.constexpr = 64.0 if INT8 else 1.0
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     piece, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pieces, kv_heads = tl.num_programs(0), tl.num_programs(1)
@@ -94,9 +97,9 @@ def attention_kernel(
                 load_rotated(value, high, j < HALF, None, length, D),
                 values_at + length * WORDS, value_scales + first + length if INT8 else None, j, HALF)
             largest = tl.sum(q_low.to(tl.float32) * k_low[None, :] + q_high.to(tl.float32) * k_high[None, :], 1) * SCALE
-            norm += 1.0
-            acc_low += v_low[None, :]
-            acc_high += v_high[None, :]
+            norm += UNIT
+            acc_low += UNIT * v_low[None, :]
+            acc_high += UNIT * v_high[None, :]
         if slopes is not None:
             slope = tl.load(slopes + head * GROUP + g, mask=g < GROUP, other=0.0) * LOG2E
         stop = tl.minimum((piece + 1) * PIECE, length)
@@ -117,9 +120,9 @@ def attention_kernel(
             higher = tl.maximum(largest, tl.max(score, 1))
             shrink = tl.exp2(largest - higher)
             p = tl.exp2(score - higher[:, None])
-            norm = norm * shrink + tl.sum(p, 1)
+            norm = norm * shrink + tl.sum(p, 1) * UNIT
             if INT8:
-                p *= v_scale.to(tl.float32)[None, :]
+                p *= v_scale.to(tl.float32)[None, :] * UNIT
                 k_scale, v_scale = load_scales(key_scales + first, value_scales + first, start + STEP, stop, STEP)
             acc_low = tl.dot(p.to(DTYPE), v_low, acc_low * shrink[:, None])
             acc_high = tl.dot(p.to(DTYPE), v_high, acc_high * shrink[:, None])

@@ -72,7 +72,7 @@ def head_kernel(
     at = m[None, :].to(tl.int64) * N + n[:, None]
     tl.store(logits + at, acc, mask=live)
     if temperatures is None:
-        _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, room)
+        _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, N, room)
     else:
         penalty = tl.load(penalties + m, mask=m < M, other=1.0)[None, :]
         temperature = tl.load(temperatures + m, mask=m < M, other=0.0)[None, :]
@@ -103,7 +103,7 @@ def _dense_sums(x, table, n, m, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK:
 
 
 @triton.jit
-def _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, room):
+def _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, N, room):
     """Merge the largest logit of this tile, and as the last program write the next token of each active row."""
     bits = acc.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the logits
@@ -113,7 +113,7 @@ def _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, room):
     ticket = tickets + tl.program_id(0)
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
         found = tl.atomic_xchg(best + m, tl.zeros_like(m).to(tl.int64), mask=m < M, sem="relaxed", scope="gpu")
-        token = (2**31 - 1 - (found & (2**31 - 1))).to(tl.int32)
+        token = tl.minimum((2**31 - 1 - (found & (2**31 - 1))).to(tl.int32), N - 1)  # whatever the logits are
         length = tl.load(lengths + m, mask=m < M, other=-1)
         active = (m < M) & (length >= 0)
         tl.store(tokens + m, token, mask=active)

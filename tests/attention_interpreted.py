@@ -52,25 +52,31 @@ class Step(NamedTuple):
     places: Tensor | None
 
 
-def tensors(case, bucket):
-    """Random tensors; everything from a slot's length on is NaN in the cache or in its scales."""
+def tensors(case, bucket, value_scale=1.0):
+    """Random tensors; everything from a slot's length on is NaN in the cache or in its scales.
+
+    Args:
+        value_scale: factor of all values.
+    """
     layout, rows = case.layout, len(case.lengths)
     cache = KVCache(1, rows + 2, layout.kv_heads, bucket + SPARE, layout.head_dim, case.kind, torch.device("cpu"))
     slots = torch.randperm(rows + 2)[:rows].int()
     tables = cache.keys[0], cache.values[0]
     scales = cache.scales(0) or (None, None)
-    for table, scale in zip(tables, scales, strict=True):
+    for table, scale, size in zip(tables, scales, (1.0, value_scale), strict=True):
         if scale is None:
-            table.copy_(torch.randn(table.shape))
+            table.copy_(torch.randn(table.shape) * size)
         else:
             table.copy_(torch.randint(-127, 128, table.shape))
-            scale.copy_(torch.rand(scale.shape) * 0.02 + 0.002)
+            scale.copy_((torch.rand(scale.shape) * 0.02 + 0.002) * size)
         for slot, length in zip(slots.tolist(), case.lengths, strict=True):
             (table if scale is None else scale)[slot, :, max(length, 0) :] = math.nan
     d, heads = layout.head_dim, layout.heads
     angles = torch.arange(bucket + SPARE)[:, None] * 10000.0 ** (-torch.arange(0, d, 2) / d)
+    qkv = torch.randn(rows, (heads + 2 * layout.kv_heads) * d)
+    heads_of(case, qkv)[2].mul_(value_scale)
     return Step(
-        torch.randn(rows, (heads + 2 * layout.kv_heads) * d).to(case.dtype), (*tables, *scales), slots,
+        qkv.to(case.dtype), (*tables, *scales), slots,
         torch.cat((angles.cos(), angles.sin()), 1) if case.rotary else None,
         None if case.rotary else 2.0 ** (-8 * (torch.arange(heads) + 1) / heads),
         torch.randperm(heads * d).int() if case.act_order else None)
@@ -101,18 +107,19 @@ def rotated(x, position):
 
 
 def heads_of(case, row):
-    """Query, key and value (heads, D) float64 of a row of qkv, rotated where the case says so."""
+    """Query, key and value (.., heads, D) of rows of qkv (.., n): views."""
     heads, kv_heads, d, interleaved = case.layout
-    parts = row.double().view(-1, d)
-    return parts.view(heads, 3, d).unbind(1) if interleaved else parts.split([heads, kv_heads, kv_heads])
+    if interleaved:
+        return row.view(*row.shape[:-1], heads, 3, d).unbind(-2)
+    return row.view(*row.shape[:-1], -1, d).split([heads, kv_heads, kv_heads], -2)
 
 
 def relative_error(found, exact):
     return float((found.double() - exact).norm() / exact.norm())
 
 
-def check(case, bucket):
-    step = tensors(case, bucket)
+def check(case, bucket, value_scale=1.0):
+    step = tensors(case, bucket, value_scale)
     out, cache = run(case, step, bucket)
     assert torch.equal(out, run(case, step, bucket, seed=1)[0]), "the order of programs changes the result"
     exact = [t.double() * (1 if s is None else s.double()) for t, s in zip(cache[:2], cache[2:], strict=True)]
@@ -122,7 +129,7 @@ def check(case, bucket):
             assert (out[row] == UNTOUCHED).all()
             continue
         written[slot, :, length] = True
-        query, key, value = heads_of(case, step.qkv[row])
+        query, key, value = heads_of(case, step.qkv[row].double())
         if case.rotary:
             query, key = rotated(query, length), rotated(key, length)
         check_appended(case, cache, slot, length, key, value)
@@ -170,6 +177,12 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 ], ids=lambda case: f"{case.layout.head_dim}-{case.kind}-{'rotary' if case.rotary else 'alibi'}")
 def test_attention_equals_float64(case):
     check(case, 96)
+
+
+@pytest.mark.parametrize("value_scale", [3e-3, 1e3])
+def test_int8_values_far_from_1(value_scale):
+    """Weights times scales of values are operands in float16: they neither vanish nor overflow."""
+    check(Case(LLAMA, "int8", HALF, False, (95,)), 96, value_scale)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)
