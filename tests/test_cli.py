@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import packed_checkpoint
 
-from gptq_belle import __version__
+from gptq_belle import __version__, load
 
 COMMANDS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "serve", "inspect", "eval", "report", "bench",
             "plan", "models", "tune", "doctor")
@@ -28,11 +28,11 @@ def text(tmp_path):
     return path
 
 
-def process(*args):
+def process(*args, **options):
     """Run the command line in a new process."""
     environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "gptq_belle.cli", *map(str, args)], capture_output=True, text=True,
-                          env=environment)
+                          env=environment, **options)
 
 
 def test_help_names_every_command_and_imports_no_torch():
@@ -122,6 +122,58 @@ def test_generate_json_output(belle, packed):
     assert code == 0
     assert found["prompt"] == "你好"
     assert found["answer"] + "\n" == plain
+
+
+def test_context_size_limits_prompt_and_answer(belle, packed):
+    args = ("generate", packed, "--prompt", "你好", "--temperature", 0)
+    code, _, err = belle(*args, "--ctx-size", 4)
+    assert code == 2
+    assert "4" in err
+    assert belle(*args, "--ctx-size", 10**6)[0] == 2  # more than the model has
+    whole, limited = (belle(*args, "--json", *more)[1] for more in ((), ("--ctx-size", 32)))
+    assert len(json.loads(limited)["answer"]) < len(json.loads(whole)["answer"])
+
+
+def test_threads_reach_torch_and_the_kernels(packed):
+    code = ("import sys, atexit; atexit.register(lambda: print(sys.modules['torch'].get_num_threads()));"
+            "from gptq_belle.cli import main; main()")
+    done = subprocess.run([sys.executable, "-c", code, "generate", str(packed), "--prompt", "a", "--max-tokens", "1",
+                           "--threads", "3"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "3", done.stderr
+
+
+def test_loading_reports_every_block(packed):
+    calls = []
+    load(packed, device="cpu", progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_prompts_of_a_file_are_answered_in_batches(belle, packed, tmp_path):
+    rows = [{"prompt": f"问题{number}", "id": number} for number in range(5)]
+    lines = [json.dumps(row) for row in rows[:4]] + ["", json.dumps(rows[4]["prompt"]), json.dumps("长" * 3000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    greedy = ("--max-tokens", 5, "--temperature", 0)
+    code, out, _ = belle("generate", packed, "--prompts", tmp_path / "rows.jsonl", "--batch", 3, *greedy)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 2  # for the prompt beyond the context
+    assert [row.get("id") for row in found] == [0, 1, 2, 3, None, None]
+    assert [row["answer"] + "\n" for row in found[:5]] == [
+        belle("generate", packed, "--prompt", row["prompt"], *greedy)[1] for row in rows]
+    assert found[5]["error"]
+    done = process("generate", packed, "--prompts", "-", "--json", *greedy, input="\n".join(lines[:2]))
+    assert [row["answer"] for row in json.loads(done.stdout)["answers"]] == [row["answer"] for row in found[:2]]
+    done = process("generate", packed, "--prompt", "-", *greedy, input="问题0\n")
+    assert done.stdout == found[0]["answer"] + "\n"
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    ('{"prompt": "a"}\n{"prompt": 1}', "line 2"), ('"a"\n\n{', "line 3"), ("[1]", "line 1"), (b"\xc4\xe3", "byte 0")])
+def test_damaged_rows_of_prompts_are_named(belle, packed, tmp_path, content, named):
+    (tmp_path / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, err = belle("generate", packed, "--prompts", tmp_path / "rows.jsonl")
+    assert code == 4
+    assert named in err
+    assert "loading" not in err
 
 
 def test_prompt_styles(belle, packed):

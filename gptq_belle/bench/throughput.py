@@ -97,13 +97,14 @@ class Benchmark:
 
 
 def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "auto", precision: str | None = None,
-          head_bits: int | None = None, cache: str = "float16", batches: Sequence[int] = (),
-          depths: Sequence[int] = (0,), progress: Callable[[str], None] = lambda text: None) -> Benchmark:
+          head_bits: int | None = None, cache: str = "float16", context: int | None = None,
+          batches: Sequence[int] = (), depths: Sequence[int] = (0,),
+          progress: Callable[[str], None] = lambda text: None) -> Benchmark:
     """Measure models side by side.
 
     Args:
         paths: model directories, quantized or not.
-        device, precision, head_bits, cache: as for `gptq_belle.load`.
+        device, precision, head_bits, cache, context: as for `gptq_belle.load`.
         batches: further batch sizes, measured at every depth.
         depths: numbers of tokens in the KV cache before the prompt; other depths than 0 are measured with the
             workload's batch size too.
@@ -114,7 +115,8 @@ def bench(paths: Sequence[str | Path], workload: Workload, *, device: str = "aut
     models = []
     for path in paths:
         progress(f"loading {path}")
-        models.append(load(path, device=device, precision=precision, head_bits=head_bits, cache=cache))
+        models.append(load(path, device=device, precision=precision, head_bits=head_bits, cache=cache,
+                           context=context))
     workload = with_prompt_length(workload, models, max(depths))
     times = run_in_turns(models, workload, progress)
     points: list[SweepPoint] = []

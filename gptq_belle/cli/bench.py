@@ -28,6 +28,8 @@ def bench(
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
     cache: options.Cache = "float16",
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -56,7 +58,8 @@ def bench(
     depths = throughput.parse_depths(depth)
     with console.show_steps() as progress:
         found = throughput.bench([options.local(path) for path in paths], workload, device=device, precision=precision,
-                                 head_bits=head_bits, cache=cache, batches=others, depths=depths, progress=progress)
+                                 head_bits=head_bits, cache=cache, context=ctx_size, batches=others, depths=depths,
+                                 progress=progress)
     bench_output.show(found, "json" if as_json else output)
     if plot is not None:
         throughput_plot.plot(found, plot)

@@ -24,6 +24,8 @@ def chat(
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
     cache: options.Cache = "float16",
+    ctx_size: options.ContextSize = None,
+    threads: options.Threads = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -38,7 +40,9 @@ def chat(
     options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.cli.chat_loop import chat_loop
     from gptq_belle.cli.conversation import Conversation
-    conversation = Conversation(options.load_generator(path, device, precision, head_bits, cache), prompt_style, params)
+
+    model = options.load_generator(path, device, precision, head_bits, cache, ctx_size)
+    conversation = Conversation(model, prompt_style, params)
     turns = chat_loop(conversation, sys.stderr if as_json else sys.stdout)
     if as_json:
         console.print_json({"model": path, "turns": turns})

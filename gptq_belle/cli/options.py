@@ -1,5 +1,6 @@
 """Options that several commands share, each defined once, and the loading of a model from them."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,15 @@ def style_or_none(style: str) -> str | None:
     return None if style == "auto" else style
 
 
+def _use_threads(count: int | None) -> int | None:
+    """Set the number of threads of torch and of the CPU kernels, also those of processes that this one starts."""
+    if count is not None:
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        import_engine()
+        sys.modules["torch"].set_num_threads(count)
+    return count
+
+
 # of every command
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Device = Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda or cuda:N.", show_default=True)]
@@ -52,6 +62,11 @@ HeadBits = Annotated[int | None, typer.Option(
     help="Bits of the lm_head, and of the embedding if the two are tied: 16, 8 or 4. Default: 8 if tied and quantized, "
          "else 16.")]
 Cache = Annotated[str, typer.Option(help="Data type of the KV cache: float16, float32, bfloat16 or int8.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", help="Number of CPU threads. Default: one per core.",
+                                             min=1, show_default=False, callback=_use_threads)]
+ContextSize = Annotated[int | None, typer.Option(
+    "--ctx-size", "-c", help="Limit of prompt and answer tokens together. Default: the model's context.", min=2,
+    show_default=False)]
 GroupSize = Annotated[int, typer.Option(
     "--group-size", "--groupsize", help="Group size: 32, 64, 128, or -1 for one group per output channel.")]
 
@@ -150,20 +165,22 @@ def check_engine_options(device: str, precision: str | None = None, head_bits: i
 
 
 def load_model(path: Path, device: str, precision: str | None, head_bits: int | None = None,
-               cache: str = "float16") -> "Model":
-    """Load a model with a progress line on stderr; raises the errors of `gptq_belle.load`."""
-    with console.show_step(f"loading {path}"):
-        from gptq_belle.engine.model import load
+               cache: str = "float16", context: int | None = None) -> "Model":
+    """Load a model with a progress bar on stderr; raises the errors of `gptq_belle.load`."""
+    from gptq_belle.engine.model import load
 
-        model = load(path, device=device, precision=precision, head_bits=head_bits, cache=cache)
+    with console.progress_bar(f"loading {path}") as progress:
+        model = load(path, device=device, precision=precision, head_bits=head_bits, cache=cache, context=context,
+                     progress=progress)
     if precision == "fast" and model.quantization is None and model.device.type == "cpu":
         console.note("No effect on a model that is not quantized, on a CPU: --precision fast.", style=None)
     return model
 
 
-def load_generator(path: Path, device: str, precision: str | None, head_bits: int | None, cache: str) -> "Model":
+def load_generator(path: Path, device: str, precision: str | None, head_bits: int | None, cache: str,
+                   context: int | None) -> "Model":
     """`load_model` for generating text: on a GPU, the kernels are compiled too, with a progress bar on stderr."""
-    model = load_model(path, device, precision, head_bits, cache)
+    model = load_model(path, device, precision, head_bits, cache, context)
     if model.device.type != "cpu":
         with console.progress_bar("compiling GPU kernels") as progress:
             model.warm_up(1, model.prefill_chunk, progress)

@@ -23,7 +23,8 @@ def serve(
         "--allow-unauthenticated", help="Allow other machines to connect without an API key.")] = False,
     max_batch: Annotated[int, typer.Option(help="Maximum number of requests answered at a time.", min=1, max=256)] = 8,
     max_len: Annotated[int | None, typer.Option(
-        help="Maximum number of prompt and answer tokens. Default: the context.", min=2, show_default=False)] = None,
+        "--max-len", "--ctx-size", "-c", help="Maximum number of prompt and answer tokens. Default: the context.",
+        min=2, show_default=False)] = None,
     max_queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
     ray: Annotated[bool, typer.Option(
         "--ray", help="Run several replicas at one address with Ray Serve.")] = False,
@@ -32,6 +33,7 @@ def serve(
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
     cache: options.Cache = "float16",
+    threads: options.Threads = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
     verbose: options.Verbose = False,

@@ -1,6 +1,6 @@
 """Load a model, and generate text from prompts, whole or as a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from gptq_belle.engine.logits_model import LogitsModel
 from gptq_belle.engine.prompt_arguments import check_prompt, split_prompts
 from gptq_belle.engine.sampling_params import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.weight_loader import WeightLoader
+from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
 from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.prompts.stop_strings import TextStream
@@ -38,7 +39,8 @@ DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
-         cache: str = "float16", head_bits: int | None = None) -> "Model":
+         cache: str = "float16", head_bits: int | None = None, context: int | None = None,
+         progress: Callable[[int, int], None] = lambda done, total: None) -> "Model":
     """Load a model directory: quantized (GPTQ of any tool) or full precision.
 
     Weights are read one by one, directly to their device and layout; no full-precision model is built.
@@ -51,9 +53,11 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         cache: dtype of the KV cache: "float16", "float32", "bfloat16" or "int8".
         head_bits: bits of the lm_head, and of the embedding if they are tied: 16 (the dtype of activations), 8 or 4;
             it is quantized while it is loaded. Default: 8 for a tied lm_head of a quantized model, else 16.
+        context: limit of prompt and answer tokens together; default: the model's context, which it cannot exceed.
+        progress: called with the numbers of loaded blocks and of all.
     Raises:
         InputError: files are missing, damaged or inconsistent; the tensor or key is named.
-        UsageError: unknown device, precision, cache or head_bits, or an unsupported dtype.
+        UsageError: unknown device, precision, cache or head_bits, an unsupported dtype, or too large a context.
         HardwareError: this machine has no such device.
     """
     check_head_bits(head_bits)
@@ -63,12 +67,16 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     check_cache_dtype(cache)
     reader = CheckpointReader(resolve_model_path(path))
     decoder_config = read_decoder_config(reader.config)
+    if context is not None and not 0 < context <= (decoder_config.context or context):
+        raise UsageError(f"a context of {context} tokens is not possible", f"{path} has {decoder_config.context}.")
     eos = decoder_config.eos | _generation_eos(reader)
-    weights = WeightLoader(reader, target, dtype, precision, head_bits)
+    weights = WeightLoader(reader, target, dtype, precision, head_bits, progress)
     check_model(reader, weights.quantization)
     decoder = DECODERS[decoder_config.dimensions.model_type](weights, decoder_config)
     trim_heap()  # for LLaMA-7B, returns 90 MB that were freed during loading
-    return Model(decoder, decoder_config, reader, weights, cache, eos)
+    model = Model(decoder, decoder_config, reader, weights, cache, eos)
+    model.context = context or model.context
+    return model
 
 
 class Model(LogitsModel):

@@ -4,7 +4,7 @@ Packed linears with the same input (query, key and value; gate and up) are fused
 bits and groups, so that one kernel call computes all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import torch
@@ -29,6 +29,7 @@ class WeightLoader:
         dtype: dtype of activations and of weights that are not packed.
         precision: "exact" or "fast", see `engine.hf_model.hf_model`.
         head_bits: 16, 8, 4 or None, see `engine.lm_head.embedding_and_head`.
+        progress: called with the numbers of loaded blocks and of all.
     Attributes:
         quantization: quantization of the checkpoint; None if it is not quantized.
         nbytes: memory in bytes of all weights loaded so far.
@@ -36,9 +37,10 @@ class WeightLoader:
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device, dtype: torch.dtype, precision: str,
-                 head_bits: int | None = None) -> None:
+                 head_bits: int | None = None,
+                 progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         self.reader, self.device, self.dtype, self.precision = reader, device, dtype, precision
-        self.head_bits = head_bits
+        self.head_bits, self.progress = head_bits, progress
         self.quantization = read_quantization(reader)
         self.nbytes = 0
         self.native = dtype is torch.float32
@@ -47,7 +49,10 @@ class WeightLoader:
     def block_names(self, prefix: str, count: int) -> Iterator[str]:
         """Yield prefix.0, prefix.1, ... and prefetch the tensors of the next blocks in the meantime."""
         with closing(BlockPrefetch(self.reader, prefix, count)) as self._prefetch:
-            yield from (f"{prefix}.{index}" for index in range(count))
+            for index in range(count):
+                self.progress(index, count)
+                yield f"{prefix}.{index}"
+        self.progress(count, count)
 
     def tensor(self, name: str, *shape: int, narrow: bool = False) -> Tensor:
         """Load a floating-point tensor in the dtype of activations.
