@@ -21,7 +21,7 @@ from gpu_check.child import CallFailed, child
 from gpu_check.compilation import compilers
 from gpu_check.parts import CACHE, PARTS, Run
 from gpu_check.plan import Deadline
-from gpu_check.setting import describe, prepare, setting_of, unsupported
+from gpu_check.setting import ROOT, describe, prepare, setting_of, unsupported
 
 BUDGET = 560.0  # seconds, of calls that may take 600
 START = 120.0  # seconds in which a process has to import torch and to find the device
@@ -34,13 +34,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-check")),
                         help="folder of the results (default: $OUT, or gpu-check)")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"time limit in seconds (default: {BUDGET:.0f})")
-    parser.add_argument("--cache", type=Path, help="kernels compiled in advance (default: OUT/triton-cache.zip)")
+    parser.add_argument("--cache", type=Path,
+                        help="kernels compiled in advance (default: OUT/triton-cache.zip and build/triton-cache.zip)")
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU, in Triton's interpreter")
     args = parser.parse_args()
-    deadline, setting = Deadline(args.budget), setting_of(args.toy)
-    cache, packed = Path(os.environ["TRITON_CACHE_DIR"]), args.cache or args.out / CACHE
-    if packed.is_file():
-        print(f"{cache_pack.unpack(packed, cache)} kernels from {packed}", flush=True)
+    if args.cache is not None and not args.cache.is_file():
+        parser.error(f"{args.cache} does not exist")
+    deadline, setting, cache = Deadline(args.budget), setting_of(args.toy), Path(os.environ["TRITON_CACHE_DIR"])
+    for packed in [args.cache] if args.cache else [args.out / CACHE, ROOT / "build" / CACHE]:
+        if packed.is_file():
+            print(f"{cache_pack.unpack(packed, cache)} kernels from {packed}", flush=True)
     with child(partial(prepare, setting)) as gpu:
         try:
             if reason := gpu.call(partial(unsupported, setting), START):
@@ -50,7 +53,7 @@ def main() -> int:
         except CallFailed as error:
             print(f"The device cannot be used: {error}", file=sys.stderr)
             return 1
-        with compilers(head["arch"], head["processors"], with_launcher=not args.toy) as compiling:
+        with compilers(head["arch"], head["processors"], not args.toy, setting.sizes.every) as compiling:
             run = Run(args.part, setting, head | {"budget": args.budget}, gpu, compiling, deadline, args.out, cache)
             try:
                 PARTS[args.part](run)

@@ -39,11 +39,13 @@ class Compilers:
 
     Args:
         with_launcher: see `compile_kernel`.
+        every: of how many cases one is compiled.
     """
 
-    def __init__(self, children: Sequence[Child], with_launcher: bool) -> None:
+    def __init__(self, children: Sequence[Child], with_launcher: bool, every: int = 1) -> None:
         self._children = children
         self._with_launcher = with_launcher
+        self._every = every
         self._compiled: set[KernelSpec] = set()
 
     def compile(self, cases: Sequence[Case], deadline: Deadline) -> Compilation:
@@ -52,7 +54,7 @@ class Compilers:
         if deadline.remaining <= 0:
             return Compilation(0, 0.0, 0, [], [], [f"those of {len(cases)} cases"])
         try:
-            specs: list[KernelSpec] = self._children[0].call(partial(record, list(cases)),
+            specs: list[KernelSpec] = self._children[0].call(partial(record, cases[:: self._every]),
                                                              min(RECORDING, deadline.remaining))
         except CallFailed as error:
             return Compilation(0, deadline.elapsed - start, 1, [], [f"finding the kernels: {error}"], [])
@@ -69,16 +71,17 @@ class Compilers:
 
 
 @contextmanager
-def compilers(arch: int, processors: int, with_launcher: bool, most: int = 32) -> Iterator[Compilers]:
+def compilers(arch: int, processors: int, with_launcher: bool, every: int = 1, most: int = 32) -> Iterator[Compilers]:
     """Start one compiling process per core, less one for the process that uses the GPU; stop them at the end.
 
     Args:
         arch, processors: as for `pretend`.
+        with_launcher, every: as for Compilers.
     """
     children = [Child(partial(pretend, arch, processors))
                 for _ in range(max(1, min(most, len(os.sched_getaffinity(0)) - 1)))]
     try:
-        yield Compilers(children, with_launcher)
+        yield Compilers(children, with_launcher, every)
     finally:
         for one in children:
             one.stop()

@@ -49,7 +49,7 @@ class Run:
 
     def compile(self, cases: list[Case], name: str = "compilation") -> None:
         """Compile the kernels of some cases; a problem is entered as a failure."""
-        done = self.compilers.compile(cases[:: self.setting.sizes.every], self.deadline)
+        done = self.compilers.compile(cases, self.deadline)
         self.extra[name] = done._asdict()
         if problem := done.problem():
             self.record.failed[name] = problem
