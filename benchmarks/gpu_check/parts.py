@@ -1,7 +1,7 @@
 """The four parts: what each compiles, runs and writes."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from gpu_check import cache_pack, correctness, demo_models, matmul, models, prob
 from gpu_check.child import Child
 from gpu_check.compilation import Compilers
 from gpu_check.kernel_recording import Case
-from gpu_check.plan import Deadline, Record, run_steps, write_json
+from gpu_check.plan import Deadline, Record, Step, run_steps, write_json
 from gpu_check.setting import Setting
 
 CACHE = "triton-cache.zip"
@@ -56,7 +56,7 @@ class Run:
         print(f"{name}: {done.kernels} kernels in {done.seconds:.0f} s by {done.processes} processes", flush=True)
         self.save()
 
-    def steps(self, found: list[Any]) -> None:
+    def steps(self, found: Sequence[Step]) -> None:
         """Run steps."""
         run_steps(found, self.record, self.deadline, self.gpu, self.save)
 
@@ -78,13 +78,13 @@ def run_probe(run: Run) -> None:
 def run_matmul(run: Run) -> None:
     """The table of products, and the solver."""
     run.compile([*matmul.cases(run.setting), *solver_checks.cases()])
-    run.steps(probe.steps(run.setting)[1:3])
-    limits = [value for name in ("bandwidth of a copy", "speed of cuBLAS")
-              for value in run.record.results.get(name, {}).values()]
-    run.steps([*matmul.steps(run.setting, matmul.FIRST, run.record.left_out), *solver.steps(run.setting),
-               *matmul.steps(run.setting, matmul.OTHERS, run.record.left_out)])
-    rows = matmul.table(run.record.results, *limits) if len(limits) == 2 else []
-    goals = [*matmul.goals(rows), solver.goal(run.record.results)]
+    run.steps([*probe.limits(run.setting), *matmul.steps(run.setting, matmul.FIRST, run.record.left_out),
+               *solver.steps(run.setting), *matmul.steps(run.setting, matmul.OTHERS, run.record.left_out)])
+    results = run.record.results
+    rows = []
+    if probe.COPY in results and probe.PEAK in results:
+        rows = matmul.table(results, results[probe.COPY]["Bps"], results[probe.PEAK]["operations_per_s"])
+    goals = [*matmul.goals(rows), solver.goal(results)]
     run.extra |= {"goals": goals, "table": rows}
     for goal in goals:
         print(f"{goal['goal']}: at least {goal['least']}, worst {goal['worst']}", flush=True)

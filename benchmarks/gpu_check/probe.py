@@ -18,6 +18,7 @@ from gpu_check.plan import Step
 from gpu_check.setting import ROOT, Setting, device_details, installed
 from gpu_check.weights import product_case, random_weight
 
+COPY, PEAK = "bandwidth of a copy", "speed of cuBLAS"
 CALLS = 200  # launches that are timed together
 LAUNCHED = MatmulProblem(1, 128, 512, 4, 128, "float16")  # so small that a launch takes longer than the kernel
 SANITIZED = 100.0  # seconds
@@ -26,10 +27,13 @@ TESTS = 150.0
 
 def steps(setting: Setting) -> list[Step]:
     """The measurements of the machine."""
-    return [Step("device", partial(device_details, setting)),
-            Step("bandwidth of a copy", partial(copy_bandwidth, setting)),
-            Step("speed of cuBLAS", partial(matrix_peak, setting)),
+    return [Step("device", partial(device_details, setting)), *limits(setting),
             Step("cost of a launch", partial(launch_cost, setting))]
+
+
+def limits(setting: Setting) -> list[Step]:
+    """What products can reach."""
+    return [Step(COPY, partial(copy_bandwidth, setting)), Step(PEAK, partial(matrix_peak, setting))]
 
 
 def copy_bandwidth(setting: Setting) -> dict[str, float]:
