@@ -1,17 +1,24 @@
 """Scheduler, tested with an engine without a model whose steps the tests release one by one."""
 
+import ast
 import asyncio
+import inspect
 import sys
 import threading
-from contextlib import contextmanager
+import time
+import traceback
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from gptq_belle.engine.batching import Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
+from gptq_belle.serving import scheduler as scheduler_module
 from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.engine_watch import EngineHangs
 from gptq_belle.serving.metrics import Metrics
+from gptq_belle.serving.queued_request import Timeouts
 from gptq_belle.serving.scheduler import Scheduler
 
 LIMIT = 20.0  # seconds until a test that waits for something fails
@@ -28,6 +35,7 @@ class FakeEngine:
         submitted: prompts, in the order of their submission.
         cancelled: requests, in the order of their cancellation.
         failure: what the next step raises.
+        device_failure: what a check of the device raises.
         result: what the next step returns instead of its events.
         threads: those that called this object.
     """
@@ -38,6 +46,7 @@ class FakeEngine:
         self.submitted: list[list[int]] = []
         self.cancelled: list[Request] = []
         self.failure: BaseException | None = None
+        self.device_failure: BaseException | None = None
         self.result: list | None = None
         self.threads: set[threading.Thread] = set()
         self.in_step = threading.Event()
@@ -49,6 +58,10 @@ class FakeEngine:
 
     def allow(self, steps: int) -> None:
         self._permits.release(steps)
+
+    def check_device(self):
+        if self.device_failure is not None:
+            raise self.device_failure
 
     def submit(self, ids, params):
         self.threads.add(threading.current_thread())
@@ -90,9 +103,9 @@ class FakeEngine:
 
 
 @contextmanager
-def scheduling(slots, queue_limit):
+def scheduling(slots, queue_limit, **timeouts):
     engine, metrics = FakeEngine(slots), Metrics()
-    scheduler = Scheduler(engine, queue_limit, metrics)
+    scheduler = Scheduler(engine, queue_limit, metrics, Timeouts(**timeouts))
     try:
         yield scheduler, engine, metrics
     finally:
@@ -409,8 +422,9 @@ def test_call_runs_between_two_steps_of_a_request():
 
 def test_error_of_a_call_is_raised_in_its_caller():
     async def client(scheduler, engine):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ApiError) as raised:
             await asyncio.wait_for(scheduler.call(lambda: 1 // 0), LIMIT)
+        assert (raised.value.status, type(raised.value.__cause__)) == (500, ZeroDivisionError)
         assert await asyncio.wait_for(scheduler.call(lambda: 5), LIMIT) == 5
 
     with scheduling(1, 0) as (scheduler, engine, _):
@@ -583,3 +597,165 @@ def test_request_that_ended_is_not_told_of_a_later_end_of_the_thread():
 
     with scheduling(2, 0) as (scheduler, engine, _):
         asyncio.run(client(scheduler, engine))
+
+
+def test_step_on_a_broken_device_ends_the_thread(caplog):
+    async def client(scheduler, engine):
+        [answer] = await start(scheduler, engine, prompt(10))
+        engine.failure, engine.device_failure = RuntimeError("step failed"), RuntimeError("device lost")
+        engine.allow(1)
+        await items(answer, 1)
+        await until(lambda: scheduler.failure is not None)
+        assert [record.exc_info[1].args[0] for record in caplog.records] == ["step failed", "device lost"]
+
+    with scheduling(1, 0) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_request_that_fails_alone_is_logged_and_the_others_go_on(caplog):
+    async def client(scheduler, engine, metrics):
+        first, second = await start(scheduler, engine, prompt(10), prompt(20, tokens=1))
+        failure = RuntimeError("one prompt")
+        engine.result = [Event(engine.running.pop(0), None, "error", error=failure)]
+        engine.allow(1)
+        [(index, error)] = await items(first, 1)
+        assert (index, error.status, error.__cause__) == (0, 500, failure)
+        engine.result = None
+        engine.allow(1)
+        assert await items(second, 2) == [(1, 20), (1, "length")]
+        assert [record.exc_info[1] for record in caplog.records] == [failure]
+        assert gauge(metrics, "engine_failures_total") == 1
+
+    with scheduling(2, 0) as (scheduler, engine, metrics):
+        asyncio.run(client(scheduler, engine, metrics))
+
+
+def test_step_that_hangs_ends_the_server_and_the_log_has_its_stack(caplog):
+    async def client(scheduler, engine):
+        told = []
+        scheduler.on_failure = told.append
+        [running] = await start(scheduler, engine, prompt(10))
+        [waiting] = scheduler.submit([prompt(20)])
+        for answer in (running, waiting):
+            [(_, error)] = await items(answer, 1)
+            assert error.status == 503
+        await until(lambda: told == [scheduler.failure])
+        assert isinstance(scheduler.failure, EngineHangs)
+        [record] = caplog.records
+        assert "in step" in "".join(traceback.format_exception(record.exc_info[1]))
+        assert scheduler.close(0)  # without waiting for the thread
+        engine.allow(1)
+        await asyncio.sleep(0.05)
+        assert running.arrived.empty()
+        assert len(caplog.records) == 1
+
+    with scheduling(1, 1, engine=0.3) as (scheduler, engine, _):
+        asyncio.run(client(scheduler, engine))
+
+
+def test_idle_scheduler_does_not_hang():
+    with scheduling(1, 1, engine=0.05) as (scheduler, _, _):
+        time.sleep(0.2)
+        assert scheduler.failure is None
+
+
+# ---- a fault at every statement ----
+
+OTHER_THREADS = {"__init__", "submit", "cancel", "call", "close", "capacity", "running", "waiting"}
+HANDLERS = {"_run", "_stop"}  # what deals with such faults
+
+
+def statements():
+    """(function, line) of every statement that the thread of the scheduler runs."""
+    functions = [*vars(Scheduler).values(), *vars(scheduler_module).values()]
+    codes = [each.__code__ for each in functions if inspect.isfunction(each)
+             and each.__module__ == scheduler_module.__name__ and each.__name__ not in OTHER_THREADS | HANDLERS]
+    return sorted({(code.co_name, line) for code in codes for _, _, line in code.co_lines()
+                   if line is not None and line > code.co_firstlineno})
+
+
+class Fault(Exception):
+    """What a statement raises."""
+
+
+class FaultAt:
+    """Raises a Fault the first time that the traced thread reaches a line, once it is armed.
+
+    The line of a `with` is traced at its end, too; a fault there would leave a lock that is held. It is raised at its
+    beginning only, in a call that was traced from the start.
+    """
+
+    def __init__(self, line):
+        self.line, self.armed, self.raised = line, False, None
+        self.entered = set()
+        source = ast.walk(ast.parse(inspect.getsource(scheduler_module)))
+        self.is_with = line in {each.lineno for each in source if isinstance(each, ast.With)}
+
+    def __call__(self, frame, event, argument):
+        if frame.f_code.co_filename != scheduler_module.__file__:
+            return None
+        if event == "call" and self.armed:
+            self.entered.add(frame)
+        usable = frame in self.entered or not self.is_with
+        if event == "line" and frame.f_lineno == self.line and self.armed and usable and self.raised is None:
+            self.raised = Fault(self.line)
+            raise self.raised
+        return self
+
+
+async def all_kinds_of_requests(scheduler, engine):
+    """Requests that end, fail, wait and are cancelled, calls, and a step that raises; all have to hear how they end."""
+    ended = [scheduler.submit([prompt(10, 1), prompt(REFUSED_ID), prompt(20, 2), prompt(30, 2)])[0]]
+    cancelled, failing = scheduler.submit([prompt(40, 3), prompt(50, 3)])
+    call = asyncio.ensure_future(scheduler.call(lambda: 5))
+    cancelled.cancel()
+    expected, heard = 4, 0
+    while heard < expected:
+        _, item = await asyncio.wait_for(ended[0].arrived.get(), 5)
+        heard += not isinstance(item, Event)
+    engine.failure = RuntimeError("a step that raises")
+    while isinstance((await asyncio.wait_for(failing.arrived.get(), 5))[1], Event):
+        pass
+    with suppress(ApiError):
+        await asyncio.wait_for(call, 5)
+
+
+def raised_in(record):
+    """The exception of a log record, and its causes."""
+    error = record.exc_info and record.exc_info[1]
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(("function", "line"), statements())
+def test_fault_at_any_statement_is_told_logged_and_survived_or_ends_the_server(function, line, caplog):
+    async def client(scheduler, engine, metrics):
+        told = threading.Event()
+        scheduler.on_failure = lambda error: told.set()
+        fault.armed = True
+        with suppress(ApiError):  # from `submit`, if the thread has ended
+            await all_kinds_of_requests(scheduler, engine)
+        await until(lambda: scheduler.failure or gauge(metrics, "batch_size") == 0)
+        fault.armed = False
+        if fault.raised is None:
+            assert scheduler.failure is None
+            return
+        await until(lambda: fault.raised in [error for record in caplog.records for error in raised_in(record)])
+        assert gauge(metrics, "engine_failures_total") >= 1
+        if scheduler.failure is None:
+            engine.failure = None
+            [later] = scheduler.submit([prompt(60, 1)])
+            assert await items(later, 2) == [(0, 60), (0, "length")]
+        else:
+            assert await asyncio.to_thread(told.wait, 5)
+
+    fault = FaultAt(line)
+    threading.settrace(fault)
+    try:
+        with scheduling(2, 8) as (scheduler, engine, metrics):
+            threading.settrace(None)
+            engine.allow(1000)
+            asyncio.run(client(scheduler, engine, metrics))
+    finally:
+        threading.settrace(None)

@@ -276,11 +276,12 @@ def test_sigterm_finishes_running_requests(tiny_bloom, tmp_path):
 
 
 FAULTY_STEP = """
+import time
 from gptq_belle.cli import main
 from gptq_belle.engine.batching import Engine
 def step(self):
     {fault}
-Engine.step = step
+before, Engine.step = Engine.step, step
 main()
 """
 
@@ -297,9 +298,35 @@ def test_failed_step_is_logged_once_and_ends_its_stream_with_an_error(tiny_bloom
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-@pytest.mark.parametrize("fault", ["raise SystemExit(0)", "return [object()]"])
+def test_request_that_takes_too_long_in_the_queue_or_altogether_is_answered(tiny_bloom, tmp_path):
+    slow = ("-c", FAULTY_STEP.format(fault="time.sleep(0.2); return before(self)"))
+    options = ("--max-batch", "1", "--request-timeout", "2", "--queue-timeout", "0.5")
+    with serving(tiny_bloom, tmp_path / "log", *options, program=slow) as server:
+        def ask(found, **fields):
+            found.append(httpx.post(f"{server.url}/v1/chat/completions", timeout=60, json={
+                "messages": QUESTION, "max_tokens": 100, "ignore_eos": True} | fields))
+
+        running, waiting = [], []
+        first = threading.Thread(target=ask, args=(running,))
+        first.start()
+        while not httpx.get(f"{server.url}/health").json()["running"]:
+            time.sleep(0.02)
+        ask(waiting)
+        ask(waiting, stream=True)
+        first.join()
+        assert (running[0].status_code, running[0].json()["error"]["code"]) == (504, "request_timeout")
+        assert (waiting[0].status_code, waiting[0].json()["error"]["code"]) == (503, "queue_timeout")
+        assert int(waiting[0].headers["Retry-After"]) > 0
+        assert json.loads(waiting[1].text.strip().split("\n")[-1][6:])["error"]["code"] == "queue_timeout"
+        time.sleep(0.5)
+        state = httpx.get(f"{server.url}/health").json()
+        assert (state["status"], state["running"], state["waiting"]) == ("ok", 0, 0)
+
+
+@pytest.mark.parametrize("fault", ["raise SystemExit(0)", "return [object()]", "time.sleep(60)"])
 def test_server_whose_engine_stops_answers_503_and_exits_with_an_error(tiny_bloom, tmp_path, fault):
-    with serving(tiny_bloom, tmp_path / "log", program=("-c", FAULTY_STEP.format(fault=fault))) as server:
+    with serving(tiny_bloom, tmp_path / "log", "--engine-timeout", "1",
+                 program=("-c", FAULTY_STEP.format(fault=fault))) as server:
         assert httpx.post(f"{server.url}/v1/chat/completions", timeout=60,
                           json={"messages": QUESTION}).status_code == 503
         assert httpx.get(f"{server.url}/health").status_code == 503
@@ -307,6 +334,8 @@ def test_server_whose_engine_stops_answers_503_and_exits_with_an_error(tiny_bloo
         with socket.create_connection((address.host, address.port)) as unfinished:
             unfinished.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
             assert server.process.wait(30) == 1
+        assert "Traceback" in server.log
+        assert "in step" in server.log or "in _deliver" in server.log
 
 
 @pytest.mark.parametrize(("options", "code", "words"), [

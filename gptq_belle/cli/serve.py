@@ -26,6 +26,13 @@ def serve(
         "--max-len", "--ctx-size", "-c", help="Maximum number of prompt and answer tokens. Default: the context.",
         min=2, show_default=False)] = None,
     max_queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
+    request_timeout: Annotated[float, typer.Option(
+        help="Seconds until a request is answered with 504; 0 for no limit.", min=0)] = 0,
+    queue_timeout: Annotated[float, typer.Option(
+        help="Seconds until a request that has not started is answered with 503; 0 for no limit.", min=0)] = 600,
+    engine_timeout: Annotated[float, typer.Option(
+        help="Seconds that one step of the model may take before the server exits with an error; 0 for no limit.",
+        min=0)] = 600,
     ray: Annotated[bool, typer.Option(
         "--ray", help="Run several replicas at one address with Ray Serve.")] = False,
     replicas: Annotated[int, typer.Option(help="Number of replicas with --ray.", min=1)] = 2,
@@ -45,10 +52,12 @@ def serve(
     if api_key:
         options.note_unused(context, "with --api-key", "allow_unauthenticated")
     options.check_engine_options(device, precision, head_bits, cache)
+    from gptq_belle.serving.queued_request import Timeouts
     from gptq_belle.serving.server import serve
     from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
 
-    limits = Limits(slots=max_batch, waiting=max_queue, context=max_len)
+    timeouts = Timeouts(request_timeout or None, queue_timeout or None, engine_timeout or None)
+    limits = Limits(slots=max_batch, waiting=max_queue, context=max_len, timeouts=timeouts)
     config = ServiceConfig(path, limits, prompt_style, device, precision, head_bits, cache,
                            tuple(filter(None, served_model_name or ())))
     listen = ListenConfig(host, port, api_key or None, allow_unauthenticated)

@@ -63,7 +63,7 @@ class Event(NamedTuple):
     finished: str | None
     logprob: float | None = None
     top: Sequence[tuple[int, float]] = ()
-    error: GptqBelleError | None = None
+    error: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -171,10 +171,18 @@ class Engine:
         incomplete = [slot for slot in active if slot.request and len(slot.cached) < len(slot.request.ids)]
         decoding = [slot for slot in active if slot not in incomplete]
         if incomplete:
-            events += self._prefill(min(incomplete, key=lambda slot: slot.admitted))
+            slot = min(incomplete, key=lambda slot: slot.admitted)
+            try:
+                events += self._prefill(slot)
+            except Exception as error:  # of this request only, such as memory that is missing for its chunk
+                events.append(self._fail(slot, error))
         if decoding:
             events += self._decode(decoding)
         return events
+
+    def check_device(self) -> None:
+        """Raise the error of a device that cannot be used any more: those of CUDA last until the process ends."""
+        torch.zeros(1, device=self.model.device).item()
 
     def _admit(self) -> None:
         """Assign free slots to waiting requests. A slot that the prompt continues is taken as it is."""
@@ -263,7 +271,7 @@ class Engine:
         slot.checked = len(slot.cached)
         return None if block is None else cache_overflow(self.model, block)
 
-    def _fail(self, slot: _Slot, error: GptqBelleError) -> Event:
+    def _fail(self, slot: _Slot, error: Exception) -> Event:
         """End the request of a slot with an error; nothing of the slot is reused."""
         request = slot.request
         assert request is not None

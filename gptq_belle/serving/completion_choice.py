@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gptq_belle.engine.batching import Event
 from gptq_belle.prompts.stop_strings import REPLACEMENT, IncrementalDecoder, StopStrings
-from gptq_belle.serving.scheduler import QueuedRequest
+from gptq_belle.serving.queued_request import QueuedRequest
 
 CACHED_TOKENS = 1 << 16  # texts of tokens: 20 alternatives for each of 2,048 tokens are decoded in 0.5 s otherwise
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's byte tokens

@@ -14,6 +14,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("gptq_belle_requests", "Requests by outcome", ["outcome"], registry=registry)
+        self.failures = Counter("gptq_belle_engine_failures", "Failures of the engine, of one request or of more",
+                                registry=registry)
         self.prompt_tokens = Counter("gptq_belle_prompt_tokens", "Prompt tokens", registry=registry)
         self.tokens = Counter("gptq_belle_generated_tokens", "Generated tokens", registry=registry)
         self.waiting = Gauge("gptq_belle_queue_length", "Requests waiting for a slot", registry=registry)
@@ -41,3 +43,10 @@ class Metrics:
             self._window = time.perf_counter(), 0
         else:
             self._window = since, before + tokens
+
+    def stop(self, lost: int) -> None:
+        """Count the end of the engine, with `lost` unfinished requests; nothing is running or waiting after it."""
+        self.failures.inc()
+        self.requests.labels("failed").inc(lost)
+        self.set_gauges(waiting=0, running=0, cache=0)
+        self.speed.set(0)

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.serving.api_errors import ApiError, from_exception, logged
 from gptq_belle.serving.completion_choice import CompletionChoice, TextDelta
-from gptq_belle.serving.scheduler import Item, ItemQueue
+from gptq_belle.serving.queued_request import Item, ItemQueue
 
 KEEP_ALIVE = 10.0  # seconds without data after which a comment is sent: proxies close idle connections
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies must not buffer events
@@ -116,12 +116,17 @@ async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> Asyn
     """Yield new text of all choices, None after the last text of each; an empty list after KEEP_ALIVE seconds.
 
     Closing the generator frees the slots.
+
+    Raises:
+        ApiError: the client has disconnected, or see `QueuedRequest.seconds_left`.
     """
     arrived = choices[0].answer.arrived
     disconnected = asyncio.create_task(_wait_for_disconnect(request, arrived))
     try:
         while any(choice.reason is None for choice in choices):
-            items = await _arrivals(arrived)
+            answers = [choice.answer for choice in choices]
+            left = answers[0].seconds_left(answers)
+            items = await _arrivals(arrived, KEEP_ALIVE if left is None else min(left, KEEP_ALIVE))
             batch: Deltas = []
             for index, item in items:
                 if isinstance(item, BaseException):
@@ -141,10 +146,10 @@ async def _deltas(request: Request, choices: Sequence[CompletionChoice]) -> Asyn
             choice.close()
 
 
-async def _arrivals(arrived: ItemQueue) -> list[tuple[int, Item]]:
-    """Wait for at least one item and return all that are available; empty after KEEP_ALIVE seconds."""
+async def _arrivals(arrived: ItemQueue, seconds: float) -> list[tuple[int, Item]]:
+    """Wait for at least one item and return all that are available; empty after that many seconds."""
     try:
-        async with asyncio.timeout(KEEP_ALIVE):
+        async with asyncio.timeout(seconds):
             items = [await arrived.get()]
     except TimeoutError:
         return []

@@ -14,61 +14,43 @@ from gptq_belle.engine.batching import Engine, Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.serving.api_errors import ApiError, engine_stopped, logged
+from gptq_belle.serving.engine_watch import EngineWatch
 from gptq_belle.serving.metrics import Metrics
+from gptq_belle.serving.queued_request import (
+    DEFAULT_TIMEOUTS,
+    Item,
+    ItemQueue,
+    QueuedRequest,
+    Timeouts,
+    put_items,
+)
 
 LOGGER = logging.getLogger("gptq_belle")
 RETRY_AFTER = "1"  # seconds; a slot becomes free when the shortest answer ends
-
-Item = Event | str | BaseException  # a token, the finish reason ("stop" or "length"), or an error
-ItemQueue = asyncio.Queue[tuple[int, Item]]
-
-
-class QueuedRequest:
-    """One requested answer.
-
-    Attributes:
-        index: its number among the answers that were submitted together.
-        arrived: queue of all these answers; each item has the index of its answer.
-        start: time of submission.
-        request: the engine's request once it has a slot; used by the scheduler's thread only.
-    """
-
-    def __init__(self, scheduler: "Scheduler", index: int, ids: Sequence[int], params: SamplingParams,
-                 arrived: ItemQueue) -> None:
-        self._scheduler = scheduler
-        self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
-        self.start = time.perf_counter()
-        self.request: Request | None = None
-
-    @property
-    def reused(self) -> int:
-        """Number of prompt tokens taken from the cache; 0 until the request has a slot."""
-        return 0 if self.request is None else self.request.reused
-
-    def cancel(self) -> None:
-        """Stop generating; the slot is free after the current step."""
-        self._scheduler.cancel(self)
 
 
 class Scheduler:
     """Submits prompts to the engine when slots become free, and delivers tokens.
 
-    A step that raises an exception fails the running requests only. Any other exception ends the thread: all requests
-    and calls get an error, later ones are refused, and `on_failure` is called.
+    A step that raises an exception fails the running requests only, if the device still works. Any other exception ends
+    the thread: all requests and calls get an error, later ones are refused, and `on_failure` is called. A step that
+    takes too long has the same consequence. Every failure is logged once and counted.
 
     Args:
         engine: the engine; used by this object's thread only.
         queue_limit: maximum number of answers that wait for a slot; more are rejected with status 429.
+        timeouts: limits of time.
     Attributes:
         failure: the exception that ended the thread, if any.
-        on_failure: called in the thread with that exception, after the clients were informed.
+        on_failure: called in a thread with that exception, after the clients were informed.
     """
 
     failure: BaseException | None = None
     on_failure: Callable[[BaseException], None] | None = None
 
-    def __init__(self, engine: Engine, queue_limit: int, metrics: Metrics) -> None:
-        self.engine, self.queue_limit, self.metrics = engine, queue_limit, metrics
+    def __init__(self, engine: Engine, queue_limit: int, metrics: Metrics,
+                 timeouts: Timeouts = DEFAULT_TIMEOUTS) -> None:
+        self.engine, self.queue_limit, self.metrics, self.timeouts = engine, queue_limit, metrics, timeouts
         self._changed = threading.Condition()
         self._waiting: deque[QueuedRequest] = deque()
         self._cancelled: list[QueuedRequest] = []
@@ -77,6 +59,7 @@ class Scheduler:
         self._open: set[QueuedRequest] = set()  # submitted, and neither ended nor cancelled
         self._loop: asyncio.AbstractEventLoop | None = None  # event loop of the server
         self._closing = False
+        self._watch = EngineWatch(timeouts.engine, self._stop)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -114,6 +97,7 @@ class Scheduler:
         """Run a function that uses the model in the engine's thread, between two steps.
 
         Raises:
+            GptqBelleError: from the function; any other error of it is logged, and raised as ApiError 500.
             ApiError: 503 if the thread has ended.
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -129,8 +113,9 @@ class Scheduler:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        if self.failure is None:  # a thread that hangs cannot be waited for
+            self._thread.join(timeout)
+        return self.failure is not None or not self._thread.is_alive()
 
     @property
     def capacity(self) -> int:
@@ -152,20 +137,32 @@ class Scheduler:
             self._serve()
         except BaseException as error:  # SystemExit too: without this thread no client would get an answer
             self._stop(error)
+        finally:
+            self._watch.close()
 
     def _serve(self) -> None:
-        while self._prepare():
+        while self.failure is None and self._prepare():
             for _ in range(len(self._calls)):
-                _answer_call(*self._calls[0])
+                self._answer_call(*self._calls[0])
                 self._calls.popleft()  # only now, so that `_stop` finds a call that ended the thread
             if not self._running:
                 continue
             try:
                 events = self.engine.step()
-            except Exception as error:  # running requests are lost, the server continues
+            except Exception as error:  # running requests are lost; the server continues if the device works
                 self._fail(error)
+                self.engine.check_device()
                 continue
-            self._deliver(events)
+            if self.failure is None:  # the step was not given up
+                self._deliver(events)
+
+    def _answer_call(self, function: Callable[[], Any], future: "concurrent.futures.Future[Any]") -> None:
+        if not future.set_running_or_notify_cancel():  # the client has left
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(self._logged(error))
 
     def _prepare(self) -> bool:
         """Wait for work, remove cancelled answers and fill free slots. False if the scheduler has to stop."""
@@ -175,7 +172,9 @@ class Scheduler:
                     return False
                 self._set_gauges()
                 self.metrics.speed.set(0)
+                self._watch.end()
                 self._changed.wait()
+            self._watch.begin()
             cancelled, self._cancelled = self._cancelled, []
             for answer in cancelled:
                 if answer in self._waiting:
@@ -200,8 +199,7 @@ class Scheduler:
             answer.request = self.engine.submit(answer.ids, answer.params)
         except Exception as error:
             self.metrics.requests.labels("failed").inc()
-            known = isinstance(error, GptqBelleError)
-            self._send([(answer, error if known else logged("The engine could not start a request.", error))])
+            self._send([(answer, error if isinstance(error, GptqBelleError) else self._logged(error))])
         else:
             self._running[answer.request] = answer
             self.metrics.prompt_tokens.inc(len(answer.ids))
@@ -216,38 +214,46 @@ class Scheduler:
                 items.append((answer, event))
             if event.finished is not None:
                 del self._running[event.request]
-                if event.error is not None:
-                    LOGGER.warning("A request failed: %s.", event.error.cause)
                 self.metrics.requests.labels("failed" if event.error else event.finished).inc()
-                items.append((answer, event.error or event.finished))
+                items.append((answer, event.finished if event.error is None else self._logged(event.error)))
         self._send(items)
+        if any(event.error is not None for event in events):
+            self.engine.check_device()
         self.metrics.count_tokens(sum(event.token is not None for event in events))
 
     def _fail(self, error: Exception) -> None:
         for request in self._running:
             self.engine.cancel(request)
-        response = logged("A step of the engine failed. The running requests end with an error.", error)
+        response = self._logged(error)
         answers = list(self._running.values())
         self._running.clear()
         self.metrics.requests.labels("failed").inc(len(answers))
         self._send([(answer, response) for answer in answers])
 
+    def _logged(self, error: Exception) -> Exception:
+        """Log and count an error of the engine; returns that for the clients that it concerns."""
+        self.metrics.failures.inc()
+        if isinstance(error, GptqBelleError):  # a fault of the model, such as logits that are not finite
+            LOGGER.warning("A request failed: %s.", error.cause)
+            return error
+        return logged("The engine failed. The requests that it was running end with an error.", error)
+
     def _stop(self, error: BaseException) -> None:
         """Inform everyone who waits for the thread that it ends, and refuse what comes later."""
         with self._changed:
+            if self.failure is not None:
+                return
             self.failure = error
             answers, calls = list(self._open), list(self._calls)
             for waiting in (self._open, self._waiting, self._running, self._calls):
                 waiting.clear()
-        self.metrics.requests.labels("failed").inc(len(answers))
-        self.metrics.set_gauges(waiting=0, running=0, cache=0)
-        self.metrics.speed.set(0)
+        LOGGER.critical("The engine stopped because of an error. No more requests are accepted.", exc_info=error)
+        self.metrics.stop(len(answers))
         if answers:
             self._send([(answer, engine_stopped()) for answer in answers])
         for _, future in calls:
             with suppress(concurrent.futures.InvalidStateError):  # the client has left
                 future.set_exception(engine_stopped())
-        LOGGER.critical("The engine stopped because of an error. No more requests are accepted.", exc_info=error)
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -255,7 +261,7 @@ class Scheduler:
         """Deliver all items of a step in one call: waking the event loop costs as much as sending a token."""
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(_put, items)
+            self._loop.call_soon_threadsafe(put_items, items)
         except RuntimeError:  # the event loop is closed, so nobody waits
             for answer, _ in items:
                 answer.cancel()
@@ -264,17 +270,3 @@ class Scheduler:
 
     def _set_gauges(self) -> None:
         self.metrics.set_gauges(waiting=len(self._waiting), running=len(self._running), cache=self.engine.used)
-
-
-def _put(items: Sequence[tuple[QueuedRequest, Item]]) -> None:
-    for answer, item in items:
-        answer.arrived.put_nowait((answer.index, item))
-
-
-def _answer_call(function: Callable[[], Any], future: "concurrent.futures.Future[Any]") -> None:
-    if not future.set_running_or_notify_cancel():  # the client has left
-        return
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)

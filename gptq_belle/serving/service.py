@@ -15,6 +15,7 @@ from gptq_belle.prompts.conversation import Prompt
 from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
+from gptq_belle.serving.queued_request import DEFAULT_TIMEOUTS, Timeouts
 from gptq_belle.serving.scheduler import Scheduler
 from gptq_belle.serving.schemas import Message, SamplingRequest, TemplateOptions
 
@@ -32,6 +33,7 @@ class Limits:
         context: tokens of prompt and answer together; None for the context of the model.
         body: bytes of a request body.
         requests: open HTTP requests, except /, /health and /static/.
+        timeouts: limits of time.
     """
 
     slots: int = 8
@@ -39,6 +41,7 @@ class Limits:
     context: int | None = None
     body: int = 4 << 20
     requests: int = 512
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
 class Service:
@@ -58,7 +61,7 @@ class Service:
         self.context = self.engine.capacity
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # at least its number of characters
         self.created = int(time.time())
-        self.scheduler = Scheduler(self.engine, limits.waiting, metrics)
+        self.scheduler = Scheduler(self.engine, limits.waiting, metrics, limits.timeouts)
 
     def check_model(self, name: str | None) -> None:
         """Validate the model name of a request; none and the placeholders of clients mean the model that is served.
