@@ -74,4 +74,6 @@ def sampling_launch(state: SamplingState, tokens: Tensor, lengths: Tensor, answe
 
 def constants(vocab: int) -> dict[str, int]:
     """The constexpr arguments that follow from the number of tokens."""
-    return {"TILES": -(-vocab // TILE), "TILE": TILE, "CANDIDATES": CANDIDATES, "BLOCK": BLOCK}
+    tiles = -(-vocab // TILE)
+    return {"TILES": tiles, "PADDED": max(CANDIDATES, 1 << (tiles - 1).bit_length()), "TILE": TILE,
+            "CANDIDATES": CANDIDATES, "BLOCK": BLOCK}

@@ -30,6 +30,7 @@ def sampling_kernel(
     V,
     room,
     TILES: tl.constexpr,  # tiles of the lm_head
+    PADDED: tl.constexpr,  # a power of two, at least TILES and CANDIDATES
     TILE: tl.constexpr,
     CANDIDATES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,7 +44,7 @@ def sampling_kernel(
     length = tl.load(lengths + m)
     if length >= 0:
         row = adjusted + m.to(tl.int64) * V
-        values, ids, top, total = _candidates(row, maxima + m, rows, V, TILES, TILE, CANDIDATES)
+        values, ids, top, total = _candidates(row, maxima + m, rows, V, TILES, PADDED, TILE, CANDIDATES)
         i = tl.arange(0, CANDIDATES)
         token = tl.sum(tl.where(i == 0, ids, 0))
         if tl.load(temperatures + m) > 0:
@@ -73,13 +74,13 @@ def sampling_kernel(
 
 
 @triton.jit
-def _candidates(row, maxima, rows, V, TILES: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr):
+def _candidates(row, maxima, rows, V, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+                CANDIDATES: tl.constexpr):
     """Logits and tokens (CANDIDATES,) of the most likely tokens in their order, the largest logit, and the normalizer.
 
     Of the tiles, ordered by their maximum and then by their position, no tile after the first CANDIDATES holds one of
     the first CANDIDATES tokens: each tile before it has a token that comes before all of its own.
     """
-    PADDED: tl.constexpr = max(triton.next_power_of_2(TILES), CANDIDATES)
     tile = tl.arange(0, PADDED)
     largest = tl.load(maxima + tile * rows, mask=tile < TILES, other=-float("inf"))
     sums = tl.load(maxima + (TILES + tile) * rows, mask=tile < TILES, other=0.0)
