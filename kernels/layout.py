@@ -134,7 +134,7 @@ def restore_input_order(columns: Tensor, order: Tensor | None, in_features: int)
     if order is None:
         return columns[:, :in_features]
     restored = columns.new_empty(columns.shape[0], in_features + 1)  # padding goes to the last column
-    restored[:, order.where(order >= 0, in_features).long()] = columns  # selecting by a mask would wait for a GPU
+    restored[:, order.masked_fill(order < 0, in_features).long()] = columns  # selecting by a mask would wait for a GPU
     return restored[:, :in_features]
 
 

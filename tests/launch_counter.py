@@ -130,11 +130,13 @@ class SimulatedGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
+        if name == "pin_memory":
+            return args[0]
         leaves = tree_leaves((args, kwargs))
         own = [leaf for leaf in leaves if isinstance(leaf, GpuTensor)]
         targets = [leaf.type for leaf in leaves if isinstance(leaf, torch.device)]
         if not own and "cuda" not in targets:
-            return func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
+            return func(*args, **kwargs)
         host = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, GpuTensor) and leaf.dim()]
         if host and name not in COPIES:
             raise RuntimeError(f"{name}: expected all tensors on one device, found {CUDA} and {host[0].device}")

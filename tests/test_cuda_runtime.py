@@ -52,6 +52,7 @@ def test_runtime_in_the_interpreter():
 
 def check_runtime(model, gpu):
     """Prefill, decode, logits and log probabilities; one copy to the GPU per step, none to the host."""
+    model.warm_up(3, 36)
     _, batch = model.prefill(IDS[None].repeat(3, 1), 10)
     with gpu.counting() as counts, torch.inference_mode():
         model.prefill_slot(IDS.to(CUDA), batch.cache, 0)
