@@ -11,10 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_triton import has_working_interpreter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from gpu_check import cache_pack, correctness, kernel_recording, matmul, parts, peers, solver, tuning, weights  # noqa: E402
+from gpu_check import (  # noqa: E402
+    cache_pack,
+    correctness,
+    kernel_recording,
+    matmul,
+    parts,
+    peers,
+    probe,
+    solver,
+    tuning,
+    weights,
+)
 from gpu_check.child import CallFailed, Child, child, run_all  # noqa: E402
 from gpu_check.compilation import Compilation, compilers  # noqa: E402
 from gpu_check.plan import Deadline, Record, Step, run_steps  # noqa: E402
@@ -26,6 +38,7 @@ from gptq_belle.kernels.triton_config import KERNELS, MatmulProblem  # noqa: E40
 FULL, HOPPER = setting_of(toy=False), (90, 132)
 NOTHING = partial(int)
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+needs_interpreter = pytest.mark.skipif(not has_working_interpreter(), reason="needs triton 3.9 or newer")
 
 
 class Here:
@@ -137,6 +150,21 @@ def test_peers_that_are_not_installed_are_left_out(monkeypatch):
     variants = list(dict.fromkeys(step.name.partition(", ")[2] for step in steps))
     assert variants == ["ours, 4 bits", peers.CUBLAS, "torch int4", "ours, 8 bits", "gemlite"]
     assert len(steps) == 5 * 9
+
+
+@pytest.mark.parametrize(("script", "outcome"), [
+    ("echo '0 errors'", "output"), ("echo 'Device not supported'; exit 1", "unsupported"), ("exit 9", None)])
+def test_result_of_compute_sanitizer(script, outcome, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [step.name for step in probe.sanitizer_steps(FULL, {})] == ["compute-sanitizer"]
+    if outcome is None:
+        with pytest.raises(RuntimeError):
+            probe.run_sanitizer()
+    else:
+        assert outcome in probe.run_sanitizer()
 
 
 def test_small_numbers_of_rows_are_tuned_first():
@@ -279,7 +307,7 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": path, "PYTHON": sys.executable} | more
 
 
-@needs_triton
+@needs_interpreter
 def test_steps_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "gpu_check_interpreted.py"]
     run = subprocess.run(command, cwd=Path(__file__).parent, env=environment(TRITON_INTERPRET="1"), text=True,
@@ -298,7 +326,7 @@ def test_without_a_gpu_the_exit_code_is_3(tmp_path):
     assert not (tmp_path / "probe.json").exists()
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("part", parts.PARTS)
 def test_part_at_toy_sizes(part, tmp_path):
@@ -309,7 +337,7 @@ def test_part_at_toy_sizes(part, tmp_path):
     assert found["results"]
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("part", parts.PARTS)
 def test_part_that_runs_out_of_time(part, tmp_path):
