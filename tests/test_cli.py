@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin
 
 import pytest
 from conftest import packed_checkpoint
 
 from gptq_belle import __version__, load
+from gptq_belle.cli import options, quantize
+from gptq_belle.common.devices import PRECISIONS
+from gptq_belle.engine.kv_cache import CACHE_DTYPES
+from gptq_belle.prompts.styles import STYLES
+from gptq_belle.quantization.config import METHODS, PRESETS
 
 COMMANDS = ("demo", "quantize", "convert", "decrypt", "generate", "chat", "serve", "inspect", "eval", "report", "bench",
             "plan", "models", "tune", "doctor")
@@ -122,6 +128,22 @@ def test_generate_json_output(belle, packed):
     assert code == 0
     assert found["prompt"] == "你好"
     assert found["answer"] + "\n" == plain
+
+
+def choices(option):
+    """The allowed values of an option's annotation, without None."""
+    value = get_args(option)[0]
+    literal = value if get_origin(value) is Literal else get_args(value)[0]
+    return set(get_args(literal))
+
+
+def test_choices_are_those_of_the_library():
+    assert choices(options.Precision) == set(PRECISIONS)
+    assert choices(options.Cache) == set(CACHE_DTYPES)
+    assert choices(quantize.Method) == set(METHODS)
+    assert choices(quantize.Preset) == set(PRESETS)
+    assert choices(options.ChatStyle) == choices(options.WrittenStyle) == {"auto", *STYLES}
+    assert choices(options.PromptStyle) == {"auto", *STYLES, "none"}
 
 
 def test_context_size_limits_prompt_and_answer(belle, packed):

@@ -12,22 +12,13 @@ from gptq_belle.bench.throughput import MB, Benchmark, BenchResult
 from gptq_belle.cli import console
 from gptq_belle.common.text import markdown_table
 from gptq_belle.common.timers import Spread
-from gptq_belle.errors import UsageError
-
-FORMATS = ("md", "json", "jsonl", "csv")
-
-
-def check_format(name: str) -> None:
-    """Raise UsageError if `name` is not one of FORMATS."""
-    if name not in FORMATS:
-        raise UsageError(f"output format {name!r} is not known", f"Choose one of {', '.join(FORMATS)}.")
 
 
 def show(benchmark: Benchmark, output: str) -> None:
     """Print the results on stdout.
 
     Args:
-        output: one of FORMATS; "md" is a Markdown table, drawn as a table on a terminal.
+        output: md, json, jsonl or csv; md is a Markdown table, drawn as a table on a terminal.
     """
     if output == "json":
         console.print_json({"machine": machine_summary(), **asdict(benchmark)})

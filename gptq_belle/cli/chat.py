@@ -32,7 +32,6 @@ def chat(
 ) -> None:
     """Chat with a model over several turns. With --json, answers are streamed to stderr and all turns go to stdout."""
     environment.require_stdin()
-    options.check_chat_style(prompt_style)
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)

@@ -1,7 +1,7 @@
 """The commands `convert` and `decrypt`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,9 +41,9 @@ def convert(
     base: Annotated[Path | None, typer.Option(
         show_default=False,
         help="Directory with config.json and tokenizer, if they are not beside the weights.")] = None,
-    checkpoint_format: Annotated[str | None, typer.Option(
-        "--format", help="Checkpoint format: gptq (zero points stored minus one) or gptq_v2. Default: gptq for "
-        "symmetric weights, else gptq_v2.", show_default=False)] = None,
+    checkpoint_format: Annotated[Literal["gptq", "gptq_v2"] | None, typer.Option(
+        "--format", help="Checkpoint format; gptq stores zero points minus one. Default: gptq for symmetric weights, "
+        "else gptq_v2.", show_default=False)] = None,
     repair_zeros: Annotated[bool, typer.Option("--repair-zeros", help="Restore zero points of 0 that old packers "
                                                "wrapped around.")] = False,
     prompt_style: options.WrittenStyle = "auto",
@@ -56,7 +56,6 @@ def convert(
 
     Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
-    options.check_chat_style(prompt_style)
     options.check_output(out, overwrite)
     from gptq_belle.checkpoint import conversion, conversion_report
     from gptq_belle.checkpoint.hub import CONVERTIBLE, is_model_name, resolve_model_path

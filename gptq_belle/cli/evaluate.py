@@ -131,7 +131,6 @@ def belle(
     Gates: exact, f1, rouge_l, nll, agreement, identical, of all questions or of one class, as in --gate 'exact>85' or
     --gate 'f1.math>50'.
     """
-    options.check_chat_style(prompt_style)
     options.check_engine_options(device, precision, head_bits)
     from gptq_belle.evaluation import belle_set as test_set
     from gptq_belle.evaluation import judge_requests as judging

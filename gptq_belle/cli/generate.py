@@ -53,8 +53,6 @@ def generate(
     if prompt == STDIN:
         prompt = read_text(STDIN).rstrip("\n")
     rows = read_rows(prompts) if prompts is not None else []
-    if prompt_style != "none":
-        options.check_chat_style(prompt_style)
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
                             min_tokens=min_tokens)

@@ -2,8 +2,9 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +13,9 @@ from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
     from gptq_belle.engine.model import Model
+
+
+advanced = partial(typer.Option, rich_help_panel="Advanced options")
 
 
 def local(model: Path) -> Path:
@@ -55,15 +59,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 # how a model is loaded
 ModelPath = Annotated[Path, typer.Argument(
     metavar="PATH", help="Model directory, quantized or not; a hub id; or a name listed by `models`.")]
-Precision = Annotated[str | None, typer.Option(
+Precision = Annotated[Literal["exact", "fast"] | None, advanced(
     help="exact: float32, with 16-bit activations for packed weights on a CPU. fast: 8-bit activations on a CPU, "
          "float16 on a GPU. Default: exact on a CPU, fast on a GPU.")]
-HeadBits = Annotated[int | None, typer.Option(
+HeadBits = Annotated[int | None, advanced(
     help="Bits of the lm_head, and of the embedding if the two are tied: 16, 8 or 4. Default: 8 if tied and quantized, "
          "else 16.")]
-Cache = Annotated[str, typer.Option(help="Data type of the KV cache: float16, float32, bfloat16 or int8.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", help="Number of CPU threads. Default: one per core.",
-                                             min=1, show_default=False, callback=_use_threads)]
+Cache = Annotated[Literal["float16", "float32", "bfloat16", "int8"], advanced(help="Data type of the KV cache.")]
+Threads = Annotated[int | None, advanced("--threads", "-t", help="Number of CPU threads. Default: one per core.",
+                                         min=1, show_default=False, callback=_use_threads)]
 ContextSize = Annotated[int | None, typer.Option(
     "--ctx-size", "-c", help="Limit of prompt and answer tokens together. Default: the model's context.", min=2,
     show_default=False)]
@@ -71,25 +75,24 @@ GroupSize = Annotated[int, typer.Option(
     "--group-size", "--groupsize", help="Group size: 32, 64, 128, or -1 for one group per output channel.")]
 
 # prompts and sampling
-PromptStyle = Annotated[str, typer.Option(
-    "--prompt-style", help="Prompt format: auto (the checkpoint's chat template, else its style), bloom, llama, "
-    "newline, or none to continue the text.")]
-ChatStyle = Annotated[str, typer.Option(
-    "--prompt-style", help="Prompt format: auto (the checkpoint's chat template, else its style), bloom, llama or "
-    "newline.")]
-WrittenStyle = Annotated[str, typer.Option(
-    "--prompt-style", help="Chat template to write: bloom, llama or newline; auto keeps the source's, or uses the "
-    "architecture's default. Chats of the calibration data are rendered alike.")]
+PromptStyle = Annotated[Literal["auto", "bloom", "llama", "newline", "none"], advanced(
+    "--prompt-style", help="Prompt format; auto is the checkpoint's chat template, else its style, and none continues "
+    "the text.")]
+ChatStyle = Annotated[Literal["auto", "bloom", "llama", "newline"], advanced(
+    "--prompt-style", help="Prompt format; auto is the checkpoint's chat template, else its style.")]
+WrittenStyle = Annotated[Literal["auto", "bloom", "llama", "newline"], advanced(
+    "--prompt-style", help="Chat template to write; auto keeps the source's, or uses the architecture's default. Chats "
+    "of the calibration data are rendered alike.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of new tokens. Default: up to 512.", min=1)]
 Temperature = Annotated[float, typer.Option(help="Sampling temperature. 0 means greedy decoding.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling: the most likely tokens with this total probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens (0 disables the limit).")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1, repeated tokens become less likely.")]
-PresencePenalty = Annotated[float, typer.Option(
+PresencePenalty = Annotated[float, advanced(
     help="Subtracted from the logits of tokens that the answer already contains, from -2 to 2.")]
-FrequencyPenalty = Annotated[float, typer.Option(
+FrequencyPenalty = Annotated[float, advanced(
     help="The same, multiplied by how often the answer contains the token.")]
-MinTokens = Annotated[int, typer.Option(help="Minimum number of new tokens.", min=0)]
+MinTokens = Annotated[int, advanced(help="Minimum number of new tokens.", min=0)]
 Seed = Annotated[int | None, typer.Option(help="Random seed for sampling. Default: a new one.", show_default=False)]
 
 # evaluation
@@ -108,14 +111,6 @@ def check_output(out: Path, overwrite: bool) -> None:
     if not overwrite and (out / "quantize_config.json").is_file():
         raise UsageError(f"{out} exists and holds a quantized model",
                          "Choose another output, or add --overwrite to replace it when the new one is finished.")
-
-
-def check_chat_style(style: str) -> None:
-    """Raise UsageError for a prompt style that cannot express a conversation."""
-    from gptq_belle.prompts.styles import get_style
-
-    if style != "auto":
-        get_style(style)
 
 
 def note_unused(context: typer.Context, why: str, *names: str) -> None:

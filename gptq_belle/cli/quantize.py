@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when complete.")]
 Bits = Annotated[int, typer.Option("--bits", "--wbits", help="Bits per weight: 2, 3, 4 or 8.")]
-Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric, or with a zero point per group.")]
-ActOrder = Annotated[bool, typer.Option(
+Sym = Annotated[bool, options.advanced("--sym/--asym", help="Symmetric, or with a zero point per group.")]
+ActOrder = Annotated[bool, options.advanced(
     "--act-order", help="Quantize columns in order of decreasing activation (act-order, desc_act).")]
-Damp = Annotated[float, typer.Option(help="Damping as a share of the Hessian's mean diagonal.")]
-Method = Annotated[str, typer.Option(help="gptq, or rtn for rounding to nearest without calibration.")]
-Preset = Annotated[str, typer.Option(
-    help="fast (plain GPTQ), best, or max, which also tunes the whole model and needs memory for all of it.")]
-Without = Annotated[str, typer.Option(
+Damp = Annotated[float, options.advanced(help="Damping as a share of the Hessian's mean diagonal.")]
+Method = Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn is rounding to nearest, without calibration.")]
+Preset = Annotated[Literal["fast", "best", "max"], typer.Option(
+    help="fast is plain GPTQ; max also tunes the whole model and needs memory for all of it.")]
+Without = Annotated[str, options.advanced(
     metavar="NAME,...", help="Techniques of the preset to disable: search, order, refine, targets, veto, tuning.")]
-PositiveScales = Annotated[bool, typer.Option(
+PositiveScales = Annotated[bool, options.advanced(
     "--positive-scales", help="Only positive scales, for readers that do not accept negative ones; slightly lower "
     "quality.")]
-Overrides = Annotated[list[str] | None, typer.Option(
+Overrides = Annotated[list[str] | None, options.advanced(
     metavar="REGEX=KEY:VALUE,...", show_default=False, help="Different bits, group_size or sym for the linears whose "
     "name matches REGEX, such as 'mlp.dense_4h_to_h=bits:8', or REGEX=skip to keep them in float16. Repeatable. "
     "GPTQModel reads all of these, vLLM symmetric 4 and 8 bits and skip.")]
@@ -44,23 +44,23 @@ AutoBits = Annotated[str | None, typer.Option(
     "measured loss in 4 bits, within average bits per weight (4.5) or a file size (3.2GB). Linears that an --override "
     "matches keep its settings.")]
 CalibrationSource = Annotated[str, typer.Option(help="Calibration data: builtin, or a text, JSON or Parquet file.")]
-Rows = Annotated[int, typer.Option(help="Maximum number of calibration rows.")]
-SeqLen = Annotated[int, typer.Option(help="Tokens per calibration row.")]
-AllowShort = Annotated[bool, typer.Option(
+Rows = Annotated[int, options.advanced(help="Maximum number of calibration rows.")]
+SeqLen = Annotated[int, options.advanced(help="Tokens per calibration row.")]
+AllowShort = Annotated[bool, options.advanced(
     "--allow-short", help="Allow fewer than 4 calibration tokens per input feature.")]
-CalibrationSeed = Annotated[int, typer.Option(help="Random seed for the order of calibration documents.")]
+CalibrationSeed = Annotated[int, options.advanced(help="Random seed for the order of calibration documents.")]
 Lora = Annotated[Path | None, typer.Option(
     metavar="DIR", show_default=False, help="Directory of a LoRA adapter to merge into MODEL's weights.")]
 Memory = Annotated[str | None, typer.Option(
     metavar="SIZE", show_default=False, help="Limit of anonymous memory, such as 8GiB: calibration activations are "
     "kept on disk where they do not fit. By default the free memory.")]
-PackedHeadOnly = Annotated[bool, typer.Option(
+PackedHeadOnly = Annotated[bool, options.advanced(
     "--packed-head-only", help="Store the LM head (of BLOOM the embedding too) only packed in --head-bits: a smaller "
     "file that only gptq-belle reads.")]
-PackedHeadBits = Annotated[int | None, typer.Option(
+PackedHeadBits = Annotated[int | None, options.advanced(
     help="Bits of the packed head with --packed-head-only: 8 or 4. Default: 8.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Estimate time, memory and disk without writing anything.")]
-Resume = Annotated[bool, typer.Option(
+Resume = Annotated[bool, options.advanced(
     "--resume/--restart", help="Resume an interrupted job of the same source and settings from OUT.partial, or start "
     "again.")]
 
@@ -83,7 +83,6 @@ def quantize(context: typer.Context, model: Source, out: Out, bits: Bits = 4,
         raise UsageError(f"--head-bits {head_bits} has no effect without --packed-head-only",
                          "Add --packed-head-only, or give --head-bits to generate, chat or serve, which quantize the "
                          "lm_head while they load it.")
-    options.check_chat_style(prompt_style)
     if not dry_run:
         options.check_output(out, overwrite)
     options.import_engine()

@@ -14,28 +14,29 @@ def serve(
     path: options.ModelPath,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.", min=0, max=65535)] = 8000,
-    served_model_name: Annotated[list[str] | None, typer.Option(
+    served_model_name: Annotated[list[str] | None, options.advanced(
         help="Model name for clients, repeatable; responses contain the first. Default: the name of the directory.",
         show_default=False)] = None,
     api_key: Annotated[str | None, typer.Option(envvar="GPTQ_BELLE_API_KEY", show_default=False,
                                                 help="API key that clients must send.")] = None,
-    allow_unauthenticated: Annotated[bool, typer.Option(
+    allow_unauthenticated: Annotated[bool, options.advanced(
         "--allow-unauthenticated", help="Allow other machines to connect without an API key.")] = False,
     max_batch: Annotated[int, typer.Option(help="Maximum number of requests answered at a time.", min=1, max=256)] = 8,
     max_len: Annotated[int | None, typer.Option(
         "--max-len", "--ctx-size", "-c", help="Maximum number of prompt and answer tokens. Default: the context.",
         min=2, show_default=False)] = None,
-    max_queue: Annotated[int, typer.Option(help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
-    request_timeout: Annotated[float, typer.Option(
+    max_queue: Annotated[int, options.advanced(
+        help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
+    request_timeout: Annotated[float, options.advanced(
         help="Seconds until a request is answered with 504; 0 for no limit.", min=0)] = 0,
-    queue_timeout: Annotated[float, typer.Option(
+    queue_timeout: Annotated[float, options.advanced(
         help="Seconds until a request that has not started is answered with 503; 0 for no limit.", min=0)] = 600,
-    engine_timeout: Annotated[float, typer.Option(
+    engine_timeout: Annotated[float, options.advanced(
         help="Seconds that one step of the model may take before the server exits with an error; 0 for no limit.",
         min=0)] = 600,
-    ray: Annotated[bool, typer.Option(
+    ray: Annotated[bool, options.advanced(
         "--ray", help="Run several replicas at one address with Ray Serve.")] = False,
-    replicas: Annotated[int, typer.Option(help="Number of replicas with --ray.", min=1)] = 2,
+    replicas: Annotated[int, options.advanced(help="Number of replicas with --ray.", min=1)] = 2,
     prompt_style: options.ChatStyle = "auto",
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
@@ -46,7 +47,6 @@ def serve(
     verbose: options.Verbose = False,
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Ctrl-C or SIGTERM stops it after running requests finish."""
-    options.check_chat_style(prompt_style)
     if not ray:
         options.note_unused(context, "without --ray", "replicas")
     if api_key:
