@@ -10,7 +10,7 @@ from conftest import naming, tiny_tokenizer
 from gptq_belle import QuantConfig, quantize_checkpoint
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration.documents import read_documents
+from gptq_belle.quantization.calibration.data_files import read_documents
 from gptq_belle.quantization.calibration.rows import (
     BUILTIN,
     Calibration,

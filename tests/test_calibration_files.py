@@ -11,8 +11,7 @@ from conftest import naming
 
 from gptq_belle.errors import InputError
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration.data_files import read_data_file
-from gptq_belle.quantization.calibration.documents import read_documents
+from gptq_belle.quantization.calibration.data_files import read_data_file, read_documents
 
 ROW = {"instruction": "天空为什么是蓝色的？", "output": "因为空气散射蓝光。"}
 LINE = json.dumps(ROW, ensure_ascii=False).encode() + b"\n"

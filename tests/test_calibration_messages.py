@@ -7,7 +7,7 @@ from conftest import naming
 
 from gptq_belle.errors import InputError
 from gptq_belle.prompts.styles import Turn
-from gptq_belle.quantization.calibration.documents import read_documents, without_repeats
+from gptq_belle.quantization.calibration.data_files import read_documents, without_repeats
 
 HUMAN, GPT = {"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}
 USER, ASSISTANT = {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}

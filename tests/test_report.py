@@ -196,7 +196,7 @@ def test_model_card_shows_table_and_picture(belle, models, inputs, tmp_path):
 
 
 def test_overlapping_text_is_rejected(belle, models, tmp_path):
-    from gptq_belle.quantization.calibration.documents import read_documents
+    from gptq_belle.quantization.calibration.data_files import read_documents
 
     turns = [document for document in read_documents("builtin").documents if not isinstance(document, str)]
     rows = [{"class": "a", "question": turn.question, "std_answer": turn.answer} for turn, *_ in turns]

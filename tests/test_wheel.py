@@ -60,7 +60,7 @@ def test_a_wheel_carries_kernels_and_data_even_without_a_compiler(tmp_path):
     assert (site / "gptq_belle" / "evaluation" / "templates" / "report.html.j2").is_file()
     code = (f"import sys; sys.path.insert(0, {str(site)!r});"
             "import gptq_belle.kernels.dispatch as d; print(d.__file__);"
-            "from gptq_belle.quantization.calibration.documents import read_documents;"
+            "from gptq_belle.quantization.calibration.data_files import read_documents;"
             "print(len(read_documents('builtin').documents));"
             "import torch; print(d.choose_kernel(torch.arange(64) // 32, device=torch.device('cpu'),"
             " dtype=torch.float32))")

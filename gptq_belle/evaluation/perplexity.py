@@ -17,7 +17,7 @@ from torch import Tensor
 from gptq_belle.common.text import count
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import ChatFormat
-from gptq_belle.quantization.calibration.documents import read_documents
+from gptq_belle.quantization.calibration.data_files import read_documents
 from gptq_belle.quantization.calibration.messages import Document
 from gptq_belle.quantization.calibration.rows import first_token_ids
 

@@ -2,9 +2,10 @@
 
 import gc
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.bench import footprint
+from gptq_belle.common.files import write_json_atomically
 from gptq_belle.engine.model import Model
 from gptq_belle.evaluation.base_predictions import (
     BasePredictions,
@@ -28,10 +30,11 @@ from gptq_belle.evaluation.belle_set import BelleQuestion, read_questions, score
 from gptq_belle.evaluation.kl_divergence import compare_with_predictions
 from gptq_belle.evaluation.kl_statistics import summarize_divergence
 from gptq_belle.evaluation.perplexity import perplexity, summarize_losses
-from gptq_belle.evaluation.result_cache import ResultCache
 from gptq_belle.prompts.styles import Turn
 from gptq_belle.quantization.calibration.overlap import refuse_overlap
 
+FILE = "evaluations.json"
+FORMAT = 1  # of the file; a file of another format is ignored
 KL_EDGES = numpy.array([0.0, *numpy.logspace(-9, 2, 56)])  # of the histogram: five bins per decade, one for the rest
 
 
@@ -73,6 +76,38 @@ class ModelResults:
     text: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
     footprint: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class ResultCache:
+    """Results in FILE of a folder.
+
+    Attributes:
+        entries: by evaluation and model, the result ("found") and what it depends on ("follows_from").
+    """
+
+    folder: Path
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            found = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("entries"), dict):
+            self.entries = found["entries"]
+
+    def get(self, kind: str, path: Path, follows_from: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of an evaluation of a model, if it is still valid."""
+        entry = self.entries.get(f"{kind} {path.resolve()}", {})
+        return entry.get("found") if entry.get("follows_from") == follows_from else None
+
+    def put(self, kind: str, path: Path, follows_from: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        """Store a result on disk, and return it."""
+        self.entries[f"{kind} {path.resolve()}"] = {"follows_from": follows_from, "found": found}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(self.folder / FILE, {"format": FORMAT, "entries": self.entries})
+        return found
 
 
 class ReportEvaluator:

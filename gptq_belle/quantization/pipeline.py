@@ -33,9 +33,14 @@ from gptq_belle.quantization.fingerprint import environment, environment_differe
 from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import must_spill
-from gptq_belle.quantization.output_check import check_metadata, check_output
 from gptq_belle.quantization.report import JobProgress, NoProgress, Report
-from gptq_belle.quantization.verification import VERIFIED_BLOCK, BlockVerification, verification_tokens
+from gptq_belle.quantization.verification import (
+    VERIFIED_BLOCK,
+    BlockVerification,
+    check_metadata,
+    check_output,
+    verification_tokens,
+)
 
 
 def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: QuantConfig) -> None:

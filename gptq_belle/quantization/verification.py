@@ -1,22 +1,62 @@
-"""Verify the written file: a block read back from it must give the output that it had when it was quantized."""
+"""Verify a job's output before it is published.
+
+`load` validates a directory (`check_model`), reads its tokenizer, and turns one linear after the other into a kernel's
+layout. Everything of it that depends on files is repeated here: the first two by the same functions, the tensors by
+their values, with at most one linear's scales and zero points and four chunks of 16 MiB in memory. And a block that is
+read back must give the output that it had when it was quantized.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from gptq_belle.checkpoint.empty_model import assign
 from gptq_belle.checkpoint.packed_reader import read_packed_linear, read_quantization
-from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.checkpoint.reader import CheckpointReader, read_json
+from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
+from gptq_belle.checkpoint.validation import list_problems
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.kernels.reference import dequantize
+from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.quantization.block_stream import BlockStream
 
+SAMPLE = "请介绍一下北京的历史。\n\nHuman: Hello,  world! 1+1=2 \N{GRINNING FACE}"
+REPORT_IT = "The files were removed. Report this with the output of `gptq-belle inspect` for the source."
 VERIFIED_BLOCK = 0
 VERIFICATION_TOKENS = 64  # tokens that run through the block before and after writing
 EXPECTED = "verification.expected"
 LARGEST_DIFFERENCE = 1e-5  # relative to the output's largest value; on a CPU the same operations give 0
+
+
+def check_metadata(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read configuration and tokenizer of an output that has no weights yet.
+
+    Args:
+        directory: the written files.
+        tokenizer: the source's.
+    Raises:
+        GptqBelleError: they cannot be read, or the tokenizer gives other ids than the source's.
+    """
+    config, written = read_json(directory / "config.json"), load_tokenizer(directory)
+    prompt = chat_format(config, written).question(SAMPLE).text
+    for text in (SAMPLE, prompt):
+        if written(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise GptqBelleError("the tokenizer of the output would give other token ids than the model's own",
+                                 REPORT_IT)
+
+
+def check_output(directory: Path) -> None:
+    """Validate a complete output.
+
+    Raises:
+        GptqBelleError: `load` or another command would refuse it.
+    """
+    reader = CheckpointReader(directory)
+    for problem in list_problems(reader, read_quantization(reader)):
+        raise GptqBelleError(f"the output would not load: {problem}", REPORT_IT)
 
 
 def verification_tokens(rows: Tensor | None, vocabulary: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import ChatFormat
-from gptq_belle.quantization.calibration.documents import BUILTIN, Documents, read_documents, without_repeats
+from gptq_belle.quantization.calibration.data_files import BUILTIN, Documents, read_documents, without_repeats
 from gptq_belle.quantization.calibration.messages import Document
 from gptq_belle.quantization.calibration.overlap import document_keys
 
