@@ -21,21 +21,13 @@ STEPS = 4  # decode steps; the first already reaches the peak
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Load time and memory of one model. Sizes of anonymous memory are None if the system does not report them.
+    """Load time and memory of one model. Sizes of anonymous memory are None if the system does not report them."""
 
-    Attributes:
-        load_seconds: time of `gptq_belle.load`, without importing the libraries.
-        loaded_bytes: anonymous memory after loading, minus that of the process before loading.
-        peak_bytes: peak over loading, prefill and decoding, minus that of the process before loading.
-        process_bytes: peak of the whole process, libraries included.
-        cuda_bytes: peak of torch's allocations on the device; None without CUDA.
-    """
-
-    load_seconds: float
-    loaded_bytes: int | None
-    peak_bytes: int | None
-    process_bytes: int | None
-    cuda_bytes: int | None
+    load_seconds: float  # time of `gptq_belle.load`, without importing the libraries
+    loaded_bytes: int | None  # anonymous memory after loading, minus that of the process before loading
+    peak_bytes: int | None  # peak over loading, prefill and decoding, minus that of the process before loading
+    process_bytes: int | None  # peak of the whole process, libraries included
+    cuda_bytes: int | None  # peak of torch's allocations on the device; None without CUDA
 
 
 def measure_in_new_process(path: str | Path, *, device: str = "auto", precision: str | None = None,

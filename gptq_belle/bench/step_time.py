@@ -48,17 +48,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The calculated time of one decode step.
+    """The calculated time of one decode step."""
 
-    Attributes:
-        gpu: the GPU.
-        rows: sequences, each of which gets one token per step.
-        parts: launches in the order in which they first run.
-    """
-
-    gpu: Gpu
-    rows: int
-    parts: tuple[Part, ...]
+    gpu: Gpu  # the GPU
+    rows: int  # sequences, each of which gets one token per step
+    parts: tuple[Part, ...]  # launches in the order in which they first run
 
     @property
     def launches(self) -> int:

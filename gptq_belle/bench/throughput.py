@@ -75,20 +75,13 @@ class BatchMemory(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Measurements of all models.
-
-    Attributes:
-        bandwidth: read bandwidth of the machine in bytes per second.
-        results: one entry per model.
-        points: speeds at all batch sizes and depths, if several were requested.
-        memory: peak memory of every model at every batch size, after the largest depth and the prompt.
-    """
+    """Measurements of all models."""
 
     workload: Workload
-    bandwidth: Spread
-    results: list[BenchResult]
-    points: list[SweepPoint]
-    memory: list[BatchMemory]
+    bandwidth: Spread  # read bandwidth of the machine in bytes per second
+    results: list[BenchResult]  # one entry per model
+    points: list[SweepPoint]  # speeds at all batch sizes and depths, if several were requested
+    memory: list[BatchMemory]  # peak memory of every model at every batch size, after the largest depth and the prompt
 
     @property
     def names(self) -> list[str]:

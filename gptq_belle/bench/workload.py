@@ -47,19 +47,13 @@ class RunTimes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """Speeds of one model at one batch size and depth, in tokens per second of the whole batch.
-
-    Attributes:
-        depth: tokens of each sequence in the KV cache before the prompt.
-        prefill: speed of prefill, one sequence after another as in the engine.
-        decode: speed of the decode steps after it.
-    """
+    """Speeds of one model at one batch size and depth, in tokens per second of the whole batch."""
 
     path: Path
     batch: int
-    depth: int
-    prefill: Spread
-    decode: Spread
+    depth: int  # tokens of each sequence in the KV cache before the prompt
+    prefill: Spread  # speed of prefill, one sequence after another as in the engine
+    decode: Spread  # speed of the decode steps after it
 
 
 def with_prompt_length(workload: Workload, models: Sequence[Model], depth: int = 0) -> Workload:

@@ -51,23 +51,14 @@ KEPT_KEYS = ("damp_percent", "static_groups", "true_sequential", "dynamic")  # c
 
 
 class _Conversion(NamedTuple):
-    """State of one conversion.
+    """State of one conversion."""
 
-    Attributes:
-        source: the checkpoint to convert.
-        model: its tensors, and the empty model of its config.json.
-        quantization: how the source is packed.
-        linears: modules of the packed linears, by name.
-        repair_zeros: whether zero points that wrapped around are written as 0.
-        report: filled during the conversion.
-    """
-
-    source: QuantizedCheckpoint
-    model: SourceModel
-    quantization: Quantization
-    linears: dict[str, nn.Linear]
-    repair_zeros: bool
-    report: ConversionReport
+    source: QuantizedCheckpoint  # the checkpoint to convert
+    model: SourceModel  # its tensors, and the empty model of its config.json
+    quantization: Quantization  # how the source is packed
+    linears: dict[str, nn.Linear]  # modules of the packed linears, by name
+    repair_zeros: bool  # whether zero points that wrapped around are written as 0
+    report: ConversionReport  # filled during the conversion
 
 
 def convert(source: str | Path, out: str | Path, *, base: str | Path | None = None,

@@ -24,17 +24,11 @@ READABLE, CONVERTIBLE, DECRYPTABLE = (FULL,), (FULL, STATES), (ENCRYPTED, ENCRYP
 
 
 class _HubModel(NamedTuple):
-    """A model on the hub.
+    """A model on the hub."""
 
-    Attributes:
-        repository: hub id.
-        file: name of a single weight file, or None for all.
-        known: its entry in the BELLE catalogue, if any.
-    """
-
-    repository: str
-    file: str | None
-    known: BelleModel | None
+    repository: str  # hub id
+    file: str | None  # name of a single weight file, or None for all
+    known: BelleModel | None  # its entry in the BELLE catalogue, if any
 
 
 def resolve_model_path(model: str | Path, kinds: tuple[str, ...] = READABLE) -> Path:

@@ -13,23 +13,14 @@ QUESTION = "你好"
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """Prompt format of a model directory.
+    """Prompt format of a model directory."""
 
-    Attributes:
-        style: how `generate` asks: a key of `prompts.styles.STYLES`, or "template" for the chat template.
-        text: the prompt of an example question, including special tokens.
-        stops: strings that end an answer.
-        stop_tokens: tokens that end an answer.
-        chat_template: chat template of the directory; None if it has none.
-        templated: the example question rendered by that template; None if there is none.
-    """
-
-    style: str
-    text: str
-    stops: tuple[str, ...]
-    stop_tokens: tuple[str, ...]
-    chat_template: str | None
-    templated: str | None
+    style: str  # how `generate` asks: a key of `prompts.styles.STYLES`, or "template" for the chat template
+    text: str  # the prompt of an example question, including special tokens
+    stops: tuple[str, ...]  # strings that end an answer
+    stop_tokens: tuple[str, ...]  # tokens that end an answer
+    chat_template: str | None  # chat template of the directory; None if it has none
+    templated: str | None  # the example question rendered by that template; None if there is none
 
     @property
     def agrees(self) -> bool:

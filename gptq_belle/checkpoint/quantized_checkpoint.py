@@ -24,17 +24,11 @@ STATE_DICT, DIRECTORY = "state dictionary", "GPTQ directory"
 
 
 class QuantizedCheckpoint(NamedTuple):
-    """A quantized checkpoint of any kind.
+    """A quantized checkpoint of any kind."""
 
-    Attributes:
-        reader: its configuration and tensors.
-        kind: "state dictionary" or "GPTQ directory".
-        folder: directory of the tokenizer.
-    """
-
-    reader: CheckpointReader
-    kind: str
-    folder: Path
+    reader: CheckpointReader  # its configuration and tensors
+    kind: str  # "state dictionary" or "GPTQ directory"
+    folder: Path  # directory of the tokenizer
 
 
 def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:

@@ -23,29 +23,18 @@ SPEED = Workload(prompt=64, tokens=32, repeats=3)
 
 @dataclass(slots=True)
 class ComparedModel:
-    """Measurements of one variant.
-
-    Attributes:
-        bytes: size of its weight files.
-        footprint: load time and memory, measured in a new process.
-        perplexity: on the held-out text.
-        divergence: from the first variant; None for the first itself.
-        scores: scores of its answers by class.
-        decode: tokens per second in float32.
-        decode_fast: tokens per second with precision "fast".
-        answer: answer to the prompt.
-    """
+    """Measurements of one variant."""
 
     name: str
     path: Path
-    bytes: int
-    footprint: Footprint
-    perplexity: Perplexity
-    divergence: Divergence | None
-    scores: BelleScores
-    decode: Spread
-    decode_fast: Spread
-    answer: str
+    bytes: int  # size of its weight files
+    footprint: Footprint  # load time and memory, measured in a new process
+    perplexity: Perplexity  # on the held-out text
+    divergence: Divergence | None  # from the first variant; None for the first itself
+    scores: BelleScores  # scores of its answers by class
+    decode: Spread  # tokens per second in float32
+    decode_fast: Spread  # tokens per second with precision "fast"
+    answer: str  # answer to the prompt
 
 
 @dataclass(slots=True)

@@ -28,22 +28,14 @@ class LinearError(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReportModel:
-    """One model of a report.
+    """One model of a report."""
 
-    Attributes:
-        label: short unique name.
-        full: whether it is the full-precision model.
-        inspection: see `checkpoint.inspection`.
-        record: its quantization_report.json; empty if there is none.
-        hashes: SHA-256 of its weight files by name; empty for the full-precision model.
-    """
-
-    label: str
+    label: str  # short unique name
     path: Path
-    full: bool
-    inspection: Inspection
-    record: Mapping[str, Any]
-    hashes: Mapping[str, str]
+    full: bool  # whether it is the full-precision model
+    inspection: Inspection  # see `checkpoint.inspection`
+    record: Mapping[str, Any]  # its quantization_report.json; empty if there is none
+    hashes: Mapping[str, str]  # SHA-256 of its weight files by name; empty for the full-precision model
     results: ModelResults
 
     @property

@@ -18,19 +18,12 @@ V1, V2 = "gptq", "gptq_v2"
 
 
 class ZeroPointCounts(NamedTuple):
-    """Statistics of all zero points of a checkpoint.
+    """Statistics of all zero points of a checkpoint."""
 
-    Attributes:
-        symmetric: whether all of them are 2**(bits - 1).
-        lowest: the smallest zero point.
-        wrapped: number of zero points that read as 2**bits.
-        overwritten: number of these that follow another one in the same word, whose carry may have changed them.
-    """
-
-    symmetric: bool
-    lowest: int
-    wrapped: int
-    overwritten: int
+    symmetric: bool  # whether all of them are 2**(bits - 1)
+    lowest: int  # the smallest zero point
+    wrapped: int  # number of zero points that read as 2**bits
+    overwritten: int  # number of these that follow another one in the same word, whose carry may have changed them
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:

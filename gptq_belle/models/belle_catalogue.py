@@ -23,23 +23,14 @@ ON_LLAMA = "research only (BELLE); gpl-3.0 for the difference; Meta's terms for 
 
 
 class BelleModel(NamedTuple):
-    """One published model.
+    """One published model."""
 
-    Attributes:
-        name: name in this catalogue and of the repository ``BelleGroup/name`` on the hub.
-        config: key of CONFIGS.
-        kind: form of publication: FULL, STATES, ENCRYPTED or ENCRYPTED_STATES.
-        published: size of the published weights in GB, for each file if there are several; None if unknown.
-        licence: note on the licence, not legal advice.
-        files: its .pt files, if one of them must be chosen.
-    """
-
-    name: str
-    config: str
-    kind: str
-    published: str | None
-    licence: str
-    files: tuple[str, ...] = ()
+    name: str  # name in this catalogue and of the repository ``BelleGroup/name`` on the hub
+    config: str  # key of CONFIGS
+    kind: str  # form of publication: FULL, STATES, ENCRYPTED or ENCRYPTED_STATES
+    published: str | None  # size of the published weights in GB, for each file if there are several; None if unknown
+    licence: str  # note on the licence, not legal advice
+    files: tuple[str, ...] = ()  # its .pt files, if one of them must be chosen
 
     @property
     def hub_id(self) -> str:

@@ -60,40 +60,24 @@ def file_bytes(d: Dimensions, bits: int, head_bits: int = UNPACKED, group_size: 
 
 @dataclass(frozen=True, slots=True)
 class MemorySettings:
-    """What determines the memory of a loaded model besides its dimensions.
+    """What determines the memory of a loaded model besides its dimensions."""
 
-    Attributes:
-        bits: of the linears; UNPACKED if they are not packed.
-        head_bits: of embedding and lm_head; UNPACKED if they are not packed.
-        group_size: inputs that share a scale.
-        cache: dtype of the KV cache, a key of CACHE_ITEM_BYTES.
-        device: "cpu" or "cuda".
-    """
-
-    bits: int = 4
-    head_bits: int = UNPACKED
-    group_size: int = GROUP_SIZE
-    cache: str = "float16"
-    device: str = "cpu"
+    bits: int = 4  # of the linears; UNPACKED if they are not packed
+    head_bits: int = UNPACKED  # of embedding and lm_head; UNPACKED if they are not packed
+    group_size: int = GROUP_SIZE  # inputs that share a scale
+    cache: str = "float16"  # dtype of the KV cache, a key of CACHE_ITEM_BYTES
+    device: str = "cpu"  # "cpu" or "cuda"
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes of memory by purpose.
+    """Bytes of memory by purpose."""
 
-    Attributes:
-        program: interpreter and libraries on a CPU; the CUDA context of a GPU is not counted.
-        blocks: linears, norms and biases of all blocks.
-        head: embedding and lm_head; one matrix if they are tied.
-        cache: KV cache.
-        workspace: peak of the activations of a prefill chunk or a decode step.
-    """
-
-    program: int
-    blocks: int
-    head: int
-    cache: int
-    workspace: int
+    program: int  # interpreter and libraries on a CPU; the CUDA context of a GPU is not counted
+    blocks: int  # linears, norms and biases of all blocks
+    head: int  # embedding and lm_head; one matrix if they are tied
+    cache: int  # KV cache
+    workspace: int  # peak of the activations of a prefill chunk or a decode step
 
     @property
     def model(self) -> int:

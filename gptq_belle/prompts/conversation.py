@@ -29,17 +29,11 @@ Message = Mapping[str, Any]
 
 
 class Prompt(NamedTuple):
-    """A prompt for the answer to the last message of a conversation.
+    """A prompt for the answer to the last message of a conversation."""
 
-    Attributes:
-        text: the prompt; special tokens that the tokenizer adds are not in it.
-        ids: token ids, including special tokens.
-        stops: strings that end the answer.
-    """
-
-    text: str
-    ids: list[int]
-    stops: tuple[str, ...]
+    text: str  # the prompt; special tokens that the tokenizer adds are not in it
+    ids: list[int]  # token ids, including special tokens
+    stops: tuple[str, ...]  # strings that end the answer
 
 
 class ChatFormat:

@@ -33,19 +33,12 @@ HEADER_BYTES = 160  # upper bound per tensor in a safetensors header
 
 @dataclass(frozen=True, slots=True)
 class FreeStage:
-    """A stage whose number of bits is chosen.
+    """A stage whose number of bits is chosen."""
 
-    Attributes:
-        block: index of its block.
-        linears: names inside the block.
-        weights: number of weights.
-        extra: size in 8 bits minus size in 4 bits, in the unit of the budget: bits of codes, or bytes of the file.
-    """
-
-    block: int
-    linears: tuple[str, ...]
-    weights: int
-    extra: int
+    block: int  # index of its block
+    linears: tuple[str, ...]  # names inside the block
+    weights: int  # number of weights
+    extra: int  # size in 8 bits minus size in 4 bits, in the unit of the budget: bits of codes, or bytes of the file
 
 
 def stages_and_budget(job: QuantizationJob) -> tuple[list[FreeStage], int]:

@@ -58,23 +58,15 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationJob:
-    """The validated inputs of a job.
-
-    Attributes:
-        config: the settings, with resolved overrides.
-        tokens: calibration rows (rows, T) int64; None for rtn.
-        calibration: their description in the report (`Calibration.describe`).
-        ignored: names of the source's tensors that the model does not need; they are not written.
-        notes: remarks on the calibration data, for the report.
-    """
+    """The validated inputs of a job."""
 
     stream: BlockStream
-    config: QuantConfig
+    config: QuantConfig  # the settings, with resolved overrides
     tokenizer: PreTrainedTokenizerBase
-    tokens: Tensor | None = None
-    calibration: dict[str, Any] | None = None
-    ignored: Sequence[str] = ()
-    notes: Sequence[str] = ()
+    tokens: Tensor | None = None  # calibration rows (rows, T) int64; None for rtn
+    calibration: dict[str, Any] | None = None  # their description in the report (`Calibration.describe`)
+    ignored: Sequence[str] = ()  # names of the source's tensors that the model does not need; they are not written
+    notes: Sequence[str] = ()  # remarks on the calibration data, for the report
 
     @property
     def held_out(self) -> int:

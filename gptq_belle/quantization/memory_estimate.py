@@ -17,19 +17,12 @@ FREE_MEMORY_SHARE = 0.8  # of the free memory, the limit of a job without --memo
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Peak of anonymous memory by purpose, in bytes.
+    """Peak of anonymous memory by purpose, in bytes."""
 
-    Attributes:
-        process: memory of the process before the job.
-        block: one block in float32, and its packed tensors.
-        work: the larger of a forward pass and the largest GPTQ solution.
-        activations: inputs of a block and outputs of its attention for all calibration rows, if kept in memory.
-    """
-
-    process: int
-    block: int
-    work: int
-    activations: int
+    process: int  # memory of the process before the job
+    block: int  # one block in float32, and its packed tensors
+    work: int  # the larger of a forward pass and the largest GPTQ solution
+    activations: int  # inputs of a block and outputs of its attention for all calibration rows, if kept in memory
 
     @property
     def floor(self) -> int:

@@ -15,15 +15,10 @@ from gptq_belle.serving.api_errors import ApiError
 
 
 class Unsupported(NamedTuple):
-    """A parameter that is accepted only with values that have no effect.
+    """A parameter that is accepted only with values that have no effect."""
 
-    Attributes:
-        neutral: these values.
-        remedy: what the client can do instead.
-    """
-
-    neutral: tuple[Any, ...] = ()
-    remedy: str = "Remove it from the request"
+    neutral: tuple[Any, ...] = ()  # these values
+    remedy: str = "Remove it from the request"  # what the client can do instead
 
     def accepts(self, value: Any) -> bool:
         """Whether a value has no effect; true and 1 are different in JSON, 1 and 1.0 are not."""

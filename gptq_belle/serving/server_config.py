@@ -69,17 +69,12 @@ class ServiceConfig:
 
 @dataclass(frozen=True, slots=True)
 class ListenConfig:
-    """Address and access of a server.
-
-    Attributes:
-        api_key: key that clients must send; None for no authentication.
-        allow_unauthenticated: allow a host other than loopback without a key.
-    """
+    """Address and access of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
-    allow_unauthenticated: bool = False
+    api_key: str | None = None  # key that clients must send; None for no authentication
+    allow_unauthenticated: bool = False  # allow a host other than loopback without a key
 
     @property
     def local(self) -> bool:

@@ -25,23 +25,14 @@ PLACEHOLDER_MODELS = ("", "default", "dummy")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of one server.
+    """Limits of one server."""
 
-    Attributes:
-        slots: answers that are generated at a time.
-        waiting: answers that can wait for a slot; more are rejected with status 429.
-        context: tokens of prompt and answer together; None for the context of the model.
-        body: bytes of a request body.
-        requests: open HTTP requests, except /, /health and /static/.
-        timeouts: limits of time.
-    """
-
-    slots: int = 8
-    waiting: int = 256
-    context: int | None = None
-    body: int = 4 << 20
-    requests: int = 512
-    timeouts: Timeouts = DEFAULT_TIMEOUTS
+    slots: int = 8  # answers that are generated at a time
+    waiting: int = 256  # answers that can wait for a slot; more are rejected with status 429
+    context: int | None = None  # tokens of prompt and answer together; None for the context of the model
+    body: int = 4 << 20  # bytes of a request body
+    requests: int = 512  # open HTTP requests, except /, /health and /static/
+    timeouts: Timeouts = DEFAULT_TIMEOUTS  # limits of time
 
 
 class Service:
@@ -178,17 +169,11 @@ class Service:
 
 @dataclass(slots=True)
 class AppState:
-    """State of one FastAPI application.
+    """State of one FastAPI application."""
 
-    Attributes:
-        metrics: available from the start.
-        service: None until the model is loaded.
-        failure: why loading failed.
-    """
-
-    metrics: Metrics = field(default_factory=Metrics)
-    service: Service | None = None
-    failure: BaseException | None = None
+    metrics: Metrics = field(default_factory=Metrics)  # available from the start
+    service: Service | None = None  # None until the model is loaded
+    failure: BaseException | None = None  # why loading failed
 
 
 def app_state(request: Request) -> AppState:

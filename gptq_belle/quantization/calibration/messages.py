@@ -40,17 +40,11 @@ class RowError(ValueError):
 
 
 class RowContent(NamedTuple):
-    """A row's content.
+    """A row's content."""
 
-    Attributes:
-        document: the document; None for a row without text, or without an answer.
-        unused: names of fields that hold a value and are not used.
-        cut: number of messages that are left out because they have no question, or no answer.
-    """
-
-    document: Document | None
-    unused: list[str]
-    cut: int = 0
+    document: Document | None  # the document; None for a row without text, or without an answer
+    unused: list[str]  # names of fields that hold a value and are not used
+    cut: int = 0  # number of messages that are left out because they have no question, or no answer
 
 
 def row_content(row: Any) -> RowContent:

@@ -68,17 +68,11 @@ class Calibration:
 
 
 class CalibrationRows(NamedTuple):
-    """Calibration data of a job.
+    """Calibration data of a job."""
 
-    Attributes:
-        tokens: ids (rows, T) int64 without padding.
-        documents: what they were taken from; none for token ids.
-        notes: remarks on the source for the user.
-    """
-
-    tokens: Tensor
-    documents: list[Document]
-    notes: list[str]
+    tokens: Tensor  # ids (rows, T) int64 without padding
+    documents: list[Document]  # what they were taken from; none for token ids
+    notes: list[str]  # remarks on the source for the user
 
 
 def calibration_rows(calibration: Calibration, tokenizer: Any, style: str,
