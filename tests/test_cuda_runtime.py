@@ -1,5 +1,6 @@
 """The CUDA path of the engine on a simulated GPU (`launch_counter`): no mixing of devices, and few copies."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from gptq_belle.engine.kv_cache import CACHE_DTYPES
 from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
 from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS
+from gptq_belle.serving.metrics import Metrics
+from gptq_belle.serving.server_config import ServiceConfig
+from gptq_belle.serving.service import Limits
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -177,6 +181,24 @@ def test_engine_compiles_what_it_launches(tiny_model, tmp_path, gpu):
     model.generate([range(4, 20), range(4, 150)], max_new_tokens=2)
     assert gpu.launched
     assert gpu.launched <= gpu.compiled.keys()
+
+
+def test_command_line_compiles_before_it_generates(tiny_llama, belle, tmp_path, gpu):
+    path = packed_checkpoint(tiny_llama, tmp_path / "packed")
+    code, out, _ = belle("generate", path, "--prompt", "hello", "--prompt-style", "none", "--max-tokens", "2",
+                         "--device", "cuda:0", "--json")
+    assert (code, json.loads(out)["prompt"]) == (0, "hello")
+    assert gpu.launched
+    assert gpu.launched <= gpu.compiled.keys()
+
+
+@pytest.mark.parametrize(("device", "notices"), [("cpu", 0), ("cuda:0", 1)])
+def test_server_says_that_it_compiles(device, notices, tiny_llama, tmp_path, gpu):
+    config = ServiceConfig(packed_checkpoint(tiny_llama, tmp_path / "packed"), Limits(slots=2), device=device)
+    said = []
+    service = config.service(Metrics(), said.append)
+    assert (len(said), bool(gpu.compiled)) == (notices, notices == 1)
+    assert service.scheduler.close(10)
 
 
 def test_warm_up_compiles_in_threads(monkeypatch, tmp_path):
