@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.engine.kv_cache import KVCache
+from gptq_belle.kernels.triton_config import TENSOR_CORES
 from gptq_belle.kernels.triton_launch import Workspace
 from gpu_check.agreement import WrongProduct, accepted, relative_error
 from gpu_check.folded_checks import launch_modes
@@ -37,7 +38,9 @@ class Attention(NamedTuple):
 
 
 def attentions(setting: Setting, arch: int) -> list[Attention]:
-    """Heads of BELLE-7B and LLaMA-7B, and heads of keys that several queries share, with every cache."""
+    """Heads of BELLE-7B and LLaMA-7B, and keys that several queries share, with every cache; none before 8.0."""
+    if arch < TENSOR_CORES:
+        return []
     shapes = [(2, 2, 64, True), (4, 2, 64, False)] if setting.toy else [
         (32, 32, 128, True), (32, 32, 128, False), (32, 8, 128, False)]
     lengths = (0, 31, -1, 95) if setting.toy else (0, 1, 255, 256, 700, -1, 1023)

@@ -21,7 +21,7 @@ from gpu_check.child import CallFailed, child
 from gpu_check.compilation import compilers
 from gpu_check.parts import CACHE, PARTS, Run
 from gpu_check.plan import Deadline
-from gpu_check.setting import ROOT, describe, prepare, setting_of, unsupported
+from gpu_check.setting import ROOT, describe, prepare, restricted, setting_of, unsupported
 
 BUDGET = 560.0  # seconds, of calls that may take 600
 START = 120.0  # seconds in which a process has to import torch and to find the device
@@ -53,6 +53,7 @@ def main() -> int:
         except CallFailed as error:
             print(f"The device cannot be used: {error}", file=sys.stderr)
             return 1
+        setting = restricted(setting, head["arch"])
         with compilers(head["arch"], head["processors"], not args.toy, setting.sizes.every) as compiling:
             run = Run(args.part, setting, head | {"budget": args.budget}, gpu, compiling, deadline, args.out, cache)
             try:

@@ -24,8 +24,8 @@ def steps(setting: Setting, scratch: Path) -> list[Step]:
     """All steps, in an empty folder."""
     return [step for name in DEMO for step in (
         Step(f"{name} demo: quantize", partial(quantize_demo, setting, name, scratch), 120),
-        Step(f"{name} demo: generate", partial(generate_demo, setting, name, scratch), 90),
-        Step(f"{name} demo: serve", partial(serve_demo, setting, name, scratch), 90))]
+        Step(f"{name} demo: generate", partial(generate_demo, setting, name, scratch), 150),
+        Step(f"{name} demo: serve", partial(serve_demo, setting, name, scratch), 150))]
 
 
 def quantize_demo(setting: Setting, name: str, scratch: Path) -> dict[str, Any]:

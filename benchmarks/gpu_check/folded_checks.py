@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from gptq_belle.kernels.triton_config import MatmulProblem, TileConfig, default_plan
+from gptq_belle.kernels.triton_config import TENSOR_CORES, MatmulProblem, TileConfig, default_plan
 from gptq_belle.kernels.triton_launch import Workspace
 from gptq_belle.kernels.triton_layout import gate_order, interleave_gates
 from gpu_check.agreement import accepted, relative_error
@@ -35,7 +35,9 @@ class Block(NamedTuple):
 
 
 def blocks(setting: Setting, arch: int, processors: int) -> list[Block]:
-    """Both kinds with every tile that the rule takes for few rows of the measured shapes."""
+    """Both kinds with every tile that the rule takes for few rows of the measured shapes; none before 8.0."""
+    if arch < TENSOR_CORES:
+        return []
     plans = [default_plan(MatmulProblem(8, outputs, inputs, 4, 128, "float16"), arch, processors)
              for inputs, outputs in setting.sizes.shapes]
     configs = {plan.config for plan in plans if plan.config is not None}

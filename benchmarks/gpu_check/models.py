@@ -38,10 +38,10 @@ def steps(setting: Setting, scratch: Path) -> list[Step]:
     """
     large = scratch / "large"
     speeds = [Step(f"{batch} x {prompt} tokens, {cache} cache",
-                   partial(speed, setting, large, cache, batch, prompt), 90)
+                   partial(speed, setting, large, cache, batch, prompt), 150)
               for cache in CACHES for prompt in setting.sizes.prompts for batch in BATCHES
               if batch == 1 or prompt == setting.sizes.prompts[0]]
-    memory = [Step(f"memory, {cache} cache", partial(peak_memory, setting, large, cache), 90) for cache in CACHES]
+    memory = [Step(f"memory, {cache} cache", partial(peak_memory, setting, large, cache), 150) for cache in CACHES]
     block = [Step("write a block", partial(write_block, setting, scratch), 120),
              *(Step(f"quantize a block, preset {preset}", partial(quantize_block, setting, scratch, preset), 120)
                for preset in ("fast", "best"))]

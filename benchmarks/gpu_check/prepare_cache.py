@@ -20,14 +20,14 @@ from gpu_check import cache_pack, correctness, matmul, models, probe, tuning
 from gpu_check.compilation import compilers
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Deadline
-from gpu_check.setting import setting_of
+from gpu_check.setting import restricted, setting_of
 
 CUDA_LIBRARY = "libcuda.so.1"  # the launchers are linked with it
 
 
 def all_cases(arch: int, processors: int) -> list[Case]:
     """What all parts launch at full sizes."""
-    setting = setting_of(toy=False)
+    setting = restricted(setting_of(toy=False), arch)
     return [*probe.launch_cases(), *correctness.cases(setting, arch, processors), *matmul.cases(setting),
             *models.cases(setting), *tuning.cases(setting, arch, processors)]
 

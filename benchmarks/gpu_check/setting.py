@@ -14,6 +14,7 @@ import torch
 
 from gptq_belle import __version__
 from gptq_belle.common.timers import Spread, spread
+from gptq_belle.kernels.triton_config import TENSOR_CORES
 
 Shape = tuple[int, int]  # in_features, out_features
 PACKAGES = ("triton", "gemlite", "gptqmodel", "transformers")
@@ -67,6 +68,13 @@ class Setting(NamedTuple):
 def setting_of(toy: bool) -> Setting:
     """The first GPU at full sizes, or a CPU at toy sizes."""
     return Setting(torch.device("cpu"), TOY, True) if toy else Setting(torch.device("cuda", 0), FULL, False)
+
+
+def restricted(setting: Setting, arch: int) -> Setting:
+    """The setting without the dtypes that the kernels do not take on this compute capability."""
+    if arch >= TENSOR_CORES:
+        return setting
+    return setting._replace(sizes=setting.sizes._replace(checked_dtypes=(torch.float16,)))
 
 
 def prepare(setting: Setting) -> None:
