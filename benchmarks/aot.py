@@ -51,6 +51,8 @@ def problems(job: Job, code: MachineCode) -> list[str]:
     found = []
     if code.stack or code.local:
         found.append(f"registers spill: {code.stack} bytes of stack, {code.local} local")
+    if code.unordered_tickets:
+        found.append(f"{code.unordered_tickets} tickets without the barriers around them")
     if code.shared > SHARED_MEMORY_KIB[job.arch] * 1024:
         found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_MEMORY_KIB[job.arch]} KiB")
     if job.kernel.startswith(("attention", "head")) and not code.loop["LDGSTS.128"]:

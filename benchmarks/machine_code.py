@@ -48,6 +48,7 @@ class MachineCode(NamedTuple):
     shared: int  # bytes per program
     loop: Counter[str]  # main-loop instructions by kind; empty if no loop multiplies matrices
     products: int  # multiplications of all warps in one iteration of the loop; 0 if no instruction states its size
+    unordered_tickets: int = 0  # see `unordered_tickets`
 
     @property
     def matrix_instructions(self) -> int:
@@ -83,14 +84,28 @@ def compile_kernel(kernel: Any, types: Mapping[str, str], constants: Mapping[str
         usage, sass = (subprocess.run([TOOL, flag, file.name], check=True, capture_output=True, text=True).stdout
                        for flag in ("-res-usage", "-sass"))
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    loop = main_loop(instructions(sass))
+    code = instructions(sass)
+    loop = main_loop(code)
     return MachineCode(used["REG"], used["STACK"], used["LOCAL"], compiled.metadata.shared,
-                       Counter(one.kind for one in loop), products(loop, options["num_warps"]))
+                       Counter(one.kind for one in loop), products(loop, options["num_warps"]), unordered_tickets(code))
 
 
 def instructions(sass: str) -> list[Instruction]:
     """The instructions that `cuobjdump -sass` prints."""
     return [Instruction(int(address, 16), name, operands) for address, name, operands in _INSTRUCTION.findall(sass)]
+
+
+def unordered_tickets(code: list[Instruction]) -> int:
+    """Number of tickets (atomic additions) that do not order the memory of a program's threads.
+
+    Before the ticket all threads must have stored (BAR) and the stores be visible to the device (MEMBAR); after it, the
+    first-level cache must be emptied (CCTL.IVALL) before all threads load what others have stored (BAR).
+    """
+    names = [one.name for one in code if one.kind in ("BAR", "MEMBAR", "ATOMG", "CCTL")]
+    tickets = [at for at, name in enumerate(names) if name.startswith("ATOMG") and ".ADD." in name]
+    around = ([*names[max(0, at - 2) : at], *names[at + 1 : at + 3]] for at in tickets)
+    return sum([name.rsplit(".", 1)[-1] if "BAR.SYNC" not in name else "BAR" for name in four] !=
+               ["BAR", "GPU", "IVALL", "BAR"] for four in around)
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:

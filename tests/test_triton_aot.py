@@ -145,6 +145,28 @@ SASS = """
 """
 
 
+TICKET = """
+        /*0000*/                   STG.E desc[UR4][R4.64], R6 ;
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/                   MEMBAR.ALL.GPU ;
+        /*0030*/                   ERRBAR ;
+        /*0040*/                   ATOMG.E.ADD.STRONG.GPU PT, R7, desc[UR4][R4.64], R9 ;
+        /*0050*/                   CCTL.IVALL ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+"""
+
+
+def test_tickets_without_barriers_are_found():
+    lines = TICKET.splitlines()
+    assert machine_code.unordered_tickets(machine_code.instructions(TICKET)) == 0
+    for missing in (2, 3, 6, 7):
+        code = machine_code.instructions("\n".join(lines[:missing] + lines[missing + 1 :]))
+        assert machine_code.unordered_tickets(code) == 1
+    assert machine_code.unordered_tickets(machine_code.instructions(SASS)) == 0
+    code = machine_code.MachineCode(50, 0, 0, 0, machine_code.Counter(), 0, 1)
+    assert len(aot.problems(Job(HOPPER, "embedding-8"), code)) == 1
+
+
 def test_machine_code_is_parsed():
     code = machine_code.instructions(SASS)
     assert " ".join(one.kind for one in code) == "MOV BRA LDGSTS.128 LDGSTS.64 HMMA HGMMA BRA I2FP BRA BRA"
