@@ -1,6 +1,7 @@
 """The CUDA path of the engine on a simulated GPU (`launch_counter`): no mixing of devices, and few copies."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 import gptq_belle
 from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.finite_check import nonfinite_cache_block
 from gptq_belle.engine.kv_cache import CACHE_DTYPES
+from gptq_belle.errors import InputError
 from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
 from gptq_belle.kernels.layout import checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS
@@ -104,6 +107,17 @@ def test_every_way_of_sampling(tiny_model, tmp_path, gpu):
     assert [(request.finished, len(request.answer)) for request in requests] == [("length", 4)] * len(SAMPLING)
 
 
+def test_values_that_are_not_finite_are_located(tiny_llama, tmp_path, gpu):
+    model = gptq_belle.load(packed_checkpoint(tiny_llama, tmp_path / "packed"), device="cuda:0")
+    cache = model.new_cache(1, 20)
+    assert nonfinite_cache_block(cache, 0, 0, 20) is None
+    cache.values[1][0, :, 3] = math.inf
+    assert nonfinite_cache_block(cache, 0, 0, 20) == 1
+    model.decoder.norm.weight.fill_(math.nan)
+    with pytest.raises(InputError, match=naming("model.norm")):
+        model.logits(IDS[None])
+
+
 @pytest.mark.parametrize(("options", "to_device", "to_host"), [
     ({}, 2, 2),  # tokens, and slots with positions; whether logits are finite, and tokens
     ({"temperature": 0.7, "top_p": 0.9}, 5, 2),  # rows, and two tables of parameters
@@ -159,10 +173,10 @@ def test_launches_per_token(kind, wide_models, gpu):
     assert (block, rest) == (BLOCK[kind], REST[kind])
 
 
-@pytest.mark.parametrize("options", [{}, {"act_order": True}], ids=str)
-def test_all_launches_are_compiled_before(tiny_model, options, tmp_path, gpu):
+@pytest.mark.parametrize(("kind", "act_order"), [("bloom", False), ("llama", True)])
+def test_all_launches_are_compiled_before(kind, act_order, request, tmp_path, gpu):
     """And nothing else is, over every number of rows."""
-    path = packed_checkpoint(tiny_model, tmp_path / "packed", **options)
+    path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", act_order=act_order)
     model, finished = gptq_belle.load(path, device="cuda:0"), []
     model.warm_up(16, 2048, lambda done, total: finished.append((done, total)))
     assert finished[-1] == (len(finished), len(gpu.compiled)) == (len(gpu.compiled),) * 2
