@@ -16,7 +16,7 @@ PIECE = 256  # positions of a program
 STEP = 64  # positions of an iteration; PIECE is a multiple of it
 MIN_QUERIES = 16  # rows of the smallest matrix instruction
 AHEAD = 4  # pieces that the merging program loads at a time
-COMPILED = {"num_warps": 2, "num_stages": 3, **OPTIONS}  # nothing spills with them: benchmarks/aot_decode.py
+COMPILED = {"num_warps": 2, "num_stages": 3, "maxnreg": 224, **OPTIONS}  # nothing spills: benchmarks/aot_decode.py
 
 
 class HeadLayout(NamedTuple):
