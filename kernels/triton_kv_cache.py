@@ -5,7 +5,7 @@ The numbers of a head are kept as two halves, "low" and "high", because tensor c
 * float16 and bfloat16: the first and the second half of the head.
 * int8: the even and the odd numbers. Two neighbouring codes are read as one 16-bit word, since asynchronous copies and
   operands of tensor cores need at least 16 bits per thread and element. Read as bytes, the loop has 5.5 instructions
-  per number, as words 3.4 (Triton 3.9, sm_90).
+  per number, as words 3.5 (Triton 3.9, sm_90).
 """
 
 import triton
