@@ -212,11 +212,14 @@ def test_completion_is_offered():
     assert b"COMP_WORDS" in out
 
 
-@pytest.mark.parametrize("words", [("generate", "--prompt", "x"), ("chat",), ("serve",)])
+@pytest.mark.parametrize("words", [
+    ("generate", "--prompt", "x"), ("chat",), ("serve",), ("inspect",), ("quantize", "out"), ("convert", "out"),
+    ("bench",), ("eval ppl", "--text", "x"), ("plan", "--memory", "8GiB"), ("doctor",), ("models",)])
 def test_something_is_shown_before_torch_is_imported(tmp_path, words):
     (tmp_path / "torch.py").write_text("import os; os.write(2, b'[torch]'); os._exit(7)")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     command, *rest = words
-    code, _, err = run(command, str(tmp_path), *rest, env={"PYTHONPATH": path})
+    model = [] if command in ("doctor", "models") else [str(tmp_path)]
+    code, _, err = run(*command.split(), *model, *rest, env={"PYTHONPATH": path})
     assert code == 7
     assert err.partition(b"[torch]")[0].strip()

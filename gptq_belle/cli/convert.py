@@ -22,6 +22,7 @@ def decrypt(
 
     An interrupted job resumes with the same command.
     """
+    options.import_engine("checkpoint.decryption")
     from gptq_belle.checkpoint import decryption
     from gptq_belle.checkpoint.hub import DECRYPTABLE, is_model_name, resolve_model_path
 
@@ -57,6 +58,7 @@ def convert(
     Bits and group size are read from the tensors. The output is read back and compared with the source.
     """
     options.check_output(out, overwrite)
+    options.import_engine("checkpoint.conversion")
     from gptq_belle.checkpoint import conversion, conversion_report
     from gptq_belle.checkpoint.hub import CONVERTIBLE, is_model_name, resolve_model_path
 

@@ -13,6 +13,7 @@ def doctor(device: options.Device = "auto", as_json: options.Json = False, verbo
 
     Exit code 3 if a kernel computes a wrong result.
     """
+    options.import_engine("bench.doctor")
     from gptq_belle.bench.doctor import examine, failures
 
     found = examine(device)

@@ -12,6 +12,7 @@ def inspect(path: options.ModelPath,
             device: options.UnusedDevice = "auto",
             as_json: options.Json = False, verbose: options.Verbose = False) -> None:
     """Show a model directory's bits, groups, sizes and prompt style; exit code 4 if it has problems."""
+    options.import_engine("checkpoint.inspection")
     from gptq_belle.checkpoint import inspection, prompt_format
 
     path = options.local(path)

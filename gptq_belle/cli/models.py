@@ -9,6 +9,7 @@ from gptq_belle.cli import console, options
 def models(device: options.UnusedDevice = "auto", as_json: options.Json = False,
            verbose: options.Verbose = False) -> None:
     """List the BELLE models whose names other commands accept as MODEL or PATH and download."""
+    options.import_engine("models.sizes")
     rows = list(catalogue())
     if as_json:
         console.print_json(rows)

@@ -3,6 +3,7 @@
 import os
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -133,12 +134,12 @@ def note_unused_sampling(context: typer.Context, temperature: float) -> None:
         note_unused(context, "at temperature 0 (greedy decoding)", "top_p", "top_k", "seed")
 
 
-def import_engine() -> None:
-    """Import PyTorch and transformers, which takes seconds, with a progress line on stderr."""
+def import_engine(module: str = "engine.model") -> None:
+    """Import a module of the library and with it PyTorch, which takes seconds, with a progress line on stderr."""
     if "torch" in sys.modules:
         return
     with console.show_step("importing PyTorch"):
-        import gptq_belle.engine.model  # noqa: F401
+        import_module(f"gptq_belle.{module}")
 
 
 def check_engine_options(device: str, precision: str | None = None, head_bits: int | None = None,

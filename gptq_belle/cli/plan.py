@@ -34,6 +34,7 @@ def plan(
     verbose: options.Verbose = False,
 ) -> None:
     """Show at which bits, lm_head bits and context a model fits into a memory budget. Reads config.json only."""
+    options.import_engine("bench.plan")
     from gptq_belle.bench.gpus import gpu_named
     from gptq_belle.bench.plan import best_fit, check_workload, recommendation, size_unit
     from gptq_belle.bench.plan import plan as planned

@@ -20,6 +20,7 @@ def tune(
     verbose: options.Verbose = False,
 ) -> None:
     """Measure the fastest tile sizes of the GPU kernels for a model, and store them for later runs."""
+    options.import_engine("bench.model_tuning")
     from gptq_belle.bench.model_tuning import tune_model
 
     with console.show_steps() as progress:
