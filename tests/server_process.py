@@ -49,7 +49,7 @@ class Served:
     def _address(self) -> str:
         deadline = time.monotonic() + READY
         while time.monotonic() < deadline:
-            if found := re.search(r"http://\S+:\d+", self.log):
+            if found := re.search(r"https?://\S+:\d+", self.log):
                 return found[0]
             assert self.process.poll() is None, self.log
             time.sleep(0.05)

@@ -11,7 +11,7 @@ from gptq_belle import load
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.app import create_app
 from gptq_belle.serving.metrics import Metrics
-from gptq_belle.serving.request_guard import MAX_VALUES
+from gptq_belle.serving.request_guard import MAX_VALUES, Access
 from gptq_belle.serving.service import Limits, Service
 
 LONGEST = 1.5  # seconds; the bodies below took 5 to 10 s before their lists had limits
@@ -51,7 +51,7 @@ def array(element):
     ("completions", '{"prompt":"x",' + ",".join(f'"x{i}":1' for i in range(100_000)) + "}", 400),
     ("completions", json.dumps({"prompt": "x" * 4_000_000}), 400), ("completions", array("5") + array("5"), 413)])
 def test_large_bodies_are_refused_quickly(service, path, body, status):
-    app = create_app(lambda state: service, Limits(), local_only=False, load_first=True)
+    app = create_app(lambda state: service, Limits(), Access(local_only=False), load_first=True)
     app.state.server.service = service
 
     async def send():

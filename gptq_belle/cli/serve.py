@@ -1,12 +1,21 @@
 """The command `serve`."""
 
 from dataclasses import replace
+from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gptq_belle.cli import console, options
+
+
+class LogFormat(StrEnum):
+    """Values of --log-format."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 def serve(
@@ -19,6 +28,17 @@ def serve(
         show_default=False)] = None,
     api_key: Annotated[str | None, typer.Option(envvar="GPTQ_BELLE_API_KEY", show_default=False,
                                                 help="API key that clients must send.")] = None,
+    api_key_file: Annotated[Path | None, options.advanced(
+        help="File with one API key per line, in addition to --api-key.", show_default=False)] = None,
+    metrics_key: Annotated[str | None, options.advanced(envvar="GPTQ_BELLE_METRICS_KEY", show_default=False, help=(
+        "The only key for /metrics. Default: the API keys."))] = None,
+    cors_origin: Annotated[list[str] | None, options.advanced(
+        help="Origin of web pages that may use the server, such as https://chat.example; repeatable.",
+        show_default=False)] = None,
+    ssl_certfile: Annotated[Path | None, options.advanced(
+        help="Certificate for TLS (PEM).", show_default=False)] = None,
+    ssl_keyfile: Annotated[Path | None, options.advanced(help="Private key of it (PEM).", show_default=False)] = None,
+    log_format: Annotated[LogFormat, options.advanced(help="Format of the log on stderr.")] = LogFormat.TEXT,
     allow_unauthenticated: Annotated[bool, options.advanced(
         "--allow-unauthenticated", help="Allow other machines to connect without an API key.")] = False,
     max_batch: Annotated[int, typer.Option(help="Maximum number of requests answered at a time.", min=1, max=256)] = 8,
@@ -53,14 +73,17 @@ def serve(
         options.note_unused(context, "with --api-key", "allow_unauthenticated")
     options.check_engine_options(device, precision, head_bits, cache)
     from gptq_belle.serving.queued_request import Timeouts
+    from gptq_belle.serving.request_guard import Access
     from gptq_belle.serving.server import serve
-    from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig
+    from gptq_belle.serving.server_config import Limits, ListenConfig, ServiceConfig, is_loopback, read_keys
 
     timeouts = Timeouts(request_timeout or None, queue_timeout or None, engine_timeout or None)
     limits = Limits(slots=max_batch, waiting=max_queue, context=max_len, timeouts=timeouts)
     config = ServiceConfig(path, limits, prompt_style, device, precision, head_bits, cache,
                            tuple(filter(None, served_model_name or ())))
-    listen = ListenConfig(host, port, api_key or None, allow_unauthenticated)
+    keys = (*filter(None, [api_key]), *(read_keys(api_key_file) if api_key_file is not None else ()))
+    access = Access(keys, metrics_key or None, is_loopback(host) and not keys, tuple(cors_origin or ()))
+    listen = ListenConfig(host, port, access, allow_unauthenticated, ssl_certfile, ssl_keyfile, log_format.value)
     listen.check()
     listen.check_port()
     config = replace(config, path=options.local(path))

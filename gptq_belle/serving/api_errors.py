@@ -1,6 +1,7 @@
 """Errors in the format of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}``."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
          405: "invalid_request_error", 413: "invalid_request_error", 415: "invalid_request_error",
          429: "rate_limit_error"}
 MESSAGES = dict.fromkeys(("model_attributes_type", "model_type"), "Input should be a JSON object")  # for pydantic's
+PATH, ADDRESS = re.compile(r"(?<![\w.])/(?:[^\s/'\":,]+/)+([^\s/'\":,]+)"), re.compile(r" at 0x[0-9a-fA-F]+")
 MAX_QUOTED = 200  # characters of an invalid value that are quoted in the message
 
 
@@ -51,11 +53,16 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UsageError):
-        return ApiError(400, " ".join(str(error).split()))
-    known = as_user_error(error)
-    if isinstance(known, HardwareError):
-        return ApiError(503, known.cause, code="out_of_memory", headers={"Retry-After": "5"})
-    return ApiError(500, known.cause if isinstance(error, GptqBelleError) else "internal error")
+        return ApiError(400, public_text(str(error)))
+    if isinstance(as_user_error(error), HardwareError):
+        return ApiError(503, "There is not enough memory for this request.", code="out_of_memory",
+                        headers={"Retry-After": "5"})
+    return ApiError(500, public_text(error.cause) if isinstance(error, GptqBelleError) else "internal error")
+
+
+def public_text(text: str) -> str:
+    """A message on one line, without memory addresses, and with the last part of each path only."""
+    return ADDRESS.sub("", PATH.sub(r"\1", " ".join(text.split())))
 
 
 def logged(message: str, error: Exception) -> ApiError:

@@ -6,11 +6,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
 from gptq_belle import __version__
 from gptq_belle.serving import api_errors, chat_page, routes_completions, routes_info
-from gptq_belle.serving.request_guard import RequestGuard
+from gptq_belle.serving.access_log import AccessLog
+from gptq_belle.serving.request_guard import Access, RequestGuard
 from gptq_belle.serving.service import AppState, Limits, Service
 
 ERROR_RESPONSES = {"400": "A field has an invalid value; the message names it.", "401": "No valid API key.",
@@ -20,14 +22,13 @@ ERROR_RESPONSES = {"400": "A field has an invalid value; the message names it.",
                    "503": "The model is being loaded, the server is stopping, or the engine has stopped."}
 
 
-def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: str | None = None,
-               local_only: bool = True, on_failure: Callable[[BaseException], None] | None = None,
+def create_app(load: Callable[[AppState], Service], limits: Limits, access: Access, *,
+               on_failure: Callable[[BaseException], None] | None = None,
                load_first: bool = False) -> FastAPI:
     """Create the ASGI application.
 
     Args:
         load: function that loads the model; called in a thread when the server starts.
-        api_key, local_only: see `RequestGuard`.
         on_failure: called with the exception if `load` fails.
         load_first: load the model before the first request is answered; the server does not start if that fails.
     """
@@ -51,8 +52,11 @@ def create_app(load: Callable[[AppState], Service], limits: Limits, *, api_key: 
     for routes in (routes_completions, routes_info, chat_page):
         app.include_router(routes.router)
     app.mount("/static", chat_page.StaticFiles(directory=chat_page.FOLDER))
-    app.add_middleware(RequestGuard, api_key=api_key, max_bytes=limits.body, max_requests=limits.requests,
-                       local_only=local_only and api_key is None)
+    app.add_middleware(RequestGuard, access=access, max_bytes=limits.body, max_requests=limits.requests)
+    if access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["GET", "POST"],
+                           allow_headers=["*"], expose_headers=["x-request-id"])
+    app.add_middleware(AccessLog)  # the outermost one
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -1,8 +1,12 @@
-"""Prometheus metrics of one server process, served at /metrics."""
+"""Prometheus metrics of one server process, served at /metrics. Names of times are vLLM's after the prefix."""
 
 import time
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from gptq_belle.serving.queued_request import QueuedRequest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SPEED_WINDOW = 1.0  # seconds over which tokens are counted for their speed
@@ -25,6 +29,16 @@ class Metrics:
                            registry=registry)
         self.first = Histogram("gptq_belle_time_to_first_token_seconds", "Time from the request to its first token",
                                buckets=SECONDS, registry=registry)
+        self.between = Histogram("gptq_belle_inter_token_latency_seconds", "Time between two tokens of an answer",
+                                 buckets=SECONDS, registry=registry)
+        self.queue = Histogram("gptq_belle_request_queue_time_seconds", "Time from the request to its slot",
+                               buckets=SECONDS, registry=registry)
+        self.latency = Histogram("gptq_belle_e2e_request_latency_seconds", "Time from the request to its end",
+                                 buckets=SECONDS, registry=registry)
+        self.cache_queries = Counter("gptq_belle_prefix_cache_queries", "Prompt tokens looked up in the KV cache",
+                                     registry=registry)
+        self.cache_hits = Counter("gptq_belle_prefix_cache_hits", "Prompt tokens found in the KV cache",
+                                  registry=registry)
         self._window = time.perf_counter(), 0  # start, and tokens since then
 
     def set_gauges(self, *, waiting: int, running: int, cache: float) -> None:
@@ -32,6 +46,18 @@ class Metrics:
         self.waiting.set(waiting)
         self.running.set(running)
         self.cache.set(cache)
+
+    def count_token(self, answer: "QueuedRequest", now: float) -> None:
+        """Measure the time of a new token of an answer at `now` (`time.perf_counter`)."""
+        age = now - answer.start
+        if answer.first is None:
+            answer.first = age
+            self.first.observe(age)
+            self.cache_queries.inc(len(answer.ids))
+            self.cache_hits.inc(answer.reused)
+        else:
+            self.between.observe(age - answer.last)
+        answer.last = age
 
     def count_tokens(self, tokens: int) -> None:
         """Count the tokens of one step, and update their speed after each window."""

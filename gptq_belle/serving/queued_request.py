@@ -40,7 +40,8 @@ class QueuedRequest:
         index: its number among the answers that were submitted together.
         arrived: queue of all these answers; each item has the index of its answer.
         start: time of submission.
-        request: the engine's request once it has a slot; set by the scheduler's thread.
+        request: the engine's request once it has a slot; set by the scheduler's thread, as the next two.
+        queued, first, last: seconds from the submission to the slot, to the first token and to the latest token.
     """
 
     def __init__(self, scheduler: "Scheduler", index: int, ids: Sequence[int], params: SamplingParams,
@@ -49,6 +50,9 @@ class QueuedRequest:
         self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
         self.start = time.perf_counter()
         self.request: Request | None = None
+        self.queued: float | None = None
+        self.first: float | None = None
+        self.last = 0.0
 
     @property
     def reused(self) -> int:

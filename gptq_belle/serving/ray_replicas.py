@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gptq_belle.common.text import count
-from gptq_belle.errors import HardwareError
+from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.serving.server import FAILURE_DELAY, SHUTDOWN_TIMEOUT
 from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
 from gptq_belle.serving.service import AppState, Service
@@ -50,6 +50,8 @@ def serve_replicas(config: ServiceConfig, listen: ListenConfig, replicas: int,
         HardwareError: the address is not available, there are too few cores or GPUs, or a replica does not start.
     """
     listen.check()
+    if listen.certificate is not None:
+        raise UsageError("--ray does not support TLS", "Put a proxy with TLS before it, or serve without --ray.")
     config.check()
     port = _free_port(listen)
     stopped, interrupted = threading.Event(), threading.Event()
@@ -101,7 +103,7 @@ def _application(config: ServiceConfig, listen: ListenConfig, replicas: int,
     def build() -> Any:
         from gptq_belle.serving.app import create_app
 
-        return create_app(load, config.limits, api_key=listen.api_key, local_only=listen.local, load_first=True)
+        return create_app(load, config.limits, listen.access, load_first=True)
 
     def load(state: AppState) -> Service:
         service = config.service(state.metrics)

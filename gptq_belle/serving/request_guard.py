@@ -2,6 +2,7 @@
 
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException
@@ -14,8 +15,31 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC_PATHS = ("/", "/health")  # for load balancers; the page contains no secrets
 PUBLIC_PREFIX = "/static/"
+METRICS_PATH = "/metrics"
 MAX_VALUES = 1 << 17  # in a body, by its commas: JSON is read in the event loop, 2 million values in 0.8 s
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may use a server.
+
+    Attributes:
+        keys: clients must send one of these as ``Authorization: Bearer KEY``; none for no authentication.
+        metrics_key: the only key for /metrics; None for `keys`.
+        local_only: accept only requests whose Host header is loopback. Otherwise a web page whose domain resolves to
+            127.0.0.1 (DNS rebinding) could use a server without a key.
+        origins: origins of web pages of other hosts that may use the server (CORS); "*" for all.
+    """
+
+    keys: tuple[str, ...] = ()
+    metrics_key: str | None = None
+    local_only: bool = True
+    origins: tuple[str, ...] = ()
+
+    def keys_for(self, path: str) -> tuple[str, ...]:
+        """The keys of a path."""
+        return (self.metrics_key,) if path == METRICS_PATH and self.metrics_key is not None else self.keys
 
 
 class RequestGuard:
@@ -23,17 +47,12 @@ class RequestGuard:
 
     Args:
         app: the application that handles accepted requests.
-        api_key: key that clients must send as ``Authorization: Bearer KEY``; None for no authentication.
         max_bytes: maximum size of a body.
         max_requests: maximum number of open requests.
-        local_only: accept only requests whose Host header is loopback. Otherwise a web page whose domain resolves to
-            127.0.0.1 (DNS rebinding) could use a server without a key.
     """
 
-    def __init__(self, app: Application, *, api_key: str | None, max_bytes: int, max_requests: int,
-                 local_only: bool) -> None:
-        self.app, self.max_bytes, self.max_requests, self.local_only = app, max_bytes, max_requests, local_only
-        self._key = None if api_key is None else api_key.encode()
+    def __init__(self, app: Application, *, access: Access, max_bytes: int, max_requests: int) -> None:
+        self.app, self.access, self.max_bytes, self.max_requests = app, access, max_bytes, max_requests
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,7 +61,7 @@ class RequestGuard:
             return
         headers = dict(scope["headers"])
         public = scope["path"] in PUBLIC_PATHS or scope["path"].startswith(PUBLIC_PREFIX)
-        if (refusal := self._refusal(headers, public)) is not None:
+        if (refusal := self._refusal(headers, scope["path"], public)) is not None:
             await refusal.response()(scope, receive, send)
             return
         self._running += not public
@@ -51,10 +70,10 @@ class RequestGuard:
         finally:
             self._running -= not public
 
-    def _refusal(self, headers: dict[bytes, bytes], public: bool) -> ApiError | None:
-        if self.local_only and _host(headers) not in LOOPBACK:
+    def _refusal(self, headers: dict[bytes, bytes], path: str, public: bool) -> ApiError | None:
+        if self.access.local_only and _host(headers) not in LOOPBACK:
             return ApiError(403, "this server accepts only the host localhost; start it with --api-key to allow others")
-        if not public and not self._is_authorized(headers.get(b"authorization", b"")):
+        if not public and not _is_authorized(headers.get(b"authorization", b""), self.access.keys_for(path)):
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
                             headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
@@ -64,10 +83,6 @@ class RequestGuard:
             return ApiError(429, f"{self._running} requests are already open (limit {self.max_requests})",
                             code="too_many_requests", headers={"Retry-After": "1"})
         return None
-
-    def _is_authorized(self, given: bytes) -> bool:
-        """Check the Authorization header, in constant time so that the response time reveals nothing about the key."""
-        return self._key is None or hmac.compare_digest(given, b"Bearer " + self._key)
 
     def _counted(self, receive: Receive) -> Receive:
         """Wrap `receive` to limit the number of values, and the size of bodies without a Content-Length."""
@@ -88,6 +103,13 @@ class RequestGuard:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.max_bytes} bytes or {MAX_VALUES} values",
                         code="body_too_large")
+
+
+def _is_authorized(header: bytes, keys: tuple[str, ...]) -> bool:
+    """Check the Authorization header, with all keys and in constant time: the time reveals nothing about them."""
+    scheme, _, given = header.partition(b" ")
+    found = [hmac.compare_digest(given.strip(), key.encode()) for key in keys]
+    return not keys or (scheme.lower() == b"bearer" and any(found))
 
 
 def _host(headers: dict[bytes, bytes]) -> str:

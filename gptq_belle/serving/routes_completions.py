@@ -38,6 +38,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service.check(ids, limit, "messages")
     stops = (*prompt_stops, *body.stops)
     choices = service.choices([ids], body, limit, body.logprob_count, stops)
+    request.state.notes.prompt_tokens, request.state.notes.choices = len(ids), choices
 
     def logprobs(piece: TextDelta) -> dict[str, Any] | None:
         return None if body.logprob_count is None else chat_logprobs(service.tokenizer, piece.scored)
@@ -95,6 +96,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
                    for index, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices))]
         return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, [])})
     choices = service.choices(ids, body, wanted, body.logprobs, body.stops)
+    request.state.notes.prompt_tokens, request.state.notes.choices = read, choices
 
     def prompt_of(choice: CompletionChoice) -> _Prompt:
         return prompts[choice.index // body.choices]

@@ -37,6 +37,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """Status 200 if requests can be answered, else 503; with the number of requests and the memory in use."""
     state = app_state(request)

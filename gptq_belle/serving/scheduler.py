@@ -202,19 +202,22 @@ class Scheduler:
             self._send([(answer, error if isinstance(error, GptqBelleError) else self._logged(error))])
         else:
             self._running[answer.request] = answer
+            answer.queued = time.perf_counter() - answer.start
+            self.metrics.queue.observe(answer.queued)
             self.metrics.prompt_tokens.inc(len(answer.ids))
 
     def _deliver(self, events: Sequence[Event]) -> None:
         items: list[tuple[QueuedRequest, Item]] = []
+        now = time.perf_counter()
         for event in events:
             answer = self._running[event.request]
             if event.token is not None:
-                if len(event.request.answer) == 1:
-                    self.metrics.first.observe(time.perf_counter() - answer.start)
+                self.metrics.count_token(answer, now)
                 items.append((answer, event))
             if event.finished is not None:
                 del self._running[event.request]
                 self.metrics.requests.labels("failed" if event.error else event.finished).inc()
+                self.metrics.latency.observe(now - answer.start)
                 items.append((answer, event.finished if event.error is None else self._logged(event.error)))
         self._send(items)
         if any(event.error is not None for event in events):

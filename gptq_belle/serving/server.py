@@ -14,6 +14,7 @@ from gptq_belle.errors import GptqBelleError, HardwareError
 try:
     import uvicorn
 
+    from gptq_belle.serving.access_log import configure
     from gptq_belle.serving.app import create_app
     from gptq_belle.serving.connections import Connections, GuardedProtocol, available_connections
     from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
@@ -56,7 +57,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self.url = address(self.config.host, self.servers[0].sockets[0].getsockname()[1])
+            self.url = address(self.config.host, self.servers[0].sockets[0].getsockname()[1], self.config.is_ssl)
             self.notice(f"Listening on {self.url}; loading the model.")
 
 
@@ -94,13 +95,14 @@ def serve(config: ServiceConfig, listen: ListenConfig, on_ready: Callable[[Any],
         stopped.__cause__ = error
         server.fail(stopped)
 
-    app = create_app(load, config.limits, api_key=listen.api_key, local_only=listen.local,
-                     on_failure=lambda error: server.fail(error))
+    configure(listen.log_format)
+    app = create_app(load, config.limits, listen.access, on_failure=lambda error: server.fail(error))
     connections = Connections(available_connections())
     protocol: Any = partial(GuardedProtocol, connections)
     server_config = uvicorn.Config(app, host=listen.host, port=listen.port, log_level=logging.WARNING, lifespan="on",
                                    timeout_graceful_shutdown=SHUTDOWN_TIMEOUT, access_log=False, server_header=False,
-                                   http=protocol, ws="none", timeout_keep_alive=connections.keep_alive)
+                                   http=protocol, ws="none", timeout_keep_alive=connections.keep_alive, log_config=None,
+                                   ssl_certfile=listen.certificate, ssl_keyfile=listen.private_key)
     server = _Server(server_config)
     server.notice = notice
     try:

@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.model import load
-from gptq_belle.errors import HardwareError, UsageError
+from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.models.decoder_config import read_decoder_config
 from gptq_belle.serving.metrics import Metrics
+from gptq_belle.serving.request_guard import Access
 from gptq_belle.serving.service import Limits, Service
 
 BACKLOG = 2048  # connections that wait to be accepted, as in uvicorn
@@ -69,12 +71,22 @@ class ServiceConfig:
 
 @dataclass(frozen=True, slots=True)
 class ListenConfig:
-    """Address and access of a server."""
+    """Address and access of a server.
+
+    Attributes:
+        access: who may use the server.
+        allow_unauthenticated: allow a host other than loopback without a key.
+        certificate, private_key: files in PEM format for TLS; None for plain HTTP.
+        log_format: one of `access_log.FORMATS`.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None  # key that clients must send; None for no authentication
-    allow_unauthenticated: bool = False  # allow a host other than loopback without a key
+    access: Access = field(default_factory=Access)
+    allow_unauthenticated: bool = False
+    certificate: Path | None = None
+    private_key: Path | None = None
+    log_format: str = "text"
 
     @property
     def local(self) -> bool:
@@ -82,14 +94,24 @@ class ListenConfig:
         return is_loopback(self.host)
 
     def check(self) -> None:
-        """Reject an open server unless it was explicitly requested.
+        """Reject an open server unless it was explicitly requested, and files for TLS that cannot be used.
 
         Raises:
-            UsageError: the host is not loopback, and there is no key.
+            UsageError: the host is not loopback, and there is no key; or a certificate without a key, or reversed.
+            InputError: the certificate or its key cannot be read, or they do not belong together.
         """
-        if not self.local and not self.api_key and not self.allow_unauthenticated:
+        if not self.local and not self.access.keys and not self.allow_unauthenticated:
             raise UsageError(f"without an API key, everybody who can reach {self.host} could use this model",
-                             "Give --api-key, or --allow-unauthenticated.")
+                             "Give --api-key, --api-key-file or --allow-unauthenticated.")
+        if (self.certificate is None) != (self.private_key is None):
+            raise UsageError("TLS needs a certificate and its private key", "Give --ssl-certfile and --ssl-keyfile.")
+        if self.certificate is not None and self.private_key is not None:
+            try:
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(self.certificate, self.private_key)
+            except OSError as error:  # SSLError too
+                raise InputError(f"the certificate {self.certificate} with the key {self.private_key} cannot be used: "
+                                 f"{error.strerror or error}",
+                                 "Give both as PEM files that belong together.") from error
 
     def open(self) -> list[socket.socket]:
         """Listen on the address: one socket per IP address of the host, all on the same port.
@@ -135,6 +157,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def address(host: str, port: int) -> str:
+def address(host: str, port: int, tls: bool = False) -> str:
     """URL of a server."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http{'s' if tls else ''}://" + (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """API keys of a file: one per line; empty lines and lines that start with # are skipped.
+
+    Raises:
+        InputError: the file cannot be read, or has no keys.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the file of API keys {path} cannot be read",
+                         "Give a text file with one key per line.") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise InputError(f"the file {path} has no API keys", "Write one key per line.")
+    return keys

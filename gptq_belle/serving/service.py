@@ -12,7 +12,7 @@ from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
 from gptq_belle.prompts.conversation import Prompt
-from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError
+from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError, public_text
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.queued_request import DEFAULT_TIMEOUTS, Timeouts
@@ -98,7 +98,7 @@ class Service:
         try:
             return await asyncio.to_thread(self.chat.prompt, fields, continue_final)
         except UsageError as error:
-            raise ApiError(400, f"messages: {' '.join(str(error).split())}", "messages", "invalid_value") from error
+            raise ApiError(400, f"messages: {public_text(str(error))}", "messages", "invalid_value") from error
 
     async def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Tokenize a text in a thread: the tokenizer releases Python's lock.
