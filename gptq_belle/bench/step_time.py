@@ -1,8 +1,9 @@
 """The time that a decode step should take on a GPU: a model computed from config.json, not a measurement.
 
 A step is 5 launches per block (qkv, attention, out, up, down) and 2 more (embedding, lm_head), replayed as a CUDA
-graph. They follow one another, so their times add up. The assumptions are the constants below and the fields of `Gpu`;
-a measured step that takes longer than this has a cause that the model does not know.
+graph, with programmatic dependent launch where the GPU has it. They follow one another, so their times add up. The
+assumptions are the constants below and the fields of `Gpu`; a measured step that takes longer has a cause that the
+model does not know.
 """
 
 from collections.abc import Iterable
