@@ -10,6 +10,7 @@ from gpu_check import (
     attention_checks,
     correctness,
     folded_checks,
+    head_checks,
     matmul,
     peers,
     setting,
@@ -81,6 +82,18 @@ def test_folded_norms_and_activations(gated, monkeypatch):
     monkeypatch.setattr(folded_checks, "run_block", lambda *args: run)
     with pytest.raises(WrongProduct):
         folded_checks.check_block(SMALL, one)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("bloom", [False, True])
+def test_ends_of_a_decode_step(bloom, sampled, monkeypatch):
+    one = head_checks.Ends(bloom, torch.float16, sampled, False)
+    assert 0 < head_checks.check(SMALL, one)["error"] < 4e-3
+    run = head_checks.run(SMALL, one, SMALL.device)
+    run["tokens"][3] = run["logits"][3].argmin()
+    monkeypatch.setattr(head_checks, "run", lambda *args: run)
+    with pytest.raises(WrongProduct):
+        head_checks.check(SMALL, one)
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])

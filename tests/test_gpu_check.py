@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -297,6 +298,16 @@ def test_a_launch_finds_the_kernel_that_was_compiled_in_advance(tmp_path, monkey
         keys = other.call(partial(launched_keys, *HOPPER, cases), 120)
     assert len(keys) >= 2
     assert all(hit for _, hit in keys)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_kernel_that_the_product_launches_is_checked():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("triton_*.py"))
+    launched = set(re.findall(r"\bLaunch\((\w+_kernel)|(\w+)\[\(triton", sources))
+    with child(partial(kernel_recording.pretend, *HOPPER)) as other:
+        specs = other.call(partial(kernel_recording.record, correctness.cases(FULL, *HOPPER)), 300)
+    assert {spec.function for spec in specs} == {name for pair in launched for name in pair if name}
 
 
 # In Triton's interpreter, and the command.

@@ -16,7 +16,7 @@ from gptq_belle.bench.kernel_tuning import VARIED, starting_plans, variations
 from gptq_belle.kernels import reference, triton_layout, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, LaunchPlan, MatmulProblem, default_plan
-from gpu_check import attention_checks, folded_checks, solver_checks
+from gpu_check import attention_checks, folded_checks, head_checks, solver_checks
 from gpu_check.agreement import WrongProduct, accepted, relative_error
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
@@ -83,7 +83,7 @@ def steps(setting: Setting, arch: int, processors: int) -> list[Step]:
     """All checks as steps, products first."""
     return [*(Step(str(one), partial(check_product, setting, one)) for one in checks(setting, arch, processors)),
             *folded_checks.steps(setting, arch, processors), *attention_checks.steps(setting, arch),
-            *solver_checks.steps(setting)]
+            *head_checks.steps(setting, arch), *solver_checks.steps(setting)]
 
 
 def cases(setting: Setting, arch: int, processors: int) -> list[Case]:
@@ -95,7 +95,7 @@ def cases(setting: Setting, arch: int, processors: int) -> list[Case]:
         one.plan, zero=zero_point(one.bits) if one.sym else -1, ordered=not one.act_order, bias=one.bias)
         for one in checks(setting, arch, processors)]
     return [*products, *folded_checks.cases(setting, arch, processors), *attention_checks.cases(setting, arch),
-            *solver_checks.cases()]
+            *head_checks.cases(setting, arch), *solver_checks.cases()]
 
 
 def zero_point(bits: int) -> int:

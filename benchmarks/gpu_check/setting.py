@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
     tuned_rows: tuple[int, ...]
     checked: tuple[int, int]  # inputs and outputs of the checked products; the outputs end inside a tile
     checked_dtypes: tuple[torch.dtype, ...]
+    vocabulary: int  # tokens of the checked lm_head
     every: int  # of how many checked products one is run
     solver: tuple[Shape, ...]
     copy_bytes: int
@@ -48,13 +49,13 @@ BLOCK_SHAPES = {  # of every linear in a block
 FULL = Sizes(
     shapes=tuple(dict.fromkeys(shape for shapes in BLOCK_SHAPES.values() for shape in shapes)),
     rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), tuned_rows=(8, 16, 32, 64), checked=(1024, 352),
-    checked_dtypes=(torch.float16, torch.bfloat16), every=1,
+    checked_dtypes=(torch.float16, torch.bfloat16), vocabulary=250880, every=1,
     solver=((4096, 4096), (11008, 4096), (4096, 11008)), copy_bytes=512 << 20, matrix_side=8192, model="belle-7b",
     prompts=(512, 2048), new_tokens=64, quantized_rows=(128, 512))
 TOY = Sizes(
     shapes=((256, 128), (128, 128)), rows=(1, 70), tuned_rows=(8,), checked=(256, 96), checked_dtypes=(torch.float16,),
-    every=16, solver=((128, 40),), copy_bytes=1 << 20, matrix_side=64, model="examples/belle_tiny/bloom",
-    prompts=(16,), new_tokens=4, quantized_rows=(8, 64))
+    vocabulary=200, every=16, solver=((128, 40),), copy_bytes=1 << 20, matrix_side=64,
+    model="examples/belle_tiny/bloom", prompts=(16,), new_tokens=4, quantized_rows=(8, 64))
 
 
 class Setting(NamedTuple):

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from gptq_belle.common.timers import seconds
-from gptq_belle.quantization import grid, solver
-from gptq_belle.quantization.config import QuantConfig
 from gpu_check.plan import Step
 from gpu_check.setting import Setting, Shape
 
@@ -39,6 +37,8 @@ def solve(setting: Setting, inputs: int, outputs: int, by_kernel: bool, group: i
           sym: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of random weights with a random factor, in 4 bits."""
     from gptq_belle.kernels import triton_gptq
+    from gptq_belle.quantization import grid, solver
+    from gptq_belle.quantization.config import QuantConfig
 
     generator = torch.Generator(device=setting.device).manual_seed(inputs)
     weight = torch.randn(inputs, outputs, device=setting.device, generator=generator)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from gptq_belle.quantization import refine
 from gpu_check.agreement import WrongProduct
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
@@ -49,6 +48,7 @@ def check_descent(setting: Setting) -> dict[str, Any]:
         WrongProduct: fewer codes than SAME are equal.
     """
     from gptq_belle.kernels import triton_gptq
+    from gptq_belle.quantization import refine
 
     generator = torch.Generator().manual_seed(0)
     inputs, outputs, bits = 128, setting.sizes.checked[1], 4
