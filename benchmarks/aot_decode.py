@@ -49,7 +49,7 @@ def attention(arch: int, head_dim: int, cache: str, position: str, dtype: str = 
 def embedding(arch: int, bits: int, dtype: str = "float16") -> Variant:
     """The lookup of embeddings; packed ones are normalized as BLOOM's are."""
     x = POINTERS[dtype]
-    types = {"tokens": "*i32", "words": x if bits == 16 else "*i16", "eps": "fp32", "stream": x, "gamma": "*fp32",
+    types = {"tokens": "*i32", "words": x if bits == 16 else "*i16", "eps": "fp32", "out": x, "gamma": "*fp32",
              "x": x, "moments": "*fp32", "columns": "i32", "row": "i32"}
     if bits != 16:
         types |= {"scales": "*fp16", "norm_weight": "*fp32", "norm_bias": "*fp32"}

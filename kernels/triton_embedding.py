@@ -44,7 +44,7 @@ def embedding_launch(tokens: Tensor, embedding: SlicedWeight | Tensor, norm: tup
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = {
         "tokens": tokens, "words": words, "scales": scales, "zeros": zeros, "norm_weight": weight, "norm_bias": bias,
-        "eps": eps, "stream": stream, "gamma": next_norm.gamma, "places": next_norm.places, "x": next_norm.x,
+        "eps": eps, "out": stream, "gamma": next_norm.gamma, "places": next_norm.places, "x": next_norm.x,
         "moments": next_norm.moments, "columns": columns, "row": next_norm.x.shape[1]}
     options = COMPILED | {"launch_pdl": True} if pdl else COMPILED
     return Launch(embedding_kernel, (rows,), arguments,

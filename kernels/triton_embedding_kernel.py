@@ -17,7 +17,7 @@ def embedding_kernel(
     norm_weight,  # (WIDTH,), or None without a norm of the embeddings
     norm_bias,  # (WIDTH,)
     eps,
-    stream,  # (M, WIDTH), written
+    out,  # (M, WIDTH), the stream, written; Triton reserves the name "stream"
     gamma,  # (WIDTH,): the fields of NextNorm
     places,  # (WIDTH,) int32, or None
     x,  # (M, row)
@@ -44,13 +44,13 @@ def embedding_kernel(
     token = tl.load(tokens + m).to(tl.int64)
     value = _look_up(words, scales, zeros, token, at, live, columns, BITS, RUN, BLOCK, ZERO, WIDTH)
     if norm_weight is not None:
-        value = value.to(stream.dtype.element_ty).to(tl.float32)
+        value = value.to(out.dtype.element_ty).to(tl.float32)
         difference = tl.where(live, value - tl.sum(value) / WIDTH, 0.0)
         factor = tl.rsqrt(tl.sum(difference * difference) / WIDTH + eps)
         value = difference * factor * tl.load(norm_weight + at, mask=live, other=0.0).to(tl.float32)
         value += tl.load(norm_bias + at, mask=live, other=0.0).to(tl.float32)
-    rounded = value.to(stream.dtype.element_ty)
-    tl.store(stream + m * WIDTH + at, rounded, mask=live)
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(out + m * WIDTH + at, rounded, mask=live)
     exact = rounded.to(tl.float32)
     to = at
     if places is not None:
