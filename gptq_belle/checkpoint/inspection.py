@@ -14,7 +14,7 @@ from gptq_belle.errors import GptqBelleError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.models.architectures import LM_HEAD
-from gptq_belle.models.dimensions import Dimensions, dimensions
+from gptq_belle.models.dimensions import dimensions
 from gptq_belle.prompts.styles import detect_style
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -78,7 +78,9 @@ def inspect(path: str | Path) -> Inspection:
     try:
         found.quantization = read_quantization(reader)
         found.prompt_style = detect_style(reader.config, _template(reader.path))
-        _describe_config(found, dimensions(reader.config))
+        d = dimensions(reader.config)
+        found.blocks, found.hidden_size, found.vocabulary = d.num_layers, d.hidden_size, d.vocab_size
+        found.context, found.tied = d.context, d.tied
         _describe_tensors(found, reader)
         if found.quantization is not None:
             found.average_bits = average_bits(reader, found.quantization)
@@ -156,11 +158,6 @@ def mixture(reader: CheckpointReader, quantization: Quantization) -> dict[str, d
             kinds[kind][str(reader.dtype(name)).removeprefix("torch.")] += 1
     settings = {text for counts in kinds.values() for text in counts}
     return {kind: dict(counts) for kind, counts in kinds.items()} if len(settings) > 1 else {}
-
-
-def _describe_config(found: Inspection, d: Dimensions) -> None:
-    found.blocks, found.hidden_size, found.vocabulary = d.num_layers, d.hidden_size, d.vocab_size
-    found.context, found.tied = d.context, d.tied
 
 
 def _describe_tensors(found: Inspection, reader: CheckpointReader) -> None:

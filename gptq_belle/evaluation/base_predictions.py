@@ -23,6 +23,7 @@ from gptq_belle.engine.model import Model
 from gptq_belle.errors import HardwareError, InputError, UsageError
 from gptq_belle.evaluation.perplexity import (
     LogitsFunction,
+    Progress,
     TextWindow,
     check_finite,
     encode,
@@ -117,7 +118,7 @@ def load_predictions(folder: Path, key: dict[str, Any], windows: Sequence[TextWi
 
 
 def record_predictions(folder: Path, key: dict[str, Any], logits: LogitsFunction, windows: Sequence[TextWindow],
-                       progress: Callable[[int, int], None] | None = None) -> BasePredictions:
+                       progress: Progress = lambda done, total: None) -> BasePredictions:
     """Run a model on all windows and store its logits.
 
     Args:
@@ -137,8 +138,7 @@ def record_predictions(folder: Path, key: dict[str, Any], logits: LogitsFunction
             file, start = _create_logits_file(folder, total, rows.shape[1]), 0
         file[start : start + window.scored] = rows.numpy()
         start += window.scored
-        if progress:
-            progress(number + 1, len(windows))
+        progress(number + 1, len(windows))
     assert file is not None
     file.flush()
     write_json_atomically(folder / KEY, key)

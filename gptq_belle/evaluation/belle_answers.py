@@ -1,6 +1,6 @@
 """Batched greedy answers of a model to questions in its prompt style, and its likelihood of given answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +10,11 @@ from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import UsageError
-from gptq_belle.evaluation.perplexity import check_finite, negative_log_likelihood
+from gptq_belle.evaluation.perplexity import Progress, check_finite, negative_log_likelihood
 from gptq_belle.prompts.stop_strings import StopStrings
 
 LOGITS_BYTES = 1 << 28  # of one forward pass over given answers; with BLOOM's vocabulary one row of 256 tokens
 MAX_ROWS = 64  # given answers per forward pass
-Progress = Callable[[int, int], None]
 
 
 class GreedyAnswer(NamedTuple):
@@ -33,7 +32,7 @@ class AnswerLikelihood(NamedTuple):
 
 
 def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: int, style: str = "auto",
-                     progress: Progress | None = None) -> list[GreedyAnswer]:
+                     progress: Progress = lambda done, total: None) -> list[GreedyAnswer]:
     """The greedy answers to questions, in their order; arguments as for `belle_set.evaluate`. Raises InputError if
     logits are not finite."""
     prompts, params = prompt_ids(model, questions, style), SamplingParams(limit)
@@ -50,7 +49,7 @@ def answer_questions(model: Model, questions: Sequence[str], limit: int, batch: 
         events = engine.step()
         if error := next((event.error for event in events if event.error is not None), None):
             raise error
-        if any(event.finished for event in events) and progress:
+        if any(event.finished for event in events):
             progress(sum(request.finished is not None for request in requests), len(requests))
     rows = [request.answer + ([] if request.end is None else [request.end]) for request in requests]
     texts = (str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
@@ -71,7 +70,7 @@ def reference_ids(model: Model, answers: Sequence[str]) -> list[list[int]]:
 
 
 def answer_likelihoods(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-                       progress: Progress | None = None) -> list[AnswerLikelihood]:
+                       progress: Progress = lambda done, total: None) -> list[AnswerLikelihood]:
     """Run a model on prompts followed by given answers; tokens beyond its context are ignored.
 
     Args:
@@ -91,8 +90,7 @@ def answer_likelihoods(model: Model, prompts: Sequence[Sequence[int]], answers: 
             start, ids = len(prompts[index]), torch.tensor(rows[index], device=row.device)
             found[index] = _likelihood(row[start - 1 : len(ids) - 1], ids[start:])
         done += len(members)
-        if progress:
-            progress(done, len(order))
+        progress(done, len(order))
     return [found.get(index, nothing) for index in range(len(rows))]
 
 

@@ -1,7 +1,7 @@
 """BELLE's evaluation set (`eval belle`): test questions by class, answered in the model's prompt style and scored."""
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from gptq_belle.evaluation.belle_answers import (
     prompt_ids,
     reference_ids,
 )
+from gptq_belle.evaluation.perplexity import Progress
 from gptq_belle.quantization.calibration.data_files import read_data_file
 
 FIELDS = ("class", "question", "std_answer")
@@ -61,7 +62,7 @@ class BelleScores:
 
 def evaluate(model: Model, questions: Sequence[BelleQuestion], *, limit: int = 160, batch: int = 32,
              style: str = "auto", base: Sequence[GreedyAnswer] | None = None,
-             progress: Callable[[int, int], None] | None = None) -> BelleScores:
+             progress: Progress = lambda done, total: None) -> BelleScores:
     """Answer all questions and score the answers.
 
     Args:

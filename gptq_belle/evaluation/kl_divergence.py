@@ -17,6 +17,7 @@ from gptq_belle.evaluation.kl_statistics import Divergence, TokenDivergence, sum
 from gptq_belle.evaluation.perplexity import (
     CHUNK,
     LogitsFunction,
+    Progress,
     TextWindow,
     check_finite,
     encode,
@@ -24,8 +25,6 @@ from gptq_belle.evaluation.perplexity import (
     scored_rows,
     split_windows,
 )
-
-Progress = Callable[[int, int], None]
 
 
 def compare_tokens(base: Tensor, model: Tensor, targets: Tensor) -> TokenDivergence:
@@ -38,7 +37,8 @@ def compare_tokens(base: Tensor, model: Tensor, targets: Tensor) -> TokenDiverge
 
 
 def divergence(base: LogitsFunction, model: LogitsFunction, tokenizer: Any, text: str, *, length: int = 512,
-               stride: int | None = None, limit: int | None = None, progress: Progress | None = None) -> Divergence:
+               stride: int | None = None, limit: int | None = None,
+               progress: Progress = lambda done, total: None) -> Divergence:
     """Compare a model with its base on a text; both are in memory.
 
     Args:
@@ -59,7 +59,7 @@ def divergence(base: LogitsFunction, model: LogitsFunction, tokenizer: Any, text
 
 
 def compare_with_predictions(base: BasePredictions, model: LogitsFunction,
-                             progress: Progress | None = None) -> TokenDivergence:
+                             progress: Progress = lambda done, total: None) -> TokenDivergence:
     """Compare a model with stored predictions of its base, which does not need to be in memory.
 
     The results are bit for bit those of `divergence`, because the base's logits are stored unchanged.
@@ -71,7 +71,7 @@ def compare_with_predictions(base: BasePredictions, model: LogitsFunction,
 
 
 def compare_windows(base: Callable[[int], Tensor], model: LogitsFunction, windows: Sequence[TextWindow],
-                    progress: Progress | None = None) -> TokenDivergence:
+                    progress: Progress = lambda done, total: None) -> TokenDivergence:
     """Compare a model with its base window by window.
 
     Args:
@@ -87,6 +87,5 @@ def compare_windows(base: Callable[[int], Tensor], model: LogitsFunction, window
                              "Give as --base the model that was quantized.")
         pairs = zip(theirs.to(ours.device).split(CHUNK), scored_rows(ours, window), strict=True)
         parts += [compare_tokens(base_rows, rows, targets) for base_rows, (rows, targets) in pairs]
-        if progress:
-            progress(number + 1, len(windows))
+        progress(number + 1, len(windows))
     return TokenDivergence(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))

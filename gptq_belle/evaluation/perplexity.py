@@ -24,6 +24,7 @@ from gptq_belle.quantization.calibration.rows import first_token_ids
 LOGGER = logging.getLogger("gptq_belle")
 CHUNK = 64  # positions scored at a time: with BLOOM's 250,880 tokens, 64 rows of float64 are 128 MB
 LogitsFunction = Callable[[Tensor], Tensor]  # (B, T) token ids -> (B, T, V) float32
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 class TextWindow(NamedTuple):
@@ -101,7 +102,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def perplexity(logits: LogitsFunction, tokenizer: Any, text: str, *, length: int = 512, stride: int | None = None,
-               limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Perplexity:
+               limit: int | None = None, progress: Progress = lambda done, total: None) -> Perplexity:
     """Compute the perplexity of a text.
 
     Args:
@@ -118,8 +119,7 @@ def perplexity(logits: LogitsFunction, tokenizer: Any, text: str, *, length: int
     for done, window in enumerate(windows, 1):
         output = check_finite(logits(window.ids[None])[0])
         losses += [negative_log_likelihood(rows, targets).cpu() for rows, targets in scored_rows(output, window)]
-        if progress:
-            progress(done, len(windows))
+        progress(done, len(windows))
     return summarize_losses(torch.cat(losses), tokenizer.decode(ids[1:], skip_special_tokens=True), len(windows))
 
 
