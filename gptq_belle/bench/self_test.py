@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptq_belle.common.devices import threads
 from gptq_belle.common.timers import seconds
+from gptq_belle.errors import one_line
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, unpack
 from gptq_belle.kernels import cpu_layout, cpu_matmul, dispatch, reference, triton_matmul
 from gptq_belle.kernels.layout import CanonicalWeight, checked_weight
@@ -114,6 +115,5 @@ def _check(kernel: str, case: str, packed: PackedWeight, bits: int, allowed: flo
     try:
         taken = seconds(run)
     except Exception as error:  # a kernel that cannot run fails the check
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return KernelCheck(kernel, case, float("nan"), allowed, 0.0, reason)
+        return KernelCheck(kernel, case, float("nan"), allowed, 0.0, one_line(error))
     return KernelCheck(kernel, case, max(errors, key=lambda e: (e != e, e)), allowed, taken, None)
