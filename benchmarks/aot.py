@@ -24,14 +24,15 @@ import triton
 from aot_jobs import JOBS, PROCESSORS, SAME, Job, compiled, inputs_of_step
 from machine_code import MachineCode
 
-from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB, TENSOR_CORES
+from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB, TENSOR_CORES, TileConfig
 
 COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "epilogue", "registers",
            "spilled", "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
 RECORD = records.RESULTS / "triton_aot.json"
 VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")  # of torch 2.9, 2.10 and 2.11, 2.12, 2.14, and later
 # Largest allowed number of main-loop instructions per weight and thread: 4 bits, float16, one zero point, runs of 128.
-LIMITS = {8: 2.06, 16: 2.3, 32: 2.8, 64: 4.4}  # by rows of a tile
+LIMITS = {8: 2.0, 16: 2.3, 32: 2.8, 64: 4.4}  # by rows of a tile
+SHARED_K_LIMIT = 2.12  # where warps share K (8 rows): at most 1.93 with 3.5.1 and 3.6, 2.11 with 3.7.1, 2.07 with 3.9
 LONGER = {"3.8": 1.1}  # versions of Triton whose code is longer everywhere
 LIMITED = (80, 86, 89, 90)
 MOST_REGISTERS = 168  # with 33 to 64 rows: three programs per multiprocessor
@@ -67,7 +68,7 @@ def problems(job: Job, code: MachineCode) -> list[str]:
         found.append(f"{converted} integer-to-float conversions")
     if job.config.BM == 64 and job.kernel == "skinny" and code.registers > MOST_REGISTERS:
         found.append(f"{code.registers} registers, the limit is {MOST_REGISTERS}")
-    limit = instruction_limit(job.config.BM) if job.arch in LIMITED else None
+    limit = instruction_limit(job.config) if job.arch in LIMITED else None
     plain = (job.kernel, job.bits, job.dtype, job.run, job.zero) == ("skinny", 4, "float16", 128, SAME)
     share = per_weight(job, code)
     if plain and limit and share and share > limit:
@@ -75,10 +76,11 @@ def problems(job: Job, code: MachineCode) -> list[str]:
     return found
 
 
-def instruction_limit(rows: int) -> float | None:
-    """The largest allowed number of instructions per weight of a tile with `rows` rows with this version of Triton."""
+def instruction_limit(config: TileConfig) -> float | None:
+    """The largest allowed number of instructions per weight of a tile with this version of Triton."""
+    limit = LIMITS.get(config.BM) if config.K_WARPS == 1 else SHARED_K_LIMIT
     minor_version = ".".join(triton.__version__.split(".")[:2])
-    return LIMITS[rows] * LONGER.get(minor_version, 1.0) if rows in LIMITS else None
+    return None if limit is None else limit * LONGER.get(minor_version, 1.0)
 
 
 def row(job: Job, code: MachineCode) -> str:
