@@ -13,6 +13,7 @@ from gptq_belle.kernels.triton_sampling_kernel import sampling_kernel
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "int8": "*i16"}
 WIDTH, VOCABULARY = 4096, 250880  # BELLE-7B
 PACKED = {"RUN": 128, "BLOCK": 128}
+MIN_PDL = 90  # compute capability that has programmatic dependent launch
 
 
 class Variant(NamedTuple):
@@ -42,8 +43,8 @@ def attention(arch: int, head_dim: int, cache: str, position: str, dtype: str = 
     if cache == "int8":
         types |= {"key_scales": "*fp16", "value_scales": "*fp16"}
     layout = HeadLayout(32, 32 // group, head_dim, False)
-    return variant(arch, attention_kernel, types,
-                   triton_attention.constants(layout) | {"ASM": True, "PDL": False}, triton_attention.COMPILED)
+    constants = triton_attention.constants(layout) | {"ASM": True, "PDL": arch >= MIN_PDL}
+    return variant(arch, attention_kernel, types, constants, triton_attention.COMPILED)
 
 
 def embedding(arch: int, bits: int, dtype: str = "float16") -> Variant:
@@ -55,7 +56,7 @@ def embedding(arch: int, bits: int, dtype: str = "float16") -> Variant:
         types |= {"scales": "*fp16", "norm_weight": "*fp32", "norm_bias": "*fp32"}
     constants = triton_embedding.DENSE if bits == 16 else {**PACKED, "BITS": bits, "ZERO": 2 ** (bits - 1)}
     return variant(arch, embedding_kernel, types, constants | {
-        "WIDTH": WIDTH, "TILE": triton_embedding.TILE, "PDL": False}, triton_embedding.COMPILED)
+        "WIDTH": WIDTH, "TILE": triton_embedding.TILE, "PDL": arch >= MIN_PDL}, triton_embedding.COMPILED)
 
 
 def head(arch: int, bits: int, rows: int, is_sampled: bool, dtype: str = "float16") -> Variant:
@@ -75,7 +76,7 @@ def head(arch: int, bits: int, rows: int, is_sampled: bool, dtype: str = "float1
         tile = {**PACKED, "BITS": bits, "ZERO": 2 ** (bits - 1), "BM": rows, "BK": config.step(128), "ASM": True}
         options = triton_head.packed_options(config)
     return variant(arch, head_kernel, types, tile | {
-        "WIDTH": WIDTH, "MOMENTS_TILE": 64, "BN": triton_sampling.TILE, "PDL": False}, options)
+        "WIDTH": WIDTH, "MOMENTS_TILE": 64, "BN": triton_sampling.TILE, "PDL": arch >= MIN_PDL}, options)
 
 
 def sampling(arch: int) -> Variant:
@@ -84,7 +85,7 @@ def sampling(arch: int) -> Variant:
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("top_ks", "tokens", "lengths", "answers"), "*i32") | {
         "seen": "*u8", "V": "i32", "room": "i32"}
     return variant(arch, sampling_kernel, types,
-                   triton_sampling.constants(VOCABULARY) | {"PDL": False}, triton_sampling.COMPILED)
+                   triton_sampling.constants(VOCABULARY) | {"PDL": arch >= MIN_PDL}, triton_sampling.COMPILED)
 
 
 # Name of a kernel in the record: a function and its arguments.

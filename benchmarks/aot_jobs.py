@@ -39,7 +39,6 @@ SAME, EACH = "one", "each"  # zero point
 VARIANTS = list(itertools.product((4, 8), DTYPES, RUNS))
 
 
-MIN_PDL = 90  # compute capability that has programmatic dependent launch
 # What the products of a decode step do besides multiplying: types of the tensors that they have, "*x" is that of x.
 EPILOGUES: dict[str, dict[str, str]] = {
     "qkv": {"bias": "*fp32", "moments": "*fp32", "gamma_product": "*fp32"},
@@ -97,7 +96,7 @@ def _skinny(job: Job) -> dict[str, Any]:
     absent = {name: None for name in OPTIONAL if name not in _skinny_types(job)}
     return _tile(job) | absent | {
         "ACTIVATION": activation, "WIDTH": 4096, "TILE": 32, "K_WARPS": job.config.K_WARPS,
-        "SPLIT": job.config.SPLIT_K > 1, "PDL": job.epilogue is not None and job.arch >= MIN_PDL}
+        "SPLIT": job.config.SPLIT_K > 1, "PDL": job.epilogue is not None and job.arch >= aot_decode.MIN_PDL}
 
 
 def inputs_of_step(job: Job) -> int:
