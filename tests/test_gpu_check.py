@@ -1,5 +1,6 @@
 """benchmarks/gpu_check without a GPU: plans, time limits and exit codes; its steps in Triton's interpreter."""
 
+import ast
 import json
 import os
 import re
@@ -298,6 +299,16 @@ def test_a_launch_finds_the_kernel_that_was_compiled_in_advance(tmp_path, monkey
         keys = other.call(partial(launched_keys, *HOPPER, cases), 120)
     assert len(keys) >= 2
     assert all(hit for _, hit in keys)
+
+
+def test_no_kernel_has_an_argument_that_triton_takes_for_an_option():
+    """Triton's interpreter accepts them; a launch on a device fails."""
+    functions = [node for path in (ROOT / "kernels").glob("triton_*.py")
+                 for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                 if isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(one) for one in node.decorator_list)]
+    assert len(functions) > 20
+    for function in functions:
+        assert not {argument.arg for argument in function.args.args} & {"stream", "device", "device_type", "grid"}
 
 
 @needs_triton
