@@ -1,5 +1,5 @@
 // A conversation is a tree of messages, so that an edited question or a new answer replaces nothing:
-// {id, title, updated, draft, leaf, messages: [{parent, role, content, note?, failure?}]}.
+// {id, title, updated, draft, edit?, leaf, messages: [{parent, role, content, failure?, figures?}]}.
 // `parent` and `leaf` are places in `messages` (-1: none); what is shown and sent is the path from the root to `leaf`.
 
 const TITLE_LENGTH = 40;

@@ -38,13 +38,14 @@ function focusedButton() {
 
 function message(place, isLast) {
   const { chat, running } = state;
+  if (chat.edit?.place === place) return editor(chat);
   const { role, content } = chat.messages[place];
   const isRunning = running?.chat === chat && running.place === place;
   const body = element("div", { className: isRunning ? "body waiting" : "body" });
   if (role === "user") body.textContent = content;
   else render(body, content, words());
   const node = element("article", { className: `message ${role}`, "aria-label": words()[role], "data-place": place }, body);
-  if (!isRunning) node.append(...failure(chat.messages[place]), tools(node, place, isLast));
+  if (!isRunning) node.append(...failure(chat.messages[place]), tools(place, isLast));
   return node;
 }
 
@@ -57,7 +58,7 @@ function failure({ role, failure: why }) {
   return [element("p", { className: isError ? "note error" : "note" }, prefix + text, detail)];
 }
 
-function tools(node, place, isLast) {
+function tools(place, isLast) {
   const { chat, running } = state;
   const { role, content } = chat.messages[place];
   const row = element("div", { className: "tools" });
@@ -65,7 +66,7 @@ function tools(node, place, isLast) {
   if (!running) pager(place, add, row);
   row.append(copyButton(words(), () => content));
   if (running) return row;
-  if (role === "user") add("edit", () => edit(node, place));
+  if (role === "user") add("edit", () => edit(place));
   if (isLast) add(role === "user" ? "retry" : "regenerate", answerAgain);
   return row;
 }
@@ -89,20 +90,34 @@ function pager(place, add, row) {
   }
 }
 
-function edit(node, place) {
-  const field = element("textarea", { value: state.chat.messages[place].content, rows: 3, "aria-label": words().edit });
-  const send = () => {
-    if (field.value.trim() && !state.running) askInstead(place, field.value.trim());
+function edit(place) {
+  state.chat.edit = { place, text: state.chat.messages[place].content }; // kept with the conversation, as a draft is
+  draw();
+  document.querySelector(".message textarea").focus();
+}
+
+function editor(chat) {
+  const { place, text } = chat.edit;
+  const field = element("textarea", { value: text, rows: 3, "aria-label": words().edit, "data-action": "text" });
+  const close = () => {
+    delete chat.edit;
+    draw();
+    $("prompt").focus();
   };
+  const send = () => {
+    if (!field.value.trim() || state.running) return;
+    delete chat.edit;
+    askInstead(place, field.value.trim());
+  };
+  field.oninput = () => (chat.edit.text = field.value);
   field.onkeydown = (event) => {
-    if (event.key === "Escape") draw();
+    if (event.key === "Escape") close();
     if (!sends(event)) return;
     event.preventDefault();
     send();
   };
-  node.replaceChildren(field, element("div", { className: "tools" }, button(words().send, send),
-    button(words().cancel, draw)));
-  field.focus();
+  const tools = element("div", { className: "tools" }, button(words().send, send), button(words().cancel, close));
+  return element("article", { className: "message user", "aria-label": words().edit, "data-place": place }, field, tools);
 }
 
 function waiting() {
