@@ -47,7 +47,7 @@ def error_of(response, status):
     (CHAT_PATH, "guided_choice", ["甲", "乙"]), (CHAT_PATH, "guided_regex", "[0-9]"),
     (CHAT_PATH, "structured_outputs", {"regex": "[0-9]"}), (CHAT_PATH, "grammar", 'root ::= "甲"'),
     (CHAT_PATH, "json_schema", SCHEMA), (CHAT_PATH, "bad_words", ["京"]), (CHAT_PATH, "mirostat", 2),
-    (CHAT_PATH, "xtc_probability", 1.0), (CHAT_PATH, "dry_multiplier", 5.0), (CHAT_PATH, "repeat_penalty", 1.3),
+    (CHAT_PATH, "xtc_probability", 1.0), (CHAT_PATH, "dry_multiplier", 5.0),
     (CHAT_PATH, "n_predict", 4), (CHAT_PATH, "modalities", ["text", "audio"]), (CHAT_PATH, "reasoning_effort", "high"),
     (COMPLETION_PATH, "continue_final_message", True), (CHAT_PATH, "chat_template_kwargs", {"enable_thinking": False}),
     (CHAT_PATH, "skip_special_tokens", False), (CHAT_PATH, "prompt_logprobs", 0), (CHAT_PATH, "echo", True),

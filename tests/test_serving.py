@@ -68,6 +68,15 @@ def test_stream_has_the_same_text_and_the_usage(client):
     assert found[-1]["usage"] == whole["usage"]
 
 
+def test_sampling_defaults_and_their_names(client, model):
+    """Without options BELLE's own settings hold; `repeat_penalty` is llama.cpp's name of `repetition_penalty`."""
+    body = {"messages": QUESTION, "max_tokens": 12, "seed": 5}
+    for fields, penalty in (({}, DEFAULT_SAMPLING.repetition_penalty), ({"repeat_penalty": 1.0}, 1.0)):
+        found = client.post("/v1/chat/completions", json=body | fields).json()["choices"][0]["message"]["content"]
+        params = replace(DEFAULT_SAMPLING, max_new_tokens=12, seed=5, repetition_penalty=penalty)
+        assert found == model.generate("你好", params, prompt_style="auto")
+
+
 def test_choices_have_different_seeds(client, model):
     body = chat(client, n=3, seed=5, temperature=1.0).json()
     texts = [choice["message"]["content"] for choice in body["choices"]]

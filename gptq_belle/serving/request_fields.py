@@ -52,7 +52,6 @@ _COMMON: Table = {
     **_without_effect("include_reasoning", "reasoning_format", "reasoning_in_content", "spaces_between_special_tokens"),
     # Sampling
     **_off([0], "dry_multiplier", remedy="Use frequency_penalty"),
-    **_off([1, 0], "repeat_penalty", remedy="Use repetition_penalty"),
     **_off([1], "typical_p", "typ_p", "length_penalty"),
     **_off([0], "mirostat", "dynatemp_range", "xtc_probability", "min_keep", "n_keep", "n_discard",
            "n_indent", "thinking_token_budget"),

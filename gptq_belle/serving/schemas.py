@@ -79,6 +79,7 @@ class SamplingRequest(_Body):
     top_k: Integer | None = Field(DEFAULT_SAMPLING.top_k, ge=-1, le=1 << 31, description="0 and -1 disable the limit")
     min_p: float | None = Field(0.0, ge=0, le=1, allow_inf_nan=False)
     repetition_penalty: float | None = Field(DEFAULT_SAMPLING.repetition_penalty, gt=0, le=100, allow_inf_nan=False)
+    repeat_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False, description="llama.cpp's name of it")
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
     logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], BeforeValidator(_few_biases),
@@ -117,7 +118,7 @@ class SamplingRequest(_Body):
         return SamplingParams(
             max_new_tokens=max_tokens, temperature=value("temperature"),
             top_k=max(value("top_k"), 0), top_p=value("top_p"), min_p=self.min_p or 0.0,
-            repetition_penalty=value("repetition_penalty"),
+            repetition_penalty=self.repeat_penalty or value("repetition_penalty"),
             presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()} or None,
             min_tokens=self.min_tokens or 0, stop_token_ids=tuple(self.stop_token_ids or ()),
