@@ -280,3 +280,8 @@ def test_logits_refuse_other_types(model, ids):
 def test_sampling_options_of_another_type_are_refused(model, option):
     with pytest.raises(UsageError, match=naming(*option)):
         model.generate("text", **option)
+
+
+def test_parameters_of_another_type_are_refused(model):
+    with pytest.raises(UsageError, match="dict"):
+        model.generate("你好", {"temperature": 1.0})

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import SENTENCES, VOCABULARY
+from conftest import SENTENCES, VOCABULARY, naming
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sentencepiece import sentencepiece_model_pb2 as proto
 from transformers import AutoTokenizer
@@ -200,6 +200,17 @@ def test_wrong_values_are_refused_before_the_job(tiny_llama, tmp_path, values):
         quantize_checkpoint(model, tmp_path / "out", QuantConfig(method="rtn"))
     assert inspect(model).problems
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("tokenizer.json", b"{"), ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n"),
+    ("added_tokens.json", b"[]"), ("chat_template.jinja", b"{{ messages }}\xff")])
+def test_damaged_file_of_a_tokenizer_is_named(tiny_llama, tmp_path, name, content):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / name).write_bytes(content)
+    with pytest.raises(InputError, match=naming(model / name)) as caught:
+        load_tokenizer(model)
+    assert inspect(model).problems == [caught.value.cause]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01no model", b"{}"])

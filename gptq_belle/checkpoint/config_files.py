@@ -87,7 +87,8 @@ def repaired_generation_config(stated: Mapping[str, Any], path: Path) -> dict[st
     for key, (lowest, highest) in NUMBERS.items():
         value = stated.get(key)
         if value is not None and (type(value) not in (int, float) or not lowest <= value <= highest):
-            raise InputError(f"{path}: {key} {str(value)[:40]!r} is not from {lowest} to {highest}", CORRECT_IT)
+            raise InputError(f"{path}: {key} {str(value)[:40]!r} is not a number from {lowest} to {highest}",
+                             CORRECT_IT)
     if not isinstance(stated.get("do_sample"), bool | None):
         raise InputError(f"{path}: do_sample {str(stated['do_sample'])[:40]!r} is not true or false", CORRECT_IT)
     reason = ""

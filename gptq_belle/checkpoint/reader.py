@@ -160,6 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON_BYTES):
             raise InputError(f"{path} is not a regular file of at most {MAX_JSON_BYTES >> 20} MiB", DAMAGED)
+        reject_lfs_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing", "Give a complete Hugging Face model directory.") from error

@@ -23,6 +23,7 @@ from gptq_belle.models.decoder_config import token_ids
 from gptq_belle.prompts.styles import chat_template, detect_style
 
 CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "config.json", "tokenizer_config.json", "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 TEMPLATE, NAMED_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER, SENTENCEPIECE, VOCABULARY, MERGES = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
 FAST_CLASS = "PreTrainedTokenizerFast"  # the name in transformers 4; 5 accepts it, too
@@ -32,7 +33,7 @@ NO_TOKENIZER = ("Copy tokenizer.json and tokenizer_config.json of the model into
 DAMAGED = "Fetch the tokenizer's files again."
 SAVE_AS_JSON = ("Load it with transformers and trust_remote_code=True, and save it with save_pretrained, so that the "
                 "folder has a tokenizer.json.")
-COPIED_FILES = (TOKENIZER, SENTENCEPIECE, VOCABULARY, MERGES, SPECIAL_TOKENS_MAP, "added_tokens.json", GENERATION,
+COPIED_FILES = (TOKENIZER, SENTENCEPIECE, VOCABULARY, MERGES, SPECIAL_TOKENS_MAP, ADDED_TOKENS, GENERATION,
                 TEMPLATE)
 SPECIAL_TOKENS = ("unk_token", "bos_token", "eos_token", "pad_token")
 # Keys that name code or other files to load.
@@ -65,9 +66,22 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except (KeyboardInterrupt, SystemExit, GptqBelleError):
         raise
     except BaseException as error:  # for damaged files the tokenizers library raises bare Exceptions, or panics
+        _refuse_damaged_file(path)
         reason = one_line(error).replace(folder, str(path))
         raise InputError(f"the tokenizer of {path} cannot be loaded: {reason}", NO_TOKENIZER) from error
     return tokenizer
+
+
+def _refuse_damaged_file(path: Path) -> None:
+    """Raise InputError for a file of a tokenizer that is not JSON or not text: errors of libraries do not name it."""
+    for name in (TOKENIZER, ADDED_TOKENS, VOCABULARY):
+        _read_optional(path / name)
+    for file in (path / MERGES, path / TEMPLATE, *(path / NAMED_TEMPLATES).glob("*.jinja")):
+        try:
+            if file.is_file():
+                file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text (byte {error.start})", DAMAGED) from error
 
 
 def _load(path: Path, folder: Path, stated: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, Any]:
@@ -77,7 +91,7 @@ def _load(path: Path, folder: Path, stated: dict[str, Any]) -> tuple[PreTrainedT
         The tokenizer, and `SentencePieceTokenizer.exact`.
     """
     config, exact = dict(stated), None
-    linked = ["added_tokens.json", TEMPLATE, NAMED_TEMPLATES]
+    linked = [ADDED_TOKENS, TEMPLATE, NAMED_TEMPLATES]
     if (path / TOKENIZER).is_file() and not (stated.get(EXACT) and (path / SENTENCEPIECE).is_file()):
         linked.append(TOKENIZER)
     elif (path / SENTENCEPIECE).is_file():

@@ -147,6 +147,9 @@ def sampling_params(params: SamplingParams | None, **options: Unpack[SamplingOpt
     Raises:
         UsageError: an unknown option, or a value is out of range.
     """
+    if not isinstance(params, SamplingParams | None):
+        raise UsageError(f"params are of type {type(params).__name__}, not SamplingParams",
+                         "Give gptq_belle.SamplingParams(...), or the options by name.")
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
         if name not in known:

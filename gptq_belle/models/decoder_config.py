@@ -148,11 +148,16 @@ def token_ids(config: Mapping[str, Any], key: str) -> frozenset[int]:
 
 
 def check_token_ids(config: Mapping[str, Any], vocabulary: int, where: str) -> None:
-    """Refuse eos tokens that the model cannot generate: its answers would not end there.
+    """Refuse eos tokens that the model cannot generate, since its answers would not end there, and other wrong ids.
 
     Raises:
-        InputError: an id of eos_token_id is outside of the vocabulary.
+        InputError: an id of eos_token_id is outside of the vocabulary, one of pad_token_id is above it, or one of
+            bos_token_id is not an integer.
     """
+    token_ids(config, "bos_token_id")
+    if wrong := [token for token in token_ids(config, "pad_token_id") if token >= vocabulary]:
+        raise InputError(f"{where} pad_token_id {wrong[0]} is not among the {vocabulary} tokens of the model",
+                         "Correct pad_token_id, or remove it.")
     if wrong := [token for token in token_ids(config, "eos_token_id") if not 0 <= token < vocabulary]:
         raise InputError(f"{where} eos_token_id {wrong[0]} is not among the {vocabulary} tokens of the model",
                          "Correct eos_token_id, or remove it: the tokenizer's eos token is used as well.")
