@@ -26,8 +26,8 @@ from machine_code import MachineCode
 
 from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB, TENSOR_CORES, TileConfig
 
-COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "epilogue", "registers",
-           "spilled", "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
+COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "registers", "spilled",
+           "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
 RECORD = records.RESULTS / "triton_aot.json"
 VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")  # of torch 2.9, 2.10 and 2.11, 2.12, 2.14, and later
 # Largest allowed number of main-loop instructions per weight and thread: 4 bits, float16, one zero point, runs of 128.
@@ -88,9 +88,10 @@ def row(job: Job, code: MachineCode) -> str:
     config, share = job.config, per_weight(job, code)
     tile = f"{config.BM}x{config.BN}x{inputs_of_step(job)}" if config else None
     loop = code.loop
-    values = (job.arch, job.kernel, job.bits, job.dtype, job.run, job.zero, tile,
+    kernel = job.kernel if job.epilogue is None else f"{job.kernel}+{job.epilogue}"
+    values = (job.arch, kernel, job.bits, job.dtype, job.run, job.zero, tile,
               config and ("yes" if config.SPLIT_K > 1 else "no"), config and config.num_warps,
-              config and config.num_stages, job.epilogue, code.registers, code.stack + code.local, code.shared,
+              config and config.num_stages, code.registers, code.stack + code.local, code.shared,
               sum(loop.values()) or None, None if share is None else f"{share:.2f}",
               code.matrix_instructions, loop["LDGSTS.128"], loop["LOP3"], loop["I2F"] + loop["I2FP"])
     return " ".join("-" if value is None else str(value) for value in values)

@@ -41,7 +41,6 @@ VARIANTS = list(itertools.product((4, 8), DTYPES, RUNS))
 
 # What the products of a decode step do besides multiplying: types of the tensors that they have, "*x" is that of x.
 EPILOGUES: dict[str, dict[str, str]] = {
-    "qkv": {"bias": "*fp32", "moments": "*fp32", "gamma_product": "*fp32"},
     "gelu": {"bias": "*fp32", "moments": "*fp32", "gamma_product": "*fp32", "out_places": "*i32"},
     "silu_mul": {"moments": "*fp32", "out_places": "*i32"},
     "stream": {"bias": "*fp32", "residual": "*x", "next_gamma": "*fp32", "next_places": "*i32", "next_x": "*x",

@@ -23,6 +23,7 @@ from . import (
 )
 from .cpu_layout import CpuWeight
 from .layout import CanonicalWeight, checked_weight, longest_run
+from .triton_launch import Launch
 from .triton_layout import SlicedWeight
 from .triton_warm_up import Progress
 
@@ -128,11 +129,12 @@ def bind_weight(weight: PreparedWeight, bias: Tensor | None = None) -> Callable[
 
 
 def warm_up(products: Iterable[tuple[PreparedWeight, Tensor | None, int]], dtype: torch.dtype,
-            progress: Progress | None = None) -> None:
-    """Compile the kernels of products (weight, bias, most rows) that are compiled at run time; see `triton_warm_up`."""
+            progress: Progress | None = None, others: Iterable[Launch] = ()) -> None:
+    """Compile the kernels of products (weight, bias, most rows) that are compiled at run time, and those of other
+    launches; see `triton_warm_up`."""
     found = (triton_warm_up.Product(weight, bias, rows) for weight, bias, rows in products
              if isinstance(weight, SlicedWeight))
-    triton_warm_up.warm_up(found, dtype, progress)
+    triton_warm_up.warm_up(found, dtype, progress, others)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -114,10 +114,8 @@ def input_places(weight: SlicedWeight) -> Tensor | None:
     """The place of each input (K,) int32; None if inputs are in order."""
     if weight.order is None:
         return None
-    filled = weight.order >= 0
-    places = weight.order.new_empty(weight.in_features)
-    places[weight.order[filled].long()] = torch.arange(len(filled), dtype=torch.int32, device=filled.device)[filled]
-    return places
+    places = torch.arange(weight.places, dtype=torch.int32, device=weight.order.device)
+    return restore_input_order(places[None], weight.order, weight.in_features)[0]
 
 
 def interleave_gates(weight: SlicedWeight) -> SlicedWeight:

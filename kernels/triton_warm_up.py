@@ -6,6 +6,7 @@
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -27,13 +28,15 @@ class Product(NamedTuple):
     rows: int
 
 
-def warm_up(products: Iterable[Product], dtype: torch.dtype, progress: Progress | None = None) -> None:
+def warm_up(products: Iterable[Product], dtype: torch.dtype, progress: Progress | None = None,
+            others: Iterable[Launch] = ()) -> None:
     """Compile the kernels of products; see `compile_launches`. Layers of the same shape and format share them.
 
     Args:
         products: whose weights are on one device.
         dtype: of the activations.
         progress: called for every finished kernel.
+        others: launches whose kernels are compiled as well.
     """
     different = {}
     for weight, bias, rows in products:
@@ -44,7 +47,7 @@ def warm_up(products: Iterable[Product], dtype: torch.dtype, progress: Progress 
             different[key] = Product(weight, bias, most)
     if different:
         launches = (launch for product in different.values() for launch in _launches(product, dtype))
-        compile_launches(launches, next(iter(different.values())).weight.words.device, progress)
+        compile_launches(chain(launches, others), next(iter(different.values())).weight.words.device, progress)
 
 
 def _launches(product: Product, dtype: torch.dtype) -> list[Launch]:

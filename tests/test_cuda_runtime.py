@@ -135,11 +135,16 @@ def test_copies_per_token(tiny_model, options, to_device, to_host, tmp_path, gpu
     assert counts.total("to host") == to_host
 
 
-# For one decoded token of one sequence, in each block and outside them. K is split in every linear, as in BELLE's.
-BLOCK = {"bloom": {"operation": 8, "kernel": 4, "graph": 0, "to device": 0, "to host": 0},
-         "llama": {"operation": 15, "kernel": 4, "graph": 0, "to device": 0, "to host": 0}}
-REST = {"bloom": {"operation": 23, "kernel": 1, "graph": 0, "to device": 2, "to host": 0},
-        "llama": {"operation": 13, "kernel": 0, "graph": 0, "to device": 2, "to host": 0}}
+# For one decoded token of one sequence, in each block and outside them: with fused steps, and without. K is split in
+# every linear, as in BELLE's. Outside of a fused step, tokens and logits are copied.
+BLOCK = {("bloom", True): {"operation": 0, "kernel": 5, "graph": 0, "to device": 0, "to host": 0},
+         ("llama", True): {"operation": 0, "kernel": 5, "graph": 0, "to device": 0, "to host": 0},
+         ("bloom", False): {"operation": 8, "kernel": 4, "graph": 0, "to device": 0, "to host": 0},
+         ("llama", False): {"operation": 15, "kernel": 4, "graph": 0, "to device": 0, "to host": 0}}
+REST = {("bloom", True): {"operation": 2, "kernel": 2, "graph": 1, "to device": 2, "to host": 0},
+        ("llama", True): {"operation": 2, "kernel": 2, "graph": 1, "to device": 2, "to host": 0},
+        ("bloom", False): {"operation": 23, "kernel": 1, "graph": 0, "to device": 2, "to host": 0},
+        ("llama", False): {"operation": 13, "kernel": 0, "graph": 0, "to device": 2, "to host": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -157,20 +162,38 @@ def wide_models(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("kind", BLOCK)
-def test_launches_per_token(kind, wide_models, gpu):
-    model = gptq_belle.load(wide_models[kind], device="cuda:0")
-    _, batch = model.prefill(IDS[None], 10)
-    blocks, totals = model.decoder.blocks, []
+@pytest.mark.parametrize(("kind", "fused"), BLOCK)
+def test_launches_per_token(kind, fused, wide_models, gpu):
+    totals = []
     for count in (1, 2):
-        model.decoder.blocks = blocks[:count]
-        with gpu.counting() as counts:
-            model.decode(torch.tensor([5]), batch)
+        model = gptq_belle.load(wide_models[kind], device="cuda:0")
+        model.use_step_graphs &= fused
+        del model.decoder.blocks[count:]
+        _, batch = model.prefill(IDS[None], 10)
+        model.decode(torch.tensor([5]), batch)  # makes the static buffers
+        for _ in range(2):  # the graph is captured, and replayed
+            with gpu.counting() as counts:
+                model.decode(torch.tensor([5]), batch)
         totals.append(counts.totals())
     first, both = totals
     block = {name: both[name] - number for name, number in first.items()}
     rest = {name: number - block[name] for name, number in first.items()}
-    assert (block, rest) == (BLOCK[kind], REST[kind])
+    assert (block, rest) == (BLOCK[kind, fused], REST[kind, fused])
+
+
+def test_next_step_is_queued_before_tokens_are_read(tiny_model, tmp_path, gpu):
+    """Greedy steps of the same requests copy nothing to the GPU, and read tokens and sums of logits of one before."""
+    model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
+    engine = Engine(model, 2, 64)
+    for start in (4, 5):
+        engine.submit(range(start, 20), gptq_belle.SamplingParams(max_new_tokens=9, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    with gpu.counting() as counts:
+        assert [event.finished for event in engine.step()] == [None, None]
+    blocks = len(model.decoder.blocks)
+    assert counts.totals() == {"operation": 1, "kernel": 5 * blocks + 2, "graph": 1, "to device": 0,
+                               "to host": 2}
 
 
 @pytest.mark.parametrize(("kind", "act_order"), [("bloom", False), ("llama", True)])

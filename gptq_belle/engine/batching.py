@@ -9,7 +9,7 @@ same bits as it would get alone.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from gptq_belle.engine.sampling import Sampler, sample_tokens
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.models.sizes import QUERY_BLOCK
+
+if TYPE_CHECKING:
+    from gptq_belle.engine.fused_decoding import FusedDecoding, StepResult
 
 CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
 
@@ -109,6 +112,7 @@ class Engine:
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._steps = self._admitted = 0
+        self._queued: tuple[list[Request], StepResult] | None = None  # a greedy step whose tokens were not read
 
     @property
     def idle(self) -> bool:
@@ -231,6 +235,10 @@ class Engine:
         return [] if error is None else [self._fail(slot, error)]
 
     def _decode(self, slots: Sequence[_Slot]) -> list[Event]:
+        fused = self.model.fused_decoding(self.cache, len(slots))
+        if fused is not None and all(slot.sampler is not None and slot.sampler.is_greedy for slot in slots):
+            return self._decode_greedily(fused, slots)
+        self._queued = None
         tokens = [slot.request.answer[-1] for slot in slots if slot.request is not None]
         logits = self.model.decode_slots(torch.tensor(tokens, device=self.model.device), self.cache,
                                          [self._slots.index(slot) for slot in slots],
@@ -238,6 +246,30 @@ class Engine:
         for slot, token in zip(slots, tokens, strict=True):
             slot.cached.append(token)
         return self._sample(slots, logits)
+
+    def _decode_greedily(self, fused: "FusedDecoding", slots: Sequence[_Slot]) -> list[Event]:
+        """Decode one token per slot; the next step of the same requests is queued before the tokens are read.
+
+        If a request ends with one of these tokens, or another one joins, the queued step is made again without it: it
+        has only written keys and values that are written again.
+        """
+        requests = [slot.request for slot in slots if slot.request is not None]
+        numbers, lengths = [self._slots.index(slot) for slot in slots], [len(slot.cached) for slot in slots]
+        inputs = [request.answer[-1] for request in requests]
+        if self._queued is not None and self._queued[0] == requests:
+            result = self._queued[1]
+        else:
+            result = fused.queue(numbers, lengths, inputs)
+        for slot, token in zip(slots, inputs, strict=True):
+            slot.cached.append(token)
+        self._queued = None
+        if all(len(request.answer) + 2 <= request.max_new_tokens for request in requests):
+            self._queued = requests, fused.queue(numbers, [length + 1 for length in lengths])
+        tokens, finite = result.read()
+        failed = {row: explain_nonfinite(self.model, slots[row].cached, self.cache, numbers[row])
+                  for row, is_finite in enumerate(finite) if not is_finite} | self._due_cache_errors(slots)
+        return [self._fail(slot, failed[row]) if row in failed else self._accept(slot, tokens[row], None)
+                for row, slot in enumerate(slots)]
 
     def _sample(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
         if not (failed := self._find_errors(slots, logits)):
@@ -255,10 +287,12 @@ class Engine:
         failed: dict[int, GptqBelleError] = {
             row: explain_nonfinite(self.model, slots[row].cached, self.cache, self._slots.index(slots[row]))
             for row in nonfinite_rows(logits)}
-        for row, slot in enumerate(slots):
-            if row not in failed and self._is_check_due(slot) and (error := self._cache_error(slot)) is not None:
-                failed[row] = error
-        return failed
+        return self._due_cache_errors(slots) | failed
+
+    def _due_cache_errors(self, slots: Sequence[_Slot]) -> dict[int, GptqBelleError]:
+        """Errors by row, for keys and values in the cache that are not finite, where a check is due."""
+        errors = {row: self._cache_error(slot) for row, slot in enumerate(slots) if self._is_check_due(slot)}
+        return {row: error for row, error in errors.items() if error is not None}
 
     def _is_check_due(self, slot: _Slot) -> bool:
         assert slot.request is not None
@@ -279,8 +313,8 @@ class Engine:
         slot.cached, slot.prefilled, slot.checked = [], 0, 0
         return Event(request, None, "error", error=error)
 
-    def _accept(self, slot: _Slot, token: int, logits: Tensor) -> Event:
-        """Add a sampled token to the slot's answer, or end it."""
+    def _accept(self, slot: _Slot, token: int, logits: Tensor | None) -> Event:
+        """Add a sampled token to the slot's answer, or end it; logits (V,) are needed for log probabilities only."""
         request = slot.request
         assert request is not None
         if token in request.ends:
@@ -289,7 +323,7 @@ class Engine:
         request.answer.append(token)
         if len(request.answer) == request.max_new_tokens:
             request.finished, slot.request = "length", None
-        if request.params.logprobs is None:
+        if request.params.logprobs is None or logits is None:
             return Event(request, token, request.finished)
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(request.params.logprobs)

@@ -13,6 +13,7 @@ from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.kernels import cpu_attention
 
 if TYPE_CHECKING:
+    from gptq_belle.engine.fused_decoding import FusedDecoding
     from gptq_belle.engine.step_graph import StepGraph
 
 CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -33,7 +34,8 @@ class KVCache:
     Attributes:
         keys, values: for each block, (slots, heads, capacity, head_dim).
         key_scales, value_scales: for each block, (slots, heads, capacity, 1) float16; empty unless `kind` is "int8".
-        step_graphs: recorded decode steps on this cache, by number of rows.
+        step_graphs: recorded decode steps on this cache on a CPU, by number of rows.
+        fused: fused decode steps on this cache on a GPU.
     Raises:
         UsageError: unknown `kind`.
         HardwareError: not enough memory.
@@ -44,6 +46,7 @@ class KVCache:
         check_cache_dtype(kind)
         self.slots, self.capacity, self.kind, self.device = slots, capacity, kind, device
         self.step_graphs: dict[int, StepGraph] = {}
+        self.fused: FusedDecoding | None = None
         shape = (slots, heads, capacity, head_dim)
 
         def tables(dtype: torch.dtype, *shape: int) -> list[Tensor]:

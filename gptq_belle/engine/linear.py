@@ -14,7 +14,7 @@ from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.cpu_layout import CpuWeight
 from gptq_belle.kernels.dispatch import PreparedWeight, bind_weight, quant_matmul
 from gptq_belle.kernels.layout import CanonicalWeight
-from gptq_belle.kernels.triton_layout import SlicedWeight
+from gptq_belle.kernels.triton_layout import GATES, SlicedWeight, gate_order
 
 MAX_SINGLE_ROWS = 64  # see DenseLinear
 
@@ -67,6 +67,27 @@ def packed_linears(operator: LinearOperator) -> list[PackedLinear]:
     """The products with packed weights of an operator."""
     parts = operator.parts if isinstance(operator, ConcatenatedLinear) else [operator]
     return [part for part in parts if isinstance(part, PackedLinear)]
+
+
+def interleave_gates(operator: LinearOperator) -> tuple[LinearOperator, bool]:
+    """Interleave the outputs (gates | values) of an operator as the Triton kernels do, if its layout allows it.
+
+    Returns:
+        the operator, and whether its outputs are interleaved; `silu_and_mul_interleaved` takes them.
+    """
+    if not isinstance(operator, PackedLinear) or not isinstance(operator.weight, SlicedWeight):
+        return operator, False
+    outputs, bias = operator.weight.out_features, operator.bias
+    if outputs % (2 * GATES):
+        return operator, False
+    weight = triton_layout.interleave_gates(operator.weight)
+    return PackedLinear(weight, None if bias is None else bias[gate_order(outputs, bias.device)]), True
+
+
+def silu_and_mul_interleaved(x: Tensor) -> Tensor:
+    """silu(gate) * value (M, N / 2) of interleaved outputs (M, N): GATES gates, their values, the next gates."""
+    gates, values = x.view(len(x), -1, 2, GATES).unbind(2)
+    return F.silu(gates).mul_(values).flatten(1)
 
 
 class QuantLinear(nn.Linear):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gptq_belle.engine.attention import Attention, attention_config
-from gptq_belle.engine.linear import LinearOperator
+from gptq_belle.engine.linear import LinearOperator, interleave_gates, silu_and_mul_interleaved
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.kernels.cpu_elementwise import RmsNorm, silu_and_mul
@@ -27,14 +27,16 @@ class _LlamaBlock:
         self.qkv = linear(named("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), width, *outputs)
         self.out = linear(named("self_attn.o_proj"), outputs[0], width)
         self.mlp_norm = RmsNorm(weights.tensor(f"{name}.post_attention_layernorm.weight", width), config.eps)
-        self.gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
+        gate_up = linear(named("mlp.gate_proj", "mlp.up_proj"), width, inner, inner)
+        self.gate_up, self.has_interleaved_gates = interleave_gates(gate_up)
         self.down = linear(named("mlp.down_proj"), inner, width)
         self.linears = self.qkv, self.out, self.gate_up, self.down
         self.head_dim = head_dim
 
     def __call__(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         x = self.out(self._attend(self.attention_norm(x), attention, index), x)
-        return self.down(silu_and_mul(self.gate_up(self.mlp_norm(x))), x)
+        activation = silu_and_mul_interleaved if self.has_interleaved_gates else silu_and_mul
+        return self.down(activation(self.gate_up(self.mlp_norm(x))), x)
 
     def _attend(self, x: Tensor, attention: Attention, index: int) -> Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.head_dim)

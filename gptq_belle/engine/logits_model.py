@@ -1,6 +1,8 @@
 """Token ids in, logits out: whole sequences without a cache, prefill and decode steps with one."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.attention import DecodeAttention, NativeDecodeAttention, PrefillAttention, UncachedAttention
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.finite_check import explain_nonfinite, nonfinite_rows
+from gptq_belle.engine.fused_decoder import FusedDecoder, fuse, fusion_obstacle
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.linear import packed_linears
 from gptq_belle.engine.llama import Llama
@@ -17,8 +20,13 @@ from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import dispatch
+from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS
+from gptq_belle.kernels.triton_launch import Launch
 from gptq_belle.models.decoder_config import DecoderConfig
 from gptq_belle.models.sizes import PREFILL_CHUNK
+
+if TYPE_CHECKING:
+    from gptq_belle.engine.fused_decoding import FusedDecoding
 
 DEFAULT_MAX_NEW_TOKENS = 512
 LOGITS_BYTES = 1 << 26  # bytes of logits at a time in `token_logprobs`: 67 rows of BLOOM's vocabulary
@@ -46,8 +54,8 @@ class LogitsModel:
         quantization: settings of the packed weights; None for a full-precision model.
         weight_bytes: memory of all weights in bytes.
         step_bytes: bytes of weights that a decode step reads: all except an untied embedding.
-        use_step_graphs: whether decode steps are recorded and replayed in one native call; false if a linear is not
-            native. Can be set to False.
+        use_step_graphs: whether decode steps are recorded and replayed: on a CPU in one native call, on a GPU as fused
+            launches in a CUDA graph. False if the kernels do not support a part of the model. Can be set to False.
     """
 
     def __init__(self, decoder: Bloom | Llama, decoder_config: DecoderConfig, reader: CheckpointReader,
@@ -57,7 +65,7 @@ class LogitsModel:
         self.context = decoder_config.context
         self.quantization = weights.quantization
         self.weight_bytes = weights.nbytes
-        self.use_step_graphs = weights.native
+        self.use_step_graphs = weights.native or fusion_obstacle(decoder) is None
         self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes
 
     @property
@@ -81,10 +89,19 @@ class LogitsModel:
         if self.device.type == "cpu":
             return
         rows = max(slots, min(self.prefill_chunk, capacity))
+        fused = self._fused_launches(slots, capacity)
         operators = [*((linear, rows) for block in self.decoder.blocks for linear in block.linears),
-                     (self.decoder.head, slots)]  # prefill computes logits of one token
-        dispatch.warm_up(((part.weight, part.bias, most) for operator, most in operators
-                          for part in packed_linears(operator)), self.dtype, progress)
+                     (self.decoder.head, 1 if fused else slots)]  # prefill computes logits of one token
+        products = ((part.weight, part.bias, most) for operator, most in operators for part in packed_linears(operator))
+        dispatch.warm_up(products, self.dtype, progress, fused)
+
+    def _fused_launches(self, slots: int, capacity: int) -> list[Launch]:
+        """The launches of fused decode steps; kernels are compiled for a capacity that 16 divides, or for others."""
+        if not self.use_step_graphs or self._fused is None or self.cache_kind == "float32":
+            return []
+        from gptq_belle.engine.fused_decoding import decoding_launches  # imports Triton
+
+        return decoding_launches(self._fused, self.new_cache(1, 16 + capacity % 16), slots)
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -189,8 +206,24 @@ class LogitsModel:
     @torch.inference_mode()
     def decode_slots(self, tokens: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits (n, V) float32 after one decode step with tokens (n,) in slots with `lengths` cached tokens each."""
+        if (fused := self.fused_decoding(cache, len(slots))) is not None:
+            return fused.logits(tokens, slots, lengths).clone()
         x = self.decoder.embed(tokens)
         return self.decoder.logits(self._decode_blocks(x, cache, slots, lengths)).float()
+
+    def fused_decoding(self, cache: KVCache, rows: int) -> "FusedDecoding | None":
+        """Fused decode steps of `rows` rows on a cache; None on a CPU, and where the fused kernels do not serve."""
+        if not self.use_step_graphs or self._fused is None or cache.kind == "float32" or rows > MAX_SKINNY_ROWS:
+            return None
+        if cache.fused is None:
+            from gptq_belle.engine.fused_decoding import FusedDecoding  # imports Triton
+
+            cache.fused = FusedDecoding(self._fused, cache, use_graphs=self.device.type == "cuda")
+        return cache.fused
+
+    @cached_property
+    def _fused(self) -> FusedDecoder | None:
+        return fuse(self.decoder) if fusion_obstacle(self.decoder) is None else None
 
     def _decode_blocks(self, x: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         config, rows = self.decoder.attention_config, len(slots)

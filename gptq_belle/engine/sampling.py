@@ -28,6 +28,11 @@ class Sampler:
         seed = random.SystemRandom().randrange(2**63) if params.seed is None else params.seed
         self.random = random.Random(seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is the most likely one, and nothing else of the logits is asked for."""
+        return self.params.temperature == 0 and self.params.logprobs is None and not self.rules.active
+
     def __call__(self, logits: Tensor) -> int:
         """Sample the next token from logits (V,), and remember it."""
         return sample_tokens([self], logits[None])[0]

@@ -1,0 +1,156 @@
+"""Whole fused decode steps in Triton's interpreter, compared with the engine on a CPU.
+
+`test_fused_step.py` runs this file in a separate process, because TRITON_INTERPRET must be set before Triton is
+imported.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from bfloat16_interpreter import teach
+from conftest import packed_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gptq_belle
+from gptq_belle.engine import fused_step, lm_head
+from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.fused_decoder import fuse, fusion_obstacle
+from gptq_belle.engine.kv_cache import KVCache
+from gptq_belle.engine.linear import PackedLinear
+from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.kernels import dispatch, triton_layout, triton_matmul
+from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
+
+teach()
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"
+FORMATS = {"bloom": {"bits": 4, "group_size": 64, "act_order": True}, "llama": {"bits": 8, "group_size": 32}}
+
+
+def load_for_triton(path, monkeypatch, cache="float16"):
+    """A model on the CPU whose weights are laid out for the Triton kernels, with activations in float16."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "choose_kernel", lambda *args, **kwargs: dispatch.KernelChoice("triton", ""))
+        patch.setattr(lm_head, "choose_kernel", lambda *args, **kwargs: dispatch.KernelChoice("groupwise", ""))
+        model = gptq_belle.load(path, device="cpu", dtype=torch.float16, head_bits=8, cache=cache)
+    weight = triton_layout.prepare(model.decoder.head.weight)
+    model.decoder.head = PackedLinear(weight._replace(out_features=model.vocabulary_size), None)
+    if isinstance(model.decoder.embedding, lm_head.PackedEmbedding):
+        model.decoder.embedding.weight = model.decoder.head.weight
+    assert fusion_obstacle(model.decoder) is None
+    model.use_step_graphs = True
+    return model
+
+
+def generate(engine, prompts, new_tokens, temperatures=(0,) * 5):
+    """Submit prompts one step after another, so that requests join and leave; returns their answers."""
+    requests, waiting = [], list(prompts)
+    while waiting or not engine.idle:
+        if waiting:
+            number = len(requests)
+            params = SamplingParams(max_new_tokens=new_tokens[number], temperature=temperatures[number], seed=number,
+                                    ignore_eos=True)
+            requests.append(engine.submit(waiting.pop(0), params))
+        assert all(event.error is None for event in engine.step())
+    return [request.answer for request in requests]
+
+
+def compare(path, monkeypatch, prompts, new_tokens, cache="float16", temperatures=(0,) * 5):
+    """Answers of the fused engine equal those of the CPU engine in float32 on the same weights."""
+    model = gptq_belle.load(path, device="cpu", head_bits=8, cache=cache)
+    expected = generate(Engine(model, 5), prompts, new_tokens, temperatures)
+    engine = Engine(load_for_triton(path, monkeypatch, cache), 5)
+    assert generate(engine, prompts, new_tokens, temperatures) == expected
+    assert engine.cache.fused is not None
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_tokens_equal_those_of_the_cpu_engine(kind, request, tmp_path, monkeypatch):
+    """Two requests, of which one joins later, ends earlier, and samples (nearly always the most likely token)."""
+    path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", **FORMATS[kind])
+    compare(path, monkeypatch, [[5, 17, 200], [9, 8]], [6, 3], temperatures=(0, 0.01))
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("bloom", "int8"), ("llama", "bfloat16")])
+def test_logits_are_those_of_a_forward_pass(kind, cache, request, tmp_path, monkeypatch):
+    """A fused step after a prefill, and the CPU's forward pass without a cache."""
+    path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", **FORMATS[kind])
+    model, exact = load_for_triton(path, monkeypatch, cache), gptq_belle.load(path, head_bits=8, device="cpu")
+    ids = torch.tensor([[5, 17, 200, 31], [9, 8, 300, 77]])
+    _, state = model.prefill(ids)
+    found = model.decode(torch.tensor([3, 250]), state)
+    expected = exact.logits(torch.cat((ids, torch.tensor([[3], [250]])), 1))[:, -1]
+    error = float((found - expected).norm() / expected.norm())
+    assert error < {"int8": 2e-2, "bfloat16": 1e-2}[cache]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_demo_models_answer_as_on_the_cpu(kind, cache, tmp_path, monkeypatch):
+    """64 tokens alone, then with four other requests that join and leave; tiles are large, because they are faster
+    here."""
+    path = packed_checkpoint(EXAMPLES / kind, tmp_path / "packed", bits=4, group_size=128)
+    tile = LaunchPlan("skinny", TileConfig(8, 128, 128, 1, 4, 4))
+    monkeypatch.setattr(fused_step, "plan_for", lambda *args: tile)
+    monkeypatch.setattr(triton_matmul, "plan_for", lambda *args: tile)
+    prompts = [[40 + i, 900, 77 * i + 3, 12, 2000] for i in range(5)]
+    compare(path, monkeypatch, prompts, [64, 3, 20, 60, 9], cache)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_launches_of_a_step(kind, request, tmp_path, monkeypatch):
+    """5 launches per block and 2 more, no torch operation between them, and none whose choice depends on data."""
+    path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", **FORMATS[kind])
+    model = load_for_triton(path, monkeypatch)
+    decoder, cache = fuse(model.decoder), model.new_cache(4, 300)
+    step, made = fused_step.FusedStep(fused_step.StepBuffers(decoder, cache, 4), 2, 256), []
+    assert len(step.launches) == 5 * len(decoder.blocks) + 2
+    kernels = [(launch.kernel.fn.__name__, launch.grid, launch.constants) for launch in step.launches]
+    step.launches = [launch._replace(kernel=RecordedKernel(launch, made)) for launch in step.launches]
+    with NoOperations():
+        step.run()
+        step.run()
+    assert [launch.kernel for launch in made] == 2 * [launch.kernel for launch in made[: len(made) // 2]]
+    assert len(made) == 2 * len(kernels)
+
+    without_data = fused_step.FusedStep(fused_step.StepBuffers(on_meta(decoder), on_meta(cache), 4), 2, 256)
+    assert [(launch.kernel.fn.__name__, launch.grid, launch.constants) for launch in without_data.launches] == kernels
+
+
+class RecordedKernel:
+    """Stands for a kernel in a launch; remembers that it was launched."""
+
+    def __init__(self, launch, made):
+        self.launch, self.made = launch, made
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.made.append(self.launch)
+
+
+class NoOperations(TorchDispatchMode):
+    """Within it, every torch operation raises."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} within a step")
+
+
+def on_meta(value):
+    """A copy of an object whose tensors have no data."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, list):
+        return [on_meta(item) for item in value]
+    if isinstance(value, tuple):
+        return type(value)(*map(on_meta, value)) if hasattr(value, "_fields") else tuple(map(on_meta, value))
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: on_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return type(value)(**fields)
+    if isinstance(value, KVCache):
+        copied = copy.copy(value)
+        copied.__dict__ = {name: on_meta(item) for name, item in vars(value).items()}
+        return copied
+    return value
