@@ -63,7 +63,7 @@ class FakeEngine:
         if self.device_failure is not None:
             raise self.device_failure
 
-    def submit(self, ids, params):
+    def submit(self, ids, params, constraint=None):
         self.threads.add(threading.current_thread())
         if REFUSED_ID in ids:
             raise UsageError(f"token id {REFUSED_ID} is not in the vocabulary")

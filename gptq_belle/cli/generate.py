@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,10 +12,21 @@ from gptq_belle.cli import console, environment, options
 from gptq_belle.cli.prompt_rows import STDIN, answered, read_rows, read_text
 from gptq_belle.common.text import count
 from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, SamplingParams
-from gptq_belle.errors import UsageError
+from gptq_belle.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from gptq_belle.engine.model import Model
+
+
+def _schema(path: Path) -> dict[str, Any]:
+    """The JSON schema of a file; raises InputError if it is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"the JSON schema {path} cannot be read", "Give a file with a JSON object.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"the JSON schema {path} is not an object", "Give a file with a JSON object.")
+    return found
 
 
 def generate(
@@ -35,6 +46,8 @@ def generate(
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
     min_tokens: options.MinTokens = 0,
+    json_schema: Annotated[Path | None, typer.Option(
+        help="File with a JSON schema that the answer follows.", show_default=False)] = None,
     seed: options.Seed = None,
     precision: options.Precision = None,
     head_bits: options.HeadBits = None,
@@ -55,7 +68,7 @@ def generate(
     rows = read_rows(prompts) if prompts is not None else []
     params = SamplingParams(max_tokens, temperature, top_k, top_p, repetition_penalty, seed,
                             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-                            min_tokens=min_tokens)
+                            min_tokens=min_tokens, json_schema=None if json_schema is None else _schema(json_schema))
     options.note_unused_sampling(context, temperature)
     options.check_engine_options(device, precision, head_bits, cache)
     model = options.load_generator(path, device, precision, head_bits, cache, ctx_size)

@@ -18,6 +18,7 @@ from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, no
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
 from gptq_belle.engine.sampling import Sampler, sample_tokens
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.errors import GptqBelleError, UsageError
 from gptq_belle.models.sizes import QUERY_BLOCK
 
@@ -36,6 +37,7 @@ class Request:
         params: sampling parameters.
         max_new_tokens: limit of the answer's length.
         ends: tokens that end the answer: the model's eos and `SamplingParams.stop_token_ids`.
+        constraint: the grammar of the answer, if any.
         answer: token ids so far, without the one of `ends`.
         end: the token of `ends` that ended it, if any.
         finished: finish reason: "stop" (a token of `ends`), "length", "cancelled" or "error"; None while it is running.
@@ -46,6 +48,7 @@ class Request:
     params: SamplingParams
     max_new_tokens: int
     ends: frozenset[int] = frozenset()
+    constraint: TokenConstraint | None = None
     answer: list[int] = field(default_factory=list)
     end: int | None = None
     finished: str | None = None
@@ -130,12 +133,14 @@ class Engine:
         used = sum(len(slot.cached) for slot in self._slots if slot.request is not None)
         return used / (self.slots * self.capacity)
 
-    def submit(self, ids: Sequence[int], params: SamplingParams) -> Request:
+    def submit(self, ids: Sequence[int], params: SamplingParams,
+               constraint: TokenConstraint | None = None) -> Request:
         """Queue a request; `step` runs it.
 
         Args:
             ids: token ids of the prompt.
             params: without `max_new_tokens`, the answer is limited by the capacity and DEFAULT_MAX_NEW_TOKENS.
+            constraint: from `Model.constraint`; eos ends such an answer also with `ignore_eos`.
         Raises:
             UsageError: no ids, ids outside the vocabulary, also in `params`, or a prompt and answer that exceed the
                 capacity.
@@ -143,8 +148,9 @@ class Engine:
         self.model.check_ids(torch.tensor([list(ids)], dtype=torch.int64))
         params.check_vocabulary(self.model.vocabulary_size)
         limit = new_token_limit(len(ids), params.max_new_tokens, self.capacity)
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.model.eos_ids)
-        request = Request(list(ids), params, limit, ends)
+        endless = params.ignore_eos and constraint is None
+        ends = frozenset(params.stop_token_ids) | (frozenset() if endless else self.model.eos_ids)
+        request = Request(list(ids), params, limit, ends, constraint)
         self._waiting.append(request)
         return request
 
@@ -197,7 +203,7 @@ class Engine:
             if reusable and source in free and _continues(source, request):
                 slot = source  # nothing that another request could reuse is lost there
             slot.request = request
-            slot.sampler = Sampler(request.params, request.ids, self.model.device, request.ends)
+            slot.sampler = Sampler(request.params, request.ids, self.model.device, request.ends, request.constraint)
             slot.admitted, slot.cached = self._admitted, []
             self._admitted += 1
             self._reuse(source, slot, reusable)
@@ -283,11 +289,11 @@ class Engine:
         return [self._accept(slot, token, row) for slot, token, row in zip(slots, tokens, logits, strict=True)]
 
     def _find_errors(self, slots: Sequence[_Slot], logits: Tensor) -> dict[int, GptqBelleError]:
-        """Errors by row, for logits (n, V) of slots and keys in the cache that are not finite."""
+        """Errors by row: logits (n, V) or keys in the cache that are not finite, or grammars that cannot continue."""
         failed: dict[int, GptqBelleError] = {
             row: explain_nonfinite(self.model, slots[row].cached, self.cache, self._slots.index(slots[row]))
             for row in nonfinite_rows(logits)}
-        return self._due_cache_errors(slots) | failed
+        return _grammar_errors(slots) | self._due_cache_errors(slots) | failed
 
     def _due_cache_errors(self, slots: Sequence[_Slot]) -> dict[int, GptqBelleError]:
         """Errors by row, for keys and values in the cache that are not finite, where a check is due."""
@@ -329,6 +335,13 @@ class Engine:
         best = logprobs.topk(request.params.logprobs)
         *values, own = torch.cat((best.values, logprobs[token, None])).tolist()
         return Event(request, token, request.finished, own, list(zip(best.indices.tolist(), values, strict=True)))
+
+
+def _grammar_errors(slots: Sequence[_Slot]) -> dict[int, GptqBelleError]:
+    """Compute the next tokens of answers that follow a grammar; errors by row where that is not possible."""
+    constraints = [None if slot.request is None else slot.request.constraint for slot in slots]
+    errors = {row: constraint.advance() for row, constraint in enumerate(constraints) if constraint is not None}
+    return {row: error for row, error in errors.items() if error is not None}
 
 
 def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.token_constraint import TokenConstraint
 
 # Bounds of temperature and repetition penalty: beyond these, float32 overflows and logits become NaN.
 MIN_FACTOR, MAX_FACTOR = 1e-10, 1e10
@@ -21,13 +22,14 @@ class LogitRules:
         prompt: token ids of the prompt.
         ends: tokens that end the answer.
         device: device of the logits.
+        constraint: the grammar of the answer, if any.
     Attributes:
         active: whether logits are changed at all.
     """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], ends: Iterable[int],
-                 device: torch.device) -> None:
-        self._params, self._device = params, device
+                 device: torch.device, constraint: TokenConstraint | None = None) -> None:
+        self._params, self._device, self.constraint = params, device, constraint
         self._seen_ids = set(prompt if params.repetition_penalty != 1 else ())
         self._seen = self._ids(sorted(self._seen_ids))  # without duplicates
         self._answer: Counter[int] = Counter()
@@ -35,11 +37,13 @@ class LogitRules:
         bias = params.logit_bias or {}
         self._bias = self._ids(list(bias)), torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
         self.active = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-                           or bias or params.min_tokens)
+                           or bias or params.min_tokens or constraint is not None)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Change logits (V,) float32 of the next token, in vLLM's order: bias, minimum length, penalties."""
+        """Change logits (V,) float32 of the next token, in vLLM's order: grammar, bias, minimum length, penalties."""
         params = self._params
+        if self.constraint is not None:
+            logits = logits.masked_fill(self.constraint.excluded().to(self._device), -math.inf)
         if len(self._bias[0]):
             logits = logits.index_add(0, *self._bias)
         if self._answer.total() < params.min_tokens:
@@ -56,6 +60,8 @@ class LogitRules:
         if not self.active:
             return
         self._answer[token] += 1
+        if self.constraint is not None:
+            self.constraint.accept(token)
         if self._params.repetition_penalty != 1 and token not in self._seen_ids:
             self._seen_ids.add(token)
             self._seen = torch.cat((self._seen, self._ids([token])))

@@ -25,6 +25,7 @@ from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import LogitsModel
 from gptq_belle.engine.prompt_arguments import check_prompt, split_prompts
 from gptq_belle.engine.sampling_params import SamplingOptions, SamplingParams, sampling_params
+from gptq_belle.engine.token_constraint import ConstraintCompiler, TokenConstraint
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
@@ -176,7 +177,7 @@ class Model(LogitsModel):
         ids, stops = self._encode(prompt, prompt_style)
         params.check_vocabulary(self.vocabulary_size)
         room = new_token_limit(len(ids), params.max_new_tokens, self.context)
-        return self._text(self.tokens(ids, room, params), self._text_stream((*params.stop, *stops), params.min_tokens))
+        return self._text(self.tokens(ids, room, params), self._text_stream(_stops(params, stops), params.min_tokens))
 
     def _generate_batch(self, prompts: Sequence[Prompt], prompt_style: str | None, params: SamplingParams) -> list[str]:
         encoded = [self._encode(prompt, prompt_style) for prompt in prompts]
@@ -185,8 +186,8 @@ class Model(LogitsModel):
         engine = Engine(self, min(len(prompts), MAX_BATCH), capacity)
         streams = {}
         for (ids, stops), room in zip(encoded, rooms, strict=True):
-            streams[engine.submit(ids, _limited(params, room))] = self._text_stream((*params.stop, *stops),
-                                                                                    params.min_tokens)
+            request = engine.submit(ids, _limited(params, room), self.constraint(params))
+            streams[request] = self._text_stream(_stops(params, stops), params.min_tokens)
         answers = dict.fromkeys(streams, "")
         while not engine.idle:
             for request, token, *_ in _checked(engine.step()):
@@ -204,12 +205,25 @@ class Model(LogitsModel):
             InputError: logits are not finite.
         """
         engine = self._engine(len(ids) + count)
-        request = engine.submit(ids, _limited(params, count))
+        request = engine.submit(ids, _limited(params, count), self.constraint(params))
         try:
             while request.finished is None:
                 yield from (event.token for event in _checked(engine.step()) if event.token is not None)
         finally:
             engine.cancel(request)
+
+    def constraint(self, params: SamplingParams) -> TokenConstraint | None:
+        """The grammar of an answer with these parameters; None without one.
+
+        Raises:
+            UsageError: a schema, expression or grammar that is not valid or not supported.
+            HardwareError: llguidance is not installed.
+        """
+        return None if params.structure[1] is None else self._compile_constraint(params)
+
+    @cached_property
+    def _compile_constraint(self) -> ConstraintCompiler:
+        return ConstraintCompiler(self.tokenizer, self.vocabulary_size, self.eos_ids)
 
     def _engine(self, length: int) -> Engine:
         """Engine with one slot for `length` tokens; replaced if the capacity of the previous one is too small."""
@@ -241,6 +255,11 @@ class Model(LogitsModel):
             return self.tokenizer(prompt)["input_ids"], ()
         prepared = self.chat_format(prompt_style).question(prompt)
         return prepared.ids, prepared.stops
+
+
+def _stops(params: SamplingParams, stops: Sequence[str]) -> tuple[str, ...]:
+    """Stop strings of an answer: those of the prompt style do not end one that follows a grammar."""
+    return params.stop if params.structure[1] is not None else (*params.stop, *stops)
 
 
 def _limited(params: SamplingParams, room: int) -> SamplingParams:

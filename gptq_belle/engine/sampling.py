@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gptq_belle.engine.logit_rules import MIN_FACTOR, LogitRules
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.token_constraint import TokenConstraint
 
 
 class Sampler:
@@ -22,9 +23,9 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], device: torch.device,
-                 ends: Iterable[int] = ()) -> None:
+                 ends: Iterable[int] = (), constraint: TokenConstraint | None = None) -> None:
         self.params = params
-        self.rules = LogitRules(params, prompt, ends, device)
+        self.rules = LogitRules(params, prompt, ends, device, constraint)
         seed = random.SystemRandom().randrange(2**63) if params.seed is None else params.seed
         self.random = random.Random(seed)
 

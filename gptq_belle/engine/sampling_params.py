@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from gptq_belle.errors import UsageError
 
 MAX_BIAS = 100.0  # of `logit_bias`, as in OpenAI's API
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")  # options that constrain the form of an answer
 MAX_PENALTY = 2.0  # of `presence_penalty` and `frequency_penalty`, as in OpenAI's API
 
 
@@ -37,6 +38,9 @@ class SamplingParams:
         min_tokens: the answer cannot end by eos, `stop_token_ids` or `stop` within this number of tokens, as in vLLM.
         stop_token_ids: tokens that end the answer as eos does, also with `ignore_eos`, as in vLLM; they are not part
             of it.
+        json_schema, regex, choice, grammar: the answer is JSON of this schema, matches this regular expression, is one
+            of these texts, or follows this grammar (Lark, or GBNF as in llama.cpp); at most one of them. An answer that
+            ends by "length" can be incomplete.
 
     Raises:
         UsageError: a value is out of range; the message states the allowed values.
@@ -57,6 +61,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -78,6 +86,12 @@ class SamplingParams:
         ):
             if not good:
                 raise UsageError(f"{name} {getattr(self, name)} is not allowed", f"It must be {allowed}.")
+
+    @property
+    def structure(self) -> tuple[str, Any]:
+        """Name and value of the option that constrains the answer; ("", None) without one."""
+        given = [(name, getattr(self, name)) for name in STRUCTURES]
+        return next(((name, value) for name, value in given if value not in (None, ())), ("", None))
 
     def check_vocabulary(self, size: int) -> None:
         """Check that the token ids of `logit_bias` and `stop_token_ids` are in a vocabulary of `size` tokens.
@@ -105,6 +119,13 @@ def _check_types(params: SamplingParams) -> None:
     if bias is not None and not (isinstance(bias, Mapping) and all(_is_number(token, Integral) for token in bias)
                                  and all(_is_number(value, Real) for value in bias.values())):
         raise UsageError(f"logit_bias {bias!r} is not a mapping of token ids to numbers", "Give a dictionary or None.")
+    given = [name for name in STRUCTURES if getattr(params, name) not in (None, ())]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", "Give one of them.")
+    for name, kinds in (("json_schema", Mapping), ("regex", str), ("choice", tuple), ("grammar", str)):
+        value = getattr(params, name)
+        if value is not None and not isinstance(value, kinds):
+            raise UsageError(f"{name} {value!r} is of type {type(value).__name__}", f"Give a {kinds.__name__.lower()}.")
     if isinstance(ends, str) or not isinstance(ends, Sequence) or not all(_is_number(t, Integral) for t in ends):
         raise UsageError(f"stop_token_ids {ends!r} is not a tuple of token ids", "Give a tuple of integers.")
     if isinstance(params.stop, str) or not isinstance(params.stop, Sequence) or not all(
@@ -139,6 +160,10 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     min_tokens: int
     stop_token_ids: tuple[int, ...]
+    json_schema: Mapping[str, Any] | None
+    regex: str | None
+    choice: tuple[str, ...]
+    grammar: str | None
 
 
 def sampling_params(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -> SamplingParams:

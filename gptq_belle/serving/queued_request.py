@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gptq_belle.engine.batching import Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.serving.api_errors import ApiError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class QueuedRequest:
         self.index, self.ids, self.params, self.arrived = index, list(ids), params, arrived
         self.start = time.perf_counter()
         self.request: Request | None = None
+        self.constraint: TokenConstraint | None = None  # the grammar of the answer
         self.queued: float | None = None
         self.first: float | None = None
         self.last = 0.0

@@ -37,7 +37,6 @@ def _off(neutral: Iterable[Any], *names: str, remedy: str = "Remove it from the 
     return dict.fromkeys(names, Unsupported(tuple(neutral), remedy))
 
 
-_FREE_TEXT = "Answers cannot be constrained: describe the format in the prompt and check the answer"
 _NO_TOOLS = "This server does not call tools: describe them in the prompt"
 _COMMON: Table = {
     # Bookkeeping, and caching or speed only
@@ -67,9 +66,7 @@ _COMMON: Table = {
     **_off([True], "skip_special_tokens"),
     **_off([], "n_predict", "max_new_tokens", "max_length", remedy="Use max_tokens"),
     # Constrained answers
-    **_off([{"type": "text"}, {}], "response_format", remedy=_FREE_TEXT),
-    **_off([{}, "", []], "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar", "json_schema",
-           "structured_outputs", "structural_tag", remedy=_FREE_TEXT),
+    **_off([{}, "", []], "structural_tag", remedy="Use response_format with a JSON schema"),
     # Form of the response
     **_off([0], "n_probs", remedy="Use logprobs"),
     **_off([False], "return_tokens_as_token_ids", "return_token_ids", "return_tokens", "timings_per_token",

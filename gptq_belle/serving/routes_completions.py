@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from gptq_belle.serving.answer_form import answer_form
 from gptq_belle.serving.api_errors import JSON_BODY, ApiError
 from gptq_belle.serving.completion_choice import (
     CompletionChoice,
@@ -36,8 +37,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     ids, prompt_stops = (await service.prompt(body.messages, body))[1:]
     limit = body.max_completion_tokens or body.max_tokens
     service.check(ids, limit, "messages")
-    stops = (*prompt_stops, *body.stops)
-    choices = service.choices([ids], body, limit, body.logprob_count, stops)
+    stops = body.stops if answer_form(body.forms)[1] else (*prompt_stops, *body.stops)  # a grammar ends by itself
+    choices = await service.choices([ids], body, limit, body.logprob_count, stops)
     request.state.notes.prompt_tokens, request.state.notes.choices = len(ids), choices
 
     def logprobs(piece: TextDelta) -> dict[str, Any] | None:
@@ -95,7 +96,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         entries = [_entry(service, body, prompt, index, TextDelta(), "length")
                    for index, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices))]
         return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, [])})
-    choices = service.choices(ids, body, wanted, body.logprobs, body.stops)
+    choices = await service.choices(ids, body, wanted, body.logprobs, body.stops)
     request.state.notes.prompt_tokens, request.state.notes.choices = read, choices
 
     def prompt_of(choice: CompletionChoice) -> _Prompt:

@@ -12,6 +12,7 @@ from typing import Any
 
 from gptq_belle.engine.batching import Engine, Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.serving.api_errors import ApiError, engine_stopped, logged
 from gptq_belle.serving.engine_watch import EngineWatch
@@ -63,9 +64,13 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[QueuedRequest]:
+    def submit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+               constraint: TokenConstraint | None = None) -> list[QueuedRequest]:
         """Queue answers, all of them or none; called in the event loop of the server. They share the queue `arrived`.
 
+        Args:
+            prompts: token ids and sampling parameters of each answer.
+            constraint: the grammar of all answers, if any.
         Raises:
             ApiError: 429 if the queue is full, 503 if the server is stopping or the thread has ended.
         """
@@ -82,6 +87,8 @@ class Scheduler:
                                code="queue_full", headers={"Retry-After": RETRY_AFTER})
             self._loop, arrived = asyncio.get_running_loop(), ItemQueue()
             answers = [QueuedRequest(self, index, ids, params, arrived) for index, (ids, params) in enumerate(prompts)]
+            for answer in answers:
+                answer.constraint = None if constraint is None else constraint.copy()
             self._waiting.extend(answers)
             self._open.update(answers)
             self._changed.notify()
@@ -196,7 +203,7 @@ class Scheduler:
 
     def _start(self, answer: QueuedRequest) -> None:
         try:
-            answer.request = self.engine.submit(answer.ids, answer.params)
+            answer.request = self.engine.submit(answer.ids, answer.params, answer.constraint)
         except Exception as error:
             self.metrics.requests.labels("failed").inc()
             self._send([(answer, error if isinstance(error, GptqBelleError) else self._logged(error))])
@@ -219,10 +226,10 @@ class Scheduler:
                 self.metrics.requests.labels("failed" if event.error else event.finished).inc()
                 self.metrics.latency.observe(now - answer.start)
                 items.append((answer, event.finished if event.error is None else self._logged(event.error)))
+        self.metrics.count_tokens(sum(event.token is not None for event in events))
         self._send(items)
         if any(event.error is not None for event in events):
             self.engine.check_device()
-        self.metrics.count_tokens(sum(event.token is not None for event in events))
 
     def _fail(self, error: Exception) -> None:
         for request in self._running:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, MAX_BIAS, MAX_PENALTY, SamplingParams
 from gptq_belle.prompts.conversation import ROLES
+from gptq_belle.serving.answer_form import GUIDED
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -57,6 +58,7 @@ TokenIds = Annotated[list[TokenId], FAIL_FAST, Field(min_length=1)]
 
 
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
+Grammar = Annotated[Text, Field(max_length=1 << 16)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY, allow_inf_nan=False)]
 
 
@@ -90,6 +92,14 @@ class SamplingRequest(_Body):
     n: Integer | None = Field(1, ge=1, le=MAX_CHOICES)
     ignore_eos: bool | None = False
     stop: Stop | Annotated[list[Stop], FAIL_FAST, Field(max_length=MAX_STOPS)] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: Grammar | None = None
+    guided_choice: Annotated[list[Text], FAIL_FAST, Field(max_length=MAX_BIASES)] | None = None
+    guided_grammar: Grammar | None = None
+    grammar: Grammar | None = None
+    json_schema: dict[str, Any] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -98,6 +108,11 @@ class SamplingRequest(_Body):
         """The stop strings that are not empty."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(stop for stop in given if stop)
+
+    @property
+    def forms(self) -> dict[str, Any]:
+        """The fields that `answer_form` takes."""
+        return {name: getattr(self, name) for name in ("response_format", "structured_outputs", *GUIDED)}
 
     @property
     def choices(self) -> int:

@@ -10,8 +10,10 @@ from fastapi import Request
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling_params import SamplingParams
-from gptq_belle.errors import UsageError
+from gptq_belle.engine.token_constraint import TokenConstraint
+from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.prompts.conversation import Prompt
+from gptq_belle.serving.answer_form import answer_form
 from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError, public_text
 from gptq_belle.serving.completion_choice import CompletionChoice
 from gptq_belle.serving.metrics import Metrics
@@ -148,7 +150,7 @@ class Service:
             raise ApiError(400, f"{param}: token id {largest} is not in the vocabulary of {vocabulary}", param,
                            "invalid_value")
 
-    def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, max_tokens: int | None,
+    async def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, max_tokens: int | None,
                 logprobs: int | None, stops: Sequence[str]) -> list[CompletionChoice]:
         """Submit `body.choices` answers for each prompt, in order.
 
@@ -161,10 +163,20 @@ class Service:
                            "min_tokens", "invalid_value")
         self.check_ids([int(token) for token in body.logit_bias or ()], "logit_bias")
         self.check_ids(body.stop_token_ids or (), "stop_token_ids")
+        name, form = answer_form(body.forms)
+        constraint = await self._constraint(name, SamplingParams(**form)) if form else None
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
             (ids, body.params(number, max_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
         return [CompletionChoice(answer, self.tokenizer, stops, body.min_tokens or 0)
-                for answer in self.scheduler.submit(wanted)]
+                for answer in self.scheduler.submit(wanted, constraint)]
+
+    async def _constraint(self, name: str, params: SamplingParams) -> TokenConstraint | None:
+        """Compile a grammar in a thread, which can take a second; `name` is the field of the request."""
+        try:
+            return await asyncio.to_thread(self.model.constraint, params)
+        except (UsageError, HardwareError) as error:
+            text = public_text(str(error))
+            raise ApiError(400, f"{name}: {text}", name, "invalid_value") from error
 
 
 @dataclass(slots=True)
