@@ -58,6 +58,12 @@ def test_a_wheel_carries_kernels_and_data_even_without_a_compiler(tmp_path):
         archive.extractall(site)
     assert not (site / "gptq_belle" / "kernels").is_symlink()
     assert (site / "gptq_belle" / "evaluation" / "templates" / "report.html.j2").is_file()
+    page = Path("gptq_belle", "serving", "static")
+    files = [path.relative_to(ROOT) for path in (ROOT / page).rglob("*") if path.is_file()]
+    assert files
+    assert all((site / path).is_file() for path in files)
+    licences = {path.name for path in (ROOT / page).glob("vendor/LICENSE-*")}
+    assert {path.name for path in site.glob("*.dist-info/licenses/**/LICENSE-*")} == licences
     code = (f"import sys; sys.path.insert(0, {str(site)!r});"
             "import gptq_belle.kernels.dispatch as d; print(d.__file__);"
             "from gptq_belle.quantization.calibration.data_files import read_documents;"
