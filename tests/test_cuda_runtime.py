@@ -25,7 +25,7 @@ from gptq_belle.engine.kv_cache import CACHE_DTYPES
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
 from gptq_belle.kernels.layout import checked_weight
-from gptq_belle.kernels.triton_config import ROW_BUCKETS
+from gptq_belle.kernels.triton_config import ROW_BUCKETS, TileConfig
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.server_config import ServiceConfig
 from gptq_belle.serving.service import Limits
@@ -245,7 +245,7 @@ def test_warm_up_compiles_in_threads(monkeypatch, tmp_path):
     pretended = SimpleNamespace(
         get_current_device=lambda: 1 << 20, get_current_stream=lambda device: 0, utils=code,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=lambda source, metadata: lambda *arguments: calls.append(source.name))
+        launcher_cls=lambda source, metadata: lambda *arguments: calls.append((source.name, *arguments)))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
@@ -261,8 +261,15 @@ def test_warm_up_compiles_in_threads(monkeypatch, tmp_path):
     files = sorted(tmp_path.rglob("*.cubin"))
     for rows in (1, 8, 9, 16):
         triton_matmul.quant_matmul(torch.ones(rows, 1024).half(), weight)
-    assert calls == ["skinny_kernel"] * 4
+    assert [name for name, *_ in calls] == ["skinny_kernel"] * 4
     assert sorted(tmp_path.rglob("*.cubin")) == files
+    x, y = torch.ones(1, 1024).half(), torch.empty(1, 64).half()
+    [launch] = triton_matmul.product_launches(x, weight, None, y, "skinny", TileConfig(8, 64, 128, 1, 2, 4))
+    launch.bind()()
+    first, again = ([id(value) if isinstance(value, torch.Tensor) else value for value in call] for call in calls[-2:])
+    given = slice(10, None)  # after the name, the grid, the stream, and what belongs to the compiled kernel
+    assert (first[1:4], first[given]) == (again[1:4], again[given])
+    assert len(first[given]) == len(launch.kernel.arg_names)
 
 
 @pytest.fixture(params=["none", "tf32"])
