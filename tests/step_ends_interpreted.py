@@ -27,7 +27,7 @@ from gptq_belle.kernels.triton_embedding import embedding_launch
 from gptq_belle.kernels.triton_head import head_launches
 from gptq_belle.kernels.triton_launch import Workspace
 from gptq_belle.kernels.triton_norm import FoldedNorm, NextNorm
-from gptq_belle.kernels.triton_sampling import CANDIDATES, new_sampling_state, sampling_launch
+from gptq_belle.kernels.triton_sampling import CANDIDATES, TILE, new_sampling_state, sampling_launch
 
 teach()
 
@@ -248,6 +248,21 @@ def test_ties_are_ordered_by_token():
     limited = [row._replace(params=SamplingParams(temperature=1.0, top_k=200)) for row in rows]
     tokens = sampled(torch.ones(8, vocab).half(), rows + limited)[0].tolist()
     assert tokens == [0, 125, 375, 499, 0, 50, 150, 199]
+    quarters = [row._replace(number=number) for row, number in zip(rows, (0.0, 0.25, 0.5, 0.75), strict=True)]
+    assert sampled(torch.ones(4, 4).half(), quarters)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_candidates_that_suffice_are_all_that_is_read():
+    """Logits of the tiles that hold no candidate are the largest: the search in all logits would find them."""
+    params, logits = SamplingParams(temperature=1.0, top_k=30, top_p=0.85), 2 * torch.randn(1, 80 * TILE)
+    state, tiles = new_sampling_state(1, logits.shape[1], ROOM, logits.device), logits.view(80, TILE)
+    largest = tiles.amax(1)
+    state.maxima[:, :, 0] = torch.stack([largest, (tiles - largest[:, None]).exp().sum(1)])
+    state.adjusted.copy_(logits).view(80, TILE)[largest.argsort()[: 80 - CANDIDATES]] = 50.0
+    state.temperatures[0], state.top_k[0], state.top_p[0], state.numbers[0, 0] = 1.0, params.top_k, params.top_p, 0.6
+    tokens = torch.zeros(1).int()
+    sampling_launch(state, tokens, torch.zeros(1).int(), torch.zeros(1, ROOM).int())()
+    assert tokens.item() == expected_token(logits[0], Row(params, 0.6, []))
 
 
 def test_idle_rows_keep_everything():
