@@ -94,6 +94,16 @@ def test_penalties_bias_and_lengths_equal_the_model(server, tiny_llama):
     assert chosen(server, presence_penalty=2)["message"] != chosen(server)["message"]
 
 
+def test_penalties_beside_the_default_repetition_penalty_give_a_warning(server):
+    for path in (CHAT_PATH, COMPLETION_PATH):
+        for stream in (False, True):
+            warning = post(server, path, presence_penalty=1, stream=stream).headers["Warning"]
+            assert "presence_penalty" in warning
+            assert "repetition_penalty" in warning
+        for fields in ({}, {"presence_penalty": 0}, {"presence_penalty": 1, "repetition_penalty": 1}):
+            assert "Warning" not in post(server, path, **fields).headers
+
+
 def test_stop_strings_within_the_minimum_are_ignored(server):
     text = chosen(server)["message"]["content"]
     assert chosen(server, stop=text[2:4])["message"]["content"] == text[:2]

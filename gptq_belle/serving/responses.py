@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -65,7 +65,7 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
                  show: Callable[[CompletionChoice, TextDelta], dict[str, Any]],
                  first: Callable[[CompletionChoice], dict[str, Any] | None],
                  last: Callable[[CompletionChoice], dict[str, Any]],
-                 final: Callable[[], dict[str, Any] | None]) -> StreamingResponse:
+                 final: Callable[[], dict[str, Any] | None], headers: Mapping[str, str]) -> StreamingResponse:
     """Stream text of all choices as it arrives, followed by ``[DONE]``.
 
     An event contains the text of one token; events that are available at the same time are sent together.
@@ -75,6 +75,7 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
         head: common fields of all events.
         show, first, last: build the ``choices`` entry for new text, before the first and after the last text.
         final: builds the fields of the last event (usage), or None for no such event.
+        headers: additional HTTP headers.
     """
     def entry(fields: dict[str, Any]) -> bytes:
         return _event(head | {"choices": [fields]})
@@ -95,7 +96,7 @@ def event_stream(request: Request, choices: Sequence[CompletionChoice], head: di
             return
         yield b"data: [DONE]\n\n"
 
-    return _EventStream(events(), headers=HEADERS)
+    return _EventStream(events(), headers={**HEADERS, **headers})
 
 
 class _EventStream(StreamingResponse):

@@ -57,12 +57,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
             first=lambda choice: {"index": choice.index, "delta": {"role": "assistant", "content": ""},
                                   "logprobs": None, "finish_reason": None},
             last=lambda choice: {"index": choice.index, "delta": {}, "logprobs": None, "finish_reason": choice.reason},
-            final=final)
+            final=final, headers=body.headers)
     pieces = await collect(request, choices)
     entries = [entry(choice, "message", {"role": "assistant", "content": piece.text, "refusal": None}, piece)
                for choice, piece in zip(choices, pieces, strict=True)]
-    return JSONResponse(envelope("chat.completion", service.name) | {"choices": entries,
-                                                                     "usage": usage(len(ids), choices, body.choices)})
+    return JSONResponse(envelope("chat.completion", service.name) | {
+        "choices": entries, "usage": usage(len(ids), choices, body.choices)}, headers=body.headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +116,12 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
             show=lambda choice, piece: entry(choice, none, piece),
             first=lambda choice: entry(choice, prompt_of(choice), TextDelta()) if body.echo else None,
             last=lambda choice: entry(choice, none, TextDelta(), choice.reason),
-            final=final)
+            final=final, headers=body.headers)
     pieces = await collect(request, choices)
     entries = [_entry(service, body, prompt_of(choice), choice.index, piece, choice.reason)
                for choice, piece in zip(choices, pieces, strict=True)]
     return JSONResponse(envelope("text_completion", service.name) | {
-        "choices": entries, "usage": usage(read, choices, body.choices)})
+        "choices": entries, "usage": usage(read, choices, body.choices)}, headers=body.headers)
 
 
 def _entry(service: Service, body: CompletionRequest, prompt: _Prompt, index: int, piece: TextDelta,

@@ -120,6 +120,17 @@ class SamplingRequest(_Body):
         return self.n or 1
 
     @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the response: a warning if OpenAI's penalties meet the default repetition penalty, which can hide
+        their effect: it is not 1, as OpenAI's clients expect."""
+        given = [name for name in ("presence_penalty", "frequency_penalty") if getattr(self, name)]
+        default = DEFAULT_SAMPLING.repetition_penalty
+        if not given or default == 1 or self.model_fields_set & {"repetition_penalty", "repeat_penalty"}:
+            return {}
+        return {"Warning": f'299 gptq-belle "{", ".join(given)}: the default repetition_penalty of {default:g} applies '
+                           'too; send 1 to disable it"'}
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with an event that contains the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
