@@ -1,4 +1,4 @@
-"""`inspect`: describe a model directory from its headers and small tensors, and list its problems."""
+"""`inspect`: describe a model directory from its headers, and list its problems, for which every value is read once."""
 
 import math
 from collections import Counter
