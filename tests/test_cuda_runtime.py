@@ -21,6 +21,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 import gptq_belle
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.finite_check import nonfinite_cache_block
+from gptq_belle.engine.fused_decoder import fuse
 from gptq_belle.engine.kv_cache import CACHE_DTYPES
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
@@ -33,6 +34,8 @@ from gptq_belle.serving.service import Limits
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
+
+from gptq_belle.engine import fused_decoding  # noqa: E402
 
 TESTS = Path(__file__).parent
 IDS = torch.arange(4, 30)
@@ -179,6 +182,16 @@ def test_launches_per_token(kind, fused, wide_models, gpu):
     block = {name: both[name] - number for name, number in first.items()}
     rest = {name: number - block[name] for name, number in first.items()}
     assert (block, rest) == (BLOCK[kind, fused], REST[kind, fused])
+
+
+def test_programmatic_launches_of_all_kernels(tiny_model, tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(fused_decoding, "PROGRAMMATIC_LAUNCH", True)
+    model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
+    launches = fused_decoding.decoding_launches(fuse(model.decoder), model.new_cache(1, 32), 1)
+    assert all(launch.constants["PDL"] and launch.constants["launch_pdl"] for launch in launches)
+    monkeypatch.setattr(triton_matmul, "device_properties", lambda device: (89, 128))
+    launches = fused_decoding.decoding_launches(fuse(model.decoder), model.new_cache(1, 32), 1)
+    assert not any(launch.constants["PDL"] or "launch_pdl" in launch.constants for launch in launches)
 
 
 def test_next_step_is_queued_before_tokens_are_read(tiny_model, tmp_path, gpu):

@@ -12,11 +12,14 @@ from torch import Tensor
 from gptq_belle.engine.fused_decoder import FusedDecoder
 from gptq_belle.engine.fused_step import FusedStep, StepBuffers
 from gptq_belle.engine.kv_cache import KVCache
+from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS, ROW_BUCKETS
 from gptq_belle.kernels.triton_launch import Launch
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows of a step, rounded up to one of these
 SHORTEST = 256  # the smallest length of a step; the others are twice the one before
+PROGRAMMATIC_LAUNCH = False  # of every kernel before the one before it ends; not yet seen on a GPU
+PROGRAMMATIC_CAPABILITY = 90  # the lowest compute capability that can
 
 
 class StepResult:
@@ -113,7 +116,7 @@ class FusedDecoding:
 
     def _step(self, key: tuple[int, int]) -> FusedStep:
         if key not in self._steps:
-            self._steps[key] = FusedStep(self.buffers, *key)
+            self._steps[key] = _new_step(self.buffers, *key)
         return self._steps[key]
 
     def _bucket(self, count: int, length: int) -> tuple[int, int]:
@@ -129,4 +132,9 @@ def decoding_launches(decoder: FusedDecoder, cache: KVCache, rows: int) -> list[
     """The launches of decode steps of up to `rows` rows, which use every kernel that such steps need."""
     buffers = StepBuffers(decoder, cache, min(rows, MAX_SKINNY_ROWS))
     return [launch for most in sorted({min(most, buffers.rows) for most in ROW_BUCKETS})
-            for launch in FusedStep(buffers, most, SHORTEST).launches]
+            for launch in _new_step(buffers, most, SHORTEST).launches]
+
+
+def _new_step(buffers: StepBuffers, rows: int, length: int) -> FusedStep:
+    arch, _ = triton_matmul.device_properties(buffers.device)
+    return FusedStep(buffers, rows, length, pdl=PROGRAMMATIC_LAUNCH and arch >= PROGRAMMATIC_CAPABILITY)
