@@ -6,8 +6,10 @@ import time
 
 import httpx
 import pytest
+import torch
 
 from gptq_belle import load
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.app import create_app
 from gptq_belle.serving.metrics import Metrics
@@ -78,3 +80,34 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(service, monkeyp
     with pytest.raises(ApiError) as refused:
         asyncio.run(service.encode("x" * (256 * longest + 1)))
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+
+
+def test_scored_prompt_lets_the_steps_of_others_run_between_its_chunks(service, monkeypatch):
+    monkeypatch.setattr(type(service.model), "prefill_chunk", 16)
+    order, ids = [], list(range(5, 105))
+    step, run = service.engine.step, service.model.logprob_chunks
+    monkeypatch.setattr(service.engine, "step", lambda: order.append("step") or step())
+
+    def chunks(*arguments):
+        for chunk in run(*arguments):
+            order.append("chunk")
+            yield chunk
+
+    monkeypatch.setattr(service.model, "logprob_chunks", chunks)
+
+    async def both():
+        [answer] = service.scheduler.submit([([5, 6], SamplingParams(max_new_tokens=60, ignore_eos=True))])
+        await answer.arrived.get()
+        found = await asyncio.gather(service.score(ids, 1), service.score(ids, 1))
+        answer.cancel()
+        return found
+
+    found = asyncio.run(both())
+    first, last = order.index("chunk"), len(order) - order[::-1].index("chunk")
+    assert order[first:last].count("chunk") == 14
+    assert "chunk,chunk" not in ",".join(order[first:last])
+    expected = service.model.logits(torch.tensor([ids]))[0].double().log_softmax(-1)
+    for scored in found:
+        assert [logprob for logprob, _ in scored] == pytest.approx(
+            [float(expected[place, token]) for place, token in enumerate(ids[1:])], abs=1e-4)
+        assert [likely[0][0] for _, likely in scored] == expected[:-1].argmax(-1).tolist()

@@ -1,6 +1,6 @@
 """Token ids in, logits out: whole sequences without a cache, prefill and decode steps with one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from gptq_belle.engine.fused_decoding import FusedDecoding
 
 DEFAULT_MAX_NEW_TOKENS = 512
-LOGITS_BYTES = 1 << 26  # bytes of logits at a time in `token_logprobs`: 67 rows of BLOOM's vocabulary
+ScoredPosition = tuple[float, list[tuple[int, float]]]  # log probability of a token, and the most likely tokens
+LOGITS_BYTES = 1 << 26  # bytes of logits at a time in `logprob_chunks`: 67 rows of BLOOM's vocabulary
 
 
 class PrefilledBatch:
@@ -125,34 +126,45 @@ class LogitsModel:
         attention = UncachedAttention(self.decoder.attention_config, rows, length, self.device, self.dtype)
         return self.decoder.run_blocks(self.decoder.embed(input_ids.flatten()), attention)
 
+    def token_logprobs(self, ids: Sequence[int], top: int) -> list[ScoredPosition]:
+        """Natural logarithms of the probability of every token except the first, given the tokens before it; see
+        `logprob_chunks`."""
+        return [position for chunk in self.logprob_chunks(ids, top) for position in chunk]
+
     @torch.inference_mode()
-    def token_logprobs(self, ids: Sequence[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
-        """Natural logarithms of the probability of every token except the first, given the tokens before it.
+    def logprob_chunks(self, ids: Sequence[int], top: int) -> Iterator[list[ScoredPosition]]:
+        """The same chunk by chunk, so that other work can be done between two chunks of a long prompt.
 
         Logits are computed for some positions at a time: all of them at once are 2 GB for BLOOM and 2,000 tokens.
 
         Args:
             ids: token ids that fit into the context.
             top: number of most likely tokens to return per position.
-        Returns:
-            (logprob, [(token, logprob), ...]) for every token.
+        Yields:
+            (logprob, [(token, logprob), ...]) of the next tokens.
         Raises:
             InputError: logits that contain NaN or infinity; the first layer that does is named.
+            HardwareError: not enough memory for the keys and values of the prompt.
         """
         row = torch.tensor(list(ids), device=self.device)
-        hidden = self._hidden(row[None])
-        found: list[tuple[float, list[tuple[int, float]]]] = []
+        cache = self.new_cache(1, len(ids), str(self.dtype).removeprefix("torch."))
         rows = max(1, LOGITS_BYTES // (4 * self.vocabulary_size))
-        for states, targets in zip(hidden[:-1].split(rows), row[1:].split(rows), strict=True):
-            logits = self.decoder.logits(states).float()
-            if nonfinite_rows(logits):
-                raise explain_nonfinite(self, ids)
-            logprobs = logits.log_softmax(-1)
-            own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
-            values, indices = logprobs.topk(top)
-            found += [(one, list(zip(tokens, likely, strict=True)))
-                      for one, tokens, likely in zip(own, indices.tolist(), values.tolist(), strict=True)]
-        return found
+        for at in range(0, len(row) - 1, self.prefill_chunk):
+            chunk = row[:-1][at : at + self.prefill_chunk]
+            attention = PrefillAttention(self.decoder.attention_config, cache, 0, at, len(chunk), self.dtype)
+            hidden = self.decoder.run_blocks(self.decoder.embed(chunk), attention)
+            following = row[at + 1 : at + 1 + len(chunk)]
+            found: list[ScoredPosition] = []
+            for states, targets in zip(hidden.split(rows), following.split(rows), strict=True):
+                logits = self.decoder.logits(states).float()
+                if nonfinite_rows(logits):
+                    raise explain_nonfinite(self, ids)
+                logprobs = logits.log_softmax(-1)
+                own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+                values, indices = logprobs.topk(top)
+                found += [(one, list(zip(tokens, likely, strict=True)))
+                          for one, tokens, likely in zip(own, indices.tolist(), values.tolist(), strict=True)]
+            yield found
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, room: int = DEFAULT_MAX_NEW_TOKENS) -> tuple[Tensor, PrefilledBatch]:
@@ -189,10 +201,10 @@ class LogitsModel:
         batch.length += 1
         return logits
 
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
+    def new_cache(self, slots: int, capacity: int, kind: str | None = None) -> KVCache:
         """An empty cache for `slots` sequences of at most `capacity` tokens; HardwareError without enough memory."""
         d = self.decoder_config.dimensions
-        return KVCache(d.num_layers, slots, d.num_kv_heads, capacity, d.head_dim, self.cache_kind, self.device)
+        return KVCache(d.num_layers, slots, d.num_kv_heads, capacity, d.head_dim, kind or self.cache_kind, self.device)
 
     @torch.inference_mode()
     def prefill_slot(self, ids: Tensor, cache: KVCache, slot: int, start: int = 0) -> Tensor:

@@ -1,5 +1,6 @@
 """Routes /v1/chat/completions and /v1/completions; with ``echo`` and ``logprobs`` the latter scores the prompt."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,9 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     prompts = [await _echo(service, each, body) if body.echo else _Prompt(each) for each in ids]
     read = sum(map(len, ids))
     if wanted == 0:
-        entries = [_entry(service, body, prompt, index, TextDelta(), "length")
-                   for index, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices))]
+        scored = [prompt for prompt in prompts for _ in range(body.choices)]
+        entries = await asyncio.to_thread(lambda: [
+            _entry(service, body, prompt, index, TextDelta(), "length") for index, prompt in enumerate(scored)])
         return JSONResponse(envelope("text_completion", service.name) | {"choices": entries, "usage": usage(read, [])})
     choices = await service.choices(ids, body, wanted, body.logprobs, body.stops)
     request.state.notes.prompt_tokens, request.state.notes.choices = read, choices
@@ -118,8 +120,9 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
             last=lambda choice: entry(choice, none, TextDelta(), choice.reason),
             final=final, headers=body.headers)
     pieces = await collect(request, choices)
-    entries = [_entry(service, body, prompt_of(choice), choice.index, piece, choice.reason)
-               for choice, piece in zip(choices, pieces, strict=True)]
+    entries = await asyncio.to_thread(lambda: [  # thousands of tokens with echo and logprobs
+        _entry(service, body, prompt_of(choice), choice.index, piece, choice.reason)
+        for choice, piece in zip(choices, pieces, strict=True)])
     return JSONResponse(envelope("text_completion", service.name) | {
         "choices": entries, "usage": usage(read, choices, body.choices)}, headers=body.headers)
 
@@ -139,9 +142,8 @@ async def _echo(service: Service, ids: list[int], body: CompletionRequest) -> _P
     text = decode(service.tokenizer, ids)
     if body.logprobs is None:
         return _Prompt(ids, text)
-    top = body.logprobs
-    found = await service.scheduler.call(lambda: service.model.token_logprobs(ids, top))
-    places = offsets(service.tokenizer, ids)
+    found = await service.score(ids, body.logprobs)
+    places = await asyncio.to_thread(offsets, service.tokenizer, ids)
     scored = [ScoredToken(TokenLogprob(token, logprob), place, [TokenLogprob(*pair) for pair in likely])
               for token, place, (logprob, likely) in zip(ids[1:], places[1:], found, strict=True)]
     return _Prompt(ids, text, (ids[0], *scored))

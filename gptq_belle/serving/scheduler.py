@@ -149,7 +149,7 @@ class Scheduler:
 
     def _serve(self) -> None:
         while self.failure is None and self._prepare():
-            for _ in range(len(self._calls)):
+            if self._calls:  # one between two steps
                 self._answer_call(*self._calls[0])
                 self._calls.popleft()  # only now, so that `_stop` finds a call that ended the thread
             if not self._running:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from gptq_belle.engine.batching import Engine
+from gptq_belle.engine.logits_model import ScoredPosition
 from gptq_belle.engine.model import Model
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.engine.token_constraint import TokenConstraint
@@ -23,6 +24,9 @@ from gptq_belle.serving.schemas import Message, SamplingRequest, TemplateOptions
 
 # Names that clients send if the user gave none; "dummy" is that of huggingface_hub
 PLACEHOLDER_MODELS = ("", "default", "dummy")
+
+
+SCORED_PROMPTS = 2  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Service:
         self.engine = Engine(model, limits.slots, limits.context)
         self.context = self.engine.capacity
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # at least its number of characters
+        self._scoring = asyncio.Semaphore(SCORED_PROMPTS)
         self.created = int(time.time())
         self.scheduler = Scheduler(self.engine, limits.waiting, metrics, limits.timeouts)
 
@@ -69,6 +74,18 @@ class Service:
         """The error for the name of a model that is not served."""
         return ApiError(404, f"model: {name[:MAX_QUOTED]!r} is not served here. This server has "
                         f"{', '.join(map(repr, self.names))}.", "model", "model_not_found")
+
+    async def score(self, ids: Sequence[int], top: int) -> list[ScoredPosition]:
+        """Log probabilities of the tokens of a prompt, see `LogitsModel.token_logprobs`.
+
+        The engine reads a chunk between two steps, so that the streams of others go on. Of several prompts, a few have
+        keys and values in memory at a time.
+        """
+        async with self._scoring:
+            chunks, found = self.model.logprob_chunks(ids, top), []
+            while (chunk := await self.scheduler.call(lambda: next(chunks, None))) is not None:
+                found += chunk
+            return found
 
     def check_count(self, count: int) -> None:
         """Validate the number of answers of one request.
