@@ -221,7 +221,8 @@ def max_registers(kernel: str, config: TileConfig, bits: int, run: int, arch: in
         return 128 if arch == 90 else None  # two programs a multiprocessor
     plain = _is_plain(bits, run)
     if config.BM <= 16:
-        return 128 if config.BM == 8 or plain else 168
+        spills = run == 32 and 100 <= arch < 120  # by 8 bytes with 128 registers
+        return 128 if plain or (config.BM == 8 and not spills) else 168
     if config.BM == 32:
         return 160
     return 168 if plain else None
