@@ -263,6 +263,12 @@ def test_rule_chooses_tiles_that_are_compiled(arch, bits, run):
         assert kernel == "expand" or triton_config.launch_options(kernel, config, bits, run, arch)
 
 
+@pytest.mark.parametrize(("arch", "warps"), [(80, 8), (86, 4), (89, 4), (90, 8), (120, 4)])
+def test_most_warps_that_share_k_fit_into_shared_memory(arch, warps):
+    problems = [MatmulProblem(8, outputs, 4096, 4, 128, "float16") for outputs in range(128, 16384, 128)]
+    assert max(triton_config.default_plan(one, arch, 128).config.K_WARPS for one in problems) <= warps
+
+
 def weight_on_meta(blocks, columns):
     """A weight of 4 bits without values."""
     def empty(*shape, dtype):
