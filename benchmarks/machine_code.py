@@ -101,7 +101,8 @@ def unordered_tickets(code: list[Instruction]) -> int:
     Before the ticket all threads must have stored (BAR) and the stores be visible to the device (MEMBAR); after it, the
     first-level cache must be emptied (CCTL.IVALL) before all threads load what others have stored (BAR).
     """
-    names = [one.name for one in code if one.kind in ("BAR", "MEMBAR", "ATOMG", "CCTL")]
+    names = [one.name for one in code
+             if one.kind in ("BAR", "MEMBAR", "ATOMG", "CCTL") and one.name != "MEMBAR.ALL.CTA"]
     tickets = [at for at, name in enumerate(names) if name.startswith("ATOMG") and ".ADD." in name]
     around = ([*names[max(0, at - 2) : at], *names[at + 1 : at + 3]] for at in tickets)
     return sum([name.rsplit(".", 1)[-1] if "BAR.SYNC" not in name else "BAR" for name in four] !=
