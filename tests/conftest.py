@@ -184,7 +184,7 @@ def job_output(directory: Path) -> tuple[dict[str, bytes], dict]:
 def naming(*objects: object) -> str:
     """A pattern for `match=` that holds for a message that names all of these, in any order and any wording.
 
-    Names are files, tensors, layers, options, values or figures; each has to stand there as a whole word.
+    Names are files, tensors, layers, options, values or figures; each must occur as a whole word.
     """
     return "(?s)^" + "".join(rf"(?=.*(?<!\w){re.escape(str(one))}(?!\w))" for one in objects)
 

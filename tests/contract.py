@@ -154,7 +154,7 @@ def _shared(files: Files) -> list[str]:
 
 
 def vllm(files: Files, ranks: int) -> list[str]:
-    """vLLM's Marlin kernels, and SGLang's, with so many ranks of tensor parallelism."""
+    """vLLM's Marlin kernels, and SGLang's, with this number of tensor-parallel ranks."""
     heads = files.config.get("num_attention_heads") or files.config["n_head"]
     wrong = [f"{heads} heads for {ranks} ranks"] if heads % ranks else []
     if files.stated["desc_act"] and files.stated["group_size"] != -1:

@@ -1,6 +1,6 @@
 """Steps of benchmarks/gpu_check in Triton's interpreter: what is wrong is found, what is right passes.
 
-`test_gpu_check.py` runs this file in a process of its own: TRITON_INTERPRET must be set before Triton is imported.
+`test_gpu_check.py` runs this file in a separate process: TRITON_INTERPRET must be set before Triton is imported.
 """
 
 import bfloat16_interpreter

@@ -62,7 +62,7 @@ def write_legacy(model: Path, out: Path, config: dict, *, bits: int, group: int,
     Args:
         model: the directory of the full-precision model. config: its config.json.
         group: inputs a group; -1 for all.
-        all_positive: so many outputs of every linear get groups of positive weights alone: zero points of 0.
+        all_positive: number of outputs of every linear whose groups have only positive weights: zero points of 0.
     """
     arch = architecture(config["model_type"])
     state: dict[str, Tensor] = {}

@@ -86,7 +86,7 @@ INSTRUCTIONS = {
 
 
 def execute(assembly, outputs, inputs):
-    """Run assembly as it stands in an inline_asm: $0.. are outputs, then inputs.
+    """Run assembly as written in an inline_asm: $0.. are outputs, then inputs.
 
     Args:
         assembly: statements in braces.

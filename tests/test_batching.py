@@ -184,11 +184,11 @@ def test_same_prompt_is_read_once_and_a_shared_prefix_too(model):
     read, prefill = [], model.prefill_slot
     model.prefill_slot = lambda ids, *place: read.append(len(ids)) or prefill(ids, *place)
     long, params = prompts(1)[0] * 200, [SamplingParams(max_new_tokens=5, temperature=1.0, seed=s) for s in range(6)]
-    same, begun = long[:150], [*long[:130], 7]
+    same, forked = long[:150], [*long[:130], 7]
     engine = Engine(model, 5)
-    requests = [engine.submit(ids, each) for ids, each in zip([same, same, begun, same], params, strict=False)]
+    requests = [engine.submit(ids, each) for ids, each in zip([same, same, forked, same], params, strict=False)]
     finish(engine)
-    assert sum(read) == len(same) + len(begun) - 128  # whole blocks of queries are shared
+    assert sum(read) == len(same) + len(forked) - 128  # whole blocks of queries are shared
     assert [request.reused for request in requests] == [0, 150, 128, 150]
     del model.prefill_slot
     assert [request.answer for request in requests] == [

@@ -142,7 +142,7 @@ def test_batches_depend_on_seed_and_step_alone(tokenizer) -> None:
     assert torch.equal(ids, again)
     assert not torch.equal(ids, other)
     assert ids.shape == counts.shape == (4, 256)
-    assert not counts[:, 0].any()  # nothing stands before it
+    assert not counts[:, 0].any()  # nothing comes before it
     assert counts[ids == EOS].all()
 
 

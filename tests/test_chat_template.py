@@ -1,4 +1,4 @@
-"""Chat templates: a model is asked in the wording of its own template, everywhere alike, and stops where it ends."""
+"""Chat templates: every command formats prompts with the model's template and stops at its end-of-message tokens."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from gptq_belle.quantization.calibration.rows import Calibration, calibration_ro
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.pipeline import quantize_checkpoint
 
-PAD = 3  # stands for a token such as <|im_end|>, which ends a message and is not eos
+PAD = 3  # a token such as <|im_end|>, which ends a message and is not eos
 CHATML = ("{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]\n{{ message['content'] }}<pad>\n"
           "{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}")
 LLAMA2 = ("{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

@@ -30,7 +30,7 @@ TOLERANCE = 0.2
 
 
 def random_model(kind, path, *, hidden, inner, blocks):
-    """A directory of float16 weights at random, every block in a shard of its own; never whole in memory."""
+    """A directory of random float16 weights with one shard per block, never whole in memory."""
     sizes = {"bloom": {"n_layer": 1, "n_head": hidden // 64},
              "llama": {"num_hidden_layers": 1, "num_attention_heads": hidden // 64, "intermediate_size": inner,
                        "tie_word_embeddings": False, "max_position_embeddings": 2048}}[kind]
@@ -54,7 +54,7 @@ def random_model(kind, path, *, hidden, inner, blocks):
 
 
 def command(source, out, *options):
-    """Run `quantize --json` in a process of its own."""
+    """Run `quantize --json` in a separate process."""
     line = [sys.executable, "-m", "gptq_belle.quantize", str(source), str(out), "--allow-short", "--json", *options]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """GPTQModel, transformers with optimum, and AutoGPTQ read what we write with our logits, and we read what they write.
 
-Each runs in an environment of its own, on the demo models. The yardstick is rounding to float16, in which they compute:
+Each runs in a separate environment, on the demo models. The yardstick is rounding to float16, in which they compute:
 their logits may be twice as far from ours in float32 as ours in float16 are. `make interop` runs this and leaves
 benchmarks/results/interop.json.
 """
@@ -53,7 +53,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "GPTQModel": Peer("gptqmodel", "gptqmodel_peer"),
-    # Optimum has a loop of its own around GPTQModel's solver, minutes long on two cores: one kind shows the format.
+    # Optimum's own loop around GPTQModel's solver takes minutes on two cores: one kind shows the format.
     "transformers and optimum": Peer("gptqmodel", "transformers_peer", ("4 bit",)),
     "AutoGPTQ": Peer("autogptq", "autogptq_peer", needs_v1=True, needs_head=True),
 }
@@ -72,7 +72,7 @@ def written(tmp_path_factory):
 
 
 def readable(peer, arch, name, path, scratch):
-    """Our directory as a peer can read it: in v1 by `convert --format gptq`, with a head of its own."""
+    """Our directory as a peer can read it: in v1 by `convert --format gptq`, with a separate head."""
     if peer.needs_v1 and not OURS[name].sym:
         convert(path, scratch / f"v1-{path.name}", checkpoint_format="gptq")
         path = scratch / f"v1-{path.name}"
@@ -100,11 +100,11 @@ def records():
 
 
 def _add_earlier(found, path):
-    """Rows of the record that this run, of some tests alone (-k), has not measured anew."""
+    """Keep the recorded rows of the tests that this run did not select (-k)."""
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"versions": {}, "rows": []}
-    anew = {_case(row) for row in found["rows"]}
+    measured = {_case(row) for row in found["rows"]}
     found["versions"] = earlier["versions"] | found["versions"]
-    found["rows"] = [row for row in earlier["rows"] if _case(row) not in anew] + found["rows"]
+    found["rows"] = [row for row in earlier["rows"] if _case(row) not in measured] + found["rows"]
 
 
 def _case(row):

@@ -203,7 +203,7 @@ def test_out_of_memory_on_the_gpu_falls_back_to_the_cpu(tiny_bloom, tmp_path, mo
 
     def marked(self, activations):
         for description in fallbacks(self, activations):
-            self.stream.on_cpu = description == "on the CPU"  # the CPU stands in for the GPU before
+            self.stream.on_cpu = description == "on the CPU"  # the CPU takes the place of the GPU before
             yield description
 
     monkeypatch.setattr(BlockQuantizer, "_fallbacks", marked)

@@ -32,7 +32,7 @@ def test_forward_adds_the_bias():
     assert float((layer(x).double() - expected).norm() / expected.norm()) < 2e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the native layout, and the words as they are
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the native layout, and the checkpoint's words
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_state_dict_equals_the_file(bits, dtype):
     layer, words = linear_and_weight(bits, dtype, bias=torch.zeros(32).half())

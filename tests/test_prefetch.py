@@ -28,11 +28,11 @@ def test_results_come_in_order(calls, count):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_next_calls_run_while_a_result_is_used(count):
-    begun = [threading.Event() for _ in range(6)]
-    for number, _ in enumerate(prefetch([event.set for event in begun], count)):
-        for event in begun[: number + 1 + count]:
+    started = [threading.Event() for _ in range(6)]
+    for number, _ in enumerate(prefetch([event.set for event in started], count)):
+        for event in started[: number + 1 + count]:
             assert event.wait(10)
-        assert not any(event.is_set() for event in begun[number + 1 + count :])
+        assert not any(event.is_set() for event in started[number + 1 + count :])
 
 
 def test_result_is_freed_when_its_consumer_releases_it():
@@ -93,10 +93,10 @@ def test_prefetch_keeps_at_most_one_block_in_memory(tiny_model, tmp_path, monkey
 
 
 def test_reads_that_have_not_started_are_dropped_on_close():
-    begun, go, late = threading.Event(), threading.Event(), threading.Event()
-    pieces = prefetch([lambda: None, lambda: begun.set() or go.wait(10), late.set], 2)
+    started, go, late = threading.Event(), threading.Event(), threading.Event()
+    pieces = prefetch([lambda: None, lambda: started.set() or go.wait(10), late.set], 2)
     next(pieces)
-    assert begun.wait(10)
+    assert started.wait(10)
     threading.Timer(0.05, go.set).start()
     pieces.close()
     assert not late.is_set()

@@ -71,9 +71,9 @@ def test_one_safetensors_file(tiny_bloom, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8, torch.bool])
 def test_tensors_of_all_sizes(copy, dtype):
-    """Large ones lie in memory of another kind: one of a huge page, one of some more, and next to none at all.
+    """Large tensors are in huge pages: sizes of exactly one page, of more, of one element and of none.
 
-    They lie there as they do in the file, which the disk itself may have written.
+    Values are the file's, also where direct I/O wrote them into that memory.
     """
     shapes = {"page": ((1 << 21) // dtype.itemsize,), "more": (1537, 2049), "one": (), "none": (0, 5)}
     state = {f"transformer.{name}": torch.randint(0, 2, shape).to(dtype) for name, shape in shapes.items()}

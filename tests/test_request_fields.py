@@ -112,14 +112,14 @@ def test_stop_strings_within_the_minimum_are_ignored(server):
 
 
 def test_final_message_of_the_assistant_is_continued(server, tiny_llama):
-    model, begun = gptq_belle.load(tiny_llama, device="cpu"), {"role": "assistant", "content": "北京是"}
-    messages = [*BODIES[CHAT_PATH]["messages"], begun]
+    model, opening = gptq_belle.load(tiny_llama, device="cpu"), {"role": "assistant", "content": "北京是"}
+    messages = [*BODIES[CHAT_PATH]["messages"], opening]
     prompt = httpx.post(server.url + "/apply-template", json={"messages": messages, "continue_final_message": True})
     assert prompt.json()["prompt"] == "Human: 你好 \n\nAssistant: 北京是"
     options = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
     assert chosen(server, **options)["message"]["content"] == model.generate(
         prompt.json()["prompt"], max_new_tokens=24, ignore_eos=True)
-    empty = {"messages": [*messages[:1], begun | {"content": ""}], "continue_final_message": True}
+    empty = {"messages": [*messages[:1], opening | {"content": ""}], "continue_final_message": True}
     assert chosen(server, **empty) == chosen(server)
     for refused, param in ((options | {"add_generation_prompt": True}, "continue_final_message"),
                            ({"continue_final_message": True}, "messages")):

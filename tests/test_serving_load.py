@@ -34,7 +34,7 @@ async def streamed(client, fields, most_pieces=None):
             pieces += 1
             if most_pieces is not None and pieces > most_pieces:
                 return text, False
-    raise AssertionError(f"a stream broke off behind {text!r}")
+    raise AssertionError(f"a stream broke off after {text!r}")
 
 
 async def one_client(number, client, expected, end):

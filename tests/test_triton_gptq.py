@@ -104,7 +104,7 @@ def check_mixed_grids(solve_block, device="cpu"):
 
 
 def assert_tie(found, others, factor, group, output):
-    """Codes of an output part where a weight lies midway between two of them, to the last bits of float32."""
+    """Codes of an output part where a weight is midway between two of them, to the last bits of float32."""
     i = int((found[0][:, output] != others[0][:, output]).nonzero()[0])
     own = i // group if group else 0
     for codes, errors, scales, zeros in (found, others):

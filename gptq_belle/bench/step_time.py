@@ -124,7 +124,7 @@ def step_time(d: Dimensions, settings: MemorySettings, gpu: Gpu, rows: int, leng
 
 
 def fused_linears(d: Dimensions) -> dict[str, LinearShape]:
-    """The products of a block as they are launched: query, key and value in one, gate and up in one."""
+    """The products of a block, one per launch: query, key and value in one, gate and up in one."""
     shapes = list(linear_shapes(d).values())
     if d.model_type == "bloom":
         return dict(zip(("qkv", "out", "up", "down"), shapes, strict=True))

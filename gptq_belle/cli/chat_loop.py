@@ -196,7 +196,7 @@ def chat_loop(conversation: Conversation, answers: TextIO, questions: TextIO | N
             try:
                 typed = keyboard.read()
                 if typed is None:
-                    console.note("")  # what comes next starts on a line of its own
+                    console.note("")  # what comes next starts on a new line
                     break
                 chat.handle(typed)
             except KeyboardInterrupt:  # while typing, or just after an answer
