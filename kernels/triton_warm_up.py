@@ -3,9 +3,12 @@
 `warm_up` does it for all products with the weights of a model, `compile_launches` for any launches.
 """
 
+import gc
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,6 +21,9 @@ from .triton_layout import COLUMNS, SlicedWeight
 from .triton_matmul import arrange_launch, dequant_launch, plan_for, problem_of, product_launches
 
 Progress = Callable[[int, int], None]  # numbers of finished kernels and of all
+# In these versions ast.parse, with which Triton reads a kernel, fails with SystemError if a garbage collection inside
+# it lets another thread parse (CPython's issue gh-106905).
+PARSER_NEEDS_NO_COLLECTION = sys.version_info < (3, 11, 8) or (3, 12) <= sys.version_info < (3, 12, 2)
 
 
 class Product(NamedTuple):
@@ -72,7 +78,8 @@ def compile_launches(launches: Iterable[Launch], device: torch.device, progress:
     """
     import triton
 
-    with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+    with (torch.cuda.device(device), _safe_parser(), ThreadPoolExecutor(os.cpu_count()) as threads,
+          triton.AsyncCompileMode(threads)):
         started = [launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.constants)
                    for launch in launches]
         different = {id(kernel): kernel for kernel in started}.values()  # launches with the same code share it
@@ -82,3 +89,16 @@ def compile_launches(launches: Iterable[Launch], device: torch.device, progress:
             getattr(kernel, "run", None)  # this property builds the launcher and loads the machine code
             if progress is not None:
                 progress(done, len(different))
+
+
+@contextmanager
+def _safe_parser() -> Iterator[None]:
+    """A context in which several threads can call ast.parse: see PARSER_NEEDS_NO_COLLECTION."""
+    pause = PARSER_NEEDS_NO_COLLECTION and gc.isenabled()
+    if pause:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pause:
+            gc.enable()

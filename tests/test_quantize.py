@@ -128,7 +128,7 @@ def test_dry_run_refuses_the_same_input_as_the_job(run, tiny_bloom, tmp_path, la
 @pytest.mark.parametrize(("options", "code", "named"), [
     (["--bits", "5"], 2, "bits 5"),
     (["--group-size", "100"], 2, "group size 100"),
-    (["--method", "awq"], 2, "method awq"),
+    (["--method", "awq"], 2, "'awq'"),
     (["--device", "cuda:7"], 3, "cuda:7"),
     (["--device", "tpu"], 2, "'tpu'"),
     (["--calibration", "none.txt"], 4, "none.txt"),
