@@ -27,6 +27,7 @@ from gptq_belle.formats.packed_lm_head import (
     quantize_rows,
 )
 from gptq_belle.formats.packing import pack_rows
+from gptq_belle.formats.quantize_config import HEAD_BITS
 from gptq_belle.kernels import cpu_layout, cpu_packed_rows
 from gptq_belle.kernels.dispatch import PreparedWeight, choose_kernel, lookup_rows, prepare_weight
 from gptq_belle.kernels.huge_pages import MemoryPool
@@ -36,7 +37,6 @@ from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.dimensions import Dimensions
 
 PADDED = cpu_layout.OUTPUT_MULTIPLE  # the number of rows is padded to a multiple of this
-HEAD_BITS = (16, 8, 4)
 # Codes (n, H) uint8 and scales (n, groups) float16 of some rows at a time.
 QuantizedRows = Iterable[tuple[Tensor, Tensor]]
 

@@ -14,6 +14,7 @@ MATCH_TIMEOUT = 1.0  # seconds per match; a malicious regular expression could r
 LARGEST_GROUP = 1 << 24  # larger than in_features of any linear
 WRONG_CONFIG = "The configuration belongs to other files: fetch the directory again, or correct the value."
 BITS = (2, 3, 4, 8)
+HEAD_BITS = (16, 8, 4)  # of the lm_head in memory
 
 
 @dataclass(frozen=True, slots=True)

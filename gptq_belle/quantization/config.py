@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 
 from gptq_belle import __version__
 from gptq_belle.errors import UsageError
-from gptq_belle.formats.quantize_config import BITS
+from gptq_belle.formats.quantize_config import BITS, HEAD_BITS
 
 GROUP_SIZES = (32, 64, 128, -1)
-HEAD_BITS = (16, 8, 4)
 METHODS = ("gptq", "rtn")
 REGEX_REMEDY = "Use the syntax of Python's re; a dot in a name is '\\.'."
 OVERRIDABLE = ("bits", "group_size", "sym")
