@@ -144,12 +144,12 @@ def _shared(files: Files) -> list[str]:
     wrong = []
     for names, _, fused in files.stages():
         for match in (re.match, regex.match):
-            told = [dynamic(files.stated, name, match) for name in (*names, *([fused] if fused else []))]
-            if any(other != told[0] for other in told):
-                wrong.append(f"{names} and {fused} are told {told}")
+            settings = [dynamic(files.stated, name, match) for name in (*names, *([fused] if fused else []))]
+            if any(other != settings[0] for other in settings):
+                wrong.append(f"{names} and {fused} have different settings: {settings}")
         orders = [files.array(f"{name}.g_idx") for name in names if f"{name}.g_idx" in files.header]
         if any(not np.array_equal(order, orders[0]) for order in orders):
-            wrong.append(f"{names} have groups of their own")
+            wrong.append(f"{names} have different groups")
     return wrong
 
 

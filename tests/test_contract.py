@@ -126,7 +126,7 @@ CHANGES = {
     "scales": (lambda tensors, stated: tensors.update({f"{Q_PROJ}.scales": tensors[f"{Q_PROJ}.scales"].float()}),
                contract.layout, "F32"),
     "lost": (lambda tensors, stated: tensors.pop(f"{Q_PROJ}.g_idx"), contract.layout, "expected"),
-    "fused": (lambda tensors, stated: stated.update(dynamic={"-:.*q_proj": {}}), contract.layout, "are told"),
+    "fused": (lambda tensors, stated: stated.update(dynamic={"-:.*q_proj": {}}), contract.layout, "different settings"),
     "bits": (lambda tensors, stated: stated.update(dynamic={"+:.*q_proj": {"bits": 2}}), contract.vllm, "2 bits"),
 }
 

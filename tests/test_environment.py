@@ -68,7 +68,7 @@ def test_closed_stdin_of_chat_is_refused_first(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk_behind_stdout_is_an_error():
+def test_stdout_on_a_full_disk_is_an_error():
     assert run("models", shell=">/dev/full")[0] == 3
 
 

@@ -359,7 +359,7 @@ def test_step_that_raises_fails_all_running_requests_and_serves_the_waiting_ones
         for answer in (first, second):
             [(index, error)] = await items(answer, 1)
             assert (index, error.status, error.__cause__) == (0, 500, failure)
-        [record] = caplog.records  # one, although two clients are told
+        [record] = caplog.records  # one, although two clients get the error
         assert record.exc_info[1] is failure
         assert [request.ids for request in engine.cancelled] == [[10], [20]]
         assert ended(metrics, "failed") == 2
@@ -522,7 +522,7 @@ def kill_by_an_event_of_an_unknown_request(engine):
 
 @pytest.mark.parametrize("kill", [kill_by_exit, kill_by_interrupt, kill_by_garbage,
                                   kill_by_an_event_of_an_unknown_request])
-def test_end_of_the_thread_is_told_to_running_waiting_and_new_requests_and_calls(kill, caplog):
+def test_running_waiting_and_new_requests_and_calls_get_the_error_that_ends_the_thread(kill, caplog):
     async def client(scheduler, engine, metrics):
         told = threading.Event()
         scheduler.on_failure = lambda error: told.set()
@@ -553,7 +553,7 @@ def test_end_of_the_thread_is_told_to_running_waiting_and_new_requests_and_calls
         asyncio.run(client(scheduler, engine, metrics))
 
 
-def test_end_of_the_thread_while_requests_start_is_told_to_all_of_them():
+def test_all_requests_get_the_error_if_the_thread_ends_while_they_start():
     async def client(scheduler):
         answers = scheduler.submit([prompt(10), prompt(FATAL_ID), prompt(30)])
         found = await items(answers[0], 3)
@@ -564,7 +564,7 @@ def test_end_of_the_thread_while_requests_start_is_told_to_all_of_them():
         asyncio.run(client(scheduler))
 
 
-def test_call_that_ends_the_thread_is_told_as_are_the_calls_after_it():
+def test_call_that_ends_the_thread_and_later_calls_get_the_error():
     async def client(scheduler, engine):
         await start(scheduler, engine, prompt(10))
         calls = [asyncio.ensure_future(scheduler.call(function)) for function in (lambda: 4, sys.exit, lambda: 5)]
@@ -578,7 +578,7 @@ def test_call_that_ends_the_thread_is_told_as_are_the_calls_after_it():
         asyncio.run(client(scheduler, engine))
 
 
-def test_request_that_ended_is_not_told_of_a_later_end_of_the_thread():
+def test_finished_request_does_not_get_a_later_error_of_the_thread():
     async def client(scheduler, engine):
         engine.allow(1)
         [ended] = scheduler.submit([prompt(10, 1)])
@@ -729,7 +729,7 @@ def raised_in(record):
 
 
 @pytest.mark.parametrize(("function", "line"), statements())
-def test_fault_at_any_statement_is_told_logged_and_survived_or_ends_the_server(function, line, caplog):
+def test_fault_at_any_statement_is_reported_logged_and_survived_or_ends_the_server(function, line, caplog):
     async def client(scheduler, engine, metrics):
         told = threading.Event()
         scheduler.on_failure = lambda error: told.set()

@@ -81,6 +81,6 @@ def _stream(descriptor: int, mode: str) -> TextIO:
 
 
 def _use_utf8_in_c_locale() -> None:
-    """Start Python again in its UTF-8 mode if the locale is ASCII: Python does so itself, unless it is told not to."""
+    """Start Python again in its UTF-8 mode if the locale is ASCII, as Python itself does unless PYTHONUTF8 is 0."""
     if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -1,6 +1,6 @@
 """AutoGPTQ 0.7.1 with the transformers of its time, on the CPU.
 
-Its quantizer insists on CUDA without needing it: it is told that there is one, and that the device's name is "cpu".
+Its quantizer insists on CUDA without needing it: a substitute reports one, whose name is "cpu".
 """
 
 import os
