@@ -1,7 +1,7 @@
 """Norms of the residual stream, split between the kernel that writes the stream and the product that follows the norm.
 
-Whoever writes a tile of the stream x also writes x * gamma, where the next product reads its inputs, and the tile's
-moments. The product multiplies x * gamma, merges the moments of all tiles and corrects its sums:
+The kernel that writes a tile of the stream x also writes x * gamma, where the next product reads its inputs, and the
+tile's moments. The product multiplies x * gamma, merges the moments of all tiles and corrects its sums:
 
     RMS norm:    norm(x) @ W = r * ((x * gamma) @ W)
     layer norm:  norm(x) @ W = r * ((x * gamma) @ W - mean(x) * (gamma @ W)) + beta @ W

@@ -73,10 +73,11 @@ class Files:
             for name in names:
                 if (values := dynamic(self.stated, name)) is None:
                     continue
-                told = self.stated | values
+                settings = self.stated | values
                 rows, outputs = self.header[f"{name}.qweight"]["shape"]
-                found.append(Linear(name, fused, row_parallel, told["bits"], told["group_size"], told["sym"],
-                                    rows * 32 // told["bits"], outputs))
+                bits = settings["bits"]
+                found.append(Linear(name, fused, row_parallel, bits, settings["group_size"], settings["sym"],
+                                    rows * 32 // bits, outputs))
         return found
 
 

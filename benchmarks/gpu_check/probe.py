@@ -21,8 +21,7 @@ from gpu_check.weights import product_case, random_weight
 COPY, PEAK = "bandwidth of a copy", "speed of cuBLAS"
 CALLS = 200  # launches that are timed together
 LAUNCHED = MatmulProblem(1, 128, 512, 4, 128, "float16")  # so small that a launch takes longer than the kernel
-SANITIZED = 100.0  # seconds
-TESTS = 150.0
+SANITIZED, TESTS = 100.0, 150.0  # seconds
 
 
 def steps(setting: Setting) -> list[Step]:

@@ -1,4 +1,4 @@
-"""Output of `bench`: a table for people, and JSON, JSON Lines or CSV for programs."""
+"""Output of `bench`: a Markdown table, JSON, JSON Lines or CSV."""
 
 import csv
 import io

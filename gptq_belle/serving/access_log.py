@@ -1,4 +1,4 @@
-"""Log lines: one for each request, without its text; and their format, for people or as JSON."""
+"""The log: one line per request, without its text, as plain text or JSON."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ CLIENT_CLOSED = 499  # status in the log if the client has left before the respo
 
 @dataclass(slots=True)
 class RequestNotes:
-    """What a route tells the access log.
+    """Data of a request that its route passes to the access log.
 
     Attributes:
         prompt_tokens: number of tokens of all prompts.
