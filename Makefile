@@ -1,7 +1,8 @@
 # make demo   sets up what is missing, then quantizes the demo models, measures them and answers a prompt
 # make test   sets up what is missing, then lints, checks types and runs the tests
 # make lint   checks style, types, and that imports point one way between the packages
-# make sanitize  runs the tests of the CPU kernels and of malicious files with address and undefined-behaviour sanitizers
+# make sanitize  runs the tests of the CPU kernels and of malicious files under address and undefined-behaviour
+#             sanitizers
 # make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in separate environments under build/interop;
 #             GPTQ_BELLE_PEER_GPTQMODEL and GPTQ_BELLE_PEER_AUTOGPTQ name the python of ones that exist
 # make wheel  builds a wheel with the CPU kernels into dist, for every Python 3 on this platform; the machine that
