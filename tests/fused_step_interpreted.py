@@ -20,7 +20,7 @@ from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.fused_decoder import fuse, fusion_obstacle
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.linear import PackedLinear
-from gptq_belle.engine.sampling import SamplingParams
+from gptq_belle.engine.sampling import Sampler, SamplingParams
 from gptq_belle.kernels import dispatch, triton_layout, triton_matmul
 from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
 
@@ -45,25 +45,24 @@ def load_for_triton(path, monkeypatch, cache="float16"):
     return model
 
 
-def generate(engine, prompts, new_tokens, temperatures=(0,) * 5):
+def generate(engine, prompts, new_tokens, sampling=({},) * 5):
     """Submit prompts one step after another, so that requests join and leave; returns their answers."""
     requests, waiting = [], list(prompts)
     while waiting or not engine.idle:
         if waiting:
             number = len(requests)
-            params = SamplingParams(max_new_tokens=new_tokens[number], temperature=temperatures[number], seed=number,
-                                    ignore_eos=True)
+            params = SamplingParams(max_new_tokens=new_tokens[number], seed=number, ignore_eos=True, **sampling[number])
             requests.append(engine.submit(waiting.pop(0), params))
         assert all(event.error is None for event in engine.step())
     return [request.answer for request in requests]
 
 
-def compare(path, monkeypatch, prompts, new_tokens, cache="float16", temperatures=(0,) * 5):
+def compare(path, monkeypatch, prompts, new_tokens, cache="float16", sampling=({},) * 5):
     """Answers of the fused engine equal those of the CPU engine in float32 on the same weights."""
     model = gptq_belle.load(path, device="cpu", head_bits=8, cache=cache)
-    expected = generate(Engine(model, 5), prompts, new_tokens, temperatures)
+    expected = generate(Engine(model, 5), prompts, new_tokens, sampling)
     engine = Engine(load_for_triton(path, monkeypatch, cache), 5)
-    assert generate(engine, prompts, new_tokens, temperatures) == expected
+    assert generate(engine, prompts, new_tokens, sampling) == expected
     assert engine.cache.fused is not None
 
 
@@ -71,7 +70,32 @@ def compare(path, monkeypatch, prompts, new_tokens, cache="float16", temperature
 def test_tokens_equal_those_of_the_cpu_engine(kind, request, tmp_path, monkeypatch):
     """Two requests, of which one joins later, ends earlier, and samples (nearly always the most likely token)."""
     path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", **FORMATS[kind])
-    compare(path, monkeypatch, [[5, 17, 200], [9, 8]], [6, 3], temperatures=(0, 0.01))
+    compare(path, monkeypatch, [[5, 17, 200], [9, 8]], [6, 3], sampling=({}, {"temperature": 0.01}))
+
+
+def test_sampled_tokens_equal_those_of_the_host(tiny_llama, tmp_path, monkeypatch):
+    """On the logits of the same steps. While one request needs the host, the others are sampled there as well."""
+    model = load_for_triton(packed_checkpoint(tiny_llama, tmp_path / "packed", **FORMATS["llama"]), monkeypatch)
+    prompts, answers, keys = [[5, 17, 200], [9, 8], [7, 7, 7], [30]], [], []
+    defaults = {"temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}
+    sampling = [defaults, {"temperature": 1.5, "min_p": 0.01}, {"logit_bias": {3: 9.0}, "temperature": 1.0},
+                {"repetition_penalty": 1.9}]
+    for needs_host in (False, True):
+        if needs_host:
+            monkeypatch.setattr(Sampler, "needs_host", True)
+        engine = Engine(model, 3)
+        answers.append(generate(engine, prompts, [7, 4, 2, 2], sampling))
+        keys.append({is_sampled for _, _, is_sampled in engine.cache.fused._steps})
+    assert answers[0] == answers[1]
+    assert keys == [{True, False}, {False}]
+
+
+def test_numbers_are_taken_once_per_token():
+    samplers = [Sampler(SamplingParams(temperature=1.0, seed=7), [], torch.device("cpu")) for _ in range(2)]
+    expected = [samplers[1].random.random() for _ in range(4)]
+    assert samplers[0].next_numbers(4) == samplers[0].next_numbers(4) == expected
+    samplers[0].accept(5)
+    assert samplers[0].next_numbers(3) == expected[1:]
 
 
 @pytest.mark.parametrize(("kind", "cache"), [("bloom", "int8"), ("llama", "bfloat16")])
@@ -101,14 +125,14 @@ def test_demo_models_answer_as_on_the_cpu(kind, cache, tmp_path, monkeypatch):
     compare(path, monkeypatch, prompts, [64, 3, 20, 60, 9], cache)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_launches_of_a_step(kind, request, tmp_path, monkeypatch):
-    """5 launches per block and 2 more, no torch operation between them, and none whose choice depends on data."""
+@pytest.mark.parametrize(("kind", "is_sampled"), [("bloom", False), ("llama", True)])
+def test_launches_of_a_step(kind, is_sampled, request, tmp_path, monkeypatch):
+    """5 launches per block and 2 more, or 3 with sampling: no torch operation between them, no choice by data."""
     path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", **FORMATS[kind])
     model = load_for_triton(path, monkeypatch)
     decoder, cache = fuse(model.decoder), model.new_cache(4, 300)
-    step, made = fused_step.FusedStep(fused_step.StepBuffers(decoder, cache, 4), 2, 256), []
-    assert len(step.launches) == 5 * len(decoder.blocks) + 2
+    step, made = fused_step.FusedStep(fused_step.StepBuffers(decoder, cache, 4), 2, 256, is_sampled), []
+    assert len(step.launches) == 5 * len(decoder.blocks) + 2 + is_sampled
     kernels = [(launch.kernel.fn.__name__, launch.grid, launch.constants) for launch in step.launches]
     step.launches = [launch._replace(kernel=RecordedKernel(launch, made)) for launch in step.launches]
     with NoOperations():
@@ -117,7 +141,7 @@ def test_launches_of_a_step(kind, request, tmp_path, monkeypatch):
     assert [launch.kernel for launch in made] == 2 * [launch.kernel for launch in made[: len(made) // 2]]
     assert len(made) == 2 * len(kernels)
 
-    without_data = fused_step.FusedStep(fused_step.StepBuffers(on_meta(decoder), on_meta(cache), 4), 2, 256)
+    without_data = fused_step.FusedStep(fused_step.StepBuffers(on_meta(decoder), on_meta(cache), 4), 2, 256, is_sampled)
     assert [(launch.kernel.fn.__name__, launch.grid, launch.constants) for launch in without_data.launches] == kernels
 
 

@@ -23,6 +23,7 @@ from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.finite_check import nonfinite_cache_block
 from gptq_belle.engine.fused_decoder import fuse
 from gptq_belle.engine.kv_cache import CACHE_DTYPES
+from gptq_belle.engine.sampling import Sampler
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
 from gptq_belle.kernels.layout import checked_weight
@@ -194,18 +195,21 @@ def test_programmatic_launches_of_all_kernels(tiny_model, tmp_path, gpu, monkeyp
     assert not any(launch.constants["PDL"] or "launch_pdl" in launch.constants for launch in launches)
 
 
-def test_next_step_is_queued_before_tokens_are_read(tiny_model, tmp_path, gpu):
-    """Greedy steps of the same requests copy nothing to the GPU, and read tokens and sums of logits of one before."""
+@pytest.mark.parametrize("sampling", [
+    {}, {"repetition_penalty": 1.2}, {"temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}],
+    ids=str)
+def test_next_step_is_queued_before_tokens_are_read(sampling, tiny_model, tmp_path, gpu):
+    """Steps of the same requests copy nothing to the GPU, and read tokens and sums of logits of one before."""
     model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
     engine = Engine(model, 2, 64)
     for start in (4, 5):
-        engine.submit(range(start, 20), gptq_belle.SamplingParams(max_new_tokens=9, ignore_eos=True))
+        engine.submit(range(start, 20), gptq_belle.SamplingParams(max_new_tokens=9, ignore_eos=True, **sampling))
     for _ in range(4):
         engine.step()
     with gpu.counting() as counts:
         assert [event.finished for event in engine.step()] == [None, None]
     blocks = len(model.decoder.blocks)
-    assert counts.totals() == {"operation": 1, "kernel": 5 * blocks + 2, "graph": 1, "to device": 0,
+    assert counts.totals() == {"operation": 1, "kernel": 5 * blocks + 2 + bool(sampling), "graph": 1, "to device": 0,
                                "to host": 2}
 
 
@@ -222,6 +226,10 @@ def test_all_launches_are_compiled_before(kind, act_order, request, tmp_path, gp
             model.prefill_slot(torch.full((rows,), 5).to(CUDA), cache, 0)
         for rows in range(1, 17):
             model.decode_slots(torch.full((rows,), 5).to(CUDA), cache, range(rows), [20] * rows)
+            if (fused := model.fused_decoding(cache, rows)) is not None:
+                samplers = [Sampler(gptq_belle.SamplingParams(temperature=1.0), [], CUDA)] * rows
+                fused.start(range(rows), [20] * rows, [5] * rows, samplers, [9] * rows)
+                fused.queue([20] * rows)
     assert gpu.launched == gpu.compiled.keys()
 
 

@@ -115,7 +115,7 @@ class Engine:
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._steps = self._admitted = 0
-        self._queued: tuple[list[Request], StepResult] | None = None  # a greedy step whose tokens were not read
+        self._queued: tuple[list[Request], StepResult] | None = None  # a step whose tokens were not read
 
     @property
     def idle(self) -> bool:
@@ -242,8 +242,8 @@ class Engine:
 
     def _decode(self, slots: Sequence[_Slot]) -> list[Event]:
         fused = self.model.fused_decoding(self.cache, len(slots))
-        if fused is not None and all(slot.sampler is not None and slot.sampler.is_greedy for slot in slots):
-            return self._decode_greedily(fused, slots)
+        if fused is not None and not any(slot.sampler is None or slot.sampler.needs_host for slot in slots):
+            return self._decode_ahead(fused, slots)
         self._queued = None
         tokens = [slot.request.answer[-1] for slot in slots if slot.request is not None]
         logits = self.model.decode_slots(torch.tensor(tokens, device=self.model.device), self.cache,
@@ -253,11 +253,12 @@ class Engine:
             slot.cached.append(token)
         return self._sample(slots, logits)
 
-    def _decode_greedily(self, fused: "FusedDecoding", slots: Sequence[_Slot]) -> list[Event]:
+    def _decode_ahead(self, fused: "FusedDecoding", slots: Sequence[_Slot]) -> list[Event]:
         """Decode one token per slot; the next step of the same requests is queued before the tokens are read.
 
         If a request ends with one of these tokens, or another one joins, the queued step is made again without it: it
-        has only written keys and values that are written again.
+        has only written keys and values that are written again. Its random numbers are not lost: a sampler goes on by
+        one number for each token that is read.
         """
         requests = [slot.request for slot in slots if slot.request is not None]
         numbers, lengths = [self._slots.index(slot) for slot in slots], [len(slot.cached) for slot in slots]
@@ -265,15 +266,20 @@ class Engine:
         if self._queued is not None and self._queued[0] == requests:
             result = self._queued[1]
         else:
-            result = fused.queue(numbers, lengths, inputs)
+            fused.start(numbers, lengths, inputs, [slot.sampler for slot in slots if slot.sampler is not None],
+                        [request.max_new_tokens - len(request.answer) for request in requests])
+            result = fused.queue(lengths)
         for slot, token in zip(slots, inputs, strict=True):
             slot.cached.append(token)
         self._queued = None
         if all(len(request.answer) + 2 <= request.max_new_tokens for request in requests):
-            self._queued = requests, fused.queue(numbers, [length + 1 for length in lengths])
+            self._queued = requests, fused.queue([length + 1 for length in lengths])
         tokens, finite = result.read()
         failed = {row: explain_nonfinite(self.model, slots[row].cached, self.cache, numbers[row])
                   for row, is_finite in enumerate(finite) if not is_finite} | self._due_cache_errors(slots)
+        for row, slot in enumerate(slots):
+            if row not in failed and slot.sampler is not None:
+                slot.sampler.accept(tokens[row])
         return [self._fail(slot, failed[row]) if row in failed else self._accept(slot, tokens[row], None)
                 for row, slot in enumerate(slots)]
 

@@ -1,7 +1,8 @@
 """Fused decode steps on one KV cache: a step for each number of rows and length, recorded as a CUDA graph.
 
-Tokens, slots and lengths stay on the device. As long as the same sequences are decoded greedily, a step reads the
-tokens that the step before has chosen, so the next step can be queued before the tokens of this one are read.
+Tokens, slots and lengths stay on the device, and so do parameters and random numbers of sampling. As long as the same
+sequences are decoded, a step reads the tokens that the step before has chosen, so the next step can be queued before
+the tokens of this one are read.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from gptq_belle.engine.fused_decoder import FusedDecoder
+from gptq_belle.engine.fused_sampling import write_samplers
 from gptq_belle.engine.fused_step import FusedStep, StepBuffers
 from gptq_belle.engine.kv_cache import KVCache
+from gptq_belle.engine.sampling import Sampler
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS, ROW_BUCKETS
 from gptq_belle.kernels.triton_launch import Launch
@@ -21,9 +24,11 @@ SHORTEST = 256  # the smallest length of a step; the others are twice the one be
 PROGRAMMATIC_LAUNCH = False  # of every kernel before the one before it ends; not yet seen on a GPU
 PROGRAMMATIC_CAPABILITY = 90  # the lowest compute capability that can
 
+StepKey = tuple[int, int, bool]  # rows, length, and whether tokens are sampled
+
 
 class StepResult:
-    """Memory on the host for the most likely tokens of a step, which are copied while later steps are queued."""
+    """Memory on the host for the next tokens of a step, which are copied while later steps are queued."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._tokens, self._sums = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows)
@@ -60,8 +65,9 @@ class FusedDecoding:
     def __init__(self, decoder: FusedDecoder, cache: KVCache, *, use_graphs: bool) -> None:
         self.buffers = StepBuffers(decoder, cache, min(cache.slots, MAX_SKINNY_ROWS))
         self.use_graphs = use_graphs
-        self._steps: dict[tuple[int, int], FusedStep] = {}
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._steps: dict[StepKey, FusedStep] = {}
+        self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
+        self._is_sampled = False  # the steps of the rows that `start` has written
         self._sums = torch.zeros(self.buffers.rows, device=self.buffers.device)
         self._results = [StepResult(self.buffers.rows, self.buffers.device) for _ in range(2)]
 
@@ -73,22 +79,34 @@ class FusedDecoding:
         """
         self._set_state([0] * len(slots), slots, lengths)
         self.buffers.tokens[: len(slots)] = tokens
-        self._run(len(slots), max(lengths) + 1)
+        self._run(len(slots), max(lengths) + 1, False)
         return self.buffers.logits[: len(slots)]
 
-    def queue(self, slots: Sequence[int], lengths: Sequence[int], tokens: Sequence[int] | None = None) -> StepResult:
-        """Queue a greedy step without waiting for it.
+    def start(self, slots: Sequence[int], lengths: Sequence[int], tokens: Sequence[int], samplers: Sequence[Sampler],
+              counts: Sequence[int]) -> None:
+        """Write the rows of the steps that `queue` queues from now on.
 
         Args:
             slots, lengths: as for `logits`.
-            tokens: input tokens; None for those that the step before has chosen, for the same slots.
+            tokens: input tokens.
+            samplers: which do not need the host; they are not changed.
+            counts: how many tokens can follow in each row.
+        """
+        self._set_state(tokens, slots, lengths)
+        self._is_sampled = not all(sampler.is_greedy for sampler in samplers)
+        if self._is_sampled:
+            write_samplers(self.buffers.sampling, samplers, lengths, counts)
+
+    def queue(self, lengths: Sequence[int]) -> StepResult:
+        """Queue the first step after `start`, or the next one, without waiting for it.
+
+        Args:
+            lengths: number of cached tokens of each row.
         Returns:
             the result, valid until the step after the next one is queued.
         """
-        count = len(slots)
-        if tokens is not None:
-            self._set_state(tokens, slots, lengths)
-        self._run(count, max(lengths) + 1)
+        count = len(lengths)
+        self._run(count, max(lengths) + 1, self._is_sampled)
         torch.sum(self.buffers.logits[:count], -1, out=self._sums[:count])
         self._results.reverse()
         self._results[0].fetch(self.buffers.tokens[:count], self._sums[:count])
@@ -100,8 +118,8 @@ class FusedDecoding:
         state = ([*tokens, *[0] * idle], [*slots, *[0] * idle], [*lengths, *[-1] * idle])
         self.buffers.state.copy_(torch.tensor(state, dtype=torch.int32))
 
-    def _run(self, count: int, length: int) -> None:
-        key = self._bucket(count, length)
+    def _run(self, count: int, length: int, is_sampled: bool) -> None:
+        key = *self._bucket(count, length), is_sampled
         with torch.cuda.device_of(self.buffers.stream):
             if key in self._graphs:
                 self._graphs[key].replay()
@@ -114,7 +132,7 @@ class FusedDecoding:
                 graph.replay()
                 self._graphs[key] = graph
 
-    def _step(self, key: tuple[int, int]) -> FusedStep:
+    def _step(self, key: StepKey) -> FusedStep:
         if key not in self._steps:
             self._steps[key] = _new_step(self.buffers, *key)
         return self._steps[key]
@@ -132,9 +150,10 @@ def decoding_launches(decoder: FusedDecoder, cache: KVCache, rows: int) -> list[
     """The launches of decode steps of up to `rows` rows, which use every kernel that such steps need."""
     buffers = StepBuffers(decoder, cache, min(rows, MAX_SKINNY_ROWS))
     return [launch for most in sorted({min(most, buffers.rows) for most in ROW_BUCKETS})
-            for launch in _new_step(buffers, most, SHORTEST).launches]
+            for launch in (*_new_step(buffers, most, SHORTEST, False).launches,
+                           *_new_step(buffers, most, SHORTEST, True).launches[-2:])]  # the others are the same
 
 
-def _new_step(buffers: StepBuffers, rows: int, length: int) -> FusedStep:
+def _new_step(buffers: StepBuffers, rows: int, length: int, is_sampled: bool) -> FusedStep:
     arch, _ = triton_matmul.device_properties(buffers.device)
-    return FusedStep(buffers, rows, length, pdl=PROGRAMMATIC_LAUNCH and arch >= PROGRAMMATIC_CAPABILITY)
+    return FusedStep(buffers, rows, length, is_sampled, pdl=PROGRAMMATIC_LAUNCH and arch >= PROGRAMMATIC_CAPABILITY)

@@ -1,4 +1,4 @@
-"""One decode step on a GPU as a list of launches on static buffers: 5 per block, and one before and one after them.
+"""One decode step on a GPU as a list of launches on static buffers: 5 per block, one before and 1 or 2 after.
 
     embedding     tokens -> stream, input of the first block
     qkv           norm, product, bias
@@ -7,9 +7,10 @@
     up            norm, product, bias, GELU or SiLU(gate) * value
     down          product, bias, residual -> stream, input of the next block
     head          last norm, logits, next tokens, lengths + 1
+    sampling      only in a step with sampling, whose head writes what this launch selects the next tokens from
 
 No torch operation, no allocation and no value from the host is between them, so a CUDA graph can record them. What
-differs from step to step (tokens, slots, lengths) is in buffers on the device.
+differs from step to step (tokens, slots, lengths, random numbers) is in buffers on the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.engine.fused_decoder import FusedBlock, FusedDecoder, FusedProduct
+from gptq_belle.engine.fused_sampling import state_of_rows
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.kernels import triton_attention, triton_embedding, triton_head
 from gptq_belle.kernels.triton_attention import HeadLayout, attention_launch
@@ -27,6 +29,7 @@ from gptq_belle.kernels.triton_head import head_launches
 from gptq_belle.kernels.triton_launch import Launch, Workspace
 from gptq_belle.kernels.triton_matmul import device_properties, plan_for, problem_of
 from gptq_belle.kernels.triton_norm import FoldedNorm, NextNorm
+from gptq_belle.kernels.triton_sampling import new_sampling_state
 from gptq_belle.kernels.triton_skinny_launch import skinny_launch, skinny_workspace
 
 SMALLEST_TILE = 32  # columns of a tile of moments
@@ -41,6 +44,8 @@ class StepBuffers:
             slot; -1 for an idle row. The step replaces tokens and lengths by those of the next step.
         answers: (rows, capacity) int32; column p is the token that followed position p.
         stream: (rows, width); qkv: (rows, outputs of qkv); logits: (rows, V) float32.
+        sampling: parameters and buffers of sampling, about 5 bytes * rows * V. They exist from the beginning, because
+            the product's defaults sample, and no request shall fail later for lack of memory.
     """
 
     def __init__(self, decoder: FusedDecoder, cache: KVCache, rows: int) -> None:
@@ -52,6 +57,7 @@ class StepBuffers:
         self.stream = self._new(rows, decoder.width)
         self.qkv = self._new(rows, decoder.blocks[0].qkv.weight.out_features)
         self.logits = self._new(rows, _outputs(decoder), dtype=torch.float32)
+        self.sampling = new_sampling_state(rows, self.logits.shape[1], cache.capacity, self.device)
         self.moments = self._new(2 * rows * -(-decoder.width // SMALLEST_TILE), dtype=torch.float32)
         head = decoder.head.weight
         self.head_input = self._new(rows, decoder.width if isinstance(head, Tensor) else head.places)
@@ -110,13 +116,16 @@ class FusedStep:
         buffers: memory of the steps, and their KV cache.
         rows: number of rows, at most `buffers.rows`.
         length: most tokens in a slot, the new one included.
+        is_sampled: sample as `buffers.sampling` says; otherwise the most likely tokens follow.
         pdl: programmatic dependent launch, for compute capability 9.0 and newer.
     Attributes:
         launches: in their order.
     """
 
-    def __init__(self, buffers: StepBuffers, rows: int, length: int, *, pdl: bool = False) -> None:
+    def __init__(self, buffers: StepBuffers, rows: int, length: int, is_sampled: bool = False, *,
+                 pdl: bool = False) -> None:
         self.buffers, self.rows, self.length, self.pdl = buffers, rows, length, pdl
+        self.sampling = state_of_rows(buffers.sampling, rows) if is_sampled else None
         self.launches = list(self._launches())
         self._bound: list[Callable[[], object]] = []
 
@@ -150,7 +159,7 @@ class FusedStep:
         head = decoder.head
         yield from head_launches(b.head_input[:rows], head.weight, head.bias,
                                  norm._replace(gamma_product=head.gamma_product), b.logits[:rows], b.tokens[:rows],
-                                 b.lengths[:rows], b.answers[:rows], b.workspace, pdl=self.pdl)
+                                 b.lengths[:rows], b.answers[:rows], b.workspace, self.sampling, pdl=self.pdl)
 
     def _after_block(self, index: int, tile: int) -> NextNorm:
         """What is written for the first norm of the next block, or for the last norm."""

@@ -25,19 +25,22 @@ class LogitRules:
         constraint: the grammar of the answer, if any.
     Attributes:
         active: whether logits are changed at all.
+        need_host: whether they are changed by anything but the repetition penalty, which fused steps apply on a GPU.
+        seen: the tokens that the repetition penalty counts; empty without one.
     """
 
     def __init__(self, params: SamplingParams, prompt: Iterable[int], ends: Iterable[int],
                  device: torch.device, constraint: TokenConstraint | None = None) -> None:
         self._params, self._device, self.constraint = params, device, constraint
-        self._seen_ids = set(prompt if params.repetition_penalty != 1 else ())
-        self._seen = self._ids(sorted(self._seen_ids))  # without duplicates
+        self.seen = set(prompt if params.repetition_penalty != 1 else ())
+        self._seen, self._added = self._ids(sorted(self.seen)), list[int]()  # tensor, and tokens to add to it
         self._answer: Counter[int] = Counter()
         self._ends = self._ids(sorted(set(ends if params.min_tokens else ())))
         bias = params.logit_bias or {}
         self._bias = self._ids(list(bias)), torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
-        self.active = bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-                           or bias or params.min_tokens or constraint is not None)
+        self.need_host = bool(params.presence_penalty or params.frequency_penalty or bias or params.min_tokens
+                              or constraint is not None)
+        self.active = self.need_host or params.repetition_penalty != 1
 
     def apply(self, logits: Tensor) -> Tensor:
         """Change logits (V,) float32 of the next token, in vLLM's order: grammar, bias, minimum length, penalties."""
@@ -49,6 +52,8 @@ class LogitRules:
         if self._answer.total() < params.min_tokens:
             logits = exclude(logits, self._ends)
         if params.repetition_penalty != 1:
+            if self._added:
+                self._seen, self._added = torch.cat((self._seen, self._ids(self._added))), []
             logits = apply_repetition_penalty(logits, self._seen, params.repetition_penalty)
         if self._answer and (params.presence_penalty or params.frequency_penalty):
             ids, counts = torch.tensor([list(self._answer), list(self._answer.values())], device=self._device)
@@ -62,9 +67,9 @@ class LogitRules:
         self._answer[token] += 1
         if self.constraint is not None:
             self.constraint.accept(token)
-        if self._params.repetition_penalty != 1 and token not in self._seen_ids:
-            self._seen_ids.add(token)
-            self._seen = torch.cat((self._seen, self._ids([token])))
+        if self._params.repetition_penalty != 1 and token not in self.seen:
+            self.seen.add(token)
+            self._added.append(token)  # copied to the device by `apply`: fused steps do not need it
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self._device)

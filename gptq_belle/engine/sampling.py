@@ -34,6 +34,26 @@ class Sampler:
         """Whether the next token is the most likely one, and nothing else of the logits is asked for."""
         return self.params.temperature == 0 and self.params.logprobs is None and not self.rules.active
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether fused decode steps on a GPU cannot sample as the parameters ask."""
+        return self.params.logprobs is not None or self.rules.need_host
+
+    def next_numbers(self, count: int) -> list[float]:
+        """The random numbers of the next `count` tokens, which remain the next ones."""
+        if self.params.temperature == 0:
+            return [0.0] * count
+        state = self.random.getstate()
+        numbers = [self.random.random() for _ in range(count)]
+        self.random.setstate(state)
+        return numbers
+
+    def accept(self, token: int) -> None:
+        """Take over a token that the GPU has sampled with the next random number."""
+        if self.params.temperature > 0:
+            self.random.random()
+        self.rules.remember(token)
+
     def __call__(self, logits: Tensor) -> int:
         """Sample the next token from logits (V,), and remember it."""
         return sample_tokens([self], logits[None])[0]
