@@ -18,11 +18,13 @@ import gptq_belle
 from gptq_belle.engine import fused_step, lm_head
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.fused_decoder import fuse, fusion_obstacle
+from gptq_belle.engine.fused_sampling import write_samplers
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.linear import PackedLinear
 from gptq_belle.engine.sampling import Sampler, SamplingParams
 from gptq_belle.kernels import dispatch, triton_layout, triton_matmul
 from gptq_belle.kernels.triton_config import LaunchPlan, TileConfig
+from gptq_belle.kernels.triton_sampling import new_sampling_state
 
 teach()
 
@@ -88,6 +90,22 @@ def test_sampled_tokens_equal_those_of_the_host(tiny_llama, tmp_path, monkeypatc
         keys.append({is_sampled for _, _, is_sampled in engine.cache.fused._steps})
     assert answers[0] == answers[1]
     assert keys == [{True, False}, {False}]
+
+
+def test_rows_replace_what_was_there_before():
+    """Tokens of prompt and answer occurred, parameters are within their bounds, numbers begin at `lengths`."""
+    samplers = [Sampler(SamplingParams(temperature=1e-30, top_k=1 << 31, repetition_penalty=penalty, seed=7), [5, 17],
+                        torch.device("cpu")) for penalty in (1.2, 1.0)]
+    samplers[0].accept(40)
+    state = new_sampling_state(3, 50, 16, torch.device("cpu"))
+    state.seen.fill_(1)
+    write_samplers(state, samplers, [3, 4], [2, 1])
+    assert [row.nonzero().flatten().tolist() for row in state.seen] == [[5, 17, 40], [], [*range(50)]]
+    assert (state.top_k.tolist(), state.temperatures.tolist()) == ([50, 50, 0], [pytest.approx(1e-10)] * 2 + [0])
+    numbers = torch.zeros(3, 16)
+    numbers[0, 3:5] = torch.tensor(samplers[0].next_numbers(2))
+    numbers[1, 4] = samplers[1].next_numbers(1)[0]
+    assert torch.equal(state.numbers, numbers)
 
 
 def test_numbers_are_taken_once_per_token():
