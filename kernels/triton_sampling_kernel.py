@@ -67,6 +67,7 @@ def sampling_kernel(
                 token = tl.sum(tl.where(i == place, ids, 0))
             else:
                 token = _sample_all(row, V, top, total, k, top_p, min_p, u, BLOCK)
+        token = tl.minimum(tl.maximum(token, 0), V - 1)  # NaN has no order; the host ends such a request
         tl.store(tokens + m, token)
         tl.store(answers + m * room + length, token, mask=length < room)
         tl.store(lengths + m, length + 1)

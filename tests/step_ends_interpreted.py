@@ -265,6 +265,22 @@ def test_candidates_that_suffice_are_all_that_is_read():
     assert tokens.item() == expected_token(logits[0], Row(params, 0.6, []))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000])
+def test_token_is_in_the_vocabulary_whatever_the_logits_are(bits):
+    """NaN of both signs: the host finds it later, but the token is an address before."""
+    rows = [SamplingParams(temperature=t, **limit) for t in (0.0, 1.0)
+            for limit in ({}, {"top_k": 3}, {"top_k": 90, "top_p": 0.5}, {"min_p": 0.1})]
+    state = new_sampling_state(len(rows), 100, ROOM, torch.device("cpu"))
+    for i, params in enumerate(rows):
+        state.temperatures[i], state.top_k[i], state.top_p[i] = params.temperature, params.top_k, params.top_p
+        state.min_p[i], state.numbers[i] = params.min_p, 0.5
+    for tensor in (state.adjusted, state.maxima):
+        tensor.view(torch.int32).fill_(bits)
+    tokens = torch.full((len(rows),), -1).int()
+    sampling_launch(state, tokens, torch.zeros(len(rows)).int(), torch.zeros(len(rows), ROOM).int())()
+    assert ((tokens >= 0) & (tokens < 100)).all(), tokens
+
+
 def test_idle_rows_keep_everything():
     rows = [Row(SamplingParams(temperature=1.0), 0.3, []), Row(SamplingParams(temperature=1.0), 0.3, [])]
     tokens, lengths, answers, state = sampled(torch.randn(2, 100).half(), rows, torch.tensor([-1, 5]).int())
