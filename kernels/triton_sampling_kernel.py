@@ -80,7 +80,7 @@ def _candidates(row, maxima, rows, V, TILES: tl.constexpr, PADDED: tl.constexpr,
     """Logits and tokens (CANDIDATES,) of the most likely tokens in their order, the largest logit, and the normalizer.
 
     Of the tiles, ordered by their maximum and then by their position, no tile after the first CANDIDATES holds one of
-    the first CANDIDATES tokens: each tile before it has a token that comes before all of its own.
+    the first CANDIDATES tokens: each tile before it has a token that comes before all tokens of the later tile.
     """
     tile = tl.arange(0, PADDED)
     largest = tl.load(maxima + tile * rows, mask=tile < TILES, other=-float("inf"))

@@ -218,7 +218,7 @@ class Engine:
         slot.prefilled = slot.checked = slot.request.reused = count
 
     def _prefill(self, slot: _Slot) -> list[Event]:
-        """Prefill the next chunk. A prompt that has not begun first takes what older ones have in common with it."""
+        """Prefill the next chunk. A prompt that is not started yet first takes what older ones share with it."""
         request = slot.request
         assert request is not None
         if len(slot.cached) == request.reused:
