@@ -62,9 +62,17 @@ Q_BIAS = "model.layers.1.self_attn.q_proj.bias"
     (Q_BIAS, (128,)), ("model.layers.0.mlp.down_proj.bias", (128,)), ("v_head.summary.weight", (1, 128)),
     ("score.weight", (2, 128)), ("model.layers.0.self_attn.q_norm.weight", (32,)), ("model.layers.7.x.weight", (2,))])
 def test_tensors_that_the_model_does_not_use_are_refused_by_name(tiny_llama, tmp_path, edit, name, shape):
-    path = edit(tiny_llama, {name: torch.full(shape, 0.25)})
-    stored = name if name.startswith("model.") else None
-    assert_refused(path, tmp_path, stored or name)
+    value = 0.25 if name.startswith("model.") else 0.0  # a head of another task is refused even if it has no effect
+    path = edit(tiny_llama, {name: torch.full(shape, value)})
+    assert_refused(path, tmp_path, name)
+
+
+def test_biases_are_refused_where_the_configuration_lacks_the_keys(tiny_llama, tmp_path, edit):
+    path = edit(tiny_llama, {Q_BIAS: torch.full((128,), 0.25)})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(
+        {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}))
+    assert_refused(path, tmp_path, Q_BIAS)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", Q_BIAS])
@@ -224,9 +232,14 @@ def test_link_to_a_file_of_another_name_is_refused_before_the_job(tiny_llama, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_full_precision_weights_beside_packed_ones_are_refused(tiny_llama, tmp_path):
+@pytest.mark.parametrize("stated_in", ["config.json", "quantize_config.json"])
+def test_full_precision_weights_beside_packed_ones_are_refused(tiny_llama, tmp_path, stated_in):
     out = tmp_path / "out"
     quantize_checkpoint(tiny_llama, out, RTN, device="cpu")
+    if stated_in == "quantize_config.json":  # as older programs write it: config.json is that of the full model
+        shutil.copy(tiny_llama / "config.json", out)
+    else:
+        (out / "quantize_config.json").unlink()
     (out / "model.safetensors").rename(out / "gptq_model-8bit-32g.safetensors")
     torch.save(load_file(tiny_llama / "model.safetensors"), out / "pytorch_model.bin")
     with pytest.raises(InputError, match=naming(out)):
