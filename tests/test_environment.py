@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from gptq_belle.errors import HardwareError, InputError, UsageError, as_user_err
 from gptq_belle.serving.server_config import ListenConfig
 
 PROGRAM = [sys.executable, "-m", "gptq_belle.cli"]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def run(*args, stdin=None, shell="", env=None):
@@ -46,10 +48,15 @@ def test_usable_widths_are_kept(monkeypatch):
     assert [os.environ[name] for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH")] == ["80", "24", "132"]
 
 
-def test_results_are_printed_with_0_columns():
-    code, out, _ = run("models", env={"COLUMNS": "0", "TERMINAL_WIDTH": "no"})
-    assert code == 0
-    assert b"BELLE" in out
+def test_results_help_and_errors_are_printed_with_0_columns(tmp_path):
+    env = {"COLUMNS": "0", "TERMINAL_WIDTH": "no"}
+    for words, shown in (("models", b"BELLE"), ("--help", b"quantize")):
+        code, out, _ = run(words, env=env)
+        assert code == 0
+        assert shown in out
+    code, _, err = run("inspect", str(tmp_path / "none"), env=env)
+    assert code == 4
+    assert b"none" in err
 
 
 def test_closed_stdout_is_refused_unless_results_are_files(tmp_path):
@@ -79,10 +86,18 @@ def test_arguments_that_are_not_utf8_are_refused(tmp_path):
 
 
 def test_utf8_arguments_are_understood_in_an_ascii_locale(tmp_path):
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    code, _, err = run("inspect", str(tmp_path / "模型"), env=env)
+    code, _, err = run("inspect", str(tmp_path / "模型"), env=ASCII)
     assert code == 4
     assert "模型" in err.decode("utf-8")
+
+
+def test_answer_in_an_ascii_locale_is_that_of_any_other(belle, tiny_llama):
+    words = ("generate", str(tiny_llama), "--prompt", "北京是", "--max-tokens", "24", "--seed", "1", "--device", "cpu",
+             "--threads", "1")
+    _, expected, _ = belle(*words)
+    assert not expected.isascii()
+    code, out, _ = run(*words, env=ASCII)
+    assert (code, out.decode("utf-8")) == (0, expected)
 
 
 @pytest.mark.parametrize(("number", "code", "kind"), [
@@ -154,6 +169,7 @@ def test_wrong_options_are_refused_before_a_model_is_looked_for(belle, tmp_path,
     code, _, err = belle(*command.split(), "no-such-folder/with/a-model", *needed, *wrong)
     assert code == 2
     assert "no-such-folder" not in err
+    assert re.search(wrong[0].strip("-").replace("-", "."), err)  # the option, or the parameter of its name
 
 
 def test_head_bits_without_effect_are_refused(belle, tmp_path):
