@@ -125,6 +125,13 @@ def test_lines_between_quotes_are_one_message(model):
     assert [turn.question for turn in turns] == ["一\n\n二", "三", "四\n五"]
 
 
+def test_piped_message_that_is_not_utf8_is_refused(belle, tiny_bloom, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="utf-8"))
+    code, out, err = belle("chat", tiny_bloom, "--device", "cpu")
+    assert (code, out) == (4, "")
+    assert "UTF-8" in err
+
+
 def test_saved_conversation_is_loaded_with_its_system_prompt(model, tmp_path, capsys):
     file, other = tmp_path / "chat.json", tmp_path / "notes.json"
     other.write_text("[]")

@@ -3,10 +3,12 @@
 import asyncio
 import shutil
 
+import httpx
 import pytest
 import torch
 from conftest import naming, packed_checkpoint
 from safetensors.torch import load_file, save_file
+from server_process import serving
 
 import gptq_belle
 from gptq_belle.engine.batching import CACHE_CHECK_INTERVAL, Engine
@@ -104,6 +106,19 @@ def test_scheduler_gives_the_error_to_its_request_and_goes_on(tiny_llama, tmp_pa
     assert isinstance(error, InputError)
     assert from_exception(error).status == 500
     assert others[-1] == "length"
+
+
+def test_nan_weight_is_an_error_of_generate_and_of_the_server(belle, tiny_llama, tmp_path):
+    path = edited(tiny_llama, tmp_path / "model", **{"model.layers.1.mlp.gate_proj.weight": setter(NAN, 0, 0)})
+    for options in ((), ("--temperature", 0.8, "--seed", 1)):
+        code, out, err = belle("generate", path, "--prompt", "你好", "--device", "cpu", *options)
+        assert (code, out.strip()) == (4, "")
+        assert "model.layers.1" in err
+    with serving(path, tmp_path / "log") as server:
+        for temperature in (0, 0.8):
+            response = httpx.post(f"{server.url}/v1/completions", json={"prompt": "你好", "temperature": temperature})
+            assert response.status_code == 500
+            assert "model.layers.1" in response.json()["error"]["message"]
 
 
 def scaled_keys(source, out, factor):
