@@ -136,6 +136,7 @@ def test_templates_by_name_or_in_files_are_read_and_kept(tiny_llama, tmp_path, f
     quantize_checkpoint(path, tmp_path / "out", QuantConfig(method="rtn"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == load_tokenizer(path).chat_template
     for each in (path, tmp_path / "out"):
+        assert inspect(each).problems == []
         found = load(each, device="cpu").chat_format()
         assert (found.name, found.prompt([QUESTION])) == (TEMPLATE, chat(CHATML).prompt([QUESTION]))
 
