@@ -56,6 +56,8 @@ def test_chats_get_the_belle_prompt_and_plain_text_does_not(tmp_path):
     file = jsonl(tmp_path, {"instruction": "问", "output": "答"})
     rows = tokens(file)
     assert tokenizer.decode(rows.flatten()).startswith("Human: 问\n\nAssistant:")
+    rows = tokens(jsonl(tmp_path, {"instruction": "问", "output": "答", "system": "简短。", "history": [["前", "后"]]}))
+    assert tokenizer.decode(rows.flatten()).startswith("Human: 简短。\n前\n\nAssistant:后</s>Human: 问\n\nAssistant:")
     text = tmp_path / "plain.txt"
     text.write_text("只是文字" * 8, encoding="utf-8")
     rows = tokens(text)
