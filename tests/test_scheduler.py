@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from gptq_belle.engine.batching import Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.slots import Event, Request
 from gptq_belle.errors import UsageError
 from gptq_belle.serving import scheduler as scheduler_module
 from gptq_belle.serving.api_errors import ApiError

@@ -8,8 +8,7 @@ same bits as it would get alone.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,80 +17,14 @@ from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, no
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
 from gptq_belle.engine.sampling import Sampler, sample_tokens
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.slots import Event, Request, Slot, continues, eviction_order, reusable_tokens
 from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.errors import GptqBelleError, UsageError
-from gptq_belle.models.sizes import QUERY_BLOCK
 
 if TYPE_CHECKING:
     from gptq_belle.engine.fused_decoding import FusedDecoding, StepResult
 
 CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One prompt and its answer so far.
-
-    Attributes:
-        ids: token ids of the prompt.
-        params: sampling parameters.
-        max_new_tokens: limit of the answer's length.
-        ends: tokens that end the answer: the model's eos and `SamplingParams.stop_token_ids`.
-        constraint: the grammar of the answer, if any.
-        answer: token ids so far, without the one of `ends`.
-        end: the token of `ends` that ended it, if any.
-        finished: finish reason: "stop" (a token of `ends`), "length", "cancelled" or "error"; None while it is running.
-        reused: number of prompt tokens taken from the cache.
-    """
-
-    ids: list[int]
-    params: SamplingParams
-    max_new_tokens: int
-    ends: frozenset[int] = frozenset()
-    constraint: TokenConstraint | None = None
-    answer: list[int] = field(default_factory=list)
-    end: int | None = None
-    finished: str | None = None
-    reused: int = 0
-
-
-class Event(NamedTuple):
-    """Result of one step for one request: a token, the end of the answer, or both.
-
-    Attributes:
-        logprob: natural logarithm of the token's probability; None unless `SamplingParams.logprobs` is set.
-        top: the requested number of most likely tokens with their log probabilities.
-        error: why the answer cannot be continued if `finished` is "error"; other requests are not affected.
-    """
-
-    request: Request
-    token: int | None
-    finished: str | None
-    logprob: float | None = None
-    top: Sequence[tuple[int, float]] = ()
-    error: Exception | None = None
-
-
-@dataclass(slots=True)
-class _Slot:
-    """One sequence of the cache.
-
-    Attributes:
-        cached: token ids whose keys and values are in the cache.
-        prefilled: how many of them come from prefill. Those of an answer were computed one by one, which rounds
-            differently, so they are not reused.
-        checked: how many of them are known to fit the range of the cache.
-        admitted: number of requests that were admitted before this one; orders the prompts by age.
-        last_used: number of the last step that ran the slot's request or reused its contents.
-    """
-
-    cached: list[int] = field(default_factory=list)
-    prefilled: int = 0
-    checked: int = 0
-    admitted: int = 0
-    last_used: int = 0
-    request: Request | None = None
-    sampler: Sampler | None = None
 
 
 class Engine:
@@ -112,7 +45,7 @@ class Engine:
         self.capacity = min(capacity or model.context or 2048, model.context or 1 << 30)
         self.cache = model.new_cache(slots, self.capacity)
         model.warm_up(slots, self.capacity)
-        self._slots = [_Slot() for _ in range(slots)]
+        self._slots = [Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._steps = self._admitted = 0
         self._queued: tuple[list[Request], StepResult] | None = None  # a step whose tokens were not read
@@ -198,9 +131,9 @@ class Engine:
         """Assign free slots to waiting requests. A slot that the prompt continues is taken as it is."""
         while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._waiting.popleft()
-            source = max(self._slots, key=lambda slot: (_reusable(slot, request), slot.last_used))
-            reusable, slot = _reusable(source, request), min(free, key=_eviction_order)
-            if reusable and source in free and _continues(source, request):
+            source = max(self._slots, key=lambda slot: (reusable_tokens(slot, request), slot.last_used))
+            reusable, slot = reusable_tokens(source, request), min(free, key=eviction_order)
+            if reusable and source in free and continues(source, request):
                 slot = source  # nothing that another request could reuse is lost there
             slot.request = request
             slot.sampler = Sampler(request.params, request.ids, self.model.device, request.ends, request.constraint)
@@ -208,7 +141,7 @@ class Engine:
             self._admitted += 1
             self._reuse(source, slot, reusable)
 
-    def _reuse(self, source: _Slot, slot: _Slot, count: int) -> None:
+    def _reuse(self, source: Slot, slot: Slot, count: int) -> None:
         """Take the first `count` tokens of a slot's prompt from the cache of `source`, which can be the slot itself."""
         assert slot.request is not None
         if source is not slot and count:
@@ -217,13 +150,13 @@ class Engine:
         slot.cached = slot.request.ids[:count]
         slot.prefilled = slot.checked = slot.request.reused = count
 
-    def _prefill(self, slot: _Slot) -> list[Event]:
+    def _prefill(self, slot: Slot) -> list[Event]:
         """Prefill the next chunk. A prompt that is not started yet first takes what older ones share with it."""
         request = slot.request
         assert request is not None
         if len(slot.cached) == request.reused:
-            source = max(self._slots, key=lambda other: _reusable(other, request))
-            if (reusable := _reusable(source, request)) > len(slot.cached):
+            source = max(self._slots, key=lambda other: reusable_tokens(other, request))
+            if (reusable := reusable_tokens(source, request)) > len(slot.cached):
                 self._reuse(source, slot, reusable)
         start = len(slot.cached)
         chunk = request.ids[start : start + self.model.prefill_chunk]
@@ -240,7 +173,7 @@ class Engine:
         error = self._cache_error(slot)
         return [] if error is None else [self._fail(slot, error)]
 
-    def _decode(self, slots: Sequence[_Slot]) -> list[Event]:
+    def _decode(self, slots: Sequence[Slot]) -> list[Event]:
         fused = self.model.fused_decoding(self.cache, len(slots))
         if fused is not None and not any(slot.sampler is None or slot.sampler.needs_host for slot in slots):
             return self._decode_ahead(fused, slots)
@@ -253,7 +186,7 @@ class Engine:
             slot.cached.append(token)
         return self._sample(slots, logits)
 
-    def _decode_ahead(self, fused: "FusedDecoding", slots: Sequence[_Slot]) -> list[Event]:
+    def _decode_ahead(self, fused: "FusedDecoding", slots: Sequence[Slot]) -> list[Event]:
         """Decode one token per slot; the next step of the same requests is queued before the tokens are read.
 
         If a request ends with one of these tokens, or another one joins, the queued step is made again without it: it
@@ -283,41 +216,41 @@ class Engine:
         return [self._fail(slot, failed[row]) if row in failed else self._accept(slot, tokens[row], None)
                 for row, slot in enumerate(slots)]
 
-    def _sample(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
+    def _sample(self, slots: Sequence[Slot], logits: Tensor) -> list[Event]:
         if not (failed := self._find_errors(slots, logits)):
             return self._sample_finite(slots, logits)
         events = [self._fail(slots[row], error) for row, error in failed.items()]
         rows = [row for row in range(len(slots)) if row not in failed]
         return events + (self._sample_finite([slots[row] for row in rows], logits[rows]) if rows else [])
 
-    def _sample_finite(self, slots: Sequence[_Slot], logits: Tensor) -> list[Event]:
+    def _sample_finite(self, slots: Sequence[Slot], logits: Tensor) -> list[Event]:
         tokens = sample_tokens([slot.sampler for slot in slots if slot.sampler is not None], logits)
         return [self._accept(slot, token, row) for slot, token, row in zip(slots, tokens, logits, strict=True)]
 
-    def _find_errors(self, slots: Sequence[_Slot], logits: Tensor) -> dict[int, GptqBelleError]:
+    def _find_errors(self, slots: Sequence[Slot], logits: Tensor) -> dict[int, GptqBelleError]:
         """Errors by row: logits (n, V) or keys in the cache that are not finite, or grammars that cannot continue."""
         failed: dict[int, GptqBelleError] = {
             row: explain_nonfinite(self.model, slots[row].cached, self.cache, self._slots.index(slots[row]))
             for row in nonfinite_rows(logits)}
         return _grammar_errors(slots) | self._due_cache_errors(slots) | failed
 
-    def _due_cache_errors(self, slots: Sequence[_Slot]) -> dict[int, GptqBelleError]:
+    def _due_cache_errors(self, slots: Sequence[Slot]) -> dict[int, GptqBelleError]:
         """Errors by row, for keys and values in the cache that are not finite, where a check is due."""
         errors = {row: self._cache_error(slot) for row, slot in enumerate(slots) if self._is_check_due(slot)}
         return {row: error for row, error in errors.items() if error is not None}
 
-    def _is_check_due(self, slot: _Slot) -> bool:
+    def _is_check_due(self, slot: Slot) -> bool:
         assert slot.request is not None
         last = len(slot.request.answer) + 1 == slot.request.max_new_tokens
         return last or slot.checked < slot.prefilled or len(slot.cached) - slot.checked >= CACHE_CHECK_INTERVAL
 
-    def _cache_error(self, slot: _Slot) -> GptqBelleError | None:
+    def _cache_error(self, slot: Slot) -> GptqBelleError | None:
         """Error if keys or values that were added since the last check exceed the range of the cache."""
         block = nonfinite_cache_block(self.cache, self._slots.index(slot), slot.checked, len(slot.cached))
         slot.checked = len(slot.cached)
         return None if block is None else cache_overflow(self.model, block)
 
-    def _fail(self, slot: _Slot, error: Exception) -> Event:
+    def _fail(self, slot: Slot, error: Exception) -> Event:
         """End the request of a slot with an error; nothing of the slot is reused."""
         request = slot.request
         assert request is not None
@@ -325,7 +258,7 @@ class Engine:
         slot.cached, slot.prefilled, slot.checked = [], 0, 0
         return Event(request, None, "error", error=error)
 
-    def _accept(self, slot: _Slot, token: int, logits: Tensor | None) -> Event:
+    def _accept(self, slot: Slot, token: int, logits: Tensor | None) -> Event:
         """Add a sampled token to the slot's answer, or end it; logits (V,) are needed for log probabilities only."""
         request = slot.request
         assert request is not None
@@ -343,7 +276,7 @@ class Engine:
         return Event(request, token, request.finished, own, list(zip(best.indices.tolist(), values, strict=True)))
 
 
-def _grammar_errors(slots: Sequence[_Slot]) -> dict[int, GptqBelleError]:
+def _grammar_errors(slots: Sequence[Slot]) -> dict[int, GptqBelleError]:
     """Compute the next tokens of answers that follow a grammar; errors by row where that is not possible."""
     constraints = [None if slot.request is None else slot.request.constraint for slot in slots]
     errors = {row: constraint.advance() for row, constraint in enumerate(constraints) if constraint is not None}
@@ -367,22 +300,3 @@ def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> in
         raise UsageError(f"a prompt of {prompt} tokens and {answer} do not fit into {capacity}",
                          "Shorten the prompt, or ask for fewer new tokens.")
     return wanted or min(capacity - prompt, DEFAULT_MAX_NEW_TOKENS)
-
-
-def _reusable(slot: _Slot, request: Request) -> int:
-    """Number of prompt tokens, except the last one, that a slot has keys and values of: a multiple of QUERY_BLOCK,
-    because the results of whole query blocks do not depend on the tokens after them."""
-    most = min(slot.prefilled, len(request.ids) - 1)
-    same = next((i for i in range(most) if slot.cached[i] != request.ids[i]), most)
-    return same // QUERY_BLOCK * QUERY_BLOCK
-
-
-def _continues(slot: _Slot, request: Request) -> bool:
-    """Whether the prompt begins with all that can be reused of a slot, as the next turn of a chat does."""
-    whole = slot.prefilled // QUERY_BLOCK * QUERY_BLOCK
-    return slot.cached[:whole] == request.ids[:whole]
-
-
-def _eviction_order(slot: _Slot) -> tuple[bool, int]:
-    """Sort key of free slots: those without anything to reuse first, then the least recently used."""
-    return slot.prefilled >= QUERY_BLOCK, slot.last_used

@@ -17,7 +17,7 @@ from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.checkpoint.validation import check_model
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
 from gptq_belle.common.memory import trim_heap
-from gptq_belle.engine.batching import Engine, Event, new_token_limit
+from gptq_belle.engine.batching import Engine, new_token_limit
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.kv_cache import check_cache_dtype
 from gptq_belle.engine.llama import Llama
@@ -25,6 +25,7 @@ from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import LogitsModel
 from gptq_belle.engine.prompt_arguments import check_prompt, split_prompts
 from gptq_belle.engine.sampling_params import SamplingOptions, SamplingParams, sampling_params
+from gptq_belle.engine.slots import Event
 from gptq_belle.engine.token_constraint import ConstraintCompiler, TokenConstraint
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gptq_belle.engine.batching import Event
+from gptq_belle.engine.slots import Event
 from gptq_belle.prompts.stop_strings import REPLACEMENT, IncrementalDecoder, StopStrings
 from gptq_belle.serving.queued_request import QueuedRequest
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptq_belle.engine.batching import Event, Request
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.slots import Event, Request
 from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.serving.api_errors import ApiError
 

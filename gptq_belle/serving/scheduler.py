@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from gptq_belle.engine.batching import Engine, Event, Request
+from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.slots import Event, Request
 from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.errors import GptqBelleError
 from gptq_belle.serving.api_errors import ApiError, engine_stopped, logged
