@@ -569,7 +569,7 @@ def test_call_that_ends_the_thread_and_later_calls_get_the_error():
         await start(scheduler, engine, prompt(10))
         calls = [asyncio.ensure_future(scheduler.call(function)) for function in (lambda: 4, sys.exit, lambda: 5)]
         await asyncio.sleep(0)
-        engine.allow(1)
+        engine.allow(2)  # one call between two steps
         found = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), LIMIT)
         assert found[0] == 4
         assert [error.status for error in found[1:]] == [503, 503]
