@@ -20,6 +20,7 @@ namespace belle {
 namespace {
 
 constexpr int kMaxTileRows = 16;
+constexpr int kAmxStreamRows = 4;
 constexpr int kStripRows = 64;
 constexpr int kPanelBlocks = 4;    // blocks of outputs
 constexpr int kPortionPanels = 8;  // panels that are multiplied by the same chunk of activations in turn
@@ -323,7 +324,7 @@ void multiply_tiles(const MatmulTask& t, int64_t row_begin, int64_t row_end, int
 }
 
 void multiply_amx(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
-  if (row_end - row_begin <= kMaxStreamRows) return multiply(t, row_begin, row_end, pair_begin, pair_end);
+  if (row_end - row_begin <= kAmxStreamRows) return multiply(t, row_begin, row_end, pair_begin, pair_end);
   switch (t.w.bits) {
     case 2: return multiply_tiles<2>(t, row_begin, row_end, pair_begin, pair_end);
     case 4: return multiply_tiles<4>(t, row_begin, row_end, pair_begin, pair_end);
@@ -333,6 +334,7 @@ void multiply_amx(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64
 
 constexpr IsaKernels with_tiles() {
   IsaKernels kernels = kKernels;
+  kernels.stream_rows = kAmxStreamRows;
   kernels.chunk_inputs = kChunkInputs;
   kernels.multiply = multiply_amx;
   return kernels;

@@ -10,6 +10,8 @@ struct Isa {
   static constexpr int kColumns = 1;       // registers of outputs per tile
   static constexpr int kTileRows = 2;      // rows per tile
   static constexpr int kStreamBlocks = 1;  // blocks per stream
+  static constexpr int kStreamRows = 4;    // rows per stream, at most
+  static constexpr int kStreamPasses = 1;  // streams of the same codes, at most
 
   struct Int { int32_t lane[kLanes]; };
   struct Float { float lane[kLanes]; };

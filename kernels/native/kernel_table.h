@@ -10,7 +10,7 @@
 namespace belle {
 namespace {
 
-constexpr IsaKernels kKernels{4 / Isa::kInputs, 0, split, multiply, read, attend_head, silu_and_mul, gelu, pack_strip,
+constexpr IsaKernels kKernels{4 / Isa::kInputs, Isa::kStreamPasses * Isa::kStreamRows, 0, split, multiply, read, attend_head, silu_and_mul, gelu, pack_strip,
                               quantize_row, gptq_block, descend, search};
 
 }  // namespace

@@ -1,12 +1,14 @@
 // Matrix products: how the work is divided among threads, and the checks of indices, which only native code makes fast.
 #include "native.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 
 namespace belle {
 namespace {
 
-constexpr int64_t kCacheBytes = 1 << 20;  // of split activations per unit of work: half of a second-level cache
+constexpr int64_t kMinCacheBytes = 1 << 20, kMaxCacheBytes = 8 << 20;
 constexpr int64_t kSingleThreadProducts = 1 << 20;  // with fewer, waking threads takes longer than the work
 constexpr int64_t kSingleThreadSplit = 1 << 17;  // splitting fewer activations takes 50 us, and threads need a barrier
 constexpr int64_t kSplitRows = 4;                // split by one thread at a time
@@ -16,6 +18,16 @@ struct MatmulPlan {
   const IsaKernels* kernels;
   int64_t pairs, row_units, unit_pairs;  // a unit of work is task.unit_rows rows by unit_pairs pairs of blocks
 };
+
+// Split activations per unit of work: a quarter of the third-level cache, as far as the system tells its size, since the
+// threads multiply the same activations by different outputs. 1 MiB left 32 rows of 11008 inputs.
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    const int64_t quarter = sysconf(_SC_LEVEL3_CACHE_SIZE) / 4;
+    return quarter < kMinCacheBytes ? kMinCacheBytes : quarter > kMaxCacheBytes ? kMaxCacheBytes : quarter;
+  }();
+  return bytes;
+}
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,13 +56,13 @@ void divide_work(MatmulPlan& plan, int threads) {
   MatmulTask& t = plan.task;
   const int64_t all = t.w.groups * t.w.run, chunk = plan.kernels->chunk_inputs;
   const int64_t row_bytes = (chunk > 0 && chunk < all ? chunk : all) * (plan.kernels->input_bytes == 2 ? 2 : t.parts);
-  int64_t max_rows = kCacheBytes / row_bytes / 32 * 32;
+  int64_t max_rows = cache_bytes() / row_bytes / 32 * 32;
   max_rows = max_rows < 32 ? 32 : max_rows > kMaxRows ? kMaxRows : max_rows;
   plan.row_units = divide_up(t.rows, max_rows);
   t.unit_rows = divide_up(t.rows, plan.row_units);
   plan.row_units = divide_up(t.rows, t.unit_rows);
   plan.pairs = divide_up(t.w.outputs, kPair);
-  plan.unit_pairs = t.rows <= kMaxStreamRows ? 1 : divide_up(plan.pairs * plan.row_units, 8 * threads);
+  plan.unit_pairs = t.rows <= plan.kernels->stream_rows ? 1 : divide_up(plan.pairs * plan.row_units, 8 * threads);
 }
 
 bool order_is_valid(const WeightStruct& w) {

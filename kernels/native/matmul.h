@@ -1,9 +1,10 @@
 // The matrix product for any instruction set. A file isa_*.cpp defines `struct Isa` and includes this file; everything
 // is in an anonymous namespace, so that the linker never takes one instruction set's code for another's.
 //
-// There are two loops with the same arithmetic. For up to 4 rows of x, codes are unpacked while read from memory
-// ("stream": each thread should read long contiguous pieces). For more rows, each group's codes are unpacked once, into
-// the first-level cache, and multiplied by all rows ("block").
+// There are two loops with the same arithmetic. For few rows of x, codes are unpacked while read from memory ("stream":
+// each thread should read long contiguous pieces), in up to Isa::kStreamPasses passes of Isa::kStreamRows rows, of which
+// the later ones find the codes of a pair of blocks in the second-level cache. For more rows, each group's codes are
+// unpacked once, into the first-level cache, and multiplied by all rows ("block").
 #include "native.h"
 
 #include <cstring>
@@ -166,13 +167,18 @@ inline Grid load_grid(const WeightStruct& w, int64_t block, int64_t group) {
   return grid;
 }
 
+// Minus the zero points times the sum of a row's integers: what a group's products lack, because codes are unsigned. One
+// zero point for all outputs is multiplied as a scalar.
+inline typename Isa::Int zero_offset(const WeightStruct& w, typename Isa::Int zero, int32_t sum) {
+  return w.zeros == nullptr ? Isa::set(-w.zero * sum) : Isa::multiply(zero, Isa::set(-sum));
+}
+
 // `before` (the sum over the previous groups) plus one group's integer sums, scaled.
 template <int PARTS>
-inline typename Isa::Float add_scaled(const typename Isa::Int* sums, typename Isa::Int zero, typename Isa::Float scale,
-                                      int32_t sum, float row_scale, typename Isa::Float before) {
+inline typename Isa::Float add_scaled(const typename Isa::Int* sums, typename Isa::Float scale, float row_scale,
+                                      typename Isa::Float before) {
   typename Isa::Int whole = sums[0];
   if constexpr (PARTS == 2) whole = Isa::add(Isa::template shift_left<8>(whole), sums[1]);
-  whole = Isa::subtract(whole, Isa::multiply(zero, Isa::set(sum)));
   return Isa::fused(Isa::times(Isa::to_float(whole), scale), Isa::set_float(row_scale), before);
 }
 
@@ -196,9 +202,13 @@ inline Grid load_grid_prefetching(const WeightStruct& w, int64_t block, int64_t 
   return load_grid(w, block, group);
 }
 
+// Two blocks at a time read memory faster, but with many rows their sums do not fit into the registers.
+template <int R, int PARTS>
+constexpr int kStreamBlocks = R * PARTS > 8 ? 1 : Isa::kStreamBlocks;
+
 template <int BITS, int R, int PARTS>
 void stream(const MatmulTask& t, int64_t m, int64_t block) {
-  constexpr int kS = kSlices<BITS>, kB = Isa::kStreamBlocks;
+  constexpr int kS = kSlices<BITS>, kB = kStreamBlocks<R, PARTS>;
   constexpr int kChains = R * kB == 1 ? 4 : R * kB == 2 ? 2 : 1;  // independent sums: a dot product takes 5 cycles
   const WeightStruct& w = t.w;
   const int vectors = w.run * BITS / 32;
@@ -229,7 +239,7 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
             constexpr int kSlice = decltype(s)::value;
             const typename Isa::Int code = slice<BITS, kSlice>(packed);
             const int i = (u * kS + kSlice) % kChains;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
               for (int p = 0; p < PARTS; ++p)
@@ -253,8 +263,8 @@ void stream(const MatmulTask& t, int64_t m, int64_t block) {
             total[p] = sums[r][c][0][p];
             for (int i = 1; i < kChains; ++i) total[p] = Isa::add(total[p], sums[r][c][i][p]);
           }
-          y[r][c] = add_scaled<PARTS>(total, grid.zero[h], grid.scale[h], t.sum[position + r], t.scale[position + r],
-                                      y[r][c]);
+          total[PARTS - 1] = Isa::add(total[PARTS - 1], zero_offset(w, grid.zero[h], t.sum[position + r]));
+          y[r][c] = add_scaled<PARTS>(total, grid.scale[h], t.scale[position + r], y[r][c]);
         }
       }
     }
@@ -292,53 +302,67 @@ void unpack_group(const WeightStruct& w, int64_t pair, int64_t group, uint8_t* o
   }
 }
 
-// Multiply R rows, the first at `position`, by one group of Isa::kColumns registers of outputs.
-template <int R, int PARTS>
-inline void multiply_tile(const MatmulTask& t, int64_t position, const uint8_t* codes, const typename Isa::Float* scale,
-                          const typename Isa::Int* zero, float* y) {
-  constexpr int kC = Isa::kColumns;
-  const int64_t row_bytes = t.w.run * (4 / Isa::kInputs);
-  const int steps = t.w.run / Isa::kInputs;
+// Multiply R rows, the first at `position`, by Isa::kColumns registers of outputs of a group of RUN inputs. Not inlined,
+// and the stride of rows a constant: otherwise gcc 12 moves sums between registers, 35 times per 16 products.
+template <int R, int PARTS, int RUN>
+__attribute__((noinline)) void multiply_tile(const MatmulTask& t, int64_t position, const uint8_t* codes,
+                                             const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
+  constexpr int kC = Isa::kColumns, kRowBytes = RUN * (4 / Isa::kInputs);
   const uint8_t* x[PARTS];
-  for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + position * row_bytes;
+  for (int p = 0; p < PARTS; ++p) x[p] = t.split[p] + position * kRowBytes;
   typename Isa::Int sums[R][kC][PARTS];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kC; ++c)
-      for (int p = 0; p < PARTS; ++p) sums[r][c][p] = Isa::set(0);
-  for (int k = 0; k < steps; ++k) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kC; ++c) {
+      sums[r][c][0] = Isa::set(0);
+      sums[r][c][PARTS - 1] = zero_offset(t.w, zero[c], t.sum[position + r]);
+    }
+  for (int k = 0; k < RUN / Isa::kInputs; ++k) {
     typename Isa::Int code[kC];
+#pragma GCC unroll 4
     for (int c = 0; c < kC; ++c) code[c] = Isa::load(codes + k * 128 + c * Isa::kLanes * 4);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int p = 0; p < PARTS; ++p) {
-        const int32_t value = load32(x[p] + r * row_bytes + k * 4);
+        const int32_t value = load32(x[p] + r * kRowBytes + k * 4);
 #pragma GCC unroll 4
         for (int c = 0; c < kC; ++c) sums[r][c][p] = Isa::dot(sums[r][c][p], code[c], value);
       }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int c = 0; c < kC; ++c) {
       float* to = y + r * kPair + c * Isa::kLanes;
-      Isa::store_float(to, add_scaled<PARTS>(sums[r][c], zero[c], scale[c], t.sum[position + r], t.scale[position + r],
-                                         Isa::load_float(to)));
+      Isa::store_float(to, add_scaled<PARTS>(sums[r][c], scale[c], t.scale[position + r], Isa::load_float(to)));
     }
 }
 
+using TileFunction = void (*)(const MatmulTask&, int64_t, const uint8_t*, const typename Isa::Float*,
+                              const typename Isa::Int*, float*);
+
 template <int R, int PARTS>
-inline void multiply_rows(const MatmulTask& t, int64_t position, int count, const uint8_t* codes,
-                          const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
-  if (count == R) {
-    multiply_tile<R, PARTS>(t, position, codes, scale, zero, y);
-  } else if constexpr (R > 1) {
-    multiply_rows<R - 1, PARTS>(t, position, count, codes, scale, zero, y);
+TileFunction tile_function(int run) {
+  return run == 128 ? multiply_tile<R, PARTS, 128> : run == 64 ? multiply_tile<R, PARTS, 64> : multiply_tile<R, PARTS, 32>;
+}
+
+// The same for the last rows, fewer than R.
+template <int R, int PARTS>
+TileFunction rest_function(int run, int64_t rows) {
+  if constexpr (R > 1) {
+    return rows < R - 1 ? rest_function<R - 1, PARTS>(run, rows) : tile_function<R - 1, PARTS>(run);
+  } else {
+    return nullptr;
   }
 }
 
 template <int BITS, int PARTS>
 void multiply_block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair, BlockScratch& scratch) {
   constexpr int kRows = PARTS == 2 ? Isa::kTileRows / 2 : Isa::kTileRows;
-  const int64_t rows = row_end - row_begin, first_position = row_position(t, row_begin);
+  const int64_t rows = row_end - row_begin, first_position = row_position(t, row_begin), full = rows / kRows * kRows;
+  const TileFunction tile = tile_function<kRows, PARTS>(t.w.run), rest = rest_function<kRows, PARTS>(t.w.run, rows - full);
   for (int64_t i = 0; i < rows * kPair; ++i) scratch.y[i] = 0.0f;
   for (int64_t g = 0; g < t.w.groups; ++g) {
     unpack_group<BITS>(t.w, pair, g, scratch.codes);
@@ -352,8 +376,8 @@ void multiply_block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int
     for (int c = 0; c < 2 * kVectors; c += Isa::kColumns) {
       const int lane = c * Isa::kLanes;
       for (int64_t m = 0; m < rows; m += kRows) {
-        multiply_rows<kRows, PARTS>(t, first_position + g * t.unit_rows + m, static_cast<int>(minimum(kRows, rows - m)),
-                                    scratch.codes + lane * 4, scale + c, zero + c, scratch.y + m * kPair + lane);
+        (m < full ? tile : rest)(t, first_position + g * t.unit_rows + m, scratch.codes + lane * 4, scale + c, zero + c,
+                                 scratch.y + m * kPair + lane);
       }
     }
   }
@@ -365,21 +389,24 @@ void multiply_block(const MatmulTask& t, int64_t row_begin, int64_t row_end, int
 
 // ---- the choice of the loop ----
 
-template <int BITS, int PARTS>
-void stream_rows(const MatmulTask& t, int64_t m, int64_t rows, int64_t block) {
-  switch (rows) {
-    case 1: return stream<BITS, 1, PARTS>(t, m, block);
-    case 2: return stream<BITS, 2, PARTS>(t, m, block);
-    case 3: return stream<BITS, 3, PARTS>(t, m, block);
-    default: return stream<BITS, 4, PARTS>(t, m, block);
+// All blocks for up to R rows.
+template <int BITS, int PARTS, int R>
+void stream_rows(const MatmulTask& t, int64_t m, int64_t rows, int64_t block, int64_t end) {
+  if (rows == R) {
+    for (; block < end; block += kStreamBlocks<R, PARTS>) stream<BITS, R, PARTS>(t, m, block);
+  } else if constexpr (R > 1) {
+    stream_rows<BITS, PARTS, R - 1>(t, m, rows, block, end);
   }
 }
 
 template <int BITS, int PARTS>
 void multiply_parts(const MatmulTask& t, int64_t row_begin, int64_t row_end, int64_t pair_begin, int64_t pair_end) {
-  if (row_end - row_begin <= kMaxStreamRows) {
-    for (int64_t b = 2 * pair_begin; b < 2 * pair_end; b += Isa::kStreamBlocks)
-      stream_rows<BITS, PARTS>(t, row_begin, row_end - row_begin, b);
+  const int64_t rows = row_end - row_begin;
+  if (rows <= Isa::kStreamPasses * Isa::kStreamRows) {
+    const int64_t passes = (rows + Isa::kStreamRows - 1) / Isa::kStreamRows, height = (rows + passes - 1) / passes;
+    for (int64_t pair = pair_begin; pair < pair_end; ++pair)
+      for (int64_t m = 0; m < rows; m += height)
+        stream_rows<BITS, PARTS, Isa::kStreamRows>(t, row_begin + m, minimum(height, rows - m), 2 * pair, 2 * pair + 2);
   } else {
     BlockScratch scratch;
     for (int64_t pair = pair_begin; pair < pair_end; ++pair)

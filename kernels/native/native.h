@@ -151,7 +151,6 @@ constexpr int kAbi = 10;
 constexpr int kBlock = 16;              // outputs per vector of codes
 constexpr int kPair = 2 * kBlock;       // outputs per unit of work; N is padded to a multiple of it
 constexpr int kMaxRun = 128;
-constexpr int kMaxStreamRows = 4;       // up to this many rows, codes are unpacked while they are read; see matmul.h
 constexpr int kMaxRows = 256;           // rows of x per unit of work, at most
 constexpr int kPackedOutputs = 512;     // outputs that are packed together
 constexpr int kSolverOutputs = 64;      // outputs per unit of work of the solver
@@ -187,6 +186,7 @@ inline int64_t row_position(const MatmulTask& t, int64_t m) {
 // group's sum is scaled and added in the order of the groups, whatever the shape of the tile that computed it.
 struct IsaKernels {
   int input_bytes;   // per activation in `split`: 1 (high and low separate) or 2
+  int stream_rows;   // up to this many rows, codes are unpacked while they are read; see matmul.h
   int chunk_inputs;  // inputs whose activations a unit of work reads repeatedly; 0: all
   // matmul.h
   void (*split)(const MatmulTask&, int64_t row_begin, int64_t row_end);

@@ -11,6 +11,8 @@ struct Registers256 {
   static constexpr int kColumns = 2;  // registers of outputs per tile
   static constexpr int kTileRows = 4;
   static constexpr int kStreamBlocks = 1;
+  static constexpr int kStreamRows = 4;
+  static constexpr int kStreamPasses = 1;
 
   using Int = __m256i;
   using Float = __m256;
