@@ -1,4 +1,4 @@
-"""The report: values on the page equal the evaluations, pictures are drawn, and the page needs no network."""
+"""The report: values on the page equal the evaluations, charts and pictures are drawn, the page needs no network."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.bench.footprint import Footprint
-from gptq_belle.evaluation import report_plots, report_results
+from gptq_belle.evaluation import report_charts, report_plots, report_results
 from gptq_belle.evaluation.report_models import read_models
 from gptq_belle.evaluation.report_results import EvaluationOptions, ModelResults
 
@@ -85,9 +85,11 @@ def test_a_whole_report(belle, models, inputs, tmp_path, real_footprints):
     found = json.loads(out)
     assert [row["path"] for row in found["models"]] == [str(base), str(eight), str(four)]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    names = {"errors-1", "errors-2", "kl", "classes", "agreement", "size", "memory"}
+    names = {"errors-1", "errors-2", "kl", "classes", "size"}
     assert set(found["pictures"]) == names == {path.stem for path in tmp_path.glob("*.png")}
-    assert page.count("data:image/png;base64,") == len(names)
+    assert set(re.findall(r'<figure class="\w+" id="([\w-]+)">', page)) == {
+        "errors-0", "errors-1", "kl", "classes", "agreement", "size", "memory"}
+    assert not re.search(rf"{eight.parent}|{base.parent}|{inputs[1].parent}", page)
     for name in names:
         image = imread(tmp_path / f"{name}.png")[..., :3]
         assert min(image.shape[:2]) > 200
@@ -122,9 +124,8 @@ def test_page_has_no_links_and_escapes_its_content(belle, models, inputs, tmp_pa
     base, _, four, _ = models
     assert belle("report", four, "--base", base, *inputs, "--out", tmp_path)[0] == 0
     page = Page(tmp_path / "report.html")
-    assert page.links
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert not {"link", "iframe", "b", "object"} & set(page.tags)
+    assert not page.links
+    assert not {"link", "iframe", "b", "object", "img"} & set(page.tags)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in text
     assert not re.search(r"https?://|@import|url\(", text)
@@ -133,8 +134,10 @@ def test_page_has_no_links_and_escapes_its_content(belle, models, inputs, tmp_pa
 def test_both_languages_have_every_text(belle, models, tmp_path):
     belle("report", models[2], "--out", tmp_path)
     english, chinese = (Page(tmp_path / "report.html", language).text for language in ("en", "zh"))
-    assert "Error by layer and linear" in english
-    assert "各层各线性层的误差" in chinese
+    for english_words, chinese_words in (("Error by layer and linear", "各层各线性层的误差"),
+                                         ("bits per weight", "每个权重的位数"), ("packed weights", "打包权重")):
+        assert english_words in english
+        assert chinese_words in chinese
     assert not re.search("[\u4e00-\u9fff]", english.replace("中文", ""))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text.count('<span lang="en">') == text.count('<span lang="zh">') > 10
@@ -144,7 +147,7 @@ def test_missing_sections_name_the_command_to_run(belle, models, tmp_path):
     code, _, _ = belle("report", models[2], models[3], "--out", tmp_path)
     assert code == 0
     text = Page(tmp_path / "report.html").text
-    assert f"gptq-belle report {models[2]} {models[3]} --base MODEL --text FILE" in text
+    assert f"gptq-belle report {models[2].name} {models[3].name} --base MODEL --text FILE" in text
     assert "--test FILE" in text
     assert {path.stem for path in tmp_path.glob("*.png")} == {"errors-0", "size"}
 
@@ -155,7 +158,7 @@ def test_text_without_a_base_gives_perplexity_only(belle, models, inputs, tmp_pa
     assert code == 0
     assert f"{row['text']['perplexity']['perplexity']:.4f}" in Page(tmp_path / "report.html").text
     assert row["test"]["total"]["agreement"] is None
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"classes", "size", "memory"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"classes", "size"}
 
 
 def test_valid_results_are_not_computed_again(belle, models, inputs, tmp_path, monkeypatch):
@@ -213,14 +216,13 @@ def test_records_of_other_versions_are_shown_unchanged(models, tmp_path):
     path = tmp_path / "model"
     shutil.copytree(models[2], path)
     record = json.loads((path / "quantization_report.json").read_text())
-    record["linears"][0]["won"] = "refit"
+    record["linears"][0]["kind"] = "refit"
     record["choices"] = [{"block": 0, "winner": "plain", "held_out": 0.25}, {"block": 1, "winner": "best"}]
     record["linears"].append({"name": "odd"})
     del record["versions"]
     (path / "quantization_report.json").write_text(json.dumps(record))
     shown = read_models({path: ModelResults()}, None)
-    page = render_page(shown, report_plots.draw(shown, tmp_path), EvaluationOptions(), None)
-    assert "<th class=\"text\">won</th>" in page
+    page = render_page(shown, EvaluationOptions(), None)
     assert "refit" in page
     assert "model: choices" in page
     assert "0.25" in page
@@ -231,3 +233,24 @@ def test_names_without_a_font_become_question_marks(monkeypatch):
     assert report_plots._drawable("模型-4bit $x") == r"??-4bit \$x"
     monkeypatch.setattr(report_plots, "_fonts", lambda: ["Noto Sans CJK SC"])
     assert report_plots._drawable("模型") == "模型"
+
+
+def test_charts_keep_their_proportions(models):
+    """Shades and widths follow the values; a bar of zero and a missing value differ."""
+    shown = read_models({path: ModelResults(test={"classes": {}, "figures": {
+        "math": {"agreement": share}, "code": {"agreement": None}}}) for path, share in zip(models[1:3], (100.0, 0.0),
+                                                                                       strict=True)}, None)
+    shades = {model.label: [cell[1] for _, cells in report_charts.error_map(model, shown)["rows"] for cell in cells]
+              for model in shown}
+    assert max(shades["bits-8"]) < min(shades["bits-4"])
+    assert [min(shades["bits-8"]), max(shades["bits-4"])] == [0, 1]
+    rows = report_charts.class_chart(shown, report_charts.agreement).rows
+    assert [(row.english, row.segments[0][1], row.text) for row in rows] == [("math", 100, "100"), ("", 0, "0")]
+    sizes = [sum(width for _, width in row.segments) for row in report_charts.size_chart(shown).rows]
+    assert max(sizes) == pytest.approx(100, abs=2)
+    assert sizes[1] / sizes[0] == pytest.approx(shown[1].inspection.bytes / shown[0].inspection.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0019, "1.9e-3"), (12.0, "1.2e1"), (0.0, "0")])
+def test_short_exponents(value, text):
+    assert report_charts.short_exponent(value) == text

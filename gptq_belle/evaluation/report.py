@@ -1,6 +1,5 @@
-"""A report's page (one HTML file in English and Chinese with its pictures inside) and its section in the model card."""
+"""A report's page (one HTML file in English and Chinese with its charts inside) and its section in the model card."""
 
-import base64
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -13,28 +12,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from gptq_belle import __version__
 from gptq_belle.checkpoint.model_card import with_results
 from gptq_belle.common.text import markdown_table
+from gptq_belle.evaluation import report_charts as charts
 from gptq_belle.evaluation.kl_statistics import Divergence, format_divergence
-from gptq_belle.evaluation.report_models import ReportModel, quantization_settings, read_models, unknown_tables
+from gptq_belle.evaluation.report_models import (
+    DASH,
+    ReportModel,
+    quantization_settings,
+    read_models,
+    shown_path,
+    unknown_tables,
+)
 from gptq_belle.evaluation.report_plots import draw
 from gptq_belle.evaluation.report_results import EvaluationOptions, ModelResults
+from gptq_belle.evaluation.report_words import CLASSES_ZH, COLUMNS, METRICS, SETTINGS
 
 PAGE, CARD, TEMPLATE = "report.html", "README.md", "report.html.j2"
-DASH = "–"
 CARD_PICTURES = ("classes", "kl", "errors-0", "size")  # the card shows the first of them that exists
 CARD_COLUMNS = {"label": "model", "bits": "bits", "size": "MB", "memory": "peak memory, MB", "perplexity": "perplexity",
                 "kl": "KL to full precision", "same_top": "same top token, %", "exact": "exact match, %",
                 "agreement": "tokens as full precision, %"}
-CLASSES_ZH = {
-    "open_qa": "开放问答", "closed_qa": "阅读问答", "extract": "信息抽取", "classification": "分类",
-    "summarization": "摘要", "rewrite": "改写", "translation": "翻译", "brainstorming": "头脑风暴", "math": "数学",
-    "code": "代码", "generation": "文本生成",
-}
-METRICS = {  # of ClassMetrics: English, Chinese, digits
-    "exact": ("exact match, %", "完全匹配 %", 1), "f1": ("character F1, %", "字符 F1 %", 1),
-    "rouge_l": ("ROUGE-L, %", "ROUGE-L %", 1), "nll": ("NLL of the reference, a token", "参考答案每词元负对数似然", 4),
-    "agreement": ("tokens as full precision, %", "与全精度相同的词元 %", 1),
-    "identical": ("answers as full precision, %", "与全精度相同的回答 %", 1),
-}
 NUMBER_FORMATS = {"error": ".2e", "seconds": ".2f", "damp": "g"}
 
 
@@ -57,7 +53,7 @@ def write_report(results: Mapping[Path, ModelResults], folder: Path, options: Ev
     for old in folder.glob("errors-*.png"):  # of an earlier report on more models
         old.unlink()
     pictures = draw(models, folder)
-    (folder / PAGE).write_text(render_page(models, pictures, options, base), encoding="utf-8")
+    (folder / PAGE).write_text(render_page(models, options, base), encoding="utf-8")
     if card and (card / CARD).is_file():
         text = (card / CARD).read_text(encoding="utf-8")
         (card / CARD).write_text(with_results(text, card_section(models, pictures, card)), encoding="utf-8")
@@ -77,28 +73,28 @@ def card_section(models: Sequence[ReportModel], pictures: Mapping[str, Path], ca
     return "\n".join([*lines, f"More in [{PAGE}](report/{PAGE}); made by `gptq-belle report`."])
 
 
-def render_page(models: Sequence[ReportModel], pictures: Mapping[str, Path], options: EvaluationOptions,
-                base: Path | None) -> str:
+def render_page(models: Sequence[ReportModel], options: EvaluationOptions, base: Path | None) -> str:
     """The HTML text of the page.
 
     Args:
         models: from `read_models`.
-        pictures: from `report_plots.draw`; their content is embedded into the page.
         base: the full-precision model, if there is one.
     """
     environment = Environment(loader=PackageLoader("gptq_belle.evaluation"), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
-    environment.globals |= {"dash": DASH}
     full = next((model.inspection.bytes for model in models if model.full), None)
+    recorded = [model for model in models if model.linears]
     return environment.get_template(TEMPLATE).render(
-        models=models, summary=[summary(model, full) for model in models],
-        pictures={name: _inline(path) for name, path in pictures.items()},
-        maps=[(model, f"errors-{number}", record_table(model.linears)) for number, model in enumerate(models)
-              if model.linears],
+        dash=DASH, models=models, summary=[summary(model, full) for model in models],
+        maps=[(model, charts.error_map(model, models), record_table(model.linears)) for model in recorded],
+        distribution=charts.kl_distribution(models), scores=charts.class_chart(models, charts.score),
+        agreement=charts.class_chart([model for model in models if not model.full], charts.agreement),
+        sizes=charts.size_chart(models), memory=charts.memory_chart(models),
         divergence=divergence_table(models), classes=class_tables(models), metrics=METRICS, classes_zh=CLASSES_ZH,
         settings=_joined({model.label: quantization_settings(model) for model in models if model.record}),
+        setting_names=SETTINGS, column_names=COLUMNS,
         extras=[(model, name, record_table(rows)) for model in models for name, rows in unknown_tables(model).items()],
-        command=_command(models, base), options=options, base=base, version=__version__,
+        command=_command(models, base), options=options, version=__version__, shown=shown_path,
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
 
@@ -152,6 +148,8 @@ def record_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return DASH
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text('error', part)}" for key, part in value.items())
     return format(value, NUMBER_FORMATS.get(name, ".4g")) if isinstance(value, float) else str(value)
 
 
@@ -174,9 +172,5 @@ def _with_error(found: Mapping[str, Any], name: str, error: str, digits: int, fa
 
 def _command(models: Sequence[ReportModel], base: Path | None) -> str:
     """The command line of this report, without the options of the evaluations."""
-    words = ["gptq-belle", "report", *(str(model.path) for model in models if not model.full)]
-    return shlex.join(words) + (f" --base {shlex.quote(str(base))}" if base else " --base MODEL")
-
-
-def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return shlex.join(["gptq-belle", "report", *(shown_path(model.path) for model in models if not model.full),
+                       "--base", shown_path(base) if base else "MODEL"])

@@ -16,6 +16,7 @@ from gptq_belle.quantization.report import REPORT, format_tuning
 
 BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
 SCALARS = (str, int, float, bool)
+DASH = "–"
 
 
 class LinearError(NamedTuple):
@@ -78,16 +79,16 @@ def _read_model(label: str, path: Path, full: bool, results: ModelResults) -> Re
 
 
 def quantization_settings(model: ReportModel) -> dict[str, str]:
-    """The settings in a model's record as texts; entries that this version does not know are included unchanged."""
+    """The settings in a model's record as texts by key; entries that this version does not know are included."""
     record = dict(model.record)
     calibration = record.pop("calibration", None)
     seen = calibration.get("seen") if isinstance(calibration, dict) else None
-    rows = {key: _text(value) for key, value in record.items() if isinstance(value, SCALARS)}
+    rows = {key: _text(key, value) for key, value in record.items() if isinstance(value, SCALARS)}
     for name in ("settings", "versions"):
         part = record.get(name)
-        rows |= {key: _text(value) for key, value in part.items()} if isinstance(part, dict) else {}
+        rows |= {key: _text(key, value) for key, value in part.items()} if isinstance(part, dict) else {}
     if isinstance(calibration, dict):
-        rows |= {f"calibration {key}": _text(value) for key, value in calibration.items() if key != "seen"}
+        rows |= {f"calibration {key}": _text(key, value) for key, value in calibration.items() if key != "seen"}
     if isinstance(seen, str):
         rows["calibration documents"] = f"{len(seen) * 3 // 4 // 5:,}"
     notes = record.get("notes")
@@ -98,7 +99,7 @@ def quantization_settings(model: ReportModel) -> dict[str, str]:
         rows["held-out rows chose"] = ", ".join(f"{name}: {count}" for name, count in winners.items())
     if isinstance(tuning, dict):
         rows["tuning"] = format_tuning(tuning)
-    return rows | {f"sha256 {name}": digest for name, digest in model.hashes.items()}
+    return rows | {f"SHA-256 {name}": digest for name, digest in model.hashes.items()}
 
 
 def unknown_tables(model: ReportModel) -> dict[str, list[dict[str, Any]]]:
@@ -108,5 +109,20 @@ def unknown_tables(model: ReportModel) -> dict[str, list[dict[str, Any]]]:
             and value and all(isinstance(row, dict) for row in value)}
 
 
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def shown_path(path: str | Path) -> str:
+    """A path for readers on other machines: only the name of an absolute one."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "✓" if value else "✗"
+    if value is None or value == []:
+        return DASH
+    if key in ("peak_memory", "bytes_on_disk") and isinstance(value, int):
+        return f"{value / 1e6:,.1f} MB"
+    if isinstance(value, float):
+        return f"{value:,.1f} s" if key == "seconds" else f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return shown_path(value) if isinstance(value, str) else str(value)

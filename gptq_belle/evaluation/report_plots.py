@@ -1,22 +1,20 @@
-"""The pictures of a report, drawn with matplotlib. Labels are in English, which every font can show."""
+"""The pictures beside a report, for model cards and articles, drawn with matplotlib. Labels are in English, which every
+font can show."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy
 from matplotlib import font_manager, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from gptq_belle.evaluation.report_charts import COLOURS, FULL, score, with_colours
 from gptq_belle.evaluation.report_models import ReportModel
 from gptq_belle.evaluation.report_results import KL_EDGES
 
-# Paul Tol's "bright" palette for colour-blind readers; grey is full precision.
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-FULL = "#999999"
 CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei",
            "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback")
 DPI = 150
@@ -25,7 +23,7 @@ ANNOTATED = 12  # maximum number of blocks for which the map prints the values
 
 def draw(models: Sequence[ReportModel], folder: Path) -> dict[str, Path]:
     """Write every picture for which there are results, and return the files by name: errors-0, errors-1, ..., kl,
-    classes, agreement, size, memory."""
+    classes, size."""
     made: dict[str, Path] = {}
     with rc_context({"font.family": [*_fonts(), "DejaVu Sans"], "axes.spines.top": False, "axes.spines.right": False}):
         for name, figure in _figures(models):
@@ -43,13 +41,8 @@ def _figures(models: Sequence[ReportModel]) -> Iterator[tuple[str, Figure]]:
         yield "kl", kl_distribution(models)
     tested = [model for model in models if model.results.test]
     if any(model.results.test["classes"] for model in tested if model.results.test):
-        yield "classes", class_bars(tested, "score by class, %", _score)
-    if any(model.results.test["total"]["agreement"] is not None for model in tested if model.results.test):
-        compared = [model for model in tested if not model.full]
-        yield "agreement", class_bars(compared, "tokens as full precision's greedy answer, %", _agreement)
+        yield "classes", class_bars(tested)
     yield "size", size_bars(models)
-    if any((model.results.footprint or {}).get("peak_bytes") for model in models):
-        yield "memory", memory_bars(models)
 
 
 def heat_map(model: ReportModel, low: float, high: float) -> Figure:
@@ -64,7 +57,7 @@ def heat_map(model: ReportModel, low: float, high: float) -> Figure:
     figure = Figure(figsize=(2.6 + 0.95 * len(linears), 2.2 + 0.24 * max(len(blocks), 4)), layout="constrained")
     axes = figure.subplots()
     norm = LogNorm(low / 1.05, high * 1.05)
-    image = axes.imshow(numpy.ma.masked_less_equal(values, 0), cmap="viridis", norm=norm, aspect="auto")
+    image = axes.imshow(numpy.ma.masked_less_equal(values, 0), cmap="Blues", norm=norm, aspect="auto")
     axes.set(title=f"{_drawable(model.label)}: error of the outputs", ylabel="block", yticks=range(len(blocks)),
              xticks=range(len(linears)))
     axes.set_xticklabels([name.split(".")[-1] for name in linears], rotation=30, ha="right")
@@ -73,7 +66,7 @@ def heat_map(model: ReportModel, low: float, high: float) -> Figure:
     if len(blocks) <= ANNOTATED:
         for (row, column), value in numpy.ndenumerate(values):
             if value > 0:
-                dark = norm(value) < 0.6
+                dark = norm(value) > 0.6
                 axes.text(column, row, f"{value:.1e}", ha="center", va="center", fontsize="x-small",
                           color="white" if dark else "black")
     figure.colorbar(image, ax=axes, label="share of the output's square")
@@ -85,7 +78,7 @@ def kl_distribution(models: Sequence[ReportModel]) -> Figure:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     last = 1
-    for colour, model in _with_colours(models):
+    for colour, model in with_colours(models):
         text = model.results.text or {}
         if "histogram" not in text:
             continue
@@ -102,21 +95,20 @@ def kl_distribution(models: Sequence[ReportModel]) -> Figure:
     return figure
 
 
-def class_bars(models: Sequence[ReportModel], title: str,
-               value: Callable[[dict[str, Any], str], float | None]) -> Figure:
-    """One group of bars per class, one bar per model."""
+def class_bars(models: Sequence[ReportModel]) -> Figure:
+    """Scores: one group of bars per class, one bar per model."""
     names = list(dict.fromkeys(name for model in models for name in (model.results.test or {})["figures"]))
-    names = [name for name in names if any(value(v.results.test or {}, name) is not None for v in models)]
+    names = [name for name in names if any(score(each.results.test or {}, name) is not None for each in models)]
     width = 0.8 / len(models)
     figure = Figure(figsize=(max(6.0, 1.6 + 0.9 * len(names)), 4), layout="constrained")
     axes = figure.subplots()
-    for place, (colour, model) in enumerate(_with_colours(models)):
-        heights = [value(model.results.test or {}, name) or 0.0 for name in names]
+    for place, (colour, model) in enumerate(with_colours(models)):
+        heights = [score(model.results.test or {}, name) or 0.0 for name in names]
         at = numpy.arange(len(names)) + (place - (len(models) - 1) / 2) * width
         drawn = axes.bar(at, heights, 0.92 * width, color=colour, label=_drawable(model.label))
         if len(models) <= 3:
             axes.bar_label(drawn, fmt="{:.0f}", fontsize="xx-small", padding=1)
-    axes.set(title=title, ylim=(0, 108), yticks=range(0, 101, 20), xticks=range(len(names)))
+    axes.set(title="score by class, %", ylim=(0, 108), yticks=range(0, 101, 20), xticks=range(len(names)))
     axes.set_xticklabels([_drawable(name) for name in names], rotation=25, ha="right")
     figure.legend(frameon=False, ncols=min(4, len(models)), loc="outside lower center")
     return figure
@@ -140,36 +132,6 @@ def size_bars(models: Sequence[ReportModel]) -> Figure:
     axes.invert_yaxis()
     figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize="small")
     return figure
-
-
-def memory_bars(models: Sequence[ReportModel]) -> Figure:
-    """Peak memory of loading and running, each measured in a new process."""
-    measured = [(colour, model) for colour, model in _with_colours(models)
-                if (model.results.footprint or {}).get("peak_bytes")]
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(measured)), layout="constrained")
-    axes = figure.subplots()
-    found = [(model.results.footprint or {})["peak_bytes"] / 1e6 for _, model in measured]
-    drawn = axes.barh([_drawable(model.label) for _, model in measured], found,
-                      color=[colour for colour, _ in measured])
-    axes.bar_label(drawn, fmt="{:,.1f}", padding=4)
-    axes.set(xlabel="peak memory above that of an empty process, MB", xlim=(0, 1.15 * max(found)))
-    axes.invert_yaxis()
-    return figure
-
-
-def _score(test: dict[str, Any], name: str) -> float | None:
-    return test["classes"].get(name, {}).get("score")
-
-
-def _agreement(test: dict[str, Any], name: str) -> float | None:
-    found: float | None = test["figures"][name]["agreement"]
-    return found
-
-
-def _with_colours(models: Sequence[ReportModel]) -> Iterator[tuple[str, ReportModel]]:
-    rest = iter(COLOURS * len(models))
-    for model in models:
-        yield FULL if model.full else next(rest), model
 
 
 @cache
