@@ -125,13 +125,19 @@ def test_plot_is_written_as_png_and_other_formats_are_rejected(measured, tmp_pat
         throughput_plot.check_plot(tmp_path / "bench.docx")
 
 
-def test_plot_shows_the_smallest_depth_of_every_batch(measured):
-    found = throughput_plot.batch_series(measured)
-    assert [one.batch for one in found] == [2, 3]
-    for one in found:
-        for place, result in enumerate(measured.results):
-            [point] = [p for p in measured.points if (p.path, p.batch, p.depth) == (result.path, one.batch, 0)]
-            assert (one.prefill[place], one.decode[place]) == (point.prefill, point.decode)
+def test_plot_shows_every_depth_of_every_batch(measured, tmp_path):
+    depths = {point.depth for point in measured.points}
+    assert len(depths) > 1
+    for depth in depths:
+        found = throughput_plot.batch_series(measured, depth)
+        assert [one.batch for one in found] == [2, 3]
+        for one in found:
+            for place, result in enumerate(measured.results):
+                [point] = [p for p in measured.points if (p.path, p.batch, p.depth) == (result.path, one.batch, depth)]
+                assert (one.prefill[place], one.decode[place]) == (point.prefill, point.decode)
+    throughput_plot.plot(measured, tmp_path / "bench.svg")
+    drawn = (tmp_path / "bench.svg").read_text()
+    assert all(f" after {depth}" in drawn for depth in depths if depth)
 
 
 def test_plot_without_matplotlib_is_rejected(monkeypatch, tmp_path):

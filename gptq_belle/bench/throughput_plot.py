@@ -1,4 +1,4 @@
-"""The picture of `bench`: tokens per second of prefill and decode, and peak memory, by model and batch size."""
+"""The picture of `bench`: tokens per second of prefill and decode by depth, model and batch size, and peak memory."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,7 +16,7 @@ BARS_HEIGHT = 0.8  # of the bars of one model, relative to the distance between 
 
 
 class BatchSeries(NamedTuple):
-    """Speeds and memory (bytes) of all models at one batch size, in the order of the results."""
+    """Speeds at one depth and memory (bytes) of all models at one batch size, in the order of the results."""
 
     batch: int
     prefill: list[Spread]
@@ -25,10 +25,10 @@ class BatchSeries(NamedTuple):
 
 
 def plot(benchmark: Benchmark, path: Path) -> None:
-    """Draw bars for every model, one per batch size, with the range of the repeats.
+    """Draw bars for every model, one per batch size, with the range of the repeats; one row of them per depth.
 
     Args:
-        benchmark: the measurements; of several depths, the smallest is drawn.
+        benchmark: the measurements.
         path: the picture to write; its suffix is the format.
     Raises:
         UsageError: an unknown format.
@@ -37,32 +37,36 @@ def plot(benchmark: Benchmark, path: Path) -> None:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    found, names = batch_series(benchmark), benchmark.names
-    figure = Figure(figsize=(11, 1.8 + 0.3 * len(names) * (1 + len(found))), layout="constrained")
-    prefill, decode, memory = figure.subplots(1, 3)
-    _bars(prefill, names, found, [one.prefill for one in found])
-    prefill.set(title=f"prefill of {benchmark.workload.prompt} tokens", xlabel="tokens/s")
-    _bars(decode, names, found, [one.decode for one in found])
-    decode.set(title=f"decode of {benchmark.workload.tokens} tokens", xlabel="tokens/s", yticklabels=[])
+    names, depths = benchmark.names, sorted({point.depth for point in benchmark.points}) or [0]
+    found = batch_series(benchmark, depths[0])
+    figure = Figure(figsize=(11, 1 + len(depths) * (0.8 + 0.3 * len(names) * (1 + len(found)))), layout="constrained")
+    rows = figure.subplots(len(depths), 3, squeeze=False)
+    for (prefill, decode, memory), depth in zip(rows, depths, strict=True):
+        found, after = batch_series(benchmark, depth), f" after {depth:,}" if depth else ""
+        _bars(prefill, names, found, [one.prefill for one in found])
+        prefill.set(title=f"prefill of {benchmark.workload.prompt} tokens{after}", xlabel="tokens/s")
+        _bars(decode, names, found, [one.decode for one in found])
+        decode.set(title=f"decode of {benchmark.workload.tokens} tokens{after}", xlabel="tokens/s", yticklabels=[])
+        memory.set_visible(depth == depths[0])  # it is measured once, after the largest depth
+    memory = rows[0, 2]
     sizes = [[Spread(size / MB, size / MB, size / MB, ()) for size in (m or 0 for m in one.memory)] for one in found]
     _bars(memory, names, found, sizes)
     memory.set(title="peak memory", xlabel="MB", yticklabels=[])
     if len(found) > 1:
-        figure.legend(*prefill.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
+        figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     figure.suptitle(machine_summary(), fontsize="small")
     figure.savefig(path, dpi=150)
 
 
-def batch_series(benchmark: Benchmark) -> list[BatchSeries]:
-    """The values of the bars by batch size."""
+def batch_series(benchmark: Benchmark, depth: int) -> list[BatchSeries]:
+    """The values of the bars at one depth, by batch size."""
     memory = {(one.path, one.batch): one.bytes for one in benchmark.memory}
     paths = [result.path for result in benchmark.results]
     if not benchmark.points:
         batch = benchmark.workload.batch
         return [BatchSeries(batch, [result.prefill for result in benchmark.results],
                             [result.decode for result in benchmark.results], [memory[path, batch] for path in paths])]
-    shallow = min(point.depth for point in benchmark.points)
-    found = {(point.path, point.batch): point for point in benchmark.points if point.depth == shallow}
+    found = {(point.path, point.batch): point for point in benchmark.points if point.depth == depth}
     return [BatchSeries(batch, [found[path, batch].prefill for path in paths],
                         [found[path, batch].decode for path in paths], [memory[path, batch] for path in paths])
             for batch in dict.fromkeys(point.batch for point in benchmark.points)]
