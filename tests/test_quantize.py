@@ -34,12 +34,15 @@ def run(monkeypatch, capsys):
     return command
 
 
-def test_a_job_prints_every_linear_and_one_line_of_result(run, tiny_model, tmp_path):
+def test_a_job_prints_every_linear_and_the_largest_errors(run, tiny_model, tmp_path):
     code, out, err = run(tiny_model, tmp_path / "out", *SHORT)
     assert code == 0
     assert "4 bits" in out
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert err.count(" error ") == len(report["linears"])
+    first, second, *_ = sorted(report["linears"], key=lambda row: -row["error"])
+    assert out.index(first["name"]) < out.index(second["name"])
+    assert f"gptq-belle report {tmp_path / 'out'} --base {tiny_model}" in out
     assert "peak" in err
     assert "s left" in err
 

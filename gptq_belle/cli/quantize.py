@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gptq_belle.quantization.job import QuantizationJob
     from gptq_belle.quantization.report import Report
 
+WORST = 3  # number of linears in the table at the end
+
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when complete.")]
 Bits = Annotated[int, typer.Option("--bits", "--wbits", help="Bits per weight: 2, 3, 4 or 8.")]
@@ -130,7 +132,7 @@ def _note_unused(context: typer.Context, config: "QuantConfig") -> None:
 
 
 def _print_report(out: Path, report: "Report") -> None:
-    from gptq_belle.quantization.report import format_tuning
+    from gptq_belle.quantization.report import REPORT, format_tuning
 
     if report.choice is not None:
         _print_bit_allocation(report.choice)
@@ -141,6 +143,11 @@ def _print_report(out: Path, report: "Report") -> None:
         console.print_line("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
     if report.tuning is not None:
         console.print_line(f"tuning: {format_tuning(report.tuning)}")
+    worst = sorted(report.linears, key=lambda row: -row.error)[:WORST]
+    console.print_table(f"largest errors of {count(len(report.linears), 'linear')}", ["linear", "error", "bits"],
+                        [(row.name, f"{row.error:.2e}", str(row.bits)) for row in worst])
+    console.print_line(f"All errors are in {out / REPORT}. A page with charts: "
+                       + shlex.join(["gptq-belle", "report", str(out), "--base", report.source, "--text", "FILE"]))
 
 
 def _print_bit_allocation(choice: dict[str, Any]) -> None:
