@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of the chat page, and answers that a test streams by hand."""
+"""Fixtures for tests of the chat page in a headless Chromium, and answers that a test streams by hand."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from server_process import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FOREIGN = "chat.example"  # a name that is not loopback: on http, browsers call such a page insecure
@@ -32,8 +33,15 @@ STAGE = """(() => {
 })()"""
 
 
-@contextmanager
-def chromium() -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of the demo model."""
+    with serving("examples/belle_tiny/bloom", tmp_path_factory.mktemp("log") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
     """A browser of Playwright; skips the test where there is none."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     if CHROMIUM is None:
@@ -41,6 +49,13 @@ def chromium() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=[
             "--no-sandbox", f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"])
+
+
+@pytest.fixture
+def page(browser, server):
+    """The chat page, with answers that the test streams."""
+    with chat_page(browser, server.url, permissions=["clipboard-read", "clipboard-write"]) as page:
+        yield page
 
 
 @contextmanager

@@ -4,29 +4,12 @@ import json
 
 import httpx
 import pytest
-from page_browser import FOREIGN, ask, chat_page, chromium, done, sent, stream
+from page_browser import FOREIGN, ask, chat_page, done, sent, stream
 from server_process import serving
 
 pytestmark = pytest.mark.slow
 KEY = "secret"  # with a key, the server also answers hosts that are not loopback
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving("examples/belle_tiny/bloom", tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser, server):
-    with chat_page(browser, server.url) as page:
-        yield page
+pytest_plugins = ["page_browser"]
 
 
 def test_a_real_answer_is_streamed_regenerated_and_kept(browser, server):

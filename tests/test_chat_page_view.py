@@ -1,8 +1,7 @@
 """How the chat page shows messages and settings; slow, skipped without Chromium."""
 
 import pytest
-from page_browser import ask, chat_page, chromium, stream
-from server_process import serving
+from page_browser import ask, chat_page, stream
 
 pytestmark = pytest.mark.slow
 HOSTILE = ('<script>document.title = "taken"</script> <img src="x" onerror="document.title = \'taken\'">\n\n'
@@ -12,24 +11,7 @@ MARKDOWN = ("# 标题\n\n一段*斜体*与 https://example.com/a?b=c。\n第二�
             "```python\nprint('<b>')\n```\n\n> 引用\n\n---\n")
 FORMULAS = ("行内 $E=mc^2$ 与 \\(a_1\\)，价格 $5 and $10，错误 $\\frac{$。\n\n"
             "$$\\sum_{i=1}^n \\sqrt{x_i}$$\n\n\\[\ny\n\\]\n")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving("examples/belle_tiny/bloom", tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def page(browser, server):
-    with chat_page(browser, server.url, permissions=["clipboard-read", "clipboard-write"]) as page:
-        yield page
+pytest_plugins = ["page_browser"]
 
 
 def answer(page, content):
