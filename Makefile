@@ -56,8 +56,12 @@ clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*) | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,plot]'
+	@echo "Installing into $(VENV). This downloads what pip has not cached: torch (2.6 GB with the CUDA libraries, 0.2 GB"
+	@echo "for CPUs only), then 0.4 GB of other packages."
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev,plot]'
+	@ls kernels/_native*.so >/dev/null 2>&1 || \
+	  echo "The CPU kernels are not built: there is no C++17 compiler. torch computes instead, more slowly." >&2
 	@touch $@
 
 $(BIN)/python:
@@ -66,4 +70,3 @@ $(BIN)/python:
 	  echo "Install a newer one and name it: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "The environment could not be made. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Installing into $(VENV); the first time this downloads torch and takes some minutes."

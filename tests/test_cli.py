@@ -164,6 +164,13 @@ def test_threads_reach_torch_and_the_kernels(packed):
     assert done.stdout.splitlines()[-1] == "3", done.stderr
 
 
+def test_missing_native_kernels_are_said_once(belle, packed, monkeypatch):
+    monkeypatch.setattr("gptq_belle.kernels.native_library.load_library", lambda: "no compiler")
+    code, _, err = belle("generate", packed, "--prompt", "ab", "--max-tokens", "2", "--device", "cpu")
+    assert code == 0
+    assert err.count("no compiler") == 1
+
+
 def test_loading_reports_every_block(packed):
     calls = []
     load(packed, device="cpu", progress=lambda done, total: calls.append((done, total)))

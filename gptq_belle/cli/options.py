@@ -175,9 +175,14 @@ def load_model(path: Path, device: str, precision: str | None, head_bits: int | 
 
 def load_generator(path: Path, device: str, precision: str | None, head_bits: int | None, cache: str,
                    context: int | None) -> "Model":
-    """`load_model` for generating text: on a GPU, the kernels are compiled too, with a progress bar on stderr."""
+    """`load_model` for generating text: on a GPU, the kernels are compiled too, with a progress bar on stderr; on a
+    CPU, one line if there are no native kernels."""
+    from gptq_belle.kernels.native_library import load_library
+
     model = load_model(path, device, precision, head_bits, cache, context)
     if model.device.type != "cpu":
         with console.progress_bar("compiling GPU kernels") as progress:
             model.warm_up(1, model.prefill_chunk, progress)
+    elif isinstance(reason := load_library(), str):
+        console.note(f"Slower than this machine allows: {reason}.", style=None)
     return model
