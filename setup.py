@@ -8,6 +8,8 @@ installation continues without these kernels: gptq_belle then computes with torc
 
 import os
 import platform
+import shutil
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,6 +40,13 @@ ISAS = {
 # Compiled without flags of an instruction set.
 COMMON = ["abi", "instruction_sets", "parallel", "packing", "packed_rows", "matmul", "attention", "elementwise",
           "run_calls", "solver"]
+
+
+def use_clang_alone() -> None:
+    """Use clang if it is the only compiler: Python names the one that built it, which need not be on this machine."""
+    stated = os.environ.get("CXX") or shutil.which((sysconfig.get_config_var("CXX") or "g++").split()[0])
+    if not stated and shutil.which("clang++"):
+        os.environ |= {"CC": "clang", "CXX": "clang++"}
 
 
 class BuildNative(build_ext):
@@ -94,6 +103,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+use_clang_alone()
 setup(
     ext_modules=[Extension("gptq_belle.kernels._native", [str(path) for path in sorted(NATIVE.glob("*.cpp"))],
                            depends=[str(path) for path in sorted(NATIVE.glob("*.h"))], optional=True)],
