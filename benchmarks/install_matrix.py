@@ -114,7 +114,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 shutil.rmtree(folder / "own")
             shutil.rmtree(folder / f"complete-{number}")
-    records.write("install_matrix", {"ok": sum(row["ok"] for row in rows), "cases": rows})
+            records.write("install_matrix", {"ok": sum(row["ok"] for row in rows), "cases": rows})
     sys.exit(not all(row["ok"] for row in rows))
 
 
