@@ -137,7 +137,7 @@ def test_plot_shows_every_depth_of_every_batch(measured, tmp_path):
                 assert (one.prefill[place], one.decode[place]) == (point.prefill, point.decode)
     throughput_plot.plot(measured, tmp_path / "bench.svg")
     drawn = (tmp_path / "bench.svg").read_text()
-    assert all(f" after {depth}" in drawn for depth in depths if depth)
+    assert all(f" at depth {depth}" in drawn for depth in depths if depth)
 
 
 def test_plot_without_matplotlib_is_rejected(monkeypatch, tmp_path):

@@ -62,6 +62,15 @@ def test_missing_gpu_is_reported(card, monkeypatch):
     assert command.gpu_kernels_line(found) == "not Triton: PyTorch sees no CUDA device"
 
 
+def test_missing_native_kernels_are_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "self_test", lambda devices: [])
+    found = doctor.examine("cpu")
+    found["native"] = {"isa": None, "usable": [], "why_not": "no compiler here"}
+    found["kernels"] = [row | {"why": "no compiler here"} for row in found["kernels"]]
+    command.show(found)
+    assert capsys.readouterr().out.count("no compiler here") == 1
+
+
 def test_every_kernel_of_this_cpu_passes_the_self_test(belle):
     code, out, _ = belle("doctor", "--device", "cpu", "--json")
     checks = json.loads(out)["self_test"]

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 from gptq_belle.bench.footprint import Footprint
-from gptq_belle.evaluation import report_charts, report_plots, report_results
+from gptq_belle.common import plots
+from gptq_belle.evaluation import report_charts, report_results
 from gptq_belle.evaluation.report_models import read_models
 from gptq_belle.evaluation.report_results import EvaluationOptions, ModelResults
 
@@ -229,10 +230,10 @@ def test_records_of_other_versions_are_shown_unchanged(models, tmp_path):
 
 
 def test_names_without_a_font_become_question_marks(monkeypatch):
-    monkeypatch.setattr(report_plots, "_fonts", list)
-    assert report_plots._drawable("模型-4bit $x") == r"??-4bit \$x"
-    monkeypatch.setattr(report_plots, "_fonts", lambda: ["Noto Sans CJK SC"])
-    assert report_plots._drawable("模型") == "模型"
+    monkeypatch.setattr(plots, "chinese_fonts", list)
+    assert plots.drawable("模型-4bit $x") == r"??-4bit \$x"
+    monkeypatch.setattr(plots, "chinese_fonts", lambda: ["Noto Sans CJK SC"])
+    assert plots.drawable("模型") == "模型"
 
 
 def test_charts_keep_their_proportions(models):

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gptq_belle.bench.doctor import machine_summary
 from gptq_belle.bench.throughput import MB, Benchmark
+from gptq_belle.common.plots import COLOURS, drawable, font_settings
 from gptq_belle.common.timers import Spread
 from gptq_belle.errors import HardwareError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Paul Tol's "bright" palette
 BARS_HEIGHT = 0.8  # of the bars of one model, relative to the distance between models
 
 
@@ -35,18 +36,25 @@ def plot(benchmark: Benchmark, path: Path) -> None:
         HardwareError: matplotlib is not installed, or the file cannot be written.
     """
     check_plot(path)
+    from matplotlib import rc_context
+
+    with rc_context(font_settings()):
+        _figure(benchmark).savefig(path, dpi=150)
+
+
+def _figure(benchmark: Benchmark) -> "Figure":
     from matplotlib.figure import Figure
 
-    names, depths = benchmark.names, sorted({point.depth for point in benchmark.points}) or [0]
+    names, depths = list(map(drawable, benchmark.names)), sorted({point.depth for point in benchmark.points}) or [0]
     found = batch_series(benchmark, depths[0])
     figure = Figure(figsize=(11, 1 + len(depths) * (0.8 + 0.3 * len(names) * (1 + len(found)))), layout="constrained")
     rows = figure.subplots(len(depths), 3, squeeze=False)
     for (prefill, decode, memory), depth in zip(rows, depths, strict=True):
-        found, after = batch_series(benchmark, depth), f" after {depth:,}" if depth else ""
+        found, where = batch_series(benchmark, depth), f" at depth {depth:,}" if depth else ""
         _bars(prefill, names, found, [one.prefill for one in found])
-        prefill.set(title=f"prefill of {benchmark.workload.prompt} tokens{after}", xlabel="tokens/s")
+        prefill.set(title=f"prefill of {benchmark.workload.prompt} tokens{where}", xlabel="tokens/s")
         _bars(decode, names, found, [one.decode for one in found])
-        decode.set(title=f"decode of {benchmark.workload.tokens} tokens{after}", xlabel="tokens/s", yticklabels=[])
+        decode.set(title=f"decode of {benchmark.workload.tokens} tokens{where}", xlabel="tokens/s", yticklabels=[])
         memory.set_visible(depth == depths[0])  # it is measured once, after the largest depth
     memory = rows[0, 2]
     sizes = [[Spread(size / MB, size / MB, size / MB, ()) for size in (m or 0 for m in one.memory)] for one in found]
@@ -55,7 +63,7 @@ def plot(benchmark: Benchmark, path: Path) -> None:
     if len(found) > 1:
         figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     figure.suptitle(machine_summary(), fontsize="small")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def batch_series(benchmark: Benchmark, depth: int) -> list[BatchSeries]:
@@ -94,7 +102,7 @@ def _bars(axes: "Axes", names: list[str], found: list[BatchSeries], values: list
         at = [row + (place - (len(found) - 1) / 2) * height for row in range(len(names))]
         medians = [s.median for s in spreads]
         errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
-        bars = axes.barh(at, medians, height, xerr=errors, color=COLORS[place % len(COLORS)], ecolor="#222222",
+        bars = axes.barh(at, medians, height, xerr=errors, color=COLOURS[place % len(COLOURS)], ecolor="#222222",
                          capsize=2, label=f"batch {one.batch}")
         axes.bar_label(bars, fmt="{:,.0f}" if max(medians) >= 1000 else "{:,.1f}", padding=4, fontsize="small")
     axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.3 * max(s.high for row in values for s in row)))

@@ -45,7 +45,9 @@ def show(found: dict[str, Any]) -> None:
     ], text=2)
     console.print_line()
     columns = ["device", "checkpoint", "--precision", "kernel", "reason"]
-    rows = [(row["device"], row["case"], row["precision"], row["kernel"], row["why"]) for row in found["kernels"]]
+    missing = found["native"]["why_not"]  # shown once, above
+    rows = [(row["device"], row["case"], row["precision"], row["kernel"],
+             row["why"].replace(missing, "no CPU kernels") if missing else row["why"]) for row in found["kernels"]]
     console.print_table("Kernel of a quantized linear", columns, rows, text=5)
     console.print_line()
     for line in self_test_lines(found["self_test"]):

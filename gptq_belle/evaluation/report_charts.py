@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gptq_belle.common.plots import COLOURS
 from gptq_belle.evaluation.report_models import ReportModel
 from gptq_belle.evaluation.report_results import KL_EDGES
 from gptq_belle.evaluation.report_words import CLASSES_ZH, PARTS_ZH
 
-# Paul Tol's "bright" palette for colour-blind readers; grey is full precision.
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-FULL = "#999999"
+FULL = "#999999"  # the colour of full precision
 DECADE_LABELS = 6  # maximum number of labels on the axis of the KL divergence, which a phone can show
 ClassValue = Callable[[dict[str, Any], str], float | None]
 

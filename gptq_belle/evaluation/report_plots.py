@@ -3,20 +3,18 @@ font can show."""
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy
-from matplotlib import font_manager, rc_context
+from matplotlib import rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from gptq_belle.evaluation.report_charts import COLOURS, FULL, score, with_colours
+from gptq_belle.common.plots import COLOURS, drawable, font_settings
+from gptq_belle.evaluation.report_charts import FULL, score, with_colours
 from gptq_belle.evaluation.report_models import ReportModel
 from gptq_belle.evaluation.report_results import KL_EDGES
 
-CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei",
-           "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback")
 DPI = 150
 ANNOTATED = 12  # maximum number of blocks for which the map prints the values
 
@@ -25,7 +23,7 @@ def draw(models: Sequence[ReportModel], folder: Path) -> dict[str, Path]:
     """Write every picture for which there are results, and return the files by name: errors-0, errors-1, ..., kl,
     classes, size."""
     made: dict[str, Path] = {}
-    with rc_context({"font.family": [*_fonts(), "DejaVu Sans"], "axes.spines.top": False, "axes.spines.right": False}):
+    with rc_context({**font_settings(), "axes.spines.top": False, "axes.spines.right": False}):
         for name, figure in _figures(models):
             made[name] = folder / f"{name}.png"
             figure.savefig(made[name], dpi=DPI)
@@ -58,7 +56,7 @@ def heat_map(model: ReportModel, low: float, high: float) -> Figure:
     axes = figure.subplots()
     norm = LogNorm(low / 1.05, high * 1.05)
     image = axes.imshow(numpy.ma.masked_less_equal(values, 0), cmap="Blues", norm=norm, aspect="auto")
-    axes.set(title=f"{_drawable(model.label)}: error of the outputs", ylabel="block", yticks=range(len(blocks)),
+    axes.set(title=f"{drawable(model.label)}: error of the outputs", ylabel="block", yticks=range(len(blocks)),
              xticks=range(len(linears)))
     axes.set_xticklabels([name.split(".")[-1] for name in linears], rotation=30, ha="right")
     axes.set_yticklabels([str(block) for block in blocks])
@@ -86,7 +84,7 @@ def kl_distribution(models: Sequence[ReportModel]) -> Figure:
         last, mean = max(last, int(shares.nonzero()[0][-1])), text["divergence"]["kl_mean"]
         axes.stairs(shares[1:], KL_EDGES[1:], color=colour, fill=True, alpha=0.35)
         axes.stairs(shares[1:], KL_EDGES[1:], color=colour, linewidth=1.5,
-                    label=f"{_drawable(model.label)}: mean {mean:.2g}, {shares[0]:.1f} % of tokens below "
+                    label=f"{drawable(model.label)}: mean {mean:.2g}, {shares[0]:.1f} % of tokens below "
                           f"{KL_EDGES[1]:.0e}")
         axes.axvline(max(mean, KL_EDGES[1]), color=colour, linestyle="--", linewidth=1.2)
     axes.set(xscale="log", xlim=(KL_EDGES[1], KL_EDGES[last + 1]), ylabel="tokens, %",
@@ -105,11 +103,11 @@ def class_bars(models: Sequence[ReportModel]) -> Figure:
     for place, (colour, model) in enumerate(with_colours(models)):
         heights = [score(model.results.test or {}, name) or 0.0 for name in names]
         at = numpy.arange(len(names)) + (place - (len(models) - 1) / 2) * width
-        drawn = axes.bar(at, heights, 0.92 * width, color=colour, label=_drawable(model.label))
+        drawn = axes.bar(at, heights, 0.92 * width, color=colour, label=drawable(model.label))
         if len(models) <= 3:
             axes.bar_label(drawn, fmt="{:.0f}", fontsize="xx-small", padding=1)
     axes.set(title="score by class, %", ylim=(0, 108), yticks=range(0, 101, 20), xticks=range(len(names)))
-    axes.set_xticklabels([_drawable(name) for name in names], rotation=25, ha="right")
+    axes.set_xticklabels([drawable(name) for name in names], rotation=25, ha="right")
     figure.legend(frameon=False, ncols=min(4, len(models)), loc="outside lower center")
     return figure
 
@@ -121,7 +119,7 @@ def size_bars(models: Sequence[ReportModel]) -> Figure:
     parts = sorted(total, key=lambda part: -total[part])
     figure = Figure(figsize=(8, 1.7 + 0.5 * len(models)), layout="constrained")
     axes = figure.subplots()
-    labels = [_drawable(model.label) for model in models]
+    labels = [drawable(model.label) for model in models]
     left = numpy.zeros(len(models))
     for place, part in enumerate(parts):
         widths = numpy.array([one[part].bytes / 1e6 if part in one else 0.0 for one in found])
@@ -132,16 +130,3 @@ def size_bars(models: Sequence[ReportModel]) -> Figure:
     axes.invert_yaxis()
     figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize="small")
     return figure
-
-
-@cache
-def _fonts() -> list[str]:
-    """The first installed font with Chinese characters, for names of folders and classes."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return [name for name in CHINESE if name in installed][:1]
-
-
-def _drawable(text: str) -> str:
-    """A name for a picture; without a font for Chinese characters, they are replaced by question marks."""
-    shown = text if _fonts() else text.encode("ascii", "replace").decode()
-    return shown.replace("$", r"\$")
