@@ -1,6 +1,9 @@
 """The command `demo`: quantize the shipped models to 8 and 4 bits, compare them with the originals, and answer."""
 
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -46,8 +49,17 @@ def demo(
     if as_json:
         console.print_json({"models": results})
     else:
-        console.print_line(f"The quantized models are in {out}. Chat with one: "
-                           f"gptq-belle chat {out / f'{names[0]}-4bit'}")
+        console.print_line(f"The quantized models are in {out}. Chat with one, serve it, and draw its report:")
+        for words in next_commands(out / f"{names[0]}-4bit", names[0]):
+            console.print_line("  " + shlex.join(words))
+
+
+def next_commands(model: Path, name: str) -> list[list[str]]:
+    """Commands to continue with; the program is named as this process was started if the shell does not find it."""
+    program = "gptq-belle" if shutil.which("gptq-belle") else sys.argv[0]
+    base, text = EXAMPLES / name, EXAMPLES / "data" / "heldout.jsonl"
+    return [[program, "chat", str(model)], [program, "serve", str(model)],
+            [program, "report", str(model), "--base", os.path.relpath(base), "--text", os.path.relpath(text)]]
 
 
 def check_examples(folder: Path, name: str) -> None:
