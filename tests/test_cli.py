@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import pytest
+import torch
 from conftest import packed_checkpoint
 
 from gptq_belle import __version__, load
-from gptq_belle.cli import options, quantize
+from gptq_belle.cli import console, options, quantize
 from gptq_belle.common.devices import PRECISIONS
 from gptq_belle.engine.kv_cache import CACHE_DTYPES
 from gptq_belle.prompts.styles import STYLES
@@ -164,11 +167,12 @@ def test_threads_reach_torch_and_the_kernels(packed):
     assert done.stdout.splitlines()[-1] == "3", done.stderr
 
 
-def test_missing_native_kernels_are_said_once(belle, packed, monkeypatch):
+def test_missing_native_kernels_are_said_once(monkeypatch, capsys):
+    console.err.cache_clear()
+    monkeypatch.setattr(options, "load_model", lambda *_: SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr("gptq_belle.kernels.native_library.load_library", lambda: "no compiler")
-    code, _, err = belle("generate", packed, "--prompt", "ab", "--max-tokens", "2", "--device", "cpu")
-    assert code == 0
-    assert err.count("no compiler") == 1
+    options.load_generator(Path("model"), "cpu", None, None, "float16", None)
+    assert capsys.readouterr().err.count("no compiler") == 1
 
 
 def test_loading_reports_every_block(packed):
