@@ -68,7 +68,7 @@ def test_one_model_in_a_table_and_again_into_the_same_folder(examples, tmp_path,
     assert not (tmp_path / "out" / "bloom-4bit").exists()
     chat, serve, report = (shlex.split(line)[1:] for line in printed.splitlines()[-3:])
     assert chat[1:] == serve[1:] == [str(tmp_path / "out" / "llama-4bit")]
-    assert belle(*report)[0] == 0
+    assert belle(*report, "--window", "64")[0] == 0
 
 
 def test_demo_without_the_repository_exits_3(monkeypatch, tmp_path, belle):
