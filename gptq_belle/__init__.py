@@ -1,10 +1,13 @@
 """gptq_belle: quantize BELLE models to 2, 3, 4 or 8 bits with GPTQ, and run them on a CPU or one GPU.
 
-The public names load on first use, so that ``import gptq_belle`` imports neither torch, triton nor transformers.
+The public names load on first use, so that ``import gptq_belle`` imports neither torch, triton nor transformers. It
+sets GOMP_SPINCOUNT, which must happen before torch is imported.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from gptq_belle.common.openmp import limit_spinning
 
 if TYPE_CHECKING:
     from gptq_belle.compat.transformers_quantizer import patch_transformers
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from gptq_belle.quantization.pipeline import quantize_checkpoint
 
 __version__ = "0.1.0"
+
+limit_spinning()
 
 _MODULES = {
     "Calibration": "gptq_belle.quantization.calibration.rows",

@@ -6,6 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+import gptq_belle  # noqa: F401 - before torch: sets how long threads spin
+
+# isort: split
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -13,6 +13,7 @@ from gptq_belle import __version__
 from gptq_belle.bench.self_test import self_test
 from gptq_belle.common.devices import PRECISIONS, resolve_device
 from gptq_belle.common.memory import available_bytes, system_memory
+from gptq_belle.common.openmp import spinning_note
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.dispatch import choose_kernel
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
@@ -63,7 +64,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def cpu() -> dict[str, Any]:
-    """Model, cores that this process may use, torch's threads, and the instruction sets that kernels use."""
+    """Model, cores that this process may use, torch's threads, why they spin, and instruction sets that kernels use."""
     info = _cpuinfo()
     flags = (info.get("flags") or info.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -71,6 +72,7 @@ def cpu() -> dict[str, Any]:
         "model": info.get("model name") or platform.processor() or platform.machine(),
         "cores": cores,
         "threads": torch.get_num_threads(),
+        "spinning": spinning_note(),
         "features": [name for name in FEATURES if name in flags],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
