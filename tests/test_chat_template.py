@@ -17,7 +17,8 @@ from gptq_belle.engine.model import load
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.evaluation.belle_answers import prompt_ids
-from gptq_belle.prompts.conversation import ChatFormat, merge_messages
+from gptq_belle.prompts.conversation import ChatFormat
+from gptq_belle.prompts.messages import merge_messages
 from gptq_belle.prompts.styles import STYLES, TEMPLATE
 from gptq_belle.quantization.calibration.rows import Calibration, calibration_rows
 from gptq_belle.quantization.config import QuantConfig

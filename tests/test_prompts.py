@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import ARCHITECTURES
-from gptq_belle.prompts.conversation import turns_from_messages
+from gptq_belle.prompts.messages import turns_from_messages
 from gptq_belle.prompts.stop_strings import IncrementalDecoder, StopStrings, TextStream
 from gptq_belle.prompts.styles import (
     STYLES,

@@ -40,7 +40,7 @@ def error_of(response, status):
     (CHAT_PATH, "max_tokens", 0), (CHAT_PATH, "max_tokens", -1), (CHAT_PATH, "max_tokens", 1.5),
     (COMPLETION_PATH, "max_tokens", 0), (COMPLETION_PATH, "max_tokens", -1), (COMPLETION_PATH, "stop_token_ids", [384]),
     (CHAT_PATH, "response_format", {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "wat"}}}),
-    (CHAT_PATH, "tools", TOOL), (CHAT_PATH, "tool_choice", "required"), (CHAT_PATH, "functions", [{"name": "f"}]),
+    (CHAT_PATH, "tool_choice", "required"), (CHAT_PATH, "functions", [{"name": "f"}]), (COMPLETION_PATH, "tools", TOOL),
     (CHAT_PATH, "min_tokens", 2), (CHAT_PATH, "guided_json", "{"), (CHAT_PATH, "add_generation_prompt", False),
     (CHAT_PATH, "guided_choice", ["甲", ""]), (CHAT_PATH, "guided_regex", "[0-9"), (CHAT_PATH, "grammar", "root ::= x"),
     (CHAT_PATH, "json_schema", {"type": "object", "properties": 5}),
@@ -159,7 +159,7 @@ def test_every_parameter_of_the_openai_client_is_known():
 
 @pytest.mark.parametrize(("path", "name", "value"), [
     ("/tokenize", "with_pieces", True), ("/tokenize", "content", "x"), ("/tokenize", "add_generation_prompt", False),
-    ("/tokenize", "something", 1), ("/apply-template", "tools", TOOL), ("/apply-template", "chat_template", "x"),
+    ("/tokenize", "something", 1), ("/apply-template", "functions", TOOL), ("/apply-template", "chat_template", "x"),
     ("/apply-template", "add_generation_prompt", False), ("/tokenize", "model", "other"),
     ("/apply-template", "model", "other")])
 def test_field_that_would_change_a_prompt_is_refused_by_name(server, path, name, value):

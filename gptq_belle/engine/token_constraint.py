@@ -5,7 +5,7 @@ of their size as values, and releases Python's lock while it works.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -14,9 +14,34 @@ from torch import Tensor
 
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.errors import GptqBelleError, HardwareError, UsageError
+from gptq_belle.prompts.tool_calls import CallForm, Tool
 
 # Without it a weak model can write spaces until the length limit.
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def call_grammar(form: CallForm, tools: Sequence[Tool], required: bool) -> str:
+    """The grammar, in llguidance's Lark, of answers that call one of the tools with arguments of its schema.
+
+    Args:
+        form: how calls are written.
+        tools: in the form of OpenAI's API.
+        required: whether an answer must be a call. Otherwise it is text, with or without a call at its end.
+    """
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False) if text else ""
+
+    def schema(tool: Tool) -> str:
+        return json.dumps({**(tool["function"].get("parameters") or NO_PARAMETERS), "x-guidance": JSON_FORM})
+
+    calls = " | ".join(f"{quoted(tool['function']['name'] + form.between)} %json {schema(tool)}" for tool in tools)
+    lines = ["%llguidance {}", f"called: {calls}", f"call: opening called {quoted(form.after)}"]
+    if required:
+        return "\n".join([*lines, f"opening: {quoted(form.before)}", "start: call"])
+    rest = form.before.partition(form.trigger)[2]
+    return "\n".join([*lines, "TEXT: /(?s:.*)/", f"trigger[lazy]: TEXT {quoted(form.trigger)}",
+                      f"opening: trigger {quoted(rest)}", "start: call | TEXT"])
 
 
 class TokenConstraint:

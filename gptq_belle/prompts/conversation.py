@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError, UsageError, one_line
+from gptq_belle.prompts.messages import Message, merge_messages, messages_from_turns, turns_from_messages
 from gptq_belle.prompts.styles import (
     STYLES,
     TEMPLATE,
@@ -19,13 +20,20 @@ from gptq_belle.prompts.styles import (
     get_style,
     render_conversation,
 )
+from gptq_belle.prompts.tool_calls import (
+    PLAIN_FORM,
+    CallForm,
+    Tool,
+    ToolForm,
+    plain_messages,
+    template_call_form,
+    template_messages,
+    uses_tools,
+)
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-CALLS = ("tool_calls", "function_call")  # keys of a message that no prompt of this program expresses
 OTHER_STYLE = f"Choose a prompt style instead: --prompt-style {', '.join(STYLES)}."
 QUESTION, ANSWER, NEXT_QUESTION = "question-0", "answer-1", "question-2"  # to find what a template puts between them
 DATE_CODES = (*"YymbBdejaAHIpMSFDxXc", "-m", "-d")  # of strftime
-Message = Mapping[str, Any]
 
 
 class Prompt(NamedTuple):
@@ -77,24 +85,35 @@ class ChatFormat:
         """Tokens that end an answer besides the model's eos."""
         return frozenset() if self._template is None else self._template_stops[1]
 
-    def prompt(self, messages: Sequence[Message], continue_final: bool = False) -> Prompt:
+    @property
+    def _tool_form(self) -> ToolForm:
+        return PLAIN_FORM if self._template is not None else self._style.tools
+
+    @property
+    def call_form(self) -> CallForm:
+        """How answers call tools."""
+        return self._template_calls or self._tool_form.call
+
+    def prompt(self, messages: Sequence[Message], continue_final: bool = False, tools: Sequence[Tool] = ()) -> Prompt:
         """The prompt for an answer to the last message, or for the rest of it.
 
         Args:
-            messages: the conversation.
+            messages: the conversation, in the form of OpenAI's API, also with calls of tools and their results.
             continue_final: the last message is the beginning of the answer (vLLM's ``continue_final_message``).
+            tools: what the answer may call, in the form of OpenAI's API; see `call_form`.
         Raises:
-            UsageError: the last message is not the user's, or with `continue_final` the assistant's, or see `render`.
+            UsageError: the last message is not the user's or a result, or with `continue_final` the assistant's; or
+                see `render`.
         """
-        found = merge_messages(messages)
-        needed, role = "assistant" if continue_final else "user", found[-1]["role"] if found else "none"
-        if role != needed:
-            raise UsageError(f"the last message must have the role {needed!r}, not {role!r}",
+        found = self._prepared(messages, tools)
+        if continue_final and found and found[-1] == {"role": "assistant", "content": ""}:
+            found, continue_final = found[:-1], False
+        needed, role = ("assistant",) if continue_final else ("user", "tool"), found[-1]["role"] if found else "none"
+        if role not in needed or (continue_final and uses_tools(messages[-1])):
+            raise UsageError(f"the last message must have the role {needed[0]!r}, not {role!r}",
                              "End the messages with the beginning of the answer." if continue_final else
                              "End the messages with a question.")
-        if continue_final and not found[-1]["content"]:
-            return self.prompt(found[:-1])
-        text = self._render_open_answer(found) if continue_final else self.render(found)
+        text = self._render_open_answer(found, tools) if continue_final else self._rendered(found, tools)
         return Prompt(text, self.encode(text), self.stops)
 
     def question(self, text: str) -> Prompt:
@@ -111,23 +130,45 @@ class ChatFormat:
         Raises:
             UsageError: the messages cannot be expressed: a role or their order.
         """
-        found = merge_messages(messages)
-        if self._template is None:
-            return render_conversation(turns_from_messages(found), self.name, self.tokenizer.eos_token)
-        return self._rendered_template(found, add_generation_prompt=bool(found) and found[-1]["role"] == "user")
+        return self._rendered(self._prepared(messages, ()), ())
 
-    def _render_open_answer(self, messages: list[dict[str, str]]) -> str:
+    def _prepared(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+        """Messages that the template or the style expresses."""
+        if self._template_calls is not None:
+            return template_messages(messages, merge_messages)
+        return merge_messages(plain_messages(messages, tools, self._tool_form))
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
+        if self._template is None:
+            return render_conversation(turns_from_messages(messages), self.name, self.tokenizer.eos_token)
+        is_open = bool(messages) and messages[-1]["role"] in ("user", "tool")
+        return self._rendered_template(messages, add_generation_prompt=is_open, tools=self._template_tools(tools))
+
+    def _render_open_answer(self, messages: list[dict[str, Any]], tools: Sequence[Tool]) -> str:
         """The text of a conversation up to the end of its last message, without what follows an answer."""
         if self._template is None:
-            text = render_conversation(turns_from_messages(messages), self.name, self.tokenizer.eos_token)
-            return text.removesuffix(self.tokenizer.eos_token)
-        return self._rendered_template(messages, continue_final_message=True)
+            return self._rendered(messages, ()).removesuffix(self.tokenizer.eos_token)
+        return self._rendered_template(messages, continue_final_message=True, tools=self._template_tools(tools))
+
+    def _template_tools(self, tools: Sequence[Tool]) -> list[Tool] | None:
+        return list(tools) if tools and self._template_calls is not None else None
+
+    @cached_property
+    def _template_calls(self) -> CallForm | None:
+        """How the template writes calls; None without a template that does."""
+        if self._template is None or "tools" not in self._template:
+            return None
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        try:
+            return template_call_form(self._rendered_template, special)
+        except UsageError:  # such as a template for other roles
+            return None
 
     def render_turns(self, turns: Iterable[Turn]) -> str:
         """The same for turns of question and answer."""
         return self.render(messages_from_turns(turns))
 
-    def _rendered_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+    def _rendered_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False,
                                                           **options))
@@ -175,68 +216,3 @@ def chat_format(config: Mapping[str, Any], tokenizer: Any, prompt_style: str = "
     """
     name = detect_style(config, tokenizer.chat_template) if prompt_style == "auto" else prompt_style
     return ChatFormat(tokenizer, name)
-
-
-def merge_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages with a role of system, user and assistant and a text; consecutive ones of a role become one.
-
-    ``developer`` is another name for system, and no content is an empty text.
-
-    Raises:
-        UsageError: a message has another role, holds a call of a tool, or its content is not text.
-    """
-    found: list[dict[str, str]] = []
-    for message in messages:
-        stated, content = message.get("role"), message.get("content")
-        role = ROLES.get(str(stated))
-        if role is None:
-            raise UsageError(f"a message with the role {str(stated)[:40]!r} cannot be expressed in a prompt",
-                             f"Roles are {', '.join(ROLES)}.")
-        if call := next((key for key in CALLS if message.get(key)), None):
-            raise UsageError(f"a message holds {call}, which cannot be expressed in a prompt",
-                             "Remove the message: tools are not supported.")
-        if not isinstance(content, str | None):
-            raise UsageError("the content of a message is not text", "Give a string.")
-        if found and found[-1]["role"] == role:
-            found[-1]["content"] = "\n".join(filter(None, (found[-1]["content"], content)))
-        else:
-            found.append({"role": role, "content": content or ""})
-    return found
-
-
-def turns_from_messages(messages: Sequence[Message]) -> list[Turn]:
-    """Convert messages to turns of question and answer, as BELLE's styles express them.
-
-    Raises:
-        UsageError: see `merge_messages`; an answer without a question, or a system message without one.
-    """
-    turns: list[Turn] = []
-    system: list[str] = []
-    for message in merge_messages(messages):
-        role, content = message["role"], message["content"]
-        if role == "system":
-            system.append(content)
-        elif role == "user":
-            turns.append(Turn(content, system="\n".join(system)))
-            system = []
-        elif turns and turns[-1].answer is None:
-            turns[-1] = turns[-1]._replace(answer=content)
-        else:
-            raise UsageError("an assistant message without a question before it cannot be expressed in BELLE's prompts",
-                             "Alternate user and assistant; system messages come before a question.")
-    if system:
-        raise UsageError("a system message without a question after it cannot be expressed in BELLE's prompts",
-                         "Put system messages before a question.")
-    return turns
-
-
-def messages_from_turns(turns: Iterable[Turn]) -> list[dict[str, str]]:
-    """Convert turns to messages; a turn without an answer is open."""
-    found: list[dict[str, str]] = []
-    for turn in turns:
-        if turn.system:
-            found.append({"role": "system", "content": turn.system})
-        found.append({"role": "user", "content": turn.question})
-        if turn.answer is not None:
-            found.append({"role": "assistant", "content": turn.answer})
-    return found

@@ -46,11 +46,12 @@ class StopStrings:
 
     Attributes:
         stopped: whether a stop string was found; no text is returned after it.
+        rest: the text after it that came with it.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
-        self._held = ""
+        self._held = self.rest = ""
         self.stopped = False
 
     def feed(self, text: str, check: bool = True) -> str:
@@ -60,8 +61,9 @@ class StopStrings:
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._held[: min(found)[1]]
+            self.stopped, (end, start) = True, min(found)
+            self.rest = self._held[end:]
+            return self._held[:start]
         return self._release(len(self._held) - max(map(self._overlap, self._stops), default=0))
 
     def finish(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.models.architectures import architecture
+from gptq_belle.prompts.tool_calls import PLAIN_FORM, ToolForm
 
 TEMPLATE = "template"  # the name of no style: the chat template of the model's tokenizer
 EXTENDED_VOCABULARY = 79458  # vocabulary size of BELLE-LLaMA-EXT-7B and -13B, which were tuned on style "newline"
@@ -24,12 +25,14 @@ class PromptStyle:
         after: text between a question and its answer.
         special_tokens: whether the tokenizer's special tokens (LLaMA's BOS) precede a conversation.
         stops: strings that end an answer and are not shown, including line breaks before ``Human:``.
+        tools: how calls of tools are described and written.
     """
 
     before: str
     after: str
     special_tokens: bool = True
     stops: tuple[str, ...] = ("\n\nHuman:", "\nHuman:", "Human:")
+    tools: ToolForm = PLAIN_FORM
 
 
 STYLES = {

@@ -1,12 +1,15 @@
 """Fields of a request that constrain the form of an answer: OpenAI's response_format, vLLM's guided_* and
-structured_outputs, llama.cpp's json_schema and grammar."""
+structured_outputs, llama.cpp's json_schema and grammar, and tools."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from gptq_belle.engine.sampling_params import STRUCTURES
+from gptq_belle.engine.token_constraint import call_grammar
+from gptq_belle.prompts.tool_calls import CallForm
 from gptq_belle.serving.api_errors import ApiError
+from gptq_belle.serving.conversation_schemas import TemplateOptions
 
 Form = tuple[str, str, Any]  # field of the request, option of SamplingParams, value
 GUIDED = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "choice",
@@ -35,6 +38,25 @@ def answer_form(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "", {}
     name, option, value = forms[0]
     return name, {"json_schema" if option == "json_object" else option: _checked(name, option, value)}
+
+
+def tool_form(options: TemplateOptions, form: CallForm, other: str) -> dict[str, Any]:
+    """The constraint of an answer that can call tools, as an option of `SamplingParams`; {} without tools.
+
+    Args:
+        form: how the model writes calls.
+        other: the field of another constraint, if any.
+    Raises:
+        ApiError: 400 if `tool_choice` asks for a tool that is not in `tools`, or there is another constraint.
+    """
+    if options.is_call_required and not options.callable_tools:
+        raise ApiError(400, "tool_choice: the tool to call is not in tools", "tool_choice", "invalid_value")
+    if not options.offered_tools:
+        return {}
+    if other:
+        raise ApiError(400, f"{other}: this field and tools exclude each other. Send tool_choice 'none' for an answer "
+                       "that calls no tool.", other, "invalid_value")
+    return {"grammar": call_grammar(form, options.callable_tools, options.is_call_required)}
 
 
 def _from_response_format(value: Any) -> list[Form]:

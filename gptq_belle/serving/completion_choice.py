@@ -11,6 +11,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gptq_belle.engine.slots import Event
 from gptq_belle.prompts.stop_strings import REPLACEMENT, IncrementalDecoder, StopStrings
+from gptq_belle.prompts.tool_calls import CallForm
+from gptq_belle.serving.call_stream import CallDelta, CallStream
 from gptq_belle.serving.queued_request import QueuedRequest
 
 CACHED_TOKENS = 1 << 16  # texts of tokens: 20 alternatives for each of 2,048 tokens are decoded in 0.5 s otherwise
@@ -34,13 +36,23 @@ class ScoredToken(NamedTuple):
 
 @dataclass(slots=True)
 class TextDelta:
-    """New text, and its tokens if log probabilities are requested."""
+    """New text, new parts of a call, and their tokens if log probabilities are requested."""
 
     text: str = ""
     scored: list[ScoredToken] = field(default_factory=list)
+    call: CallDelta | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.scored)
+        return bool(self.text or self.scored or self.call)
+
+    def add(self, other: "TextDelta") -> None:
+        """Append a later one."""
+        self.text += other.text
+        self.scored += other.scored
+        if self.call is None:
+            self.call = other.call
+        elif other.call is not None:
+            self.call.add(other.call)
 
 
 class CompletionChoice:
@@ -50,33 +62,38 @@ class CompletionChoice:
         answer: the queued request.
         stops: stop strings; they are not shown.
         min_tokens: number of tokens at the start whose text is not searched for stop strings.
+        calls: form of the calls in it, if tools are offered; they are not searched for stop strings.
 
     Attributes:
         index: number of the choice in the response.
         count: number of tokens so far.
-        reason: "stop" or "length" when the answer has ended, else None.
+        reason: "stop", "length" or "tool_calls" when the answer has ended, else None.
     """
 
     def __init__(self, answer: QueuedRequest, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str],
-                 min_tokens: int = 0) -> None:
+                 min_tokens: int = 0, calls: CallForm | None = None) -> None:
         self.answer, self.tokenizer, self.index, self._min_tokens = answer, tokenizer, answer.index, min_tokens
         self.count = 0
         self.reason: str | None = None
         self._decoder = IncrementalDecoder(lambda ids: decode(tokenizer, ids))
         self._stops = StopStrings(stops)
+        self._calls = None if calls is None else CallStream(calls)
         self._decoded = self._shown = 0  # number of decoded characters, and of those not held back for stop strings
         self._pending: list[ScoredToken] = []
 
     def feed(self, item: Event | str) -> TextDelta:
         """Process a token or the finish reason, and return the text that can be shown."""
         if isinstance(item, str):
-            rest = self._stops.feed(self._decoder.finish())
-            piece = self._release(rest + self._stops.finish(), last=True)
-            self.reason = "stop" if self._stops.stopped else item
+            piece = self._advance(self._decoder.finish(), last=True)
+            called = self._calls is not None and self._calls.is_complete and item == "stop"
+            self.reason = "stop" if self._stops.stopped else "tool_calls" if called else item
             return piece
         assert item.token is not None  # the end of an answer arrives as a string
         self.count += 1
-        piece = self._feed(item.token, item)
+        if item.logprob is not None:
+            likely = [TokenLogprob(*pair) for pair in item.top]
+            self._pending.append(ScoredToken(TokenLogprob(item.token, item.logprob), self._decoded, likely))
+        piece = self._advance(self._decoder.feed([item.token]), last=False)
         if self._stops.stopped:
             self.close()
             self.reason = "stop"
@@ -87,21 +104,24 @@ class CompletionChoice:
         if self.reason is None:
             self.answer.cancel()
 
-    def _feed(self, token: int, event: Event) -> TextDelta:
-        if event.logprob is not None:
-            likely = [TokenLogprob(*pair) for pair in event.top]
-            self._pending.append(ScoredToken(TokenLogprob(token, event.logprob), self._decoded, likely))
-        text = self._decoder.feed([token])
-        self._decoded += len(text)
-        return self._release(self._stops.feed(text, check=self.count > self._min_tokens), last=False)
+    def _advance(self, text: str, last: bool) -> TextDelta:
+        """Add decoded text; returns what can be shown, with the tokens whose text starts in it.
 
-    def _release(self, text: str, last: bool) -> TextDelta:
-        """Return text with the tokens whose text starts in it; tokens of a stop string are never returned."""
-        self._shown += len(text)
+        Tokens of a stop string are never returned.
+        """
+        self._decoded += len(text)
+        call, in_call = None, False
+        if self._calls is not None:
+            text, call = self._calls.finish(text) if last else self._calls.feed(text)
+            in_call = self._calls.is_open
+        shown = self._stops.feed(text, check=last or self.count > self._min_tokens)
+        if last or in_call:
+            shown += self._stops.finish()
+        self._shown = self._decoded if in_call and not self._stops.stopped else self._shown + len(shown)
         all_tokens = last and not self._stops.stopped
         ready = [scored for scored in self._pending if scored.offset < self._shown or all_tokens]
         self._pending = self._pending[len(ready):]
-        return TextDelta(text, ready)
+        return TextDelta(shown, ready, None if self._stops.stopped else call)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -37,13 +37,14 @@ def _off(neutral: Iterable[Any], *names: str, remedy: str = "Remove it from the 
     return dict.fromkeys(names, Unsupported(tuple(neutral), remedy))
 
 
-_NO_TOOLS = "This server does not call tools: describe them in the prompt"
 _COMMON: Table = {
     # Bookkeeping, and caching or speed only
     **_without_effect("user", "metadata", "store", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
                       "safety_identifier", "cache_prompt", "n_cache_reuse", "prediction", "backend_sampling"),
+    # True permits several calls in one answer, and does not ask for them: an answer has one at most
+    **_without_effect("parallel_tool_calls"),
     # These have an effect only with another parameter, which is rejected
-    **_without_effect("parallel_tool_calls", "dynatemp_exponent", "mirostat_tau", "mirostat_eta", "xtc_threshold",
+    **_without_effect("dynatemp_exponent", "mirostat_tau", "mirostat_eta", "xtc_threshold",
                       "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
                       "adaptive_decay", "repeat_last_n", "guided_decoding_backend", "guided_whitespace_pattern",
                       "grammar_lazy", "grammar_triggers", "preserved_tokens"),
@@ -92,8 +93,8 @@ _TEMPLATE: Table = {
     **_off([""], "chat_template", remedy="Put the template into chat_template.jinja of the model directory"),
     **_off([{}], "chat_template_kwargs"),
     **_off([[]], "documents", remedy="Put the documents into a message"),
-    **_off([[]], "tools", "functions", remedy=_NO_TOOLS),
-    **_off(["none", "auto"], "tool_choice", "function_call", remedy=_NO_TOOLS),
+    **_off([[]], "functions", remedy="Use tools"),
+    **_off(["none", "auto"], "function_call", remedy="Use tool_choice"),
 }
 CHAT: Table = {
     **_COMMON, **_TEMPLATE,
@@ -105,7 +106,8 @@ CHAT: Table = {
     **_off([{}], "audio", remedy="Only text is supported"),
     **_off(["none"], "reasoning_effort", remedy="The models of this server do not reason before the answer"),
     **_off([0, -1], "reasoning_budget_tokens", "thinking_budget_tokens"),
-    **_off([False], "thinking_forced_open", "enable_thinking", "parse_tool_calls"),
+    **_off([False], "thinking_forced_open", "enable_thinking"),
+    **_off([True], "parse_tool_calls"),
     **_off(["medium"], "verbosity", remedy="Describe the length in the prompt"),
     **_off([], "web_search_options", remedy="This server does not search the web"),
 }
@@ -123,13 +125,15 @@ COMPLETION: Table = {
 }
 MESSAGE: Table = {
     # Not part of a prompt of these models
-    **_without_effect("name", "refusal", "annotations", "tool_call_id", "reasoning", "reasoning_content",
-                      "reasoning_details", "cache_control", "id"),
-    **_off([[], {}], "tool_calls", "function_call", remedy=_NO_TOOLS),
+    **_without_effect("name", "refusal", "annotations", "reasoning", "reasoning_content", "reasoning_details",
+                      "cache_control", "id"),
+    **_off([[], {}], "function_call", remedy="Use tool_calls"),
     **_off([{}], "audio", remedy="Only text is supported"),
     **_off([False], "prefix", "partial", remedy="Use continue_final_message"),
 }
 TEXT_PART: Table = {**_without_effect("cache_control", "annotations"), **_off([False], "prompt_cache_breakpoint")}
+TOOL: Table = {**_without_effect("cache_control"), **_off([False], "defer_loading")}
+CALL: Table = _without_effect("index", "provider_specific_fields", "extra_content")  # what other servers add
 DETOKENIZE: Table = {**_off([False], "skip_special_tokens"), **_off([True], "spaces_between_special_tokens")}
 STREAM_OPTIONS: Table = {
     **_without_effect("include_obfuscation"),
@@ -166,7 +170,7 @@ def check_fields(extra: Mapping[str, Any] | None, table: Table, path: str = "") 
 
 
 def check_nested_fields(body: BaseModel) -> None:
-    """The same for the objects in a request: stream options, messages and their parts.
+    """The same for the objects in a request: stream options, messages, their parts and calls, and tools.
 
     Raises:
         ApiError: 400 with the path of the first such parameter.
@@ -177,6 +181,11 @@ def check_nested_fields(body: BaseModel) -> None:
         check_fields(message.model_extra, MESSAGE, f"messages.{place}.")
         for part, each in enumerate(message.content if isinstance(message.content, list) else ()):
             check_fields(each.model_extra, TEXT_PART, f"messages.{place}.content.{part}.")
+        for number, call in enumerate(message.tool_calls or ()):
+            check_fields(call.model_extra, CALL, f"messages.{place}.tool_calls.{number}.")
+    for place, tool in enumerate(getattr(body, "tools", None) or ()):
+        check_fields(tool.model_extra, TOOL, f"tools.{place}.")
+        check_fields(tool.function.model_extra, {}, f"tools.{place}.function.")
 
 
 def _printable(name: str) -> str:

@@ -54,10 +54,8 @@ async def collect(request: Request, choices: Sequence[CompletionChoice]) -> list
     async with aclosing(_deltas(request, choices)) as arriving:
         async for batch in arriving:
             for choice, piece in batch:
-                if piece is None:
-                    continue
-                totals[choice.index].text += piece.text
-                totals[choice.index].scored += piece.scored
+                if piece is not None:
+                    totals[choice.index].add(piece)
     return totals
 
 

@@ -39,7 +39,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     limit = body.max_completion_tokens or body.max_tokens
     service.check(ids, limit, "messages")
     stops = body.stops if answer_form(body.forms)[1] else (*prompt_stops, *body.stops)  # a grammar ends by itself
-    choices = await service.choices([ids], body, limit, body.logprob_count, stops)
+    choices = await service.choices([ids], body, limit, body.logprob_count, stops, body)
     request.state.notes.prompt_tokens, request.state.notes.choices = len(ids), choices
 
     def logprobs(piece: TextDelta) -> dict[str, Any] | None:
@@ -54,16 +54,29 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
         return event_stream(
             request, choices, envelope("chat.completion.chunk", service.name),
-            show=lambda choice, piece: entry(choice, "delta", {"content": piece.text}, piece) | {"finish_reason": None},
+            show=lambda choice, piece: entry(choice, "delta", _delta(piece), piece) | {"finish_reason": None},
             first=lambda choice: {"index": choice.index, "delta": {"role": "assistant", "content": ""},
                                   "logprobs": None, "finish_reason": None},
             last=lambda choice: {"index": choice.index, "delta": {}, "logprobs": None, "finish_reason": choice.reason},
             final=final, headers=body.headers)
     pieces = await collect(request, choices)
-    entries = [entry(choice, "message", {"role": "assistant", "content": piece.text, "refusal": None}, piece)
+    entries = [entry(choice, "message", _message(piece), piece)
                for choice, piece in zip(choices, pieces, strict=True)]
     return JSONResponse(envelope("chat.completion", service.name) | {
         "choices": entries, "usage": usage(len(ids), choices, body.choices)}, headers=body.headers)
+
+
+def _message(piece: TextDelta) -> dict[str, Any]:
+    """The message of a whole answer; one that only calls a tool has no content."""
+    if piece.call is None:
+        return {"role": "assistant", "content": piece.text, "refusal": None}
+    return {"role": "assistant", "content": piece.text or None, "refusal": None, "tool_calls": [piece.call.body]}
+
+
+def _delta(piece: TextDelta) -> dict[str, Any]:
+    """The message of a part of an answer."""
+    content = {"content": piece.text} if piece.text or piece.call is None else {}
+    return content if piece.call is None else {**content, "tool_calls": [{"index": 0, **piece.call.body}]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,74 +5,44 @@ Allowed ranges are defined only here: error messages and /openapi.json quote the
 lists have a limit of length and end at the first invalid element, because a list of 2 million of them took 115 s.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
 from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING, MAX_BIAS, MAX_PENALTY, SamplingParams
-from gptq_belle.prompts.conversation import ROLES
 from gptq_belle.serving.answer_form import GUIDED
+from gptq_belle.serving.conversation_schemas import Messages, TemplateOptions
+from gptq_belle.serving.field_types import FAIL_FAST, Body, Integer, Text, check_count
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_PROMPTS = 256
 MAX_BIASES = 1024
-MAX_MESSAGES = 4096  # and parts of their contents
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 1 << 20  # more than every context; the limit of the model is checked with the prompt
-FAIL_FAST = Field(fail_fast=True)
-
-
-def _check_encodable(text: str) -> str:
-    """Reject half of a surrogate pair, which JSON allows, but no encoding and no tokenizer."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair at character {error.start}") from None
-    return text
-
-
-def _integral(value: Any) -> Any:
-    """Accept 100.0 as 100, as vLLM does: JSON does not distinguish them."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _check_count(count: int, most: int) -> None:
-    if count > most:
-        raise PydanticCustomError("too_many", "there should be at most {most} elements, not {count}",
-                                  {"most": most, "count": count})
 
 
 def _few_biases(biases: Any) -> Any:
     if isinstance(biases, dict):
-        _check_count(len(biases), MAX_BIASES)
+        check_count(len(biases), MAX_BIASES)
     return biases
 
 
-Integer = Annotated[int, BeforeValidator(_integral)]
-Text = Annotated[str, AfterValidator(_check_encodable)]
 Stop = Annotated[Text, Field(max_length=256, description="an empty string stops nothing")]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], FAIL_FAST, Field(min_length=1)]
-
-
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]
 Grammar = Annotated[Text, Field(max_length=1 << 16)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY, allow_inf_nan=False)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options of a stream."""
 
     include_usage: bool = False
 
 
-class SamplingRequest(_Body):
+class SamplingRequest(Body):
     """Sampling and streaming options of a request, see `engine.sampling_params.SamplingParams`."""
 
     model: str | None = None
@@ -152,58 +122,6 @@ class SamplingRequest(_Body):
             ignore_eos=bool(self.ignore_eos))
 
 
-def _known_role(role: str) -> str:
-    if role not in ROLES:
-        raise PydanticCustomError("role", "a prompt cannot express this role; the roles are {roles}",
-                                  {"roles": ", ".join(map(repr, ROLES))})
-    return role
-
-
-class TextPart(_Body):
-    """Text part of a message; images and audio are not supported."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(_Body):
-    """One message of a conversation; see `prompts.conversation.merge_messages` for its roles."""
-
-    role: Annotated[Text, AfterValidator(_known_role), Field(json_schema_extra={"enum": [*ROLES]})]
-    content: Text | Annotated[list[TextPart], FAIL_FAST] | None = None
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Role, content as one string, and the fields that this schema does not know."""
-        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
-        return {**(self.model_extra or {}), "role": self.role, "content": text}
-
-
-def _few_parts(messages: Any) -> Any:
-    """Limit the number of messages and of their parts together, before they are validated."""
-    if isinstance(messages, list):
-        parts = sum(len(content) for message in messages
-                    if isinstance(message, dict) and isinstance(content := message.get("content"), list))
-        _check_count(len(messages) + parts, MAX_MESSAGES)
-    return messages
-
-
-Messages = Annotated[list[Message], FAIL_FAST, BeforeValidator(_few_parts),
-                     Field(min_length=1, max_length=MAX_MESSAGES)]
-
-
-class TemplateOptions(_Body):
-    """How a conversation ends, as in vLLM.
-
-    Attributes:
-        continue_final_message: the last message is the beginning of the answer.
-        add_generation_prompt: whether the prompt ends where the answer begins; the opposite of the other.
-    """
-
-    continue_final_message: bool | None = False
-    add_generation_prompt: bool | None = None
-
-
 class ChatRequest(SamplingRequest, TemplateOptions):
     """POST /v1/chat/completions."""
 
@@ -251,7 +169,7 @@ class TemplateRequest(TemplateOptions):
     messages: Messages
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None

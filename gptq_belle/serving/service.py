@@ -14,13 +14,14 @@ from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.prompts.conversation import Prompt
-from gptq_belle.serving.answer_form import answer_form
+from gptq_belle.serving.answer_form import answer_form, tool_form
 from gptq_belle.serving.api_errors import MAX_QUOTED, ApiError, public_text
 from gptq_belle.serving.completion_choice import CompletionChoice
+from gptq_belle.serving.conversation_schemas import Message, TemplateOptions
 from gptq_belle.serving.metrics import Metrics
 from gptq_belle.serving.queued_request import DEFAULT_TIMEOUTS, Timeouts
 from gptq_belle.serving.scheduler import Scheduler
-from gptq_belle.serving.schemas import Message, SamplingRequest, TemplateOptions
+from gptq_belle.serving.schemas import SamplingRequest
 
 # Names that clients send if the user gave none; "dummy" is that of huggingface_hub
 PLACEHOLDER_MODELS = ("", "default", "dummy")
@@ -112,10 +113,10 @@ class Service:
         if not continue_final and add_prompt is False:
             raise ApiError(400, "add_generation_prompt: false is allowed only with continue_final_message",
                            "add_generation_prompt", "unsupported_parameter")
-        fields = [message.fields for message in messages]
-        self.check_text(sum(len(each["content"] or "") for each in fields), "messages")
+        fields, tools = [message.fields for message in messages], options.offered_tools
+        self.check_text(sum(len(each["content"] or "") for each in fields) + len(str(tools)), "messages")
         try:
-            return await asyncio.to_thread(self.chat.prompt, fields, continue_final)
+            return await asyncio.to_thread(self.chat.prompt, fields, continue_final, tools)
         except UsageError as error:
             raise ApiError(400, f"messages: {public_text(str(error))}", "messages", "invalid_value") from error
 
@@ -168,12 +169,15 @@ class Service:
                            "invalid_value")
 
     async def choices(self, prompts: Sequence[Sequence[int]], body: SamplingRequest, max_tokens: int | None,
-                logprobs: int | None, stops: Sequence[str]) -> list[CompletionChoice]:
+                      logprobs: int | None, stops: Sequence[str],
+                      options: TemplateOptions | None = None) -> list[CompletionChoice]:
         """Submit `body.choices` answers for each prompt, in order.
 
+        Args:
+            options: of a chat, whose answers can call tools.
         Raises:
-            ApiError: 400 if `min_tokens` exceeds the maximum, or a token id is not in the vocabulary; see
-                `Scheduler.submit`.
+            ApiError: 400 if `min_tokens` exceeds the maximum, a token id is not in the vocabulary, or a grammar cannot
+                be followed; see `Scheduler.submit`.
         """
         if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
             raise ApiError(400, f"min_tokens: {body.min_tokens} is more than the maximum of {max_tokens} tokens",
@@ -181,10 +185,14 @@ class Service:
         self.check_ids([int(token) for token in body.logit_bias or ()], "logit_bias")
         self.check_ids(body.stop_token_ids or (), "stop_token_ids")
         name, form = answer_form(body.forms)
-        constraint = await self._constraint(name, SamplingParams(**form)) if form else None
+        calls = None
+        if options is not None and (tools := tool_form(options, self.chat.call_form, name)):
+            calls, constraint = self.chat.call_form, await self._call_constraint(options, SamplingParams(**tools))
+        else:
+            constraint = await self._constraint(name, SamplingParams(**form)) if form else None
         wanted: list[tuple[Sequence[int], SamplingParams]] = [
             (ids, body.params(number, max_tokens, logprobs)) for ids in prompts for number in range(body.choices)]
-        return [CompletionChoice(answer, self.tokenizer, stops, body.min_tokens or 0)
+        return [CompletionChoice(answer, self.tokenizer, stops, body.min_tokens or 0, calls)
                 for answer in self.scheduler.submit(wanted, constraint)]
 
     async def _constraint(self, name: str, params: SamplingParams) -> TokenConstraint | None:
@@ -194,6 +202,17 @@ class Service:
         except (UsageError, HardwareError) as error:
             text = public_text(str(error))
             raise ApiError(400, f"{name}: {text}", name, "invalid_value") from error
+
+    async def _call_constraint(self, options: TemplateOptions, params: SamplingParams) -> TokenConstraint | None:
+        """Compile the grammar of calls; the error for a schema that is not supported names its tool."""
+        try:
+            return await self._constraint("tools", params)
+        except ApiError as error:
+            for place, tool in enumerate(options.tools or ()):
+                if isinstance(error.__cause__, UsageError) and tool.function.parameters:
+                    await self._constraint(f"tools.{place}.function.parameters",
+                                           SamplingParams(json_schema=tool.function.parameters))
+            raise
 
 
 @dataclass(slots=True)

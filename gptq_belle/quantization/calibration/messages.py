@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gptq_belle.common.text import is_unicode
-from gptq_belle.prompts.conversation import turns_from_messages
+from gptq_belle.prompts.messages import turns_from_messages
 from gptq_belle.prompts.styles import Turn
 
 Document = str | list[Turn]
