@@ -5,6 +5,7 @@
 #             sanitizers
 # make interop  runs the tests with GPTQModel, optimum and AutoGPTQ, in separate environments under build/interop;
 #             GPTQ_BELLE_PEER_GPTQMODEL and GPTQ_BELLE_PEER_AUTOGPTQ name the python of ones that exist
+# make clients  runs the tests with openai, litellm, langchain and other clients, in environments under build/clients
 # make wheel  builds a wheel with the CPU kernels into dist, for every Python 3 on this platform; the machine that
 #             installs it needs no compiler
 # make clean  removes the environment and everything that was built
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint sanitize interop wheel clean
+.PHONY: demo test lint sanitize interop clients wheel clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -44,6 +45,9 @@ sanitize: $(READY)
 
 interop: $(READY)
 	GPTQ_BELLE_RECORD=$(CURDIR)/benchmarks/results/interop.json $(BIN)/python -m pytest -m slow tests/test_interop.py -rs
+
+clients: $(READY)
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_clients.py -rs
 
 # A file that was removed from the sources would come into the wheel from an earlier build.
 wheel: $(BIN)/python

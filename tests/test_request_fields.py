@@ -174,6 +174,13 @@ def test_template_of_a_chat_request_with_sampling_fields(server):
     assert httpx.post(server.url + "/apply-template", json=BODIES[CHAT_PATH] | fields).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_apis_without_an_implementation_name_the_one_to_use(server, path):
+    response = httpx.post(server.url + path, json=BODIES[CHAT_PATH])
+    assert CHAT_PATH in error_of(response, 501)["message"]
+    assert response.headers["x-should-retry"] == "false"
+
+
 def test_name_that_cannot_be_encoded_is_refused():
     with pytest.raises(ApiError) as refused:
         check_fields({"\ud800": 1}, CHAT)

@@ -208,12 +208,13 @@ def test_roles_of_clients_are_taken_merged_or_refused(client):
     assert prompt(user, empty, user).json() == prompt(user, {"role": "assistant", "tool_calls": []}, user).json()
     parts = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
     assert prompt({"role": "user", "content": parts}).json() == prompt(user).json()
-    for role in ("tool", "function", "critic"):
+    for role in ("function", "critic"):
         refused = prompt({"role": role, "content": "2"}, user)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages.0.role")
         assert role in refused.json()["error"]["message"]
     for messages, param in (([user, empty], "messages"), ([empty, user], "messages"),
-                            ([user, empty | {"tool_calls": [{"id": "1"}]}, user], "messages.1.tool_calls")):
+                            ([user, {"role": "tool", "content": "2"}], "messages"),
+                            ([user, empty | {"tool_calls": [{"id": "1"}]}, user], "messages.1.tool_calls.0.function")):
         refused = prompt(*messages)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 

@@ -90,3 +90,11 @@ async def apply_template(body: TemplateRequest, request: Request) -> dict[str, s
     service = loaded_service(request)
     service.check_model(body.model)
     return {"prompt": (await service.prompt(body.messages, body)).text}
+
+
+@router.post("/v1/responses", status_code=501, include_in_schema=False)
+@router.post("/v1/messages", status_code=501, include_in_schema=False)
+async def not_implemented(request: Request) -> Response:
+    """OpenAI's Responses API and Anthropic's Messages API. Their clients do not repeat such a request."""
+    return ApiError(501, f"{request.url.path} is not implemented. Use /v1/chat/completions.", code="not_implemented",
+                    headers={"x-should-retry": "false"}).response()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,22 +14,39 @@ ROOT = HERE.parent.parent
 NAMED = "GPTQ_BELLE_PEER_{}"  # an environment variable: the interpreter of an environment that exists
 
 
-def python_of(name: str) -> str:
-    """The interpreter of the environment for tests/interop/NAME.txt; skips the test, with pip's reason, if it has none.
+def python_of(name: str, where: Path = HERE, with_torch: bool = True) -> str:
+    """The interpreter of the environment for NAME.txt in a folder of tests; skips the test, with pip's reason, if it
+    has none.
 
-    Torch is installed first, with what it needs, in the version of constraints.txt; all else is pinned.
+    Torch is installed first, with what it needs, in the version of constraints.txt; all else is pinned. Without torch,
+    only the packages in the file are pinned, not what they need.
     """
     if given := os.environ.get(NAMED.format(name.upper())):
         return given
-    folder, wanted = ROOT / "build" / "interop" / name, HERE / f"{name}.txt"
+    folder, wanted = ROOT / "build" / where.name / name, where / f"{name}.txt"
     python, ready = folder / "bin" / "python", folder / "ready.txt"
     if not ready.is_file() or ready.read_text() != wanted.read_text():
         _run(name, sys.executable, "-m", "venv", "--clear", str(folder))
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        _run(name, *pip, "-c", str(ROOT / "constraints.txt"), "torch", "wheel", "setuptools")
-        _run(name, *pip, "--no-deps", "-r", str(wanted))
+        if with_torch:
+            _run(name, *pip, "-c", str(ROOT / "constraints.txt"), "torch", "wheel", "setuptools")
+        _run(name, *pip, *(["--no-deps"] if with_torch else []), "-r", str(wanted))
         ready.write_text(wanted.read_text())
     return str(python)
+
+
+def node_folder(where: Path) -> Path:
+    """The folder with the packages of package.json in a folder of tests; skips the test, with npm's reason, without."""
+    folder, wanted = ROOT / "build" / where.name / "node", where / "package.json"
+    ready = folder / "package.json"
+    if not ready.is_file() or ready.read_text() != wanted.read_text():
+        if shutil.which("npm") is None:
+            pytest.skip("npm is not installed")
+        folder.mkdir(parents=True, exist_ok=True)
+        _run("node", "npm", "install", "--no-audit", "--no-fund", "--no-save", "--prefix", str(folder),
+             *(f"{name}@{version}" for name, version in json.loads(wanted.read_text())["dependencies"].items()))
+        ready.write_text(wanted.read_text())
+    return folder
 
 
 def _run(name: str, *command: str) -> None:
