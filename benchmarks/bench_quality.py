@@ -2,7 +2,7 @@
 
     python benchmarks/bench_quality.py            # both models, every test question; some minutes
     python benchmarks/bench_quality.py --ladder --per-class 12    # ablation of the presets; an hour
-    python benchmarks/bench_quality.py --ladder --per-class 12 --rungs max    # preset max alone; half an hour
+    python benchmarks/bench_quality.py --ladder --per-class 12 --rungs max    # preset max alone
     python benchmarks/tables.py                   # the tables of the READMEs, from the written JSON
 
 Perplexity and KL are computed on examples/belle_tiny/data/heldout.jsonl, scores on data/test.jsonl with greedy

@@ -35,9 +35,10 @@ RUNGS: dict[str, dict[str, Any]] = {
     "best": {},
     "max": {"preset": "max"},
 }
-PLAN = (  # bits, rungs, seeds; max takes ten times as long as all others
+PLAN = (  # bits, rungs, seeds
     (4, tuple(RUNGS)[:-1], SEEDS), (3, ("nearest", "fast", "best"), 2), (2, ("nearest", "fast", "best"), 2),
-    (8, ("nearest", "fast", "best"), 2), (4, ("max",), 2),
+    (8, ("nearest", "fast", "best"), 2), (4, ("max",), 2), (3, ("max",), 2),
+    (2, ("max",), 2),
 )
 
 
@@ -83,7 +84,7 @@ def one(source: Path, base: Model, run: Run, measure: Callable[[Model, Model], d
         seconds = time.perf_counter() - began
         figures = measure(base, load(Path(scratch) / "out"))
     del figures["classes"]
-    return {**figures, "seconds": seconds, "winners": report.winners, "tuning": report.tuning}
+    return {**figures, "seconds": seconds, "winners": report.winners, "refinement": report.refinement}
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

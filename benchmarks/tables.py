@@ -24,7 +24,7 @@ ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
 RUNGS = {"nearest": "round to nearest", "fast": "plain GPTQ (`fast`)", "order": "activation order",
          "search, positive": "+ scale search, positive scales", "search, signed": "+ scale search, signed scales",
          "refine": "+ refit and coordinate descent", "targets": "+ full-precision targets",
-         "best": "+ held-out check (`best`)", "max": "+ end-to-end tuning (`max`)"}
+         "best": "+ held-out check (`best`)", "max": "+ block refinement (`max`)"}
 
 
 def result(name: str) -> dict[str, Any]:

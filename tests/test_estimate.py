@@ -61,10 +61,11 @@ def command(source, out, *options):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("kind", "hidden", "rows", "length"), [("llama", 768, 8, 256), ("bloom", 512, 4, 1024)])
-def test_memory_is_estimated(kind, hidden, rows, length, tmp_path):
+@pytest.mark.parametrize(("kind", "hidden", "rows", "length", "preset"), [
+    ("llama", 768, 8, 256, "best"), ("bloom", 512, 4, 1024, "best"), ("llama", 512, 8, 256, "max")])
+def test_memory_is_estimated(kind, hidden, rows, length, preset, tmp_path):
     source = random_model(kind, tmp_path / "source", hidden=hidden, inner=3 * hidden, blocks=2)
-    options = ["--rows", str(rows), "--seq-len", str(length)]
+    options = ["--rows", str(rows), "--seq-len", str(length), "--preset", preset]
     estimated = command(source, tmp_path / "out", *options, "--dry-run")
     assert not list(tmp_path.glob("out*"))
     report = command(source, tmp_path / "out", *options)

@@ -68,8 +68,8 @@ def test_each_technique_of_max_can_be_disabled_alone(name):
     assert replace(left, **{key: getattr(PRESETS["max"], key) for key in DISABLED_VALUES[name]}) == PRESETS["max"]
 
 
-def test_best_is_max_without_tuning():
-    assert PRESETS["max"].disable(["tuning"]) == PRESETS["best"]
+def test_fast_is_max_without_all_techniques():
+    assert PRESETS["max"].disable(DISABLED_VALUES) == PRESETS["fast"]
 
 
 def test_rounding_to_nearest_uses_no_techniques():

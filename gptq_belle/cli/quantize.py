@@ -31,9 +31,10 @@ ActOrder = Annotated[bool, options.advanced(
 Damp = Annotated[float, options.advanced(help="Damping as a share of the Hessian's mean diagonal.")]
 Method = Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn is rounding to nearest, without calibration.")]
 Preset = Annotated[Literal["fast", "best", "max"], typer.Option(
-    help="fast is plain GPTQ; max also tunes the whole model and needs memory for all of it.")]
+    help="fast is plain GPTQ; max also refines all linears of a block together, for 2 and 3 bits; several times as "
+    "slow.")]
 Without = Annotated[str, options.advanced(
-    metavar="NAME,...", help="Techniques of the preset to disable: search, order, refine, targets, veto, tuning.")]
+    metavar="NAME,...", help="Techniques of the preset to disable: search, order, refine, targets, veto, block.")]
 PositiveScales = Annotated[bool, options.advanced(
     "--positive-scales", help="Only positive scales, for readers that do not accept negative ones; slightly lower "
     "quality.")]
@@ -132,7 +133,7 @@ def _note_unused(context: typer.Context, config: "QuantConfig") -> None:
 
 
 def _print_report(out: Path, report: "Report") -> None:
-    from gptq_belle.quantization.report import REPORT, format_tuning
+    from gptq_belle.quantization.report import REPORT
 
     if report.choice is not None:
         _print_bit_allocation(report.choice)
@@ -141,8 +142,8 @@ def _print_report(out: Path, report: "Report") -> None:
                        f"error {report.mean_error:.2e}, {report.seconds:.1f} s{peak}")
     if report.winners:
         console.print_line("held-out rows chose " + ", ".join(f"{name}: {n}" for name, n in report.winners.items()))
-    if report.tuning is not None:
-        console.print_line(f"tuning: {format_tuning(report.tuning)}")
+    if report.refined:
+        console.print_line(f"block refinement: {report.refined}")
     worst = sorted(report.linears, key=lambda row: -row.error)[:WORST]
     console.print_table(f"largest errors of {count(len(report.linears), 'linear')}", ["linear", "error", "bits"],
                         [(row.name, f"{row.error:.2e}", str(row.bits)) for row in worst])

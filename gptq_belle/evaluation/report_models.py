@@ -12,7 +12,7 @@ from gptq_belle.common.files import file_checksum
 from gptq_belle.common.text import short_names
 from gptq_belle.errors import InputError
 from gptq_belle.evaluation.report_results import ModelResults
-from gptq_belle.quantization.report import REPORT, format_tuning
+from gptq_belle.quantization.report import REPORT
 
 BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
 SCALARS = (str, int, float, bool)
@@ -94,11 +94,9 @@ def quantization_settings(model: ReportModel) -> dict[str, str]:
     notes = record.get("notes")
     if isinstance(notes, list) and notes:
         rows["notes"] = "; ".join(map(str, notes))
-    winners, tuning = record.get("winners"), record.get("tuning")
+    winners = record.get("winners")
     if isinstance(winners, dict) and winners:
         rows["held-out rows chose"] = ", ".join(f"{name}: {count}" for name, count in winners.items())
-    if isinstance(tuning, dict):
-        rows["tuning"] = format_tuning(tuning)
     return rows | {f"SHA-256 {name}": digest for name, digest in model.hashes.items()}
 
 

@@ -50,5 +50,5 @@ SETTINGS = {  # keys of a quantization record, and of its parts
     "calibration sha256": ("SHA-256 of the calibration rows", "校准数据的 SHA-256"),
     "notes": ("notes", "备注"),
     "held-out rows chose": ("chosen on held-out rows", "按保留数据选择"),
-    "tuning": ("end-to-end tuning", "端到端微调"),
+    "refined": ("block refinement", "块级联合优化"),
 }

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,16 @@ from gptq_belle.common.memory import PeakMemory, trim_heap
 from gptq_belle.errors import InputError, is_out_of_memory
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
 from gptq_belle.quantization.activations import ActivationPair, Activations
+from gptq_belle.quantization.block_refinement.refinement import (
+    FIRST_DAMPING,
+    BlockRefinement,
+    RefinedLinear,
+    refined_linear,
+)
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.candidate_selection import ChosenSolution, best_solution
 from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.hessian import output_error
 from gptq_belle.quantization.journal import BlockRecord, Journal
 from gptq_belle.quantization.report import JobProgress, LinearReport
 from gptq_belle.quantization.solver import HessianFactor, factorize, round_to_nearest
@@ -33,10 +41,11 @@ class BlockQuantizer:
         self.memory, self.progress, self.clock = memory, progress, stream.clock
 
     def steps(self, batches: int) -> int:
-        """Progress steps per block: one per linear, and per batch one for each stage and for each model's propagation.
-        """
+        """Progress steps per block: for each linear 1 + rounds, for each batch its stages and each model's outputs."""
         arch = self.stream.arch
-        return len(arch.linears) + batches * (len(arch.stages) + (2 if self.config.techniques.alpha else 1))
+        techniques = self.config.techniques
+        return (len(arch.linears) * (1 + techniques.rounds) +
+                batches * (len(arch.stages) + (2 if techniques.full_precision else 1)))
 
     def run(self, index: int, activations: ActivationPair, verification: BlockVerification) -> None:
         """Quantize a block, replace the activations by the block's outputs, and commit both.
@@ -126,7 +135,8 @@ class BlockQuantizer:
         """Quantize the linears in the order in which they run; returns the block's tensors as stored in the file."""
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
-        for stage in arch.stages:
+        refined: dict[str, RefinedLinear] = {}
+        for stage, damping in zip(arch.stages, FIRST_DAMPING, strict=True):
             config = self.config.for_linear(f"{prefix}.{stage[0]}")  # equal in a stage, see resolve_overrides
             inputs = None
             if len(activations) and config:
@@ -138,11 +148,29 @@ class BlockQuantizer:
                     row = self._keep_float16(block, name, f"{prefix}.{name}")
                 else:
                     packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, config)
-                    tensors |= {f"{prefix}.{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
+                    if inputs is not None and self.config.techniques.rounds:
+                        refined[name] = refined_linear(packed, inputs[0].hessian, config, damping)
+                    tensors |= _packed_tensors(f"{prefix}.{name}", packed)
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
+        if refined:
+            tensors |= self._refine(index, block, activations, originals, refined, record)
         return tensors | {f"{prefix}.{name}": parameter.to(torch.float16) for name, parameter in
                           block.named_parameters() if f"{prefix}.{name.removesuffix('.weight')}.qweight" not in tensors}
+
+    def _refine(self, index: int, block: nn.Module, activations: ActivationPair, originals: OriginalWeights,
+                linears: dict[str, RefinedLinear], record: BlockRecord) -> dict[str, Tensor]:
+        """Refine the block's linears together, and put their errors into the report; returns the packed tensors."""
+        prefix = f"{self.stream.arch.blocks}.{index}"
+        with self.clock("refining"):
+            refinement = BlockRefinement(self.stream, block, linears, originals, activations)
+            result = refinement.run(index, self.config.techniques.rounds, self.progress.step)
+        record.refinement = asdict(result)
+        errors = {f"{prefix}.{name}": output_error(originals.weights[f"{name}.weight"], linear.weight, linear.hessian)
+                  for name, linear in linears.items()}
+        record.linears = [replace(row, error=errors.get(row.name, row.error)) for row in record.linears]
+        return {key: value for name, linear in linears.items() for key, value in _packed_tensors(
+            f"{prefix}.{name}", pack(linear.weight, linear.config.bits, linear.config.checkpoint_format)).items()}
 
     def _keep_float16(self, block: nn.Module, name: str, full_name: str) -> LinearReport:
         """Round a linear that is not quantized to float16, so that later blocks see the stored values."""
@@ -181,6 +209,10 @@ class BlockQuantizer:
         seconds = time.perf_counter() - started
         return packed, LinearReport(full_name, solution.error, solution.damp, seconds, K, N, config.bits, chosen.won,
                                     chosen.held_out)
+
+
+def _packed_tensors(name: str, packed: PackedWeight) -> dict[str, Tensor]:
+    return {f"{name}.{part}": value.cpu() for part, value in packed._asdict().items()}
 
 
 @contextmanager

@@ -158,12 +158,16 @@ class BlockStream(SourceModel):
             self.model(input_ids=places.to(self.device), use_cache=False)
         return hidden[0]
 
-    @torch.no_grad()
-    def _run(self, block: nn.Module, states: Tensor) -> Tensor:
+    def forward(self, block: nn.Module, states: Tensor) -> Tensor:
+        """The block's output (rows, T, hidden_size) on the device, for `states` of the same shape, with gradients."""
         args, kwargs = self.block_arguments(states.shape[:2])
         with self.clock("forwards"):
             output = block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, states: Tensor) -> Tensor:
+        return self.forward(block, states)
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def _candidates(weight: Tensor, hessians: StageHessians, factor: HessianFactor,
                 config: QuantConfig) -> Iterator[tuple[str, QuantizedWeight]]:
     """Name and solution of each candidate; the last one uses all techniques of the preset."""
     targets = [OWN]
-    if hessians.cross is not None and bool(hessians.cross.any()):  # at the first linear both models have equal inputs
+    # at the first linear both models have equal inputs
+    if config.techniques.alpha and hessians.cross is not None and bool(hessians.cross.any()):
         targets = [OWN, FULL] if hessians.held_out else [FULL]
     for kind in targets:
         target = weight

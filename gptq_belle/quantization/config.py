@@ -28,7 +28,7 @@ class Techniques:
             (`candidate_selection.full_precision_target`).
         held_out_every: one in this many calibration rows is held out of the Hessians and decides between solutions
             (`candidate_selection.best_solution`); 0 for none.
-        tuning_steps: maximum number of steps of end-to-end tuning after the last block (`end_to_end`).
+        rounds: number of rounds of block refinement after the linears of a block are quantized (`block_refinement`).
     """
 
     search: bool = False
@@ -36,7 +36,12 @@ class Techniques:
     sweeps: int = 0
     alpha: float = 0.0
     held_out_every: int = 0
-    tuning_steps: int = 0
+    rounds: int = 0
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether the activations of the full-precision model are needed."""
+        return bool(self.alpha or self.rounds)
 
     def disable(self, names: Iterable[str]) -> "Techniques":
         """The techniques without those named, keys of `DISABLED_VALUES`."""
@@ -47,14 +52,14 @@ class Techniques:
 
 
 _BEST = Techniques(search=True, static_order=True, sweeps=2, alpha=0.5, held_out_every=16)
-PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, tuning_steps=100)}
+PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, sweeps=6, alpha=1.0, rounds=3)}
 DISABLED_VALUES: dict[str, dict[str, Any]] = {  # values that disable a technique, by its name in `QuantConfig.without`
     "search": {"search": False},
     "order": {"static_order": False},
     "refine": {"sweeps": 0},
     "targets": {"alpha": 0.0},
     "veto": {"held_out_every": 0},
-    "tuning": {"tuning_steps": 0},
+    "block": {"rounds": 0},
 }
 
 
@@ -113,7 +118,7 @@ class QuantConfig:
         damp: first damping, as a share of the Hessian's mean diagonal (GPTQ, section 3.3, step 3). ``damp_percent``,
             its name on disk, is an alias.
         method: "gptq", or "rtn" for rounding to nearest without calibration.
-        preset: "fast" for plain GPTQ, "best", or "max", which also tunes the whole model (`PRESETS`).
+        preset: "fast" for plain GPTQ, "best", or "max", which also refines blocks as a whole (`PRESETS`).
         without: techniques of the preset to disable (`DISABLED_VALUES`).
         positive_scales: for readers that do not accept negative scales; costs a little quality.
         head_bits: 16 keeps embedding and head in float16, as every reader expects; with 8 or 4 the head (of BLOOM the

@@ -10,14 +10,17 @@ import torch
 
 from gptq_belle.formats.gptq_weight import dequantize, pack
 from gptq_belle.quantization.activations import InMemoryActivations
+from gptq_belle.quantization.block_refinement.block_error import BlockError
+from gptq_belle.quantization.block_refinement.quadratic_step import quadratic_step
+from gptq_belle.quantization.block_refinement.refinement import rows_per_round
 from gptq_belle.quantization.candidate_selection import best_solution
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning, tuning_seconds
-from gptq_belle.quantization.end_to_end.tuning_rows import tuning_scratch_bytes
 from gptq_belle.quantization.job import QuantizationJob
 from gptq_belle.quantization.memory_estimate import estimate_memory, must_spill, output_bytes
 from gptq_belle.quantization.solver import factorize, round_to_nearest
 from gptq_belle.quantization.stage_hessians import OriginalWeights, StageHessians, accumulate_hessians
+
+PASSES_PER_STEP = 1.4  # of block refinement, with rejected steps and the first gradient of a round, as measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +52,13 @@ def estimate(job: QuantizationJob, limit: int | None = None) -> Estimate:
     Args:
         limit: see `must_spill`.
     Raises:
-        HardwareError: see `must_spill` and `tuning_estimate.check_tuning`.
+        HardwareError: see `must_spill`.
     """
     memory, spill = estimate_memory(job), must_spill(job, limit)
     output = output_bytes(job)
     generations = (1 if job.stream.count == 1 else 2) + (1 if spill else 0)  # and the outputs of attention
-    tuning, scratch = check_tuning(job, limit), tuning_scratch_bytes(job) if job.config.techniques.tuning_steps else 0
-    disk = output + max(output, generations * memory.activations // 2, scratch)
-    return Estimate(_seconds(job), max(memory.floor if spill else memory.total, tuning), spill, disk, output,
+    disk = output + max(output, generations * memory.activations // 2)
+    return Estimate(_seconds(job), memory.floor if spill else memory.total, spill, disk, output,
                     job.stream.count, job.stream.count * len(job.stream.arch.linears),
                     0 if job.tokens is None else job.tokens.numel())
 
@@ -65,7 +67,7 @@ def _seconds(job: QuantizationJob) -> float:
     """Wall time of the job, extrapolated from the work of one block on one batch."""
     stream, hashed = job.stream, _checksum_seconds_per_byte()
     block = stream.load_block(0)
-    batch, models = None, 2 if job.config.techniques.alpha else 1
+    batch, models = None, 2 if job.config.techniques.full_precision else 1
     if job.tokens is not None:
         batch = next(stream.embed(stream.batches(job.tokens)[0]))
         stream.run(block, batch)  # warm-up
@@ -83,12 +85,12 @@ def _seconds(job: QuantizationJob) -> float:
         with states.attention.forward_pass(block, stream.arch) as piece_context:
             stream.run(block, states.batches[0], piece_context)
     rows += time.perf_counter() - start
-    tuning = tuning_seconds(job, block) if job.config.techniques.tuning_steps else 0.0
+    refining = _seconds_of_refinement(job, block, rows_of) if job.config.techniques.rounds and rows_of else 0.0
     stream.release(block)
     batches = 0.0 if batch is None or job.tokens is None else job.tokens.numel() / math.prod(batch.shape[:2])
     written = 2 * output_bytes(job) + models * stream.count * 4 * batches * math.prod(
         batch.shape if batch is not None else ())
-    return tuning + stream.count * (solving + batches * rows) + hashed * (2 * stream.reader.bytes_on_disk() + written)
+    return stream.count * (solving + batches * rows + refining) + hashed * (2 * stream.reader.bytes_on_disk() + written)
 
 
 def _hessians(job: QuantizationJob, block: torch.nn.Module, stage: tuple[str, ...],
@@ -119,6 +121,30 @@ def _seconds_of_solving(config: QuantConfig, block: torch.nn.Module, stage: tupl
             seen[weight.shape] = time.perf_counter() - start
         total += seen[weight.shape]
     return total
+
+
+def _seconds_of_refinement(job: QuantizationJob, block: torch.nn.Module,
+                           rows_of: Sequence[InMemoryActivations]) -> float:
+    """Time of refining one block, from a round on one batch with Hessians of 1 and weights rounded to nearest."""
+    stream, techniques = job.stream, job.config.techniques
+    assert job.tokens is not None
+    states = rows_of[0].batches[0]
+    error, total = BlockError(stream, block, [states], [states]), 0.0
+    for name, shape in stream.linear_shapes.items():
+        own = job.config.for_linear(f"{stream.arch.blocks}.0.{name}")
+        if own is None:
+            continue
+        weight = round_to_nearest(block.get_parameter(f"{name}.weight").detach(), own).weight
+        start = time.perf_counter()
+        _, gradient = error.gradient(name)
+        batches = rows_per_round(len(job.tokens) - job.held_out, states.shape[1]) / len(states)
+        total += PASSES_PER_STEP * batches * (time.perf_counter() - start)
+        ones = torch.ones(shape.out_features, device=stream.device)
+        start = time.perf_counter()
+        quadratic_step(weight, gradient, torch.eye(shape.in_features, device=stream.device), ones, own.bits,
+                       positive=own.positive_scales)
+        total += time.perf_counter() - start
+    return techniques.rounds * total
 
 
 def _checksum_seconds_per_byte() -> float:

@@ -76,7 +76,8 @@ class QuantizationJob:
 
     def activations(self, partial: Path, *, spill: bool) -> ActivationPair:
         """The store of the calibration activations, for each model that the techniques need."""
-        full = Activations(partial, self.shapes, spill=spill, model=FULL) if self.config.techniques.alpha else None
+        needed = self.config.techniques.full_precision
+        full = Activations(partial, self.shapes, spill=spill, model=FULL) if needed else None
         hessian_rows = 0 if self.tokens is None else len(self.tokens) - self.held_out
         return ActivationPair(Activations(partial, self.shapes, spill=spill), full, hessian_rows)
 

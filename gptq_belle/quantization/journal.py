@@ -20,11 +20,10 @@ from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.checkpoint.safetensors_file import TensorFile, write_tensors
 from gptq_belle.common.files import UNFINISHED_SUFFIX, FileChecksum, fsync, matches_checksum, write_json_atomically
 from gptq_belle.errors import GptqBelleError, UsageError
-from gptq_belle.quantization.end_to_end.tuning_checkpoint import FILE_PREFIX
 from gptq_belle.quantization.report import LinearReport
 
 JOB = "job.json"
-VERSION = 4  # of the journal on disk; a journal of another version is refused
+VERSION = 5  # of the journal on disk; a journal of another version is refused
 QUANTIZED, FULL = "quantized", "full"  # the models whose activations are kept; prefixes of file names
 
 
@@ -36,6 +35,7 @@ class BlockRecord:
         linears: its rows of the report, in the order of solving.
         phases: seconds by phase; "total" is the whole block.
         peak_memory: peak of the job so far, in bytes.
+        refinement: result of block refinement (`block_refinement.refinement.RefinementResult`); None without it.
         notes: unplanned events for the report, such as a fallback to the CPU.
         files: size and checksum of its files, by path below ``OUT.partial``.
     """
@@ -43,6 +43,7 @@ class BlockRecord:
     linears: list[LinearReport] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
+    refinement: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     files: dict[str, FileChecksum] = field(default_factory=dict)
 
@@ -171,7 +172,7 @@ class Journal:
         for folder in (self.folder, self.partial / "parts"):
             for file in folder.iterdir() if folder.is_dir() else ():
                 ours = file.name in known or f"{folder.name}/{file.name}" in named
-                if not ours and not (self.records and file.name.startswith(FILE_PREFIX)):
+                if not ours:
                     file.unlink()
 
 

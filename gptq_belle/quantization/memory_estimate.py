@@ -7,11 +7,14 @@ from gptq_belle.common.memory import anonymous_bytes, available_bytes, format_by
 from gptq_belle.errors import HardwareError
 from gptq_belle.models.dimensions import LinearShape
 from gptq_belle.models.sizes import UNPACKED, linear_file_bytes
+from gptq_belle.quantization.block_refinement.refinement import rows_per_round
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.job import QuantizationJob
 
 LIBRARY_BYTES = 32 << 20  # buffers of torch and MKL that grow during a job, as measured
 ATTENTION_COPIES, MLP_COPIES = 10, 3  # hidden states alive at a time in each half of a block, as measured
+BACKWARD_FACTOR = 2.5  # memory of a block's forward and backward pass, relative to its forward pass, as measured
+CODE_COPIES, STEP_COPIES = 3, 8  # of a block's codes (current, best, changed), and of a weight during a step
 FREE_MEMORY_SHARE = 0.8  # of the free memory, the limit of a job without --memory
 
 
@@ -65,10 +68,11 @@ def estimate_memory(job: QuantizationJob) -> MemoryEstimate:
         config = replace(config, bits=8)  # a whole block may get 8 bits
     packed = max(sum(written_bytes(config.for_linear(f"{stream.arch.blocks}.{index}.{name}"), shape)
                      for name, shape in shapes.items()) for index in range(stream.count))
-    full = bool(techniques.alpha) and job.tokens is not None
+    full = techniques.full_precision and job.tokens is not None
+    hessians = sum(4 * shapes[stage[0]].in_features ** 2 for stage in stream.arch.stages) if techniques.rounds else 0
     originals = sum(4 * math.prod(shape) for shape in shapes.values()) if full else 0
-    work = max([_forward(job, full), *(_solution(job, shape, full) for shape in shapes.values())])
-    return MemoryEstimate((anonymous_bytes() or 0) + LIBRARY_BYTES, weights + packed + originals, work,
+    work = max([_forward(job, full), _refinement(job), *(_solution(job, shape, full) for shape in shapes.values())])
+    return MemoryEstimate((anonymous_bytes() or 0) + LIBRARY_BYTES, weights + packed + originals + hessians, work,
                   (4 if full else 2) * sum(4 * math.prod(shape) for shape in job.shapes))
 
 
@@ -89,6 +93,17 @@ def _solution(job: QuantizationJob, shape: LinearShape, full: bool) -> int:
 def _held_out(job: QuantizationJob, k: int, full: bool) -> int:
     """Bytes of a linear's inputs for the held-out rows."""
     return 0 if job.tokens is None else (2 if full else 1) * 4 * job.held_out * job.tokens.shape[1] * k
+
+
+def _refinement(job: QuantizationJob) -> int:
+    """Bytes that block refinement takes besides the Hessians: states of a round, a backward pass, codes, one step."""
+    if not job.config.techniques.rounds or job.tokens is None:
+        return 0
+    sizes, length = [math.prod(shape) for shape in job.stream.linear_shapes.values()], job.tokens.shape[1]
+    rows = rows_per_round(len(job.tokens) - job.held_out, length) + job.held_out
+    states = 2 * 4 * rows * length * int(job.stream.model.config.hidden_size)
+    return states + int(BACKWARD_FACTOR * _forward(job, full=False)) + CODE_COPIES * sum(sizes) + STEP_COPIES * 4 * max(
+        sizes)
 
 
 def _forward(job: QuantizationJob, full: bool) -> int:

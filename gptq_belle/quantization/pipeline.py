@@ -27,8 +27,6 @@ from gptq_belle.quantization.block_quantizer import BlockQuantizer
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration.rows import Calibration
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.end_to_end.tuning import tune_model
-from gptq_belle.quantization.end_to_end.tuning_estimate import check_tuning
 from gptq_belle.quantization.fingerprint import environment, environment_differences, fingerprint
 from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
@@ -116,7 +114,6 @@ def quantize_checkpoint(
     job = prepare_job(source, config, calibration or Calibration(), device, lora, prompt_style)
     check_budget(job)
     lower_mmap_threshold()
-    check_tuning(job, memory)
     spill = must_spill(job, memory)
     report = _new_report(source, job, lora)
     with PeakMemory() as peak, CheckpointWriter(out) as writer:
@@ -132,15 +129,13 @@ def quantize_checkpoint(
             writer.keep |= report.choice is not None  # the measurement takes as long as a block
             activations = job.activations(writer.partial, spill=spill)
             verification = _quantize_blocks(job, writer, journal, activations, peak, progress)
-            expected = journal.tensors(VERIFIED_BLOCK)
-            if job.config.techniques.tuning_steps:
-                report.tuning, expected = tune_model(job, writer, journal, verification, progress)
             progress.phase("writing")
             _write_metadata(job, writer)
             writer.merge()
             progress.phase("verifying the written file")
             check_output(writer.files)
-            report.readback_error = verification.compare(writer.files, job.stream, expected)
+            report.readback_error = verification.compare(writer.files, job.stream,
+                                                          journal.tensors(VERIFIED_BLOCK))
         _complete(report, journal, writer, peak, time.perf_counter() - started)
         writer.publish()
     return report
@@ -210,6 +205,7 @@ def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: 
     """Complete the report, with the blocks of earlier runs, and write it."""
     report.linears = [row for record in journal.records for row in record.linears]
     report.phases = [record.phases for record in journal.records]
+    report.refinement = [record.refinement for record in journal.records if record.refinement is not None]
     report.notes += [note for record in journal.records for note in record.notes]
     earlier = journal.records[: report.resumed[0]] if report.resumed else []
     report.seconds = seconds + sum(record.phases["total"] for record in earlier)

@@ -30,13 +30,29 @@ def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *
         positive: keep every scale positive.
     """
     D, group = W, len(codes) // len(scales)
-    parts = [slice(start, start + group) for start in range(0, len(codes), group)]
-    for g, part in enumerate(parts):
+    for g, start in enumerate(range(0, len(codes), group)):
+        part = slice(start, start + group)
         torch.sub((codes[part] - zeros[g]).mul_(scales[g]), W[part], out=D[part])
+    sweep_groups(codes, scales, zeros, D, H, bits=bits, sweeps=sweeps, positive=positive)
+
+
+def sweep_groups(codes: Tensor, scales: Tensor, zeros: Tensor, D: Tensor, H: Tensor, gradient: Tensor | None = None, *,
+                 bits: int, sweeps: int, positive: bool = False) -> None:
+    """Lower tr(D^T H D) + 2 tr(gradient^T D) by sweeps over all groups.
+
+    Args:
+        codes, scales, zeros, H, bits, sweeps, positive: as for `refine`.
+        D: (K, N), a difference that every change of the weight is added to; changed in place.
+        gradient: (K, N), or None for 0.
+    """
+    group = len(codes) // len(scales)
+    parts = [slice(start, start + group) for start in range(0, len(codes), group)]
     diagonal = nonzero_diagonal(H)
     for _ in range(sweeps):
         for g, part in enumerate(parts):
             code, residual, block = codes[part] - zeros[g], H[part] @ D, H[part, part]
+            if gradient is not None:
+                residual += gradient[part]
             before = code * scales[g]
             scales[g] = refit_scales(code, scales[g], residual, block, positive=positive)
             descend(code, scales[g], zeros[g], residual, block, diagonal[part], bits)

@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -49,7 +48,7 @@ class Report:
         choice: bit allocation with the measured losses (see `auto_bits.choose_bits`); None without a budget.
         linears: one row per linear, in the order of solving.
         phases: seconds of each block by phase; "total" is the whole block.
-        tuning: result of end-to-end tuning (`end_to_end.tuning.TuningResult`); None where the preset has none.
+        refinement: one row per refined block (`block_refinement.refinement.RefinementResult`).
         notes: unplanned events, such as a block that fell back to the CPU.
         resumed: the first block of this run where it resumed an interrupted one; otherwise empty.
         seconds: working time of the job, without blocks that were started and not finished.
@@ -66,7 +65,7 @@ class Report:
     choice: dict[str, Any] | None = None
     linears: list[LinearReport] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
-    tuning: dict[str, Any] | None = None
+    refinement: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -91,20 +90,20 @@ class Report:
         """Number of linears by chosen candidate, where held-out rows decided between several."""
         return dict(Counter(row.won for row in self.linears if len(row.held_out) > 1).most_common())
 
+    @property
+    def refined(self) -> str:
+        """Effect of block refinement in one line; "" without it."""
+        if not self.refinement:
+            return ""
+        ratios = [row["after"] / row["before"] for row in self.refinement if row["before"] > 0]
+        mean = sum(ratios) / max(1, len(ratios))
+        return (f"error of the blocks' outputs on held-out rows {mean:.3f} times that before, "
+                f"{sum(row['kept'] > 0 for row in self.refinement)} of {len(self.refinement)} blocks changed")
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         return {**asdict(self), "mean_error": self.mean_error, "average_bits": self.average_bits,
-                "winners": self.winners}
-
-
-def format_tuning(tuning: Mapping[str, Any]) -> str:
-    """The result of end-to-end tuning (`end_to_end.tuning.TuningResult`) in one line; "" for an invalid record."""
-    try:
-        kl = {int(step): float(value) for step, value in tuning["kl"].items()}
-        return (f"{tuning['steps']} steps; held-out KL {kl[0]:.6f} before, {kl[tuning['best']]:.6f} after step "
-                f"{tuning['best']}, which was kept")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return ""
+                "winners": self.winners, "refined": self.refined}
 
 
 class JobProgress(Protocol):
