@@ -32,14 +32,15 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "belle_tiny"
 FORMATS = {"bloom": {"bits": 4, "group_size": 64, "act_order": True}, "llama": {"bits": 8, "group_size": 32}}
 
 
-def load_for_triton(path, monkeypatch, cache="float16"):
-    """A model on the CPU whose weights are laid out for the Triton kernels, with activations in float16."""
+def load_for_triton(path, monkeypatch, cache="float16", dtype=torch.float16, head_bits=8):
+    """A model on the CPU whose weights are laid out for the Triton kernels."""
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "choose_kernel", lambda *args, **kwargs: dispatch.KernelChoice("triton", ""))
         patch.setattr(lm_head, "choose_kernel", lambda *args, **kwargs: dispatch.KernelChoice("groupwise", ""))
-        model = gptq_belle.load(path, device="cpu", dtype=torch.float16, head_bits=8, cache=cache)
-    weight = triton_layout.prepare(model.decoder.head.weight)
-    model.decoder.head = PackedLinear(weight._replace(out_features=model.vocabulary_size), None)
+        model = gptq_belle.load(path, device="cpu", dtype=dtype, head_bits=head_bits, cache=cache)
+    if head_bits == 8:
+        weight = triton_layout.prepare(model.decoder.head.weight)
+        model.decoder.head = PackedLinear(weight._replace(out_features=model.vocabulary_size), None)
     if isinstance(model.decoder.embedding, lm_head.PackedEmbedding):
         model.decoder.embedding.weight = model.decoder.head.weight
     assert fusion_obstacle(model.decoder) is None
@@ -54,7 +55,7 @@ def generate(engine, prompts, new_tokens, sampling=({},) * 5):
         if waiting:
             number = len(requests)
             params = SamplingParams(max_new_tokens=new_tokens[number], seed=number, ignore_eos=True, **sampling[number])
-            requests.append(engine.submit(waiting.pop(0), params))
+            requests.append(engine.submit(waiting.pop(0), params, engine.model.constraint(params)))
         assert all(event.error is None for event in engine.step())
     return [request.answer for request in requests]
 
@@ -68,15 +69,19 @@ def compare(path, monkeypatch, prompts, new_tokens, cache="float16", sampling=({
     assert engine.cache.fused is not None
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_tokens_equal_those_of_the_cpu_engine(kind, request, tmp_path, monkeypatch):
-    """Two requests, of which one joins later, ends earlier, and samples (nearly always the most likely token)."""
+@pytest.mark.parametrize(("kind", "rules"), [
+    ("bloom", {"presence_penalty": 1.5, "frequency_penalty": 0.7, "repetition_penalty": 1.3, "temperature": 0.01}),
+    ("llama", {"logit_bias": {7: 2.0, 90: -1.0}, "logprobs": 2, "min_tokens": 2, "regex": "[0-9]*"})], ids=str)
+def test_tokens_equal_those_of_the_cpu_engine(kind, rules, request, tmp_path, monkeypatch):
+    """One request joins later, ends earlier, and samples (nearly always the most likely token); then one joins whose
+    tokens the host chooses."""
     path = packed_checkpoint(request.getfixturevalue(f"tiny_{kind}"), tmp_path / "packed", **FORMATS[kind])
-    compare(path, monkeypatch, [[5, 17, 200], [9, 8]], [6, 3], sampling=({}, {"temperature": 0.01}))
+    sampling = {}, {"temperature": 0.01}, rules, {"min_tokens": 2, "temperature": 0.01}
+    compare(path, monkeypatch, [[5, 17, 200], [9, 8], [31, 4], [30]], [7, 3, 4, 3], sampling=sampling)
 
 
 def test_sampled_tokens_equal_those_of_the_host(tiny_llama, tmp_path, monkeypatch):
-    """On the logits of the same steps. While one request needs the host, the others are sampled there as well."""
+    """On the logits of the same steps. The steps are those of greedy decoding only if all rows need the host."""
     model = load_for_triton(packed_checkpoint(tiny_llama, tmp_path / "packed", **FORMATS["llama"]), monkeypatch)
     prompts, answers, keys = [[5, 17, 200], [9, 8], [7, 7, 7], [30]], [], []
     defaults = {"temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}
@@ -89,7 +94,7 @@ def test_sampled_tokens_equal_those_of_the_host(tiny_llama, tmp_path, monkeypatc
         answers.append(generate(engine, prompts, [7, 4, 2, 2], sampling))
         keys.append({is_sampled for _, _, is_sampled in engine.cache.fused._steps})
     assert answers[0] == answers[1]
-    assert keys == [{True, False}, {False}]
+    assert keys == [{True}, {False}]
 
 
 def test_rows_replace_what_was_there_before():
@@ -129,16 +134,20 @@ def test_logits_are_those_of_a_forward_pass(kind, cache, request, tmp_path, monk
     assert error < {"int8": 2e-2, "bfloat16": 1e-2}[cache]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cache", ["float16", "int8"])
-@pytest.mark.parametrize("kind", FORMATS)
-def test_demo_models_answer_as_on_the_cpu(kind, cache, tmp_path, monkeypatch):
-    """64 tokens alone, then with four other requests that join and leave; tiles are large, because they are faster
-    here."""
-    path = packed_checkpoint(EXAMPLES / kind, tmp_path / "packed", bits=4, group_size=128)
+def use_large_tiles(monkeypatch):
+    """Interpreted, fewer programs are faster."""
     tile = LaunchPlan("skinny", TileConfig(8, 128, 128, 1, 4, 4))
     monkeypatch.setattr(fused_step, "plan_for", lambda *args: tile)
     monkeypatch.setattr(triton_matmul, "plan_for", lambda *args: tile)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_demo_models_answer_as_on_the_cpu(kind, cache, tmp_path, monkeypatch):
+    """64 tokens alone, then with four other requests that join and leave."""
+    path = packed_checkpoint(EXAMPLES / kind, tmp_path / "packed", bits=4, group_size=128)
+    use_large_tiles(monkeypatch)
     prompts = [[40 + i, 900, 77 * i + 3, 12, 2000] for i in range(5)]
     compare(path, monkeypatch, prompts, [64, 3, 20, 60, 9], cache)
 

@@ -3,7 +3,7 @@
 Its tensors are on cuda:0 for all Python code, and their values are in the CPU's memory, where torch's operations are
 computed. Triton's kernels run in the interpreter if TRITON_INTERPRET is 1; otherwise they are only counted, and new
 memory holds zeros. An operation on tensors of both devices raises RuntimeError, as on a GPU; so does indexing with a
-list, which a GPU would copy, and a kernel that is given a tensor of the CPU.
+list, which a GPU would copy, a kernel that is given a tensor of the CPU, and a launch while another GPU is selected.
 
     with simulate(monkeypatch) as gpu:
         model = gptq_belle.load(path, device="cuda:0")
@@ -15,7 +15,7 @@ list, which a GPU would copy, and a kernel that is given a tensor of the CPU.
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +100,7 @@ class SimulatedGpu(TorchDispatchMode):
         launched: variants of kernels that were launched.
         compiled: variants of kernels that were compiled before, and what the compiler returned.
         captured: launches of the graph that is being captured; None if none is.
+        is_selected: whether it is torch's current device; outside of torch.cuda.device another GPU is.
     """
 
     def __init__(self, fill: float) -> None:
@@ -108,6 +109,7 @@ class SimulatedGpu(TorchDispatchMode):
         self.launched: set[tuple[object, ...]] = set()
         self.compiled: dict[tuple[object, ...], object] = {}
         self.captured: list[Callable[[], None]] | None = None
+        self.is_selected = False
 
     def __enter__(self) -> "SimulatedGpu":
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(data, device="cuda") then calls `to`
@@ -152,6 +154,20 @@ class SimulatedGpu(TorchDispatchMode):
         return tree_map(lambda leaf: GpuTensor(leaf, self) if isinstance(leaf, Tensor) else leaf, result)
 
     @contextmanager
+    def select(self, device: object) -> Iterator[None]:
+        """`torch.cuda.device` and `torch.cuda.device_of`."""
+        before, self.is_selected = self.is_selected, True
+        try:
+            yield
+        finally:
+            self.is_selected = before
+
+    def check_selected(self, what: str) -> None:
+        """Raise RuntimeError for something that would go to the current stream of another GPU."""
+        if not self.is_selected:
+            raise RuntimeError(f"{what} on the current stream of another GPU")
+
+    @contextmanager
     def capture(self, graph: "SimulatedGraph", *_: Any, **options: Any) -> Iterator[None]:
         """`torch.cuda.graph` for launches; torch's operations are executed and not captured."""
         self.captured = graph.launches
@@ -184,6 +200,7 @@ class SimulatedGpu(TorchDispatchMode):
         Raises:
             RuntimeError: a tensor is not on the GPU.
         """
+        self.check_selected(kernel.__name__)
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         for name, tensor in tensors.items():
             if not isinstance(tensor, GpuTensor):
@@ -212,6 +229,7 @@ class SimulatedGraph:
 
     def replay(self) -> None:
         """Make all launches again, on the present contents of memory."""
+        self.gpu.check_selected("a graph is replayed")
         self.gpu.counts["graph", "replay"] += 1
         for launch in self.launches:
             launch()
@@ -257,11 +275,11 @@ def simulate(monkeypatch: Any) -> SimulatedGpu:
     monkeypatch.setattr(Kernel, "run", run)
     for name, value in {
         "is_available": lambda: True, "device_count": lambda: 1, "_lazy_init": lambda: None,
-        "device": lambda device: nullcontext(), "device_of": lambda tensor: nullcontext(),
+        "device": gpu.select, "device_of": gpu.select, "Stream": lambda device: SimpleNamespace(device=device),
         "get_device_properties": lambda device: H100, "is_current_stream_capturing": lambda: False,
         "current_stream": lambda device: SimpleNamespace(cuda_stream=0), "graph": gpu.capture,
         "CUDAGraph": lambda: SimulatedGraph(gpu),
-        "Event": lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
+        "Event": lambda: SimpleNamespace(record=lambda: gpu.check_selected("an event"), synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(triton_skinny_launch, "_tickets", {})

@@ -24,6 +24,7 @@ from gptq_belle.engine.finite_check import nonfinite_cache_block
 from gptq_belle.engine.fused_decoder import fuse
 from gptq_belle.engine.kv_cache import CACHE_DTYPES
 from gptq_belle.engine.sampling import Sampler
+from gptq_belle.engine.slots import DecodingRow
 from gptq_belle.errors import InputError
 from gptq_belle.kernels import reference, triton_layout, triton_matmul, triton_warm_up
 from gptq_belle.kernels.layout import checked_weight
@@ -125,7 +126,7 @@ def test_values_that_are_not_finite_are_located(tiny_llama, tmp_path, gpu):
 @pytest.mark.parametrize(("options", "to_device", "to_host"), [
     ({}, 2, 2),  # tokens, and slots with positions; whether logits are finite, and tokens
     ({"temperature": 0.7, "top_p": 0.9}, 5, 2),  # rows, and two tables of parameters
-    ({"logprobs": 3}, 2, 4),
+    ({"logprobs": 3}, 1, 5),  # of these two the tokens, which the host replaces
     ({"repetition_penalty": 1.2}, 3, 2)])
 def test_copies_per_token(tiny_model, options, to_device, to_host, tmp_path, gpu):
     model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
@@ -213,6 +214,23 @@ def test_next_step_is_queued_before_tokens_are_read(sampling, tiny_model, tmp_pa
                                "to host": 2}
 
 
+def test_one_row_needs_the_host(tiny_model, tmp_path, gpu):
+    """The others take the same launches. All tokens are copied to the GPU; one row's logits are stacked, copied,
+    changed and reduced, and its token is read. After the end of that row, steps are queued ahead again."""
+    model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
+    engine, found = Engine(model, 2, 64), []
+    for new_tokens, bias in ((9, None), (6, {7: 2.0})):
+        engine.submit(range(4, 20), gptq_belle.SamplingParams(max_new_tokens=new_tokens, ignore_eos=True,
+                                                              logit_bias=bias))
+    while not engine.idle:
+        with gpu.counting() as counts:
+            engine.step()
+        found.append(counts.totals())
+    launches = {"kernel": 5 * len(model.decoder.blocks) + 2, "graph": 1}
+    assert found[4] == launches | {"operation": 6, "to device": 1, "to host": 3}
+    assert found[7] == launches | {"operation": 1, "to device": 0, "to host": 2}
+
+
 @pytest.mark.parametrize(("kind", "act_order"), [("bloom", False), ("llama", True)])
 def test_all_launches_are_compiled_before(kind, act_order, request, tmp_path, gpu):
     """And nothing else is, over every number of rows."""
@@ -227,9 +245,8 @@ def test_all_launches_are_compiled_before(kind, act_order, request, tmp_path, gp
         for rows in range(1, 17):
             model.decode_slots(torch.full((rows,), 5).to(CUDA), cache, range(rows), [20] * rows)
             if (fused := model.fused_decoding(cache, rows)) is not None:
-                samplers = [Sampler(gptq_belle.SamplingParams(temperature=1.0), [], CUDA)] * rows
-                fused.start(range(rows), [20] * rows, [5] * rows, samplers, [9] * rows)
-                fused.queue([20] * rows)
+                sampler = Sampler(gptq_belle.SamplingParams(temperature=1.0), [], CUDA)
+                fused.step([DecodingRow(row, 20, 5, sampler, 9) for row in range(rows)])
     assert gpu.launched == gpu.compiled.keys()
 
 
@@ -344,17 +361,26 @@ def test_captured_launches_are_counted_when_they_are_replayed(gpu):
     from gptq_belle.kernels.triton_reduce import reduce_kernel
 
     graph, x = torch.cuda.CUDAGraph(), torch.ones(4, device=CUDA)
-    with torch.cuda.graph(graph):
-        reduce_kernel[1,](x, None, x, 1, 4, HAS_BIAS=False, SPLIT_K=1, WIDTH=256)
-    assert not gpu.counts.total("kernel")
-    graph.replay()
-    graph.replay()
+    with torch.cuda.device(CUDA):
+        with torch.cuda.graph(graph):
+            reduce_kernel[1,](x, None, x, 1, 4, HAS_BIAS=False, SPLIT_K=1, WIDTH=256)
+        assert not gpu.counts.total("kernel")
+        graph.replay()
+        graph.replay()
     assert (gpu.counts.total("kernel"), gpu.counts.total("graph")) == (2, 2)
 
 
 def test_tensor_of_the_cpu_is_no_argument_of_a_kernel(gpu):
     from gptq_belle.kernels.triton_reduce import reduce_kernel
 
-    with pytest.raises(RuntimeError, match=naming("bias")):
-        reduce_kernel[1,](torch.ones(2, 1, 4, device=CUDA), torch.ones(4), torch.ones(1, 4, device=CUDA), 1, 4,
-                          HAS_BIAS=True, SPLIT_K=2, WIDTH=256)
+    arguments = torch.ones(2, 1, 4, device=CUDA), torch.ones(4), torch.ones(1, 4, device=CUDA), 1, 4
+    with torch.cuda.device(CUDA), pytest.raises(RuntimeError, match=naming("bias")):
+        reduce_kernel[1,](*arguments, HAS_BIAS=True, SPLIT_K=2, WIDTH=256)
+
+
+def test_launch_while_another_gpu_is_selected(gpu):
+    from gptq_belle.kernels.triton_reduce import reduce_kernel
+
+    x = torch.ones(4, device=CUDA)
+    with pytest.raises(RuntimeError, match=naming("reduce_kernel")):
+        reduce_kernel[1,](x, None, x, 1, 4, HAS_BIAS=False, SPLIT_K=1, WIDTH=256)

@@ -17,12 +17,12 @@ from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, no
 from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
 from gptq_belle.engine.sampling import Sampler, sample_tokens
 from gptq_belle.engine.sampling_params import SamplingParams
-from gptq_belle.engine.slots import Event, Request, Slot, continues, eviction_order, reusable_tokens
+from gptq_belle.engine.slots import DecodingRow, Event, Request, Slot, continues, eviction_order, reusable_tokens
 from gptq_belle.engine.token_constraint import TokenConstraint
 from gptq_belle.errors import GptqBelleError, UsageError
 
 if TYPE_CHECKING:
-    from gptq_belle.engine.fused_decoding import FusedDecoding, StepResult
+    from gptq_belle.engine.fused_decoding import FusedDecoding
 
 CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
 
@@ -48,7 +48,6 @@ class Engine:
         self._slots = [Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._steps = self._admitted = 0
-        self._queued: tuple[list[Request], StepResult] | None = None  # a step whose tokens were not read
 
     @property
     def idle(self) -> bool:
@@ -174,10 +173,8 @@ class Engine:
         return [] if error is None else [self._fail(slot, error)]
 
     def _decode(self, slots: Sequence[Slot]) -> list[Event]:
-        fused = self.model.fused_decoding(self.cache, len(slots))
-        if fused is not None and not any(slot.sampler is None or slot.sampler.needs_host for slot in slots):
-            return self._decode_ahead(fused, slots)
-        self._queued = None
+        if (fused := self.model.fused_decoding(self.cache, len(slots))) is not None:
+            return self._decode_fused(fused, slots)
         tokens = [slot.request.answer[-1] for slot in slots if slot.request is not None]
         logits = self.model.decode_slots(torch.tensor(tokens, device=self.model.device), self.cache,
                                          [self._slots.index(slot) for slot in slots],
@@ -186,35 +183,34 @@ class Engine:
             slot.cached.append(token)
         return self._sample(slots, logits)
 
-    def _decode_ahead(self, fused: "FusedDecoding", slots: Sequence[Slot]) -> list[Event]:
-        """Decode one token per slot; the next step of the same requests is queued before the tokens are read.
+    def _decode_fused(self, fused: "FusedDecoding", slots: Sequence[Slot]) -> list[Event]:
+        """Decode one token per slot. The GPU chooses it, or else leaves the logits of the row to the host.
 
-        If a request ends with one of these tokens, or another one joins, the queued step is made again without it: it
-        has only written keys and values that are written again. Its random numbers are not lost: a sampler goes on by
-        one number for each token that is read.
+        The random numbers of a step that was queued ahead and dropped are not lost: a sampler goes on by one number for
+        each token that is read.
         """
-        requests = [slot.request for slot in slots if slot.request is not None]
-        numbers, lengths = [self._slots.index(slot) for slot in slots], [len(slot.cached) for slot in slots]
-        inputs = [request.answer[-1] for request in requests]
-        if self._queued is not None and self._queued[0] == requests:
-            result = self._queued[1]
-        else:
-            fused.start(numbers, lengths, inputs, [slot.sampler for slot in slots if slot.sampler is not None],
-                        [request.max_new_tokens - len(request.answer) for request in requests])
-            result = fused.queue(lengths)
-        for slot, token in zip(slots, inputs, strict=True):
-            slot.cached.append(token)
-        self._queued = None
-        if all(len(request.answer) + 2 <= request.max_new_tokens for request in requests):
-            self._queued = requests, fused.queue([length + 1 for length in lengths])
+        rows = [DecodingRow(self._slots.index(slot), len(slot.cached), slot.request.answer[-1], slot.sampler,
+                            slot.request.max_new_tokens - len(slot.request.answer))
+                for slot in slots if slot.request is not None and slot.sampler is not None]
+        result = fused.step(rows)
+        for slot, row in zip(slots, rows, strict=True):
+            slot.cached.append(row.token)
+        failed = _grammar_errors(slots)  # while the GPU computes
         tokens, finite = result.read()
-        failed = {row: explain_nonfinite(self.model, slots[row].cached, self.cache, numbers[row])
-                  for row, is_finite in enumerate(finite) if not is_finite} | self._due_cache_errors(slots)
-        for row, slot in enumerate(slots):
-            if row not in failed and slot.sampler is not None:
-                slot.sampler.accept(tokens[row])
-        return [self._fail(slot, failed[row]) if row in failed else self._accept(slot, tokens[row], None)
-                for row, slot in enumerate(slots)]
+        failed |= self._due_cache_errors(slots) | {
+            index: explain_nonfinite(self.model, slots[index].cached, self.cache, rows[index].slot)
+            for index, is_finite in enumerate(finite) if not is_finite}
+        events, hosted = [self._fail(slots[index], error) for index, error in failed.items()], []
+        for index, row in enumerate(rows):
+            if index not in failed and row.sampler.needs_host:
+                hosted.append(index)
+            elif index not in failed:
+                row.sampler.accept(tokens[index])
+                events.append(self._accept(slots[index], tokens[index], None))
+        if hosted:
+            logits = torch.stack([result.logits[index] for index in hosted])
+            events += self._sample_finite([slots[index] for index in hosted], logits)
+        return events
 
     def _sample(self, slots: Sequence[Slot], logits: Tensor) -> list[Event]:
         if not (failed := self._find_errors(slots, logits)):

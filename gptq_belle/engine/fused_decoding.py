@@ -2,7 +2,8 @@
 
 Tokens, slots and lengths stay on the device, and so do parameters and random numbers of sampling. As long as the same
 sequences are decoded, a step reads the tokens that the step before has chosen, so the next step can be queued before
-the tokens of this one are read.
+the tokens of this one are read. Some requests need the host for their tokens (`Sampler.needs_host`): as long as one of
+them is decoded, no step is queued ahead, and its token is copied to the device before the next step.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from gptq_belle.engine.fused_sampling import write_samplers
 from gptq_belle.engine.fused_step import FusedStep, StepBuffers
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.sampling import Sampler
+from gptq_belle.engine.slots import DecodingRow
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS, ROW_BUCKETS
 from gptq_belle.kernels.triton_launch import Launch
@@ -28,7 +30,13 @@ StepKey = tuple[int, int, bool]  # rows, length, and whether tokens are sampled
 
 
 class StepResult:
-    """Memory on the host for the next tokens of a step, which are copied while later steps are queued."""
+    """Memory on the host for the next tokens of a step, which are copied while the next step is queued.
+
+    Attributes:
+        logits: (n, V) float32 on the device, which the next step overwrites: of use if a row needs the host.
+    """
+
+    logits: Tensor
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._tokens, self._sums = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows)
@@ -67,7 +75,9 @@ class FusedDecoding:
         self.use_graphs = use_graphs
         self._steps: dict[StepKey, FusedStep] = {}
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
-        self._is_sampled = False  # the steps of the rows that `start` has written
+        self._expected: list[tuple[Sampler, int, bool]] = []  # samplers, lengths, and whether they need the host
+        self._ahead: StepResult | None = None  # of the expected rows
+        self._is_sampled = False  # the steps of the rows that `_start` has written
         self._sums = torch.zeros(self.buffers.rows, device=self.buffers.device)
         self._results = [StepResult(self.buffers.rows, self.buffers.device) for _ in range(2)]
 
@@ -79,58 +89,81 @@ class FusedDecoding:
         """
         self._set_state([0] * len(slots), slots, lengths)
         self.buffers.tokens[: len(slots)] = tokens
-        self._run(len(slots), max(lengths) + 1, False)
+        with torch.cuda.device_of(self.buffers.stream):
+            self._run(len(slots), max(lengths) + 1, False)
         return self.buffers.logits[: len(slots)]
 
-    def start(self, slots: Sequence[int], lengths: Sequence[int], tokens: Sequence[int], samplers: Sequence[Sampler],
-              counts: Sequence[int]) -> None:
-        """Write the rows of the steps that `queue` queues from now on.
+    def step(self, rows: Sequence[DecodingRow]) -> StepResult:
+        """Queue a decode step; if no row needs the host, and all can have one more token, queue the next one, too.
 
-        Args:
-            slots, lengths: as for `logits`.
-            tokens: input tokens.
-            samplers: which do not need the host; they are not changed.
-            counts: how many tokens can follow in each row.
-        """
-        self._set_state(tokens, slots, lengths)
-        self._is_sampled = not all(sampler.is_greedy for sampler in samplers)
-        if self._is_sampled:
-            write_samplers(self.buffers.sampling, samplers, lengths, counts)
+        Nothing is copied to the device if the rows are those of the call before, one token later. If one of them
+        needs the host, their tokens are.
 
-    def queue(self, lengths: Sequence[int]) -> StepResult:
-        """Queue the first step after `start`, or the next one, without waiting for it.
-
-        Args:
-            lengths: number of cached tokens of each row.
         Returns:
-            the result, valid until the step after the next one is queued.
+            the result, valid until the next call. Where a row needs the host, its token is to be replaced by one that
+            is sampled from its logits.
         """
+        hosted = [row.sampler.needs_host for row in rows]
+        if self._expected != [(row.sampler, row.length, needs) for row, needs in zip(rows, hosted, strict=True)]:
+            self._start(rows)
+        elif any(hosted):
+            self.buffers.tokens[: len(rows)].copy_(torch.tensor([row.token for row in rows], dtype=torch.int32))
+        lengths = [row.length for row in rows]
+        result = self._ahead or self._queue(lengths)
+        self._ahead, self._expected = None, [(row.sampler, row.length + 1, needs)
+                                             for row, needs in zip(rows, hosted, strict=True)]
+        if not any(hosted) and all(row.count > 1 for row in rows):
+            self._ahead = self._queue([length + 1 for length in lengths])
+        return result
+
+    def _start(self, rows: Sequence[DecodingRow]) -> None:
+        """Write the rows of the next steps. A step that was queued for others is dropped: it has only written keys and
+        values that are written again."""
+        self._set_state([row.token for row in rows], [row.slot for row in rows], [row.length for row in rows])
+        self._is_sampled = not all(row.sampler.is_greedy or row.sampler.needs_host for row in rows)
+        if self._is_sampled:
+            write_samplers(self.buffers.sampling, [row.sampler for row in rows], [row.length for row in rows],
+                           [row.count for row in rows])
+
+    def _queue(self, lengths: Sequence[int]) -> StepResult:
+        """Queue a step of the rows that are on the device, with `lengths` cached tokens."""
         count = len(lengths)
-        self._run(count, max(lengths) + 1, self._is_sampled)
-        torch.sum(self.buffers.logits[:count], -1, out=self._sums[:count])
-        self._results.reverse()
-        self._results[0].fetch(self.buffers.tokens[:count], self._sums[:count])
-        return self._results[0]
+        with torch.cuda.device_of(self.buffers.stream):  # Triton and events take the stream of the current device
+            self._run(count, max(lengths) + 1, self._is_sampled)
+            torch.sum(self.buffers.logits[:count], -1, out=self._sums[:count])
+            self._results.reverse()
+            result = self._results[0]
+            result.fetch(self.buffers.tokens[:count], self._sums[:count])
+        result.logits = self.buffers.logits[:count]
+        return result
 
     def _set_state(self, tokens: Sequence[int], slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Write the rows of the next step, those after them as idle."""
+        self._expected, self._ahead = [], None
         idle = self.buffers.rows - len(slots)
         state = ([*tokens, *[0] * idle], [*slots, *[0] * idle], [*lengths, *[-1] * idle])
         self.buffers.state.copy_(torch.tensor(state, dtype=torch.int32))
 
     def _run(self, count: int, length: int, is_sampled: bool) -> None:
         key = *self._bucket(count, length), is_sampled
-        with torch.cuda.device_of(self.buffers.stream):
-            if key in self._graphs:
-                self._graphs[key].replay()
-            elif key not in self._steps or not self.use_graphs:
-                self._step(key).run()
-            else:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self._steps[key].run()
-                graph.replay()
-                self._graphs[key] = graph
+        if key in self._graphs:
+            self._graphs[key].replay()
+        elif key not in self._steps or not self.use_graphs:
+            self._step(key).run()
+        else:
+            self._graphs[key] = self._captured(self._steps[key])
+            self._graphs[key].replay()
+
+    def _captured(self, step: FusedStep) -> torch.cuda.CUDAGraph:
+        """Record a step that was made before.
+
+        torch's own stream for captures is of the device where the first one in the process was made, and by default
+        another thread that allocates memory makes a capture fail.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.buffers.device), capture_error_mode="thread_local"):
+            step.run()
+        return graph
 
     def _step(self, key: StepKey) -> FusedStep:
         if key not in self._steps:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gptq_belle.engine.logit_rules import MAX_FACTOR, MIN_FACTOR
 from gptq_belle.engine.sampling import Sampler
+from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.kernels.triton_sampling import SamplingState
 
 
@@ -23,11 +24,12 @@ def write_samplers(state: SamplingState, samplers: Sequence[Sampler], lengths: S
 
     Args:
         state: written.
-        samplers: one per row; they are not changed.
+        samplers: one per row; they are not changed. Rows that need the host are greedy on the device.
         lengths: cached tokens of each row: the column of its first random number.
         counts: how many tokens each row can still get.
     """
-    params, vocab = [sampler.params for sampler in samplers], state.seen.shape[1]
+    params = [SamplingParams() if sampler.needs_host else sampler.params for sampler in samplers]
+    vocab = state.seen.shape[1]
     _write(state.temperatures, [p.temperature and max(p.temperature, MIN_FACTOR) for p in params])
     _write(state.penalties, [min(max(p.repetition_penalty, MIN_FACTOR), MAX_FACTOR) for p in params])
     _write(state.top_k, [min(p.top_k, vocab) for p in params])

@@ -25,7 +25,6 @@ class LogitRules:
         constraint: the grammar of the answer, if any.
     Attributes:
         active: whether logits are changed at all.
-        need_host: whether they are changed by anything but the repetition penalty, which fused steps apply on a GPU.
         seen: the tokens that the repetition penalty counts; empty without one.
     """
 
@@ -38,9 +37,13 @@ class LogitRules:
         self._ends = self._ids(sorted(set(ends if params.min_tokens else ())))
         bias = params.logit_bias or {}
         self._bias = self._ids(list(bias)), torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
-        self.need_host = bool(params.presence_penalty or params.frequency_penalty or bias or params.min_tokens
-                              or constraint is not None)
-        self.active = self.need_host or params.repetition_penalty != 1
+        self._need_host = bool(params.presence_penalty or params.frequency_penalty or bias or constraint is not None)
+        self.active = self._need_host or params.min_tokens > 0 or params.repetition_penalty != 1
+
+    @property
+    def need_host(self) -> bool:
+        """Whether the next logits are changed by more than the repetition penalty, which fused steps apply on a GPU."""
+        return self._need_host or self._answer.total() < self._params.min_tokens
 
     def apply(self, logits: Tensor) -> Tensor:
         """Change logits (V,) float32 of the next token, in vLLM's order: grammar, bias, minimum length, penalties."""

@@ -76,6 +76,16 @@ class Slot:
     sampler: Sampler | None = None
 
 
+class DecodingRow(NamedTuple):
+    """One sequence in a fused decode step."""
+
+    slot: int
+    length: int  # cached tokens
+    token: int  # the input
+    sampler: Sampler
+    count: int  # how many tokens can follow
+
+
 def reusable_tokens(slot: Slot, request: Request) -> int:
     """Number of prompt tokens, except the last one, that a slot has keys and values of: a multiple of QUERY_BLOCK,
     because the results of whole query blocks do not depend on the tokens after them."""
