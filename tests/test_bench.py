@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 import time
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -116,6 +118,12 @@ def test_markdown_table_shows_the_measurements(measured, capsys):
     assert "| decode, tokens/s |" in text
     assert "| bits | full | 4 |" in text
     assert text.count("is limited by") == 2
+
+
+def test_steps_that_are_not_fused_are_explained(measured, capsys):
+    changed = [replace(measured.results[0], unfused="65 sequences"), measured.results[1]]
+    bench_output.show(replace(measured, results=changed), "md")
+    assert re.findall(r"not fused.*", capsys.readouterr().out) == ["not fused, which makes them slower: 65 sequences."]
 
 
 def test_plot_is_written_as_png_and_other_formats_are_rejected(measured, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -146,10 +147,22 @@ BLOCK = {("bloom", True): {"operation": 0, "kernel": 5, "graph": 0, "to device":
          ("llama", True): {"operation": 0, "kernel": 5, "graph": 0, "to device": 0, "to host": 0},
          ("bloom", False): {"operation": 8, "kernel": 4, "graph": 0, "to device": 0, "to host": 0},
          ("llama", False): {"operation": 15, "kernel": 4, "graph": 0, "to device": 0, "to host": 0}}
-REST = {("bloom", True): {"operation": 2, "kernel": 2, "graph": 1, "to device": 2, "to host": 0},
-        ("llama", True): {"operation": 2, "kernel": 2, "graph": 1, "to device": 2, "to host": 0},
+REST = {("bloom", True): {"operation": 2, "kernel": 2, "graph": 1, "to device": 1, "to host": 0},
+        ("llama", True): {"operation": 2, "kernel": 2, "graph": 1, "to device": 1, "to host": 0},
         ("bloom", False): {"operation": 23, "kernel": 1, "graph": 0, "to device": 2, "to host": 0},
         ("llama", False): {"operation": 13, "kernel": 0, "graph": 0, "to device": 2, "to host": 0}}
+
+
+@pytest.mark.parametrize(("options", "cache", "rows", "reason"), [
+    ({}, "float16", 64, None), ({}, "float16", 65, 65), ({}, "float32", 2, "float32"),
+    ({"act_order": True}, "float16", 2, "g_idx")])  # query, key and value in orders of their own
+def test_steps_that_are_not_fused(options, cache, rows, reason, tiny_llama, tmp_path, gpu):
+    model = gptq_belle.load(packed_checkpoint(tiny_llama, tmp_path / "packed", **options), device="cuda:0", cache=cache)
+    kept = model.new_cache(rows, 16)
+    with gpu.counting() as counts:
+        model.decode_slots(torch.full((rows,), 5).to(CUDA), kept, range(rows), [0] * rows)
+    assert (model.unfused_reason(rows) is None) == (counts["kernel", "attention_kernel"] > 0) == (reason is None)
+    assert reason is None or re.search(naming(reason), model.unfused_reason(rows))
 
 
 @pytest.fixture(scope="module")

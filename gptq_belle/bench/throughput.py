@@ -47,6 +47,7 @@ class BenchResult:
         bound: one line about what limits the decode speed.
         modelled: tokens per second of the time model (bench/step_time.py) at the measured copy bandwidth, to compare
             with `decode`; None on a CPU and for models that it does not cover.
+        unfused: why decode steps on a GPU are not fused, which makes them slower; None if they are, and on a CPU.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class BenchResult:
     shares: StepShares
     bound: str
     modelled: float | None = None
+    unfused: str | None = None
 
 
 class BatchMemory(NamedTuple):
@@ -148,7 +150,7 @@ def modelled_step(model: Model, gpu: Gpu, batch: int, length: int) -> StepTime |
         batch, length: number of sequences, and tokens of each in the KV cache.
     """
     bits, head = _bits(model), model.decoder.head
-    if bits not in BITS:
+    if bits not in BITS or model.unfused_reason(batch) is not None:
         return None
     settings = MemorySettings(
         bits=int(bits), head_bits=head.weight.bits if isinstance(head, PackedLinear) else UNPACKED,
@@ -191,4 +193,5 @@ def _result(model: Model, workload: Workload, times: Sequence[RunTimes], footpri
         shares=shares,
         bound=explain_bound(size, step, bandwidth, shares),
         modelled=None if modelled is None else modelled.tokens_per_second,
+        unfused=None if model.device.type == "cpu" else model.unfused_reason(workload.batch),
     )

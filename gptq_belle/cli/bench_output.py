@@ -76,6 +76,8 @@ def _show_table(benchmark: Benchmark) -> None:
         console.print_line()
     for name, result in zip(benchmark.names, results, strict=True):
         console.print_line(f"{name} is limited by {result.bound}.")
+        if result.unfused is not None:
+            console.print_line(f"Decode steps of {name} are not fused, which makes them slower: {result.unfused}.")
     console.print_line(f"Read bandwidth of the memory: {benchmark.bandwidth.median / 1e9:.1f} GB/s. Peak memory is "
                        "relative to the process before loading.")
     console.print_line(f"Machine: {machine_summary()}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq_belle.engine.attention import AttentionConfig
 from gptq_belle.engine.bloom import Bloom
-from gptq_belle.engine.linear import DenseLinear, LinearOperator, PackedLinear
+from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import Embedding
 from gptq_belle.kernels import triton_matmul
@@ -88,8 +88,14 @@ class FusedDecoder:
 
 
 def fusion_obstacle(decoder: Bloom | Llama) -> str | None:
-    """Why a decoder has no fused decode step; None if it has one."""
+    """Why a decoder has no fused decode step; None if it has one.
+
+    In act-order, query, key and value must have the same order of inputs, and gate and up, too. GPTQ gives them the
+    same one: it sorts by the Hessian of their input, which they share.
+    """
     linears = [linear for block in decoder.blocks for linear in block.linears]
+    if any(isinstance(linear, ConcatenatedLinear) for linear in linears):
+        return "linears with the same input differ in bits, format or groups of inputs (g_idx)"
     if not all(isinstance(linear, PackedLinear) and isinstance(linear.weight, SlicedWeight) for linear in linears):
         return "not every linear is one packed weight in the layout of the Triton kernels"
     if isinstance(decoder, Bloom) and any(block.normed for block in decoder.blocks):

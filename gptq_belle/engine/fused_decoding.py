@@ -27,6 +27,7 @@ PROGRAMMATIC_LAUNCH = False  # of every kernel before the one before it ends; no
 PROGRAMMATIC_CAPABILITY = 90  # the lowest compute capability that can
 
 StepKey = tuple[int, int, bool]  # rows, length, and whether tokens are sampled
+RowState = tuple[Sampler | None, int, int, bool]  # sampler, slot, length, and whether the host gives the token
 
 
 class StepResult:
@@ -75,7 +76,7 @@ class FusedDecoding:
         self.use_graphs = use_graphs
         self._steps: dict[StepKey, FusedStep] = {}
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph] = {}
-        self._expected: list[tuple[Sampler, int, bool]] = []  # samplers, lengths, and whether they need the host
+        self._expected: list[RowState] = []  # what the device is ready for
         self._ahead: StepResult | None = None  # of the expected rows
         self._is_sampled = False  # the steps of the rows that `_start` has written
         self._sums = torch.zeros(self.buffers.rows, device=self.buffers.device)
@@ -84,13 +85,19 @@ class FusedDecoding:
     def logits(self, tokens: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Make a step with tokens (n,) in slots with `lengths` cached tokens each.
 
+        Nothing but tokens is copied if the slots are those of the call before, one token later.
+
         Returns:
             logits (n, V) float32, which the next step overwrites.
         """
-        self._set_state([0] * len(slots), slots, lengths)
+        state: list[RowState] = [(None, slot, length, True) for slot, length in zip(slots, lengths, strict=True)]
+        expected, self._expected = self._expected, []  # in case of an error
+        if expected != state:
+            self._set_state([0] * len(slots), slots, lengths)
         self.buffers.tokens[: len(slots)] = tokens
         with torch.cuda.device_of(self.buffers.stream):
             self._run(len(slots), max(lengths) + 1, False)
+        self._expected = _one_token_later(state)
         return self.buffers.logits[: len(slots)]
 
     def step(self, rows: Sequence[DecodingRow]) -> StepResult:
@@ -103,17 +110,18 @@ class FusedDecoding:
             the result, valid until the next call. Where a row needs the host, its token is to be replaced by one that
             is sampled from its logits.
         """
-        hosted = [row.sampler.needs_host for row in rows]
-        if self._expected != [(row.sampler, row.length, needs) for row, needs in zip(rows, hosted, strict=True)]:
+        state: list[RowState] = [(row.sampler, row.slot, row.length, row.sampler.needs_host) for row in rows]
+        needs_host = any(hosted for *_, hosted in state)
+        expected, self._expected = self._expected, []  # in case of an error
+        if expected != state:
             self._start(rows)
-        elif any(hosted):
+        elif needs_host:
             self.buffers.tokens[: len(rows)].copy_(torch.tensor([row.token for row in rows], dtype=torch.int32))
         lengths = [row.length for row in rows]
-        result = self._ahead or self._queue(lengths)
-        self._ahead, self._expected = None, [(row.sampler, row.length + 1, needs)
-                                             for row, needs in zip(rows, hosted, strict=True)]
-        if not any(hosted) and all(row.count > 1 for row in rows):
+        result, self._ahead = self._ahead or self._queue(lengths), None
+        if not needs_host and all(row.count > 1 for row in rows):
             self._ahead = self._queue([length + 1 for length in lengths])
+        self._expected = _one_token_later(state)
         return result
 
     def _start(self, rows: Sequence[DecodingRow]) -> None:
@@ -139,7 +147,7 @@ class FusedDecoding:
 
     def _set_state(self, tokens: Sequence[int], slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Write the rows of the next step, those after them as idle."""
-        self._expected, self._ahead = [], None
+        self._ahead = None
         idle = self.buffers.rows - len(slots)
         state = ([*tokens, *[0] * idle], [*slots, *[0] * idle], [*lengths, *[-1] * idle])
         self.buffers.state.copy_(torch.tensor(state, dtype=torch.int32))
@@ -177,6 +185,10 @@ class FusedDecoding:
             longest *= 2
         rows = next(rows for rows in ROWS if count <= rows)
         return min(rows, self.buffers.rows), min(longest, self.buffers.cache.capacity)
+
+
+def _one_token_later(state: Sequence[RowState]) -> list[RowState]:
+    return [(sampler, slot, length + 1, hosted) for sampler, slot, length, hosted in state]
 
 
 def decoding_launches(decoder: FusedDecoder, cache: KVCache, rows: int) -> list[Launch]:

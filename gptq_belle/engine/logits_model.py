@@ -56,7 +56,8 @@ class LogitsModel:
         weight_bytes: memory of all weights in bytes.
         step_bytes: bytes of weights that a decode step reads: all except an untied embedding.
         use_step_graphs: whether decode steps are recorded and replayed: on a CPU in one native call, on a GPU as fused
-            launches in a CUDA graph. False if the kernels do not support a part of the model. Can be set to False.
+            launches in a CUDA graph (`unfused_reason`). False if the kernels do not support a part of the model. Can be
+            set to False.
     """
 
     def __init__(self, decoder: Bloom | Llama, decoder_config: DecoderConfig, reader: CheckpointReader,
@@ -92,14 +93,15 @@ class LogitsModel:
         rows = max(slots, min(self.prefill_chunk, capacity))
         fused = self._fused_launches(slots, capacity)
         operators = [*((linear, rows) for block in self.decoder.blocks for linear in block.linears),
-                     (self.decoder.head, 1 if fused else slots)]  # prefill computes logits of one token
+                     (self.decoder.head, 1 if fused and slots <= MAX_SKINNY_ROWS else slots)]  # 1 for prefill
         products = ((part.weight, part.bias, most) for operator, most in operators for part in packed_linears(operator))
         dispatch.warm_up(products, self.dtype, progress, fused)
 
     def _fused_launches(self, slots: int, capacity: int) -> list[Launch]:
         """The launches of fused decode steps; kernels are compiled for a capacity that 16 divides, or for others."""
-        if not self.use_step_graphs or self._fused is None or self.cache_kind == "float32":
+        if not self.use_step_graphs or self.unfused_reason(1) is not None:
             return []
+        assert self._fused is not None
         from gptq_belle.engine.fused_decoding import decoding_launches  # imports Triton
 
         return decoding_launches(self._fused, self.new_cache(1, 16 + capacity % 16), slots)
@@ -225,13 +227,28 @@ class LogitsModel:
 
     def fused_decoding(self, cache: KVCache, rows: int) -> "FusedDecoding | None":
         """Fused decode steps of `rows` rows on a cache; None on a CPU, and where the fused kernels do not serve."""
-        if not self.use_step_graphs or self._fused is None or cache.kind == "float32" or rows > MAX_SKINNY_ROWS:
+        if not self.use_step_graphs or self.unfused_reason(rows, cache.kind) is not None:
             return None
         if cache.fused is None:
+            assert self._fused is not None
             from gptq_belle.engine.fused_decoding import FusedDecoding  # imports Triton
 
             cache.fused = FusedDecoding(self._fused, cache, use_graphs=self.device.type == "cuda")
         return cache.fused
+
+    def unfused_reason(self, rows: int, cache: str | None = None) -> str | None:
+        """Why decode steps of `rows` sequences on a GPU are torch operations, which take several times as long as the
+        fused launches of engine/fused_step.py; None if they are fused.
+
+        Args:
+            rows: number of sequences that are decoded together.
+            cache: kind of the KV cache; default: the model's.
+        """
+        if rows > MAX_SKINNY_ROWS:
+            return f"{rows} sequences are more than {MAX_SKINNY_ROWS}"
+        if (cache or self.cache_kind) == "float32":
+            return "the KV cache is in float32"
+        return fusion_obstacle(self.decoder) if self._fused is None else None
 
     @cached_property
     def _fused(self) -> FusedDecoder | None:
