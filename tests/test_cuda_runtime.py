@@ -216,6 +216,7 @@ def test_next_step_is_queued_before_tokens_are_read(sampling, tiny_model, tmp_pa
     """Steps of the same requests copy nothing to the GPU, and read tokens and sums of logits of one before."""
     model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
     engine = Engine(model, 2, 64)
+    assert engine.cache.fused is not None  # its memory is allocated before the first request
     for start in (4, 5):
         engine.submit(range(start, 20), gptq_belle.SamplingParams(max_new_tokens=9, ignore_eos=True, **sampling))
     for _ in range(4):

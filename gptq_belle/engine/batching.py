@@ -45,6 +45,7 @@ class Engine:
         self.capacity = min(capacity or model.context or 2048, model.context or 1 << 30)
         self.cache = model.new_cache(slots, self.capacity)
         model.warm_up(slots, self.capacity)
+        model.fused_decoding(self.cache, 1)  # allocates its buffers, so that memory is not missing later
         self._slots = [Slot() for _ in range(slots)]
         self._waiting: deque[Request] = deque()
         self._steps = self._admitted = 0

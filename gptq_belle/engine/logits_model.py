@@ -233,7 +233,8 @@ class LogitsModel:
             assert self._fused is not None
             from gptq_belle.engine.fused_decoding import FusedDecoding  # imports Triton
 
-            cache.fused = FusedDecoding(self._fused, cache, use_graphs=self.device.type == "cuda")
+            with torch.inference_mode(), torch.cuda.device_of(self.decoder.norm.weight):  # pinned memory has a device
+                cache.fused = FusedDecoding(self._fused, cache, use_graphs=self.device.type == "cuda")
         return cache.fused
 
     def unfused_reason(self, rows: int, cache: str | None = None) -> str | None:
