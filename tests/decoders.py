@@ -4,6 +4,8 @@ import json
 
 import torch
 from conftest import _save
+from oracle_format import formula
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import gptq_belle
@@ -13,6 +15,18 @@ def saved(model_class, config, path):
     """Write a random model of a configuration in float16."""
     torch.manual_seed(5)
     return _save(model_class(config), path)
+
+
+def dequantized(source, packed, dtype=torch.float64):
+    """The full-precision model `source` in transformers, with the weights of a packed directory by the formula."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    tensors = load_file(packed / "model.safetensors")
+    settings = json.loads((packed / "config.json").read_text())["quantization_config"]
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        parts = [tensors.get(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
+        weight = formula(*parts, settings["bits"], v1=settings["format"] == "gptq", group_size=settings["group_size"])
+        model.get_submodule(name).weight.data = weight.to(dtype)
+    return model
 
 
 def theirs(path, ids, mask=None):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, VOCABULARY, naming, packed_checkpoint, tiny_tokenizer
+from decoders import dequantized
 from oracle_format import formula
 from oracle_legacy import old_weight, write_legacy
 from safetensors.torch import load_file, save_file
@@ -56,15 +57,10 @@ def old_logits(model, state, bits, group):
         return hf(IDS).logits
 
 
-def written_logits(model, out, bits):
+def written_logits(model, out):
     """Logits of transformers in float32 with the dequantized weights of the written directory."""
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tensors, v1 = load_file(out / "model.safetensors"), config_of(out)["quantization_config"]["format"] == "gptq"
-    for name in packed_names(tensors):
-        parts = [tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
-        hf.get_submodule(name).weight.data = formula(*parts, bits, v1=v1).float()
     with torch.inference_mode():
-        return hf(IDS).logits
+        return dequantized(model, out, torch.float32)(IDS).logits
 
 
 @pytest.mark.parametrize(("bits", "group", "all_positive"), [
@@ -73,7 +69,7 @@ def test_logits_equal_the_legacy_arithmetic(tiny_model, tmp_path, bits, group, a
     state = legacy(tiny_model, tmp_path / "old", bits=bits, group=group, all_positive=all_positive)
     found = convert(tmp_path / "old", tmp_path / "new")
     expected = old_logits(tiny_model, state, bits, group)
-    assert torch.equal(written_logits(tiny_model, tmp_path / "new", bits), expected)
+    assert torch.equal(written_logits(tiny_model, tmp_path / "new"), expected)
     assert found.deviation == 0
     with torch.inference_mode():
         runtime = hf_model(tmp_path / "new", device="cpu")(IDS).logits
@@ -253,7 +249,7 @@ def test_legacy_safetensors_file_without_configuration_is_converted(tiny_llama, 
     save_file(state, tmp_path / "old" / "checkpoint.safetensors")
     found = convert(tmp_path / "old" / "checkpoint.safetensors", tmp_path / "new")
     assert (found.kind, found.read_format, found.written_format) == ("state dictionary", "gptq", "gptq_v2")
-    assert torch.equal(written_logits(tiny_llama, tmp_path / "new", 4), old_logits(tiny_llama, state, 4, 32))
+    assert torch.equal(written_logits(tiny_llama, tmp_path / "new"), old_logits(tiny_llama, state, 4, 32))
 
 
 def test_untied_lm_head_is_kept(tiny_bloom, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import naming, packed_checkpoint
-from oracle_format import formula
+from decoders import dequantized
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -43,18 +43,7 @@ def name_of(variant):
 
 def expected_logits(source, packed):
     """Logits of transformers in float64 with weights dequantized by the formula."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
-    tensors = load_file(packed / "model.safetensors")
-    settings = json.loads((packed / "quantize_config.json").read_text())
-    for name in tensors:
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            parts = [tensors.get(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
-            weight = formula(*parts, settings["bits"], v1=settings["format"] == "gptq",
-                             group_size=settings["group_size"])
-            model.get_submodule(module).weight.data = weight
-    with torch.inference_mode():
-        return model(IDS).logits
+    return logits(dequantized(source, packed))
 
 
 def logits(model):
