@@ -119,7 +119,7 @@ class FusedDecoding:
             self.buffers.tokens[: len(rows)].copy_(torch.tensor([row.token for row in rows], dtype=torch.int32))
         lengths = [row.length for row in rows]
         result, self._ahead = self._ahead or self._queue(lengths), None
-        if not needs_host and all(row.count > 1 for row in rows):
+        if not needs_host and all(row.remaining > 1 for row in rows):
             self._ahead = self._queue([length + 1 for length in lengths])
         self._expected = _one_token_later(state)
         return result
@@ -131,7 +131,7 @@ class FusedDecoding:
         self._is_sampled = not all(row.sampler.is_greedy or row.sampler.needs_host for row in rows)
         if self._is_sampled:
             write_samplers(self.buffers.sampling, [row.sampler for row in rows], [row.length for row in rows],
-                           [row.count for row in rows])
+                           [row.remaining for row in rows])
 
     def _queue(self, lengths: Sequence[int]) -> StepResult:
         """Queue a step of the rows that are on the device, with `lengths` cached tokens."""

@@ -83,7 +83,7 @@ class DecodingRow(NamedTuple):
     length: int  # cached tokens
     token: int  # the input
     sampler: Sampler
-    count: int  # how many tokens can follow
+    remaining: int  # how many tokens can follow
 
 
 def reusable_tokens(slot: Slot, request: Request) -> int:
