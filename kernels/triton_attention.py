@@ -12,10 +12,10 @@ from .triton_config import TENSOR_CORES
 from .triton_launch import Launch, Workspace
 from .triton_matmul import OPTIONS, device_properties, is_interpreted
 
-PIECE = 256  # positions of a program
+PIECE = 128  # positions of a program
 STEP = 64  # positions of an iteration; PIECE is a multiple of it
 MIN_QUERIES = 16  # rows of the smallest matrix instruction
-AHEAD = 4  # pieces that the merging program loads at a time
+AHEAD = 16  # pieces that the merging program loads at a time
 COMPILED = {"num_warps": 2, "num_stages": 3, "maxnreg": 224, **OPTIONS}  # nothing spills: benchmarks/aot_decode.py
 
 

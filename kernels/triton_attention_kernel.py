@@ -127,57 +127,54 @@ def attention_kernel(
             acc_low = tl.dot(p.to(DTYPE), v_low, acc_low * shrink[:, None])
             acc_high = tl.dot(p.to(DTYPE), v_high, acc_high * shrink[:, None])
             largest = higher
-        number = head * (GROUP * D) + g[:, None] * D
+        number = head * (GROUP * D)
         out_row = out + b.to(tl.int64) * out_size
         if count == 1:
-            _store(acc_low, norm, number + low[None, :], real, places, out_row)
-            _store(acc_high, norm, number + high[None, :], real, places, out_row)
+            _store(acc_low / norm[:, None], number + g[:, None] * D + low[None, :], real, places, out_row)
+            _store(acc_high / norm[:, None], number + g[:, None] * D + high[None, :], real, places, out_row)
         else:
             pair = b * kv_heads + head
-            start_of = sums + (pair.to(tl.int64) * pieces * GROUP + g) * (D + 2)
-            mine = start_of + piece * GROUP * (D + 2)
-            tl.store(mine[:, None] + j[None, :], acc_low, mask=real)
-            tl.store(mine[:, None] + HALF + j[None, :], acc_high, mask=real)
+            start_of = sums + pair.to(tl.int64) * pieces * (GROUP * (D + 2))
+            mine = start_of + (piece * GROUP + g) * (D + 2)
+            tl.store(mine[:, None] + low[None, :], acc_low, mask=real)
+            tl.store(mine[:, None] + high[None, :], acc_high, mask=real)
             tl.store(mine + D, largest, mask=g < GROUP)
             tl.store(mine + D + 1, norm, mask=g < GROUP)
             tl.debug_barrier()  # all threads have stored before one of them takes the ticket
             if tl.atomic_add(tickets + pair, 1, sem="acq_rel", scope="gpu") == count - 1:
-                acc_low, acc_high, norm = _merge(start_of, count, g, j, real, D, GROUP, HALF, HP, QUERIES, AHEAD)
-                _store(acc_low, norm, number + low[None, :], real, places, out_row)
-                _store(acc_high, norm, number + high[None, :], real, places, out_row)
+                _store_merged(start_of, count, number, places, out_row, D, GROUP, AHEAD)
                 tl.store(tickets + pair, 0)
 
 
 @triton.jit
-def _merge(start_of, count, g, j, real, D: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HP: tl.constexpr,
-           QUERIES: tl.constexpr, AHEAD: tl.constexpr):
-    """Sum of the pieces of one (row, key head) in their order: both halves and the normalizer, all float32.
+def _store_merged(start_of, count, number, places, out_row, D: tl.constexpr, GROUP: tl.constexpr,
+                  AHEAD: tl.constexpr):
+    """Merge the pieces of one (row, key head) in their order, AHEAD at a time, and store the result of each query.
 
     The loads bypass the first-level cache, which does not see what other multiprocessors stored.
     """
-    largest = tl.full((QUERIES,), -float("inf"), tl.float32)
-    for piece in range(count):
-        at = start_of + piece * GROUP * (D + 2) + D
-        largest = tl.maximum(largest, tl.load(at, mask=g < GROUP, other=0.0, cache_modifier=".cg"))
-    norm = tl.zeros((QUERIES,), tl.float32)
-    acc_low, acc_high = tl.zeros((QUERIES, HP), tl.float32), tl.zeros((QUERIES, HP), tl.float32)
-    for some in range(0, count, AHEAD):
-        for i in tl.static_range(AHEAD):
-            at = start_of + (some + i) * GROUP * (D + 2)
-            valid = (g < GROUP) & (tl.full((QUERIES,), some + i, tl.int32) < count)
-            there = real & valid[:, None]
+    d, i = tl.arange(0, triton.next_power_of_2(D)), tl.arange(0, AHEAD)
+    for query in range(GROUP):
+        largest, norm = tl.full((), -float("inf"), tl.float32), tl.full((), 0.0, tl.float32)
+        acc = tl.zeros((triton.next_power_of_2(D),), tl.float32)
+        for some in range(0, count, AHEAD):
+            at = start_of + ((some + i) * GROUP + query) * (D + 2)
+            valid = some + i < count
+            there = valid[:, None] & (d[None, :] < D)
+            values = tl.load(at[:, None] + d[None, :], mask=there, other=0.0, cache_modifier=".cg")
             score = tl.load(at + D, mask=valid, other=-float("inf"), cache_modifier=".cg")
-            shrink = tl.where(valid, tl.exp2(score - largest), 0.0)
-            norm += shrink * tl.load(at + D + 1, mask=valid, other=0.0, cache_modifier=".cg")
-            acc_low += shrink[:, None] * tl.load(at[:, None] + j[None, :], mask=there, other=0.0, cache_modifier=".cg")
-            acc_high += shrink[:, None] * tl.load(at[:, None] + HALF + j[None, :], mask=there, other=0.0,
-                                                  cache_modifier=".cg")
-    return acc_low, acc_high, norm
+            norms = tl.load(at + D + 1, mask=valid, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(largest, tl.max(score, 0))
+            shrink, weight = tl.exp2(largest - higher), tl.exp2(score - higher)
+            norm = norm * shrink + tl.sum(weight * norms, 0)
+            acc = acc * shrink + tl.sum(weight[:, None] * values, 0)
+            largest = higher
+        _store(acc / norm, number + query * D + d, d < D, places, out_row)
 
 
 @triton.jit
-def _store(acc, norm, number, real, places, out_row):
+def _store(value, number, real, places, out_row):
     at = number
     if places is not None:
         at = tl.load(places + number, mask=real, other=0)
-    tl.store(out_row + at, (acc / norm[:, None]).to(out_row.dtype.element_ty), mask=real)
+    tl.store(out_row + at, value.to(out_row.dtype.element_ty), mask=real)
