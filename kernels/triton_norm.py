@@ -43,17 +43,26 @@ class NextNorm(NamedTuple):
 
 @triton.jit
 def merged_moments(moments, m, M, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Mean and variance (BM,) float32 of rows m of the stream."""
+    """Mean and variance (BM,) float32 of rows m of the stream.
+
+    Tiles are merged some at a time, because with 32 rows and more all of them spill. Differences are those from the
+    mean of the first tile, so that none of large squares remains.
+    """
     TILES: tl.constexpr = (WIDTH + TILE - 1) // TILE
-    tile = tl.arange(0, triton.next_power_of_2(TILES))[:, None]
-    live = (tile < TILES) & (m[None, :] < M)
-    at = moments + tile * M + m[None, :]
-    total = tl.load(at, mask=live, other=0.0)
-    squares = tl.load(at + TILES * M, mask=live, other=0.0)
-    mean = tl.sum(total, 0) / WIDTH
-    count = tl.maximum(tl.minimum(WIDTH - tile * TILE, TILE), 1).to(tl.float32)
-    difference = tl.where(live, total / count - mean[None, :], 0.0)
-    return mean, tl.sum(squares + count * difference * difference, 0) / WIDTH
+    ALL: tl.constexpr = triton.next_power_of_2(TILES)
+    TOGETHER: tl.constexpr = ALL if ALL * m.shape[0] <= 2048 else 2048 // m.shape[0]
+    first = tl.load(moments + m, mask=m < M, other=0.0) / min(WIDTH, TILE)
+    shift, squares = tl.zeros_like(first), tl.zeros_like(first)
+    for start in range(0, TILES, TOGETHER):
+        tile = start + tl.arange(0, TOGETHER)[:, None]
+        live = (tile < TILES) & (m[None, :] < M)
+        at = moments + tile * M + m[None, :]
+        count = tl.maximum(tl.minimum(WIDTH - tile * TILE, TILE), 1).to(tl.float32)
+        difference = tl.where(live, tl.load(at, mask=live, other=0.0) / count - first[None, :], 0.0)
+        shift += tl.sum(count * difference, 0)
+        squares += tl.sum(tl.load(at + TILES * M, mask=live, other=0.0) + count * difference * difference, 0)
+    shift /= WIDTH
+    return first + shift, squares / WIDTH - shift * shift
 
 
 @triton.jit
