@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_norm import apply_norm
-from .triton_sums import block_sums
+from .triton_sums import block_sums, prefetch
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,6 +59,8 @@ def head_kernel(
     n, m = tile * BN + tl.arange(0, BN), tl.program_id(0) * BM + tl.arange(0, BM)
     if PDL:
         gdc_launch_dependents()
+        if BITS != 16:
+            prefetch(words, tile, N, 0, K // BLOCK, BITS, BLOCK, BN, 4)
         gdc_wait()
     if BITS == 16:
         acc = _dense_sums(x, words, n, m, M, N, K, BM, BN, BK)

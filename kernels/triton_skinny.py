@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .triton_norm import apply_norm, store_for_norm
-from .triton_sums import block_sums, warp_sums
+from .triton_sums import block_sums, prefetch, warp_sums
 from .triton_unpack import part_of_blocks
 
 
@@ -65,6 +65,7 @@ def skinny_kernel(
     first, last = part_of_blocks(K // BLOCK, part, parts)
     if PDL:
         gdc_launch_dependents()
+        prefetch(words, tile, N, first, last, BITS, BLOCK, BN, 4 if K_WARPS < 4 else K_WARPS)
         gdc_wait()
     if K_WARPS == 1:
         acc = block_sums(x, words, scales, zeros, n, m, M, N, K, first, last, BITS, RUN, BLOCK, ZERO, BM, BN, BK, ASM)

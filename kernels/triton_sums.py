@@ -20,6 +20,32 @@ import triton.language as tl
 
 from .triton_unpack import load_runs, unpack, zero_points
 
+# The first thread requests $2 bytes at $1, both multiples of 16, for the L2 cache. Nothing waits for them.
+PREFETCH = tl.constexpr("""{
+.reg .pred first;
+.reg .b32 thread;
+mov.u32 thread, %tid.x;
+setp.eq.u32 first, thread, 0;
+@first cp.async.bulk.prefetch.L2.global [$1], $2;
+mov.b32 $0, 0;
+}""")
+
+
+@triton.jit
+def prefetch(words, tile, N, first, last, BITS: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+             BLOCKS: tl.constexpr):
+    """Request the words of BLOCKS blocks of BN outputs for the L2 cache; sm_90 and newer.
+
+    With programmatic dependent launch a program does so before it waits for the kernel before it, which writes x and no
+    weights.
+    """
+    STRIDE: tl.constexpr = BLOCK * BITS // 16
+    columns = tl.cdiv(N, 128) * 128
+    for i in tl.static_range(BLOCKS):
+        at = words + (tl.minimum(first + i, last - 1) * columns + tile * BN) * STRIDE
+        tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [at.to(tl.int64), BN * STRIDE * 2], dtype=tl.int32,
+                                  is_pure=False, pack=1)
+
 
 @triton.jit
 def block_sums(x, words, scales, zeros, n, m, M, N, K, first, last, BITS: tl.constexpr, RUN: tl.constexpr,
