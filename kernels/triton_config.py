@@ -14,6 +14,7 @@ output.
 """
 
 import json
+import math
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -123,8 +124,10 @@ def skinny_config(problem: MatmulProblem, arch: int, processors: int) -> TileCon
     tiles = [skinny_tile(problem, arch)]
     if arch >= TENSOR_CORES and problem.rows == 8:
         tiles.append(TileConfig(8, 32, 128, 1, 4, 4, 4))
-        if SHARED_MEMORY_KIB.get(arch, 99) > 112:  # what Triton 3.8 takes for it; 3.6 takes 65
-            tiles.append(TileConfig(8, 32, 128, 1, 8, 3, 8))
+        if SHARED_MEMORY_KIB.get(arch, 99) > 160:  # what Triton 3.8 takes for the larger one; 3.6 takes 65
+            tiles += [TileConfig(8, 32, 128, 1, 8, 3, 8), TileConfig(8, 32, 128, 1, 16, 2, 16)]
+    tiles = [tile for tile in tiles if 32 * tile.num_warps * (max_registers(
+        "skinny", tile, problem.bits, problem.run, arch) or 0) <= REGISTERS]
     steps = problem.inputs // 128
     found = [tile._replace(SPLIT_K=parts) for tile in tiles for parts in SPLITS
              if parts == 1 or steps >= parts * max(MIN_BLOCKS, 2 * tile.K_WARPS)]
@@ -139,6 +142,8 @@ def skinny_cost(problem: MatmulProblem, config: TileConfig, arch: int, processor
     """
     programs = -(-problem.rows // config.BM) * -(-problem.outputs // config.BN) * config.SPLIT_K
     resident = programs_per_multiprocessor("skinny", config, problem, arch)
+    if resident == 1 and programs > processors:
+        return math.inf  # nothing would be read while a program starts or ends
     turns = -(-problem.inputs // (128 * config.K_WARPS * config.SPLIT_K))
     own = turns * config.K_WARPS * config.BN / 64  # blocks of a program
     if programs <= resident * processors:
@@ -194,8 +199,12 @@ def programs_per_multiprocessor(kernel: str, config: TileConfig, problem: Matmul
     copies = config.num_stages - 1
     # WGMMA reads x from shared memory after the next copy was started.
     own = copies * weight + (copies + 1 if arch in WGMMA and config.num_warps >= 4 else copies) * x
-    shared = (SHARED_MEMORY_KIB.get(arch, 99) + 1) * 1024
-    return max(1, min(REGISTERS // (registers * 32 * config.num_warps), shared // (own + 1024)))
+    return max(1, min(REGISTERS // (registers * 32 * config.num_warps), shared_memory(arch) // (own + 1024)))
+
+
+def shared_memory(arch: int) -> int:
+    """Bytes of shared memory of a multiprocessor, of which each program takes 1024 more than it asks for."""
+    return (SHARED_MEMORY_KIB.get(arch, 99) + 1) * 1024
 
 
 def launch_options(kernel: str, config: TileConfig, bits: int, run: int, arch: int) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def test_rule_fills_waves_of_the_device(arch, rows, outputs, inputs):
 
 @pytest.mark.parametrize(("outputs", "inputs", "tile"), [
     (12288, 4096, TileConfig(8, 32, 128, 1, 4, 4, 4)),  # 384 programs on 132 multiprocessors: 97 % of three each
-    (4096, 4096, TileConfig(8, 32, 128, 1, 8, 3, 8)),  # 128 programs: one each
+    (4096, 4096, TileConfig(8, 32, 128, 1, 16, 2, 16)),  # 128 programs: one each, with enough warps to read and unpack
     (5120, 5120, TileConfig(8, 64, 128, 8, 2, 4)),  # 80 tiles of 64 outputs in 8 parts: 97 % of five each
     (250880, 4096, TileConfig(8, 32, 128, 1, 8, 3, 8)),
 ])
@@ -263,7 +263,7 @@ def test_rule_chooses_tiles_that_are_compiled(arch, bits, run):
         assert kernel == "expand" or triton_config.launch_options(kernel, config, bits, run, arch)
 
 
-@pytest.mark.parametrize(("arch", "warps"), [(80, 8), (86, 4), (89, 4), (90, 8), (120, 4)])
+@pytest.mark.parametrize(("arch", "warps"), [(80, 16), (86, 4), (89, 4), (90, 16), (120, 4)])
 def test_most_warps_that_share_k_fit_into_shared_memory(arch, warps):
     problems = [MatmulProblem(8, outputs, 4096, 4, 128, "float16") for outputs in range(128, 16384, 128)]
     assert max(triton_config.default_plan(one, arch, 128).config.K_WARPS for one in problems) <= warps

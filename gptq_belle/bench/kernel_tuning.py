@@ -38,7 +38,7 @@ VARIED = {  # values by name, in the order in which they are varied
     "num_stages": (2, 3, 4, 5, 6),
     "BN": (32, 64, 128),
     "num_warps": (1, 2, 4, 8),
-    "K_WARPS": (1, 2, 4, 8),  # only of the kernel for few rows
+    "K_WARPS": (1, 2, 4, 8, 16),  # only of the kernel for few rows
     "BK": (64, 128),
     "BM": (64, 128),  # only of the kernel for many rows; otherwise it is the row bucket
 }
