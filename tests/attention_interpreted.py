@@ -204,6 +204,13 @@ def test_wide_grid(d, heads, kv_heads, interleaved, kind, dtype):
         check(Case(layout, kind, dtype, rotary, lengths), 130)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_64_rows_of_all_lengths(kind, rotary):
+    check(Case(HeadLayout(2, 1, 64, False), kind, HALF, rotary, tuple(range(64))), 64)
+
+
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_result_of_a_row_does_not_depend_on_others(kind):
     """The same bits with other rows, another bucket and another capacity."""

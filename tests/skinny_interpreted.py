@@ -3,6 +3,7 @@
 `test_triton.py` runs this file in a separate process, because TRITON_INTERPRET must be set before Triton is imported.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -60,8 +61,10 @@ class Layer(NamedTuple):
     exact: torch.Tensor
 
 
-def layer(inputs, outputs, bits, group_size, act_order=False):
+def layer(inputs, outputs, bits, group_size, act_order=False, sym=False):
     words = random_words(bits, inputs, outputs, group_size, act_order=act_order)
+    if sym:
+        words["qzeros"].fill_({4: 0x77777777, 8: 0x7F7F7F7F}[bits])  # version 1: the zero points are 8 and 128
     return Layer(laid_out(words, bits), formula(**words, bits=bits, v1=True))
 
 
@@ -69,16 +72,35 @@ def layer(inputs, outputs, bits, group_size, act_order=False):
 @given(gated=st.booleans(), dtype=st.sampled_from(DTYPES), rows=st.sampled_from([1, 5, 9]), mean=st.integers(0, 2),
        width=st.sampled_from([96, 320]), format_=st.sampled_from([(4, 128), (8, 32), (3, 64)]),
        config=st.sampled_from([TileConfig(8, 64, 128, 1, 2, 4), TileConfig(8, 32, 128, 2, 4, 4, 4),
-                               TileConfig(16, 64, 64, 3, 2, 4), TileConfig(8, 32, 128, 1, 8, 3, 8)]),
+                               TileConfig(16, 64, 64, 3, 2, 4), TileConfig(8, 32, 128, 1, 16, 2, 16)]),
        act_order=st.booleans())
 def test_feed_forward_with_its_norm(gated, dtype, rows, mean, width, format_, config, act_order):
+    check_feed_forward(gated, dtype, rows, mean, width, format_, config, act_order)
+
+
+WIDE = [TileConfig(bm, 64, bk, split, 4, 3) for bm, bk, split in product((8, 16, 32, 64), (64, 128), (1, 2, 5))]
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(gated=st.booleans(), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 64), mean=st.integers(0, 2),
+       width=st.sampled_from([64, 96, 320, 1056]), config=st.sampled_from([*WIDE, TileConfig(8, 32, 128, 1, 4, 4, 4)]),
+       format_=st.sampled_from(list(product((2, 3, 4, 8), (32, 64, 128, -1)))), act_order=st.booleans(),
+       sym=st.booleans())
+def test_feed_forward_of_up_to_64_rows(gated, dtype, rows, mean, width, format_, config, act_order, sym):
+    """Every format, and norms over more tiles than are merged at a time."""
+    check_feed_forward(gated, dtype, rows, mean, width, format_, config, act_order, sym and format_[0] in (4, 8))
+
+
+def check_feed_forward(gated, dtype, rows, mean, width, format_, config, act_order, sym=False):
     """A block from its attention to the activation function: residual stream, folded norm, product, activation.
 
     LLaMA has an RMS norm and SiLU(gate) * up, BLOOM a layer norm and GELU.
     """
     torch.manual_seed(rows * width + mean)
     inner, bits, group_size = 160, *format_
-    first, second = layer(128, width, 4, 32), layer(width, 2 * inner if gated else inner, bits, group_size, act_order)
+    first, second = layer(128, width, 4, 32), layer(
+        width, 2 * inner if gated else inner, bits, group_size, act_order, sym)
     gamma, beta, bias = torch.rand(width) + 0.5, torch.randn(width), torch.randn(len(second.exact))
     x, stream = torch.randn(rows, 128).to(dtype), (torch.randn(rows, width) + mean).to(dtype)
     places, down_places = input_places(second.weight), torch.randperm(inner + 32)[:inner].int()

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(not has_working_interpreter(), reason="needs tri
 
 @pytest.mark.parametrize(("file", "marker"), [
     ("attention_interpreted.py", "not slow"), ("step_ends_interpreted.py", "not slow"),
-    pytest.param("attention_interpreted.py", "slow", marks=pytest.mark.slow)])
+    ("sampling_interpreted.py", "not slow"),
+    *(pytest.param(file, "slow", marks=pytest.mark.slow) for file in (
+        "attention_interpreted.py", "step_ends_interpreted.py", "skinny_interpreted.py"))])
 def test_kernels_of_a_decode_step_in_the_interpreter(file, marker):
     run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, "-m", marker],
                          cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True,
