@@ -1,12 +1,13 @@
-"""Compile the jobs of aot_jobs.py ahead of time and check registers, shared memory and instructions against limits.
+"""Compile the jobs of aot_sets.py ahead of time and check registers, shared memory and instructions against limits.
 
     python benchmarks/aot.py                              # all architectures, all jobs: an hour on two cores
     python benchmarks/aot.py --archs 86 90 --jobs usual   # some architectures, the formats of most checkpoints
+    python benchmarks/aot.py --jobs decode                # the kernels of a decode step, with what is folded into them
     python benchmarks/aot.py --jobs usual --triton 3.5.1 3.6.0 --environments FOLDER
 
 With --triton, it runs once for each of these versions, in environments that are installed in FOLDER where they are
-missing. Writes benchmarks/results/triton_aot.json: one table per Triton version and architecture. Tables that were not
-compiled again are kept.
+missing. Writes benchmarks/results/triton_aot.json, with --jobs decode or decode-usual triton_decode.json: one table per
+Triton version and architecture. Tables that were not compiled again are kept.
 """
 
 import argparse
@@ -21,30 +22,35 @@ from typing import Any
 import machine_code
 import records
 import triton
-from aot_jobs import JOBS, PROCESSORS, SAME, Job, compiled, inputs_of_step
+from aot_jobs import PROCESSORS, SAME, Job, compiled, inputs_of_step, turn
+from aot_sets import JOBS, plain_product
 from machine_code import MachineCode
 
-from gptq_belle.kernels.triton_config import SHARED_MEMORY_KIB, TENSOR_CORES, TileConfig
+from gptq_belle.kernels.triton_config import REGISTERS, SHARED_MEMORY_KIB, TENSOR_CORES, TileConfig
 
 COLUMNS = ("sm", "kernel", "bits", "dtype", "run", "zero", "tile", "split", "warps", "stages", "registers", "spilled",
-           "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F")
-RECORD = records.RESULTS / "triton_aot.json"
+           "shared", "loop", "per_weight", "matrix", "LDGSTS.128", "LOP3", "I2F", "of_plain")
 VERSIONS = ("3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")  # of torch 2.9, 2.10 and 2.11, 2.12, 2.14, and later
 # Largest allowed number of main-loop instructions per weight and thread: 4 bits, float16, one zero point, runs of 128.
 LIMITS = {8: 2.0, 16: 2.3, 32: 2.8, 64: 4.4}  # by rows of a tile
 SHARED_K_LIMIT = 2.12  # where warps share K (8 rows): at most 1.93 with 3.5.1 and 3.6, 2.11 with 3.7.1, 2.07 with 3.9
 LONGER = {"3.8": 1.1}  # versions of Triton whose code is longer everywhere
 LIMITED = (80, 86, 89, 90)
+FOLDED_LIMIT = 1.1  # times the instructions of the product that has nothing folded into it
 MOST_REGISTERS = 168  # with 33 to 64 rows: three programs per multiprocessor
 
 
 def per_weight(job: Job, code: MachineCode) -> float | None:
-    """Main-loop instructions per weight that a thread processes; None if the kernel has no main loop."""
-    if job.config is None or not code.products:
-        return None
-    turns = code.products / (job.config.BM * job.config.BN * inputs_of_step(job))
-    weights = job.config.BN * inputs_of_step(job) / (machine_code.WARP * job.config.num_warps)
-    return sum(code.loop.values()) / (turns * weights)
+    """Main-loop instructions per weight, or number of the KV cache, of a thread; None without such a loop."""
+    own = turn(job)
+    return None if own is None else code.per_number(own)
+
+
+def of_plain(job: Job, code: MachineCode) -> float | None:
+    """The same divided by that of the product with nothing folded into it; None for other kernels."""
+    plain, share = plain_product(job), per_weight(job, code)
+    whole = None if plain is None else per_weight(plain, compiled(plain))
+    return None if share is None or whole is None else share / whole
 
 
 def problems(job: Job, code: MachineCode) -> list[str]:
@@ -56,6 +62,10 @@ def problems(job: Job, code: MachineCode) -> list[str]:
         found.append(f"{code.unordered_tickets} tickets without the barriers around them")
     if code.shared > SHARED_MEMORY_KIB[job.arch] * 1024:
         found.append(f"{code.shared} bytes of shared memory, the limit is {SHARED_MEMORY_KIB[job.arch]} KiB")
+    if job.config is not None and code.registers * machine_code.WARP * job.config.num_warps > REGISTERS:
+        found.append(f"{code.registers} registers of {job.config.num_warps} warps, a multiprocessor has {REGISTERS}")
+    if (share := of_plain(job, code)) is not None and share > FOLDED_LIMIT:
+        found.append(f"{share:.2f} times the instructions of the plain product, the limit is {FOLDED_LIMIT}")
     if job.kernel.startswith(("attention", "head")) and not code.loop["LDGSTS.128"]:
         found.append("no asynchronous 16-byte copies")
     if job.config is None or job.arch < TENSOR_CORES:
@@ -64,12 +74,13 @@ def problems(job: Job, code: MachineCode) -> list[str]:
         return [*found, "no matrix instructions in a loop"]
     if not code.loop["LDGSTS.128"]:
         found.append("no asynchronous 16-byte copies")
-    if converted := sum(count for kind, count in code.loop.items() if kind.startswith("I2F")):
+    if code.products and (converted := sum(count for kind, count in code.loop.items() if kind.startswith("I2F"))):
         found.append(f"{converted} integer-to-float conversions")
     if job.config.BM == 64 and job.kernel == "skinny" and code.registers > MOST_REGISTERS:
         found.append(f"{code.registers} registers, the limit is {MOST_REGISTERS}")
     limit = instruction_limit(job.config) if job.arch in LIMITED else None
-    plain = (job.kernel, job.bits, job.dtype, job.run, job.zero) == ("skinny", 4, "float16", 128, SAME)
+    plain = (job.kernel, job.bits, job.dtype, job.run, job.zero, job.epilogue) == (
+        "skinny", 4, "float16", 128, SAME, None)
     share = per_weight(job, code)
     if plain and limit and share and share > limit:
         found.append(f"{share:.2f} instructions per weight, the limit is {limit}")
@@ -85,7 +96,7 @@ def instruction_limit(config: TileConfig) -> float | None:
 
 def row(job: Job, code: MachineCode) -> str:
     """One line of the record, in the order of COLUMNS."""
-    config, share = job.config, per_weight(job, code)
+    config, share, folded = job.config, per_weight(job, code), of_plain(job, code)
     tile = f"{config.BM}x{config.BN}x{inputs_of_step(job)}" if config else None
     loop = code.loop
     kernel = job.kernel if job.epilogue is None else f"{job.kernel}+{job.epilogue}"
@@ -93,7 +104,8 @@ def row(job: Job, code: MachineCode) -> str:
               config and ("yes" if config.SPLIT_K > 1 else "no"), config and config.num_warps,
               config and config.num_stages, code.registers, code.stack + code.local, code.shared,
               sum(loop.values()) or None, None if share is None else f"{share:.2f}",
-              code.matrix_instructions, loop["LDGSTS.128"], loop["LOP3"], loop["I2F"] + loop["I2FP"])
+              code.matrix_instructions, loop["LDGSTS.128"], loop["LOP3"], loop["I2F"] + loop["I2FP"],
+              None if folded is None else f"{folded:.2f}")
     return " ".join("-" if value is None else str(value) for value in values)
 
 
@@ -124,9 +136,7 @@ def environment(version: str, folder: Path) -> dict[str, str]:
 
 def run_versions(args: argparse.Namespace) -> bool:
     """Run this program with each version of Triton; return whether any run exceeded a limit."""
-    command = [sys.executable, __file__, "--jobs", args.jobs, "--archs", *map(str, args.archs)]
-    if args.out != RECORD:
-        command += ["--out", args.out]
+    command = [sys.executable, __file__, "--jobs", args.jobs, "--archs", *map(str, args.archs), "--out", args.out]
     codes = [subprocess.run(command, env=environment(version, args.environments)).returncode for version in args.triton]
     return any(codes)
 
@@ -136,7 +146,7 @@ def compile_here(args: argparse.Namespace) -> bool:
     tables = json.loads(args.out.read_text(encoding="utf-8"))["tables"] if args.out.is_file() else {}
     mine = tables.setdefault(triton.__version__, {})
     broken = False
-    for arch in args.archs:
+    for arch in filter(JOBS[args.jobs], args.archs):
         mine[f"sm_{arch}"] = found = check(arch, args.jobs)
         broken = broken or bool(found["broken"])
         records.write(args.out.stem, {"columns": " ".join(COLUMNS), "tables": tables}, args.out.parent)
@@ -150,8 +160,10 @@ def main() -> None:
     parser.add_argument("--jobs", choices=JOBS, default="all", help="which formats to compile (default: all)")
     parser.add_argument("--triton", nargs="+", help=f"versions of Triton to compile with, such as {' '.join(VERSIONS)}")
     parser.add_argument("--environments", type=Path, default=Path("build/triton"), help="folder of their installations")
-    parser.add_argument("--out", type=Path, default=RECORD, help="the record to update")
+    parser.add_argument("--out", type=Path, help="the record to update")
     args = parser.parse_args()
+    if args.out is None:
+        args.out = records.RESULTS / f"triton_{'decode' if args.jobs.startswith('decode') else 'aot'}.json"
     sys.exit(run_versions(args) if args.triton else compile_here(args))
 
 

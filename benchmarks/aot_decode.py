@@ -2,10 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import triton
+from machine_code import Turn
+
 from gptq_belle.kernels import triton_attention, triton_embedding, triton_head, triton_sampling
 from gptq_belle.kernels.triton_attention import HeadLayout
 from gptq_belle.kernels.triton_attention_kernel import attention_kernel
-from gptq_belle.kernels.triton_config import MatmulProblem, skinny_tile
+from gptq_belle.kernels.triton_config import MatmulProblem, TileConfig, skinny_tile
 from gptq_belle.kernels.triton_embedding_kernel import embedding_kernel
 from gptq_belle.kernels.triton_head_kernel import head_kernel
 from gptq_belle.kernels.triton_sampling_kernel import sampling_kernel
@@ -24,14 +27,15 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     arch: int
     options: dict[str, Any]
+    turn: Turn | None = None  # None without a main loop
 
 
 def variant(arch: int, function: Any, types: dict[str, str], constants: dict[str, Any],
-            options: dict[str, Any]) -> Variant:
+            options: dict[str, Any], turn: Turn | None = None) -> Variant:
     """A variant in which all tensors without a type are None."""
     absent = [parameter.name for parameter in function.params
               if parameter.name not in types and parameter.name not in constants]
-    return Variant(function, types, constants | dict.fromkeys(absent), arch, options)
+    return Variant(function, types, constants | dict.fromkeys(absent), arch, options, turn)
 
 
 def attention(arch: int, head_dim: int, cache: str, position: str, dtype: str = "float16", group: int = 1) -> Variant:
@@ -44,7 +48,9 @@ def attention(arch: int, head_dim: int, cache: str, position: str, dtype: str = 
         types |= {"key_scales": "*fp16", "value_scales": "*fp16"}
     layout = HeadLayout(32, 32 // group, head_dim, False)
     constants = triton_attention.constants(layout) | {"ASM": True, "PDL": arch >= MIN_PDL}
-    return variant(arch, attention_kernel, types, constants, triton_attention.COMPILED)
+    step, queries, padded = constants["STEP"], constants["QUERIES"], triton.next_power_of_2(head_dim)
+    turn = Turn(2 * step * head_dim, 2 * queries * step * padded, triton_attention.COMPILED["num_warps"])
+    return variant(arch, attention_kernel, types, constants, triton_attention.COMPILED, turn)
 
 
 def embedding(arch: int, bits: int, dtype: str = "float16") -> Variant:
@@ -72,11 +78,18 @@ def head(arch: int, bits: int, rows: int, is_sampled: bool, dtype: str = "float1
         tile, options = triton_head.dense_tile(rows), triton_head.DENSE_OPTIONS
     else:
         types |= {"scales": "*fp16", "bias": "*fp32", "gamma_product": "*fp32"}
-        config = skinny_tile(MatmulProblem(rows, VOCABULARY, WIDTH, bits, 128, dtype), arch)
+        config = head_tile(arch, bits, rows, dtype)
         tile = {**PACKED, "BITS": bits, "ZERO": 2 ** (bits - 1), "BM": rows, "BK": config.step(128), "ASM": True}
         options = triton_head.packed_options(config)
+    numbers = triton_sampling.TILE * tile["BK"]
     return variant(arch, head_kernel, types, tile | {
-        "WIDTH": WIDTH, "MOMENTS_TILE": 64, "BN": triton_sampling.TILE, "PDL": arch >= MIN_PDL}, options)
+        "WIDTH": WIDTH, "MOMENTS_TILE": 64, "BN": triton_sampling.TILE, "PDL": arch >= MIN_PDL}, options,
+        Turn(numbers, tile["BM"] * numbers, options["num_warps"]))
+
+
+def head_tile(arch: int, bits: int, rows: int, dtype: str = "float16") -> TileConfig:
+    """The tile of a packed lm_head, which is that of a product without a split of K."""
+    return skinny_tile(MatmulProblem(rows, VOCABULARY, WIDTH, bits, 128, dtype), arch)
 
 
 def sampling(arch: int) -> Variant:
@@ -104,6 +117,9 @@ DECODE_KERNELS: dict[str, tuple[Any, ...]] = {
     "head-8-bfloat16": (head, 8, 8, False, "bfloat16"),
     "sampling": (sampling,),
 }
+# One of each kind of cache, and those with the most registers: the others differ in a type or a size.
+VARIED = ("attention-128-float16-rotation-1", "attention-128-int8-rotation-1", "head-8-8-greedy", "head-8-32-sampled",
+          "embedding-8", "sampling")
 USUAL = ("attention-128-int8-rotation-1", "head-8-8-sampled", "sampling")  # those with the most registers
 
 

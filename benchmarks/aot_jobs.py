@@ -1,27 +1,15 @@
-"""Compilation jobs: every Triton kernel in every planned or tuned configuration, for GPUs that need not be present.
+"""Compilation jobs: a Triton kernel with all its constants, for a GPU that need not be present (sets: aot_sets.py)."""
 
-Every split of K is compiled as a split in two; the others differ in one constant only.
-"""
-
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import aot_decode
 import machine_code
-from machine_code import MachineCode
+from machine_code import MachineCode, Turn
 
 from gptq_belle.kernels import triton_gptq
-from gptq_belle.kernels.triton_config import (
-    ROW_BUCKETS,
-    TENSOR_CORES,
-    LaunchPlan,
-    MatmulProblem,
-    TileConfig,
-    default_plan,
-    launch_options,
-    tuned_plans,
-)
+from gptq_belle.kernels.triton_config import TENSOR_CORES, TileConfig, launch_options
 from gptq_belle.kernels.triton_dequant import dequant_kernel
 from gptq_belle.kernels.triton_gemm import gemm_kernel
 from gptq_belle.kernels.triton_layout import block_inputs
@@ -31,13 +19,8 @@ from gptq_belle.kernels.triton_skinny_launch import ACTIVATIONS
 
 # Multiprocessors of T4, A100, 3090, 4090, H100, B200 and 5090.
 PROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-SHAPES = [(4096, 4096), (4096, 12288), (4096, 16384), (16384, 4096), (4096, 11008), (11008, 4096), (5120, 5120),
-          (5120, 13824), (13824, 5120)]  # inputs, outputs: BELLE-7B, LLaMA-7B and 13B
 DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
-RUNS = (128, 64, 32)
 SAME, EACH = "one", "each"  # zero point
-VARIANTS = list(itertools.product((4, 8), DTYPES, RUNS))
-
 
 # What the products of a decode step do besides multiplying: types of the tensors that they have, "*x" is that of x.
 EPILOGUES: dict[str, dict[str, str]] = {
@@ -94,8 +77,9 @@ def _skinny(job: Job) -> dict[str, Any]:
     activation = job.epilogue if job.epilogue in ACTIVATIONS else "none"
     absent = {name: None for name in OPTIONAL if name not in _skinny_types(job)}
     return _tile(job) | absent | {
-        "ACTIVATION": activation, "WIDTH": 4096, "TILE": 32, "K_WARPS": job.config.K_WARPS,
-        "SPLIT": job.config.SPLIT_K > 1, "PDL": job.epilogue is not None and job.arch >= aot_decode.MIN_PDL}
+        "ACTIVATION": activation, "WIDTH": 5120, "TILE": 32 if job.config.BM == 8 else 64,
+        "K_WARPS": job.config.K_WARPS, "SPLIT": job.config.SPLIT_K > 1,
+        "PDL": job.epilogue is not None and job.arch >= aot_decode.MIN_PDL}
 
 
 def inputs_of_step(job: Job) -> int:
@@ -149,78 +133,21 @@ KERNELS = {
 }
 
 
-def configs(arch: int, bits: int = 4, dtype: str = "float16", run: int = 128) -> set[tuple[str, TileConfig]]:
-    """Kernels and configurations that the rule selects for a format, over all shapes and numbers of rows."""
-    plans = {default_plan(MatmulProblem(rows, outputs, inputs, bits, run, dtype), arch, PROCESSORS[arch])
-             for rows in ROW_BUCKETS for inputs, outputs in SHAPES}
-    return {(plan.kernel, split_in_two(plan.config)) for plan in plans if plan.config is not None}
+def turn(job: Job) -> Turn | None:
+    """An iteration of a job's main loop; None for kernels without one."""
+    if job.kernel in aot_decode.DECODE_KERNELS:
+        return aot_decode.decode_kernel(job.kernel, job.arch).turn
+    if job.config is None:
+        return None
+    numbers = job.config.BN * inputs_of_step(job)
+    return Turn(numbers, job.config.BM * numbers, job.config.num_warps)
 
 
-def decode_steps(products: list[Job]) -> list[Job]:
-    """The products of a decode step of up to 8 rows with everything that is folded into them."""
-    return [job._replace(epilogue=epilogue) for job in products for epilogue in EPILOGUES
-            if job.kernel == "skinny" and job.config is not None and job.config.BM == 8 and job.arch >= TENSOR_CORES]
-
-
-def split_in_two(config: TileConfig) -> TileConfig:
-    """The same configuration with its split of K replaced by a split in two."""
-    return config._replace(SPLIT_K=min(config.SPLIT_K, 2))
-
-
-def usual(arch: int) -> list[Job]:
-    """Jobs for most checkpoints (4 bits, float16, one zero point) and for the solver."""
-    products = [Job(arch, kernel, 4, "float16", 128, SAME, config) for kernel, config in sorted(configs(arch))]
-    return [*products, *decode_steps(products), *(job for job in decode(arch) if job.kernel in aot_decode.USUAL),
-            Job(arch, "dequant", 4, "float16", 128, SAME), Job(arch, "gptq", 4, run=128, zero=SAME),
-            Job(arch, "descent", 4)]
-
-
-def covering(arch: int) -> list[Job]:
-    """The usual jobs, and each kernel and tile with four other formats that together hold every property of one."""
-    products = [job for bits, dtype, run, zero in (
-        (4, "bfloat16", 64, SAME), (4, "float16", 32, EACH), (8, "float16", 128, EACH), (8, "bfloat16", 32, EACH))
-        for job in _one_split(arch, bits, dtype, run, zero)]
-    return [*usual(arch), *products, Job(arch, "dequant", 4, "float16", 64, EACH),
-            Job(arch, "dequant", 8, "bfloat16", 32, SAME), Job(arch, "reduce"), Job(arch, "arrange"),
-            Job(arch, "gptq", 4, run=64, zero=EACH), Job(arch, "gptq", 4, run=0, zero=SAME)]
-
-
-def decode(arch: int) -> list[Job]:
-    """The kernels of a decode step that are not products; they need 16-bit tensor cores."""
-    return [Job(arch, name) for name in aot_decode.DECODE_KERNELS if arch >= TENSOR_CORES]
-
-
-def every(arch: int) -> list[Job]:
-    """All jobs for one architecture."""
-    formats = [(*variant, zero) for variant in VARIANTS for zero in (SAME, EACH)]
-    found = [*usual(arch), *decode(arch), *(job for format_ in formats for job in _one_split(arch, *format_)),
-             *(job for problem, plan in tuned_plans(arch).items() for job in _tuned(arch, problem, plan)),
-             *(Job(arch, "dequant", *format_) for format_ in formats), Job(arch, "reduce"), Job(arch, "arrange"),
-             *(Job(arch, "gptq", 4, run=group, zero=zero) for group in (32, 64, 128, 0) for zero in (SAME, EACH))]
-    return list(dict.fromkeys(found))
-
-
-JOBS = {"usual": usual, "covering": covering, "decode": decode, "all": every}
-
-
-def _one_split(arch: int, bits: int, dtype: str, run: int, zero: str) -> list[Job]:
-    """Jobs of a format; of configurations that differ in their split of K only, the one with the larger split."""
-    whole = {(kernel, config._replace(SPLIT_K=1)): config
-             for kernel, config in sorted(configs(arch, bits, dtype, run))}
-    return [Job(arch, kernel, bits, dtype, run, zero, config) for (kernel, _), config in whole.items()]
-
-
-def _tuned(arch: int, problem: MatmulProblem, plan: LaunchPlan) -> Iterator[Job]:
-    if plan.config is not None:
-        config = split_in_two(plan.config)
-        yield from (Job(arch, plan.kernel, problem.bits, problem.dtype, problem.run, zero, config)
-                    for zero in (SAME, EACH))
-
-
+@cache
 def compiled(job: Job) -> MachineCode:
     """Compile a job; errors of Triton and ptxas propagate."""
     if job.kernel in aot_decode.DECODE_KERNELS:
-        return machine_code.compile_kernel(*aot_decode.decode_kernel(job.kernel, job.arch))
+        return machine_code.compile_kernel(*aot_decode.decode_kernel(job.kernel, job.arch)[:5])
     kernel = KERNELS[job.kernel]
     options = dict(kernel.options)
     if job.config is not None:

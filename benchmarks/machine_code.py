@@ -39,6 +39,14 @@ class Instruction(NamedTuple):
         return f"LDGSTS.{modifiers[-1] if modifiers[-1] in ('64', '128') else '32'}" if first == "LDGSTS" else first
 
 
+class Turn(NamedTuple):
+    """What a program does in one iteration of its main loop."""
+
+    numbers: int  # weights, or numbers of the KV cache, that it reads
+    products: int  # multiplications of the matrix instructions, padding included
+    warps: int
+
+
 class MachineCode(NamedTuple):
     """Resource usage and instructions of a compiled kernel."""
 
@@ -49,6 +57,13 @@ class MachineCode(NamedTuple):
     loop: Counter[str]  # main-loop instructions by kind; empty if no loop multiplies matrices
     products: int  # multiplications of all warps in one iteration of the loop; 0 if no instruction states its size
     unordered_tickets: int = 0  # see `unordered_tickets`
+
+    def per_number(self, turn: Turn) -> float | None:
+        """Instructions of the main loop per thread and number that it reads; None if that is unknown."""
+        if not self.products:
+            return None
+        iterations = self.products / turn.products  # more than one if the loop is unrolled
+        return sum(self.loop.values()) / iterations / (turn.numbers / (WARP * turn.warps))
 
     @property
     def matrix_instructions(self) -> int:

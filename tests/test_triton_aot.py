@@ -18,6 +18,7 @@ import triton.language as tl  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import aot  # noqa: E402
 import aot_jobs  # noqa: E402
+import aot_sets  # noqa: E402
 import machine_code  # noqa: E402
 from aot_jobs import SAME, Job  # noqa: E402
 
@@ -44,9 +45,9 @@ def label(job):
     return "-".join(str(value).replace(" ", "") for value in job if value is not None)
 
 
-USUAL = [job for arch in FAST for job in aot_jobs.usual(arch)
+USUAL = [job for arch in FAST for job in aot_sets.usual(arch)
          if job.config is None or (job.config.SPLIT_K == 2 and (arch == HOPPER or not job.epilogue))]
-OTHER_FORMATS = [job for arch in (GEFORCE, HOPPER) for job in aot_jobs.covering(arch)[len(aot_jobs.usual(arch)) :]
+OTHER_FORMATS = [job for arch in (GEFORCE, HOPPER) for job in aot_sets.covering(arch)[len(aot_sets.usual(arch)) :]
                  if job.config is None or job.config.BM in (8, 64, 128)]
 
 
@@ -63,7 +64,7 @@ def test_other_formats(job):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot_jobs.PROCESSORS)
 def test_all_jobs(arch):
-    for job in aot_jobs.every(arch):
+    for job in aot_sets.every(arch):
         check(job)
 
 
