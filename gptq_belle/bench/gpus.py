@@ -18,7 +18,8 @@ class Gpu(NamedTuple):
     copy_share: float  # assumption: the share of the bandwidth that a plain copy reaches
     latency: float  # assumption: seconds from a load of a multiprocessor to its data, under load
     l2_bandwidth: float  # assumption: bytes per second
-    launch: float  # assumption: seconds between two dependent kernels of a CUDA graph
+    launch: float = 2.1e-6  # assumption: seconds from the end of a kernel of a CUDA graph to the next one's first data
+    dependent_launch: float | None = None  # assumption: the same with programmatic dependent launch; None: without it
 
     @property
     def copy_bandwidth(self) -> float:
@@ -26,16 +27,16 @@ class Gpu(NamedTuple):
         return self.bandwidth * self.copy_share
 
 
-# Between two dependent kernels: 1.2 microseconds from the end of one to the start of the other, and 0.9 until the first
-# data arrive. Programmatic dependent launch (compute capability 9.0 and newer) hides most of the former.
-DEPENDENT, GRAPH = 1.2e-6, 2.1e-6
+# Between two kernels of a graph: 1.2 microseconds from the end of one to the start of the other, and 0.9 until the
+# first data arrive. Programmatic dependent launch (compute capability 9.0 and newer) hides most of the former.
+DEPENDENT = 1.2e-6
 GPUS = {gpu.name: gpu for gpu in (
-    Gpu("H200", 90, 132, 1.755e9, 4.8e12, 0.88, 8e-7, 5.5e12, DEPENDENT),
-    Gpu("H100", 90, 132, 1.755e9, 3.35e12, 0.88, 8e-7, 5.5e12, DEPENDENT),
-    Gpu("A100", 80, 108, 1.41e9, 2.039e12, 0.87, 6.5e-7, 4e12, GRAPH),
-    Gpu("RTX 4090", 89, 128, 2.52e9, 1.008e12, 0.91, 6e-7, 3.5e12, GRAPH),
-    Gpu("RTX 3090", 86, 82, 1.695e9, 0.936e12, 0.92, 6e-7, 2e12, GRAPH),
-    Gpu("RTX 3060", 86, 28, 1.777e9, 0.36e12, 0.92, 6e-7, 0.8e12, GRAPH),
+    Gpu("H200", 90, 132, 1.755e9, 4.8e12, 0.88, 8e-7, 5.5e12, dependent_launch=DEPENDENT),
+    Gpu("H100", 90, 132, 1.755e9, 3.35e12, 0.88, 8e-7, 5.5e12, dependent_launch=DEPENDENT),
+    Gpu("A100", 80, 108, 1.41e9, 2.039e12, 0.87, 6.5e-7, 4e12),
+    Gpu("RTX 4090", 89, 128, 2.52e9, 1.008e12, 0.91, 6e-7, 3.5e12),
+    Gpu("RTX 3090", 86, 82, 1.695e9, 0.936e12, 0.92, 6e-7, 2e12),
+    Gpu("RTX 3060", 86, 28, 1.777e9, 0.36e12, 0.92, 6e-7, 0.8e12),
 )}
 
 

@@ -1,41 +1,32 @@
 """The time that a decode step should take on a GPU: a model computed from config.json, not a measurement.
 
 A step is 5 launches per block (qkv, attention, out, up, down) and 2 more (embedding, lm_head), replayed as a CUDA
-graph, with programmatic dependent launch where the GPU has it. They follow one another, so their times add up. The
-assumptions are the constants below and the fields of `Gpu`; a measured step that takes longer has a cause that the
-model does not know.
+graph. They follow one another, so their times add up. A measured step that takes longer has a cause that the model does
+not know. The assumptions are those of bench/gpus.py and bench/launch_time.py; `assumptions` lists them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gptq_belle.bench.gpus import Gpu
-from gptq_belle.errors import UsageError
-from gptq_belle.kernels.triton_config import (
-    MAX_SKINNY_ROWS,
-    MatmulProblem,
-    TileConfig,
-    launch_plan,
-    programs_per_multiprocessor,
-    row_bucket,
-    skinny_tile,
+from gptq_belle.bench.launch_time import (
+    CACHE_INSTRUCTIONS,
+    INSTRUCTIONS,
+    ISSUE_SHARE,
+    LOST_SHARE,
+    SPLIT_END,
+    STATE,
+    attention_seconds,
+    head_seconds,
+    product_seconds,
+    weight_bytes,
 )
-from gptq_belle.kernels.triton_layout import CONTAINERS, block_inputs
+from gptq_belle.errors import UsageError
+from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS
+from gptq_belle.kernels.triton_layout import CONTAINERS
 from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes
-from gptq_belle.models.sizes import GROUP_SIZE, UNPACKED, MemorySettings, cache_bytes, matrix_bytes
-
-SPLIT_END = 1.2e-6  # s for the last program of a split tile: fence, ticket, sums of the others, epilogue
-ATTENTION, EMBEDDING = 2.5e-6, 2.5e-6  # s besides the bytes of the attention, and for the embedding
-ISSUE_SHARE = 0.75  # of the issue slots of a multiprocessor that a kernel can use
-LOST_SHARE = 0.15  # of the last wave, where programs do not all run at once
-SCHEDULERS, WARP = 4, 32
-MAX_HEAD_ROWS = 32  # rows of a program of the lm_head
-# Instructions per weight and thread of the products' main loops, by rows of a tile: limits of benchmarks/aot.py; and
-# per number of an int8 cache in the decode attention, compiled.
-INSTRUCTIONS = {8: 2.06, 16: 2.3, 32: 2.8, 64: 4.4}
-INT8_INSTRUCTIONS = 4.3
+from gptq_belle.models.sizes import GROUP_SIZE, UNPACKED, MemorySettings, cache_bytes
 
 
 class Part(NamedTuple):
@@ -90,6 +81,13 @@ class StepTime:
         """Share of the memory limit that the step reaches."""
         return self.memory_seconds / self.seconds
 
+    def with_dependent_launch(self) -> "StepTime | None":
+        """The same step with programmatic dependent launch; None if the GPU does not have it."""
+        if self.gpu.dependent_launch is None:
+            return None
+        saved = self.gpu.launch - self.gpu.dependent_launch
+        return replace(self, parts=tuple(part._replace(seconds=part.seconds - saved) for part in self.parts))
+
 
 def has_step_time(settings: MemorySettings, rows: int) -> bool:
     """Whether the model covers a case: packed linears, and rows that one tile of the products holds."""
@@ -97,7 +95,7 @@ def has_step_time(settings: MemorySettings, rows: int) -> bool:
 
 
 def step_time(d: Dimensions, settings: MemorySettings, gpu: Gpu, rows: int, length: int) -> StepTime:
-    """Calculate the time of a decode step.
+    """Calculate the time of a decode step without programmatic dependent launch.
 
     Args:
         d: sizes of the model.
@@ -110,17 +108,27 @@ def step_time(d: Dimensions, settings: MemorySettings, gpu: Gpu, rows: int, leng
     if not has_step_time(settings, rows):
         raise UsageError(f"the time of a decode step of {rows} sequences at {settings.bits} bits is not modelled",
                          f"Choose 2, 3, 4 or 8 bits and at most {MAX_SKINNY_ROWS} sequences.")
-    run = block_run(settings.group_size)
+    run, head = block_run(settings.group_size), LinearShape(d.hidden_size, d.vocab_size)
     cache = cache_bytes(d, settings.cache, length, rows) // d.num_layers
-    head = LinearShape(d.hidden_size, d.vocab_size)
-    parts = [Part("embedding", 1, EMBEDDING, 0)]
+    parts = [Part("embedding", 1, STATE, 0)]
     for name, shape in fused_linears(d).items():
         seconds = product_seconds(gpu, shape, CONTAINERS[settings.bits], run, rows)
         parts.append(Part(name, d.num_layers, seconds, weight_bytes(shape, settings.bits, settings.group_size)))
     parts.insert(2, Part("attention", d.num_layers, attention_seconds(gpu, d, settings.cache, rows, length), cache))
     seconds = head_seconds(gpu, head, settings.head_bits, rows)
     parts.append(Part("lm_head", 1, seconds, weight_bytes(head, settings.head_bits, GROUP_SIZE)))
-    return StepTime(gpu, rows, tuple(parts))
+    return StepTime(gpu, rows, tuple(part._replace(seconds=gpu.launch + part.seconds) for part in parts))
+
+
+def assumptions(gpu: Gpu) -> dict[str, float | None]:
+    """What the model assumes about a GPU and about all kernels, by name; times in seconds."""
+    return {
+        "multiprocessors": gpu.processors, "clock_Hz": gpu.clock, "bandwidth_Bps": gpu.bandwidth,
+        "copy_share": gpu.copy_share, "latency": gpu.latency, "l2_bandwidth_Bps": gpu.l2_bandwidth,
+        "launch": gpu.launch, "dependent_launch": gpu.dependent_launch, "split_end": SPLIT_END, "state": STATE,
+        "issue_share": ISSUE_SHARE, "lost_share": LOST_SHARE,
+        **{f"instructions_per_weight_{rows}_rows": count for rows, count in INSTRUCTIONS.items()},
+        **{f"instructions_per_{kind}_in_cache": count for kind, count in CACHE_INSTRUCTIONS.items()}}
 
 
 def fused_linears(d: Dimensions) -> dict[str, LinearShape]:
@@ -140,60 +148,3 @@ def _joined(shapes: Iterable[LinearShape]) -> LinearShape:
 def block_run(group_size: int) -> int:
     """Inputs that share a scale in the kernels' layout."""
     return next((run for run in (128, 64, 32) if group_size == -1 or group_size % run == 0), 32)
-
-
-def weight_bytes(shape: LinearShape, bits: int, group_size: int) -> int:
-    """Bytes of a matrix in GPU memory."""
-    return matrix_bytes(shape, bits, MemorySettings(bits=bits, group_size=group_size, device="cuda"))
-
-
-def product_seconds(gpu: Gpu, shape: LinearShape, bits: int, run: int, rows: int) -> float:
-    """Time of one launch of a packed product, with the tile and split of K that the kernels' rule chooses."""
-    block = block_inputs(bits, run)
-    problem = MatmulProblem(row_bucket(rows), shape.out_features, ceil(shape.in_features / block) * block, bits, run,
-                            "float16")
-    config = launch_plan(problem, gpu.capability, gpu.processors).config
-    assert config is not None  # up to MAX_SKINNY_ROWS rows the kernel for few rows is planned
-    return tile_seconds(gpu, problem, config, rows)
-
-
-def tile_seconds(gpu: Gpu, problem: MatmulProblem, config: TileConfig, rows: int) -> float:
-    """Time of a product by the kernel for few rows: the slower of reading and issuing, and what comes on top.
-
-    The multiprocessor with most programs decides, unless there are more programs than run at a time. Reading slows down
-    where the bytes in flight are fewer than bandwidth times latency; issuing where a scheduler has few warps.
-    """
-    weights = problem.inputs * problem.outputs
-    programs = ceil(problem.outputs / config.BN) * ceil(rows / config.BM) * config.SPLIT_K
-    resident = programs_per_multiprocessor("skinny", config, problem, gpu.capability)
-    share = programs / gpu.processors
-    if share <= resident:
-        unevenness, together = ceil(share) / share, share
-    else:
-        unevenness, together = 1 + LOST_SHARE * resident / share, float(resident)
-    in_flight = together * (config.num_stages - 1) * config.K_WARPS * config.BN * 128 * problem.bits / 8
-    slowdown = max(1.0, gpu.copy_bandwidth / gpu.processors * gpu.latency / in_flight)
-    size = weights * (problem.bits / 8 + 2 / problem.run)
-    read = size / gpu.copy_bandwidth * slowdown
-    slots = min(ISSUE_SHARE, together * config.num_warps / SCHEDULERS**2) * SCHEDULERS * gpu.processors * gpu.clock
-    issue = weights * ceil(rows / config.BM) * INSTRUCTIONS[config.BM] / WARP / slots
-    split = SPLIT_END + 8 * config.SPLIT_K * rows * problem.outputs / gpu.l2_bandwidth if config.SPLIT_K > 1 else 0.0
-    return max(read, issue) * unevenness + split + gpu.launch
-
-
-def head_seconds(gpu: Gpu, shape: LinearShape, bits: int, rows: int) -> float:
-    """Time of the lm_head; a dense one is read at the speed of a copy."""
-    if bits == UNPACKED:
-        return weight_bytes(shape, bits, GROUP_SIZE) / gpu.copy_bandwidth + gpu.launch
-    problem = MatmulProblem(min(row_bucket(rows), MAX_HEAD_ROWS), shape.out_features, shape.in_features, bits,
-                            GROUP_SIZE, "float16")
-    return tile_seconds(gpu, problem, skinny_tile(problem, gpu.capability), rows)
-
-
-def attention_seconds(gpu: Gpu, d: Dimensions, cache: str, rows: int, length: int) -> float:
-    """Time of the attention of one block."""
-    read = cache_bytes(d, cache, length, rows) / d.num_layers / gpu.copy_bandwidth
-    numbers = 2 * d.num_kv_heads * d.head_dim * length * rows
-    slots = ISSUE_SHARE * SCHEDULERS * gpu.processors * gpu.clock
-    unpack = numbers * INT8_INSTRUCTIONS / WARP / slots if cache == "int8" else 0.0
-    return ATTENTION + max(read, unpack)

@@ -10,6 +10,7 @@ from gptq_belle.cli import console, options
 from gptq_belle.errors import UsageError
 
 if TYPE_CHECKING:
+    from gptq_belle.bench.gpus import Gpu
     from gptq_belle.bench.plan import PlanRow
     from gptq_belle.bench.step_time import StepTime
 
@@ -38,6 +39,7 @@ def plan(
     from gptq_belle.bench.gpus import gpu_named
     from gptq_belle.bench.plan import best_fit, check_workload, recommendation, size_unit
     from gptq_belle.bench.plan import plan as planned
+    from gptq_belle.bench.step_time import assumptions
     from gptq_belle.checkpoint.reader import read_config
     from gptq_belle.common.memory import parse_memory
 
@@ -50,7 +52,8 @@ def plan(
     if as_json:
         chosen = best_fit(rows)
         console.print_json({"model": model, "memory": budget, "context": context, "batch": batch,
-                            "best": None if chosen is None else chosen.settings, "rows": [_flat(row) for row in rows]})
+                            "best": None if chosen is None else chosen.settings, "rows": [_flat(row) for row in rows],
+                            "assumptions": None if planned_gpu is None else assumptions(planned_gpu)})
         return
     settings, (unit, name) = rows[0].settings, size_unit(rows)
     asked = "the whole context" if context is None else f"{context:,} tokens of context"
@@ -64,8 +67,8 @@ def plan(
     console.print_line()
     console.print_line(recommendation(rows, budget))
     if planned_gpu is not None:
-        console.print_line("Speeds are calculated for a decode step with a full context, not measured. At the memory "
-                           "limit, weights and cache are read at the speed of a copy.")
+        for line in _speed_notes(planned_gpu, [row.step for row in rows if row.step is not None]):
+            console.print_line(line)
 
 
 def device_kind(name: str) -> str:
@@ -93,6 +96,21 @@ def _cells(row: "PlanRow", unit: float, with_speeds: bool) -> list[str]:
             *(speeds if with_speeds else [])]
 
 
+def _speed_notes(gpu: "Gpu", steps: list["StepTime"]) -> list[str]:
+    """What the speeds are and what they assume."""
+    notes = ["Speeds are calculated for a decode step with a full context, not measured. At the memory limit, weights "
+             "and cache are read at the speed of a copy.",
+             f"Assumptions: a copy reaches {100 * gpu.copy_share:.0f} % of {gpu.bandwidth / 1e12:.3g} TB/s, data "
+             f"arrive {1e6 * gpu.latency:.2g} us after their load, the L2 cache has {gpu.l2_bandwidth / 1e12:.2g} "
+             f"TB/s, {gpu.processors} multiprocessors run at {gpu.clock / 1e9:.4g} GHz, and {1e6 * gpu.launch:.1f} us "
+             "are between two kernels of a CUDA graph. --json lists all."]
+    if steps and (dependent := steps[-1].with_dependent_launch()) is not None and gpu.dependent_launch is not None:
+        notes.append(f"Programmatic dependent launch is off, because it has not run on a GPU yet. With "
+                     f"{1e6 * gpu.dependent_launch:.1f} us between two kernels, the last row would have "
+                     f"{dependent.tokens_per_second:,.0f} tokens/s ({100 * dependent.share:.0f} %).")
+    return notes
+
+
 def _flat(row: "PlanRow") -> dict[str, Any]:
     """JSON-ready values; sizes in bytes."""
     sizes = asdict(row.use) | {"total": row.use.total}
@@ -102,6 +120,8 @@ def _flat(row: "PlanRow") -> dict[str, Any]:
 
 def _flat_step(step: "StepTime") -> dict[str, Any]:
     """JSON-ready values of the calculated step; times in seconds."""
+    dependent = step.with_dependent_launch()
     return {"gpu": step.gpu.name, "tokens_per_second": step.tokens_per_second, "share_of_limit": step.share,
             "limit_tokens_per_second": step.limit_tokens_per_second, "launches": step.launches, "bytes": step.bytes,
-            "seconds": step.seconds, "parts": [part._asdict() for part in step.parts]}
+            "seconds": step.seconds, "parts": [part._asdict() for part in step.parts],
+            "dependent_launch_tokens_per_second": None if dependent is None else dependent.tokens_per_second}
