@@ -14,7 +14,7 @@ import torch
 
 from gptq_belle.common.timers import seconds, spread
 from gptq_belle.kernels.triton_config import ROW_BUCKETS, MatmulProblem
-from gpu_check import solver_checks
+from gpu_check import decode_steps, solver_checks
 from gpu_check.kernel_recording import Case
 from gpu_check.plan import Step
 from gpu_check.setting import BLOCK_SHAPES, ROOT, Setting
@@ -45,7 +45,8 @@ def steps(setting: Setting, scratch: Path) -> list[Step]:
     block = [Step("write a block", partial(write_block, setting, scratch), 120),
              *(Step(f"quantize a block, preset {preset}", partial(quantize_block, setting, scratch, preset), 120)
                for preset in ("fast", "best"))]
-    return [Step("write the large model", partial(write_large, setting, large), 150), *speeds, *memory, *block]
+    fused = decode_steps.steps(setting, large)
+    return [Step("write the large model", partial(write_large, setting, large), 150), *fused, *speeds, *memory, *block]
 
 
 def cases(setting: Setting) -> list[Case]:
@@ -79,7 +80,7 @@ def speed(setting: Setting, path: Path, cache: str, batch: int, prompt: int) -> 
     """Tokens per second of prefill and of decoding, of the whole batch."""
     from gptq_belle.bench.workload import Workload, run_in_turns
 
-    model = _model(setting, path, cache)
+    model = large_model(setting, path, cache)
     workload = Workload(prompt, setting.sizes.new_tokens, batch, REPEATS)
     [times] = run_in_turns([model], workload)
     return {"prefill": asdict(spread([batch * prompt / one.prefill for one in times])),
@@ -88,7 +89,8 @@ def speed(setting: Setting, path: Path, cache: str, batch: int, prompt: int) -> 
 
 
 @lru_cache(maxsize=1)
-def _model(setting: Setting, path: Path, cache: str) -> "Model":
+def large_model(setting: Setting, path: Path, cache: str) -> "Model":
+    """The model with random weights, kept for the next step."""
     from gptq_belle import load
 
     return load(path, device=str(setting.device), cache=cache)
@@ -126,7 +128,7 @@ def quantize_block(setting: Setting, scratch: Path, preset: str) -> dict[str, An
     """
     from gptq_belle import Calibration, QuantConfig, quantize_checkpoint
 
-    _model.cache_clear()  # returns the memory of the large model
+    large_model.cache_clear()  # returns the memory of the large model
     rows, length = setting.sizes.quantized_rows
     ids = torch.randint(1000, (rows, length), generator=torch.Generator().manual_seed(0))
     reports = []

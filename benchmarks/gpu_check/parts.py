@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_check import cache_pack, correctness, demo_models, matmul, models, probe, solver, solver_checks, tuning
+from gpu_check import (
+    cache_pack,
+    correctness,
+    decode_steps,
+    demo_models,
+    matmul,
+    models,
+    probe,
+    solver,
+    solver_checks,
+    tuning,
+)
 from gpu_check.child import Child
 from gpu_check.compilation import Compilers
 from gpu_check.kernel_recording import Case
@@ -103,6 +114,7 @@ def run_models(run: Run) -> None:
     run.compile(models.cases(run.setting))
     with tempfile.TemporaryDirectory() as scratch:
         run.steps([*demo_models.steps(run.setting, Path(scratch)), *models.steps(run.setting, Path(scratch))])
+    run.extra["goals"] = [decode_steps.goal(run.record.results)]
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
