@@ -7,7 +7,7 @@ from conftest import naming
 
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import written_by_gptq_belle
-from gptq_belle.quantization.config import DISABLED_VALUES, PRESETS, QuantConfig, Techniques
+from gptq_belle.quantization.config import DISABLED_VALUES, PRESETS, Override, QuantConfig, Techniques
 
 
 @pytest.mark.parametrize(("setting", "value"), [
@@ -70,6 +70,12 @@ def test_each_technique_of_max_can_be_disabled_alone(name):
 
 def test_fast_is_max_without_all_techniques():
     assert PRESETS["max"].disable(DISABLED_VALUES) == PRESETS["fast"]
+
+
+def test_targets_move_the_whole_way_with_few_bits():
+    config = QuantConfig(overrides=(Override("a", bits=2), Override("b", bits=8)))
+    assert [config.for_linear(name).techniques.alpha for name in "abc"] == [1.0, 0.5, 0.5]
+    assert QuantConfig(bits=3, without=("targets",)).techniques.alpha == 0
 
 
 def test_rounding_to_nearest_uses_no_techniques():

@@ -25,7 +25,7 @@ class Techniques:
         static_order: quantize inputs in order of decreasing activation, in static groups (`solver.candidate_weights`).
         sweeps: number of sweeps of scale refit and coordinate descent after GPTQ (`refine.refine`).
         alpha: how far targets move towards the full-precision model's outputs, 0 .. 1
-            (`candidate_selection.full_precision_target`).
+            (`candidate_selection.full_precision_target`); 2 and 3 bits take 1.
         held_out_every: one in this many calibration rows is held out of the Hessians and decides between solutions
             (`candidate_selection.best_solution`); 0 for none.
         rounds: number of rounds of block refinement after the linears of a block are quantized (`block_refinement`).
@@ -51,8 +51,8 @@ class Techniques:
         return techniques
 
 
-_BEST = Techniques(search=True, static_order=True, sweeps=2, alpha=0.5, held_out_every=16)
-PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, sweeps=6, alpha=1.0, rounds=3)}
+_BEST = Techniques(search=True, static_order=True, sweeps=6, alpha=0.5, held_out_every=16)
+PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, rounds=3)}
 DISABLED_VALUES: dict[str, dict[str, Any]] = {  # values that disable a technique, by its name in `QuantConfig.without`
     "search": {"search": False},
     "order": {"static_order": False},
@@ -182,8 +182,12 @@ class QuantConfig:
 
     @property
     def techniques(self) -> Techniques:
-        """The preset's techniques without those that are disabled; none for rounding to nearest."""
-        return Techniques() if self.method == "rtn" else PRESETS[self.preset].disable(self.without)
+        """The preset's techniques without those that are disabled; none for rounding to nearest.
+
+        With 2 and 3 bits targets move the whole way: there the errors to correct are large beside the sample's noise.
+        """
+        chosen = Techniques() if self.method == "rtn" else PRESETS[self.preset].disable(self.without)
+        return replace(chosen, alpha=1.0) if chosen.alpha and self.bits <= 3 else chosen
 
     @property
     def checkpoint_format(self) -> str:
