@@ -57,7 +57,8 @@ def in_process(path: str, spins: str) -> dict[str, float]:
 
 def compare(path: str, repeats: int) -> list[dict[str, Any]]:
     """One row per variant and kind of work."""
-    cores, found = len(os.sched_getaffinity(0)), {}
+    cores = len(os.sched_getaffinity(0))
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for busy in (0, cores):
         with busy_processes(busy):
             for _ in range(repeats):

@@ -129,18 +129,17 @@ def _timed(model: "Model", decoding: "FusedDecoding", variant: Variant, length: 
     """Seconds of `count` greedy steps, whose tokens are read one step late as the engine does, and the tokens."""
     from gptq_belle.engine import fused_decoding
     from gptq_belle.engine.sampling import Sampler, SamplingParams
+    from gptq_belle.engine.slots import DecodingRow
 
-    rows = decoding.buffers.cache.slots
-    samplers = [Sampler(SamplingParams(temperature=0.0), [], model.device)] * rows
+    sampler = Sampler(SamplingParams(temperature=0.0), [], model.device)
+    tokens, answers = [5] * decoding.buffers.cache.slots, []
     with mock.patch.object(fused_decoding, "PROGRAMMATIC_LAUNCH", variant.dependent_launch):
-        decoding.start(range(rows), [length] * rows, [5] * rows, samplers, [count] * rows)
         synchronize(model.device)
-        start, answers, queued = time.perf_counter(), [], decoding.queue([length] * rows)
-        for step in range(1, count):
-            following = decoding.queue([length + step] * rows)
-            answers.append(queued.read()[0])
-            queued = following
-        answers.append(queued.read()[0])
+        start = time.perf_counter()
+        for step in range(count):
+            rows = [DecodingRow(slot, length + step, token, sampler, count - step) for slot, token in enumerate(tokens)]
+            tokens = decoding.step(rows).read()[0]
+            answers.append(tokens)
     return time.perf_counter() - start, answers
 
 

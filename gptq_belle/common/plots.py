@@ -1,6 +1,7 @@
 """Colours and fonts of pictures."""
 
 from functools import cache
+from typing import Any
 
 # Paul Tol's "bright" palette for colour-blind readers
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -17,7 +18,7 @@ def chinese_fonts() -> list[str]:
     return [name for name in CHINESE if name in installed][:1]
 
 
-def font_settings() -> dict[str, list[str]]:
+def font_settings() -> dict[Any, list[str]]:
     """matplotlib's settings for text that `drawable` returns."""
     return {"font.family": [*chinese_fonts(), "DejaVu Sans"]}
 

@@ -120,8 +120,8 @@ def class_chart(models: Sequence[ReportModel], value: ClassValue) -> BarChart | 
         values = [(colour, model, value(test, name)) for colour, model, test in tested if test]
         for number, (colour, model, share) in enumerate(one for one in values if one[2] is not None):
             seen.add(model.label)
-            label = ("", "") if number else (name, CLASSES_ZH.get(name, name))
-            rows.append(Row(*label, [(colour, share or 0.0)], f"{share:.0f}"))
+            english, chinese = ("", "") if number else (name, CLASSES_ZH.get(name, name))
+            rows.append(Row(english, chinese, [(colour, share or 0.0)], f"{share:.0f}"))
     legend = [(colour, model.label, model.label) for colour, model, _ in tested if model.label in seen]
     return BarChart(rows, legend) if rows else None
 
