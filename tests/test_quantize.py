@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import cut_short
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_belle.cli import console, quantize
 
@@ -148,6 +149,30 @@ def test_wrong_options_are_named_with_a_remedy(run, tiny_bloom, tmp_path, option
     assert named in err
     assert len(err.strip().splitlines()[-1]) > 10
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_llama, tmp_path_factory):
+    """tiny_llama with 192 inputs of down_proj, which groups of 128 do not divide."""
+    path = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("uneven") / "llama")
+    config = AutoConfig.from_pretrained(path)
+    config.intermediate_size = 192
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("override", "chosen"), [([], 64), (["--override", "down_proj=group_size:32"], 128)])
+def test_group_size_auto_is_the_largest_that_divides_the_linears(run, uneven, tmp_path, override, chosen):
+    code, _, _ = run(uneven, tmp_path / "out", "--method", "rtn", "--group-size", "auto", *override)
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["group_size"] == chosen
+
+
+def test_refused_group_size_names_those_that_fit(run, uneven, tmp_path):
+    code, _, err = run(uneven, tmp_path / "out", "--method", "rtn", "--group-size", "128")
+    assert code == 2
+    assert "192" in err
+    assert "64, 32, -1" in err
 
 
 def test_directory_of_another_program_is_not_overwritten(run, tiny_bloom, tmp_path):

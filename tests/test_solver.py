@@ -79,6 +79,13 @@ def test_dtypes_are_those_of_quantized_weight(dtype):
         assert isinstance(solution.damp, float)
 
 
+@pytest.mark.parametrize(("columns", "groups"), [(256, 2), (192, 3), (96, 3), (100, 1)])
+def test_group_size_auto_is_the_largest_that_divides_the_inputs(columns, groups):
+    weight = torch.arange(8 * columns).view(8, columns).sin()
+    found = gptq(weight, torch.eye(columns), QuantConfig(preset="fast", group_size="auto"))
+    assert found.weight.scales.shape == (8, groups)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

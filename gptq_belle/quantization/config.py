@@ -9,7 +9,8 @@ from gptq_belle import __version__
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import BITS, HEAD_BITS
 
-GROUP_SIZES = (32, 64, 128, -1)
+GROUP_SIZES = (128, 64, 32, -1)
+AUTO = "auto"  # the group size that a job replaces by the first of GROUP_SIZES that divides its linears' inputs
 METHODS = ("gptq", "rtn")
 REGEX_REMEDY = "Use the syntax of Python's re; a dot in a name is '\\.'."
 OVERRIDABLE = ("bits", "group_size", "sym")
@@ -111,7 +112,8 @@ class QuantConfig:
 
     Attributes:
         bits: bits per weight: 2, 3, 4 or 8.
-        group_size: inputs that share a scale and a zero point: 32, 64, 128, or -1 for one group per output channel.
+        group_size: inputs that share a scale and a zero point: 32, 64, 128, -1 for one group per output channel, or
+            "auto", which a job replaces by the largest of these that divides the inputs of the linears.
         sym: symmetric quantization: the zero point is always 2**(bits - 1).
         act_order: quantize columns in order of decreasing activation; groups follow that order. ``desc_act``, its name
             on disk, is an alias.
@@ -145,10 +147,10 @@ class QuantConfig:
     auto_bits: str | None
 
     # A generated __init__ could not distinguish an omitted setting from one that contradicts its alias.
-    def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True, act_order: bool | None = None,
-                 damp: float | None = None, method: str = "gptq", preset: str = "best", without: tuple[str, ...] = (),
-                 positive_scales: bool = False, overrides: tuple[Override, ...] = (), head_bits: int = 16,
-                 auto_bits: str | None = None, *, desc_act: bool | None = None,
+    def __init__(self, bits: int = 4, group_size: int | str = 128, sym: bool = True,
+                 act_order: bool | None = None, damp: float | None = None, method: str = "gptq", preset: str = "best",
+                 without: tuple[str, ...] = (), positive_scales: bool = False, overrides: tuple[Override, ...] = (),
+                 head_bits: int = 16, auto_bits: str | None = None, *, desc_act: bool | None = None,
                  damp_percent: float | None = None) -> None:
         values = {"bits": bits, "group_size": group_size, "sym": sym,
                   "act_order": _either("act_order", act_order, "desc_act", desc_act, default=False),
@@ -172,7 +174,7 @@ class QuantConfig:
     def _check(self) -> None:
         _check("bits", self.bits, BITS)
         _check("head bits", self.head_bits, HEAD_BITS)
-        _check("group size", self.group_size, GROUP_SIZES)
+        _check("group size", self.group_size, (*GROUP_SIZES, AUTO))
         _check("method", self.method, METHODS)
         _check("preset", self.preset, tuple(PRESETS))
         for name in self.without:

@@ -1,7 +1,7 @@
 """The inputs of a quantization job, validated: source, settings and calibration rows; nothing is written yet."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer, needs_sentencepiece
 from gptq_belle.checkpoint.validation import check_model, size_problems
 from gptq_belle.common.devices import resolve_device
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import InputError
 from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.prompts.styles import set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.calibration.rows import Calibration, calibration_rows, check_distinct, check_enough
-from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.config import AUTO, QuantConfig
+from gptq_belle.quantization.group_sizes import fitting_group_sizes, group_size_error
 from gptq_belle.quantization.journal import FULL
 from gptq_belle.quantization.overrides import resolve_overrides
 from gptq_belle.quantization.report import LOGGER
@@ -50,10 +51,25 @@ def check_sizes(stream: BlockStream, config: QuantConfig) -> None:
         if own is None:
             continue
         if own.group_size != -1 and shape.in_features % own.group_size:
-            raise UsageError(f"group size {own.group_size} does not divide the {shape.in_features} inputs of {name}",
-                             "Choose a group size of 32, 64 or 128 that does, or -1 for one group per output channel.")
+            fitting = fitting_group_sizes(_widths(stream, config))
+            raise group_size_error(own.group_size, shape.in_features, name, fitting)
         for problem in size_problems({linear: shape}):
             raise problem
+
+
+def with_group_size(config: QuantConfig, stream: BlockStream) -> QuantConfig:
+    """The settings with group size "auto" replaced by the largest one that fits all linears."""
+    if config.group_size != AUTO:
+        return config
+    return replace(config, group_size=fitting_group_sizes(_widths(stream, config))[0])
+
+
+def _widths(stream: BlockStream, config: QuantConfig) -> Iterator[int]:
+    """Inputs of the linears whose group size no override sets."""
+    for index, (linear, shape) in product(range(stream.count), stream.linear_shapes.items()):
+        own = config.for_linear(f"{stream.arch.blocks}.{index}.{linear}")
+        if own is not None and own.group_size == config.group_size:
+            yield shape.in_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +118,7 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     ignored = check_model(reader, None)
     set_prompt_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
-    config = resolve_overrides(config, stream.arch, stream.count)
+    config = with_group_size(resolve_overrides(config, stream.arch, stream.count), stream)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
     style = chat_format(reader.config, tokenizer).name

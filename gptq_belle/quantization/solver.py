@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.common.devices import threads
-from gptq_belle.errors import InputError, UsageError
+from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import QuantizedWeight, all_finite
 from gptq_belle.quantization import grid
 from gptq_belle.quantization.activation_order import (
@@ -21,8 +21,9 @@ from gptq_belle.quantization.activation_order import (
     permuted,
     unpermuted,
 )
-from gptq_belle.quantization.config import QuantConfig
+from gptq_belle.quantization.config import AUTO, QuantConfig
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
+from gptq_belle.quantization.group_sizes import fitting_group_sizes, group_size_error
 from gptq_belle.quantization.hessian import inverse_cholesky, output_error, remaining_error
 from gptq_belle.quantization.refine import refine
 
@@ -207,11 +208,11 @@ def _quantized_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group: int,
 
 def _group_size(weight: Tensor, config: QuantConfig) -> int:
     K = weight.shape[1]
-    group = K if config.group_size == -1 else config.group_size
-    if K % group:
-        raise UsageError(f"group size {group} does not divide the layer's {K} inputs",
-                         "Choose a group size of 32, 64 or 128 that does, or -1 for one group per output channel.")
-    return group
+    fitting = fitting_group_sizes([K])
+    group = fitting[0] if config.group_size == AUTO else config.group_size
+    if group not in fitting:
+        raise group_size_error(group, K, "the layer", fitting)
+    return K if group == -1 else group
 
 
 def _check_finite(**tensors: Tensor) -> None:
