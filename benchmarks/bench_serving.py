@@ -1,7 +1,10 @@
 """Measure tokens/s and time to first token of a server with one stream and with several, in turns.
 
+With --masks, none, one and all of the streams follow a JSON schema.
+
     gptq-belle quantize examples/belle_tiny/bloom build/bloom-4bit --preset fast --allow-short   # and llama
     python benchmarks/bench_serving.py build/bloom-4bit build/llama-4bit
+    python benchmarks/bench_serving.py examples/belle_tiny/bloom examples/belle_tiny/llama --streams 8 --masks
 """
 
 import argparse
@@ -20,6 +23,8 @@ from urllib.parse import urlsplit
 import records
 
 PROMPT = "写一首关于春天的诗"
+SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}  # longer than every answer here
+Case = tuple[int, int]  # numbers of streams, and of those that follow SCHEMA
 
 
 @contextmanager
@@ -41,7 +46,7 @@ def server(path: str | Path, slots: int, device: str = "cpu") -> Iterator[str]:
             process.terminate()
 
 
-async def stream(url: str, tokens: int) -> tuple[int, float]:
+async def stream(url: str, tokens: int, is_masked: bool = False) -> tuple[int, float]:
     """Request one answer; return its tokens and the seconds to the first one.
 
     The client shares the cores with the server, so it does only what every client must: read and parse each event.
@@ -49,7 +54,8 @@ async def stream(url: str, tokens: int) -> tuple[int, float]:
     """
     place = urlsplit(url)
     body = json.dumps({"messages": [{"role": "user", "content": PROMPT}], "max_tokens": tokens, "temperature": 0,
-                       "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}).encode()
+                       "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+                       "guided_json": SCHEMA if is_masked else None}).encode()
     began, first, count = time.perf_counter(), 0.0, 0
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     writer.write(f"POST /v1/chat/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
@@ -66,27 +72,28 @@ async def stream(url: str, tokens: int) -> tuple[int, float]:
     return count, first
 
 
-async def together(url: str, streams: int, tokens: int) -> tuple[float, float]:
+async def together(url: str, case: Case, tokens: int) -> tuple[float, float]:
     """Run several streams at once; return tokens per second and the median seconds to the first token."""
     began = time.perf_counter()
-    found = await asyncio.gather(*[stream(url, tokens) for _ in range(streams)])
+    found = await asyncio.gather(*[stream(url, tokens, number < case[1]) for number in range(case[0])])
     seconds = time.perf_counter() - began
     return sum(count for count, _ in found) / seconds, statistics.median(first for _, first in found)
 
 
-def measure(path: str, streams: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """One row of medians per number of streams, measured in turns."""
-    seen: dict[int, list[tuple[float, float]]] = {count: [] for count in streams}
-    with server(path, max(streams)) as url:
+def measure(path: str, cases: list[Case], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """One row of medians per case, measured in turns."""
+    seen: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+    with server(path, max(streams for streams, _ in cases)) as url:
         for turn in range(rounds + 1):  # the first is a warm-up
-            for count in streams:
-                found = asyncio.run(together(url, count, tokens))
+            for case in cases:
+                found = asyncio.run(together(url, case, tokens))
                 if turn:
-                    seen[count].append(found)
-    medians = {count: [statistics.median(figures) for figures in zip(*found, strict=True)]
-               for count, found in seen.items()}
-    return [{"model": Path(path).name, "streams": count, "tokens_per_second": speed, "seconds_to_first_token": first,
-             "against_first": speed / medians[streams[0]][0]} for count, (speed, first) in medians.items()]
+                    seen[case].append(found)
+    medians = {case: [statistics.median(figures) for figures in zip(*found, strict=True)]
+               for case, found in seen.items()}
+    return [{"model": Path(path).name, "streams": streams, "masked": masked, "tokens_per_second": speed,
+             "seconds_to_first_token": first, "against_first": speed / medians[cases[0]][0]}
+            for (streams, masked), (speed, first) in medians.items()]
 
 
 def main() -> None:
@@ -96,12 +103,16 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=128, help="tokens per answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--masks", action="store_true", help="compare streams with and without a JSON schema")
     args = parser.parse_args()
-    rows = [row for path in args.paths for row in measure(path, args.streams, args.tokens, args.rounds)]
+    cases = [(count, masked) for count in args.streams for masked in ([0, 1, count] if args.masks else [0])]
+    rows = [row for path in args.paths for row in measure(path, cases, args.tokens, args.rounds)]
     for row in rows:
-        print(f"{row['model']:>12} {row['streams']:3} streams {row['tokens_per_second']:8.1f} tokens/s "
-              f"({row['against_first']:.2f}), first token after {1000 * row['seconds_to_first_token']:.0f} ms")
-    print(records.write("serving", {"tokens": args.tokens, "rounds": args.rounds, "rows": rows}))
+        print(f"{row['model']:>12} {row['streams']:3} streams, {row['masked']} masked, "
+              f"{row['tokens_per_second']:8.1f} tokens/s ({row['against_first']:.2f}), "
+              f"first token after {1000 * row['seconds_to_first_token']:.0f} ms")
+    name = "serving_masks" if args.masks else "serving"
+    print(records.write(name, {"tokens": args.tokens, "rounds": args.rounds, "rows": rows}))
 
 
 if __name__ == "__main__":
