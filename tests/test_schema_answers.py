@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,11 @@ def random_schemas(count):
             for place, schema in enumerate(found)]
 
 
+def finite(text):
+    """A number of JSON, whose exponent has no limit, within the range of Python's."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
+
+
 def outcome(client, schema, number):
     """What became of a schema: "valid", "length" or "refused"; anything else fails."""
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -81,7 +87,7 @@ def outcome(client, schema, number):
         assert body["usage"]["completion_tokens"] == LIMIT
         return "length"
     assert choice["finish_reason"] == "stop"
-    answer = json.loads(choice["message"]["content"])
+    answer = json.loads(choice["message"]["content"], parse_float=finite)
     assert jsonschema_rs.validator_for(schema).is_valid(answer), (schema, answer)
     return "valid"
 
