@@ -105,6 +105,7 @@ def test_form_of_another_type_or_two_are_refused(form):
 FIELDS = [({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}},
            follows_schema),
           ({"response_format": {"type": "json_object", "schema": SCHEMA}}, follows_schema),
+          ({"response_format": {"type": "json_object", "value": SCHEMA}}, follows_schema),
           ({"guided_json": SCHEMA}, follows_schema), ({"guided_json": json.dumps(SCHEMA)}, follows_schema),
           ({"json_schema": SCHEMA}, follows_schema), ({"structured_outputs": {"json": SCHEMA}}, follows_schema),
           ({"guided_regex": WORDS}, re.compile(WORDS).fullmatch),
@@ -145,6 +146,7 @@ def test_json_object_and_the_length_limit(server):
 
 @pytest.mark.parametrize(("fields", "param"), [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_object", "schemas": SCHEMA}}, "response_format.schemas"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "x"}, "response_format"),
     ({"structured_outputs": {"json": SCHEMA, "regex": "x"}}, "structured_outputs.regex"),

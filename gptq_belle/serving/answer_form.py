@@ -16,6 +16,7 @@ GUIDED = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice"
           "guided_grammar": "grammar", "json_schema": "json_schema", "grammar": "grammar"}
 OUTPUTS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar",
            "json_object": "json_object"}
+FORMAT_KEYS = ("type", "json_schema", "schema", "value")
 EMPTY: tuple[Any, ...] = (None, "", {}, [], False)
 
 
@@ -60,18 +61,25 @@ def tool_form(options: TemplateOptions, form: CallForm, other: str) -> dict[str,
 
 
 def _from_response_format(value: Any) -> list[Form]:
-    """OpenAI's {"type": "json_schema", "json_schema": {"schema": ...}}; llama.cpp also takes {"schema": ...}."""
+    """OpenAI's {"type": "json_schema", "json_schema": {"schema": ...}}; llama.cpp also takes {"schema": ...}.
+
+    huggingface_hub converts OpenAI's form to {"type": "json_object", "value": ...}.
+    """
     name = "response_format"
     if _is_empty(value) or value == {"type": "text"}:
         return []
     kind = value.get("type") if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping) and (unknown := next((key for key in value if key not in FORMAT_KEYS), None)):
+        raise ApiError(400, f"{name}.{unknown[:100]}: this server does not know this field. Remove it.",
+                       f"{name}.{unknown[:100]}", "unknown_parameter")
     if kind == "json_schema":
         holder = value.get("json_schema", value)
         if not isinstance(holder, Mapping) or not isinstance(holder.get("schema"), Mapping):
             raise _wrong(f"{name}.json_schema", "an object with the JSON schema in its field schema")
         return [(name, "json_schema", holder["schema"])]
     if kind == "json_object":
-        return [(name, "json_object" if _is_empty(value.get("schema")) else "json_schema", value.get("schema") or True)]
+        schema = next((value[key] for key in ("schema", "value") if not _is_empty(value.get(key))), None)
+        return [(name, "json_object", True) if schema is None else (name, "json_schema", schema)]
     raise _wrong(f"{name}.type", "'text', 'json_object' or 'json_schema'")
 
 

@@ -13,7 +13,8 @@ def case_chat(url: str) -> None:
 
 
 def case_stream(url: str) -> None:
-    pieces = _client(url).chat_completion(QUESTION, max_tokens=8, stream=True)
+    client = _client(url)  # a client without a name is closed before its stream is read
+    pieces = client.chat_completion(QUESTION, max_tokens=8, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces)
 
 
