@@ -35,8 +35,7 @@ ActOrder = Annotated[bool, options.advanced(
 Damp = Annotated[float, options.advanced(help="Damping as a share of the Hessian's mean diagonal.")]
 Method = Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn is rounding to nearest, without calibration.")]
 Preset = Annotated[Literal["fast", "best", "max"], typer.Option(
-    help="fast is plain GPTQ; max also refines all linears of a block together, for 2 and 3 bits; several times as "
-    "slow.")]
+    help="fast is plain GPTQ; max also refines all linears of a block together, for 2 bits; several times as slow.")]
 Without = Annotated[str, options.advanced(
     metavar="NAME,...", help="Techniques of the preset to disable: search, order, refine, targets, veto, block.")]
 PositiveScales = Annotated[bool, options.advanced(
