@@ -28,16 +28,17 @@ NOT_BUILT = "CPU kernels are not built"
 SDIST = "import setuptools.build_meta as backend; backend.build_sdist({!r})"
 
 
-def run(*words: str | Path, path: Path | None = None, cwd: Path | None = None) -> str:
+def run(*words: str | Path, path: Path | None = None, cwd: Path | None = None, errors: bool = False) -> str:
     """Run a command and return its stdout; raises CalledProcessError.
 
     Args:
         path: folder of the only programs it finds.
+        errors: return stderr too.
     """
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CC", "CXX")}
     done = subprocess.run(words, env=kept | ({"PATH": str(path)} if path else {}), cwd=cwd, check=True, text=True,
                           capture_output=True)
-    return done.stdout
+    return done.stdout + (done.stderr if errors else "")
 
 
 def environment(python: str | Path, folder: Path, dependencies: Path | None = None) -> Path:
@@ -107,7 +108,8 @@ def main() -> None:
                 what = {"wheel": str(wheels[compiler]), "sdist": str(sdist), "git": f"git+file://{source}"}[kind]
                 start = time.monotonic()
                 own = environment(python, folder / "own", complete)
-                log = run(own, "-m", "pip", "install", "--no-deps", "-v", "--no-cache-dir", what, path=paths[compiler])
+                log = run(own, "-m", "pip", "install", "--no-deps", "-v", "--no-cache-dir", what, path=paths[compiler],
+                          errors=True)
                 seconds = round(time.monotonic() - start)
                 rows.append({"python": version, "source": kind, "compiler": compiler, "seconds": seconds}
                             | check(own, compiler, log, kind, empty))
