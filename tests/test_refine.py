@@ -60,6 +60,17 @@ def test_no_sweep_increases_the_error(seed):
     assert errors[2] < 0.95 * errors[0]
 
 
+def test_a_ridge_is_added_to_the_diagonal_of_the_hessian():
+    weight, hessian, quantized = solved(QuantConfig(bits=3, group_size=32, preset="fast"), 8, 96, seed=1)
+    ridge = 0.5 * float(hessian.diagonal().mean())
+    found = swept(quantized, weight, hessian, bits=3, sweeps=2, ridge=ridge)
+    wanted = swept(quantized, weight, hessian + ridge * torch.eye(96), bits=3, sweeps=2)
+    plain = swept(quantized, weight, hessian, bits=3, sweeps=2)
+    np.testing.assert_array_equal(found[0], wanted[0])
+    np.testing.assert_array_equal(found[1], wanted[1])
+    assert (found[0] != plain[0]).any()
+
+
 def test_never_active_inputs_and_zero_outputs_are_unchanged():
     weight, hessian = problem(4, 64, seed=2, dead=(5, 40))
     weight[1] = 0

@@ -14,7 +14,7 @@ INNER = 32  # inputs per step in torch; their changes are then applied to the gr
 
 
 def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *, bits: int, sweeps: int,
-           positive: bool = False) -> None:
+           ridge: float = 0.0, positive: bool = False) -> None:
     """Refit scales and descend over codes in all groups, several times; no step increases the error.
 
     A group's rows of R are computed when the sweep reaches it, so a sweep costs one product of H and D.
@@ -27,40 +27,43 @@ def refine(codes: Tensor, scales: Tensor, zeros: Tensor, W: Tensor, H: Tensor, *
         H: (K, K) in W's dtype, undamped.
         bits: bits per code.
         sweeps: number of passes over all groups.
+        ridge: added to H's diagonal, as GPTQ's damping is. Without it, weights drift along directions in which the
+            calibration rows have hardly any inputs.
         positive: keep every scale positive.
     """
     D, group = W, len(codes) // len(scales)
     for g, start in enumerate(range(0, len(codes), group)):
         part = slice(start, start + group)
         torch.sub((codes[part] - zeros[g]).mul_(scales[g]), W[part], out=D[part])
-    sweep_groups(codes, scales, zeros, D, H, bits=bits, sweeps=sweeps, positive=positive)
+    sweep_groups(codes, scales, zeros, D, H, bits=bits, sweeps=sweeps, ridge=ridge, positive=positive)
 
 
 def sweep_groups(codes: Tensor, scales: Tensor, zeros: Tensor, D: Tensor, H: Tensor, gradient: Tensor | None = None, *,
-                 bits: int, sweeps: int, positive: bool = False) -> None:
-    """Lower tr(D^T H D) + 2 tr(gradient^T D) by sweeps over all groups.
+                 bits: int, sweeps: int, ridge: float = 0.0, positive: bool = False) -> None:
+    """Lower tr(D^T (H + ridge I) D) + 2 tr(gradient^T D) by sweeps over all groups.
 
     Args:
-        codes, scales, zeros, H, bits, sweeps, positive: as for `refine`.
+        codes, scales, zeros, H, bits, sweeps, ridge, positive: as for `refine`.
         D: (K, N), a difference that every change of the weight is added to; changed in place.
         gradient: (K, N), or None for 0.
     """
     group = len(codes) // len(scales)
     parts = [slice(start, start + group) for start in range(0, len(codes), group)]
-    diagonal = nonzero_diagonal(H)
+    diagonal = nonzero_diagonal(H) + ridge
     for _ in range(sweeps):
         for g, part in enumerate(parts):
-            code, residual, block = codes[part] - zeros[g], H[part] @ D, H[part, part]
+            code, residual, block = codes[part] - zeros[g], (H[part] @ D).add_(D[part], alpha=ridge), H[part, part]
             if gradient is not None:
                 residual += gradient[part]
             before = code * scales[g]
-            scales[g] = refit_scales(code, scales[g], residual, block, positive=positive)
+            scales[g] = refit_scales(code, scales[g], residual, block, ridge=ridge, positive=positive)
             descend(code, scales[g], zeros[g], residual, block, diagonal[part], bits)
             codes[part] = code + zeros[g]
             D[part] += code.mul_(scales[g]).sub_(before)
 
 
-def refit_scales(code: Tensor, scale: Tensor, residual: Tensor, block: Tensor, *, positive: bool = False) -> Tensor:
+def refit_scales(code: Tensor, scale: Tensor, residual: Tensor, block: Tensor, *, ridge: float = 0.0,
+                 positive: bool = False) -> Tensor:
     """Refit the scales of one group: for each output the scale that minimizes the error with fixed codes.
 
     ds = -(c . R_g) / (c^T H_gg c), the root of the derivative of tr(D^T H D) along c; rounded to float16, and rejected
@@ -71,11 +74,12 @@ def refit_scales(code: Tensor, scale: Tensor, residual: Tensor, block: Tensor, *
         scale: (N,), the current scales.
         residual: (g, N), the group's rows of R = H D; updated in place.
         block: (g, g), the group's diagonal block of H.
+        ridge: as for `refine`.
         positive: reject negative scales.
     Returns:
         The new scales (N,).
     """
-    image = block @ code
+    image = (block @ code).add_(code, alpha=ridge)
     curvature = (code * image).sum(0)
     slope = (code * residual).sum(0)
     refitted = (scale - slope / curvature).to(torch.float16).to(scale.dtype)
@@ -99,7 +103,7 @@ def descend(code: Tensor, scale: Tensor, zero: Tensor, residual: Tensor, block: 
         scale, zero: (N,).
         residual: as for `refit_scales`; overwritten.
         block: as for `refit_scales`.
-        diagonal: (g,), of H, without zeros.
+        diagonal: (g,), of H, without zeros, plus the ridge.
         bits: bits per code.
     """
     fused = grid.fused_kernels(code)

@@ -24,7 +24,7 @@ from gptq_belle.quantization.activation_order import (
 from gptq_belle.quantization.config import AUTO, QuantConfig
 from gptq_belle.quantization.grid import check_storable, min_max_grid, searched_grid, to_codes
 from gptq_belle.quantization.group_sizes import fitting_group_sizes, group_size_error
-from gptq_belle.quantization.hessian import inverse_cholesky, output_error, remaining_error
+from gptq_belle.quantization.hessian import inverse_cholesky, nonzero_diagonal, output_error, remaining_error
 from gptq_belle.quantization.refine import refine
 
 BLOCK = 128  # inputs per lazy block (GPTQ, section 3.3, step 2); a multiple of every group size
@@ -103,7 +103,7 @@ def candidate_weights(weight: Tensor, hessian: Tensor, config: QuantConfig,
     if techniques.sweeps:
         H = permuted(permuted(hessian.to(W.dtype), group_order), group_order, dim=1)
         refine(codes, scales, zeros, W, H, bits=config.bits, sweeps=techniques.sweeps,
-               positive=config.positive_scales or not config.sym)
+               ridge=factor.damp * float(nonzero_diagonal(H).mean()), positive=config.positive_scales or not config.sym)
         candidates["refined"] = _quantized_weight(codes, scales, zeros, group, group_order)
     return candidates
 
