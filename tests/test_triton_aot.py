@@ -132,6 +132,46 @@ def test_shared_memory_and_missing_matrix_instructions_are_found():
     assert aot.problems(job._replace(arch=80), code) == ["no matrix instructions in a loop"]
 
 
+def loop_of(instructions, job, registers=96):
+    """Machine code whose loop has one iteration of a job with so many instructions."""
+    turn = aot_jobs.turn(job)
+    return machine_code.MachineCode(registers, 0, 0, 0, machine_code.Counter(
+        {"HMMA": 8, "LDGSTS.128": 4, "LOP3": instructions - 12}), turn.products)
+
+
+def test_instructions_are_counted_per_number():
+    few = Job(HOPPER, "skinny", 4, "float16", 128, SAME, TileConfig(8, 64, 128, 2, 2, 4))  # 128 weights per thread
+    assert aot.per_weight(few, loop_of(256, few)) == 2
+    cache = Job(HOPPER, "attention-128-int8-rotation-1")  # 256 numbers
+    assert aot.per_weight(cache, loop_of(1024, cache)) == 4
+
+
+@pytest.mark.parametrize("job", [
+    Job(HOPPER, "head-8-8-greedy"),
+    Job(HOPPER, "skinny", 4, "float16", 128, SAME, TileConfig(8, 64, 128, 2, 2, 4), "stream")], ids=label)
+def test_what_is_folded_in_lengthens_the_loop_by_a_tenth_at_most(job, monkeypatch):
+    monkeypatch.setattr(aot, "compiled", lambda plain: loop_of(200, plain))
+    assert aot_sets.plain_product(job).kernel == "skinny"
+    assert not aot.problems(job, loop_of(219, job))
+    [problem] = aot.problems(job, loop_of(224, job))
+    assert "1.12 times" in problem
+
+
+def test_registers_of_all_warps_are_limited():
+    job = Job(HOPPER, "skinny", 4, "float16", 128, SAME, TileConfig(8, 32, 128, 1, 16, 2, 16))
+    assert not aot.problems(job, loop_of(200, job, registers=128))
+    assert "16 warps" in " ".join(aot.problems(job, loop_of(200, job, registers=136)))
+
+
+def test_parts_of_a_decode_step_are_compiled_as_it_launches_them():
+    found = aot_sets.decode(HOPPER)
+    assert {job.kernel for job in found} == {"skinny", *aot_jobs.aot_decode.DECODE_KERNELS}
+    assert {(job.config.BM, job.epilogue) for job in found if job.config} == {
+        (rows, epilogue) for rows in (8, 16, 32, 64) for epilogue in aot_jobs.EPILOGUES}
+    assert set(aot_sets.decode_usual(HOPPER)) < set(found)
+    assert aot_sets.decode(75) == []
+
+
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00000a0000017a02 */
         /*0010*/              @!P0 BRA 0x70 ;                      /* 0x... */

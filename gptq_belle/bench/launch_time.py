@@ -9,7 +9,7 @@ about the GPU (`Gpu`):
 * Reading slows down where the bytes in flight are fewer than bandwidth times latency.
 * A kernel can use ISSUE_SHARE of the issue slots, and each warp one in four of its scheduler.
 * The last program of a split tile, or of a slot's pieces, takes SPLIT_END longer.
-* Instructions per number are those of the compiled loops (benchmarks/results/triton_decode.json).
+* Instructions per number are those of the compiled loops (`benchmarks/aot.py --jobs decode`).
 """
 
 from math import ceil
