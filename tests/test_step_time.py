@@ -16,7 +16,7 @@ from gptq_belle.bench.step_time import assumptions as step_time_assumptions
 from gptq_belle.bench.step_time import fused_linears, step_time
 from gptq_belle.bench.throughput import modelled_step
 from gptq_belle.cli import app, console
-from gptq_belle.engine.model import load
+from gptq_belle.engine.model import Model, load
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS
 from gptq_belle.models.belle_catalogue import CONFIGS
@@ -152,7 +152,8 @@ def test_plan_command_shows_speeds(capsys):
     assert json.loads(call("--device", "cpu", "--json")[1])["rows"][0]["step"] is None
 
 
-def test_loaded_model_is_modelled_with_its_settings(tiny_llama, tmp_path):
+def test_loaded_model_is_modelled_with_its_settings(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "unfused_reason", lambda model, rows: None)  # as on a GPU
     model = load(packed_checkpoint(tiny_llama, tmp_path / "packed", group_size=64), device="cpu", cache="int8")
     settings = MemorySettings(bits=4, head_bits=UNPACKED, group_size=64, cache="int8")
     gpu = gpu_named("3060")
