@@ -6,9 +6,11 @@
 import bfloat16_interpreter
 import pytest
 import torch
+from conftest import packed_checkpoint
 from gpu_check import (
     attention_checks,
     correctness,
+    decode_steps,
     folded_checks,
     head_checks,
     matmul,
@@ -156,6 +158,15 @@ def test_bits_in_a_byte_of_torch_int4():
     codes = torch.randint(0, 16, (64, 8), dtype=torch.uint8)
     packed = peers.nibbles(codes)
     assert torch.equal(torch.stack([packed >> 4, packed & 15], -1).flatten(1), codes.t())
+
+
+@pytest.mark.parametrize(("variants", "cache"), [(decode_steps.PLAIN, "int8"), (decode_steps.DEPENDENT, "float16")])
+def test_variants_of_decode_steps(variants, cache, tiny_bloom, tmp_path):
+    path = packed_checkpoint(tiny_bloom, tmp_path / "packed")
+    found = decode_steps.compare(TOY, path, cache, 1, 3, variants)
+    assert [one["graph"] for one in found["variants"]] == [variant.graph for variant in variants]
+    assert all(one["tps"]["median"] > 0 for one in found["variants"])
+    assert 0 < found["modelled_tps"] < found["modelled_dependent_launch_tps"] < found["limit_tps"]
 
 
 def test_timed_plan(monkeypatch):

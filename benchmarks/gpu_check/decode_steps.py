@@ -57,6 +57,7 @@ def _name(cache: str, batch: int, length: int, variants: Sequence[Variant]) -> s
     return f"decode steps, {ways}: batch {batch}, {length} tokens, {cache} cache"
 
 
+@torch.inference_mode()
 def compare(setting: Setting, path: Path, cache_kind: str, batch: int, length: int,
             variants: Sequence[Variant]) -> dict[str, Any]:
     """Tokens per second of each variant, and of the time model.
@@ -84,7 +85,8 @@ def compare(setting: Setting, path: Path, cache_kind: str, batch: int, length: i
         raise DifferentTokens("variants of the same decode steps choose different tokens")
     gpu = gpu_named("H200") if setting.toy else this_gpu(setting.device, read_bandwidth(setting.device).median)
     modelled = modelled_step(model, gpu, batch, length + count // 2)
-    assert modelled is not None
+    if modelled is None:
+        raise ValueError(f"the time model does not cover this model: {model.unfused_reason(batch)}")
     dependent = modelled.with_dependent_launch()
     return {
         "batch": batch, "length": length, "cache": cache_kind, "copy_Bps": gpu.copy_bandwidth,
@@ -126,7 +128,7 @@ def _decoding(setting: Setting, model: "Model", cache: "KVCache", variant: Varia
 
 def _timed(model: "Model", decoding: "FusedDecoding", variant: Variant, length: int,
            count: int) -> tuple[float, list[list[int]]]:
-    """Seconds of `count` greedy steps, whose tokens are read one step late as the engine does, and the tokens."""
+    """Seconds of `count` greedy steps, made as the engine makes them, and the tokens of each step."""
     from gptq_belle.engine import fused_decoding
     from gptq_belle.engine.sampling import Sampler, SamplingParams
     from gptq_belle.engine.slots import DecodingRow
