@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from server_process import serving
 
 import gptq_belle
-from gptq_belle.engine.batching import CACHE_CHECK_INTERVAL, Engine
+from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.finite_check import nonfinite_rows
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.slots import CACHE_CHECK_INTERVAL
 from gptq_belle.errors import InputError
 from gptq_belle.serving.api_errors import from_exception
 from gptq_belle.serving.metrics import Metrics

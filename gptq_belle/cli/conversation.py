@@ -5,9 +5,8 @@ from pathlib import Path
 
 from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.common.files import write_json_atomically
-from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.engine.model import Model
-from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS, SamplingParams
 from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.messages import messages_from_turns, turns_from_messages
 from gptq_belle.prompts.stop_strings import TextStream

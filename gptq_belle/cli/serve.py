@@ -45,6 +45,9 @@ def serve(
     max_len: Annotated[int | None, typer.Option(
         "--max-len", "--ctx-size", "-c", help="Maximum number of prompt and answer tokens. Default: the context.",
         min=2, show_default=False)] = None,
+    prefix_cache: Annotated[str | None, typer.Option(
+        metavar="SIZE", show_default=False, help="Host memory for earlier prompts, such as 2GiB: what a new prompt "
+        "shares with them is not read again. Default: only the last prompts.")] = None,
     max_queue: Annotated[int, options.advanced(
         help="Maximum number of waiting requests; others get 429.", min=0)] = 256,
     request_timeout: Annotated[float, options.advanced(
@@ -72,6 +75,7 @@ def serve(
     if api_key:
         options.note_unused(context, "with --api-key", "allow_unauthenticated")
     options.check_engine_options(device, precision, head_bits, cache)
+    from gptq_belle.common.memory import parse_memory
     from gptq_belle.serving.queued_request import Timeouts
     from gptq_belle.serving.request_guard import Access
     from gptq_belle.serving.server import serve
@@ -80,6 +84,7 @@ def serve(
     timeouts = Timeouts(request_timeout or None, queue_timeout or None, engine_timeout or None)
     limits = Limits(slots=max_batch, waiting=max_queue, context=max_len, timeouts=timeouts)
     config = ServiceConfig(path, limits, prompt_style, device, precision, head_bits, cache,
+                           parse_memory(prefix_cache) if prefix_cache else None,
                            tuple(filter(None, served_model_name or ())))
     keys = (*filter(None, [api_key]), *(read_keys(api_key_file) if api_key_file is not None else ()))
     access = Access(keys, metrics_key or None, is_loopback(host) and not keys, tuple(cors_origin or ()))

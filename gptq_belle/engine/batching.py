@@ -2,8 +2,8 @@
 
 A step prefills one chunk of the oldest incomplete prompt, then decodes one token for every request whose prompt is
 complete. A free slot keeps its contents: a request whose prompt begins with the same tokens (the earlier turns of a
-chat) reuses them. New prompts take the slot that was not used for the longest time. On a CPU every request gets the
-same bits as it would get alone.
+chat) reuses them. New prompts take the slot that was not used for the longest time; its contents go to the prefix cache
+of the model, if there is one. On a CPU every request gets the same bits as it would get alone.
 """
 
 from collections import deque
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from gptq_belle.engine.finite_check import cache_overflow, explain_nonfinite, nonfinite_cache_block, nonfinite_rows
-from gptq_belle.engine.logits_model import DEFAULT_MAX_NEW_TOKENS, LogitsModel
-from gptq_belle.engine.sampling import Sampler, sample_tokens
+from gptq_belle.engine.logits_model import LogitsModel
+from gptq_belle.engine.prompt_arguments import new_token_limit
+from gptq_belle.engine.sampling import sample_tokens
 from gptq_belle.engine.sampling_params import SamplingParams
-from gptq_belle.engine.slots import DecodingRow, Event, Request, Slot, continues, eviction_order, reusable_tokens
+from gptq_belle.engine.slot_table import SlotTable
+from gptq_belle.engine.slots import DecodingRow, Event, Request, Slot
 from gptq_belle.engine.token_constraint import TokenConstraint
-from gptq_belle.errors import GptqBelleError, UsageError
+from gptq_belle.errors import GptqBelleError
 
 if TYPE_CHECKING:
     from gptq_belle.engine.fused_decoding import FusedDecoding
-
-CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
 
 
 class Engine:
@@ -46,24 +46,23 @@ class Engine:
         self.cache = model.new_cache(slots, self.capacity)
         model.warm_up(slots, self.capacity)
         model.fused_decoding(self.cache, 1)  # allocates its buffers, so that memory is not missing later
-        self._slots = [Slot() for _ in range(slots)]
+        self._table = SlotTable(self.cache, model.prefix_cache)
         self._waiting: deque[Request] = deque()
-        self._steps = self._admitted = 0
 
     @property
     def idle(self) -> bool:
         """Whether no request is running or waiting."""
-        return not self._waiting and all(slot.request is None for slot in self._slots)
+        return not self._waiting and not self._table.active
 
     @property
     def requests(self) -> list[Request]:
         """Running requests, then waiting ones."""
-        return [slot.request for slot in self._slots if slot.request is not None] + list(self._waiting)
+        return [slot.request for slot in self._table.active if slot.request is not None] + list(self._waiting)
 
     @property
     def used(self) -> float:
         """Share of the cache's positions used by running requests."""
-        used = sum(len(slot.cached) for slot in self._slots if slot.request is not None)
+        used = sum(len(slot.cached) for slot in self._table.active)
         return used / (self.slots * self.capacity)
 
     def submit(self, ids: Sequence[int], params: SamplingParams,
@@ -93,7 +92,7 @@ class Engine:
             request.finished = "cancelled"
             if request in self._waiting:
                 self._waiting.remove(request)
-        for slot in self._slots:
+        for slot in self._table.slots:
             if slot.request is request:
                 slot.request = None
 
@@ -105,12 +104,10 @@ class Engine:
             new tokens and ends of requests; empty if only a part of a prompt was prefilled. A request whose logits or
             cached keys are not finite ends with an error that names the layer.
         """
-        self._steps += 1
-        self._admit()
+        while self._waiting and self._table.free:
+            self._table.admit(self._waiting.popleft())
         events: list[Event] = []
-        active = [slot for slot in self._slots if slot.request is not None]
-        for slot in active:
-            slot.last_used = self._steps
+        active = self._table.begin_step()
         incomplete = [slot for slot in active if slot.request and len(slot.cached) < len(slot.request.ids)]
         decoding = [slot for slot in active if slot not in incomplete]
         if incomplete:
@@ -123,52 +120,31 @@ class Engine:
             events += self._decode(decoding)
         return events
 
+    def release(self) -> None:
+        """Save the prompts of all slots in the model's prefix cache, if it has one; for an engine that is dropped."""
+        self._table.release()
+
     def check_device(self) -> None:
         """Raise the error of a device that cannot be used any more: those of CUDA last until the process ends."""
         torch.zeros(1, device=self.model.device).item()
-
-    def _admit(self) -> None:
-        """Assign free slots to waiting requests. A slot that the prompt continues is taken as it is."""
-        while self._waiting and (free := [slot for slot in self._slots if slot.request is None]):
-            request = self._waiting.popleft()
-            source = max(self._slots, key=lambda slot: (reusable_tokens(slot, request), slot.last_used))
-            reusable, slot = reusable_tokens(source, request), min(free, key=eviction_order)
-            if reusable and source in free and continues(source, request):
-                slot = source  # nothing that another request could reuse is lost there
-            slot.request = request
-            slot.sampler = Sampler(request.params, request.ids, self.model.device, request.ends, request.constraint)
-            slot.admitted, slot.cached = self._admitted, []
-            self._admitted += 1
-            self._reuse(source, slot, reusable)
-
-    def _reuse(self, source: Slot, slot: Slot, count: int) -> None:
-        """Take the first `count` tokens of a slot's prompt from the cache of `source`, which can be the slot itself."""
-        assert slot.request is not None
-        if source is not slot and count:
-            self.cache.copy(self._slots.index(source), self._slots.index(slot), count)
-            source.last_used = self._steps
-        slot.cached = slot.request.ids[:count]
-        slot.prefilled = slot.checked = slot.request.reused = count
 
     def _prefill(self, slot: Slot) -> list[Event]:
         """Prefill the next chunk. A prompt that is not started yet first takes what older ones share with it."""
         request = slot.request
         assert request is not None
         if len(slot.cached) == request.reused:
-            source = max(self._slots, key=lambda other: reusable_tokens(other, request))
-            if (reusable := reusable_tokens(source, request)) > len(slot.cached):
-                self._reuse(source, slot, reusable)
+            self._table.share(slot)
         start = len(slot.cached)
         chunk = request.ids[start : start + self.model.prefill_chunk]
         ids = torch.tensor(chunk, device=self.model.device)
-        logits = self.model.prefill_slot(ids, self.cache, self._slots.index(slot), start)
+        logits = self.model.prefill_slot(ids, self.cache, slot.number, start)
         slot.cached += chunk
         slot.prefilled = len(slot.cached)
         if len(slot.cached) == len(request.ids):
-            same = [other for other in self._slots if other is not slot and other.request is not None
+            same = [other for other in self._table.slots if other is not slot and other.request is not None
                     and len(other.cached) < len(other.request.ids) and other.request.ids == request.ids]
             for other in same:  # other answers to the same prompt
-                self._reuse(slot, other, len(request.ids))
+                self._table.reuse(slot, other, len(request.ids))
             return self._sample([slot, *same], logits.expand(1 + len(same), -1))
         error = self._cache_error(slot)
         return [] if error is None else [self._fail(slot, error)]
@@ -178,7 +154,7 @@ class Engine:
             return self._decode_fused(fused, slots)
         tokens = [slot.request.answer[-1] for slot in slots if slot.request is not None]
         logits = self.model.decode_slots(torch.tensor(tokens, device=self.model.device), self.cache,
-                                         [self._slots.index(slot) for slot in slots],
+                                         [slot.number for slot in slots],
                                          [len(slot.cached) for slot in slots])
         for slot, token in zip(slots, tokens, strict=True):
             slot.cached.append(token)
@@ -190,7 +166,7 @@ class Engine:
         The random numbers of a step that was queued ahead and dropped are not lost: a sampler goes on by one number for
         each token that is read.
         """
-        rows = [DecodingRow(self._slots.index(slot), len(slot.cached), slot.request.answer[-1], slot.sampler,
+        rows = [DecodingRow(slot.number, len(slot.cached), slot.request.answer[-1], slot.sampler,
                             slot.request.max_new_tokens - len(slot.request.answer))
                 for slot in slots if slot.request is not None and slot.sampler is not None]
         result = fused.step(rows)
@@ -227,23 +203,18 @@ class Engine:
     def _find_errors(self, slots: Sequence[Slot], logits: Tensor) -> dict[int, GptqBelleError]:
         """Errors by row: logits (n, V) or keys in the cache that are not finite, or grammars that cannot continue."""
         failed: dict[int, GptqBelleError] = {
-            row: explain_nonfinite(self.model, slots[row].cached, self.cache, self._slots.index(slots[row]))
+            row: explain_nonfinite(self.model, slots[row].cached, self.cache, slots[row].number)
             for row in nonfinite_rows(logits)}
         return _grammar_errors(slots) | self._due_cache_errors(slots) | failed
 
     def _due_cache_errors(self, slots: Sequence[Slot]) -> dict[int, GptqBelleError]:
         """Errors by row, for keys and values in the cache that are not finite, where a check is due."""
-        errors = {row: self._cache_error(slot) for row, slot in enumerate(slots) if self._is_check_due(slot)}
+        errors = {row: self._cache_error(slot) for row, slot in enumerate(slots) if slot.is_check_due}
         return {row: error for row, error in errors.items() if error is not None}
-
-    def _is_check_due(self, slot: Slot) -> bool:
-        assert slot.request is not None
-        last = len(slot.request.answer) + 1 == slot.request.max_new_tokens
-        return last or slot.checked < slot.prefilled or len(slot.cached) - slot.checked >= CACHE_CHECK_INTERVAL
 
     def _cache_error(self, slot: Slot) -> GptqBelleError | None:
         """Error if keys or values that were added since the last check exceed the range of the cache."""
-        block = nonfinite_cache_block(self.cache, self._slots.index(slot), slot.checked, len(slot.cached))
+        block = nonfinite_cache_block(self.cache, slot.number, slot.checked, len(slot.cached))
         slot.checked = len(slot.cached)
         return None if block is None else cache_overflow(self.model, block)
 
@@ -252,7 +223,7 @@ class Engine:
         request = slot.request
         assert request is not None
         request.finished, slot.request = "error", None
-        slot.cached, slot.prefilled, slot.checked = [], 0, 0
+        slot.clear()
         return Event(request, None, "error", error=error)
 
     def _accept(self, slot: Slot, token: int, logits: Tensor | None) -> Event:
@@ -278,22 +249,3 @@ def _grammar_errors(slots: Sequence[Slot]) -> dict[int, GptqBelleError]:
     constraints = [None if slot.request is None else slot.request.constraint for slot in slots]
     errors = {row: constraint.advance() for row, constraint in enumerate(constraints) if constraint is not None}
     return {row: error for row, error in errors.items() if error is not None}
-
-
-def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> int:
-    """How many tokens to generate after a prompt of `prompt` tokens.
-
-    Args:
-        prompt: its length.
-        wanted: the limit that the caller sets, if any.
-        capacity: limit of prompt and answer together, if any.
-    Raises:
-        UsageError: prompt and answer exceed the capacity.
-    """
-    if capacity is None:
-        return wanted or DEFAULT_MAX_NEW_TOKENS
-    if capacity - prompt < max(1, wanted or 1):
-        answer = f"{wanted} new ones" if wanted else "an answer"
-        raise UsageError(f"a prompt of {prompt} tokens and {answer} do not fit into {capacity}",
-                         "Shorten the prompt, or ask for fewer new tokens.")
-    return wanted or min(capacity - prompt, DEFAULT_MAX_NEW_TOKENS)

@@ -74,9 +74,14 @@ class KVCache:
                 for block, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))]
 
     @property
+    def parts(self) -> list[list[Tensor]]:
+        """Keys, values and, if the cache is int8, their scales; each is one tensor per block."""
+        return [self.keys, self.values, *([self.key_scales, self.value_scales] if self.key_scales else [])]
+
+    @property
     def nbytes(self) -> int:
         """Size of the full cache in bytes."""
-        return sum(table.nbytes for table in (*self.keys, *self.values, *self.key_scales, *self.value_scales))
+        return sum(table.nbytes for tables in self.parts for table in tables)
 
     def write(self, block: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values (T, heads, head_dim) of positions start .. start + T of a slot."""
@@ -112,7 +117,7 @@ class KVCache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
-        for tables in (self.keys, self.values, self.key_scales, self.value_scales):
+        for tables in self.parts:
             for table in tables:
                 table[target, :, :length] = table[source, :, :length]
 

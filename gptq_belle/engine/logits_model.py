@@ -15,7 +15,9 @@ from gptq_belle.engine.fused_decoder import FusedDecoder, fuse, fusion_obstacle
 from gptq_belle.engine.kv_cache import KVCache
 from gptq_belle.engine.linear import packed_linears
 from gptq_belle.engine.llama import Llama
+from gptq_belle.engine.prefix_cache import PrefixCache
 from gptq_belle.engine.prompt_arguments import is_integer_dtype
+from gptq_belle.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
@@ -28,7 +30,6 @@ from gptq_belle.models.sizes import PREFILL_CHUNK
 if TYPE_CHECKING:
     from gptq_belle.engine.fused_decoding import FusedDecoding
 
-DEFAULT_MAX_NEW_TOKENS = 512
 ScoredPosition = tuple[float, list[tuple[int, float]]]  # log probability of a token, and the most likely tokens
 LOGITS_BYTES = 1 << 26  # bytes of logits at a time in `logprob_chunks`: 67 rows of BLOOM's vocabulary
 
@@ -55,6 +56,7 @@ class LogitsModel:
         quantization: settings of the packed weights; None for a full-precision model.
         weight_bytes: memory of all weights in bytes.
         step_bytes: bytes of weights that a decode step reads: all except an untied embedding.
+        prefix_cache: prompts of earlier requests in host memory; None if there is none.
         use_step_graphs: whether decode steps are recorded and replayed: on a CPU in one native call, on a GPU as fused
             launches in a CUDA graph (`unfused_reason`). False if the kernels do not support a part of the model. Can be
             set to False.
@@ -67,6 +69,7 @@ class LogitsModel:
         self.context = decoder_config.context
         self.quantization = weights.quantization
         self.weight_bytes = weights.nbytes
+        self.prefix_cache: PrefixCache | None = None
         self.use_step_graphs = weights.native or fusion_obstacle(decoder) is None
         self.step_bytes = weights.nbytes - decoder.embedding.extra_bytes
 

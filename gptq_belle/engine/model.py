@@ -16,20 +16,22 @@ from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.checkpoint.validation import check_model
 from gptq_belle.common.devices import choose_dtype, resolve_device, resolve_precision
-from gptq_belle.common.memory import trim_heap
-from gptq_belle.engine.batching import Engine, new_token_limit
+from gptq_belle.common.memory import parse_memory, trim_heap
+from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.kv_cache import check_cache_dtype
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import check_head_bits
 from gptq_belle.engine.logits_model import LogitsModel
-from gptq_belle.engine.prompt_arguments import check_prompt, split_prompts
+from gptq_belle.engine.prefix_cache import PrefixCache
+from gptq_belle.engine.prompt_arguments import check_prompt, new_token_limit, split_prompts
 from gptq_belle.engine.sampling_params import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.slots import Event
 from gptq_belle.engine.token_constraint import ConstraintCompiler, TokenConstraint
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
+from gptq_belle.models.sizes import QUERY_BLOCK
 from gptq_belle.prompts.conversation import ChatFormat
 from gptq_belle.prompts.stop_strings import TextStream
 from gptq_belle.prompts.styles import detect_style
@@ -42,6 +44,7 @@ DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
          cache: str = "float16", head_bits: int | None = None, context: int | None = None,
+         prefix_cache: int | str | None = None,
          progress: Callable[[int, int], None] = lambda done, total: None) -> "Model":
     """Load a model directory: quantized (GPTQ of any tool) or full precision.
 
@@ -56,11 +59,15 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
         head_bits: bits of the lm_head, and of the embedding if they are tied: 16 (the dtype of activations), 8 or 4;
             it is quantized while it is loaded. Default: 8 for a tied lm_head of a quantized model, else 16.
         context: limit of prompt and answer tokens together; default: the model's context, which it cannot exceed.
+        prefix_cache: host memory for keys and values of earlier prompts, in bytes or as a size such as "2GiB". A prompt
+            that begins with 64 or more tokens of one of them is not read again. Default: only the last prompt of each
+            sequence of the KV cache is reused.
         progress: called with the numbers of loaded blocks and of all.
     Raises:
         InputError: files are missing, damaged or inconsistent; the tensor or key is named.
-        UsageError: unknown device, precision, cache or head_bits, an unsupported dtype, or too large a context.
-        HardwareError: this machine has no such device.
+        UsageError: unknown device, precision, cache or head_bits, an unsupported dtype, too large a context, or too
+            small a prefix cache.
+        HardwareError: this machine has no such device, or not the memory for the prefix cache.
     """
     check_head_bits(head_bits)
     target = resolve_device(device)
@@ -78,6 +85,9 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     trim_heap()  # for LLaMA-7B, returns 90 MB that were freed during loading
     model = Model(decoder, decoder_config, reader, weights, cache, eos)
     model.context = context or model.context
+    if prefix_cache is not None:
+        size = parse_memory(prefix_cache) if isinstance(prefix_cache, str) else prefix_cache
+        model.prefix_cache = PrefixCache(model.new_cache(1, QUERY_BLOCK), size)
     return model
 
 
@@ -196,6 +206,7 @@ class Model(LogitsModel):
                     answers[request] += streams[request].feed([token])
                 if streams[request].stopped:
                     engine.cancel(request)
+        engine.release()
         return [answer + streams[request].finish() for request, answer in answers.items()]
 
     def tokens(self, ids: Sequence[int], count: int, params: SamplingParams) -> Iterator[int]:
@@ -229,7 +240,9 @@ class Model(LogitsModel):
     def _engine(self, length: int) -> Engine:
         """Engine with one slot for `length` tokens; replaced if the capacity of the previous one is too small."""
         if self._single is None or self._single.capacity < length or not self._single.idle:
-            self._single = None
+            if self._single is not None:
+                self._single.release()
+            self._single = None  # its memory is freed before the next one is allocated
             self._single = Engine(self, 1, max(length, min(self.context or DEFAULT_CAPACITY, DEFAULT_CAPACITY)))
         return self._single
 

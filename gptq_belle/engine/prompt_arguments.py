@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.common.text import is_unicode
+from gptq_belle.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.errors import UsageError
 
 ALLOWED = "Give text, token ids (T,), or for `generate` a list of these or token ids (B, T)."
@@ -52,6 +53,25 @@ def check_prompt(prompt: Any, vocabulary: int) -> str | list[int]:
     if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
         raise UsageError(f"a prompt is neither text nor a sequence of token ids, but {_type_name(prompt)}", ALLOWED)
     return [_token(token, place, vocabulary) for place, token in enumerate(prompt)]
+
+
+def new_token_limit(prompt: int, wanted: int | None, capacity: int | None) -> int:
+    """How many tokens to generate after a prompt of `prompt` tokens.
+
+    Args:
+        prompt: its length.
+        wanted: the limit that the caller sets, if any.
+        capacity: limit of prompt and answer together, if any.
+    Raises:
+        UsageError: prompt and answer exceed the capacity.
+    """
+    if capacity is None:
+        return wanted or DEFAULT_MAX_NEW_TOKENS
+    if capacity - prompt < max(1, wanted or 1):
+        answer = f"{wanted} new ones" if wanted else "an answer"
+        raise UsageError(f"a prompt of {prompt} tokens and {answer} do not fit into {capacity}",
+                         "Shorten the prompt, or ask for fewer new tokens.")
+    return wanted or min(capacity - prompt, DEFAULT_MAX_NEW_TOKENS)
 
 
 def _is_prompt(item: Any) -> bool:

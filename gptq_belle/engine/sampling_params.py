@@ -10,6 +10,7 @@ from gptq_belle.errors import UsageError
 
 MAX_BIAS = 100.0  # of `logit_bias`, as in OpenAI's API
 STRUCTURES = ("json_schema", "regex", "choice", "grammar")  # options that constrain the form of an answer
+DEFAULT_MAX_NEW_TOKENS = 512
 MAX_PENALTY = 2.0  # of `presence_penalty` and `frequency_penalty`, as in OpenAI's API
 
 

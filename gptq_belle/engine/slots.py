@@ -1,4 +1,4 @@
-"""Requests, the events of their answers, and the slots of the KV cache with what a later prompt can reuse of them."""
+"""Requests, the events of their answers, and the slots of the KV cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,8 @@ from typing import NamedTuple
 from gptq_belle.engine.sampling import Sampler
 from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.engine.token_constraint import TokenConstraint
-from gptq_belle.models.sizes import QUERY_BLOCK
+
+CACHE_CHECK_INTERVAL = 64  # decode steps between checks of the cache: a check takes 5 us per block, once in that many
 
 
 @dataclass(eq=False, slots=True)
@@ -59,6 +60,7 @@ class Slot:
     """One sequence of the cache.
 
     Attributes:
+        number: its place in the cache.
         cached: token ids whose keys and values are in the cache.
         prefilled: how many of them come from prefill. Those of an answer were computed one by one, which rounds
             differently, so they are not reused.
@@ -67,6 +69,7 @@ class Slot:
         last_used: number of the last step that ran the slot's request or reused its contents.
     """
 
+    number: int
     cached: list[int] = field(default_factory=list)
     prefilled: int = 0
     checked: int = 0
@@ -74,6 +77,17 @@ class Slot:
     last_used: int = 0
     request: Request | None = None
     sampler: Sampler | None = None
+
+    def clear(self) -> None:
+        """Forget the contents, so that nothing of them is reused."""
+        self.cached, self.prefilled, self.checked = [], 0, 0
+
+    @property
+    def is_check_due(self) -> bool:
+        """Whether the next token needs a check of the cache: its last token, the first one, and every 64th."""
+        assert self.request is not None
+        last = len(self.request.answer) + 1 == self.request.max_new_tokens
+        return last or self.checked < self.prefilled or len(self.cached) - self.checked >= CACHE_CHECK_INTERVAL
 
 
 class DecodingRow(NamedTuple):
@@ -84,22 +98,3 @@ class DecodingRow(NamedTuple):
     token: int  # the input
     sampler: Sampler
     remaining: int  # how many tokens can follow
-
-
-def reusable_tokens(slot: Slot, request: Request) -> int:
-    """Number of prompt tokens, except the last one, that a slot has keys and values of: a multiple of QUERY_BLOCK,
-    because the results of whole query blocks do not depend on the tokens after them."""
-    most = min(slot.prefilled, len(request.ids) - 1)
-    same = next((i for i in range(most) if slot.cached[i] != request.ids[i]), most)
-    return same // QUERY_BLOCK * QUERY_BLOCK
-
-
-def continues(slot: Slot, request: Request) -> bool:
-    """Whether the prompt begins with all that can be reused of a slot, as the next turn of a chat does."""
-    whole = slot.prefilled // QUERY_BLOCK * QUERY_BLOCK
-    return slot.cached[:whole] == request.ids[:whole]
-
-
-def eviction_order(slot: Slot) -> tuple[bool, int]:
-    """Sort key of free slots: those without anything to reuse first, then the least recently used."""
-    return slot.prefilled >= QUERY_BLOCK, slot.last_used

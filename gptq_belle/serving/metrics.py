@@ -35,9 +35,10 @@ class Metrics:
                                buckets=SECONDS, registry=registry)
         self.latency = Histogram("gptq_belle_e2e_request_latency_seconds", "Time from the request to its end",
                                  buckets=SECONDS, registry=registry)
-        self.cache_queries = Counter("gptq_belle_prefix_cache_queries", "Prompt tokens looked up in the KV cache",
-                                     registry=registry)
-        self.cache_hits = Counter("gptq_belle_prefix_cache_hits", "Prompt tokens found in the KV cache",
+        self.cache_queries = Counter("gptq_belle_prefix_cache_queries", "Prompt tokens looked up in slots and in the "
+                                     "prefix cache", registry=registry)
+        self.cache_hits = Counter("gptq_belle_prefix_cache_hits", "Prompt tokens found there", registry=registry)
+        self.prefix_cache = Gauge("gptq_belle_prefix_cache_bytes", "Memory of the blocks in the prefix cache",
                                   registry=registry)
         self._window = time.perf_counter(), 0  # start, and tokens since then
 

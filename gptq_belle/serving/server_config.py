@@ -27,7 +27,7 @@ class ServiceConfig:
     Attributes:
         path: a model directory, quantized or full precision.
         prompt_style: prompt style of chats; "auto" for that of the model.
-        device, precision, head_bits, cache: see `engine.model.load`.
+        device, precision, head_bits, cache, prefix_cache: see `engine.model.load`.
         served_names: model names for clients; default: the name of the directory.
     """
 
@@ -38,6 +38,7 @@ class ServiceConfig:
     precision: str | None = None
     head_bits: int | None = None
     cache: str = "float16"
+    prefix_cache: int | None = None
     served_names: tuple[str, ...] = ()
 
     @property
@@ -63,7 +64,7 @@ class ServiceConfig:
             GptqBelleError: the model cannot be loaded.
         """
         model = load(self.path, device=self.device, precision=self.precision, head_bits=self.head_bits,
-                     cache=self.cache)
+                     cache=self.cache, prefix_cache=self.prefix_cache)
         if model.device.type != "cpu":
             notice("Compiling the GPU kernels.")
         return Service(model, self.names, self.limits, metrics, self.prompt_style)

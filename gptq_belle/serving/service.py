@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import Request
 
@@ -59,6 +60,8 @@ class Service:
         self.context = self.engine.capacity
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))  # at least its number of characters
         self._scoring = asyncio.Semaphore(SCORED_PROMPTS)
+        if model.prefix_cache is not None:
+            metrics.prefix_cache.set_function(partial(getattr, model.prefix_cache, "used_bytes"))
         self.created = int(time.time())
         self.scheduler = Scheduler(self.engine, limits.waiting, metrics, limits.timeouts)
 
