@@ -1,6 +1,8 @@
 """The prefix cache gives a prompt the keys and values of earlier ones, and changes no answer and no seed."""
 
+import inspect
 import random
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gptq_belle import load
 from gptq_belle.engine.batching import Engine
 from gptq_belle.engine.prefix_cache import PrefixCache
 from gptq_belle.engine.sampling_params import SamplingParams
+from gptq_belle.engine.slot_table import SlotTable
 from gptq_belle.errors import HardwareError, UsageError
 from gptq_belle.models.sizes import QUERY_BLOCK
 from gptq_belle.serving.metrics import Metrics
@@ -134,3 +137,49 @@ def test_metrics_show_the_memory_in_use(tiny_llama):
     for token in (5, 6):
         answered(service.engine, [token] * 70)
     assert metrics.registry.get_sample_value("gptq_belle_prefix_cache_bytes") == block(service.model).nbytes
+
+
+class Fault(Exception):
+    """What a statement raises."""
+
+
+def raise_at(code, line):
+    """A trace function that raises a Fault the first time that a line runs, and its list of the faults raised."""
+    raised = []
+
+    def trace(frame, event, _):
+        if frame.f_code is code and event == "line" and frame.f_lineno == line and not raised:
+            raised.append(line)
+            raise Fault
+        return trace if frame.f_code is code else None
+
+    return trace, raised
+
+
+STEPS = [member.__code__ for kind in (Engine, SlotTable, PrefixCache) for name, member in vars(kind).items()
+         if inspect.isfunction(member) and name not in ("__init__", "submit", "cancel", "release", "check_device", "_decode_ahead")]
+STEPS += [inspect.unwrap(Engine.step).__code__]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", STEPS, ids=[code.co_qualname for code in STEPS])
+def test_fault_at_any_statement_of_a_step_leaves_no_wrong_contents(code, tiny_llama):
+    model, params = with_cache(load(tiny_llama, device="cpu"), 3), SamplingParams(max_new_tokens=2, ignore_eos=True)
+    rows = [[first] * 64 + [second] * 64 + [9] * rest for first, second, rest in (
+        (5, 6, 2), (6, 5, 3), (5, 7, 5), (6, 5, 4), (5, 6, 0), (5, 6, 2))]
+    expected = [alone(model, ids, params) for ids in rows]
+    for line in sorted({line for _, _, line in code.co_lines() if line and line > code.co_firstlineno}):
+        engine = Engine(with_cache(model, 3), 2)
+        trace, raised = raise_at(code, line)
+        for rest in (rows[:4], rows):  # the second time after the fault
+            requests, earlier = [engine.submit(ids, params) for ids in rest], len(raised)
+            sys.settrace(trace)
+            try:
+                finish(engine)
+            except Fault:  # the scheduler ends all requests
+                for request in engine.requests:
+                    engine.cancel(request)
+            finally:
+                sys.settrace(None)
+            if len(raised) == earlier:
+                assert [request.answer for request in requests] == expected[: len(rest)], line
