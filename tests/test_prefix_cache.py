@@ -157,7 +157,7 @@ def raise_at(code, line, number):
     return trace, times
 
 
-OTHERS = {"__init__", "submit", "cancel", "release", "check_device", "_decode_ahead"}
+OTHERS = {"__init__", "submit", "cancel", "release", "check_device", "_decode_fused"}
 STEPS = [member.__code__ for kind in (Engine, SlotTable, PrefixCache) for name, member in vars(kind).items()
          if inspect.isfunction(member) and name not in OTHERS]
 STEPS += [inspect.unwrap(Engine.step).__code__]
