@@ -193,10 +193,10 @@ def _one_token_later(state: Sequence[RowState]) -> list[RowState]:
 
 def decoding_launches(decoder: FusedDecoder, cache: KVCache, rows: int) -> list[Launch]:
     """The launches of decode steps of up to `rows` rows, which use every kernel that such steps need."""
-    buffers = StepBuffers(decoder, cache, min(rows, MAX_SKINNY_ROWS))
+    buffers, length = StepBuffers(decoder, cache, min(rows, MAX_SKINNY_ROWS)), min(SHORTEST, cache.capacity)
     return [launch for most in sorted({min(most, buffers.rows) for most in ROW_BUCKETS})
-            for launch in (*_new_step(buffers, most, SHORTEST, False).launches,
-                           *_new_step(buffers, most, SHORTEST, True).launches[-2:])]  # the others are the same
+            for launch in (*_new_step(buffers, most, length, False).launches,
+                           *_new_step(buffers, most, length, True).launches[-2:])]  # the others are the same
 
 
 def _new_step(buffers: StepBuffers, rows: int, length: int, is_sampled: bool) -> FusedStep:
