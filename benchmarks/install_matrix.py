@@ -81,6 +81,7 @@ def check(python: Path, compiler: str, log: str, source: str, empty: Path) -> di
 
 
 def main() -> None:
+    """Install every case, and write the record."""
     pythons, rows = sys.argv[1:] or ["python3"], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -90,6 +90,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line; a traceback is in ``exception``."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
         line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name,
                 "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:

@@ -67,6 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
             next(iter(self.limits.waiting)).transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio: forget the connection and its deadlines."""
         self.limits.waiting.pop(self, None)
         self._set_deadline(None)
         if self._stalled is not None:
@@ -74,6 +75,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Called by asyncio: parse the bytes, and refuse a head that grows beyond its limit."""
         self._unparsed += len(data)
         super().data_received(data)
         if self._in_head and self._unparsed > self.limits.head_bytes:
@@ -85,6 +87,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(ApiError(400, "this is not a valid HTTP request", code="invalid_http"))
 
     def on_message_begin(self) -> None:
+        """Called by the parser: the head of a request begins, and has a deadline."""
         super().on_message_begin()
         self._head_bytes, self._in_head = 0, True
         self.limits.waiting.setdefault(self)
@@ -100,6 +103,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value)
 
     def on_headers_complete(self) -> None:
+        """Called by the parser: refuse a head that is too long, else begin the request."""
         self._in_head, self._unparsed = False, 0
         if self._head_bytes > self.limits.head_bytes:
             self._refuse_head()
