@@ -303,7 +303,7 @@ void unpack_group(const WeightStruct& w, int64_t pair, int64_t group, uint8_t* o
 }
 
 // Multiply R rows, the first at `position`, by Isa::kColumns registers of outputs of a group of RUN inputs. Not inlined,
-// and the stride of rows a constant: otherwise gcc 12 moves sums between registers, 35 times per 16 products.
+// and the stride of rows a constant: otherwise gcc 12 moves sums between registers.
 template <int R, int PARTS, int RUN>
 __attribute__((noinline)) void multiply_tile(const MatmulTask& t, int64_t position, const uint8_t* codes,
                                              const typename Isa::Float* scale, const typename Isa::Int* zero, float* y) {
