@@ -26,7 +26,7 @@ import records
 sys.path.insert(0, str(records.ROOT / "tests"))
 from server_process import serving  # noqa: E402
 
-# A server that counts its steps, and at exit writes how often two tokens of a stream were so many steps apart.
+# A server that counts its steps, and at exit writes the gaps between tokens of a stream in steps, with their frequency.
 SERVER = """
 import collections, json, sys
 from gptq_belle.cli import main

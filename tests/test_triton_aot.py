@@ -133,7 +133,7 @@ def test_shared_memory_and_missing_matrix_instructions_are_found():
 
 
 def loop_of(instructions, job, registers=96):
-    """Machine code whose loop has one iteration of a job with so many instructions."""
+    """Machine code whose loop of one iteration has this number of instructions."""
     turn = aot_jobs.turn(job)
     return machine_code.MachineCode(registers, 0, 0, 0, machine_code.Counter(
         {"HMMA": 8, "LDGSTS.128": 4, "LOP3": instructions - 12}), turn.products)
