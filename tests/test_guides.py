@@ -68,7 +68,7 @@ def test_commands_run_on_the_demo_model(guide, quantized, tmp_path):
     (tmp_path / "my-model").symlink_to(EXAMPLES / "bloom")
     (tmp_path / "autogptq-model").symlink_to(quantized)
     if guide.stem != "quantize":
-        shutil.copytree(quantized, tmp_path / "my-model-4bit")  # a link would be served by the name of its target
+        (tmp_path / "my-model-4bit").symlink_to(quantized)
     shutil.copy(BUILTIN, tmp_path / "my-data.jsonl")
     shutil.copy(EXAMPLES / "data" / "heldout.jsonl", tmp_path / "held-out.jsonl")
     shutil.copy(EXAMPLES / "data" / "test.jsonl", tmp_path / "questions.jsonl")

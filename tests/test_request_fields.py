@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ import gptq_belle
 from gptq_belle.serving.api_errors import ApiError
 from gptq_belle.serving.request_fields import CHAT, COMPLETION, STREAM_OPTIONS, TOKENIZE, check_fields
 from gptq_belle.serving.schemas import ChatRequest, CompletionRequest, StreamOptions, TokenizeRequest
+from gptq_belle.serving.server_config import ServiceConfig
 
 CHAT_PATH, COMPLETION_PATH = "/v1/chat/completions", "/v1/completions"
 BODIES = {CHAT_PATH: {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 1},
@@ -295,3 +297,11 @@ def test_more_answers_than_slots_and_queue_hold_are_refused_for_good(server, pat
 
 def test_as_many_answers_as_slots_and_queue_hold_are_accepted(server):
     assert len(post(server, COMPLETION_PATH, prompt=["一"] * 4, n=2).json()["choices"]) == 8
+
+
+def test_a_linked_directory_is_served_by_the_name_of_the_link(tmp_path, monkeypatch):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    monkeypatch.chdir(tmp_path / "target")
+    assert ServiceConfig(tmp_path / "link").names == ("link",)
+    assert ServiceConfig(Path(".")).names == ("target",)

@@ -2,6 +2,7 @@
 
 import errno
 import ipaddress
+import os
 import socket
 import ssl
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class ServiceConfig:
     @property
     def names(self) -> tuple[str, ...]:
         """Model names for clients."""
-        return self.served_names or (self.path.resolve().name,)
+        return self.served_names or (os.path.basename(os.path.abspath(self.path)),)
 
     def check(self) -> None:
         """Validate the model directory without reading weights.
