@@ -98,6 +98,12 @@ def test_wrong_usage_exits_2(belle, args):
     assert err
 
 
+def test_group_size_that_is_no_number_is_refused_with_the_choices(belle):
+    code, _, err = belle("quantize", "MODEL", "OUT", "--group-size", "x")
+    assert code == 2
+    assert "-1 or auto" in " ".join(err.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("command", [("inspect",), ("generate", "--prompt", "a"), ("bench",), ("chat",)])
 def test_missing_model_exits_4_with_cause_and_remedy(belle, tmp_path, command):
     code, out, err = belle(command[0], tmp_path / "absent", *command[1:])
