@@ -253,7 +253,7 @@ def words_of(bits, inputs, outputs, groups):
     ({"settings": {"bits": 5}}, ["bits 5"]),
     ({"settings": {"bits": None}}, ["bits None"]),
     ({"settings": {"group_size": 0}}, ["group_size", 0]),
-    ({"settings": {"quant_method": "awq"}}, ["quant_method", "awq"]),
+    ({"settings": {"quant_method": "eetq"}}, ["quant_method", "awq"]),
     ({"settings": {"format": "marlin"}}, ["format", "marlin"]),
     ({"tensors": words_of(8, 128, 256, 4)}, ["4 bits", LINEAR, "8 bits"]),
     ({"tensors": words_of(4, 128, 256, 2)}, ["group size 32", LINEAR, "group size 64"]),

@@ -120,7 +120,7 @@ def test_long_list_of_problems_is_shortened(packed):
     assert len(problems) <= 12
 
 
-@pytest.mark.parametrize(("key", "value", "problem"), [("bits", 5, "bits 5"), ("quant_method", "awq", "'awq'")])
+@pytest.mark.parametrize(("key", "value", "problem"), [("bits", 5, "bits 5"), ("quant_method", "eetq", "'eetq'")])
 def test_unsupported_configuration_is_a_problem(packed, key, value, problem):
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"][key] = value

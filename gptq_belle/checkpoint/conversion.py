@@ -42,6 +42,7 @@ from gptq_belle.formats.zero_points import (
     repair_wrapped_zeros,
     unpack_zeros,
 )
+from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.prompts.styles import set_prompt_style
 
@@ -126,7 +127,7 @@ def _prepare(source: QuantizedCheckpoint, path: Path, out: Path, checkpoint_form
         (unpack_zeros(source.reader.tensor(f"{name}.qzeros"), own.bits, found.checkpoint_format), own.bits)
         for name, own in each.items())
     report = ConversionReport(
-        path, out, source.kind, source.reader.config["model_type"], len(linears), found.bits, found.group_size,
+        path, out, source.described, source.reader.config["model_type"], len(linears), found.bits, found.group_size,
         zeros.symmetric, is_act_ordered(source.reader), found.checkpoint_format,
         choose_checkpoint_format(zeros, checkpoint_format, repair=repair_zeros), zeros.wrapped, zeros.overwritten,
         zeros.wrapped if repair_zeros else 0,
@@ -144,8 +145,13 @@ def _correct_generation_config(source: QuantizedCheckpoint, writer: CheckpointWr
 
 
 def _write_tensors_outside_blocks(conversion: _Conversion, writer: CheckpointWriter) -> None:
-    """Write embeddings, norms and lm_head in float16, some rows at a time; a tied lm_head is not written again."""
+    """Write embeddings, norms and lm_head in float16, some rows at a time; a tied lm_head is not written again.
+
+    A packed lm_head stays packed.
+    """
     model = conversion.model
+    if LM_HEAD in conversion.linears:
+        writer.add("packed-head.safetensors", _converted_linear(conversion, LM_HEAD))
     for number, name in enumerate(model.tensors_outside_blocks()):
         rows: Iterable[Tensor] = (model.float16(name, chunk) for chunk in model.reader.chunks(name))
         writer.add_rows(f"outside-blocks-{number}.safetensors", name, model.shape(name), rows)
@@ -200,7 +206,7 @@ def _quantization_config(conversion: _Conversion) -> dict[str, Any]:
     return kept | {
         "quant_method": "gptq", "bits": report.bits, "group_size": report.group_size, "desc_act": report.act_order,
         "sym": report.symmetric, "checkpoint_format": report.written_format, "format": report.written_format,
-        "pack_dtype": "int32", "lm_head": False,
+        "pack_dtype": "int32", "lm_head": LM_HEAD in conversion.linears,
         "meta": {"quantizer": [f"gptq_belle:{__version__}"], "converted_from": report.kind,
                  **({} if meta is None else {"source": meta})},
     }

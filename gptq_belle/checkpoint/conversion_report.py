@@ -15,6 +15,7 @@ from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.formats.zero_points import repair_wrapped_zeros, unpack_zeros
 from gptq_belle.kernels import reference
 from gptq_belle.kernels.layout import CanonicalWeight
+from gptq_belle.models.architectures import LM_HEAD
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class ConversionReport:
 
     Attributes:
         source, out: paths as passed to `convert`.
-        kind: kind of the source: "state dictionary" or "GPTQ directory".
+        kind: kind of the source: "state dictionary", or "GPTQ directory", "AWQ directory", ...
         architecture: model_type.
         linears: number of packed linears.
         bits, group_size: settings of most linears; group size -1 means one group per output channel.
@@ -122,12 +123,12 @@ def largest_deviation(old: CheckpointReader, files: Path, quantization: Quantiza
     """
     new = CheckpointReader(files)
     new_quantization, worst = read_quantization(new), 0.0
-    blocks = [name[len(old.arch.blocks) + 1 :].split(".")[0] for name in linears]
-    for place, (name, linear) in enumerate(linears.items()):
+    blocks = [name[len(old.arch.blocks) + 1 :].split(".")[0] for name in linears if name != LM_HEAD]
+    for place, (name, linear) in enumerate(sorted(linears.items(), key=lambda item: item[0] == LM_HEAD)):
         expected, found = (read_packed_linear(reader, settings, name, linear.in_features, linear.out_features)
                            for reader, settings in ((old, quantization), (new, new_quantization)))
         worst = max(worst, _deviation(name, expected, found, quantization.checkpoint_format, repair))
-        if place + 1 == len(linears) or blocks[place + 1] != blocks[place]:
+        if place < len(blocks) and blocks[place + 1 : place + 2] != [blocks[place]]:
             progress(int(blocks[place]) + 1)
     return worst
 

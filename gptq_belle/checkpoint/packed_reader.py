@@ -13,6 +13,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.errors import InputError
+from gptq_belle.formats.foreign_config import as_gptq
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.formats.packed_lm_head import (
     HEAD_CODES,
@@ -33,8 +34,10 @@ PARTS = (*WORDS, *OPTIONAL)  # tensors of a quantized linear, by the last part o
 def raw_quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
     """Read the quantization_config of config.json, else quantize_config.json; None if there is neither.
 
+    Other methods' settings are returned in GPTQ's terms, which describe the tensors that the reader returns.
+
     Raises:
-        InputError: it is not a JSON object.
+        InputError: it is not a JSON object; see `as_gptq`.
     """
     path = reader.path / "quantize_config.json"
     stated = reader.config.get("quantization_config")
@@ -42,7 +45,7 @@ def raw_quantization_config(reader: CheckpointReader) -> dict[str, Any] | None:
         stated = read_json(path)
     if stated is not None and not isinstance(stated, dict):
         raise InputError(f"{reader.path}: quantization_config is not an object", WRONG_CONFIG)
-    return stated
+    return None if stated is None else as_gptq(stated, reader.path)
 
 
 def read_quantization(reader: CheckpointReader) -> Quantization | None:

@@ -1,9 +1,10 @@
 """Open quantized checkpoints of other tools, and find their quantization settings.
 
-Directories of AutoGPTQ and GPTQModel state their settings. The pickled state dictionaries of BELLE and GPTQ-for-LLaMa
-do not: they contain ``qweight`` (K * bits / 32, N), ``qzeros`` (G, N * bits / 32) minus one, ``scales`` (G, N) and
-``bias`` (N) of each linear (github.com/qwopqwop200/GPTQ-for-LLaMa, quant.py), where K = in_features according to
-config.json, N = out_features and G = groups. Bits and group size follow from these shapes.
+Directories of AutoGPTQ, GPTQModel, auto-round, llm-compressor and AutoAWQ state their settings. The pickled state
+dictionaries of BELLE and GPTQ-for-LLaMa do not: they contain ``qweight`` (K * bits / 32, N), ``qzeros`` (G, N * bits /
+32) minus one, ``scales`` (G, N) and ``bias`` (N) of each linear (github.com/qwopqwop200/GPTQ-for-LLaMa, quant.py),
+where K = in_features according to config.json, N = out_features and G = groups. Bits and group size follow from these
+shapes.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import nn
 from gptq_belle.checkpoint.packed_reader import check_packed_linear, read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json, unconverted_checkpoint_error, weight_files
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.formats.foreign_config import METHODS
 from gptq_belle.formats.quantize_config import BITS, Quantization
 from gptq_belle.formats.zero_points import V1
 
@@ -30,9 +32,15 @@ class QuantizedCheckpoint(NamedTuple):
     kind: str  # "state dictionary" or "GPTQ directory"
     folder: Path  # directory of the tokenizer
 
+    @property
+    def described(self) -> str:
+        """The kind for a report, which names the method of a directory."""
+        stated = self.reader.config.get("quantization_config") or {}
+        return self.kind if self.kind == STATE_DICT else f"{METHODS[stated.get('quant_method', 'gptq')]} directory"
+
 
 def open_quantized(path: Path, base: Path | None = None) -> QuantizedCheckpoint:
-    """Open a weight file, a directory that contains one, or a GPTQ directory.
+    """Open a weight file, a directory that contains one, or a directory that states its quantization.
 
     Args:
         base: directory with config.json and tokenizer; default: the directory of the weights.

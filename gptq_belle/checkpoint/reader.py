@@ -16,6 +16,9 @@ from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, DAMAGED, TensorFile
 from gptq_belle.common.files import reject_lfs_pointer
 from gptq_belle.errors import InputError, from_os_error, one_line
+from gptq_belle.formats.foreign_config import GPTQ, linear_layout
+from gptq_belle.formats.foreign_linears import DerivedTensor, derived_tensors
+from gptq_belle.formats.quantize_config import parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 from gptq_belle.models.architectures import LM_HEAD, Architecture, architecture
 from gptq_belle.models.belle_catalogue import CONFIGS, find_belle_model
@@ -27,6 +30,7 @@ class CheckpointReader:
     """A model directory: config.json, and tensors that are read from disk by name on request.
 
     Tensor names have the prefix of the base model (``transformer.`` for BLOOM), even if they lack it in the files.
+    Packed linears of compressed-tensors and AWQ appear as GPTQ's tensors, which are computed when they are read.
 
     Args:
         path: the directory.
@@ -58,12 +62,14 @@ class CheckpointReader:
                              "Shards of two checkpoints are mixed: fetch the directory again.")
         bare = not any(name.startswith(self.arch.prefix + ".") for name, _ in listed)
         self._where = {self._with_prefix(name) if bare else name: (file, name) for name, file in listed}
+        self._derived, replaced = self._derived_tensors()
+        self._names = dict.fromkeys([*(name for name in self._where if name not in replaced), *self._derived])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._names)
 
     @property
     def packed_linear_names(self) -> list[str]:
@@ -76,6 +82,8 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header of the file."""
+        if name in self._derived:
+            return self._derived[name].shape
         file, stored = self._find(name)
         return self._shards[file].shape(stored)
 
@@ -87,11 +95,16 @@ class CheckpointReader:
         Raises:
             InputError: the tensor is missing or cannot be read.
         """
+        if (derived := self._derived.get(name)) is not None:
+            file, stored = self._where[derived.source]
+            return derived.compute(self._shards[file].tensor(stored, empty_bytes))
         file, stored = self._find(name)
         return self._shards[file].tensor(stored, allocator)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the header of the file."""
+        if name in self._derived:
+            return self._derived[name].dtype
         file, stored = self._find(name)
         return self._shards[file].dtype(stored)
 
@@ -105,6 +118,8 @@ class CheckpointReader:
         Raises:
             InputError: see `tensor`; the matrix does not have such a row.
         """
+        if name in self._derived:
+            return self.tensor(name)[list(indices)]
         file, stored = self._find(name)
         try:
             return self._shards[file].rows(stored, indices, allocator)
@@ -128,7 +143,7 @@ class CheckpointReader:
 
     def prefetch(self, name: str) -> None:
         """Read a tensor into the page cache; errors are ignored here, because `tensor` raises them."""
-        file, stored = self._find(name)
+        file, stored = self._where[self._derived[name].source] if name in self._derived else self._find(name)
         with suppress(OSError):
             self._shards[file].prefetch(stored)
 
@@ -141,11 +156,28 @@ class CheckpointReader:
         """Total size of the weight files in bytes."""
         return sum(file.stat().st_size for file in self._shards)
 
+    def _derived_tensors(self) -> tuple[dict[str, DerivedTensor], set[str]]:
+        """GPTQ's tensors of linears in another layout, and the tensors of the files that they replace."""
+        stated = self.config.get("quantization_config") or {}
+        if (layout := linear_layout(stated)) == GPTQ:
+            return {}, set()
+
+        def header(name: str) -> tuple[tuple[int, ...], torch.dtype]:
+            file, stored = self._where[name]
+            return self._shards[file].shape(stored), self._shards[file].dtype(stored)
+
+        try:
+            quantization = parse_quantization(stated, self.path)
+            return derived_tensors(self._where, header, layout,
+                                   lambda name: quantization.for_linear(name) or quantization)
+        except InputError:  # of the settings: `read_quantization` raises it where they are needed
+            return {}, set()
+
     def _with_prefix(self, name: str) -> str:
         return name if name.startswith(LM_HEAD + ".") else f"{self.arch.prefix}.{name}"
 
     def _find(self, name: str) -> tuple[Path, str]:
-        if name not in self._where:
+        if name not in self._names:
             raise InputError(f"{self.path} lacks the tensor {name}",
                              "A shard is missing, or config.json belongs to another model: fetch the directory again.")
         return self._where[name]

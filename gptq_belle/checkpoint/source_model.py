@@ -43,11 +43,14 @@ class SourceModel:
                 for name, _ in self.model.get_submodule(root).named_parameters()]
 
     def tensors_outside_blocks(self) -> list[str]:
-        """Names of the tensors outside the blocks; a tied lm_head is not among them, even if the files contain it."""
-        return self.embeddings_and_norms() if self.tied() else [*self.embeddings_and_norms(), f"{LM_HEAD}.weight"]
+        """Names of the tensors outside the blocks, without a packed lm_head, or a tied one that the files contain."""
+        separate = not self.tied() and not self.reader.is_packed(LM_HEAD)
+        return [*self.embeddings_and_norms(), f"{LM_HEAD}.weight"] if separate else self.embeddings_and_norms()
 
     def tied(self) -> bool:
         """Whether the lm_head is the embedding: config.json says so, and the files do not have another lm_head."""
+        if self.reader.is_packed(LM_HEAD):
+            return False
         head, embedding = f"{LM_HEAD}.weight", f"{self.arch.modules_before[0]}.weight"
         if not self.model.config.tie_word_embeddings or head not in self.reader:
             return bool(self.model.config.tie_word_embeddings)

@@ -57,7 +57,7 @@ def list_problems(reader: CheckpointReader, quantization: Quantization | None) -
     except InputError as error:
         return [error.cause]
     kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization),
-             _generation_problems(reader.path, d), packed_value_problems(reader, _linears(d), quantization),
+             _generation_problems(reader.path, d), packed_value_problems(reader, _packable(reader, d), quantization),
              weight_value_problems(reader, half=quantization is None), _tokenizer_problems(reader),
              size_problems(linear_shapes(d)) if quantization is None else iter(()))
     return [text for kind in kinds for text in _shortened(kind)]
@@ -94,6 +94,12 @@ def _linears(d: Dimensions) -> dict[str, LinearShape]:
             for name, shape in linear_shapes(d).items()}
 
 
+def _packable(reader: CheckpointReader, d: Dimensions) -> dict[str, LinearShape]:
+    """The linears of all blocks, and a packed lm_head."""
+    head = {LM_HEAD: LinearShape(d.hidden_size, d.vocab_size)} if reader.is_packed(LM_HEAD) else {}
+    return _linears(d) | head
+
+
 def _parameters(d: Dimensions) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by full name, as in a checkpoint that is not quantized."""
     blocks = architecture(d.model_type).blocks
@@ -106,7 +112,7 @@ def _parameters(d: Dimensions) -> dict[str, tuple[int, ...]]:
 def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputError]:
     """Parameters that are missing or have a wrong shape, and tensors that the model has no place for."""
     expected, linears = _parameters(d), _linears(d)
-    packed = {f"{name}.weight" for name in linears if reader.is_packed(name)}
+    packed = {f"{name}.weight" for name in (*linears, LM_HEAD) if reader.is_packed(name)}
     if HEAD_CODES in reader:
         packed.add(f"{reader.arch.modules_before[0] if d.tied else LM_HEAD}.weight")
     missing = [name for name in expected if name not in reader and name not in packed]
@@ -122,7 +128,7 @@ def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputE
         if name in reader and (reader.shape(name) != shape or reader.dtype(name) not in FLOATS):
             yield InputError(f"tensor {name} is {reader.dtype(name)} {reader.shape(name)}, config.json needs floating "
                              f"point {shape}", WRONG_MODEL)
-    known = {f"{name}.{part}" for name in linears for part in PARTS if part != "bias"}
+    known = {f"{name}.{part}" for name in (*linears, LM_HEAD) for part in PARTS if part != "bias"}
     known |= {f"{LM_HEAD}.weight", HEAD_CODES, HEAD_SCALES}
     for name in sorted(packed & set(reader)):
         yield InputError(f"{reader.path} holds {name} both packed and in full", "Remove one of them.")
@@ -177,8 +183,8 @@ def _packed_problems(reader: CheckpointReader, d: Dimensions,
         packed_lm_head_bits(reader, d.vocab_size, d.hidden_size)
     except InputError as error:
         yield error
-    packed = {name: shape for name, shape in _linears(d).items() if reader.is_packed(name)}
-    if quantization is not None and not packed:
+    packed = {name: shape for name, shape in _packable(reader, d).items() if reader.is_packed(name)}
+    if quantization is not None and not packed.keys() - {LM_HEAD}:
         yield InputError(f"{reader.path}: the configuration says GPTQ, but no linear is packed",
                          "Remove quantization_config and quantize_config.json, or fetch the directory again.")
     for name, shape in packed.items():

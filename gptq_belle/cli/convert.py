@@ -37,7 +37,8 @@ def decrypt(
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A .pt file of BELLE or GPTQ-for-LLaMa, a folder that "
-                                           "contains one, or an AutoGPTQ or GPTQModel directory.")],
+                                           "contains one, or a directory of AutoGPTQ, GPTQModel, auto-round, "
+                                           "llm-compressor (pack-quantized) or AutoAWQ (gemm).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory; it appears only when complete.")],
     base: Annotated[Path | None, typer.Option(
         show_default=False,

@@ -61,17 +61,24 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
 
 
 def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> None:
-    """Replace every linear of the blocks that is packed in the files by a `QuantLinear`."""
+    """Replace every linear that is packed in the files by a `QuantLinear`: of the blocks, and the lm_head."""
     arch = weights.reader.arch
     for index, _ in model.get_submodule(arch.blocks).named_children():
-        for name in (f"{arch.blocks}.{index}.{linear}" for linear in arch.linears):
-            if not weights.reader.is_packed(name):
-                continue
-            linear: Any = model.get_submodule(name)
-            words = weights.packed_weight(name, linear.in_features, linear.out_features)
-            prepared = prepare_weight(words, device=weights.device, dtype=weights.dtype, precision=weights.precision)
-            bias = weights.bias(name, linear.out_features, linear.bias is not None, narrow=True)
-            model.set_submodule(name, QuantLinear(prepared, bias))
+        for linear in arch.linears:
+            _replace_packed_linear(model, weights, f"{arch.blocks}.{index}.{linear}")
+    if weights.reader.is_packed(LM_HEAD):
+        model.config.tie_word_embeddings = False
+        _replace_packed_linear(model, weights, LM_HEAD)
+
+
+def _replace_packed_linear(model: PreTrainedModel, weights: WeightLoader, name: str) -> None:
+    if not weights.reader.is_packed(name):
+        return
+    linear: Any = model.get_submodule(name)
+    words = weights.packed_weight(name, linear.in_features, linear.out_features)
+    prepared = prepare_weight(words, device=weights.device, dtype=weights.dtype, precision=weights.precision)
+    bias = weights.bias(name, linear.out_features, linear.bias is not None, narrow=True)
+    model.set_submodule(name, QuantLinear(prepared, bias))
 
 
 def _assign_parameters(model: PreTrainedModel, weights: WeightLoader) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gptq_belle.checkpoint.packed_reader import packed_lm_head_bits, packed_lm_head_rows
+from gptq_belle.checkpoint.packed_reader import linear_quantization, packed_lm_head_bits, packed_lm_head_rows
 from gptq_belle.checkpoint.prefetch import prefetch
 from gptq_belle.engine.linear import DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.engine.weight_loader import WeightLoader
@@ -94,6 +94,8 @@ def embedding_and_head(weights: WeightLoader, name: str,
     shape, stored, embedding = (sizes.vocab_size, sizes.hidden_size), f"{LM_HEAD}.weight", f"{name}.weight"
     if (bits_on_disk := packed_lm_head_bits(weights.reader, *shape)) is not None:
         return _load_packed_head(weights, embedding, shape, bits_on_disk, sizes.tied)
+    if weights.reader.is_packed(LM_HEAD):
+        return _load_gptq_head(weights, embedding, shape)
     tied = sizes.tied and (stored not in weights.reader or _is_same_tensor(weights, embedding, stored))
     packable = tied and weights.quantization is not None and packing_obstacle(weights, shape) is None
     bits = weights.head_bits or (8 if packable else 16)
@@ -128,6 +130,17 @@ def _load_packed_head(weights: WeightLoader, embedding: str, shape: tuple[int, i
         return PackedEmbedding(weight, weights.dtype), PackedLinear(weight, None)
     table = weights.tensor(embedding, *shape, narrow=True)
     return Embedding(table, weights.dtype, table.nbytes), PackedLinear(weight, None)
+
+
+def _load_gptq_head(weights: WeightLoader, embedding: str, shape: tuple[int, int]) -> tuple[Embedding, LinearOperator]:
+    """Load an lm_head that was quantized like the linears of the blocks, and the embedding."""
+    bits = linear_quantization(weights.reader, weights.quantization, LM_HEAD).bits
+    if weights.head_bits not in (None, bits):
+        raise UsageError(f"{weights.reader.path} contains its lm_head in {bits} bits only",
+                         "Omit the head bits; other bits need the full-precision model.")
+    head = weights.linear([LM_HEAD], shape[1], [shape[0]], False)
+    table = weights.tensor(embedding, *shape, narrow=True)
+    return Embedding(table, weights.dtype, table.nbytes), head
 
 
 def _packed_head(weights: WeightLoader, name: str, shape: tuple[int, int], bits: int,

@@ -8,6 +8,7 @@ from typing import Any
 import regex
 
 from gptq_belle.errors import InputError
+from gptq_belle.formats.foreign_config import as_gptq
 from gptq_belle.formats.zero_points import V1, V2
 
 MATCH_TIMEOUT = 1.0  # seconds per match; a malicious regular expression could run forever
@@ -68,7 +69,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def parse_quantization(stated: Mapping[str, Any], path: Path) -> Quantization:
-    """Validate and parse a quantization_config dictionary.
+    """Validate and parse a quantization_config dictionary, of GPTQ or of a method that `foreign_config` translates.
 
     ``quant_method`` is optional, as in AutoGPTQ; ``format`` takes precedence over ``checkpoint_format``; the default
     is v1.
@@ -76,9 +77,9 @@ def parse_quantization(stated: Mapping[str, Any], path: Path) -> Quantization:
     Args:
         path: directory of the checkpoint, for error messages.
     Raises:
-        InputError: the method is not GPTQ, or a value is missing or not supported.
+        InputError: the method is not known, or a value is missing or not supported.
     """
-    _expect(path, "quant_method", stated.get("quant_method", "gptq"), ("gptq",))
+    stated = as_gptq(stated, path)
     _expect(path, "pack_dtype", stated.get("pack_dtype", "int32"), ("int32",))
     checkpoint_format = stated.get("format") or stated.get("checkpoint_format") or V1
     _expect(path, "format", checkpoint_format, (V1, V2))
