@@ -28,8 +28,8 @@ from gptq_belle.checkpoint.safetensors_file import CHUNK_BYTES, TensorEntry, hea
 from gptq_belle.checkpoint.writer import SHARD_BYTES
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES, head_group_size
 from gptq_belle.formats.quantize_config import BITS
-from gptq_belle.models.architectures import LM_HEAD, architecture
-from gptq_belle.models.dimensions import Dimensions, dimensions, linear_shapes, outer_shapes, vector_shapes
+from gptq_belle.models.architectures import LM_HEAD
+from gptq_belle.models.dimensions import Dimensions, dimensions
 from gptq_belle.quantization.config import QuantConfig
 
 EMBEDDING = 0.02  # standard deviation, as transformers initializes embeddings
@@ -116,19 +116,19 @@ def packed_head(d: Dimensions, bits: int) -> Iterator[tuple[str, RandomTensor]]:
 
 def tensors(d: Dimensions, config: QuantConfig | None) -> Iterator[tuple[str, RandomTensor]]:
     """Yield every tensor of a checkpoint with its name, in the model's order; `config` is None for float16."""
-    arch = architecture(d.model_type)
+    arch = d.arch
     head = f"{arch.modules_before[0]}.weight" if d.tied else f"{LM_HEAD}.weight"
-    for name, shape in outer_shapes(d).items():
+    for name, shape in d.arch.outer.items():
         if name == head and config is not None and config.head_bits != 16:
             yield from packed_head(d, config.head_bits)
             continue
         one = name.endswith("norm.weight") or name.endswith("ln_f.weight")
         yield name, RandomTensor("F16", shape, normal(EMBEDDING) if len(shape) == 2 else constant(int(one), np.float16))
     for block in range(d.num_layers):
-        for name, shape in vector_shapes(d).items():
+        for name, shape in d.arch.vectors.items():
             value = int(name.endswith("norm.weight"))
             yield f"{arch.blocks}.{block}.{name}", RandomTensor("F16", shape, constant(value, np.float16))
-        for linear, (inputs, outputs) in linear_shapes(d).items():
+        for linear, (inputs, outputs) in d.arch.shapes.items():
             name = f"{arch.blocks}.{block}.{linear}"
             into_residual = linear in (arch.stages[1][-1], arch.stages[3][-1])
             gain = 1 / math.sqrt(2 * d.num_layers) if into_residual else 1.0  # as GPT-2: bounds the residual sum

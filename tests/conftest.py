@@ -19,7 +19,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from gptq_belle.cli import app, console
 from gptq_belle.formats.gptq_weight import QuantizedWeight, pack
 from gptq_belle.formats.zero_points import V1, V2
-from gptq_belle.models.architectures import architecture
+from gptq_belle.models.discovery import architecture
 from gptq_belle.quantization.config import QuantConfig
 
 # (rtol, atol) of a result in the dtype of its activations against float64 arithmetic on the same weights.
@@ -152,7 +152,7 @@ def packed_checkpoint(source: Path, out: Path, *, bits: int = 4, group_size: int
     """
     shutil.copytree(source, out)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    names = architecture(config["model_type"]).linears
+    names = architecture(config).linears
     settings = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order).to_dict()
     settings["format"] = settings["checkpoint_format"] = checkpoint_format or (V1 if sym else V2)
     tensors = {}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptq_belle.models.architectures import architecture
+from gptq_belle.models.discovery import architecture
 
 
 def rounded(weight: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,7 +64,7 @@ def write_legacy(model: Path, out: Path, config: dict, *, bits: int, group: int,
         group: inputs a group; -1 for all.
         all_positive: number of outputs of every linear whose groups have only positive weights: zero points of 0.
     """
-    arch = architecture(config["model_type"])
+    arch = architecture(config)
     state: dict[str, Tensor] = {}
     for name, tensor in load_file(model / "model.safetensors").items():
         module, _, leaf = name.rpartition(".")

@@ -11,7 +11,8 @@ from gptq_belle.errors import InputError
 from gptq_belle.models.decoder_config import alibi_slopes, read_decoder_config
 
 LLAMA = {"model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": [2, 7]}
+         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+         "eos_token_id": [2, 7]}
 BLOOM = {"model_type": "bloom", "vocab_size": 384, "n_embed": 64, "n_layer": 2, "num_attention_heads": 4}
 
 

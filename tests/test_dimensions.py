@@ -6,9 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_belle.checkpoint.reader import read_config
 from gptq_belle.errors import InputError
-from gptq_belle.models.architectures import architecture
 from gptq_belle.models.belle_catalogue import CONFIGS
-from gptq_belle.models.dimensions import dimensions, linear_shapes, outer_shapes, vector_shapes
+from gptq_belle.models.dimensions import dimensions
 
 OTHERS = {
     "mistral": {"model_type": "mistral", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80,
@@ -33,11 +32,11 @@ def test_shapes_equal_those_of_transformers(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    blocks = architecture(d.model_type).blocks
-    found = dict(outer_shapes(d))
+    blocks = d.arch.blocks
+    found = dict(d.arch.outer)
     for block in range(d.num_layers):
-        found |= {f"{blocks}.{block}.{name}": shape for name, shape in vector_shapes(d).items()}
-        found |= {f"{blocks}.{block}.{name}.weight": (n, k) for name, (k, n) in linear_shapes(d).items()}
+        found |= {f"{blocks}.{block}.{name}": shape for name, shape in d.arch.vectors.items()}
+        found |= {f"{blocks}.{block}.{name}.weight": (n, k) for name, (k, n) in d.arch.shapes.items()}
     assert found == expected
     assert d.tied == bool(model.config.tie_word_embeddings)
 

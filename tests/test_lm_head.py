@@ -139,7 +139,7 @@ def test_torch_rounds_like_the_native_kernel(bits, monkeypatch):
 
 def head_of(path, vocabulary, width, **arguments):
     weights = WeightLoader(CheckpointReader(path), CPU, torch.float32, "exact", **arguments)
-    sizes = Dimensions("bloom", 1, width, 4 * width, 2, 2, width // 2, vocabulary, True, None, frozenset())
+    sizes = Dimensions("bloom", 1, width, 4 * width, 2, 2, width // 2, vocabulary, True, None, None)
     return embedding_and_head(weights, "transformer.word_embeddings", sizes)
 
 

@@ -18,7 +18,8 @@ from gptq_belle.checkpoint.inspection import average_bits, inspect, summary_rows
 from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.models.architectures import ARCHITECTURES
+from gptq_belle.models.belle_catalogue import CONFIGS
+from gptq_belle.models.discovery import architecture
 from gptq_belle.quantization.config import Override
 from gptq_belle.quantization.cost_estimate import estimate
 from gptq_belle.quantization.job import prepare_job
@@ -31,6 +32,7 @@ TEXTS = {
     "llama": ("(gate|up)_proj=bits:8,group_size:64", r"layers\.0\.self_attn\.[qkv]_proj=skip", r"\.1\..*o_proj=bits:3"),
 }
 FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+ARCHITECTURES = {"bloom": architecture(CONFIGS["belle-7b"]), "llama": architecture(CONFIGS["llama-7b"])}
 
 
 def config(kind, *texts, **settings):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.models.architectures import ARCHITECTURES
+from gptq_belle.models.architectures import FAMILIES
 from gptq_belle.prompts.messages import turns_from_messages
 from gptq_belle.prompts.stop_strings import IncrementalDecoder, StopStrings, TextStream
 from gptq_belle.prompts.styles import (
@@ -51,7 +51,7 @@ def test_unknown_style_is_refused():
 
 
 def test_every_architecture_has_a_known_style():
-    assert {row.prompt_style for row in ARCHITECTURES.values()} <= STYLES.keys()
+    assert {row.prompt_style for row in FAMILIES.values()} <= STYLES.keys()
     assert not get_style("newline").special_tokens
 
 

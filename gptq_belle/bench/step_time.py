@@ -25,7 +25,7 @@ from gptq_belle.bench.launch_time import (
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels.triton_config import MAX_SKINNY_ROWS
 from gptq_belle.kernels.triton_layout import CONTAINERS
-from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes
+from gptq_belle.models.dimensions import Dimensions, LinearShape
 from gptq_belle.models.sizes import GROUP_SIZE, UNPACKED, MemorySettings, cache_bytes
 
 
@@ -133,7 +133,7 @@ def assumptions(gpu: Gpu) -> dict[str, float | None]:
 
 def fused_linears(d: Dimensions) -> dict[str, LinearShape]:
     """The products of a block, one per launch: query, key and value in one, gate and up in one."""
-    shapes = list(linear_shapes(d).values())
+    shapes = list(d.arch.shapes.values())
     if d.model_type == "bloom":
         return dict(zip(("qkv", "out", "up", "down"), shapes, strict=True))
     query, key, value, out, gate, up, down = shapes

@@ -1,16 +1,14 @@
 """An empty transformers model: modules without weights, on the meta device."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from gptq_belle.checkpoint.reader import read_json
 from gptq_belle.errors import InputError, one_line
-from gptq_belle.models.dimensions import LARGEST
-
-DROPOUTS = ("attention_dropout", "hidden_dropout")
+from gptq_belle.models.discovery import meta_model, model_class
 
 
 def empty_model(path: Path) -> PreTrainedModel:
@@ -21,34 +19,15 @@ def empty_model(path: Path) -> PreTrainedModel:
     Raises:
         InputError: transformers cannot build a model from config.json.
     """
+    config = read_json(path / "config.json")
+    model_class(config)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # otherwise transformers looks for a quantizer
-        config.use_cache = False
-        config._attn_implementation = None  # a file can name code on the hub here; use the default
-        for name in DROPOUTS:
-            setattr(config, name, 0.0)  # only for training; a value outside 0..1 would fail in a forward pass
-        _check_sizes(config)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = meta_model(config)
+        _compute_buffers(model)
     except Exception as error:  # the code of a model raises anything for values of a wrong type
         raise InputError(f"no model can be built from {path / 'config.json'}: {one_line(error)}",
                          "Correct the value, or install a newer version of transformers.") from error
-    _rebuild_computed_buffers(model, config)
-    return model.eval().requires_grad_(False)
-
-
-def _check_sizes(config: Any) -> None:
-    """Check sizes before modules and tables of these sizes are allocated.
-
-    Raises:
-        ValueError: a size is not an integer within bounds.
-    """
-    for name, most in LARGEST.items():
-        value = getattr(config, name, None)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise ValueError(f"{name} {str(value)[:40]} is not a whole number from 1 to {most}")
+    return model
 
 
 def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -74,9 +53,12 @@ def wrong_shape(name: str, found: tuple[int, ...], needed: tuple[int, ...]) -> I
                       "config.json belongs to another model, or the file is damaged: fetch the directory again.")
 
 
-def _rebuild_computed_buffers(model: PreTrainedModel, config: Any) -> None:
-    """Compute RoPE's inverse frequencies, which modules compute on creation: on meta they have no values."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, type(module)(config))
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute buffers such as RoPE's inverse frequencies, which have no values on meta, as transformers does it when it
+    loads a model: by `_init_weights`, which leaves parameters on meta without values."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if any(buffer is not None for buffer in module._buffers.values()):
+            model._init_weights(module)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from gptq_belle.formats.foreign_config import GPTQ, linear_layout
 from gptq_belle.formats.foreign_linears import DerivedTensor, derived_tensors
 from gptq_belle.formats.quantize_config import parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
-from gptq_belle.models.architectures import LM_HEAD, Architecture, architecture
+from gptq_belle.models.architectures import LM_HEAD, Architecture
 from gptq_belle.models.belle_catalogue import CONFIGS, find_belle_model
+from gptq_belle.models.discovery import architecture, model_class
 
 MAX_JSON_BYTES = 64 << 20  # the largest known file, the index of a model with 1,000 shards, is below 20 MB
 
@@ -39,7 +41,6 @@ class CheckpointReader:
     Attributes:
         path: the directory.
         config: config.json as a dictionary.
-        arch: the architecture of ``model_type``.
 
     Raises:
         InputError: the directory, config.json or a weight file is missing or damaged, or the architecture is unknown.
@@ -53,17 +54,26 @@ class CheckpointReader:
         if not (self.path / "config.json").exists() and (hint := unconverted_checkpoint_error(self.path)):
             raise hint
         self.config = read_json(self.path / "config.json")
-        self.arch: Architecture = architecture(self.config.get("model_type"))
+        self._prefix = model_class(self.config).base_model_prefix
         self._shards = {file: _open(file) for file in weights or weight_files(self.path)}
         listed = [(name, file) for file, shard in self._shards.items() for name in shard.names()]
         if twice := next((name for name, count in Counter(name for name, _ in listed).items() if count > 1), None):
             files = " and ".join(file.name for name, file in listed if name == twice)
             raise InputError(f"{self.path} holds the tensor {twice} twice: in {files}",
                              "Shards of two checkpoints are mixed: fetch the directory again.")
-        bare = not any(name.startswith(self.arch.prefix + ".") for name, _ in listed)
+        bare = not any(name.startswith(self._prefix + ".") for name, _ in listed)
         self._where = {self._with_prefix(name) if bare else name: (file, name) for name, file in listed}
         self._derived, replaced = self._derived_tensors()
         self._names = dict.fromkeys([*(name for name in self._where if name not in replaced), *self._derived])
+
+    @cached_property
+    def arch(self) -> Architecture:
+        """The architecture that config.json describes.
+
+        Raises:
+            InputError: see `models.discovery.architecture`.
+        """
+        return architecture(self.config)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -174,7 +184,7 @@ class CheckpointReader:
             return {}, set()
 
     def _with_prefix(self, name: str) -> str:
-        return name if name.startswith(LM_HEAD + ".") else f"{self.arch.prefix}.{name}"
+        return name if name.startswith(LM_HEAD + ".") else f"{self._prefix}.{name}"
 
     def _find(self, name: str) -> tuple[Path, str]:
         if name not in self._names:

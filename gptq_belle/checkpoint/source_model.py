@@ -15,7 +15,7 @@ from gptq_belle.errors import InputError
 from gptq_belle.formats.gptq_weight import all_finite
 from gptq_belle.models.architectures import LM_HEAD
 from gptq_belle.models.decoder_config import read_decoder_config
-from gptq_belle.models.dimensions import dimensions, linear_shapes
+from gptq_belle.models.dimensions import dimensions
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,7 +34,7 @@ class SourceModel:
         self.model = empty_model(reader.path)
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
-        self.linear_shapes = linear_shapes(dimensions(reader.config))
+        self.linear_shapes = dimensions(reader.config).arch.shapes
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.modules_before[0]}.weight").shape)
 
     def embeddings_and_norms(self) -> list[str]:

@@ -19,9 +19,9 @@ from gptq_belle.checkpoint.weight_values import packed_value_problems, weight_va
 from gptq_belle.errors import GptqBelleError, InputError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.quantize_config import Quantization
-from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD, architecture
+from gptq_belle.models.architectures import COMPUTED_SUFFIXES, LM_HEAD
 from gptq_belle.models.decoder_config import check_token_ids, read_decoder_config
-from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes, outer_shapes, vector_shapes
+from gptq_belle.models.dimensions import Dimensions, LinearShape
 from gptq_belle.prompts.conversation import chat_format
 
 MAX_PER_KIND = 5  # problems of one kind that `inspect` names; the others are counted
@@ -59,7 +59,7 @@ def list_problems(reader: CheckpointReader, quantization: Quantization | None) -
     kinds = (_tensor_problems(reader, d), _packed_problems(reader, d, quantization),
              _generation_problems(reader.path, d), packed_value_problems(reader, _packable(reader, d), quantization),
              weight_value_problems(reader, half=quantization is None), _tokenizer_problems(reader),
-             size_problems(linear_shapes(d)) if quantization is None else iter(()))
+             size_problems(d.arch.shapes) if quantization is None else iter(()))
     return [text for kind in kinds for text in _shortened(kind)]
 
 
@@ -89,9 +89,9 @@ def size_problems(linears: Mapping[str, LinearShape]) -> Iterator[InputError]:
 
 def _linears(d: Dimensions) -> dict[str, LinearShape]:
     """(K, N) of all linears of all blocks by full name."""
-    blocks = architecture(d.model_type).blocks
+    blocks = d.arch.blocks
     return {f"{blocks}.{index}.{name}": shape for index in range(d.num_layers)
-            for name, shape in linear_shapes(d).items()}
+            for name, shape in d.arch.shapes.items()}
 
 
 def _packable(reader: CheckpointReader, d: Dimensions) -> dict[str, LinearShape]:
@@ -102,11 +102,11 @@ def _packable(reader: CheckpointReader, d: Dimensions) -> dict[str, LinearShape]
 
 def _parameters(d: Dimensions) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by full name, as in a checkpoint that is not quantized."""
-    blocks = architecture(d.model_type).blocks
+    blocks = d.arch.blocks
     vectors = {f"{blocks}.{index}.{name}": shape for index in range(d.num_layers)
-               for name, shape in vector_shapes(d).items()}
+               for name, shape in d.arch.vectors.items()}
     weights = {f"{name}.weight": (shape.out_features, shape.in_features) for name, shape in _linears(d).items()}
-    return outer_shapes(d) | weights | vectors
+    return d.arch.outer | weights | vectors
 
 
 def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputError]:

@@ -25,7 +25,7 @@ def models(device: options.UnusedDevice = "auto", as_json: options.Json = False,
 
 def catalogue() -> Iterator[dict[str, Any]]:
     """The catalogue's models with their sizes, as JSON-ready dictionaries."""
-    from gptq_belle.models.architectures import architecture
+    from gptq_belle.models.architectures import family
     from gptq_belle.models.belle_catalogue import BELLE_MODELS, CONFIGS
     from gptq_belle.models.dimensions import dimensions
     from gptq_belle.models.sizes import file_bytes, parameter_count
@@ -34,7 +34,7 @@ def catalogue() -> Iterator[dict[str, Any]]:
         d = dimensions(CONFIGS[each.config])
         sizes = {f"gb_{bits}_bit": round(file_bytes(d, bits) / 1e9, 1) for bits in (4, 8)}
         yield {"name": each.name, "hub_id": each.hub_id, "architecture": each.architecture,
-               "prompt_style": architecture(each.architecture).prompt_style, "kind": each.kind,
+               "prompt_style": family(each.architecture).prompt_style, "kind": each.kind,
                "published": each.published, "billions": round(parameter_count(d) / 1e9, 2), **sizes,
                "licence": each.licence, "files": each.files, "next_step": each.next_step}
 

@@ -27,7 +27,6 @@ from gptq_belle.engine.linear import QuantLinear
 from gptq_belle.errors import InputError
 from gptq_belle.formats.quantize_config import WRONG_CONFIG, Quantization
 from gptq_belle.kernels.dispatch import prepare_weight
-from gptq_belle.models.architectures import ARCHITECTURES
 
 METHOD = "gptq"
 METHODS: dict[str, Any] = AUTO_QUANTIZER_MAPPING  # transformers looks up its quantizers here
@@ -74,9 +73,6 @@ class PackedQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         if not files:
             raise InputError("transformers gave no files to load packed weights from", "Load a model directory.")
-        if model.config.model_type not in ARCHITECTURES:
-            raise InputError(f"gptq_belle has no kernels for the architecture {model.config.model_type!r}",
-                             "Call the function that patch_transformers returned, and load it with optimum.")
         reader = CheckpointReader(Path(files[0]).parent)
         quantization = read_quantization(reader)
         if quantization is None:

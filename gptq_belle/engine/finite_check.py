@@ -15,7 +15,7 @@ from torch import Tensor
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.attention import Attention, UncachedAttention
 from gptq_belle.errors import GptqBelleError, InputError
-from gptq_belle.models.architectures import LM_HEAD, architecture
+from gptq_belle.models.architectures import LM_HEAD
 
 if TYPE_CHECKING:
     from gptq_belle.engine.kv_cache import KVCache
@@ -82,7 +82,7 @@ def first_nonfinite_layer(model: "LogitsModel", ids: Sequence[int]) -> str | Non
 
 def _outputs(model: "LogitsModel", ids: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The names of embedding, blocks, last norm and lm_head with their outputs for ids (T,), in execution order."""
-    decoder, arch = model.decoder, architecture(model.config.get("model_type"))
+    decoder, arch = model.decoder, model.decoder_config.dimensions.arch
     yield arch.modules_before[0], decoder.embedding(ids)
     x = decoder.embed(ids)
     yield arch.modules_before[-1], x
@@ -97,7 +97,7 @@ def _outputs(model: "LogitsModel", ids: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _block_name(model: "LogitsModel", index: int) -> str:
-    return f"{architecture(model.config.get('model_type')).blocks}.{index}"
+    return f"{model.decoder_config.dimensions.arch.blocks}.{index}"
 
 
 def _layer_error(model: "LogitsModel", layer: str) -> InputError:

@@ -1,26 +1,68 @@
-"""Table of supported architectures: module names, linears in execution order, prompt style."""
+"""What is known about a decoder: its structure, which discovery.py finds, and its family, which nothing else tells."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from gptq_belle.errors import InputError
+Shape = tuple[int, ...]
+
+
+class LinearShape(NamedTuple):
+    """Size of a linear. Its weight has the shape (out_features, in_features)."""
+
+    in_features: int  # K
+    out_features: int  # N
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the module tree of a ``model_type`` does not tell.
+
+    Attributes:
+        prompt_style: default prompt style without a chat template, see prompts/styles.py.
+        native: name of the decoder of engine/ that runs it; "" if transformers' own forward does.
+        fused: name of the single linear that vLLM and SGLang run in place of the linears of a stage.
+        residual_attention: path of an attention module that adds its second argument (the residual) to its result.
+    """
+
+    prompt_style: str = "newline"
+    native: str = ""
+    fused: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    residual_attention: str = ""
+
+
+_GATED = {("mlp.gate_proj", "mlp.up_proj"): "mlp.gate_up_proj",
+          ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "self_attn.qkv_proj"}
+OTHER = Family(fused=_GATED)
+FAMILIES = {"bloom": Family("bloom", "bloom", residual_attention="self_attention"),
+            **dict.fromkeys(("llama", "mistral", "qwen2"), Family("llama", "llama", _GATED))}
+# Tensors in files of older transformers that are computed instead of read.
+COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
+LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Names in a transformers model of one ``model_type``.
+    """Names and shapes in a transformers model.
 
     Attributes:
         prefix: attribute of the base model, and prefix of its tensor names in a checkpoint.
-        blocks: dotted path of the list of decoder blocks.
-        modules_before: modules that run before the first block; the first one is the embedding.
-        modules_after: modules that run after the last block, except the lm_head.
-        stages: linears of a block in execution order; those of one stage have the same input. The second stage is the
-            output projection of attention.
-        attention: the attention module of a block, which ends with that projection.
-        residual_in_attention: whether that module adds its second argument (the residual) to its result.
-        inner_copies: measured number of tensors of the feed-forward's inner size in memory during a forward pass.
-        prompt_style: default prompt style of BELLE models with this architecture, see prompts/styles.py.
-        fused: for each stage, the name of the single linear that vLLM and SGLang run; "" if the stage is one linear.
+        blocks: dotted path of the list of decoder blocks; its parent is the module that runs them.
+        modules_before: modules with parameters that run before the first block; the first one is the embedding.
+        modules_after: modules with parameters that run after the last block, except the lm_head.
+        stages: linears of a block in execution order; those of one stage have the same input.
+        attention: the module of a block that ends with `output`, so that its result can be replayed; "" if there is
+            none.
+        output: the linear that ends the attention.
+        attention_results: length of the tuple that the attention module returns; 0 if it returns a tensor.
+        returns_tuple: whether a block returns a tuple.
+        shapes: (K, N) of a block's linears.
+        vectors: shapes of a block's other parameters: norms and biases.
+        outer: shapes of the parameters outside the blocks, without a tied lm_head.
+        num_layers: number of blocks.
+        num_kv_heads, head_dim: shape of the keys and values of a token.
+        tied: whether the lm_head is the embedding.
+        family: what the module tree does not tell.
     """
 
     prefix: str
@@ -29,73 +71,43 @@ class Architecture:
     modules_after: tuple[str, ...]
     stages: tuple[tuple[str, ...], ...]
     attention: str
-    residual_in_attention: bool
-    inner_copies: int
-    prompt_style: str
-    fused: tuple[str, ...]
+    output: str
+    attention_results: int
+    returns_tuple: bool
+    shapes: Mapping[str, LinearShape]
+    vectors: Mapping[str, Shape]
+    outer: Mapping[str, Shape]
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    family: Family
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Paths of all quantized linears in a block, in execution order."""
+        """Paths of all quantized linears in a block, in execution order of their stages."""
         return tuple(name for stage in self.stages for name in stage)
 
     @property
-    def output(self) -> str:
-        """Path of the output projection of attention in a block."""
-        return self.stages[1][0]
+    def output_stage(self) -> int:
+        """Number of the stage of `output`; -1 if there is none."""
+        return next((index for index, stage in enumerate(self.stages) if self.output in stage), -1)
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """For each stage, the name of the single linear that vLLM and SGLang run; "" if they run the stage's own."""
+        return tuple(self.family.fused.get(stage, "") for stage in self.stages)
+
+    @property
+    def inner_copies(self) -> int:
+        """Tensors of the feed-forward's inner size in memory during a forward pass: 2 for one linear, 4 for a gated
+        one, as measured."""
+        last = self.linears[-1]
+        beside = [name for name in self.linears[:-1] if name.rpartition(".")[0] == last.rpartition(".")[0]]
+        width = sum(self.shapes[name].out_features for name in beside)
+        return max(2, 2 * width // self.shapes[last].in_features)
 
 
-_LLAMA = Architecture(
-    prefix="model",
-    blocks="model.layers",
-    modules_before=("model.embed_tokens",),
-    modules_after=("model.norm",),
-    stages=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-    attention="self_attn",
-    residual_in_attention=False,
-    inner_copies=4,
-    prompt_style="llama",
-    fused=("self_attn.qkv_proj", "", "mlp.gate_up_proj", ""),
-)
-ARCHITECTURES = {
-    "bloom": Architecture(
-        prefix="transformer",
-        blocks="transformer.h",
-        modules_before=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
-        modules_after=("transformer.ln_f",),
-        stages=(
-            ("self_attention.query_key_value",),
-            ("self_attention.dense",),
-            ("mlp.dense_h_to_4h",),
-            ("mlp.dense_4h_to_h",),
-        ),
-        attention="self_attention",
-        residual_in_attention=True,
-        inner_copies=2,
-        prompt_style="bloom",
-        fused=("", "", "", ""),
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-}
-# Tensors in files of older transformers that are computed instead of read.
-COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
-LM_HEAD = "lm_head"
-
-
-def architecture(model_type: object) -> Architecture:
-    """Return the architecture of a ``model_type``.
-
-    Raises:
-        InputError: the architecture is not supported.
-    """
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        names = ", ".join(ARCHITECTURES)
-        raise InputError(f"architecture {model_type!r} is not supported", f"config.json's model_type must be: {names}.")
-    return ARCHITECTURES[model_type]
+def family(model_type: object) -> Family:
+    """Return what is known about a ``model_type`` beyond its module tree."""
+    return FAMILIES.get(model_type, OTHER) if isinstance(model_type, str) else OTHER

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gptq_belle.errors import InputError
-from gptq_belle.models.dimensions import LARGEST, Dimensions, dimensions
+from gptq_belle.models.architectures import family
+from gptq_belle.models.dimensions import DAMAGED, Dimensions, dimensions
 
 DEFAULT_ROPE_THETA = 10000.0
 
@@ -71,10 +72,6 @@ def _number(stated: Mapping[str, Any], key: str) -> float:
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}  # within the window both give the same result
 ACTIVATIONS = {"bloom": ("gelu",), "llama": ("silu",)}
-DAMAGED = "config.json is damaged, or the model is of a kind that is not supported."
-LIMITS = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
-          "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-          "vocab_size": "vocab_size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,8 @@ class DecoderConfig:
         dimensions: sizes of its tensors.
         context: limit of prompt and answer tokens together; None if the configuration does not state one. For a sliding
             window (Mistral) it is the window: within it, full attention gives the same result.
-        eps: epsilon of the norms.
+        eps: epsilon of the norms. This and what follows, except eos, are the native decoders': transformers reads its
+            own where its forward pass runs.
         frequencies: rotary frequencies (head_dim / 2,) float32; None with ALiBi.
         slopes: ALiBi slopes (heads,) float32; None with rotary embeddings.
         normed_residual: BLOOM's apply_residual_connection_post_layernorm.
@@ -107,10 +105,15 @@ def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         InputError: a value is missing, has a wrong type, or is not supported for this architecture.
     """
+    native = family(config.get("model_type")).native
+    bloom = native == "bloom"
+    window = _window(config) if native == "llama" else None
+    if native == "llama":
+        rotary_frequencies(config, 2)  # refused before transformers meets the same value
     figures = dimensions(config)
-    _check_dimensions(figures, config)
-    bloom = figures.model_type == "bloom"
-    window = None if bloom else _window(config)
+    if not native:
+        return DecoderConfig(figures, figures.context, 0.0, None, None, False, token_ids(config, "eos_token_id"))
+    _check_activation(config, native)
     if unknown := set(_layer_types(config)) - ATTENTION_KINDS:
         raise InputError(f"layer_types of config.json holds {str(min(unknown, key=str))[:40]!r}",
                          f"It must be {' or '.join(sorted(ATTENTION_KINDS))}.")
@@ -163,19 +166,10 @@ def check_token_ids(config: Mapping[str, Any], vocabulary: int, where: str) -> N
                          "Correct eos_token_id, or remove it: the tokenizer's eos token is used as well.")
 
 
-def _check_dimensions(d: Dimensions, config: Mapping[str, Any]) -> None:
-    for name, key in LIMITS.items():
-        if not 1 <= getattr(d, name) <= LARGEST[key]:
-            raise InputError(f"config.json's {key} {getattr(d, name)} is not from 1 to {LARGEST[key]}", DAMAGED)
-    bloom = d.model_type == "bloom"
-    given = not bloom and config.get("head_dim") is not None
-    if d.num_heads % d.num_kv_heads or (d.hidden_size % d.num_heads and not given) or (d.head_dim % 2 and not bloom):
-        raise InputError(f"{d.num_heads} heads of dimension {d.head_dim} with {d.num_kv_heads} key-value heads do not "
-                         f"fit the hidden size {d.hidden_size}", DAMAGED)
-    kind = "bloom" if bloom else "llama"
-    found = config.get("hidden_act", ACTIVATIONS[kind][0])
-    if found not in ACTIVATIONS[kind]:
-        raise InputError(f"hidden_act {str(found)[:40]!r} is not supported", f"It must be {ACTIVATIONS[kind][0]}.")
+def _check_activation(config: Mapping[str, Any], native: str) -> None:
+    found = config.get("hidden_act", ACTIVATIONS[native][0])
+    if found not in ACTIVATIONS[native]:
+        raise InputError(f"hidden_act {str(found)[:40]!r} is not supported", f"It must be {ACTIVATIONS[native][0]}.")
 
 
 def _layer_types(config: Mapping[str, Any]) -> list[Any]:

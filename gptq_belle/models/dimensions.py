@@ -1,33 +1,23 @@
-"""Names and shapes of all tensors of a model, computed from config.json without reading weights."""
+"""Sizes of a model from config.json, without reading weights; names and shapes are discovery's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from gptq_belle.errors import InputError
-from gptq_belle.models.architectures import LM_HEAD, architecture
+from gptq_belle.models.architectures import Architecture, LinearShape, Shape, family
+from gptq_belle.models.discovery import LARGEST, architecture, model_class
 
-# Upper limits on values of config.json, larger than those of any model. They keep a damaged configuration from
-# allocating tables of more than a few MB.
-LARGEST = {"num_hidden_layers": 1024, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "vocab_size": 1 << 24,
-           "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1 << 14,
-           "max_position_embeddings": 1 << 30}
-Shape = tuple[int, ...]
-
-
-class LinearShape(NamedTuple):
-    """Size of a linear. Its weight has the shape (out_features, in_features)."""
-
-    in_features: int  # K
-    out_features: int  # N
+DAMAGED = "config.json is damaged, or the model is of a kind that is not supported."
+__all__ = ["DAMAGED", "LARGEST", "Dimensions", "LinearShape", "Shape", "dimensions"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Sizes of a model, from which all its shapes follow.
+    """Sizes of a model.
 
     Attributes:
-        model_type: a key of `architectures.ARCHITECTURES`.
+        model_type: of config.json.
         num_layers: number of decoder blocks.
         hidden_size: width of the hidden states.
         intermediate_size: width inside the feed-forward network.
@@ -36,7 +26,7 @@ class Dimensions:
         vocab_size: rows of the embedding and of the lm_head.
         tied: whether embedding and lm_head are one matrix.
         context: limit of prompt and answer tokens together; None if the configuration does not state one.
-        biased: linears that have a bias, by their path inside a block.
+        arch: names and shapes of its modules.
     """
 
     model_type: str
@@ -49,7 +39,12 @@ class Dimensions:
     vocab_size: int
     tied: bool
     context: int | None
-    biased: frozenset[str]
+    arch: Architecture
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """Linears that have a bias, by their path inside a block."""
+        return frozenset(name for name in self.arch.shapes if f"{name}.bias" in self.arch.vectors)
 
 
 def dimensions(config: Mapping[str, Any]) -> Dimensions:
@@ -58,59 +53,34 @@ def dimensions(config: Mapping[str, Any]) -> Dimensions:
     Raises:
         InputError: the architecture is unknown, or a value is missing or not a positive integer.
     """
-    model_type = config.get("model_type")
-    linears = architecture(model_type).linears
-    hidden, heads = _required(config, "hidden_size", "n_embed"), _required(config, "num_attention_heads", "n_head")
-    layers, vocab = _required(config, "num_hidden_layers", "n_layer"), _required(config, "vocab_size")
-    if model_type == "bloom":
-        return Dimensions("bloom", layers, hidden, 4 * hidden, heads, heads, hidden // heads, vocab,
-                          bool(config.get("tie_word_embeddings", True)), _optional(config, "seq_length"),
-                          frozenset(linears))
-    return Dimensions(str(model_type), layers, hidden, _required(config, "intermediate_size"), heads,
-                      _optional(config, "num_key_value_heads") or heads,
-                      _optional(config, "head_dim") or hidden // heads, vocab,
-                      bool(config.get("tie_word_embeddings", False)), _optional(config, "max_position_embeddings"),
-                      frozenset(name for name in linears if _has_bias(config, name)))
+    names = getattr(model_class(config).config_class, "attribute_map", {})
+
+    def stated(key: str, *older: str) -> int:
+        return _required(config, key, names.get(key, key), *older)
+
+    hidden, heads = stated("hidden_size", "n_embed"), stated("num_attention_heads", "n_head")
+    layers, vocabulary = stated("num_hidden_layers", "n_layer"), stated("vocab_size")
+    _check_heads(config, hidden, heads)
+    for key, value in {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": layers,
+                       "vocab_size": vocabulary, "intermediate_size": _optional(config, "intermediate_size")}.items():
+        if value is not None and value > LARGEST[key]:
+            raise InputError(f"config.json's {key} {value} is not from 1 to {LARGEST[key]}", DAMAGED)
+    contexts = ("max_position_embeddings", names.get("max_position_embeddings", "seq_length"))
+    context = next((value for key in contexts if (value := _optional(config, key)) is not None), None)
+    arch = architecture(config)
+    return Dimensions(str(config["model_type"]), arch.num_layers, hidden, arch.shapes[arch.linears[-1]].in_features,
+                      heads, arch.num_kv_heads, arch.head_dim, vocabulary, arch.tied, context, arch)
 
 
-def linear_shapes(d: Dimensions) -> dict[str, LinearShape]:
-    """Shapes of a block's linears by their path inside the block, in the order in which they run."""
-    hidden, inner = d.hidden_size, d.intermediate_size
-    if d.model_type == "bloom":
-        shapes = [(hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden)]
-    else:
-        queries, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-        shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden),
-                  (hidden, inner), (hidden, inner), (inner, hidden)]
-    names = architecture(d.model_type).linears
-    return {name: LinearShape(*shape) for name, shape in zip(names, shapes, strict=True)}
-
-
-def vector_shapes(d: Dimensions) -> dict[str, Shape]:
-    """Shapes of a block's norms and biases by their path inside the block."""
-    parts = ("weight", "bias") if d.model_type == "bloom" else ("weight",)
-    norms: dict[str, Shape] = {f"{name}.{part}": (d.hidden_size,) for part in parts
-                               for name in ("input_layernorm", "post_attention_layernorm")}
-    return norms | {f"{name}.bias": (outputs,) for name, (_, outputs) in linear_shapes(d).items() if name in d.biased}
-
-
-def outer_shapes(d: Dimensions) -> dict[str, Shape]:
-    """Shapes of the tensors outside the blocks: embedding, norms, and the lm_head unless it is tied."""
-    matrix, vector = (d.vocab_size, d.hidden_size), (d.hidden_size,)
-    head = {} if d.tied else {f"{LM_HEAD}.weight": matrix}
-    if d.model_type == "bloom":
-        norms = ("transformer.word_embeddings_layernorm", "transformer.ln_f")
-        return {"transformer.word_embeddings.weight": matrix,
-                **{f"{name}.{part}": vector for name in norms for part in ("weight", "bias")}, **head}
-    return {"model.embed_tokens.weight": matrix, "model.norm.weight": vector, **head}
-
-
-def _has_bias(config: Mapping[str, Any], linear: str) -> bool:
-    """Whether a linear has a bias: Qwen2 on q, k and v; LLaMA as the configuration states; Mistral never."""
-    if config.get("model_type") == "qwen2":
-        return linear.endswith(("q_proj", "k_proj", "v_proj"))
-    key = "attention_bias" if linear.startswith("self_attn.") else "mlp_bias"
-    return config.get("model_type") == "llama" and bool(config.get(key))
+def _check_heads(config: Mapping[str, Any], hidden: int, heads: int) -> None:
+    """Refuse numbers of heads with which attention fails when it runs; transformers does not check them."""
+    bloom = family(config["model_type"]).native == "bloom"
+    kv_heads, head_dim = _optional(config, "num_key_value_heads") or heads, None if bloom else _optional(
+        config, "head_dim")
+    size = head_dim or hidden // heads
+    if heads % kv_heads or (hidden % heads and head_dim is None) or (size % 2 and not bloom):
+        raise InputError(f"{heads} heads of dimension {size} with {kv_heads} key-value heads do not fit the hidden "
+                         f"size {hidden}", DAMAGED)
 
 
 def _required(config: Mapping[str, Any], *keys: str) -> int:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from gptq_belle.kernels import cpu_layout, triton_layout
 from gptq_belle.kernels.layout import RUN_LENGTHS
-from gptq_belle.models.architectures import architecture
-from gptq_belle.models.dimensions import Dimensions, LinearShape, linear_shapes, outer_shapes, vector_shapes
+from gptq_belle.models.dimensions import Dimensions, LinearShape
 
 UNPACKED = 16  # "bits" of a matrix that is not packed
 GROUP_SIZE = 128  # default of quantize, and the group size of a packed head
@@ -25,13 +24,13 @@ KV_HEADS_PER_PASS = 4  # heads of the cache that are converted to the dtype of a
 CACHE_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "int8": 1, "float32": 4}
 ACTIVATION_BYTES = {"cpu": 4, "cuda": 2}  # float32 on a CPU, float16 on a GPU
 PROGRAM_BYTES = {"cpu": 270_000_000, "cuda": 0}  # anonymous memory after all imports, as measured
-INNER_COPIES = {"bloom": 2, "llama": 3}  # tensors of the intermediate size alive at a time in the engine's feed-forward
+INNER_COPIES = {"bloom": 2, "llama": 3, "": 4}  # tensors of the inner size alive at a time in the engine's feed-forward
 
 
 def parameter_count(d: Dimensions) -> int:
     """Number of parameters; a tied matrix counts once."""
-    block = sum(map(math.prod, linear_shapes(d).values())) + _vector_parameters(d)
-    return d.num_layers * block + sum(map(math.prod, outer_shapes(d).values()))
+    block = sum(map(math.prod, d.arch.shapes.values())) + _vector_parameters(d)
+    return d.num_layers * block + sum(map(math.prod, d.arch.outer.values()))
 
 
 def linear_file_bytes(shape: LinearShape, bits: int, group_size: int = GROUP_SIZE) -> int:
@@ -49,8 +48,8 @@ def file_bytes(d: Dimensions, bits: int, head_bits: int = UNPACKED, group_size: 
 
     With `head_bits` below UNPACKED, embedding and lm_head have the size of the packed layout in memory.
     """
-    linears = sum(linear_file_bytes(shape, bits, group_size) for shape in linear_shapes(d).values())
-    outer = 2 * sum(map(math.prod, outer_shapes(d).values()))
+    linears = sum(linear_file_bytes(shape, bits, group_size) for shape in d.arch.shapes.values())
+    outer = 2 * sum(map(math.prod, d.arch.outer.values()))
     if head_bits != UNPACKED:
         matrices = 1 if d.tied else 2
         shape = LinearShape(d.hidden_size, d.vocab_size)
@@ -123,9 +122,9 @@ def matrix_bytes(shape: LinearShape, bits: int, settings: MemorySettings) -> int
 def block_bytes(d: Dimensions, settings: MemorySettings) -> int:
     """A block: linears as `matrix_bytes`, norms and biases in the activations' dtype. Linears with the same input are
     fused along N, so that they are padded once."""
-    shapes = linear_shapes(d)
+    shapes = d.arch.shapes
     fused = [LinearShape(shapes[stage[0]].in_features, sum(shapes[name].out_features for name in stage))
-             for stage in architecture(d.model_type).stages]
+             for stage in d.arch.stages]
     return (sum(matrix_bytes(shape, settings.bits, settings) for shape in fused)
             + ACTIVATION_BYTES[settings.device] * _vector_parameters(d))
 
@@ -133,7 +132,7 @@ def block_bytes(d: Dimensions, settings: MemorySettings) -> int:
 def head_bytes(d: Dimensions, settings: MemorySettings) -> int:
     """Embedding, lm_head and the norms outside the blocks. A tied matrix counts once; otherwise the embedding has the
     file's dtype (float16)."""
-    norms = sum(math.prod(shape) for shape in outer_shapes(d).values() if len(shape) == 1)
+    norms = sum(math.prod(shape) for shape in d.arch.outer.values() if len(shape) == 1)
     embedding = 0 if d.tied else 2 * d.vocab_size * d.hidden_size
     head = matrix_bytes(LinearShape(d.hidden_size, d.vocab_size), settings.head_bits,
                         replace(settings, group_size=GROUP_SIZE))
@@ -155,19 +154,19 @@ def workspace_bytes(d: Dimensions, settings: MemorySettings, context: int, batch
     queries, on a GPU all heads and R queries. Feed-forward: input, norm, output and INNER_COPIES of the intermediate
     size.
     """
-    bloom, on_cpu = d.model_type == "bloom", settings.device == "cpu"
+    native, on_cpu = d.arch.family.native, settings.device == "cpu"
     rows = max(min(PREFILL_CHUNK[settings.device], context), batch)
     pass_heads = min(KV_HEADS_PER_PASS, d.num_kv_heads) if on_cpu else d.num_kv_heads
     queries = min(QUERY_BLOCK, rows) if on_cpu else rows
     qkv_width = (d.num_heads + 2 * d.num_kv_heads) * d.head_dim
-    biases = d.num_heads * queries * context if bloom else 0
+    biases = d.num_heads * queries * context if native == "bloom" else 0
     attention = rows * (3 * d.hidden_size + 2 * qkv_width) + 2 * pass_heads * d.head_dim * context + biases
-    mlp = rows * (3 * d.hidden_size + INNER_COPIES["bloom" if bloom else "llama"] * d.intermediate_size)
+    mlp = rows * (3 * d.hidden_size + INNER_COPIES[native] * d.intermediate_size)
     return ACTIVATION_BYTES[settings.device] * (attention + mlp) + 2 * 4 * batch * d.vocab_size
 
 
 def _vector_parameters(d: Dimensions) -> int:
-    return sum(map(math.prod, vector_shapes(d).values()))
+    return sum(map(math.prod, d.arch.vectors.values()))
 
 
 def _runs(k: int, group_size: int, block: int) -> tuple[int, int]:

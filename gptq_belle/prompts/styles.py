@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gptq_belle.errors import InputError, UsageError
-from gptq_belle.models.architectures import architecture
+from gptq_belle.models.architectures import family
 from gptq_belle.prompts.tool_calls import PLAIN_FORM, ToolForm
 
 TEMPLATE = "template"  # the name of no style: the chat template of the model's tokenizer
@@ -123,7 +123,7 @@ def detect_style(config: Mapping[str, Any], template: str | Mapping[str, str] | 
     if text is not None:
         generated = {chat_template(style, bos=bos): style for style in STYLES for bos in (False, True)}
         return generated.get(text, TEMPLATE)
-    return "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else architecture(
+    return "newline" if config.get("vocab_size") == EXTENDED_VOCABULARY else family(
         config.get("model_type")).prompt_style
 
 

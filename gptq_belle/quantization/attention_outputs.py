@@ -63,7 +63,7 @@ class AttentionOutputs:
             A function that gives the context for running one piece; outside of it the block is unchanged, so that other
             rows may run between two pieces.
         """
-        if stage == arch.stages[0]:
+        if not arch.attention or (stage is not None and arch.stages.index(stage) < arch.output_stage):
             yield nullcontext
         elif self._complete:
             recorded = iter(self)
@@ -85,10 +85,12 @@ class AttentionOutputs:
         attention: Any = block.get_submodule(arch.attention)
         output = block.get_submodule(arch.output)
 
-        def forward(*args: Any, **_: Any) -> tuple[Tensor, None]:
+        def forward(*args: Any, **_: Any) -> Tensor | tuple[Tensor | None, ...]:
             weight = cast(Tensor, output.weight)
             result = output(next(recorded).to(weight.device))
-            return (result.add_(args[1]) if arch.residual_in_attention else result), None
+            if arch.family.residual_attention:
+                result.add_(args[1])
+            return (result, *[None] * (arch.attention_results - 1)) if arch.attention_results else result
 
         attention.forward = forward  # an instance attribute, which hides the method of its class
         try:

@@ -16,9 +16,9 @@ from gptq_belle.errors import InputError, is_out_of_memory
 from gptq_belle.formats.gptq_weight import PackedWeight, dequantize, pack
 from gptq_belle.quantization.activations import ActivationPair, Activations
 from gptq_belle.quantization.block_refinement.refinement import (
-    FIRST_DAMPING,
     BlockRefinement,
     RefinedLinear,
+    first_dampings,
     refined_linear,
 )
 from gptq_belle.quantization.block_stream import BlockStream
@@ -136,7 +136,7 @@ class BlockQuantizer:
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         refined: dict[str, RefinedLinear] = {}
-        for stage, damping in zip(arch.stages, FIRST_DAMPING, strict=True):
+        for stage, damping in zip(arch.stages, first_dampings(arch), strict=True):
             config = self.config.for_linear(f"{prefix}.{stage[0]}")  # equal in a stage, see resolve_overrides
             inputs = None
             if len(activations) and config:

@@ -18,6 +18,9 @@ from gptq_belle.quantization.bloom_attention import use_fused_modules
 TOKENS_PER_BATCH = 4096
 
 
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a block, besides the hidden states
+
+
 class _InputCaptured(Exception):
     """Ends a forward pass after an input has been captured."""
 
@@ -36,7 +39,8 @@ class BlockStream(SourceModel):
         self.clock = clock or PhaseClock()
         self.max_rows: int | None = None
         use_fused_modules(self.model)
-        self._arguments: dict[tuple[torch.device, torch.Size], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._index = {block: index for index, block in enumerate(self.blocks.children())}
+        self._arguments: dict[tuple[torch.device, torch.Size], list[BlockArguments]] = {}
 
     def load_block(self, index: int) -> nn.Module:
         """Block `index` on the device, in float32, with the source's weights.
@@ -113,8 +117,8 @@ class BlockStream(SourceModel):
                 pieces.append(self._run(block, piece).cpu())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def block_arguments(self, shape: torch.Size) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments besides hidden states of shape (rows, T, hidden_size); `shape` is (rows, T)."""
+    def block_arguments(self, shape: torch.Size) -> list[BlockArguments]:
+        """The arguments of each block besides hidden states of shape (rows, T, hidden_size); `shape` is (rows, T)."""
         if (self.device, shape) not in self._arguments:
             list(self.embed(torch.zeros(shape, dtype=torch.int64)))
         return self._arguments[self.device, shape]
@@ -142,25 +146,36 @@ class BlockStream(SourceModel):
     def _embed(self, places: Tensor) -> Tensor:
         """The first block's input for one batch of places (batch, T) among the loaded embeddings.
 
-        The block's other arguments are recorded for `block_arguments`.
+        The other arguments of each block are recorded for `block_arguments`: they can differ, as those of blocks with
+        and without a sliding window do. The blocks themselves do not run.
         """
         hidden: list[Tensor] = []
+        found: list[BlockArguments] = []
 
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def capture(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             states = args[0] if args else kwargs.pop("hidden_states")
-            hidden.append(states.cpu())
-            self._arguments[self.device, states.shape[:2]] = args[1:], kwargs
-            raise _InputCaptured
+            if not hidden:
+                hidden.append(states.cpu())
+            found.append((args[1:], kwargs))
+            if len(found) == self.count:
+                raise _InputCaptured
+            return (states,) if self.arch.returns_tuple else states
 
-        first = self.blocks.get_submodule("0")
-        hook = first.register_forward_pre_hook(capture, with_kwargs=True)
-        with _removing(hook), torch.no_grad(), suppress(_InputCaptured):
-            self.model(input_ids=places.to(self.device), use_cache=False)
+        blocks: Any = self.blocks
+        for block in blocks:
+            block.forward = capture  # an instance attribute, which hides the method of its class
+        try:
+            with torch.no_grad(), suppress(_InputCaptured):
+                self.model(input_ids=places.to(self.device), use_cache=False)
+        finally:
+            for block in blocks:
+                del block.forward
+        self._arguments[self.device, hidden[0].shape[:2]] = found
         return hidden[0]
 
     def forward(self, block: nn.Module, states: Tensor) -> Tensor:
         """The block's output (rows, T, hidden_size) on the device, for `states` of the same shape, with gradients."""
-        args, kwargs = self.block_arguments(states.shape[:2])
+        args, kwargs = self.block_arguments(states.shape[:2])[self._index[block]]
         with self.clock("forwards"):
             output = block(states.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output

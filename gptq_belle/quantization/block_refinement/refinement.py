@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gptq_belle.checkpoint.empty_model import assign
 from gptq_belle.formats.gptq_weight import PackedWeight, QuantizedWeight, dequantize, unpack
+from gptq_belle.models.architectures import Architecture
 from gptq_belle.quantization.activations import ActivationPair
 from gptq_belle.quantization.block_refinement.block_error import BlockError, block_error
 from gptq_belle.quantization.block_refinement.quadratic_step import Step, quadratic_step
@@ -22,12 +23,19 @@ from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.stage_hessians import OriginalWeights
 
 TOKENS_PER_ROUND = 1 << 15  # at most; each round takes the following rows
-# First damping of a step, by stage. `BlockError.curvature` takes tokens as independent, but attention adds up their
-# errors; and it takes outputs as independent, but those of the feed-forward's first linears share inputs. 1 is exact
-# where the block's output is linear in the weight. Measured on the demo models.
-FIRST_DAMPING = (16.0, 1.5, 6.0, 1.0)
+# First damping of a step, by place of the linear. `BlockError.curvature` takes tokens as independent, but attention
+# adds up their errors; and it takes outputs as independent, but those of the feed-forward's first linears share inputs.
+# 1 is exact where the block's output is linear in the weight. Measured on the demo models.
+BEFORE_ATTENTION, ATTENTION_OUTPUT, FEED_FORWARD, LAST = 16.0, 1.5, 6.0, 1.0
 LEAST_DAMPING = 0.3
 LARGEST_INCREASE, LARGEST_DECREASE = 10.0, 3.0  # of the damping, from one step to the next
+
+
+def first_dampings(arch: Architecture) -> list[float]:
+    """First damping of a step for each stage of a block's linears."""
+    found = [BEFORE_ATTENTION if index < arch.output_stage else ATTENTION_OUTPUT if index == arch.output_stage else
+             FEED_FORWARD for index in range(len(arch.stages))]
+    return [*found[:-1], LAST]
 
 
 @dataclass(frozen=True, slots=True)
