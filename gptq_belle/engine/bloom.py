@@ -2,7 +2,13 @@
 
 from torch import Tensor
 
-from gptq_belle.engine.attention import Attention, attention_config
+from gptq_belle.engine.attention import (
+    Attention,
+    DecodeAttention,
+    PrefillAttention,
+    UncachedAttention,
+    attention_config,
+)
 from gptq_belle.engine.linear import LinearOperator
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weight_loader import WeightLoader
@@ -49,6 +55,8 @@ class Bloom:
         weights: loader of the checkpoint; all tensors of the model are loaded.
         config: decoder configuration of its config.json.
     """
+
+    uncached, prefill, decode, is_native = UncachedAttention, PrefillAttention, DecodeAttention, True
 
     def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
         d, eps = config.dimensions, config.eps

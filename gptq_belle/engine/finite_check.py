@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.engine.attention import Attention, UncachedAttention
+from gptq_belle.engine.transformers_decoder import TransformersDecoder
 from gptq_belle.errors import GptqBelleError, InputError
 from gptq_belle.models.architectures import LM_HEAD
 
@@ -83,6 +84,9 @@ def first_nonfinite_layer(model: "LogitsModel", ids: Sequence[int]) -> str | Non
 def _outputs(model: "LogitsModel", ids: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The names of embedding, blocks, last norm and lm_head with their outputs for ids (T,), in execution order."""
     decoder, arch = model.decoder, model.decoder_config.dimensions.arch
+    if isinstance(decoder, TransformersDecoder):
+        yield from decoder.layer_outputs(ids)
+        return
     yield arch.modules_before[0], decoder.embedding(ids)
     x = decoder.embed(ids)
     yield arch.modules_before[-1], x

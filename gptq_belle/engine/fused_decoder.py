@@ -13,6 +13,7 @@ from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, LinearOperator, PackedLinear
 from gptq_belle.engine.llama import Llama
 from gptq_belle.engine.lm_head import Embedding
+from gptq_belle.engine.transformers_decoder import TransformersDecoder
 from gptq_belle.kernels import triton_matmul
 from gptq_belle.kernels.cpu_elementwise import LayerNorm, RmsNorm
 from gptq_belle.kernels.triton_config import TENSOR_CORES
@@ -87,12 +88,14 @@ class FusedDecoder:
         return len(self.head.gamma)
 
 
-def fusion_obstacle(decoder: Bloom | Llama) -> str | None:
+def fusion_obstacle(decoder: Bloom | Llama | TransformersDecoder) -> str | None:
     """Why a decoder has no fused decode step; None if it has one.
 
     In act-order, query, key and value must have the same order of inputs, and gate and up, too. GPTQ gives them the
     same one: it sorts by the Hessian of their input, which they share.
     """
+    if isinstance(decoder, TransformersDecoder):
+        return "this architecture runs with transformers' forward pass"
     linears = [linear for block in decoder.blocks for linear in block.linears]
     if any(isinstance(linear, ConcatenatedLinear) for linear in linears):
         return "linears with the same input differ in bits, format or groups of inputs (g_idx)"

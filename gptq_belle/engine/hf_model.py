@@ -43,21 +43,31 @@ def hf_model(path: str | Path, *, device: str = "auto", dtype: torch.dtype | Non
     precision = resolve_precision(precision, target)
     dtype = choose_dtype(dtype, target, precision)
     reader = CheckpointReader(resolve_model_path(path))
-    if HEAD_CODES in reader:
-        raise InputError(f"{reader.path} has a packed lm_head, which transformers cannot load",
-                         "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
-    model = empty_model(reader.path)
     weights = WeightLoader(reader, target, dtype, precision)
     check_model(reader, weights.quantization)
-    _replace_packed_linears(model, weights)
-    _assign_parameters(model, weights)
-    _check_complete(model, weights)
-    model.config.dtype = dtype
-    model.config.use_cache = True
+    model = load_modules(weights)
     if (stated := raw_quantization_config(reader)) is not None:
         model.config.quantization_config = stated  # save_pretrained writes it
     model.generation_config = read_generation_config(reader.path) or GenerationConfig.from_model_config(model.config)
-    return model.to(target)  # type: ignore[arg-type]
+    return model
+
+
+def load_modules(weights: WeightLoader) -> PreTrainedModel:
+    """Build transformers' model of a checked directory, and load all its weights.
+
+    Raises:
+        InputError: the lm_head is packed, or a tensor is missing or damaged.
+    """
+    if HEAD_CODES in weights.reader:
+        raise InputError(f"{weights.reader.path} has a packed lm_head, which transformers cannot load",
+                         "Load it with gptq_belle.load, or quantize again without --packed-head-only.")
+    model = empty_model(weights.reader.path)
+    _replace_packed_linears(model, weights)
+    _assign_parameters(model, weights)
+    _check_complete(model, weights)
+    model.config.dtype = weights.dtype
+    model.config.use_cache = True
+    return model.to(weights.device)  # type: ignore[arg-type]
 
 
 def _replace_packed_linears(model: PreTrainedModel, weights: WeightLoader) -> None:
@@ -77,6 +87,7 @@ def _replace_packed_linear(model: PreTrainedModel, weights: WeightLoader, name: 
     linear: Any = model.get_submodule(name)
     words = weights.packed_weight(name, linear.in_features, linear.out_features)
     prepared = prepare_weight(words, device=weights.device, dtype=weights.dtype, precision=weights.precision)
+    weights.count_bytes(prepared)
     bias = weights.bias(name, linear.out_features, linear.bias is not None, narrow=True)
     model.set_submodule(name, QuantLinear(prepared, bias))
 

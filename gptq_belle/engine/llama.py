@@ -2,7 +2,13 @@
 
 from torch import Tensor
 
-from gptq_belle.engine.attention import Attention, attention_config
+from gptq_belle.engine.attention import (
+    Attention,
+    DecodeAttention,
+    PrefillAttention,
+    UncachedAttention,
+    attention_config,
+)
 from gptq_belle.engine.linear import LinearOperator, interleave_gates, silu_and_mul_interleaved
 from gptq_belle.engine.lm_head import embedding_and_head
 from gptq_belle.engine.weight_loader import WeightLoader
@@ -51,6 +57,8 @@ class Llama:
         weights: loader of the checkpoint; all tensors of the model are loaded.
         config: decoder configuration of its config.json.
     """
+
+    uncached, prefill, decode, is_native = UncachedAttention, PrefillAttention, DecodeAttention, True
 
     def __init__(self, weights: WeightLoader, config: DecoderConfig) -> None:
         d = config.dimensions

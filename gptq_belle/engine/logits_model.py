@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_belle.checkpoint.reader import CheckpointReader
-from gptq_belle.engine.attention import DecodeAttention, NativeDecodeAttention, PrefillAttention, UncachedAttention
+from gptq_belle.engine.attention import NativeDecodeAttention
 from gptq_belle.engine.bloom import Bloom
 from gptq_belle.engine.finite_check import explain_nonfinite, nonfinite_rows
 from gptq_belle.engine.fused_decoder import FusedDecoder, fuse, fusion_obstacle
@@ -19,6 +19,7 @@ from gptq_belle.engine.prefix_cache import PrefixCache
 from gptq_belle.engine.prompt_arguments import is_integer_dtype
 from gptq_belle.engine.sampling_params import DEFAULT_MAX_NEW_TOKENS
 from gptq_belle.engine.step_graph import MAX_GRAPH_ROWS, StepGraph
+from gptq_belle.engine.transformers_decoder import TransformersDecoder
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.kernels import dispatch
@@ -30,6 +31,7 @@ from gptq_belle.models.sizes import PREFILL_CHUNK
 if TYPE_CHECKING:
     from gptq_belle.engine.fused_decoding import FusedDecoding
 
+Decoder = Bloom | Llama | TransformersDecoder
 ScoredPosition = tuple[float, list[tuple[int, float]]]  # log probability of a token, and the most likely tokens
 LOGITS_BYTES = 1 << 26  # bytes of logits at a time in `logprob_chunks`: 67 rows of BLOOM's vocabulary
 
@@ -62,7 +64,7 @@ class LogitsModel:
             set to False.
     """
 
-    def __init__(self, decoder: Bloom | Llama, decoder_config: DecoderConfig, reader: CheckpointReader,
+    def __init__(self, decoder: Decoder, decoder_config: DecoderConfig, reader: CheckpointReader,
                  weights: WeightLoader, cache: str, eos: frozenset[int]) -> None:
         self.decoder, self.decoder_config, self.path, self.config = decoder, decoder_config, reader.path, reader.config
         self.device, self.dtype, self.cache_kind, self.eos_ids = weights.device, weights.dtype, cache, eos
@@ -128,7 +130,7 @@ class LogitsModel:
     def _hidden(self, input_ids: Tensor) -> Tensor:
         """Outputs of the last block (B * T, width) for token ids (B, T)."""
         rows, length = input_ids.shape
-        attention = UncachedAttention(self.decoder.attention_config, rows, length, self.device, self.dtype)
+        attention = self.decoder.uncached(self.decoder.attention_config, rows, length, self.device, self.dtype)
         return self.decoder.run_blocks(self.decoder.embed(input_ids.flatten()), attention)
 
     def token_logprobs(self, ids: Sequence[int], top: int) -> list[ScoredPosition]:
@@ -156,7 +158,7 @@ class LogitsModel:
         rows = max(1, LOGITS_BYTES // (4 * self.vocabulary_size))
         for at in range(0, len(row) - 1, self.prefill_chunk):
             chunk = row[:-1][at : at + self.prefill_chunk]
-            attention = PrefillAttention(self.decoder.attention_config, cache, 0, at, len(chunk), self.dtype)
+            attention = self.decoder.prefill(self.decoder.attention_config, cache, 0, at, len(chunk), self.dtype)
             hidden = self.decoder.run_blocks(self.decoder.embed(chunk), attention)
             following = row[at + 1 : at + 1 + len(chunk)]
             found: list[ScoredPosition] = []
@@ -216,7 +218,8 @@ class LogitsModel:
         """Logits (1, V) float32 after prefilling ids (T,) of a slot with `start` cached tokens, chunk by chunk."""
         for at in range(0, len(ids), self.prefill_chunk):
             chunk = ids[at : at + self.prefill_chunk]
-            attention = PrefillAttention(self.decoder.attention_config, cache, slot, start + at, len(chunk), self.dtype)
+            attention = self.decoder.prefill(self.decoder.attention_config, cache, slot, start + at, len(chunk),
+                                             self.dtype)
             hidden = self.decoder.run_blocks(self.decoder.embed(chunk), attention)
         return self.decoder.logits(hidden[-1:]).float()
 
@@ -260,8 +263,8 @@ class LogitsModel:
 
     def _decode_blocks(self, x: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         config, rows = self.decoder.attention_config, len(slots)
-        if cache.tables is None:
-            return self.decoder.run_blocks(x, DecodeAttention(config, cache, slots, lengths, self.dtype))
+        if not self.decoder.is_native or cache.tables is None:
+            return self.decoder.run_blocks(x, self.decoder.decode(config, cache, slots, lengths, self.dtype))
         if self.use_step_graphs and rows in cache.step_graphs:
             return cache.step_graphs[rows].replay(x, slots, lengths)
         attention = NativeDecodeAttention(config, cache.tables, slots, lengths)

@@ -28,6 +28,7 @@ from gptq_belle.engine.prompt_arguments import check_prompt, new_token_limit, sp
 from gptq_belle.engine.sampling_params import SamplingOptions, SamplingParams, sampling_params
 from gptq_belle.engine.slots import Event
 from gptq_belle.engine.token_constraint import ConstraintCompiler, TokenConstraint
+from gptq_belle.engine.transformers_decoder import TransformersDecoder
 from gptq_belle.engine.weight_loader import WeightLoader
 from gptq_belle.errors import UsageError
 from gptq_belle.models.decoder_config import read_decoder_config, token_ids
@@ -39,7 +40,7 @@ from gptq_belle.prompts.styles import detect_style
 DEFAULT_CAPACITY = 2048  # tokens of the cache for a single prompt, unless the context is shorter
 MAX_BATCH = 8  # prompts of a list that are generated at a time
 Prompt = str | Sequence[int] | Tensor  # text, or token ids (T,)
-DECODERS: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama, "mistral": Llama, "qwen2": Llama}
+NATIVE: dict[str, type[Bloom] | type[Llama]] = {"bloom": Bloom, "llama": Llama}  # by `Family.native`
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, precision: str | None = None,
@@ -81,7 +82,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = 
     eos = decoder_config.eos | _generation_eos(reader)
     weights = WeightLoader(reader, target, dtype, precision, head_bits, progress)
     check_model(reader, weights.quantization)
-    decoder = DECODERS[decoder_config.dimensions.model_type](weights, decoder_config)
+    native = NATIVE.get(reader.arch.family.native)
+    decoder = native(weights, decoder_config) if native else TransformersDecoder(weights)
     trim_heap()  # for LLaMA-7B, returns 90 MB that were freed during loading
     model = Model(decoder, decoder_config, reader, weights, cache, eos)
     model.context = context or model.context

@@ -65,7 +65,7 @@ def dimensions(config: Mapping[str, Any]) -> Dimensions:
                        "vocab_size": vocabulary, "intermediate_size": _optional(config, "intermediate_size")}.items():
         if value is not None and value > LARGEST[key]:
             raise InputError(f"config.json's {key} {value} is not from 1 to {LARGEST[key]}", DAMAGED)
-    contexts = ("max_position_embeddings", names.get("max_position_embeddings", "seq_length"))
+    contexts = ("max_position_embeddings", names.get("max_position_embeddings", "seq_length"), "max_seq_len")
     context = next((value for key in contexts if (value := _optional(config, key)) is not None), None)
     arch = architecture(config)
     return Dimensions(str(config["model_type"]), arch.num_layers, hidden, arch.shapes[arch.linears[-1]].in_features,

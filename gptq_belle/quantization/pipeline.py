@@ -32,6 +32,7 @@ from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import must_spill
 from gptq_belle.quantization.report import JobProgress, NoProgress, Report
+from gptq_belle.quantization.structure_check import check_structure
 from gptq_belle.quantization.verification import (
     VERIFIED_BLOCK,
     BlockVerification,
@@ -121,6 +122,7 @@ def quantize_checkpoint(
         check_metadata(writer.files, job.tokenizer)
         journal = _journal(writer, job, report, progress, restart=not resume)
         if not journal.records:
+            check_structure(job.stream)
             progress.phase("checking the values of the weights")
             check_values(job.stream.reader)
         with threads(journal.environment["threads"]):

@@ -1,0 +1,70 @@
+"""Check what discovery found on the first block: its linears are replaced by products with the inputs of their stages.
+
+A wrong stage, a linear that runs in another order, or an attention that does not end with its output projection gives
+another output, and the architecture is refused before any work.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptq_belle.errors import InputError
+from gptq_belle.models.architectures import Architecture
+from gptq_belle.quantization.attention_outputs import AttentionOutputs
+from gptq_belle.quantization.block_stream import BlockStream
+
+TOKENS = 16  # of the input of the block
+LARGEST_ERROR = 1e-4  # relative; float32 sums in another order differ by 1e-6
+
+
+def check_structure(stream: BlockStream) -> None:
+    """Compare the first block's outputs with those that the discovered structure gives.
+
+    Raises:
+        InputError: they differ, or a tensor of the block is missing or damaged.
+    """
+    vocabulary = int(stream.model.config.vocab_size)
+    states = next(iter(stream.embed((torch.arange(TOKENS) % vocabulary)[None])))
+    block, arch = stream.load_block(0), stream.arch
+    try:
+        expected, recorded = stream.run(block, states), AttentionOutputs()
+        with _products_of_stages(block, arch) as inputs:
+            found = [stream.run(block, states)]
+            complete = len(inputs) == len(arch.stages)
+        for _ in range(2):  # the first pass records the attention, the second one replays it
+            with recorded.forward_pass(block, arch) as piece_context:
+                found.append(stream.run(block, states, piece_context))
+    finally:
+        stream.release(block)
+    error = max(float((output - expected).norm() / expected.norm()) for output in found)
+    if not complete or not error < LARGEST_ERROR:
+        raise InputError(f"{stream.reader.config['model_type']} is not supported: the structure that was found in its "
+                         f"blocks gives other outputs (relative difference {error:.1e})",
+                         "Report the architecture with its config.json.")
+
+
+@contextmanager
+def _products_of_stages(block: nn.Module, arch: Architecture) -> Iterator[dict[int, Tensor]]:
+    """A context in which each linear multiplies the input of the first linear of its stage; yields these inputs."""
+    inputs: dict[int, Tensor] = {}
+
+    def product(linear: Any, stage: int, is_first: bool) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            if is_first:
+                inputs[stage] = x
+            return F.linear(inputs.get(stage, torch.zeros_like(x)), linear.weight, linear.bias)
+        return forward
+
+    linears = {name: (stage, name == names[0]) for stage, names in enumerate(arch.stages) for name in names}
+    try:
+        for name, place in linears.items():
+            linear: Any = block.get_submodule(name)
+            linear.forward = product(linear, *place)  # an instance attribute, which hides the method of its class
+        yield inputs
+    finally:
+        for name in linears:
+            vars(block.get_submodule(name)).pop("forward", None)
