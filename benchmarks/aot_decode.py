@@ -69,8 +69,7 @@ def head(arch: int, bits: int, rows: int, is_sampled: bool, dtype: str = "float1
     """The lm_head after a layer norm (packed) or an RMS norm (dense)."""
     x = POINTERS[dtype]
     types = {"x": x, "words": x if bits == 16 else "*i16", "moments": "*fp32", "eps": "fp32", "logits": "*fp32",
-             "tokens": "*i32", "lengths": "*i32", "answers": "*i32", "tickets": "*i32", "best": "*i64", "M": "i32",
-             "N": "i32", "K": "i32", "room": "i32"}
+             "tokens": "*i32", "lengths": "*i32", "tickets": "*i32", "best": "*i64", "M": "i32", "N": "i32", "K": "i32"}
     if is_sampled:
         types |= {"temperatures": "*fp32", "penalties": "*fp32", "seen": "*u8", "adjusted": "*fp32",
                   "maxima": "*fp32"}
@@ -95,7 +94,7 @@ def head_tile(arch: int, bits: int, rows: int, dtype: str = "float16") -> TileCo
 def sampling(arch: int) -> Variant:
     """The choice among the logits."""
     names = ("temperatures", "top_ps", "min_ps", "numbers", "adjusted", "maxima")
-    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("top_ks", "tokens", "lengths", "answers"), "*i32") | {
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("top_ks", "tokens", "lengths"), "*i32") | {
         "seen": "*u8", "V": "i32", "room": "i32"}
     return variant(arch, sampling_kernel, types,
                    triton_sampling.constants(VOCABULARY) | {"PDL": arch >= MIN_PDL}, triton_sampling.COMPILED)

@@ -26,7 +26,7 @@ def workspace_size(rows: int) -> tuple[int, int]:
 
 
 def head_launches(x: Tensor, head: SlicedWeight | Tensor, bias: Tensor | None, norm: FoldedNorm, logits: Tensor,
-                  tokens: Tensor, lengths: Tensor, answers: Tensor, workspace: Workspace,
+                  tokens: Tensor, lengths: Tensor, workspace: Workspace,
                   sampling: SamplingState | None = None, *, pdl: bool = False) -> list[Launch]:
     """Prepare the final norm, the lm_head and the choice of the next tokens: one launch, or two with sampling.
 
@@ -36,8 +36,7 @@ def head_launches(x: Tensor, head: SlicedWeight | Tensor, bias: Tensor | None, n
         bias: (V,), to which beta @ W of a layer norm is added; None without one.
         norm: the final norm.
         logits: (M, V) float32, written.
-        tokens, lengths: (M,) int32. Rows with length -1 are idle and keep all three.
-        answers: (M, room) int32; column p receives the token that follows position p.
+        tokens, lengths: (M,) int32. Rows with length -1 are idle and keep both.
         workspace: as large as `workspace_size` says.
         sampling: parameters of the rows; None for greedy decoding.
     Raises:
@@ -46,7 +45,6 @@ def head_launches(x: Tensor, head: SlicedWeight | Tensor, bias: Tensor | None, n
     rows, n = logits.shape
     check_tensors((rows, n), torch.float32, device=x.device, logits=logits)
     check_tensors((rows,), torch.int32, device=x.device, tokens=tokens, lengths=lengths)
-    check_tensors((rows, None), torch.int32, device=x.device, answers=answers)
     constants, options = _configuration(head, x)
     words, scales, zeros, inputs = (head, None, None, norm.width) if isinstance(head, Tensor) else (
         head.words, head.scales, head.zeros, head.places)
@@ -56,15 +54,14 @@ def head_launches(x: Tensor, head: SlicedWeight | Tensor, bias: Tensor | None, n
     arguments = {
         "x": x, "words": words, "scales": scales, "zeros": zeros, "bias": bias, "moments": norm.moments,
         "gamma_product": norm.gamma_product, "eps": norm.eps, "logits": logits, "tokens": tokens, "lengths": lengths,
-        "answers": answers, "tickets": workspace.tickets,
-        "best": workspace.tickets[first : first + 2 * rows].view(torch.int64),
+        "tickets": workspace.tickets, "best": workspace.tickets[first : first + 2 * rows].view(torch.int64),
         "temperatures": sampling and sampling.temperatures, "penalties": sampling and sampling.penalties,
         "seen": sampling and sampling.seen, "adjusted": sampling and sampling.adjusted,
-        "maxima": sampling and sampling.maxima, "M": rows, "N": n, "K": x.shape[1], "room": answers.shape[1]}
+        "maxima": sampling and sampling.maxima, "M": rows, "N": n, "K": x.shape[1]}
     constants |= {"WIDTH": norm.width, "MOMENTS_TILE": norm.tile, "BN": TILE, "PDL": pdl}
     launch = Launch(head_kernel, (row_tiles, -(-n // TILE)), arguments,
                     constants | options | ({"launch_pdl": True} if pdl else {}))
-    return [launch] if sampling is None else [launch, sampling_launch(sampling, tokens, lengths, answers, pdl=pdl)]
+    return [launch] if sampling is None else [launch, sampling_launch(sampling, tokens, lengths, pdl=pdl)]
 
 
 def dense_tile(rows: int) -> dict[str, int | bool]:

@@ -30,7 +30,6 @@ def head_kernel(
     logits,  # (M, N) float32, written
     tokens,  # (M,) int32, written where lengths are not -1
     lengths,  # (M,) int32, advanced by 1 where they are not -1
-    answers,  # (M, room) int32: the token after position p is written to column p
     tickets,  # (tiles of rows,) int32, all 0 between launches
     best,  # (M,) int64, all 0 between launches
     temperatures,  # fields of SamplingState, or None for greedy decoding
@@ -41,7 +40,6 @@ def head_kernel(
     M,
     N,
     K,
-    room,
     BITS: tl.constexpr,
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,7 +72,7 @@ def head_kernel(
     at = m[None, :].to(tl.int64) * N + n[:, None]
     tl.store(logits + at, acc, mask=live)
     if temperatures is None:
-        _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, N, room)
+        _greedy(acc, live, n, m, tokens, lengths, tickets, best, M, N)
     else:
         penalty = tl.load(penalties + m, mask=m < M, other=1.0)[None, :]
         temperature = tl.load(temperatures + m, mask=m < M, other=0.0)[None, :]
@@ -105,7 +103,7 @@ def _dense_sums(x, table, n, m, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK:
 
 
 @triton.jit
-def _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, N, room):
+def _greedy(acc, live, n, m, tokens, lengths, tickets, best, M, N):
     """Merge the largest logit of this tile, and as the last program write the next token of each active row."""
     bits = acc.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the logits
@@ -119,6 +117,5 @@ def _greedy(acc, live, n, m, tokens, lengths, answers, tickets, best, M, N, room
         length = tl.load(lengths + m, mask=m < M, other=-1)
         active = (m < M) & (length >= 0)
         tl.store(tokens + m, token, mask=active)
-        tl.store(answers + m * room + length, token, mask=active & (length < room))
         tl.store(lengths + m, length + 1, mask=active)
         tl.store(ticket, 0)

@@ -46,13 +46,11 @@ def new_sampling_state(rows: int, vocab: int, room: int, device: torch.device) -
         seen=full(rows, vocab, dtype=torch.uint8), adjusted=full(rows, vocab), maxima=full(2, -(-vocab // TILE), rows))
 
 
-def sampling_launch(state: SamplingState, tokens: Tensor, lengths: Tensor, answers: Tensor, *,
-                    pdl: bool = False) -> Launch:
+def sampling_launch(state: SamplingState, tokens: Tensor, lengths: Tensor, *, pdl: bool = False) -> Launch:
     """Prepare the choice of the next tokens from `state.adjusted` and `state.maxima`.
 
     Args:
         tokens, lengths: (M,) int32, of which rows with length -1 keep everything.
-        answers: (M, room) int32; column p receives the token that follows position p.
     Raises:
         ValueError: tensors that do not fit together.
     """
@@ -61,13 +59,13 @@ def sampling_launch(state: SamplingState, tokens: Tensor, lengths: Tensor, answe
     vectors = {name: getattr(state, name) for name in ("temperatures", "penalties", "top_p", "min_p")}
     check_tensors((rows,), torch.float32, device=device, **vectors)
     check_tensors((rows,), torch.int32, device=device, tokens=tokens, lengths=lengths, top_k=state.top_k)
-    check_tensors((rows, answers.shape[1]), torch.float32, device=device, numbers=state.numbers)
+    check_tensors((rows, None), torch.float32, device=device, numbers=state.numbers)
     check_tensors((rows, vocab), torch.uint8, device=device, seen=state.seen)
     check_tensors((2, -(-vocab // TILE), rows), torch.float32, device=device, maxima=state.maxima)
     arguments = {
         "temperatures": state.temperatures, "top_ks": state.top_k, "top_ps": state.top_p, "min_ps": state.min_p,
         "numbers": state.numbers, "seen": state.seen, "adjusted": state.adjusted, "maxima": state.maxima,
-        "tokens": tokens, "lengths": lengths, "answers": answers, "V": vocab, "room": answers.shape[1]}
+        "tokens": tokens, "lengths": lengths, "V": vocab, "room": state.numbers.shape[1]}
     options = COMPILED | {"launch_pdl": True} if pdl else COMPILED
     return Launch(sampling_kernel, (rows,), arguments, constants(vocab) | {"PDL": pdl} | options)
 

@@ -26,9 +26,8 @@ def sampling_kernel(
     maxima,
     tokens,  # (M,) int32, written
     lengths,  # (M,) int32, advanced by 1
-    answers,  # (M, room) int32: the token after position p is written to column p
     V,
-    room,
+    room,  # of numbers
     TILES: tl.constexpr,  # tiles of the lm_head
     PADDED: tl.constexpr,  # a power of two, at least TILES and CANDIDATES
     TILE: tl.constexpr,
@@ -69,7 +68,6 @@ def sampling_kernel(
                 token = _sample_all(row, V, top, total, k, top_p, min_p, u, BLOCK)
         token = tl.minimum(tl.maximum(token, 0), V - 1)  # NaN has no order; the host ends such a request
         tl.store(tokens + m, token)
-        tl.store(answers + m * room + length, token, mask=length < room)
         tl.store(lengths + m, length + 1)
         tl.store(seen + m.to(tl.int64) * V + token, 1)
 

@@ -89,8 +89,7 @@ def choose(bits, rows, before, is_sampled):
     launches = triton_head.head_launches(
         torch.randn(rows, width).half(), weight, torch.rand(VOCABULARY),
         FoldedNorm(torch.rand(2, 4, rows), torch.rand(VOCABULARY), 1e-5, width, 64), torch.zeros(rows, VOCABULARY),
-        torch.zeros(rows).int(), torch.arange(rows).int() - 1, torch.zeros(rows, ROOM).int(),
-        Workspace(torch.zeros(0), tickets), state)
+        torch.zeros(rows).int(), torch.arange(rows).int() - 1, Workspace(torch.zeros(0), tickets), state)
     written = guarded_launch(launches[0], before)
     assert written["logits"].isfinite().all()
     if state is not None:
@@ -101,7 +100,7 @@ def choose(bits, rows, before, is_sampled):
 
 
 def head():
-    """Greedy decoding and sampling, one and several tiles of rows, and rows without room for an answer."""
+    """Greedy decoding and sampling, one and several tiles of rows, and rows without a random number."""
     for bits, rows, before, is_sampled in itertools.product((8, 16), (3, 10), (False, True), (False, True)):
         yield choose, bits, rows, before, is_sampled
 

@@ -11,7 +11,7 @@ import torch
 from conftest import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_ends_interpreted import ROOM, workspace
+from step_ends_interpreted import workspace
 
 from gptq_belle.engine.logit_rules import apply_repetition_penalty
 from gptq_belle.engine.sampling import sample_inverse_cdf
@@ -19,6 +19,8 @@ from gptq_belle.engine.sampling_params import SamplingParams
 from gptq_belle.kernels.triton_head import head_launches
 from gptq_belle.kernels.triton_norm import FoldedNorm
 from gptq_belle.kernels.triton_sampling import CANDIDATES, TILE, new_sampling_state, sampling_launch
+
+ROOM = 16
 
 
 class Row(NamedTuple):
@@ -39,15 +41,15 @@ def sampled(logits, rows, lengths=None):
         state.top_k[i], state.top_p[i], state.min_p[i] = params.top_k, params.top_p, params.min_p
         state.numbers[i, max(lengths[i].item(), 0) % ROOM] = number
         state.seen[i, seen] = 1
-    tokens, answers = torch.full((count,), -1).int(), torch.full((count, ROOM), -1).int()
+    tokens = torch.full((count,), -1).int()
     moments = torch.tensor([count, 0.0])[:, None, None].expand(2, 1, count).contiguous()  # of rows with norm 1
     launches = head_launches(torch.eye(count).half(), logits.t().contiguous(), None,
                              FoldedNorm(moments, None, 1e-12, count, 64), torch.empty(count, vocab), tokens, lengths,
-                             answers, workspace(count), state)
+                             workspace(count), state)
     assert len(launches) == 2
     for launch in launches:
         launch()
-    return tokens, lengths, answers, state
+    return tokens, lengths, state
 
 
 def expected_token(logits, row):
@@ -76,9 +78,8 @@ def test_sampled_tokens_are_those_of_the_definition(data, vocab, spread, seed):
     torch.manual_seed(seed)
     rows = data.draw(st.lists(rows_of(vocab), min_size=1, max_size=4))
     logits = (torch.randn(len(rows), vocab) * spread).half()
-    tokens, lengths, answers, state = sampled(logits, rows)
+    tokens, lengths, state = sampled(logits, rows)
     assert tokens.tolist() == [expected_token(one, row) for one, row in zip(logits, rows, strict=True)]
-    assert torch.equal(answers[:, 0], tokens)
     assert (lengths == 1).all()
     for row, token in enumerate(tokens.tolist()):
         assert set(state.seen[row].nonzero().flatten().tolist()) == {*rows[row].seen, token}
@@ -116,7 +117,7 @@ def test_candidates_that_suffice_are_all_that_is_read():
     state.adjusted.copy_(logits).view(80, TILE)[largest.argsort()[: 80 - CANDIDATES]] = 50.0
     state.temperatures[0], state.top_k[0], state.top_p[0], state.numbers[0, 0] = 1.0, params.top_k, params.top_p, 0.6
     tokens = torch.zeros(1).int()
-    sampling_launch(state, tokens, torch.zeros(1).int(), torch.zeros(1, ROOM).int())()
+    sampling_launch(state, tokens, torch.zeros(1).int())()
     assert tokens.item() == expected_token(logits[0], Row(params, 0.6, []))
 
 
@@ -132,17 +133,16 @@ def test_token_is_in_the_vocabulary_whatever_the_logits_are(bits):
     for tensor in (state.adjusted, state.maxima):
         tensor.view(torch.int32).fill_(bits)
     tokens = torch.full((len(rows),), -1).int()
-    sampling_launch(state, tokens, torch.zeros(len(rows)).int(), torch.zeros(len(rows), ROOM).int())()
+    sampling_launch(state, tokens, torch.zeros(len(rows)).int())()
     assert ((tokens >= 0) & (tokens < 100)).all(), tokens
 
 
 def test_idle_rows_keep_everything():
     rows = [Row(SamplingParams(temperature=1.0), 0.3, []), Row(SamplingParams(temperature=1.0), 0.3, [])]
-    tokens, lengths, answers, state = sampled(torch.randn(2, 100).half(), rows, torch.tensor([-1, 5]).int())
+    tokens, lengths, state = sampled(torch.randn(2, 100).half(), rows, torch.tensor([-1, 5]).int())
     assert tokens[0] == -1
     assert lengths.tolist() == [-1, 6]
-    assert (answers[0] == -1).all()
-    assert answers[1].tolist() == [-1] * 5 + [tokens[1]] + [-1] * 10
+    assert state.seen[1].nonzero().flatten().tolist() == [tokens[1]]
     assert not state.seen[0].any()
 
 
@@ -151,4 +151,4 @@ def test_mismatched_state_is_refused(field):
     state = new_sampling_state(2, 100, ROOM, torch.device("cpu"))
     state, vector = state._replace(**{field: getattr(state, field)[:1]}), torch.zeros(2).int()
     with pytest.raises(ValueError, match=naming(field)):
-        sampling_launch(state, vector, vector, torch.zeros(2, ROOM).int())
+        sampling_launch(state, vector, vector)

@@ -71,7 +71,6 @@ def run(setting: Setting, one: Ends, device: torch.device) -> dict[str, Any]:
                          torch.empty(2, -(-width // TILE), ROWS, device=device))
     logits = torch.empty(ROWS, vocab, device=device)
     lengths = torch.arange(ROWS, dtype=torch.int32, device=device)
-    answers = torch.zeros(ROWS, ROOM, dtype=torch.int32, device=device)
     sampling = None
     if one.sampled:
         sampling = new_sampling_state(ROWS, vocab, ROOM, device)
@@ -85,7 +84,7 @@ def run(setting: Setting, one: Ends, device: torch.device) -> dict[str, Any]:
     tokens = given.clone()
     norm = FoldedNorm(following.moments, table @ gamma if one.bloom else None, EPS, width, TILE)
     embedding_launch(tokens, matrix, (weight, shift, EPS) if one.bloom else None, stream, following, pdl=one.pdl)()
-    for launch in head_launches(following.x, matrix, None, norm, logits, tokens, lengths, answers, workspace, sampling,
+    for launch in head_launches(following.x, matrix, None, norm, logits, tokens, lengths, workspace, sampling,
                                 pdl=one.pdl):
         launch()
     return {"table": table, "given": given, "weight": weight, "shift": shift, "gamma": gamma, "stream": stream,

@@ -42,7 +42,6 @@ class StepBuffers:
     Attributes:
         tokens, slots, lengths: (rows,) int32: the input token of each row, its slot, and the number of tokens in the
             slot; -1 for an idle row. The step replaces tokens and lengths by those of the next step.
-        answers: (rows, capacity) int32; column p is the token that followed position p.
         stream: (rows, width); qkv: (rows, outputs of qkv); logits: (rows, V) float32.
         sampling: parameters and buffers of sampling, about 5 bytes * rows * V. They exist from the beginning, because
             the product's defaults sample, and no request shall fail later for lack of memory.
@@ -53,7 +52,6 @@ class StepBuffers:
         self.device, self.dtype = decoder.head.gamma.device, decoder.head.gamma.dtype
         self.state = self._new(3, -(-rows // 4) * 4, dtype=torch.int32)[:, :rows]  # each aligned to 16 bytes
         self.tokens, self.slots, self.lengths = self.state
-        self.answers = self._new(rows, cache.capacity, dtype=torch.int32)
         self.stream = self._new(rows, decoder.width)
         self.qkv = self._new(rows, decoder.blocks[0].qkv.weight.out_features)
         self.logits = self._new(rows, _outputs(decoder), dtype=torch.float32)
@@ -159,7 +157,7 @@ class FusedStep:
         head = decoder.head
         yield from head_launches(b.head_input[:rows], head.weight, head.bias,
                                  norm._replace(gamma_product=head.gamma_product), b.logits[:rows], b.tokens[:rows],
-                                 b.lengths[:rows], b.answers[:rows], b.workspace, self.sampling, pdl=self.pdl)
+                                 b.lengths[:rows], b.workspace, self.sampling, pdl=self.pdl)
 
     def _after_block(self, index: int, tile: int) -> NextNorm:
         """What is written for the first norm of the next block, or for the last norm."""
