@@ -50,10 +50,9 @@ OTHER_NAMES = {  # fused or other linears
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
     "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True},
     "arcee": HEADS,
-    "gpt_neox_japanese": {},
 }
 BASES = {"gptj": GPTJ, "mpt": {"vocab_size": VOCABULARY, "initializer_range": 0.1},
-         **dict.fromkeys(("gpt_neox", "opt", "falcon", "gpt_neox_japanese"), OLDER)}
+         **dict.fromkeys(("gpt_neox", "opt", "falcon"), OLDER)}
 KINDS = LLAMA_NAMES | OTHER_NAMES
 
 

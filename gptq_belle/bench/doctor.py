@@ -19,6 +19,7 @@ from gptq_belle.kernels.dispatch import choose_kernel
 from gptq_belle.kernels.native_library import NativeLibrary, load_library
 from gptq_belle.kernels.triton_config import tuning_files
 from gptq_belle.kernels.triton_matmul import c_compiler
+from gptq_belle.models.architectures import FAMILIES
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy", "triton", "matplotlib")
 FEATURES = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "i8mm")
@@ -46,6 +47,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "devices": devices(),
         "compiler": c_compiler(),
         "native": native(),
+        "native_decoders": [kind for kind, known in FAMILIES.items() if known.native],
         "gpu": gpu(gpu_device),
         "kernels": [row for each in tested for row in kernel_choices(each)],
         "self_test": [check._asdict() | {"passed": check.passed} for check in self_test(tested)],

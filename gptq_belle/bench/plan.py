@@ -85,11 +85,14 @@ def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, 
     stated = config.get("quantization_config")
     if isinstance(stated, dict) and stated.get("bits") in BITS:
         bits, group_size = (stated["bits"],), int(stated.get("group_size", group_size))
-    rows = []
+    rows, native = [], d.arch.family.native
+    if not native:  # transformers runs it, which has no packed lm_head
+        head_bits = [UNPACKED]
     for settings in (MemorySettings(b, h, group_size, cache, device) for b, h in product(bits, head_bits)):
         use = memory_use(d, settings, context, batch)
         longest = longest_context(d, settings, memory, batch, limit)
-        step = step_time(d, settings, gpu, batch, context) if gpu and has_step_time(settings, batch) else None
+        step = step_time(d, settings, gpu, batch, context) if gpu and native and has_step_time(
+            settings, batch) else None
         rows.append(PlanRow(settings, use, use.total <= memory, longest, step))
     return rows
 

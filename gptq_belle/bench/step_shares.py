@@ -6,12 +6,13 @@ from ctypes import c_double
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_belle.bench.bandwidth import last_level_cache
 from gptq_belle.common.timers import PhaseClock, synchronize
 from gptq_belle.engine.linear import ConcatenatedLinear, DenseLinear, PackedLinear
 from gptq_belle.engine.model import Model
+from gptq_belle.engine.transformers_decoder import TransformersDecoder
 from gptq_belle.kernels.call_recorder import ATTENTION as NATIVE_ATTENTION
 from gptq_belle.kernels.call_recorder import CALL_KINDS, PRODUCT, CallRecorder
 
@@ -34,9 +35,7 @@ def clock_parts(model: Model, clock: PhaseClock) -> Iterator[None]:
     """A context in which the seconds of the model's linears, attention and head are added to the clock."""
     decoder: Any = model.decoder
     run_blocks, use_step_graphs = decoder.run_blocks, model.use_step_graphs
-    replaced: list[tuple[Any, str, Any]] = [(decoder, "head", decoder.head)]
-    replaced += [(block, name, value) for block in decoder.blocks for name, value in vars(block).items()
-                if isinstance(value, PackedLinear | DenseLinear | ConcatenatedLinear)]
+    replaced = [(owner, name, getattr(owner, name), part) for owner, name, part in _parts(decoder)]
 
     def timed(action: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         def run(*args: Any) -> Tensor:
@@ -44,17 +43,31 @@ def clock_parts(model: Model, clock: PhaseClock) -> Iterator[None]:
                 return action(*args)
         return run
 
-    decoder.run_blocks = lambda x, attention: run_blocks(x, timed(attention, ATTENTION))
+    if decoder.is_native:
+        decoder.run_blocks = lambda x, attention: run_blocks(x, timed(attention, ATTENTION))
     model.use_step_graphs = False  # the parts of a recorded step cannot be timed
     try:
-        for owner, name, value in replaced:
-            setattr(owner, name, timed(value, HEAD if owner is decoder else LINEARS))
+        for owner, name, value, part in replaced:
+            setattr(owner, name, timed(value, part))
         yield
     finally:
-        del decoder.run_blocks  # restores the method of the class
+        vars(decoder).pop("run_blocks", None)  # restores the method of the class
         model.use_step_graphs = use_step_graphs
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
+        for owner, name, value, _ in replaced:
+            if isinstance(owner, nn.Module):
+                delattr(owner, name)  # as above
+            else:
+                setattr(owner, name, value)
+
+
+def _parts(decoder: Any) -> list[tuple[Any, str, str]]:
+    """Attributes that are called, by owner and name, with the part of a step that they are. In transformers' forward
+    pass attention is no call of ours, and counts as the rest."""
+    if isinstance(decoder, TransformersDecoder):
+        return [(decoder.head, "forward", HEAD), *((linear, "forward", LINEARS) for linear in decoder.linears)]
+    return [(decoder, "head", HEAD), *(
+        (block, name, LINEARS) for block in decoder.blocks for name, value in vars(block).items()
+        if isinstance(value, PackedLinear | DenseLinear | ConcatenatedLinear))]
 
 
 @contextmanager

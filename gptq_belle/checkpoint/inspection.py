@@ -35,6 +35,7 @@ class Inspection:
 
     Attributes:
         architecture, blocks, hidden_size, vocabulary, context: from config.json; context is None if not stated.
+        decoder: "native", or "transformers" where its forward pass runs the model.
         parameters: number of parameters; a packed weight counts as the weights that it stores.
         dtypes: number of tensors by dtype in the file.
         quantization: the stated quantization; None for a full-precision model.
@@ -54,6 +55,7 @@ class Inspection:
     hidden_size: int = 0
     vocabulary: int = 0
     context: int | None = None
+    decoder: str = ""
     parameters: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
     quantization: Quantization | None = None
@@ -81,6 +83,7 @@ def inspect(path: str | Path) -> Inspection:
         d = dimensions(reader.config)
         found.blocks, found.hidden_size, found.vocabulary = d.num_layers, d.hidden_size, d.vocab_size
         found.context, found.tied = d.context, d.tied
+        found.decoder = "native" if d.arch.family.native else "transformers"
         _describe_tensors(found, reader)
         if found.quantization is not None:
             found.average_bits = average_bits(reader, found.quantization)
@@ -101,6 +104,8 @@ def summary_rows(found: Inspection) -> list[tuple[str, str]]:
         ("architecture", f"{found.architecture}, {found.blocks} blocks, hidden size {found.hidden_size}"),
         ("vocabulary", f"{found.vocabulary} tokens, head {'tied to the embeddings' if found.tied else 'separate'}"),
         ("context", f"{found.context} tokens" if found.context else "no limit in the configuration"),
+        ("decoder", {"": "unknown", "native": "native", "transformers": "transformers' forward pass with packed "
+                     "linears; one sequence at a time"}[found.decoder]),
         ("parameters", f"{found.parameters:,}"),
         ("prompt style", found.prompt_style),
     ]

@@ -21,7 +21,7 @@ from gptq_belle.formats.foreign_config import GPTQ, linear_layout
 from gptq_belle.formats.foreign_linears import DerivedTensor, derived_tensors
 from gptq_belle.formats.quantize_config import parse_quantization
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
-from gptq_belle.models.architectures import LM_HEAD, Architecture
+from gptq_belle.models.architectures import LM_HEAD, Architecture, family
 from gptq_belle.models.belle_catalogue import CONFIGS, find_belle_model
 from gptq_belle.models.discovery import architecture, model_class
 
@@ -62,7 +62,7 @@ class CheckpointReader:
             raise InputError(f"{self.path} holds the tensor {twice} twice: in {files}",
                              "Shards of two checkpoints are mixed: fetch the directory again.")
         bare = not any(name.startswith(self._prefix + ".") for name, _ in listed)
-        self._where = {self._with_prefix(name) if bare else name: (file, name) for name, file in listed}
+        self._where = {self._module_name(name, bare): (file, name) for name, file in listed}
         self._derived, replaced = self._derived_tensors()
         self._names = dict.fromkeys([*(name for name in self._where if name not in replaced), *self._derived])
 
@@ -183,8 +183,12 @@ class CheckpointReader:
         except InputError:  # of the settings: `read_quantization` raises it where they are needed
             return {}, set()
 
-    def _with_prefix(self, name: str) -> str:
-        return name if name.startswith(LM_HEAD + ".") else f"{self._prefix}.{name}"
+    def _module_name(self, name: str, bare: bool) -> str:
+        """Name of a tensor in the model; `bare` files lack the prefix of the base model."""
+        stem, _, leaf = name.rpartition(".")
+        if stem in (LM_HEAD, family(self.config["model_type"]).head):
+            return f"{LM_HEAD}.{leaf}"
+        return f"{self._prefix}.{name}" if bare else name
 
     def _find(self, name: str) -> tuple[Path, str]:
         if name not in self._names:

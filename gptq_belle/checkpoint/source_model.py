@@ -35,6 +35,9 @@ class SourceModel:
         self.blocks = self.model.get_submodule(self.arch.blocks)
         self.count = len(self.blocks)  # type: ignore[arg-type]
         self.linear_shapes = dimensions(reader.config).arch.shapes
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
         self.embedding_shape = tuple(self.model.get_parameter(f"{self.arch.modules_before[0]}.weight").shape)
 
     def embeddings_and_norms(self) -> list[str]:
@@ -44,8 +47,9 @@ class SourceModel:
 
     def tensors_outside_blocks(self) -> list[str]:
         """Names of the tensors outside the blocks, without a packed lm_head, or a tied one that the files contain."""
-        separate = not self.tied() and not self.reader.is_packed(LM_HEAD)
-        return [*self.embeddings_and_norms(), f"{LM_HEAD}.weight"] if separate else self.embeddings_and_norms()
+        separate = [f"{LM_HEAD}.weight"] if not self.tied() and not self.reader.is_packed(LM_HEAD) else []
+        bias = [name for name in self.arch.outer if name == f"{LM_HEAD}.bias"]
+        return [*self.embeddings_and_norms(), *separate, *bias]
 
     def tied(self) -> bool:
         """Whether the lm_head is the embedding: config.json says so, and the files do not have another lm_head."""
@@ -100,7 +104,11 @@ class SourceModel:
         return tensor
 
     def head(self) -> Iterator[Tensor]:
-        """Read the lm_head, some rows (tokens of the vocabulary) at a time, on the device in float32."""
+        """Read the lm_head, some rows (tokens of the vocabulary) at a time, on the device in float32.
+
+        The bias, the scaling and the soft-capping that some architectures apply to logits are left out: this weighs
+        the losses of linears against each other only.
+        """
         name = f"{self.arch.modules_before[0]}.weight" if self.tied() else f"{LM_HEAD}.weight"
         for chunk in self.reader.chunks(name):
             yield self.float16(name, chunk).to(self.device, torch.float32)
@@ -113,6 +121,14 @@ class SourceModel:
             rounded = self.finite if name in unrounded else self.float16
             tensor = rounded(full_name, self.reader.tensor(full_name))
             assign(module, name, tensor.to(self.device, torch.float32))
+
+    @staticmethod
+    def unload(module: nn.Module) -> None:
+        """Free the memory of a module's parameters; its computed buffers stay."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     def fill_embedding(self, tokens: Sequence[int]) -> None:
         """Fill the embedding with the rows of these tokens only, in this order."""

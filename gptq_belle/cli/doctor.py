@@ -38,6 +38,7 @@ def show(found: dict[str, Any]) -> None:
         *((entry["device"], f"{entry['name']}, {gib(entry['memory'])}, compute capability {entry['capability']}")
           for entry in found["devices"]),
         *([] if found["devices"] else [("GPU", "no CUDA device, or a torch without CUDA")]),
+        ("decoders", f"native: {', '.join(found['native_decoders'])}; other dense models: transformers' forward pass"),
         ("CPU kernels", cpu_kernels_line(found["native"])),
         ("GPU kernels", gpu_kernels_line(found["gpu"])),
         ("Triton needed", found["gpu"]["supported_triton"]),

@@ -21,6 +21,8 @@ def models(device: options.UnusedDevice = "auto", as_json: options.Json = False,
         names = ", ".join(row["name"] for row in rows if row["licence"] == licence)
         console.print_line(f"{licence}: {names}")
     console.print_line("The hub ids start with BelleGroup/. Sizes in 4 and 8 bits are those of quantized files.")
+    console.print_line("Directories of other dense decoders that transformers knows are quantized and run, too: "
+                       "`gptq-belle inspect` says whether one is.")
 
 
 def catalogue() -> Iterator[dict[str, Any]]:

@@ -125,6 +125,12 @@ class TransformersDecoder:
         self._argument = cache_argument(self.model)
         weights.native = False  # no steps are recorded
 
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The linears of all blocks."""
+        return [self.model.get_submodule(f"{self.arch.blocks}.{index}.{name}")
+                for index in range(self.arch.num_layers) for name in self.arch.linears]
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (n,) as they are: transformers embeds them."""
         return ids

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
+LM_HEAD = "lm_head"
 
 
 class LinearShape(NamedTuple):
@@ -23,22 +24,24 @@ class Family:
         native: name of the decoder of engine/ that runs it; "" if transformers' own forward does.
         fused: name of the single linear that vLLM and SGLang run in place of the linears of a stage.
         residual_attention: path of an attention module that adds its second argument (the residual) to its result.
+        head: name of the lm_head in files.
     """
 
     prompt_style: str = "newline"
     native: str = ""
     fused: Mapping[tuple[str, ...], str] = field(default_factory=dict)
     residual_attention: str = ""
+    head: str = LM_HEAD
 
 
 _GATED = {("mlp.gate_proj", "mlp.up_proj"): "mlp.gate_up_proj",
           ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "self_attn.qkv_proj"}
 OTHER = Family(fused=_GATED)
 FAMILIES = {"bloom": Family("bloom", "bloom", residual_attention="self_attention"),
+            "gpt_neox": Family(head="embed_out"),
             **dict.fromkeys(("llama", "mistral", "qwen2"), Family("llama", "llama", _GATED))}
 # Tensors in files of older transformers that are computed instead of read.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
-LM_HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)

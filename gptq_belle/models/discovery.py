@@ -251,6 +251,8 @@ def _obstacles(found: _Pass, blocks: nn.ModuleList) -> Iterator[str]:
         yield "a linear of its first block runs never or twice"
     if [name for name in found.order if name == ""] != [""] * len(blocks):
         yield "its blocks do not run once each"
+    if any(getattr(module, "is_causal", True) is False for module in blocks.modules()):
+        yield "its attention sees later tokens"
     shapes = [{name: p.shape for name, p in block.named_parameters()} for block in blocks]
     if any(found.stages(index) != first or shapes[index] != shapes[0] for index in range(len(blocks))):
         yield "its blocks differ from each other"

@@ -67,7 +67,7 @@ class BlockStream(SourceModel):
 
     def release(self, block: nn.Module) -> None:
         """Free a block's memory."""
-        block.to("meta")
+        self.unload(block)
 
     def batches(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Token ids (rows, T), split into batches of about `TOKENS_PER_BATCH` tokens."""
@@ -88,7 +88,7 @@ class BlockStream(SourceModel):
         for batch in self.batches(places):
             yield self._embed(batch)
         for name in self.arch.modules_before:
-            self.model.get_submodule(name).to("meta")
+            self.unload(self.model.get_submodule(name))
 
     def linear_input(self, block: nn.Module, linear: str, states: Tensor) -> Tensor:
         """The input (rows, T, K) of a linear inside the block, for `states` (rows, T, hidden_size).
@@ -103,7 +103,7 @@ class BlockStream(SourceModel):
 
         with _removing(block.get_submodule(linear).register_forward_pre_hook(capture)), suppress(_InputCaptured):
             self._run(block, states)
-        return captured[0]
+        return captured[0].view(*states.shape[:2], -1)  # OPT's feed-forward joins rows and tokens
 
     def run(self, block: nn.Module, states: Tensor, piece_context: PieceContext = nullcontext) -> Tensor:
         """The block's output (batch, T, hidden_size) on the CPU, for `states` of the same shape.
@@ -141,7 +141,7 @@ class BlockStream(SourceModel):
             yield run
         finally:
             for module in modules:
-                module.to("meta")
+                self.unload(module)
 
     def _embed(self, places: Tensor) -> Tensor:
         """The first block's input for one batch of places (batch, T) among the loaded embeddings.

@@ -15,7 +15,7 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer, needs_sentencepiece
 from gptq_belle.checkpoint.validation import check_model, size_problems
 from gptq_belle.common.devices import resolve_device
-from gptq_belle.errors import InputError
+from gptq_belle.errors import InputError, UsageError
 from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.prompts.styles import set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
@@ -118,6 +118,9 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     ignored = check_model(reader, None)
     set_prompt_style(reader.config, prompt_style)
     stream = BlockStream(reader, resolve_device(device))
+    if config.head_bits != 16 and not stream.arch.family.native:
+        raise UsageError(f"{reader.config['model_type']} runs with transformers, which reads no packed lm_head",
+                         "Leave --packed-head-only out.")
     config = with_group_size(resolve_overrides(config, stream.arch, stream.count), stream)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)

@@ -55,7 +55,8 @@ def write_outer_tensors(stream: BlockStream, writer: CheckpointWriter, config: Q
         if name == head and config.head_bits != 16:
             _write_packed(stream, writer, name, rows, config.head_bits)
         else:
-            writer.add_rows(f"outside-blocks-{number}.safetensors", name, stream.shape(name), rows)
+            stored = name.replace(f"{LM_HEAD}.", f"{stream.arch.family.head}.")
+            writer.add_rows(f"outside-blocks-{number}.safetensors", stored, stream.shape(name), rows)
 
 
 def _write_packed(stream: BlockStream, writer: CheckpointWriter, name: str, rows: Iterator[Tensor], bits: int) -> None:
