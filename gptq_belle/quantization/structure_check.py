@@ -35,7 +35,7 @@ def check_structure(stream: BlockStream) -> None:
         try:
             error = _structure_error(stream, block, states, expected)
             difference = "" if error < LARGEST_ERROR else f"outputs differ by {error:.1e} of their norm"
-        except (TypeError, RuntimeError, KeyError, IndexError) as failure:  # of a block whose modules get what they do not expect
+        except (TypeError, RuntimeError, KeyError, IndexError) as failure:  # a module got what it does not expect
             difference = one_line(failure)
     finally:
         stream.release(block)
