@@ -3,12 +3,12 @@
 `test_triton.py` runs this file in a separate process, because TRITON_INTERPRET must be set before Triton is imported.
 """
 
-from itertools import product
 from typing import NamedTuple
 
 import pytest
 import torch
 from bfloat16_interpreter import teach
+from covering import covering_cases, random_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_format import formula, random_words
@@ -78,18 +78,40 @@ def test_feed_forward_with_its_norm(gated, dtype, rows, mean, width, format_, co
     check_feed_forward(gated, dtype, rows, mean, width, format_, config, act_order)
 
 
-WIDE = [TileConfig(bm, 64, bk, split, 4, 3) for bm, bk, split in product((8, 16, 32, 64), (64, 128), (1, 2, 5))]
+GRID = {"gated": (False, True), "dtype": DTYPES, "rows": (1, 2, 7, 8, 9, 16, 17, 32, 33, 63, 64), "mean": (0, 1, 2),
+        "width": (64, 96, 320, 1056), "tile": ((8, 64, 1), (8, 32, 4), (8, 32, 16), (16, 64, 1), (32, 64, 1),
+                                               (64, 64, 1)),
+        "step": (64, 128), "split": (1, 2, 5), "bits": (2, 3, 4, 8), "group_size": (32, 64, 128, -1),
+        "act_order": (False, True), "sym": (False, True)}
+
+
+def check_grid(gated, dtype, rows, mean, width, tile, step, split, bits, group_size, act_order, sym):
+    """Norms are over up to 33 tiles, more than are merged at a time."""
+    row_tile, columns, k_warps = tile
+    config = TileConfig(row_tile, columns, 128 if k_warps > 1 else step, split, max(4, k_warps), 3, k_warps)
+    check_feed_forward(gated, dtype, rows, mean, width, (bits, group_size), config, act_order, sym and bits in (4, 8))
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(gated=st.booleans(), dtype=st.sampled_from(DTYPES), rows=st.integers(1, 64), mean=st.integers(0, 2),
-       width=st.sampled_from([64, 96, 320, 1056]), config=st.sampled_from([*WIDE, TileConfig(8, 32, 128, 1, 4, 4, 4)]),
-       format_=st.sampled_from(list(product((2, 3, 4, 8), (32, 64, 128, -1)))), act_order=st.booleans(),
-       sym=st.booleans())
-def test_feed_forward_of_up_to_64_rows(gated, dtype, rows, mean, width, format_, config, act_order, sym):
-    """Every format, and norms over more tiles than are merged at a time."""
-    check_feed_forward(gated, dtype, rows, mean, width, format_, config, act_order, sym and format_[0] in (4, 8))
+@pytest.mark.parametrize("case", covering_cases(GRID, 2, 0), ids=lambda case: "-".join(map(str, case.values())))
+def test_two_properties_at_a_time(case):
+    check_grid(**case)
+
+
+@pytest.mark.slow
+def test_random_cases():
+    seed, cases = random_cases(GRID, 20)
+    for case in cases:
+        print(f"GRID_SEED={seed}", case)
+        check_grid(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", range(1, 65))
+def test_every_number_of_rows(rows):
+    row_tile = next(tile for tile in (8, 16, 32, 64) if rows <= tile)
+    for tile in {8, row_tile}:
+        check_feed_forward(rows % 2 == 0, DTYPES[0], rows, 1, 96, (4, 32), TileConfig(tile, 64, 64, 2, 4, 3), True)
 
 
 def check_feed_forward(gated, dtype, rows, mean, width, format_, config, act_order, sym=False):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bfloat16_interpreter import teach
 from conftest import naming
+from covering import covering_cases, random_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_format import formula, random_words
@@ -126,17 +127,37 @@ def test_head_equals_float64_and_tokens_go_round(bits, width, group, dtype, bloo
     check_head(ends(bits, width, 203, group, bloom, dtype), dtype, rows)
 
 
-@pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(bits=st.sampled_from([4, 8, 16]), width=st.sampled_from([128, 384, 1152]), group=st.sampled_from([32, 64, 128]),
-       dtype=st.sampled_from([HALF, BRAIN]), bloom=st.booleans(), sort=st.booleans(), rows=st.integers(1, 64),
-       sym=st.booleans(), vocab=st.sampled_from([40, 203, 512]))
-def test_both_ends_of_up_to_64_rows(bits, width, group, dtype, bloom, sort, rows, sym, vocab):
+GRID = {"bits": (4, 8, 16), "width": (128, 384, 1152), "group": (32, 64, 128), "dtype": (HALF, BRAIN),
+        "bloom": (False, True), "sort": (False, True), "rows": (1, 2, 7, 8, 9, 16, 17, 32, 33, 63, 64),
+        "sym": (False, True), "vocab": (40, 203, 512)}
+
+
+def check_grid(bits, width, group, dtype, bloom, sort, rows, sym, vocab):
     """With zero points of each group, too."""
-    torch.manual_seed(rows)
     model = ends(bits, width, vocab, group, bloom, dtype, sym)
     check_embedding(model, dtype, sort, torch.randint(0, vocab, (rows,)).int())
     check_head(model, dtype, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", covering_cases(GRID, 2, 0), ids=lambda case: "-".join(map(str, case.values())))
+def test_two_properties_at_a_time(case):
+    check_grid(**case)
+
+
+@pytest.mark.slow
+def test_random_cases():
+    seed, cases = random_cases(GRID, 20)
+    torch.manual_seed(seed)
+    for case in cases:
+        print(f"GRID_SEED={seed}", case)
+        check_grid(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", range(1, 65))
+def test_every_number_of_rows(rows):
+    check_grid(8, 128, 64, HALF, rows % 2 == 0, False, rows, True, 100)
 
 
 def check_head(model, dtype, rows):
