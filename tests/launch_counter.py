@@ -37,9 +37,10 @@ READERS = ("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__flo
 
 class Counts(Counter[tuple[str, str]]):
     """Numbers by kind and name: ("kernel", "skinny_kernel"), ("operation", "add_"), ("graph", "replay"), ("to device",
-    "to"), ("to host", "item").
+    "to"), ("to host", "item"), ("allocation", "add").
 
-    Kernels are counted when a graph is replayed, not when it is captured. Views and allocations are not counted. What
+    Kernels are counted when a graph is replayed, not when it is captured. Views are not counted. An allocation is a
+    result in new memory, of an operation that is counted besides unless it only allocates. What
     makes the host wait for the GPU counts as "to host": reading a value, and a shape that depends on values. Under
     `torch.inference_mode` an operation is what Python calls, such as rms_norm; CUDA may take several kernels for it.
     """
@@ -49,7 +50,7 @@ class Counts(Counter[tuple[str, str]]):
         return sum(number for (own, _), number in self.items() if own == kind)
 
     def totals(self) -> dict[str, int]:
-        """The sums of all kinds."""
+        """The sums of all kinds but allocations."""
         return {kind: self.total(kind) for kind in ("operation", "kernel", "graph", "to device", "to host")}
 
 
@@ -179,6 +180,7 @@ class SimulatedGpu(TorchDispatchMode):
     def _count(self, func: Any, name: str, result: Any, own: list[GpuTensor], host: list[Tensor]) -> None:
         given = {tensor.memory.untyped_storage().data_ptr() for tensor in own}
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.counts["allocation", name] += any(leaf.untyped_storage().data_ptr() not in given for leaf in results)
         is_view = not func._schema.is_mutable and all(
             leaf.untyped_storage().data_ptr() in given for leaf in results)
         masks = any(tensor.dtype is torch.bool for tensor in own[1:])

@@ -213,7 +213,8 @@ def test_programmatic_launches_of_all_kernels(tiny_model, tmp_path, gpu, monkeyp
     {}, {"repetition_penalty": 1.2}, {"temperature": 0.35, "top_k": 30, "top_p": 0.85, "repetition_penalty": 1.2}],
     ids=str)
 def test_next_step_is_queued_before_tokens_are_read(sampling, tiny_model, tmp_path, gpu):
-    """Steps of the same requests copy nothing to the GPU, and read tokens and sums of logits of one before."""
+    """Steps of the same requests copy nothing to the GPU, allocate nothing there, and read tokens and sums of logits of
+    one before."""
     model = gptq_belle.load(packed_checkpoint(tiny_model, tmp_path / "packed"), device="cuda:0")
     engine = Engine(model, 2, 64)
     assert engine.cache.fused is not None  # its memory is allocated before the first request
@@ -226,6 +227,7 @@ def test_next_step_is_queued_before_tokens_are_read(sampling, tiny_model, tmp_pa
     blocks = len(model.decoder.blocks)
     assert counts.totals() == {"operation": 1, "kernel": 5 * blocks + 2 + bool(sampling), "graph": 1, "to device": 0,
                                "to host": 2}
+    assert not counts.total("allocation")
 
 
 def test_one_row_needs_the_host(tiny_model, tmp_path, gpu):
@@ -369,6 +371,20 @@ def test_operations_and_copies_are_counted(gpu):
         x.nonzero()
     assert counts.totals() == {"operation": 4, "kernel": 0, "graph": 0, "to device": 1, "to host": 4}
     assert gpu.counts["to device", "copy_"] == 1
+    assert counts.total("allocation") == 4  # sum, comparison, indexing, nonzero
+
+
+def test_allocations_are_counted(gpu):
+    x, total = torch.ones(3, 4, device=CUDA), torch.empty(3, device=CUDA)
+    with gpu.counting() as counts:
+        torch.sum(x, -1, out=total)
+        x[1:].add_(1)
+    assert not counts.total("allocation")
+    with gpu.counting() as counts:
+        torch.empty(3, device=CUDA)
+        torch.ones(2).to(CUDA)
+        x.sum(-1)
+    assert counts.total("allocation") == 3
 
 
 def test_captured_launches_are_counted_when_they_are_replayed(gpu):
