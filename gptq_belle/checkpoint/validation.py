@@ -106,7 +106,7 @@ def _parameters(d: Dimensions) -> dict[str, tuple[int, ...]]:
     vectors = {f"{blocks}.{index}.{name}": shape for index in range(d.num_layers)
                for name, shape in d.arch.vectors.items()}
     weights = {f"{name}.weight": (shape.out_features, shape.in_features) for name, shape in _linears(d).items()}
-    return d.arch.outer | weights | vectors
+    return {**d.arch.outer, **weights, **vectors}
 
 
 def _tensor_problems(reader: CheckpointReader, d: Dimensions) -> Iterator[InputError]:

@@ -239,7 +239,7 @@ class LogitsModel:
             assert self._fused is not None
             from gptq_belle.engine.fused_decoding import FusedDecoding  # imports Triton
 
-            with torch.inference_mode(), torch.cuda.device_of(self.decoder.norm.weight):  # pinned memory has a device
+            with torch.inference_mode(), torch.cuda.device_of(cache.keys[0]):  # pinned memory has a device
                 cache.fused = FusedDecoding(self._fused, cache, use_graphs=self.device.type == "cuda")
         return cache.fused
 
@@ -259,11 +259,13 @@ class LogitsModel:
 
     @cached_property
     def _fused(self) -> FusedDecoder | None:
-        return fuse(self.decoder) if fusion_obstacle(self.decoder) is None else None
+        if isinstance(self.decoder, TransformersDecoder) or fusion_obstacle(self.decoder) is not None:
+            return None
+        return fuse(self.decoder)
 
     def _decode_blocks(self, x: Tensor, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         config, rows = self.decoder.attention_config, len(slots)
-        if not self.decoder.is_native or cache.tables is None:
+        if isinstance(self.decoder, TransformersDecoder) or cache.tables is None:
             return self.decoder.run_blocks(x, self.decoder.decode(config, cache, slots, lengths, self.dtype))
         if self.use_step_graphs and rows in cache.step_graphs:
             return cache.step_graphs[rows].replay(x, slots, lengths)

@@ -107,8 +107,11 @@ class TransformersDecoder:
         UsageError: packing the lm_head, which transformers cannot do, is asked for.
     """
 
-    uncached, prefill, decode, is_native = WholeSequences, Chunk, NewTokens, False
-    attention_config = None
+    uncached: Any = WholeSequences
+    prefill: Any = Chunk
+    decode: Any = NewTokens
+    is_native = False
+    attention_config: Any = None
     blocks: Sequence[Any] = ()  # no native ones
 
     def __init__(self, weights: WeightLoader) -> None:
@@ -120,8 +123,8 @@ class TransformersDecoder:
         self.base: Any = self.model.get_submodule(self.arch.blocks.rpartition(".")[0])
         self.embedding: Any = self.model.get_submodule(self.arch.modules_before[0])
         self.head: Any = self.model.get_submodule(LM_HEAD)
-        tied = self.head.weight is self.embedding.weight
-        self.embedding.extra_bytes = 0 if tied else self.embedding.weight.nbytes
+        shared = self.head.weight is self.embedding.weight
+        setattr(self.embedding, "extra_bytes", 0 if shared else self.embedding.weight.nbytes)  # noqa: B010 - for mypy
         self._argument = cache_argument(self.model)
         weights.native = False  # no steps are recorded
 
@@ -135,12 +138,16 @@ class TransformersDecoder:
         """Token ids (n,) as they are: transformers embeds them."""
         return ids
 
-    def run_blocks(self, ids: Tensor, attention: WholeSequences | Chunk | NewTokens) -> Tensor:
-        """Token ids (n,) to the outputs (n, width) of the last block after the last norm."""
+    def run_blocks(self, ids: Tensor, attention: Any) -> Tensor:
+        """Token ids (n,) to the outputs (n, width) of the last block after the last norm.
+
+        Args:
+            attention: `WholeSequences`, a `Chunk` or `NewTokens`.
+        """
         parts = []
         for row, cache in attention.pieces(ids):
-            arguments = {"use_cache": False} if cache is None else {"use_cache": True, self._argument: cache}
-            parts.append(self.base(input_ids=row, **arguments)[0][0])
+            cached: dict[str, Any] = {} if cache is None else {self._argument: cache}
+            parts.append(self.base(input_ids=row, use_cache=bool(cached), **cached)[0][0])
         return torch.cat(parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -152,7 +159,8 @@ class TransformersDecoder:
 
     def layer_outputs(self, ids: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names of the modules outside the blocks and of the blocks, with their outputs for ids (T,), in order."""
-        arch, found = self.arch, []
+        arch = self.arch
+        found: list[tuple[str, Tensor]] = []
         names = [*arch.modules_before, *(f"{arch.blocks}.{index}" for index in range(arch.num_layers)),
                  *arch.modules_after, LM_HEAD]
 
@@ -171,7 +179,7 @@ class TransformersDecoder:
 @contextmanager
 def _returning(module: nn.Module, hidden: Tensor) -> Iterator[None]:
     """A context in which the base model returns these hidden states, so that only what follows it runs."""
-    module.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[method-assign]
+    module.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
     try:
         yield
     finally:

@@ -64,8 +64,8 @@ def model_class(config: Mapping[str, Any]) -> type[PreTrainedModel]:
         InputError: there is none, or it is known to be of another kind than a plain decoder.
     """
     kind = config.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None) if known else None
+    known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
+    found: Any = None if known is None else MODEL_FOR_CAUSAL_LM_MAPPING.get(known, None)
     if found is None:
         raise InputError(f"architecture {kind!r} is not supported",
                          "config.json's model_type must be one of which transformers has a causal language model.")
@@ -174,8 +174,8 @@ class _Pass:
     def _inner(self, name: str) -> Any:
         def note(_: nn.Module, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            last, _, result = self.calls[0][-1] if 0 in self.calls else ("", None, None)
-            if self.cache.shapes and result is first and last.startswith(f"{name}."):
+            last, _, produced = self.calls[0][-1] if 0 in self.calls else ("", None, None)
+            if self.cache.shapes and produced is first and last.startswith(f"{name}."):
                 self.attention.setdefault(last, (name, len(output) if isinstance(output, tuple) else 0))
 
         return note
