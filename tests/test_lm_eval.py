@@ -1,4 +1,4 @@
-"""lm-eval's local-completions with the server, on a generated task; slow, skipped without lm-eval."""
+"""lm-eval on a generated task, with the model class and with the server; slow, skipped without lm-eval."""
 
 import json
 
@@ -27,16 +27,17 @@ def choice_scores(path, context, choices):
     return scores
 
 
-def test_lm_eval_local_completions(tiny_llama, tmp_path):
+def task_manager(folder):
+    """A task of multiple choice in a folder."""
     from lm_eval.tasks import TaskManager
 
-    (tmp_path / "items.jsonl").write_text("".join(
+    (folder / "items.jsonl").write_text("".join(
         json.dumps({"context": context, "choices": choices, "label": label}, ensure_ascii=False) + "\n"
         for context, choices, label in ITEMS))
-    (tmp_path / "tiny.yaml").write_text(f"""
+    (folder / "tiny.yaml").write_text(f"""
 task: tiny
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "items.jsonl"}}}}}
+dataset_kwargs: {{data_files: {{test: {folder / "items.jsonl"}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: context
@@ -45,16 +46,36 @@ doc_to_target: label
 target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """)
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+def check_scores(path, found):
+    """Compare the scores of all choices and the accuracy with transformers."""
+    samples = sorted(found["samples"]["tiny"], key=lambda sample: sample["doc_id"])
+    for sample, (context, choices, _) in zip(samples, ITEMS, strict=True):
+        scores = [float(score[0]) for score in sample["filtered_resps"]]
+        assert scores == pytest.approx(choice_scores(path, context, choices), abs=1e-2)
+    right = [max(range(3), key=choice_scores(path, context, choices).__getitem__) == label
+             for context, choices, label in ITEMS]
+    assert found["results"]["tiny"]["acc,none"] == pytest.approx(sum(right) / len(right))
+
+
+def test_lm_eval_local_completions(tiny_llama, tmp_path):
     with serving(tiny_llama, tmp_path / "log", "--precision", "exact", "--cache", "float32") as server:
         found = lm_eval.simple_evaluate(
             model="local-completions", tasks=["tiny"], log_samples=True, bootstrap_iters=0,
             model_args={"base_url": f"{server.url}/v1/completions", "model": tiny_llama.name, "num_concurrent": 2,
                         "tokenizer": str(tiny_llama), "tokenizer_backend": "huggingface"},
-            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
-    samples = sorted(found["samples"]["tiny"], key=lambda sample: sample["doc_id"])
-    for sample, (context, choices, _) in zip(samples, ITEMS, strict=True):
-        scores = [float(score[0]) for score in sample["filtered_resps"]]
-        assert scores == pytest.approx(choice_scores(tiny_llama, context, choices), abs=1e-2)
-    right = [max(range(3), key=choice_scores(tiny_llama, context, choices).__getitem__) == label
-             for context, choices, label in ITEMS]
-    assert found["results"]["tiny"]["acc,none"] == pytest.approx(sum(right) / len(right))
+            task_manager=task_manager(tmp_path))
+    check_scores(tiny_llama, found)
+
+
+def test_lm_eval_model_class(tiny_llama, tmp_path):
+    from gptq_belle.evaluation.lm_harness import BelleLM
+
+    model = BelleLM(tiny_llama, device="cpu", precision="exact")
+    found = lm_eval.simple_evaluate(model=model, tasks=["tiny"], log_samples=True, bootstrap_iters=0,
+                                    task_manager=task_manager(tmp_path))
+    check_scores(tiny_llama, found)
+    assert model._generate("春天", {"until": ["。"], "max_gen_toks": 5}) == model.model.generate(
+        "春天", max_new_tokens=5, stop=("。",))
