@@ -50,7 +50,7 @@ def merged_moments(moments, m, M, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """
     TILES: tl.constexpr = (WIDTH + TILE - 1) // TILE
     ALL: tl.constexpr = triton.next_power_of_2(TILES)
-    MOST: tl.constexpr = 2048 if m.shape[0] < 32 else 1024  # with 2048, up to 64 bytes spill before sm_100
+    MOST: tl.constexpr = 2048 if m.shape[0] < 32 else 1024  # with 2048, up to 64 bytes spill with 3.5.1 and 3.6
     TOGETHER: tl.constexpr = ALL if ALL * m.shape[0] <= MOST else MOST // m.shape[0]
     first = tl.load(moments + m, mask=m < M, other=0.0) / min(WIDTH, TILE)
     shift, squares = tl.zeros_like(first), tl.zeros_like(first)

@@ -63,6 +63,7 @@ class Layer(NamedTuple):
 
 def layer(inputs, outputs, bits, group_size, act_order=False, sym=False):
     words = random_words(bits, inputs, outputs, group_size, act_order=act_order)
+    words["scales"].div_(2 ** max(bits - 4, 0))  # otherwise products of 8 bits overflow in float16
     if sym:
         words["qzeros"].fill_({4: 0x77777777, 8: 0x7F7F7F7F}[bits])  # version 1: the zero points are 8 and 128
     return Layer(laid_out(words, bits), formula(**words, bits=bits, v1=True))
