@@ -136,7 +136,9 @@ def environment(version: str, folder: Path) -> dict[str, str]:
 
 def run_versions(args: argparse.Namespace) -> bool:
     """Run this program with each version of Triton; return whether any run exceeded a limit."""
-    command = [sys.executable, __file__, "--jobs", args.jobs, "--archs", *map(str, args.archs), "--out", args.out]
+    command = [sys.executable, __file__, "--jobs", args.jobs, "--archs", *map(str, args.archs)]
+    if args.out.parent != records.RESULTS:
+        command += ["--out", args.out]  # which the record shows
     codes = [subprocess.run(command, env=environment(version, args.environments)).returncode for version in args.triton]
     return any(codes)
 
