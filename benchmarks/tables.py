@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from gptq_belle.common.text import markdown_table as markdown
+from gptq_belle.formats.readers import KINDS, READERS, Reader
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "belle_tiny"
 RESULTS = ROOT / "benchmarks" / "results"
-READMES = (ROOT / "README.md", ROOT / "README_zh.md", TINY / "README.md", RESULTS / "README.md")
+READMES = (ROOT / "README.md", ROOT / "README_zh.md", TINY / "README.md", RESULTS / "README.md",
+           ROOT / "docs" / "scale-out.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
+EVIDENCE = {"run": "", "read": r"\*", "reported": r"\*\*"}
 RUNGS = {"nearest": "round to nearest", "fast": "plain GPTQ (`fast`)", "order": "activation order",
          "search, positive": "+ scale search, positive scales", "search, signed": "+ scale search, signed scales",
          "refine": "+ refit and coordinate descent", "targets": "+ full-precision targets",
@@ -134,6 +137,37 @@ def belle_7b() -> str:
                      "tokens/s", "KV cache", "model, GB", "process, GB"], rows)
 
 
+def _reader_cell(kind: str, takes: bool, language: int) -> str:
+    """The readers that take a kind, or those that do not and why."""
+    found = [(reader, verdict) for reader in READERS.values()
+             if (verdict := reader.verdicts.get(kind)) is not None and verdict.takes == takes]
+    return ", ".join(reader.name + EVIDENCE[verdict.evidence]
+                     + (f" ({verdict.why})" if verdict.why and language == 0 else "") for reader, verdict in found)
+
+
+def readers(language: int) -> str:
+    """One row per kind of directory: who reads it, who refuses or misreads it; then the versions."""
+    head = (["written with", "read by gptq_belle and", "refused or misread by"],
+            ["写出方式", "gptq_belle 之外可读取的程序", "拒绝或误读的程序"])[language]
+    table = markdown(head, [[names[language], _reader_cell(kind, True, language), _reader_cell(kind, False, language)]
+                            for kind, names in KINDS.items()])
+    versions = ", ".join(f"{reader.name} {reader.version}" for reader in READERS.values() if reader.version)
+    marks = ("its source was read, \\*\\* reported by others; all else was run. Versions:",
+             "只读过源码，\\*\\* 他人报告，其余均已运行。版本：")[language]
+    return f"{table}\n\n\\* {marks} {versions}."
+
+
+def readers_vllm() -> str:
+    """One row per kind of directory: what vLLM does with it, on GPUs and on a CPU."""
+    def cell(reader: Reader, kind: str) -> str:
+        found = reader.verdicts[kind]
+        return ", ".join(filter(None, ["yes" if found.takes else "no", found.why]))
+
+    both = [READERS["vllm"], READERS["vLLM on a CPU"]]
+    return markdown(["written with", *(f"{reader.name} ({reader.version})" for reader in both)],
+                    [[names[0], *(cell(reader, kind) for reader in both)] for kind, names in KINDS.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bits": lambda: bits("bits", "nearest"),
     "bits_zh": lambda: bits("位数", "就近舍入"),
@@ -143,6 +177,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate": generate,
     "training": training,
     "interop": interop,
+    "readers": lambda: readers(0),
+    "readers_zh": lambda: readers(1),
+    "readers_vllm": readers_vllm,
     "belle_7b": belle_7b,
 }
 

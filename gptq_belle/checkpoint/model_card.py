@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.formats.readers import Reader, conditions, kinds_of, refusers, takers
 
 CARD = """---
 {front}
@@ -31,17 +32,17 @@ the head are {head}.{report}
 A quantized model stays under the licence of its source. BELLE's models are published for research only; those
 built on LLaMA carry Meta's terms as well.
 """
-UNIFORM = "The files are standard: every reader of the GPTQ format that supports the architecture can load them."
-MIXED = """Linears have different settings, stated in the `dynamic` of `quantize_config.json`: GPTQModel and vLLM read
-it (vLLM supports symmetric 4 and 8 bits only), AutoGPTQ and transformers alone do not."""
-PACKED_HEAD = """**Only gptq_belle reads these files.** The {what} stored in {bits} bits in its own format
-(`gptq_belle.head.*`), so transformers, vLLM, AutoGPTQ and others miss a tensor and reject the files. For those,
-quantize again without `--packed-head-only`."""
+READ_BY = "gptq_belle reads these files, and so do, in the versions that were examined:"
+ONLY = "**Only gptq_belle reads these files**, of all programs that were examined."
+NOT_BY = "These refuse or misread them:"
+PACKED = """gptq_belle reads these files. Other programs must support a quantized lm_head (`lm_head` in
+`quantize_config.json`), as GPTQModel does."""
+MODULES = "modules_in_block_to_quantize"  # written if the same linears are skipped in all blocks
 RESULTS = ("<!-- results -->", "<!-- end of results -->")
 REPORT = " `quantization_report.json` contains the error of every layer and the hash of the calibration data."
 
 
-def model_card(source: CheckpointReader, quantization: Mapping[str, Any], *, tied: bool) -> str:
+def model_card(source: CheckpointReader, quantization: Mapping[str, Any]) -> str:
     """Render the card of a model that gptq_belle quantized, including front matter.
 
     Args:
@@ -51,7 +52,8 @@ def model_card(source: CheckpointReader, quantization: Mapping[str, Any], *, tie
     method = {"gptq": "GPTQ", "rtn": "round to nearest"}[settings["method"]]
     every = sorted({settings["bits"], *(override["bits"] for override in settings["overrides"] if override["bits"])})
     return _card(source.path, source.config["model_type"], quantization, every, made="Quantized", method=method,
-                 report=REPORT, overrides=_overrides(settings["overrides"]), readers=_readers(settings, tied),
+                 report=REPORT, overrides=_overrides(settings["overrides"]),
+                 readers=_readers(settings, source.config["model_type"], MODULES in quantization),
                  head="float16" if settings["head_bits"] == 16 else f"packed in {settings['head_bits']} bits")
 
 
@@ -61,8 +63,14 @@ def converted_card(source: Path, model_type: str, quantization: Mapping[str, Any
     Args:
         source: path of the converted checkpoint; its name is shown.
     """
+    rules = quantization.get("dynamic", {}).values()
+    settings = {"bits": quantization["bits"], "sym": quantization["sym"], "act_order": quantization["desc_act"],
+                "overrides": [{"skip": False, "bits": rule.get("bits"), "sym": rule.get("sym")} for rule in rules],
+                "auto_bits": None, "head_bits": 16}
     return _card(source, model_type, quantization, [quantization["bits"]], made="Converted",
-                 method="GPTQ codes unchanged", report="", overrides="", readers=UNIFORM, head="float16")
+                 method="codes unchanged", report="", overrides="",
+                 readers=PACKED if quantization["lm_head"] else _readers(settings, model_type, alike=False),
+                 head="packed too" if quantization["lm_head"] else "float16")
 
 
 def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every: Sequence[int], **words: str) -> str:
@@ -77,12 +85,17 @@ def _card(source: Path, model_type: str, quantization: Mapping[str, Any], every:
         order=", act-order" if quantization["desc_act"] else "", checkpoint_format=quantization["format"], **words)
 
 
-def _readers(settings: Mapping[str, Any], tied: bool) -> str:
-    """Paragraph on the programs that can read the files."""
-    if settings["head_bits"] == 16:
-        return MIXED if settings["overrides"] else UNIFORM
-    what = "embedding, which is also the lm_head, is" if tied else "lm_head is"
-    return PACKED_HEAD.format(what=what, bits=settings["head_bits"])
+def _readers(settings: Mapping[str, Any], model_type: str, alike: bool) -> str:
+    """The programs that read the files and those that do not, by the table of `formats.readers`."""
+    kinds = kinds_of(settings, model_type, alike=alike)
+    taking = ["- " + ", ".join([_named(reader), *conditions(reader, kinds)]) for reader in takers(kinds)]
+    refusing = [f"- {_named(reader)}: {why}" for reader, why in refusers(kinds)]
+    return "\n".join([READ_BY, "", *taking] if taking else [ONLY]) + "\n".join(
+        ["", "", NOT_BY, "", *refusing] if refusing else [])
+
+
+def _named(reader: Reader) -> str:
+    return f"{reader.name} ({reader.version})" if reader.version else reader.name
 
 
 def _overrides(overrides: Sequence[Mapping[str, Any]]) -> str:

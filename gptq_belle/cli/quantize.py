@@ -41,7 +41,8 @@ GroupSize = Annotated[Any, typer.Option(
     "the model.")]
 Sym = Annotated[bool, options.advanced("--sym/--asym", help="Symmetric, or with a zero point per group.")]
 ActOrder = Annotated[bool, options.advanced(
-    "--act-order", help="Quantize columns in order of decreasing activation (act-order, desc_act).")]
+    "--act-order", help="Quantize columns in order of decreasing activation (act-order, desc_act). vLLM refuses such "
+    "files, OpenVINO misreads them; preset best has the gain without it.")]
 Damp = Annotated[float, options.advanced(help="Damping as a share of the Hessian's mean diagonal.")]
 Method = Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn is rounding to nearest, without calibration.")]
 Preset = Annotated[Literal["fast", "best", "max"], typer.Option(
@@ -54,11 +55,14 @@ PositiveScales = Annotated[bool, options.advanced(
 Overrides = Annotated[list[str] | None, options.advanced(
     metavar="REGEX=KEY:VALUE,...", show_default=False, help="Different bits, group_size or sym for the linears whose "
     "name matches REGEX, such as 'mlp.dense_4h_to_h=bits:8', or REGEX=skip to keep them in float16. Repeatable. "
-    "GPTQModel reads all of these, vLLM symmetric 4 and 8 bits and skip.")]
+    "GPTQModel reads all of these, vLLM symmetric 4 and 8 bits and skip, transformers and llama.cpp skip only.")]
 AutoBits = Annotated[str | None, typer.Option(
     "--auto-bits", metavar="BUDGET", show_default=False, help="Choose 4 or 8 bits for each stage of each block by its "
     "measured loss in 4 bits, within average bits per weight (4.5) or a file size (3.2GB). Linears that an --override "
     "matches keep its settings.")]
+For = Annotated[Literal["vllm", "transformers", "llama.cpp", "any"] | None, typer.Option(
+    "--for", show_default=False, help="Choose settings that this program reads, or any of the three, and say what they "
+    "cost; options that it does not read are refused.")]
 CalibrationSource = Annotated[str, typer.Option(help="Calibration data: builtin, or a text, JSON or Parquet file.")]
 Rows = Annotated[int, options.advanced(help="Maximum number of calibration rows.")]
 SeqLen = Annotated[int, options.advanced(help="Tokens per calibration row.")]
@@ -85,13 +89,13 @@ def quantize(context: typer.Context, model: Source, out: Out, bits: Bits = 4,
              group_size: GroupSize = 128, sym: Sym = True, act_order: ActOrder = False,
              damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best", without: Without = "",
              positive_scales: PositiveScales = False, override: Overrides = None, auto_bits: AutoBits = None,
-             calibration: CalibrationSource = "builtin", rows: Rows = 128,
+             reader: For = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,
              seq_len: SeqLen = 2048, allow_short: AllowShort = False, seed: CalibrationSeed = 0, lora: Lora = None,
              memory: Memory = None, prompt_style: options.WrittenStyle = "auto",
              packed_head_only: PackedHeadOnly = False, head_bits: PackedHeadBits = None, dry_run: DryRun = False,
              resume: Resume = True, overwrite: options.Overwrite = False, device: options.Device = "auto",
              as_json: options.Json = False, verbose: options.Verbose = False) -> None:
-    """Quantize MODEL to OUT: packed safetensors that every GPTQ reader loads, with a report of every layer's error.
+    """Quantize MODEL to OUT: packed safetensors in the GPTQ format, with a report of every layer's error.
 
     Finished blocks are kept in OUT.partial: after Ctrl-C, a crash or a power cut, the same command resumes there.
     """
@@ -110,7 +114,7 @@ def quantize(context: typer.Context, model: Source, out: Out, bits: Bits = 4,
     config = QuantConfig(bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp, method=method,
                          preset=preset, without=tuple(filter(None, without.split(","))),
                          positive_scales=positive_scales, overrides=tuple(map(parse_override, override or ())),
-                         head_bits=(head_bits or 8) if packed_head_only else 16, auto_bits=auto_bits)
+                         head_bits=(head_bits or 8) if packed_head_only else 16, auto_bits=auto_bits, reader=reader)
     _note_unused(context, config)
     from gptq_belle.cli.progress import ConsoleProgress
     from gptq_belle.common.memory import parse_memory

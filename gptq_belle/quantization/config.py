@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from gptq_belle import __version__
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.quantize_config import BITS, HEAD_BITS
+from gptq_belle.formats.readers import TARGETS
 
 GROUP_SIZES = (128, 64, 32, -1)
 AUTO = "auto"  # the group size that a job replaces by the first of GROUP_SIZES that divides its linears' inputs
@@ -128,6 +129,8 @@ class QuantConfig:
         overrides: different settings for some linears (``dynamic`` on disk); no two may match the same linear.
         auto_bits: a budget, in average bits per weight ("4.5") or as a file size ("3.2GB"), within which the job
             chooses 4 or 8 bits for every stage that no override matches (see `auto_bits.choose_bits`).
+        reader: a program that shall read the result: a key of `readers.TARGETS`, or None. A job adds the overrides that
+            the program needs, and refuses settings that it does not read (`reader_settings`).
 
     Raises:
         UsageError: a value is not among the allowed ones, or the two names of a setting have different values.
@@ -145,18 +148,20 @@ class QuantConfig:
     overrides: tuple[Override, ...]
     head_bits: int
     auto_bits: str | None
+    reader: str | None
 
     # A generated __init__ could not distinguish an omitted setting from one that contradicts its alias.
     def __init__(self, bits: int = 4, group_size: int | str = 128, sym: bool = True,
                  act_order: bool | None = None, damp: float | None = None, method: str = "gptq", preset: str = "best",
                  without: tuple[str, ...] = (), positive_scales: bool = False, overrides: tuple[Override, ...] = (),
-                 head_bits: int = 16, auto_bits: str | None = None, *, desc_act: bool | None = None,
-                 damp_percent: float | None = None) -> None:
+                 head_bits: int = 16, auto_bits: str | None = None, reader: str | None = None, *,
+                 desc_act: bool | None = None, damp_percent: float | None = None) -> None:
         values = {"bits": bits, "group_size": group_size, "sym": sym,
                   "act_order": _either("act_order", act_order, "desc_act", desc_act, default=False),
                   "damp": _either("damp", damp, "damp_percent", damp_percent, default=0.01),
                   "method": method, "preset": preset, "without": without, "positive_scales": positive_scales,
-                  "overrides": overrides, "head_bits": head_bits, "auto_bits": auto_bits}
+                  "overrides": overrides, "head_bits": head_bits, "auto_bits": auto_bits,
+                  "reader": reader}
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -176,6 +181,7 @@ class QuantConfig:
         _check("head bits", self.head_bits, HEAD_BITS)
         _check("group size", self.group_size, (*GROUP_SIZES, AUTO))
         _check("method", self.method, METHODS)
+        _check("for", self.reader, (None, *TARGETS))
         _check("preset", self.preset, tuple(PRESETS))
         for name in self.without:
             _check("without", name, tuple(DISABLED_VALUES))

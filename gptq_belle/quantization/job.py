@@ -16,6 +16,7 @@ from gptq_belle.checkpoint.tokenizer_files import copied_files, load_tokenizer, 
 from gptq_belle.checkpoint.validation import check_model, size_problems
 from gptq_belle.common.devices import resolve_device
 from gptq_belle.errors import InputError, UsageError
+from gptq_belle.models.dimensions import dimensions
 from gptq_belle.prompts.conversation import chat_format
 from gptq_belle.prompts.styles import set_prompt_style
 from gptq_belle.quantization.activations import ActivationPair, Activations
@@ -25,6 +26,7 @@ from gptq_belle.quantization.config import AUTO, QuantConfig
 from gptq_belle.quantization.group_sizes import fitting_group_sizes, group_size_error
 from gptq_belle.quantization.journal import FULL
 from gptq_belle.quantization.overrides import resolve_overrides
+from gptq_belle.quantization.reader_settings import settings_for_reader
 from gptq_belle.quantization.report import LOGGER
 from gptq_belle.quantization.stage_hessians import held_out_rows
 
@@ -121,12 +123,13 @@ def prepare_job(source: str | Path, config: QuantConfig, calibration: Calibratio
     if config.head_bits != 16 and not stream.arch.family.native:
         raise UsageError(f"{reader.config['model_type']} runs with transformers, which reads no packed lm_head",
                          "Leave --packed-head-only out.")
+    config, costs = settings_for_reader(config, dimensions(reader.config))
     config = with_group_size(resolve_overrides(config, stream.arch, stream.count), stream)
     check_sizes(stream, config)
     tokenizer = load_tokenizer(reader.path)
     style = chat_format(reader.config, tokenizer).name
     copied_files(reader.path)  # refuses what could not be written at the end
-    remarks = [EXACT_NOTE] if needs_sentencepiece(tokenizer) else []
+    remarks = [*costs, EXACT_NOTE] if needs_sentencepiece(tokenizer) else costs
     for note in remarks:
         LOGGER.warning(note)
     if config.method == "rtn":

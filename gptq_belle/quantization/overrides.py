@@ -76,6 +76,19 @@ def resolve_overrides(config: QuantConfig, arch: Architecture, blocks: int) -> Q
     return resolved
 
 
+def quantized_modules(config: QuantConfig, arch: Architecture, blocks: int) -> list[list[str]] | None:
+    """The linears of a block that are quantized, by stage, for ``modules_in_block_to_quantize``.
+
+    transformers and vLLM read this key; transformers does not read ``dynamic``. None if all linears are quantized, or
+    if the blocks differ, which the key cannot state.
+    """
+    kept = [{name for name in arch.linears if config.for_linear(f"{arch.blocks}.{index}.{name}") is not None}
+            for index in range(blocks)]
+    if len(kept[0]) == len(arch.linears) or any(other != kept[0] for other in kept):
+        return None
+    return [names for stage in arch.stages if (names := [name for name in stage if name in kept[0]])]
+
+
 def _given(override: Override) -> str:
     """The expression of an override as `parse_override` received it."""
     inner = override.pattern.removeprefix(START).removesuffix(END)

@@ -31,6 +31,7 @@ from gptq_belle.quantization.fingerprint import environment, environment_differe
 from gptq_belle.quantization.job import QuantizationJob, prepare_job
 from gptq_belle.quantization.journal import Journal
 from gptq_belle.quantization.memory_estimate import must_spill
+from gptq_belle.quantization.overrides import quantized_modules
 from gptq_belle.quantization.report import JobProgress, NoProgress, Report
 from gptq_belle.quantization.structure_check import check_structure
 from gptq_belle.quantization.verification import (
@@ -199,9 +200,11 @@ def _quantize_blocks(job: QuantizationJob, writer: CheckpointWriter, journal: Jo
 def _write_metadata(job: QuantizationJob, writer: CheckpointWriter) -> None:
     """Write the configuration, the tokenizer and the model card."""
     source, settings, tied = job.stream.reader, job.config.to_dict(), job.stream.tied()
+    if (modules := quantized_modules(job.config, job.stream.arch, job.stream.count)) is not None:
+        settings["modules_in_block_to_quantize"] = modules
     write_configuration(writer, source.config, settings, tied=tied)
     copy_tokenizer(writer, source.path, job.tokenizer, source.config)
-    writer.write_text("README.md", model_card(source, settings, tied=tied))
+    writer.write_text("README.md", model_card(source, settings))
 
 
 def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: PeakMemory, seconds: float) -> None:
