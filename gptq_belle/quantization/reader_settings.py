@@ -5,8 +5,7 @@ from dataclasses import asdict, replace
 
 from gptq_belle.errors import UsageError
 from gptq_belle.formats.readers import KINDS, QUERY_KEY_VALUE, READERS, TARGETS, Reader, kinds_of
-from gptq_belle.models.architectures import architecture
-from gptq_belle.models.dimensions import Dimensions, linear_shapes
+from gptq_belle.models.dimensions import Dimensions
 from gptq_belle.quantization.config import Override, QuantConfig
 from gptq_belle.quantization.overrides import END, START
 
@@ -24,7 +23,7 @@ def settings_for_reader(config: QuantConfig, d: Dimensions) -> tuple[QuantConfig
     notes, readers = [], [READERS[name] for name in TARGETS[config.reader]]
     if any(_refuses(reader, "BLOOM") for reader in readers) and "BLOOM" in _kinds(config, d):
         config = replace(config, overrides=(*config.overrides, _skip(config)))
-        k, n = linear_shapes(d)[f"self_attention.{QUERY_KEY_VALUE}"]
+        k, n = d.arch.shapes[f"self_attention.{QUERY_KEY_VALUE}"]
         extra = d.num_layers * k * n * (16 - config.bits) / 8
         notes.append(f"--for {config.reader} keeps {QUERY_KEY_VALUE} in 16 bits: {extra / 1e9:.2g} GB more, because "
                      f"vLLM re-packs it along the wrong dimension.")
@@ -40,13 +39,13 @@ def settings_for_reader(config: QuantConfig, d: Dimensions) -> tuple[QuantConfig
 
 def _kinds(config: QuantConfig, d: Dimensions) -> list[str]:
     kept = {linear: {index for index in range(d.num_layers) if config.for_linear(_name(d, index, linear)) is not None}
-            for linear in linear_shapes(d)}
+            for linear in d.arch.shapes}
     alike = all(len(blocks) in (0, d.num_layers) for blocks in kept.values())
     return kinds_of(asdict(config), d.model_type, alike=alike)
 
 
 def _name(d: Dimensions, index: int, linear: str) -> str:
-    return f"{architecture(d.model_type).blocks}.{index}.{linear}"
+    return f"{d.arch.blocks}.{index}.{linear}"
 
 
 def _refuses(reader: Reader, kind: str) -> bool:
