@@ -54,7 +54,9 @@ def test_output_of_both_architectures_is_standard(tiny_model, tmp_path, bits, ze
         assert (weight.qzeros == torch.tensor(zero_word, dtype=torch.int64).to(torch.int32)).all()
     unquantized = {name for name in source if name.removesuffix(".weight") not in names}
     assert unquantized == {name for name in written if name.endswith((".weight", ".bias"))}
-    assert all(torch.equal(source.tensor(name).half(), written.tensor(name)) for name in unquantized)
+    # norms with channel scales: test_channel_scales.py
+    changed = {name for name in unquantized if not torch.equal(source.tensor(name).half(), written.tensor(name))}
+    assert all(name.rpartition(".")[0].endswith(source.arch.norms[::2]) for name in changed)
     assert report.readback_error == 0
 
 

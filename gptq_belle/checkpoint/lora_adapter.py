@@ -17,6 +17,7 @@ from gptq_belle.checkpoint.pickle_file import PickleFile
 from gptq_belle.checkpoint.reader import CheckpointReader, read_json
 from gptq_belle.checkpoint.safetensors_file import DAMAGED, TensorFile
 from gptq_belle.errors import InputError
+from gptq_belle.formats.quantize_config import has_channel_scales
 from gptq_belle.kernels.huge_pages import Allocator, empty_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -76,9 +77,23 @@ class Adapter:
                              DAMAGED)
         return b[0], a[1]
 
-    def merged(self, target: str, weight: Tensor) -> Tensor:
-        """Merge the adapter into a weight (N, K) of any floating-point dtype: float32."""
+    @property
+    def base(self) -> CheckpointReader | None:
+        """The quantized model that it was trained on, if that has channel scales and is still at its place."""
+        path = Path(str(self.config.get("base_model_name_or_path")))
+        if not (path / "config.json").is_file():
+            return None
+        reader = CheckpointReader(path)
+        return reader if has_channel_scales(reader.config.get("quantization_config") or {}) else None
+
+    def merged(self, target: str, weight: Tensor, scales: Tensor) -> Tensor:
+        """Merge the adapter into a weight (N, K) of any floating-point dtype: float32.
+
+        Args:
+            scales: (K,) or (), what the linear's inputs were divided by in training; A is divided by it.
+        """
         a, b = (self._file.tensor(name).float() for name in self._factors(target))
+        a /= scales
         return torch.addmm(weight.float(), b, a, alpha=self._scale(target, a.shape[0]))
 
     def _factors(self, target: str) -> tuple[str, str]:
@@ -101,6 +116,7 @@ class AdaptedReader(CheckpointReader):
     def __init__(self, path: str | Path, adapter: Adapter) -> None:
         super().__init__(path)
         self.adapter = adapter
+        self._base = adapter.base
         self._changed = {f"{target}.weight": target for target in adapter.targets}
         for name, target in self._changed.items():
             if not target.startswith(f"{self.arch.blocks}.") or not target.endswith(self.arch.linears):
@@ -112,7 +128,19 @@ class AdaptedReader(CheckpointReader):
     def tensor(self, name: str, allocator: Allocator = empty_bytes) -> Tensor:
         """Read one tensor on the CPU, in the dtype of the file, or in float32 if it is merged."""
         weight = super().tensor(name, allocator)
-        return self.adapter.merged(self._changed[name], weight) if name in self._changed else weight
+        if (target := self._changed.get(name)) is None:
+            return weight
+        return self.adapter.merged(target, weight, self._channel_scales(target))
+
+    def _channel_scales(self, target: str) -> Tensor:
+        """The ratio (K,) of the norm's weights here and in the model that the adapter was trained on; 1 without."""
+        for stage, norm in zip(self.arch.stages, self.arch.norms, strict=True):
+            for linear in stage:
+                if self._base is not None and norm and target.endswith(f".{linear}"):
+                    name = f"{target.removesuffix(linear)}{norm}.weight"
+                    scales = super().tensor(name).half().float() / self._base.tensor(name).float()
+                    return scales.nan_to_num_(1.0)  # 0 / 0
+        return torch.ones(())
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Read one tensor in chunks of rows; a merged one whole."""
@@ -128,7 +156,11 @@ class AdaptedReader(CheckpointReader):
 
 
 def open_source(path: str | Path, lora: str | Path | None) -> CheckpointReader:
-    """Open a model directory, with an adapter merged into its weights if one is given."""
+    """Open a model directory, with an adapter merged into its weights if one is given.
+
+    Raises:
+        InputError: see `Adapter` and `AdaptedReader`.
+    """
     return CheckpointReader(path) if lora is None else AdaptedReader(path, Adapter(lora))
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from gptq_belle import __version__
 from gptq_belle.checkpoint.reader import CheckpointReader
+from gptq_belle.formats.quantize_config import has_channel_scales
 from gptq_belle.formats.readers import Reader, conditions, kinds_of, refusers, takers
 
 CARD = """---
@@ -39,6 +40,8 @@ PACKED = """gptq_belle reads these files. Other programs must support a quantize
 `quantize_config.json`), as GPTQModel does."""
 MODULES = "modules_in_block_to_quantize"  # written if the same linears are skipped in all blocks
 RESULTS = ("<!-- results -->", "<!-- end of results -->")
+CHANNEL_SCALES = """ Where it lowers the error, channel scales are folded into norms: LoRA adapters of the source
+do not fit this model, merge them into the source first."""
 REPORT = " `quantization_report.json` contains the error of every layer and the hash of the calibration data."
 
 
@@ -49,10 +52,11 @@ def model_card(source: CheckpointReader, quantization: Mapping[str, Any]) -> str
         quantization: the written quantization_config, with the settings of the job under ``meta``.
     """
     settings = quantization["meta"]["settings"]
+    scaled = has_channel_scales(quantization) and any(source.arch.norms)
     method = {"gptq": "GPTQ", "rtn": "round to nearest"}[settings["method"]]
     every = sorted({settings["bits"], *(override["bits"] for override in settings["overrides"] if override["bits"])})
     return _card(source.path, source.config["model_type"], quantization, every, made="Quantized", method=method,
-                 report=REPORT, overrides=_overrides(settings["overrides"]),
+                 report=REPORT + CHANNEL_SCALES * scaled, overrides=_overrides(settings["overrides"]),
                  readers=_readers(settings, source.config["model_type"], MODULES in quantization),
                  head="float16" if settings["head_bits"] == 16 else f"packed in {settings['head_bits']} bits")
 

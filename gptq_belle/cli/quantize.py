@@ -48,7 +48,7 @@ Method = Annotated[Literal["gptq", "rtn"], typer.Option(help="rtn is rounding to
 Preset = Annotated[Literal["fast", "best", "max"], typer.Option(
     help="fast is plain GPTQ; max also refines all linears of a block together, for 2 bits; several times as slow.")]
 Without = Annotated[str, options.advanced(
-    metavar="NAME,...", help="Techniques of the preset to disable: search, order, refine, targets, veto, block.")]
+    metavar="NAME,...", help="Techniques of the preset to disable: search, order, fold, refine, targets, veto, block.")]
 PositiveScales = Annotated[bool, options.advanced(
     "--positive-scales", help="Only positive scales, for readers that do not accept negative ones; slightly lower "
     "quality.")]

@@ -125,6 +125,12 @@ def _producer(stated: Mapping[str, Any]) -> str:
     return ", ".join(map(str, names))
 
 
+def has_channel_scales(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether norms differ from the source's because channel scales are folded into them."""
+    meta = quantization_config.get("meta")
+    return isinstance(meta, Mapping) and meta.get("channel_scales") is True
+
+
 def written_by_gptq_belle(quantization_config: Mapping[str, Any]) -> bool:
     """Whether a quantization_config dictionary names gptq_belle as its producer."""
     meta = quantization_config.get("meta")

@@ -23,6 +23,7 @@ class Family:
         prompt_style: default prompt style without a chat template, see prompts/styles.py.
         native: name of the decoder of engine/ that runs it; "" if transformers' own forward does.
         fused: name of the single linear that vLLM and SGLang run in place of the linears of a stage.
+        norms: path of the norm whose output a stage with this linear reads and, with the usual settings, nothing else.
         residual_attention: path of an attention module that adds its second argument (the residual) to its result.
         head: name of the lm_head in files.
     """
@@ -30,16 +31,19 @@ class Family:
     prompt_style: str = "newline"
     native: str = ""
     fused: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
     residual_attention: str = ""
     head: str = LM_HEAD
 
 
 _GATED = {("mlp.gate_proj", "mlp.up_proj"): "mlp.gate_up_proj",
           ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "self_attn.qkv_proj"}
+_NORMS = dict.fromkeys(("self_attn.q_proj", "self_attention.query_key_value"), "input_layernorm") | dict.fromkeys(
+    ("mlp.gate_proj", "mlp.dense_h_to_4h"), "post_attention_layernorm")
 OTHER = Family(fused=_GATED)
-FAMILIES = {"bloom": Family("bloom", "bloom", residual_attention="self_attention"),
+FAMILIES = {"bloom": Family("bloom", "bloom", norms=_NORMS, residual_attention="self_attention"),
             "gpt_neox": Family(head="embed_out"),
-            **dict.fromkeys(("llama", "mistral", "qwen2"), Family("llama", "llama", _GATED))}
+            **dict.fromkeys(("llama", "mistral", "qwen2"), Family("llama", "llama", _GATED, _NORMS))}
 # Tensors in files of older transformers that are computed instead of read.
 COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
@@ -100,6 +104,12 @@ class Architecture:
     def fused(self) -> tuple[str, ...]:
         """For each stage, the name of the single linear that vLLM and SGLang run; "" if they run the stage's own."""
         return tuple(self.family.fused.get(stage, "") for stage in self.stages)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """For each stage, the norm whose output it reads (`Family.norms`); "" where channel scales have no place."""
+        return tuple(next((self.family.norms[name] for name in stage if name in self.family.norms), "")
+                     for stage in self.stages)
 
     @property
     def inner_copies(self) -> int:

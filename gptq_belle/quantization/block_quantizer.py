@@ -23,8 +23,8 @@ from gptq_belle.quantization.block_refinement.refinement import (
 )
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.candidate_selection import ChosenSolution, best_solution
+from gptq_belle.quantization.channel_scales import channel_scales, fold_channel_scales
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.hessian import output_error
 from gptq_belle.quantization.journal import BlockRecord, Journal
 from gptq_belle.quantization.report import JobProgress, LinearReport
 from gptq_belle.quantization.solver import HessianFactor, factorize, round_to_nearest
@@ -136,20 +136,20 @@ class BlockQuantizer:
         arch, prefix = self.stream.arch, f"{self.stream.arch.blocks}.{index}"
         tensors: dict[str, Tensor] = {}
         refined: dict[str, RefinedLinear] = {}
-        for stage, damping in zip(arch.stages, first_dampings(arch), strict=True):
+        for stage, norm, damping in zip(arch.stages, self.stream.foldable_norms, first_dampings(arch), strict=True):
             config = self.config.for_linear(f"{prefix}.{stage[0]}")  # equal in a stage, see resolve_overrides
             inputs = None
+            if activations.full is not None:
+                originals.save(block, stage, norm)
             if len(activations) and config:
-                inputs = self._hessians(block, stage, prefix, activations, originals, config)
+                inputs = self._hessians(block, stage, norm, prefix, activations, originals, config)
             for name in stage:
-                if activations.full is not None:
-                    originals.save(block, f"{name}.weight")
                 if config is None:
                     row = self._keep_float16(block, name, f"{prefix}.{name}")
                 else:
                     packed, row = self._linear(block, name, f"{prefix}.{name}", inputs, config)
                     if inputs is not None and self.config.techniques.rounds:
-                        refined[name] = refined_linear(packed, inputs[0].hessian, config, damping)
+                        refined[name] = refined_linear(packed, inputs[0], config, damping)
                     tensors |= _packed_tensors(f"{prefix}.{name}", packed)
                 record.linears.append(row)
                 self.progress.linear(index, row, self.memory.bytes)
@@ -166,7 +166,7 @@ class BlockQuantizer:
             refinement = BlockRefinement(self.stream, block, linears, originals, activations)
             result = refinement.run(index, self.config.techniques.rounds, self.progress.step)
         record.refinement = asdict(result)
-        errors = {f"{prefix}.{name}": output_error(originals.weights[f"{name}.weight"], linear.weight, linear.hessian)
+        errors = {f"{prefix}.{name}": linear.error(originals.weights[f"{name}.weight"])
                   for name, linear in linears.items()}
         record.linears = [replace(row, error=errors.get(row.name, row.error)) for row in record.linears]
         return {key: value for name, linear in linears.items() for key, value in _packed_tensors(
@@ -180,14 +180,20 @@ class BlockQuantizer:
         assign(block, f"{name}.weight", rounded)
         return LinearReport(full_name, error, 0.0, 0.0, weight.shape[1], weight.shape[0], 16)
 
-    def _hessians(self, block: nn.Module, stage: tuple[str, ...], prefix: str, activations: ActivationPair,
+    def _hessians(self, block: nn.Module, stage: tuple[str, ...], norm: str, prefix: str, activations: ActivationPair,
                   originals: OriginalWeights, config: QuantConfig) -> tuple[StageHessians, HessianFactor]:
-        """The Hessians of a stage's inputs, and the factor of the inverse."""
+        """The Hessians of a stage's inputs, with channel scales folded into its norm, and the factor of the inverse."""
         full = None if activations.full is None else (originals, activations.full)
         hessians = accumulate_hessians(self.stream, block, stage, activations.quantized, full, activations.hessian_rows,
                                        self.progress.step)
         with self.clock("solving"), _layer_named(f"{prefix}.{stage[0]}"):
-            return hessians, factorize(hessians.hessian, config)
+            factor = factorize(hessians.hessian, config)
+            if norm and config.techniques.fold:
+                scales = channel_scales(block, norm, stage, hessians.hessian, factor, config)
+                if scales is not None:
+                    hessians = fold_channel_scales(block, norm, stage, hessians, scales)
+                    factor = factorize(hessians.hessian, config)
+            return hessians, factor
 
     def _linear(self, block: nn.Module, name: str, full_name: str, inputs: tuple[StageHessians, HessianFactor] | None,
                 config: QuantConfig) -> tuple[PackedWeight, LinearReport]:
@@ -202,7 +208,8 @@ class BlockQuantizer:
                 chosen = best_solution(weight, *inputs, config)
         solution = chosen.solution
         with self.clock("packing"):
-            needed = inputs is not None and inputs[0].cross is not None  # the full-precision model needs the weight
+            # The full-precision model needs the weight, unless channel scales have replaced it.
+            needed = inputs is not None and inputs[0].cross is not None and inputs[0].scales is None
             assign(block, f"{name}.weight", dequantize(solution.weight, out=None if needed else weight))
             packed = pack(solution.weight, config.bits, config.checkpoint_format)
             trim_heap()

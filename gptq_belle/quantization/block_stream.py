@@ -69,6 +69,12 @@ class BlockStream(SourceModel):
         """Free a block's memory."""
         self.unload(block)
 
+    @property
+    def foldable_norms(self) -> tuple[str, ...]:
+        """`Architecture.norms` of this model: none where residual connections start after the norm (a BLOOM option)."""
+        residual = getattr(self.model.config, "apply_residual_connection_post_layernorm", False)
+        return ("",) * len(self.arch.stages) if residual else self.arch.norms
+
     def batches(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Token ids (rows, T), split into batches of about `TOKENS_PER_BATCH` tokens."""
         return rows.split(max(1, TOKENS_PER_BATCH // rows.shape[1]))

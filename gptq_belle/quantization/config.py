@@ -25,6 +25,7 @@ class Techniques:
     Attributes:
         search: search the scales by weighted rounding error instead of min-max (`grid.searched_grid`).
         static_order: quantize inputs in order of decreasing activation, in static groups (`solver.candidate_weights`).
+        fold: fold channel scales into norms (`channel_scales`).
         sweeps: number of sweeps of scale refit and coordinate descent after GPTQ (`refine.refine`).
         alpha: how far targets move towards the full-precision model's outputs, 0 .. 1
             (`candidate_selection.full_precision_target`); 2 and 3 bits take 1.
@@ -35,6 +36,7 @@ class Techniques:
 
     search: bool = False
     static_order: bool = False
+    fold: bool = False
     sweeps: int = 0
     alpha: float = 0.0
     held_out_every: int = 0
@@ -53,11 +55,12 @@ class Techniques:
         return techniques
 
 
-_BEST = Techniques(search=True, static_order=True, sweeps=6, alpha=0.5, held_out_every=16)
+_BEST = Techniques(search=True, static_order=True, fold=True, sweeps=6, alpha=0.5, held_out_every=16)
 PRESETS = {"fast": Techniques(), "best": _BEST, "max": replace(_BEST, rounds=3)}
 DISABLED_VALUES: dict[str, dict[str, Any]] = {  # values that disable a technique, by its name in `QuantConfig.without`
     "search": {"search": False},
     "order": {"static_order": False},
+    "fold": {"fold": False},
     "refine": {"sweeps": 0},
     "targets": {"alpha": 0.0},
     "veto": {"held_out_every": 0},
@@ -230,7 +233,8 @@ class QuantConfig:
             "damp_percent": self.damp,
             **({"dynamic": self._dynamic()} if self.overrides else {}),
             **({"head_bits": self.head_bits} if self.head_bits != 16 else {}),
-            "meta": {"quantizer": [f"gptq_belle:{__version__}"], "settings": asdict(self)},
+            "meta": {"quantizer": [f"gptq_belle:{__version__}"], "settings": asdict(self),
+                     "channel_scales": self.techniques.fold},
         }
 
     def _dynamic(self) -> dict[str, dict[str, Any]]:

@@ -19,17 +19,20 @@ class StageHessians(NamedTuple):
     hessian: Tensor  # (K, K), the mean of x x^T
     cross: Tensor | None = None  # (K, K), the mean of (f - x) x^T; None without targets
     held_out: Sequence[tuple[Tensor, Tensor]] = ()  # X and F (tokens, K) of held-out rows; F is X without targets
+    scales: Tensor | None = None  # (K,), what inputs are divided and weights multiplied by (`channel_scales`)
 
 
 class OriginalWeights:
-    """Full-precision weights of a block's linears that have been quantized."""
+    """Parameters of a block in the full-precision model, where the quantized model's differ."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
 
-    def save(self, block: nn.Module, name: str) -> None:
-        """Keep a parameter without copying it: the quantized weight must not be written in place."""
-        self.weights[name] = block.get_parameter(name).data
+    def save(self, block: nn.Module, stage: tuple[str, ...], norm: str) -> None:
+        """Keep the weights of a stage and the parameters of its norm, without copies: do not write them in place."""
+        names = [f"{norm}.{name}" for name, _ in block.get_submodule(norm).named_parameters()] if norm else []
+        for name in (*names, *(f"{linear}.weight" for linear in stage)):
+            self.weights[name] = block.get_parameter(name).data
 
     @contextmanager
     def restored(self, block: nn.Module) -> Iterator[None]:

@@ -20,7 +20,8 @@ from gptq_belle.quantization.block_refinement.block_error import BlockError, blo
 from gptq_belle.quantization.block_refinement.quadratic_step import Step, quadratic_step
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.config import QuantConfig
-from gptq_belle.quantization.stage_hessians import OriginalWeights
+from gptq_belle.quantization.hessian import output_error
+from gptq_belle.quantization.stage_hessians import OriginalWeights, StageHessians
 
 TOKENS_PER_ROUND = 1 << 15  # at most; each round takes the following rows
 # First damping of a step, by place of the linear. `BlockError.curvature` takes tokens as independent, but attention
@@ -43,14 +44,19 @@ class RefinedLinear:
     """A quantized linear of the block, and what its steps need."""
 
     weight: QuantizedWeight
-    hessian: Tensor  # (K, K) float32, the mean of x x^T
+    inputs: StageHessians
     config: QuantConfig
     damping: float  # factor on the measured curvature
 
     def step(self, gradient: Tensor, curvature: Tensor) -> Step:
         """`quadratic_step` with the linear's settings."""
-        return quadratic_step(self.weight, gradient, self.hessian, self.damping * curvature, self.config.bits,
+        return quadratic_step(self.weight, gradient, self.inputs.hessian, self.damping * curvature, self.config.bits,
                               positive=self.config.positive_scales or not self.config.sym)
+
+    def error(self, original: Tensor) -> float:
+        """`output_error` against the full-precision weight (N, K)."""
+        scales = self.inputs.scales
+        return output_error(original if scales is None else original * scales, self.weight, self.inputs.hessian)
 
     def with_damping_of(self, step: Step, change: float) -> "RefinedLinear":
         """The linear with the damping that would have predicted the change of the error, within bounds."""
@@ -64,10 +70,10 @@ def rows_per_round(rows: int, length: int) -> int:
     return min(rows, max(1, TOKENS_PER_ROUND // length))
 
 
-def refined_linear(packed: PackedWeight, hessian: Tensor, config: QuantConfig, damping: float) -> RefinedLinear:
+def refined_linear(packed: PackedWeight, inputs: StageHessians, config: QuantConfig, damping: float) -> RefinedLinear:
     """The linear before its first step."""
     weight = unpack(packed, config.bits, config.checkpoint_format)
-    return RefinedLinear(weight, hessian, config, damping)
+    return RefinedLinear(weight, inputs, config, damping)
 
 
 @dataclass(slots=True)
