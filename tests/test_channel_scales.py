@@ -12,10 +12,11 @@ from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.quantization.activations import InMemoryActivations
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.channel_scales import fold_channel_scales
+from gptq_belle.quantization.solver import factorize
 from gptq_belle.quantization.stage_hessians import accumulate_hessians
 
 BIAS_ROUNDING = 2**-11  # of float16
-CALIBRATION = Calibration(rows=4, seq_len=64, allow_short=True)
+CALIBRATION = Calibration(rows=16, seq_len=64, allow_short=True)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def uneven_model(tiny_model, tmp_path):
     tensors = load_file(out / "model.safetensors")
     for name, value in tensors.items():
         if "layernorm" in name:
-            tensors[name] = (value + 0.1 if name.endswith("bias") else value) * torch.randn_like(value).exp()
+            tensors[name] = (value + 0.1 if name.endswith("bias") else value) * (2 * torch.randn_like(value)).exp()
         if name.endswith("layernorm.weight"):
             tensors[name][5] = 0
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -39,12 +40,15 @@ def statistics(stream, block, stage, states):
 @pytest.mark.parametrize("place", [0, 2])
 def test_the_function_stays_and_statistics_follow(uneven_model, place):
     stream = BlockStream(CheckpointReader(uneven_model), torch.device("cpu"))
-    (states,) = stream.embed(torch.randint(4, 300, (4, 24)))
+    (states,) = stream.embed(torch.randint(4, 300, (32, 24)))
     block, stage, norm = stream.load_block(0), stream.arch.stages[place], stream.arch.norms[place]
     before, old = stream.run(block, states), block.get_parameter(f"{norm}.weight").detach().clone()
     hessian = statistics(stream, block, stage, states).hessian.clone()
 
-    found = fold_channel_scales(block, norm, stage, statistics(stream, block, stage, states))
+    inputs = statistics(stream, block, stage, states)
+    config = QuantConfig(group_size=32)
+    found, factor = fold_channel_scales(block, norm, stage, inputs, factorize(inputs.hessian, config), config)
+    assert torch.equal(factor.Hinv, factorize(found.hessian, config).Hinv)
 
     new = block.get_parameter(f"{norm}.weight").detach()
     assert torch.equal(new, new.half().float())
@@ -62,6 +66,22 @@ def test_the_function_stays_and_statistics_follow(uneven_model, place):
     again = statistics(stream, block, stage, states)
     assert (again.hessian - found.hessian).norm() < rounding * again.hessian.norm()
     assert (again.held_out[0][0] - found.held_out[0][0]).norm() < rounding * again.held_out[0][0].norm()
+
+
+def test_scales_that_raise_the_rounding_error_are_not_used(uneven_model):
+    """Weights on a grid that the group's scale gives exactly are rounded without error until they are scaled."""
+    stream = BlockStream(CheckpointReader(uneven_model), torch.device("cpu"))
+    (states,) = stream.embed(torch.randint(4, 300, (32, 24)))
+    block, stage, norm = stream.load_block(0), stream.arch.stages[0], stream.arch.norms[0]
+    for name in stage:
+        weight = block.get_parameter(f"{name}.weight").data
+        weight.copy_(torch.randint(-8, 8, weight.shape) / 64)
+        weight[:, ::32] = -8 / 64
+    inputs, config = statistics(stream, block, stage, states), QuantConfig(group_size=32)
+    before = {name: value.clone() for name, value in block.named_parameters()}
+    factor = factorize(inputs.hessian, config)
+    assert fold_channel_scales(block, norm, stage, inputs, factor, config) == (inputs, factor)
+    assert all(torch.equal(value, before[name]) for name, value in block.named_parameters())
 
 
 def test_norms_are_stored_with_their_scales(uneven_model, tmp_path):

@@ -23,7 +23,7 @@ from gptq_belle.quantization.block_refinement.refinement import (
 )
 from gptq_belle.quantization.block_stream import BlockStream
 from gptq_belle.quantization.candidate_selection import ChosenSolution, best_solution
-from gptq_belle.quantization.channel_scales import channel_scales, fold_channel_scales
+from gptq_belle.quantization.channel_scales import fold_channel_scales
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.journal import BlockRecord, Journal
 from gptq_belle.quantization.report import JobProgress, LinearReport
@@ -189,10 +189,7 @@ class BlockQuantizer:
         with self.clock("solving"), _layer_named(f"{prefix}.{stage[0]}"):
             factor = factorize(hessians.hessian, config)
             if norm and config.techniques.fold:
-                scales = channel_scales(block, norm, stage, hessians.hessian, factor, config)
-                if scales is not None:
-                    hessians = fold_channel_scales(block, norm, stage, hessians, scales)
-                    factor = factorize(hessians.hessian, config)
+                return fold_channel_scales(block, norm, stage, hessians, factor, config)
             return hessians, factor
 
     def _linear(self, block: nn.Module, name: str, full_name: str, inputs: tuple[StageHessians, HessianFactor] | None,

@@ -21,67 +21,61 @@ from gptq_belle.quantization import grid
 from gptq_belle.quantization.activation_order import unpermuted
 from gptq_belle.quantization.config import QuantConfig
 from gptq_belle.quantization.hessian import nonzero_diagonal, remaining_error
-from gptq_belle.quantization.solver import HessianFactor
+from gptq_belle.quantization.solver import HessianFactor, factorize
 from gptq_belle.quantization.stage_hessians import StageHessians
 
 EXPONENT = 0.3
 
 
-def channel_scales(block: nn.Module, norm: str, stage: tuple[str, ...], hessian: Tensor, factor: HessianFactor,
-                   config: QuantConfig) -> Tensor | None:
-    """The scales s (K,) of a stage's inputs, or None where they do not lower the estimated error.
+def fold_channel_scales(block: nn.Module, norm: str, stage: tuple[str, ...], inputs: StageHessians,
+                        factor: HessianFactor, config: QuantConfig) -> tuple[StageHessians, HessianFactor]:
+    """Fold channel scales into a norm and the linears that read its output, if that lowers the estimated error.
 
-    The norm's new weight is rounded to float16, as it is stored, and s is the ratio of its old and new weight, so that
-    the function changes by the rounding of float32 only.
+    New parameters replace the block's. A bias of the norm is rounded to float16, by up to 2^-11 of itself.
 
     Args:
         block: the block, whose linears of this stage are not quantized yet.
-        norm: path of the norm in the block.
+        norm: path of the norm in the block; nothing but the stage may read its output.
         stage: the linears.
-        hessian: (K, K), the mean of x x^T of their inputs.
-        factor: result of `factorize` for it.
+        inputs: statistics of their inputs; cross is overwritten.
+        factor: result of `factorize` for their Hessian.
         config: the linears' settings.
-    """
-    wanted = nonzero_diagonal(hessian) ** (EXPONENT / 2)
-    wanted /= wanted.log().mean().exp()
-    weight = block.get_parameter(f"{norm}.weight").detach()
-    rounded = (weight / wanted).to(torch.float16).float()
-    usable = (rounded != 0) & rounded.isfinite()
-    scales = torch.where(usable, weight / rounded, 1.0)
-    importance = unpermuted(remaining_error(factor.Hinv), factor.order, dim=0)
-    weights = [block.get_parameter(f"{name}.weight").detach() for name in stage]
-    before = sum(_rounding_error(weight, importance, config) for weight in weights)
-    # with inputs divided by s, the inverse of the diagonal of H^-1 is divided by its square
-    after = sum(_rounding_error(weight * scales, importance / scales.square(), config) for weight in weights)
-    return scales if after < before else None
-
-
-def fold_channel_scales(block: nn.Module, norm: str, stage: tuple[str, ...], inputs: StageHessians,
-                        scales: Tensor) -> StageHessians:
-    """Fold channel scales into a norm and the linears that read its output; new parameters replace the block's.
-
-    A bias of the norm is rounded to float16 too, by up to 2^-11 of itself.
-
-    Args:
-        block, norm, stage: as for `channel_scales`. Nothing but the stage may read the norm's output.
-        inputs: statistics of the stage's inputs; overwritten.
-        scales: s (K,).
     Returns:
-        The statistics of the inputs divided by s.
+        The statistics of the inputs divided by s and the factor of their Hessian, or the arguments unchanged.
     """
+    scales = candidate_scales(inputs.hessian, block.get_parameter(f"{norm}.weight").detach())
+    inverse = torch.outer(1 / scales, 1 / scales)
+    hessian = inputs.hessian * inverse
+    folded = factorize(hessian, config)
+    weights = [block.get_parameter(f"{name}.weight").detach() for name in stage]
+    before = sum(_rounding_error(weight, factor, config) for weight in weights)
+    after = sum(_rounding_error(weight * scales, folded, config) for weight in weights)
+    if after >= before:
+        return inputs, factor
     for name, parameter in list(block.get_submodule(norm).named_parameters()):
         assign(block, f"{norm}.{name}", (parameter.detach() / scales).to(torch.float16).float())
-    for name in stage:
-        assign(block, f"{name}.weight", block.get_parameter(f"{name}.weight").detach() * scales)
-    inverse = 1 / scales
-    both = torch.outer(inverse, inverse)
-    cross = None if inputs.cross is None else inputs.cross.mul_(both)
-    held_out = [(x * inverse, f * inverse) for x, f in inputs.held_out]
-    return StageHessians(inputs.hessian.mul_(both), cross, held_out, scales)
+    for name, weight in zip(stage, weights, strict=True):
+        assign(block, f"{name}.weight", weight * scales)
+    cross = None if inputs.cross is None else inputs.cross.mul_(inverse)
+    held_out = [(x / scales, f / scales) for x, f in inputs.held_out]
+    return StageHessians(hessian, cross, held_out, scales), folded
 
 
-def _rounding_error(weight: Tensor, importance: Tensor, config: QuantConfig) -> float:
-    """Sum over k of importance_k (w_k - q_k)^2 for a weight (N, K) rounded to the best grids of its groups."""
+def candidate_scales(hessian: Tensor, norm: Tensor) -> Tensor:
+    """The scales s (K,) for inputs with a Hessian (K, K).
+
+    The norm's new weight is rounded to float16, as it is stored, and s is the ratio of its old weight `norm` (K,) and
+    the new one, so that the function changes by the rounding of float32 only.
+    """
+    wanted = nonzero_diagonal(hessian) ** (EXPONENT / 2)
+    rounded = (norm * (wanted.log().mean().exp() / wanted)).to(torch.float16).float()
+    usable = (rounded != 0) & rounded.isfinite()
+    return torch.where(usable, norm / rounded, 1.0)
+
+
+def _rounding_error(weight: Tensor, factor: HessianFactor, config: QuantConfig) -> float:
+    """Sum of `remaining_error`_k (w_k - q_k)^2 over a weight (N, K) rounded to the best grids of its groups."""
+    importance = unpermuted(remaining_error(factor.Hinv), factor.order)
     group = weight.shape[1] if config.group_size == -1 else config.group_size
     lost = 0.0
     for start in range(0, weight.shape[1], group):
