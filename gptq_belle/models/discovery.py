@@ -174,7 +174,7 @@ class _Pass:
     def _inner(self, name: str) -> Any:
         def note(_: nn.Module, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            last, _, produced = self.calls[0][-1] if 0 in self.calls else ("", None, None)
+            last, _input, produced = self.calls[0][-1] if 0 in self.calls else ("", None, None)
             if self.cache.shapes and produced is first and last.startswith(f"{name}."):
                 self.attention.setdefault(last, (name, len(output) if isinstance(output, tuple) else 0))
 

@@ -27,18 +27,20 @@ def check_structure(stream: BlockStream) -> None:
     Raises:
         InputError: they differ, or a tensor of the block is missing or damaged.
     """
+    device, stream.device = stream.device, torch.device("cpu")  # a full GPU says nothing about the structure
     vocabulary = int(stream.model.config.vocab_size)
-    states = next(iter(stream.embed((torch.arange(TOKENS) % vocabulary)[None])))
-    block = stream.load_block(0)
     try:
+        states = next(iter(stream.embed((torch.arange(TOKENS) % vocabulary)[None])))
+        block = stream.load_block(0)
         expected = stream.run(block, states)
         try:
             error = _structure_error(stream, block, states, expected)
             difference = "" if error < LARGEST_ERROR else f"outputs differ by {error:.1e} of their norm"
         except (TypeError, RuntimeError, KeyError, IndexError) as failure:  # a module got what it does not expect
             difference = one_line(failure)
-    finally:
         stream.release(block)
+    finally:
+        stream.device = device
     if difference:
         raise InputError(f"{stream.reader.config['model_type']} is not supported: its blocks do not have the structure "
                          f"that was found in them ({difference})", "Report the architecture with its config.json.")
