@@ -18,7 +18,7 @@ from gptq_belle.engine.model import load
 DEFAULT_NEW_TOKENS = 256
 
 
-class BelleLM(TemplateLM):  # type: ignore[misc]  # the library may be missing
+class BelleLM(TemplateLM):
     """A model directory behind the interface of `lm_eval.api.model.LM`.
 
     Args:
