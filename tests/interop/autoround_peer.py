@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 from auto_round import AutoRound
 from jobs import run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer
 
 
 def logits(path, ids):
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu", dtype=torch.float32)
+    # Of its own accord it chooses a backend for asymmetric weights on a CPU that fails.
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu", dtype=torch.float32,
+                                                 quantization_config=AutoRoundConfig(backend="auto_round:torch"))
     return model(input_ids=ids).logits
 
 
