@@ -117,8 +117,10 @@ def _decoding(setting: Setting, model: "Model", cache: "KVCache", variant: Varia
     """Decode steps of a variant, whose kernels are compiled."""
     from gptq_belle.engine import fused_decoding
     from gptq_belle.engine.fused_decoder import fuse
+    from gptq_belle.engine.transformers_decoder import TransformersDecoder
     from gptq_belle.kernels.triton_warm_up import compile_launches
 
+    assert not isinstance(model.decoder, TransformersDecoder)
     decoder = fuse(model.decoder)
     with mock.patch.object(fused_decoding, "PROGRAMMATIC_LAUNCH", variant.dependent_launch):
         if not setting.toy:
