@@ -26,8 +26,9 @@ ARCHITECTURES = {"bloom": "BLOOM", "llama": "LLaMA"}
 EVIDENCE = {"run": "", "read": r"\*", "reported": r"\*\*"}
 RUNGS = {"nearest": "round to nearest", "fast": "plain GPTQ (`fast`)", "order": "activation order",
          "search, positive": "+ scale search, positive scales", "search, signed": "+ scale search, signed scales",
-         "refine": "+ refit and coordinate descent", "targets": "+ full-precision targets",
-         "best": "+ held-out check (`best`)", "max": "+ block refinement (`max`)"}
+         "refine": "+ refit and coordinate descent", "fold": "+ channel scales folded into norms",
+         "targets": "+ full-precision targets", "best": "+ held-out check (`best`)",
+         "max": "+ block refinement (`max`)"}
 
 
 def result(name: str) -> dict[str, Any]:
