@@ -297,3 +297,9 @@ def test_blocks_are_freed_after_use(tiny_model):
     stream = BlockStream(CheckpointReader(tiny_model), torch.device("cpu"))
     stream.release(stream.load_block(0))
     assert all(parameter.is_meta for parameter in stream.model.parameters())
+
+
+def test_report_file_has_no_local_path(tiny_bloom, tmp_path):
+    report = job(tiny_bloom, tmp_path / "out", method="rtn")
+    assert report.source == str(tiny_bloom)
+    assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["source"] == tiny_bloom.name

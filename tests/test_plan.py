@@ -92,6 +92,14 @@ def test_a_packed_model_is_planned_with_its_own_bits():
     assert {(row.settings.bits, row.settings.group_size) for row in rows} == {(8, 32)}
 
 
+@pytest.mark.parametrize(("hidden", "group"), [(4096, 128), (576, 64), (544, 32), (4100, -1)])
+def test_automatic_group_size_divides_all_inputs(hidden, group):
+    config = CONFIGS["llama-7b"] | {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_attention_heads": 1,
+                                    "num_key_value_heads": 1, "head_dim": hidden}
+    rows = plan.plan(config, GIB, group_size="auto")
+    assert {row.settings.group_size for row in rows} == {group}
+
+
 @pytest.mark.parametrize("wrong", [{"context": 4096}, {"context": 0}, {"batch": 0}, {"cache": "int2"}])
 def test_impossible_workloads_are_refused(wrong):
     with pytest.raises(UsageError):

@@ -1,8 +1,10 @@
 """The HTTP API of a running server, by raw HTTP."""
 
+import importlib
 import json
 import shutil
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +15,7 @@ from server_process import serving
 
 from gptq_belle import load
 from gptq_belle.engine.sampling_params import DEFAULT_SAMPLING
+from gptq_belle.errors import HardwareError
 
 QUESTION = [{"role": "user", "content": "你好"}]
 
@@ -370,3 +373,11 @@ def test_model_that_cannot_be_loaded_exits_4(tmp_path):
                           capture_output=True, text=True, timeout=100)
     assert done.returncode == 4
     assert "config.json" in done.stderr
+
+
+@pytest.mark.parametrize(("missing", "error"), [("uvicorn", HardwareError), ("gptq_belle.serving.app", ImportError)])
+def test_only_a_missing_extra_is_reported_as_one(monkeypatch, missing, error):
+    monkeypatch.delitem(sys.modules, "gptq_belle.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(error, match=missing):
+        importlib.import_module("gptq_belle.serving.server")

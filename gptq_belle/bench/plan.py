@@ -19,6 +19,8 @@ from gptq_belle.models.sizes import (
     MemoryUse,
     memory_use,
 )
+from gptq_belle.quantization.config import AUTO
+from gptq_belle.quantization.group_sizes import fitting_group_sizes
 
 PLANNED_BITS = (UNPACKED, 8, 4)
 DEFAULT_CONTEXT = 2048  # if the configuration does not state a limit
@@ -43,22 +45,22 @@ class PlanRow:
     step: StepTime | None = None
 
 
-def check_workload(context: int | None, batch: int, cache: str, group_size: int) -> None:
+def check_workload(context: int | None, batch: int, cache: str, group_size: int | str) -> None:
     """Check what does not depend on the model.
 
     Raises:
         UsageError: a number below 1, or an unknown cache.
     """
-    group = None if group_size == -1 else group_size
+    group = None if group_size in (-1, AUTO) else group_size
     for name, value in (("context", context), ("batch", batch), ("group size", group)):
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise UsageError(f"{name} {value} is not allowed", "It must be 1 or more.")
     if cache not in CACHE_ITEM_BYTES:
         raise UsageError(f"cache {cache!r} is not known", f"Choose one of {', '.join(CACHE_ITEM_BYTES)}.")
 
 
 def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, batch: int = 1,
-         cache: str = "float16", group_size: int = GROUP_SIZE, device: str = "cpu",
+         cache: str = "float16", group_size: int | str = GROUP_SIZE, device: str = "cpu",
          bits: Sequence[int] = PLANNED_BITS, head_bits: Sequence[int] = PLANNED_BITS,
          gpu: Gpu | None = None) -> list[PlanRow]:
     """Compare every combination of bits and head bits with a memory budget.
@@ -68,7 +70,7 @@ def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, 
         memory: budget in bytes.
         context: tokens of prompt and answer; by default the model's limit, or 2,048 if it states none.
         batch: number of sequences answered at a time.
-        cache, group_size, device, bits, head_bits: as in `MemorySettings`.
+        cache, group_size, device, bits, head_bits: as in `MemorySettings`; group size "auto" is the largest that fits.
         gpu: GPU whose decode speed is calculated.
     Raises:
         InputError: the configuration lacks a value.
@@ -82,6 +84,8 @@ def plan(config: Mapping[str, Any], memory: int, *, context: int | None = None, 
         raise UsageError(f"{batch} x {context} tokens cannot be planned", f"The model takes 1 to {limit} tokens.")
     if device not in ACTIVATION_BYTES:
         raise UsageError(f"device {device!r} is not known", f"Choose one of {', '.join(ACTIVATION_BYTES)}.")
+    if isinstance(group_size, str):
+        group_size = fitting_group_sizes(shape.in_features for shape in d.arch.shapes.values())[0]
     stated = config.get("quantization_config")
     if isinstance(stated, dict) and stated.get("bits") in BITS:
         bits, group_size = (stated["bits"],), int(stated.get("group_size", group_size))

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -72,8 +72,22 @@ Threads = Annotated[int | None, advanced("--threads", "-t", help="Number of CPU 
 ContextSize = Annotated[int | None, typer.Option(
     "--ctx-size", "-c", help="Limit of prompt and answer tokens together. Default: the model's context.", min=2,
     show_default=False)]
-GroupSize = Annotated[int, typer.Option(
-    "--group-size", "--groupsize", help="Group size: 32, 64, 128, or -1 for one group per output channel.")]
+
+
+def _parse_group_size(text: str) -> int | str:
+    """Parse --group-size; raises typer.BadParameter with the choices."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto: choose 32, 64, 128, -1 or auto") from None
+
+
+GroupSize = Annotated[Any, typer.Option(
+    "--group-size", "--groupsize", metavar="SIZE", parser=_parse_group_size,
+    help="Group size: 32, 64, 128, -1 for one group per output channel, or auto for the largest of these that fits "
+    "the model.")]
 
 # prompts and sampling
 PromptStyle = Annotated[Literal["auto", "bloom", "llama", "newline", "none"], advanced(

@@ -25,20 +25,6 @@ WORST = 3  # number of linears in the table at the end
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="Full-precision model: a directory or a hub id.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; it appears only when complete.")]
 Bits = Annotated[int, typer.Option("--bits", "--wbits", help="Bits per weight: 2, 3, 4 or 8.")]
-def _group_size(text: str) -> int | str:
-    """Parse --group-size; raises typer.BadParameter with the choices."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number nor auto: choose 32, 64, 128, -1 or auto") from None
-
-
-GroupSize = Annotated[Any, typer.Option(
-    "--group-size", "--groupsize", metavar="SIZE", parser=_group_size,
-    help="Group size: 32, 64, 128, -1 for one group per output channel, or auto for the largest of these that fits "
-    "the model.")]
 Sym = Annotated[bool, options.advanced("--sym/--asym", help="Symmetric, or with a zero point per group.")]
 ActOrder = Annotated[bool, options.advanced(
     "--act-order", help="Quantize columns in order of decreasing activation (act-order, desc_act). vLLM refuses such "
@@ -86,7 +72,7 @@ Resume = Annotated[bool, options.advanced(
 
 
 def quantize(context: typer.Context, model: Source, out: Out, bits: Bits = 4,
-             group_size: GroupSize = 128, sym: Sym = True, act_order: ActOrder = False,
+             group_size: options.GroupSize = 128, sym: Sym = True, act_order: ActOrder = False,
              damp: Damp = 0.01, method: Method = "gptq", preset: Preset = "best", without: Without = "",
              positive_scales: PositiveScales = False, override: Overrides = None, auto_bits: AutoBits = None,
              reader: For = None, calibration: CalibrationSource = "builtin", rows: Rows = 128,

@@ -218,4 +218,6 @@ def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: 
     peaks = [record.peak_memory for record in journal.records] + [peak.bytes]
     report.peak_memory = max((count for count in peaks if count is not None), default=None)
     report.bytes_on_disk = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
-    writer.write_json("quantization_report.json", report.to_dict())
+    # the file is published with the model: no local path, but a hub id stays
+    source = Path(report.source).name if Path(report.source).exists() else report.source
+    writer.write_json("quantization_report.json", report.to_dict() | {"source": source})

@@ -20,6 +20,8 @@ try:
     from gptq_belle.serving.server_config import ListenConfig, ServiceConfig, address
     from gptq_belle.serving.service import AppState, Service
 except ImportError as error:
+    if (error.name or "gptq_belle").startswith("gptq_belle"):  # not a missing extra, but a defect of this package
+        raise
     raise HardwareError(f"serving needs a package that is not installed: {error.name}",
                         "Install it: pip install 'gptq-belle[serve]'") from error
 SHUTDOWN_TIMEOUT = 60  # seconds for running requests to finish after SIGTERM
