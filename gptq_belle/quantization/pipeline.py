@@ -219,5 +219,5 @@ def _complete(report: Report, journal: Journal, writer: CheckpointWriter, peak: 
     report.peak_memory = max((count for count in peaks if count is not None), default=None)
     report.bytes_on_disk = sum(file.stat().st_size for file in writer.files.glob("*.safetensors"))
     # the file is published with the model: no local path, but a hub id stays
-    source = Path(report.source).name if Path(report.source).exists() else report.source
+    source = Path(report.source).absolute().name if Path(report.source).exists() else report.source
     writer.write_json("quantization_report.json", report.to_dict() | {"source": source})
