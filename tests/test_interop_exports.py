@@ -1,6 +1,7 @@
 """Exports of auto-round, llm-compressor and GPTQModel (AWQ, a quantized lm_head): our logits are the tools' own.
 
-Each tool runs in a separate environment (see test_interop.py) on the demo LLaMA; `make interop` runs this.
+Each tool runs in a separate environment (see test_interop.py) on the demo LLaMA:
+`pytest -m slow tests/test_interop_exports.py`.
 """
 
 import sys
