@@ -144,6 +144,14 @@ def test_json_object_and_the_length_limit(server):
     assert set(cut["message"]["content"]) <= set("ab")
 
 
+def test_schema_that_needs_more_tokens_than_allowed_ends_by_length(server):
+    schema = {"type": "string", "minLength": 200}
+    body = ask(server, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+               max_tokens=5).json()
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 5
+
+
 @pytest.mark.parametrize(("fields", "param"), [
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_object", "schemas": SCHEMA}}, "response_format.schemas"),
