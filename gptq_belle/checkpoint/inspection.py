@@ -10,11 +10,12 @@ from gptq_belle.checkpoint.packed_reader import read_quantization
 from gptq_belle.checkpoint.reader import CheckpointReader
 from gptq_belle.checkpoint.tokenizer_files import load_tokenizer
 from gptq_belle.checkpoint.validation import is_act_ordered, list_problems
-from gptq_belle.errors import GptqBelleError
+from gptq_belle.errors import GptqBelleError, InputError
 from gptq_belle.formats.packed_lm_head import HEAD_CODES, HEAD_SCALES
 from gptq_belle.formats.quantize_config import Quantization
 from gptq_belle.models.architectures import LM_HEAD
-from gptq_belle.models.dimensions import dimensions
+from gptq_belle.models.decoder_config import read_decoder_config
+from gptq_belle.models.dimensions import Dimensions, dimensions
 from gptq_belle.prompts.styles import detect_style
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -80,7 +81,7 @@ def inspect(path: str | Path) -> Inspection:
     try:
         found.quantization = read_quantization(reader)
         found.prompt_style = detect_style(reader.config, _template(reader.path))
-        d = dimensions(reader.config)
+        d = _dimensions(reader)
         found.blocks, found.hidden_size, found.vocabulary = d.num_layers, d.hidden_size, d.vocab_size
         found.context, found.tied = d.context, d.tied
         found.decoder = "native" if d.arch.family.native else "transformers"
@@ -94,6 +95,15 @@ def inspect(path: str | Path) -> Inspection:
         return found
     found.problems += list_problems(reader, found.quantization)
     return found
+
+
+def _dimensions(reader: CheckpointReader) -> Dimensions:
+    """The sizes of a model; what keeps transformers from building it is refused for the reason that `load` names."""
+    try:
+        return dimensions(reader.config)
+    except InputError:
+        read_decoder_config(reader.config)
+        raise
 
 
 def summary_rows(found: Inspection) -> list[tuple[str, str]]:

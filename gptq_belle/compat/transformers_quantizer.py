@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers import GPTQConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from gptq_belle.checkpoint.packed_reader import (
@@ -30,6 +30,7 @@ from gptq_belle.kernels.dispatch import prepare_weight
 
 METHOD = "gptq"
 METHODS: dict[str, Any] = AUTO_QUANTIZER_MAPPING  # transformers looks up its quantizers here
+CONFIGS: dict[str, Any] = AUTO_QUANTIZATION_CONFIG_MAPPING  # and the classes of their settings here
 
 
 def patch_transformers() -> Callable[[], None]:
@@ -46,7 +47,7 @@ def patch_transformers() -> Callable[[], None]:
     if isinstance(original, _QuantizerFactory):
         return original.undo
     factory = _QuantizerFactory(original)
-    METHODS[METHOD] = factory
+    METHODS[METHOD], CONFIGS[METHOD] = factory, PackedConfig
     return factory.undo
 
 
@@ -54,7 +55,7 @@ class _QuantizerFactory:
     """Replacement for transformers' class: `PackedQuantizer` for packed directories, the original otherwise."""
 
     def __init__(self, original: Callable[..., HfQuantizer]) -> None:
-        self.original = original
+        self.original, self.original_config = original, CONFIGS[METHOD]
 
     def __call__(self, config: Any, **kwargs: Any) -> HfQuantizer:
         return (PackedQuantizer if kwargs.get("pre_quantized", True) else self.original)(config, **kwargs)
@@ -62,7 +63,17 @@ class _QuantizerFactory:
     def undo(self) -> None:
         """Restore the original."""
         if METHODS[METHOD] is self:
-            METHODS[METHOD] = self.original
+            METHODS[METHOD], CONFIGS[METHOD] = self.original, self.original_config
+
+
+class PackedConfig(GPTQConfig):
+    """transformers' settings of GPTQ; ``modules_in_block_to_quantize`` does not require optimum, which is not used."""
+
+    def post_init(self) -> None:
+        """Check the settings."""
+        modules, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
+        super().post_init()
+        self.modules_in_block_to_quantize = modules
 
 
 class PackedQuantizer(HfQuantizer):
@@ -74,13 +85,18 @@ class PackedQuantizer(HfQuantizer):
         if not files:
             raise InputError("transformers gave no files to load packed weights from", "Load a model directory.")
         reader = CheckpointReader(Path(files[0]).parent)
+        try:
+            prefix = reader.arch.prefix
+        except InputError as error:
+            raise InputError(error.cause, "Call the function that patch_transformers returned, and load it with "
+                             "optimum.") from error
         quantization = read_quantization(reader)
         if quantization is None:
             raise InputError(f"{reader.path} has no quantization settings", WRONG_CONFIG)
         self.settings = raw_quantization_config(reader) or {}
         self.checkpoint_format = quantization.checkpoint_format
         for name, module in list(model.named_modules()):
-            stored = name if f"{name}.qweight" in reader else f"{reader.arch.prefix}.{name}"
+            stored = name if f"{name}.qweight" in reader else f"{prefix}.{name}"
             if isinstance(module, nn.Linear) and f"{stored}.qweight" in reader:
                 own = check_packed_linear(reader, quantization, stored, module.in_features, module.out_features)
                 model.set_submodule(name, PackedTensors(reader, stored, module, own))
